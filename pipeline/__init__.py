@@ -1,0 +1,1 @@
+"""Text to Parquet: corpus, tokens, teachers, capture, project, align, store. Never imports trainer."""

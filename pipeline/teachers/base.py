@@ -1,0 +1,47 @@
+"""What a teacher engine gives: rows of top-k log-probabilities, as numpy and nothing else.
+
+Shapes: T tokens of one sequence, R = T - 1 rows, K entries per row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.manifest import TeacherInfo
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """Rows of one sequence; row ``r`` is the distribution that predicts token ``r + 1``.
+
+    Attributes:
+        ids: int32 [R, K], most probable first, ties by lower id.
+        logprob: float32 [R, K], nats, of the whole output head (no renormalisation, temperature 1).
+        target_logprob: float32 [R], nats, of the realised token.
+        target_rank: int32 [R], 1 = the most probable token.
+        lse: float32 [R], log-sum-exp of the raw logits, or None where the engine does not tell.
+        space_logprob: float32 [R], log P(next token starts with a space), or None without full rows.
+    """
+
+    ids: NDArray[np.int32]
+    logprob: NDArray[np.float32]
+    target_logprob: NDArray[np.float32]
+    target_rank: NDArray[np.int32]
+    lse: NDArray[np.float32] | None = None
+    space_logprob: NDArray[np.float32] | None = None
+
+
+class Teacher(Protocol):
+    """An engine with one model loaded."""
+
+    info: TeacherInfo
+
+    def rows(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows]:
+        """Score token-id sequences (BOS included where wanted), each of at least 2 tokens.
+
+        Returns one ``TeacherRows`` per sequence, in order; a sequence of T tokens has T - 1 rows.
+        """
+        ...

@@ -1,0 +1,168 @@
+"""Configuration of every verb. The fields are the flags; the descriptions are the help.
+
+A field marked ``ARGUMENT`` is positional on the command line. Values that a user can get
+wrong are checked here, before anything expensive starts.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from schemas.tables import LOSSES
+
+ARGUMENT: Any = {"argument": True}
+
+
+def _argument(description: str) -> Any:
+    return Field(description=description, json_schema_extra=ARGUMENT)
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CorpusConfig(_Config):
+    """Which documents are read, and what happens to bad ones."""
+
+    corpus: str = _argument(
+        "File, folder or fsspec URL: .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt, .md, or a saved Hugging Face dataset."
+    )
+    text_field: str = Field("text", description="Field or column that holds the text.")
+    id_field: str | None = Field(None, description="Field with a unique document id; else file name and record number.")
+    limit: int | None = Field(None, ge=1, description="Read only the first N documents.")
+    on_bad: Literal["stop", "skip"] = Field(
+        "stop", description="A bad document stops the run, or is counted and skipped."
+    )
+
+
+class PrecomputeConfig(CorpusConfig):
+    """Run a teacher over a corpus and store its top-k rows."""
+
+    teacher: str = Field(description="Hugging Face id or folder of the teacher.")
+    out: str = Field(description="Folder or URL of the capture; the same command on it resumes.")
+    backend: Literal["hf", "vllm", "fake"] = Field("hf", description="Engine that runs the teacher.")
+    k: int = Field(64, ge=1, le=255, description="Keep at most K entries per position.")
+    min_p: float = Field(
+        0.003, ge=0.0, lt=1.0, description="Keep entries of at least this probability (and always one)."
+    )
+    max_tokens: int = Field(
+        512, ge=8, description="Most teacher tokens per sample; longer documents are cut into windows."
+    )
+    bos: Literal["auto", "always", "never"] = Field(
+        "auto", description="Show the teacher BOS first; auto: as its tokenizer does."
+    )
+    text: bool = Field(True, description="Store the text in the capture.")
+    student: str | None = Field(
+        None, description="Tokenizer of an intended student: checked on every sample while the teacher runs."
+    )
+    workers: int = Field(1, ge=1, description="Worker processes, one engine each.")
+    shard_bytes: int = Field(1 << 20, ge=1, description="Text per shard in bytes: what one crash can cost.")
+    batch_tokens: int = Field(2048, ge=1, description="Teacher tokens per forward call.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float32 on CPU, bfloat16 on GPU."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    revision: str | None = Field(None, description="Revision of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _min_p_must_leave_room(self) -> "PrecomputeConfig":
+        if self.min_p * self.k > 1 and self.min_p > 0.5:
+            raise ValueError(
+                f"min_p={self.min_p} keeps at most one entry whatever k is; use --k 1 or a smaller --min-p"
+            )
+        return self
+
+
+class ProjectConfig(_Config):
+    """Build W between a student's and a teacher's tokenizer and audit it."""
+
+    student: str = Field(description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.")
+    teacher: str = Field(description="Teacher tokenizer likewise, or a capture, whose own vocabulary is used.")
+    out: str = Field(description="Folder for w.parquet, unreached.parquet and manifest.json.")
+
+
+class AlignConfig(_Config):
+    """Align a capture with a student's tokenizer and build targets through W."""
+
+    capture: str = _argument("Capture folder or URL.")
+    student: str = Field(description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.")
+    out: str = Field(description="Folder for the targets; the same command on it resumes.")
+    w: str | None = Field(None, description="Folder written by 'xtoken project'; built when left out.")
+    losses: list[str] = Field(
+        default=["p-kl", "h-kl"], description=f"Losses the targets serve: {', '.join(LOSSES)}.", alias="for"
+    )
+    unreached: Literal["prefix", "rest", "none"] = Field(
+        "prefix", description="Mass of teacher tokens W does not reach: to the longest prefix, to REST, or dropped."
+    )
+    workers: int = Field(1, ge=1, description="Worker processes.")
+    memory_limit: str = Field("1GB", pattern=r"^\d+(\.\d+)?[KMGT]i?B$", description="Memory DuckDB may use per worker.")
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @field_validator("losses")
+    @classmethod
+    def _known_losses(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in LOSSES:
+                raise ValueError(f"loss {name!r} is unknown; choose from {', '.join(LOSSES)}")
+        return [name for name in LOSSES if name in value]
+
+
+class TrainConfig(_Config):
+    """Train a student from stored targets; no teacher is needed."""
+
+    targets: str = _argument("Folder or URL written by 'xtoken align'.")
+    student: str = Field(description="Hugging Face id or folder of the student.")
+    out: str = Field(description="Folder for checkpoints, metrics.jsonl and the trained model; reruns resume.")
+    loss: Literal["ce", "p-kl", "h-kl"] = Field("p-kl", description="Distillation loss; ce trains on the text alone.")
+    mix: Literal["fixed", "dynamic"] = Field(
+        "fixed", description="fixed: kd_weight KD + ce_weight CE; dynamic: sg(CE/KD) KD + CE."
+    )
+    kd_weight: float = Field(1.0, ge=0.0, description="Weight of KD under --mix fixed.")
+    ce_weight: float = Field(0.1, ge=0.0, description="Weight of CE under --mix fixed.")
+    uld_weight: float = Field(1.0, ge=0.0, description="H-KL: weight of the sorted L1 part.")
+    uncommon_topk: int = Field(8192, ge=1, description="H-KL: longest sorted list outside the common set.")
+    steps: int = Field(100, ge=1, description="Optimizer steps.")
+    step_tokens: int = Field(4096, ge=1, description="Student tokens per optimizer step (at least one sample).")
+    micro_tokens: int = Field(1024, ge=1, description="Padded student tokens per forward pass; the rest accumulates.")
+    max_tokens: int = Field(1024, ge=8, description="Student tokens per sample; the rest of a sample is cut off.")
+    lr: float = Field(5e-5, gt=0.0, description="Peak learning rate of AdamW.")
+    warmup: int = Field(10, ge=0, description="Steps of linear warm-up; then cosine to a tenth.")
+    weight_decay: float = Field(0.01, ge=0.0, description="AdamW weight decay on matrices.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
+    clip: float = Field(1.0, gt=0.0, description="Largest gradient norm.")
+    seed: int = Field(0, description="Seed of the sample order.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    autocast: Literal["auto", "none", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, none on CPU.")
+    save_every: int = Field(50, ge=1, description="Steps between checkpoints.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept.")
+    eval_text: str | None = Field(None, description="Held-out text or corpus file: bits per byte before and after.")
+    eval_targets: str | None = Field(
+        None, description="Held-out targets: KL to the teacher and agreement before and after."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "TrainConfig":
+        if self.mix == "fixed" and self.loss != "ce" and self.kd_weight == 0:
+            raise ValueError("kd_weight=0 trains on nothing but CE; say --loss ce for that")
+        return self
+
+
+class EvalConfig(_Config):
+    """Measure a model on held-out text and, when given, against stored teacher rows."""
+
+    model: str = _argument("Hugging Face id or folder of the model.")
+    text: str | None = Field(None, description="Held-out corpus: bits per byte.")
+    targets: str | None = Field(None, description="Held-out targets: KL to the teacher and top-1 agreement.")
+    text_field: str = Field("text", description="Field or column that holds the text.")
+    limit: int | None = Field(None, ge=1, description="Read only the first N documents.")
+    max_tokens: int = Field(1024, ge=8, description="Longest window in tokens.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _something_to_measure(self) -> "EvalConfig":
+        if self.text is None and self.targets is None:
+            raise ValueError("nothing to measure on; give --text FILE, --targets DIR, or both")
+        return self

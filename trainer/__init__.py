@@ -1,0 +1,1 @@
+"""Parquet to student: batches, losses, loop, evaluation, reports. Never imports pipeline."""
