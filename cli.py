@@ -1,1 +1,386 @@
+"""The verbs of xtoken: parse, build the configuration, call, show. Nothing else lives here.
 
+Every verb is declared by a configuration of ``schemas.config``: its fields are the flags. This is
+also the only place where the pipeline and the trainer meet.
+"""
+
+import functools
+import inspect as python_inspect
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from rich.console import Console
+from rich.table import Table
+
+from schemas.config import (
+    AlignConfig,
+    CorpusConfig,
+    DemoConfig,
+    EvalConfig,
+    PrecomputeConfig,
+    ProjectConfig,
+    TrainConfig,
+)
+from schemas.errors import XtokenError
+from schemas.progress import Bars, brief
+
+if TYPE_CHECKING:
+    from pipeline.tokens import TextTokenizer
+    from schemas.manifest import CaptureManifest, TargetManifest
+    from trainer.evaluate import EvalSample
+
+app = typer.Typer(
+    help="Distil from teachers that speak another tokenizer: capture the teacher once, train any student.\n\n"
+    "The way: precompute -> align -> train. 'xtoken demo' walks it on real models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+INTERRUPTED = 130
+C = TypeVar("C", bound=BaseModel)
+Figures = dict[str, Any]
+Verb = Callable[[Any, Bars], Figures]
+
+
+def _show(figures: Figures, as_json: bool) -> None:
+    """Print figures: one JSON object, or a table of the scalars and then each nested part."""
+    if as_json:
+        sys.stdout.write(json.dumps(figures, ensure_ascii=False, default=str) + "\n")
+        return
+    console = Console()
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    nested: dict[str, list[Figures]] = {}
+    for key, value in figures.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            nested[key] = value
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {brief(item)}" for name, item in value.items())
+        if isinstance(value, list):
+            value = "\n".join(brief(item) for item in value)
+        table.add_row(key.replace("_", " "), brief(value))
+    console.print(table)
+    for key, rows in nested.items():
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        table = Table(*(name.replace("_", " ") for name in columns), title=key.replace("_", " "), title_justify="left")
+        for row in rows:
+            table.add_row(*(brief(row.get(name, "")) for name in columns))
+        console.print(table)
+
+
+def _options(model: type[BaseModel]) -> list[python_inspect.Parameter]:
+    """One typer parameter per field of a configuration."""
+    parameters = []
+    for name, field in model.model_fields.items():
+        argument = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("argument")
+        kind: Any = field.annotation
+        default: Any = python_inspect.Parameter.empty if field.default is PydanticUndefined else field.default
+        if kind == list[str]:
+            kind, default = str, ",".join(default)
+        flag = _flag(name, field)
+        shown = f"--{flag}/--no-{flag}" if kind is bool and default is True else f"--{flag}"
+        info: Any = typer.Argument(help=field.description) if argument else typer.Option(shown, help=field.description)
+        keyword = python_inspect.Parameter.KEYWORD_ONLY
+        parameters.append(python_inspect.Parameter(name, keyword, default=default, annotation=Annotated[kind, info]))
+    # Arguments stand first on the command line whatever class declared them.
+    return sorted(parameters, key=lambda p: not isinstance(p.annotation.__metadata__[0], type(typer.Argument())))
+
+
+def _build(model: type[C], values: dict[str, Any]) -> C:
+    for name, field in model.model_fields.items():
+        if field.annotation == list[str]:
+            values[name] = [item.strip() for item in str(values[name]).split(",") if item.strip()]
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        where = (
+            f"--{_flag(name, model.model_fields[name])}: " if name in model.model_fields else f"--{name}: " * bool(name)
+        )
+        raise XtokenError(where + first["msg"].removeprefix("Value error, ")) from error
+
+
+def _flag(name: str, field: FieldInfo) -> str:
+    return (field.alias or name).replace("_", "-")
+
+
+def _guarded(work: Callable[[Bars], Figures], as_json: bool, quiet: bool) -> None:
+    """Run a verb; turn the user's errors into a message and an exit code."""
+    bars = Bars(quiet or as_json)
+    try:
+        figures = work(bars)
+    except XtokenError as error:
+        bars.finish()
+        _complain(str(error), type(error).__name__, as_json)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        bars.finish()
+        _complain("interrupted; what was committed stays, the same command resumes", "Interrupted", as_json)
+        raise typer.Exit(INTERRUPTED) from error
+    bars.finish()
+    _show(figures, as_json)
+
+
+def _complain(message: str, kind: str, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps({"error": message, "kind": kind}) + "\n")
+    Console(stderr=True, soft_wrap=True).print("[red]error:[/red]", end=" ")
+    sys.stderr.write(message + "\n")
+
+
+JSON_FLAG = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")]
+QUIET_FLAG = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+
+class verb:  # noqa: N801 - used as a decorator
+    """Register a function of (configuration, bars) as a verb whose flags are the configuration's fields."""
+
+    def __init__(self, model: type[BaseModel], example: str) -> None:
+        self.model, self.example = model, example
+
+    def __call__(self, function: Verb) -> Verb:
+        keyword = python_inspect.Parameter.KEYWORD_ONLY
+        parameters = _options(self.model)
+        for name, flag in (("as_json", JSON_FLAG), ("quiet", QUIET_FLAG)):
+            parameters.append(python_inspect.Parameter(name, keyword, default=False, annotation=flag))
+        command: Any = functools.partial(_run_verb, function, self.model)
+        command.__signature__ = python_inspect.Signature(parameters)
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        text = f"{self.model.__doc__}\n\nExample: {self.example}"
+        app.command(function.__name__.removeprefix("run_"), help=text)(command)
+        return function
+
+
+def _run_verb(function: Verb, model: type[BaseModel], /, **values: Any) -> None:
+    as_json, quiet = values.pop("as_json"), values.pop("quiet")
+    _guarded(lambda bars: function(_build(model, values), bars), as_json, quiet)
+
+
+@verb(PrecomputeConfig, "xtoken precompute corpus.jsonl.zst --teacher Qwen/Qwen3-4B --backend vllm --out capture")
+def run_precompute(config: PrecomputeConfig, bars: Bars) -> Figures:
+    """Capture a teacher's rows over a corpus."""
+    from pipeline.capture import precompute
+
+    began = time.monotonic()
+    manifest = precompute(config, bars)
+    return capture_figures(manifest) | {"seconds": round(time.monotonic() - began, 1), "out": config.out}
+
+
+def capture_figures(manifest: "CaptureManifest") -> Figures:
+    """What a capture holds, in numbers."""
+    tokens = sum(part.tokens for part in manifest.parts)
+    file_bytes = sum(part.file_bytes for part in manifest.parts)
+    return {
+        "samples": sum(part.samples for part in manifest.parts),
+        "tokens": tokens,
+        "rows": sum(part.rows for part in manifest.parts),
+        "entries_per_row": sum(part.entries for part in manifest.parts) / max(sum(p.rows for p in manifest.parts), 1),
+        "text_bytes": sum(part.text_bytes for part in manifest.parts),
+        "bytes_per_token": file_bytes / max(tokens, 1),
+        "bad_documents": dict(manifest.corpus.bad),
+        "teacher": f"{manifest.teacher.model} ({manifest.teacher.backend})",
+    }
+
+
+@verb(ProjectConfig, "xtoken project --student HuggingFaceTB/SmolLM2-135M --teacher capture --out w")
+def run_project(config: ProjectConfig, bars: Bars) -> Figures:
+    """Build W and print its coverage."""
+    from pipeline.project import project
+
+    return {**project(config, bars).coverage, "out": config.out}
+
+
+@verb(AlignConfig, "xtoken align capture --student HuggingFaceTB/SmolLM2-135M --out targets --for p-kl,h-kl")
+def run_align(config: AlignConfig, bars: Bars) -> Figures:
+    """Align a capture with a student's tokenizer."""
+    from pipeline.align import align
+
+    began = time.monotonic()
+    manifest = align(config, bars)
+    return target_figures(manifest) | {"seconds": round(time.monotonic() - began, 1), "out": config.out}
+
+
+def target_figures(manifest: "TargetManifest") -> Figures:
+    """What a target folder holds, in numbers; every count of the parts is summed."""
+    counts: dict[str, int] = {}
+    for part in manifest.parts:
+        for name, value in part.counts.items():
+            counts[name] = counts.get(name, 0) + value
+    tokens = sum(part.tokens for part in manifest.parts)
+    return {
+        "samples": sum(part.samples for part in manifest.parts),
+        "student_tokens": tokens,
+        "bytes_per_token": sum(part.file_bytes for part in manifest.parts) / max(tokens, 1),
+        "share_of_1_1_chunks": counts.get("chunks_1_1", 0) / max(counts.get("chunks", 0), 1),
+        "losses": ",".join(manifest.losses),
+        **counts,
+    }
+
+
+@verb(TrainConfig, "xtoken train targets --student HuggingFaceTB/SmolLM2-135M --loss p-kl --out run")
+def run_train(config: TrainConfig, bars: Bars) -> Figures:
+    """Train a student from targets alone."""
+    from pipeline.tokens import load_tokenizer
+    from trainer.loop import train
+
+    tokenizer = load_tokenizer(config.tokenizer or config.student, trust_remote_code=config.trust_remote_code)
+    samples = eval_samples(config.eval_text, tokenizer, config.max_tokens) if config.eval_text else []
+    return train(config, tokenizer.table.info, samples, bars)
+
+
+@verb(EvalConfig, "xtoken eval run/model --text held-out.jsonl --targets held-out-targets")
+def run_eval(config: EvalConfig, bars: Bars) -> Figures:
+    """Measure a model."""
+    from pipeline.tokens import load_tokenizer
+    from trainer.evaluate import evaluate
+
+    tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
+    samples = []
+    if config.text:
+        samples = eval_samples(config.text, tokenizer, config.max_tokens, config.text_field, config.limit)
+    return dict(evaluate(config, tokenizer.table.info, samples, bars))
+
+
+def eval_samples(
+    text: str, tokenizer: "TextTokenizer", max_tokens: int, text_field: str = "text", limit: int | None = None
+) -> "list[EvalSample]":
+    """Tokenize a held-out corpus for the evaluator, windows cut as at capture."""
+    from pipeline.corpus import Corpus, windows
+    from trainer.evaluate import EvalSample
+
+    corpus = Corpus(CorpusConfig(corpus=text, text_field=text_field, limit=limit))
+    samples = []
+    for document in corpus.documents():
+        for window in windows(document, tokenizer, max_tokens):
+            encoded = window.encoded
+            ends = encoded.ends
+            samples.append(EvalSample(encoded.ids, int(ends[-1]), int(ends[0])))
+    return samples
+
+
+@app.command("inspect")
+def run_inspect(
+    path: Annotated[str, typer.Argument(help="Folder or URL of a capture, projection, targets or run.")],
+    as_json: JSON_FLAG = False,
+    quiet: QUIET_FLAG = False,
+) -> None:
+    """Say what a folder is: counts, bytes per token, three samples.
+
+    Example: xtoken inspect capture
+    """
+    from pipeline.store import inspect
+
+    _guarded(lambda _: inspect(path), as_json, quiet)
+
+
+@app.command("verify")
+def run_verify(
+    path: Annotated[str, typer.Argument(help="Folder or URL of a capture or targets.")],
+    as_json: JSON_FLAG = False,
+    quiet: QUIET_FLAG = False,
+) -> None:
+    """Check every file's sha256, schema, counts and row invariants; exit code 3 when something is wrong.
+
+    Example: xtoken verify capture
+    """
+    from pipeline.store import verify
+
+    _guarded(lambda _: verify(path), as_json, quiet)
+
+
+HERE = Path(__file__).resolve().parent
+MODELS = HERE / ".cache" / "models"
+TEXTS = HERE / "examples" / "data"
+
+
+@verb(DemoConfig, "xtoken demo --out demo-run")
+def run_demo(config: DemoConfig, bars: Bars) -> Figures:
+    """Walk the whole way on real models and compare P-KL with CE alone."""
+    began = time.monotonic()
+    teacher = config.teacher or str(MODELS / "gemma-3-270m")
+    student = config.student or str(MODELS / "smollm2-135m")
+    for source in (teacher, student):
+        if source.startswith(str(MODELS)) and not Path(source).is_dir():
+            raise XtokenError(f"{source} does not exist: 'make demo' in a clone prepares the demo's models")
+    out = config.out
+    say = Console(stderr=True, highlight=False, soft_wrap=True).print
+    captures = {}
+    for name, text, tokens in (("train", "moby-dick.jsonl", 512), ("held-out", "moby-dick-held-out.jsonl", 512)):
+        capture, targets = f"{out}/capture-{name}", f"{out}/targets-{name}"
+        flags = {
+            "corpus": str(TEXTS / text),
+            "teacher": teacher,
+            "out": capture,
+            "max_tokens": tokens,
+            "shard_bytes": 1 << 15,
+        }
+        captures[name] = _step(say, run_precompute, PrecomputeConfig, flags, bars)
+        if name == "train":
+            _step(say, run_project, ProjectConfig, {"student": student, "teacher": capture, "out": f"{out}/w"}, bars)
+        flags = {"capture": capture, "student": student, "out": targets, "w": f"{out}/w", "losses": "p-kl"}
+        captures[name] |= {f"align_{k}": v for k, v in _step(say, run_align, AlignConfig, flags, bars).items()}
+    measure = {"eval_text": str(TEXTS / "moby-dick-held-out.jsonl"), "eval_targets": f"{out}/targets-held-out"}
+    runs = {}
+    for loss, weights in (("p-kl", {"kd_weight": 1.0, "ce_weight": 1.0}), ("ce", {})):
+        flags = {"targets": f"{out}/targets-train", "student": student, "out": f"{out}/run-{loss}", "loss": loss}
+        flags |= {"steps": config.steps, "step_tokens": 512, "micro_tokens": 512, "warmup": 5, **weights, **measure}
+        runs[loss] = _step(say, run_train, TrainConfig, flags, bars)
+    return _demo_table(out, captures, runs, time.monotonic() - began)
+
+
+def _step(
+    say: Callable[..., None], run: Callable[[Any, Bars], Figures], model: type[C], flags: Figures, bars: Bars
+) -> Figures:
+    """Say the command that does the same, then do it."""
+    names = {name: _flag(name, field) for name, field in model.model_fields.items()}
+    words = [str(v) for k, v in flags.items() if k in ("corpus", "capture", "targets")]
+    words += [
+        w for k, v in flags.items() if k not in ("corpus", "capture", "targets") for w in (f"--{names[k]}", str(v))
+    ]
+    if not bars.quiet:
+        say(f"$ xtoken {run.__name__.removeprefix('run_')} {shlex.join(words)}", style="bold")
+    return run(_build(model, dict(flags)), bars)
+
+
+def _demo_table(out: str, captures: Figures, runs: Figures, seconds: float) -> Figures:
+    """The demo's figures: one row per model on the held-out chapter."""
+    from trainer.report.loss_plot import plot_losses
+
+    train = captures["train"]
+    plot_losses({loss: f"{out}/run-{loss}" for loss in runs}, f"{out}/loss.png")
+    names = ("bits_per_byte", "kl", "top1_agreement")
+    before = runs["ce"]["before"]
+    rows = [{"model": "teacher", "bits_per_byte": before["teacher_bits_per_byte"]}]
+    rows.append({"model": "student before"} | {name: before[name] for name in names})
+    for loss, run in runs.items():
+        rows.append({"model": f"student after {loss}"} | {name: run["after"][name] for name in names})
+    return {
+        "tokens_captured": train["tokens"],
+        "tokens_per_second": train["tokens"] / train["seconds"],
+        "bytes_per_token": train["bytes_per_token"],
+        "entries_per_row": train["entries_per_row"],
+        "share_of_1_1_chunks": train["align_share_of_1_1_chunks"],
+        "training_steps": runs["ce"]["steps"],
+        "minutes": seconds / 60,
+        "plot": f"{out}/loss.png",
+        "held_out": rows,
+    }
+
+
+def main() -> None:
+    """Entry point of ``python cli.py``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,7 @@ class CorpusConfig(_Config):
     """Which documents are read, and what happens to bad ones."""
 
     corpus: str = _argument(
-        "File, folder or fsspec URL: .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt, .md, or a saved Hugging Face dataset."
+        "File, folder or fsspec URL: .jsonl[.zst|.gz], .parquet, .txt, .md, or a saved Hugging Face dataset."
     )
     text_field: str = Field("text", description="Field or column that holds the text.")
     id_field: str | None = Field(None, description="Field with a unique document id; else file name and record number.")
@@ -113,6 +113,7 @@ class TrainConfig(_Config):
 
     targets: str = _argument("Folder or URL written by 'xtoken align'.")
     student: str = Field(description="Hugging Face id or folder of the student.")
+    tokenizer: str | None = Field(None, description="Tokenizer of a student whose folder holds none, such as 'bytes'.")
     out: str = Field(description="Folder for checkpoints, metrics.jsonl and the trained model; reruns resume.")
     loss: Literal["ce", "p-kl", "h-kl"] = Field("p-kl", description="Distillation loss; ce trains on the text alone.")
     mix: Literal["fixed", "dynamic"] = Field(
@@ -153,6 +154,7 @@ class EvalConfig(_Config):
     """Measure a model on held-out text and, when given, against stored teacher rows."""
 
     model: str = _argument("Hugging Face id or folder of the model.")
+    tokenizer: str | None = Field(None, description="Tokenizer of a model whose folder holds none, such as 'bytes'.")
     text: str | None = Field(None, description="Held-out corpus: bits per byte.")
     targets: str | None = Field(None, description="Held-out targets: KL to the teacher and top-1 agreement.")
     text_field: str = Field("text", description="Field or column that holds the text.")
@@ -166,3 +168,12 @@ class EvalConfig(_Config):
         if self.text is None and self.targets is None:
             raise ValueError("nothing to measure on; give --text FILE, --targets DIR, or both")
         return self
+
+
+class DemoConfig(_Config):
+    """Walk the whole way on real models: capture, W, align, train with P-KL and with CE alone, compare."""
+
+    out: str = Field("demo-run", description="Folder for everything the demo writes; a rerun resumes.")
+    teacher: str | None = Field(None, description="Teacher; by default the Gemma-3-270m that 'make demo' prepares.")
+    student: str | None = Field(None, description="Student; by default the SmolLM2-135M that 'make demo' prepares.")
+    steps: int = Field(30, ge=1, description="Optimizer steps of each run.")

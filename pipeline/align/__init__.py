@@ -1,1 +1,18 @@
-"""TODO."""
+"""Stage 6: chunks in bytes, and each loss's targets in the student's terms."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from schemas.config import AlignConfig
+    from schemas.manifest import TargetManifest
+    from schemas.progress import Progress
+
+
+def align(config: "AlignConfig", progress: "Progress") -> "TargetManifest":
+    """See ``pipeline.align.run.align``; numba is imported here and not with the package."""
+    from pipeline.align.run import align as run
+
+    return run(config, progress)
+
+
+__all__ = ["align"]

@@ -1,1 +1,7 @@
-"""TODO."""
+"""Stage 1: documents with stable ids, and windows of them."""
+
+from pipeline.corpus.corpus import Corpus, Document
+from pipeline.corpus.listing import CorpusFile
+from pipeline.corpus.windows import Window, windows
+
+__all__ = ["Corpus", "CorpusFile", "Document", "Window", "windows"]

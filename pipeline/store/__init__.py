@@ -1,1 +1,37 @@
-"""TODO."""
+"""What lies on disk: the codec, Parquet files, commit records, and checks of all three."""
+
+from pipeline.store.codec import NO_REST, STEP, Packed, Unpacked, decode, encode
+from pipeline.store.files import DiskFull, Folder, StopRun
+from pipeline.store.inspect import inspect
+from pipeline.store.publish import Figures, clean, commit, committed, data_name, publish_part
+from pipeline.store.reader import iter_capture, iter_parquet, load_vocab, read_table
+from pipeline.store.verify import verify
+from pipeline.store.writer import Sample, capture_batch, list_column, write_parquet
+
+__all__ = [
+    "NO_REST",
+    "STEP",
+    "DiskFull",
+    "Figures",
+    "Folder",
+    "Packed",
+    "Sample",
+    "StopRun",
+    "Unpacked",
+    "capture_batch",
+    "clean",
+    "commit",
+    "committed",
+    "data_name",
+    "decode",
+    "encode",
+    "inspect",
+    "iter_capture",
+    "iter_parquet",
+    "list_column",
+    "load_vocab",
+    "publish_part",
+    "read_table",
+    "verify",
+    "write_parquet",
+]

@@ -1,1 +1,92 @@
-"""TODO."""
+"""Figures about a model: bits per byte on held-out text, nearness to the teacher on held-out targets."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from schemas.config import EvalConfig
+from schemas.errors import XtokenError
+from schemas.manifest import TokenizerInfo
+from schemas.progress import Progress
+from trainer.evaluate.samples import EvalSample
+
+if TYPE_CHECKING:
+    from trainer.step import Student
+    from trainer.targets import Targets
+
+__all__ = ["EvalSample", "evaluate", "held_out_targets", "measure_student"]
+
+
+def evaluate(
+    config: EvalConfig, tokenizer: TokenizerInfo, samples: Sequence[EvalSample], progress: Progress
+) -> dict[str, float]:
+    """Measure ``config.model`` on ``samples`` and, when given, ``config.targets``.
+
+    Returns:
+        See ``measure_student``.
+
+    Raises:
+        XtokenError: the model cannot be loaded, does not fit the tokenizer, or the targets do not fit either.
+    """
+    from trainer.model import check_context, check_width, head_width, load_student, pick_autocast, pick_device
+    from trainer.step import Student
+
+    device = pick_device(config.device)
+    targets = held_out_targets(config.targets, tokenizer) if config.targets else None
+    model = load_student(config.model, device, config.trust_remote_code)
+    check_width(model, _needed_width(samples, targets), config.model)
+    check_context(model, config.max_tokens, config.model)
+    vocabulary = min(tokenizer.size, head_width(model))
+    student = Student(model, device, pick_autocast("auto", device), vocabulary)
+    return measure_student(student, tokenizer, samples, targets, config.max_tokens, progress)
+
+
+def _needed_width(samples: Sequence[EvalSample], targets: "Targets | None") -> int:
+    ids = max((int(sample.ids.max()) + 1 for sample in samples if len(sample.ids)), default=0)
+    return max(ids, targets.needed_width if targets else 0)
+
+
+def held_out_targets(root: str, tokenizer: TokenizerInfo) -> "Targets":
+    """Open targets to compare with the teacher.
+
+    Raises:
+        XtokenError: they serve no P-KL, or another student's tokenizer.
+    """
+    from trainer.targets import Targets
+
+    targets = Targets(root)
+    targets.require("p-kl")
+    targets.require_student(tokenizer)
+    return targets
+
+
+def measure_student(
+    student: "Student",
+    tokenizer: TokenizerInfo,
+    samples: Sequence[EvalSample],
+    targets: "Targets | None",
+    max_tokens: int,
+    progress: Progress,
+) -> dict[str, float]:
+    """Figures of a loaded student.
+
+    Returns:
+        With samples ``bits_per_byte`` over predicted tokens and ``bytes``; with targets ``kl`` (mean P-KL per chunk,
+        nats), ``top1_agreement`` (share), ``chunks`` and ``teacher_bits_per_byte``.
+
+    Raises:
+        XtokenError: there is nothing to measure on.
+    """
+    from trainer.evaluate.agreement import agreement
+    from trainer.evaluate.bits_per_byte import bits_per_byte
+
+    if not samples and targets is None:
+        raise XtokenError("the held-out text holds no tokens; give a longer one")
+    training = student.model.training
+    student.model.eval()
+    figures: dict[str, float] = {}
+    if samples:
+        figures |= bits_per_byte(student, tokenizer, samples, progress)
+    if targets is not None:
+        figures |= agreement(student, tokenizer, targets, max_tokens, progress)
+    student.model.train(training)
+    return figures

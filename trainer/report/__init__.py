@@ -1,1 +1,1 @@
-"""TODO."""
+"""Plots that read metrics only."""

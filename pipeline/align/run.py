@@ -1,0 +1,153 @@
+"""Align: a capture and a student become targets that a trainer reads without teacher or capture."""
+
+import json
+from typing import Any
+
+from pipeline.align.stage import AlignJob, read_part, refuse_other_tokenizer
+from pipeline.capture.executor import LocalExecutor
+from pipeline.project.build import build_w
+from pipeline.project.files import read_projection, write_table, write_tables
+from pipeline.project.projection import Projection
+from pipeline.store import Folder, clean, committed, load_vocab
+from pipeline.tokens import TokenTable, load_tokenizer
+from schemas.config import AlignConfig
+from schemas.errors import IncompleteRun, XtokenError
+from schemas.manifest import (
+    MANIFEST,
+    CaptureManifest,
+    Part,
+    TargetManifest,
+    content_hash,
+    digest,
+    provenance,
+    read_manifest,
+)
+from schemas.progress import Progress
+
+RUN_FILE = "align.json"
+STUDENT_VOCAB_FILE = "student_vocab.parquet"
+
+
+def align(config: AlignConfig, progress: Progress) -> TargetManifest:
+    """Build the targets of every part of a capture; what is committed already is kept.
+
+    Raises:
+        XtokenError: the capture is not complete or has no text, W belongs to other tokenizers, or the output
+            folder belongs to another run (the message names what differs).
+        IncompleteRun: parts failed three times; the others are committed.
+    """
+    capture = _complete_capture(config.capture)
+    student = load_tokenizer(config.student).table
+    projection = _projection(config, student, capture)
+    settings = _settings(config, capture, projection)
+    _claim(config.out, settings)
+    if Folder(config.out).exists(MANIFEST):
+        return read_manifest(config.out, TargetManifest)
+    _refuse_without_text(config, capture)
+    files = write_tables(config.out, projection)
+    files[STUDENT_VOCAB_FILE] = write_table(config.out, STUDENT_VOCAB_FILE, student.to_tables()[0])
+    job = AlignJob(config, projection, capture.codec.step, capture.tokenizer.eos_id)
+    parts = _run(job, capture, progress)
+    manifest = TargetManifest(
+        **provenance(),
+        files=files,
+        parts=parts,
+        capture_hash=content_hash(capture),
+        teacher=capture.teacher,
+        teacher_tokenizer=capture.tokenizer,
+        student=student.info,
+        w_hash=projection.hash,
+        losses=config.losses,
+        unreached=config.unreached,
+        run_hash=digest(settings),
+    )
+    Folder(config.out).replace(MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
+    return manifest
+
+
+def _complete_capture(root: str) -> CaptureManifest:
+    manifest = read_manifest(root, CaptureManifest)
+    if manifest.set_aside:
+        raise XtokenError(
+            f"{root} is not complete: shards {sorted(manifest.set_aside)} failed; run its precompute command again"
+        )
+    return manifest
+
+
+def _projection(config: AlignConfig, student: TokenTable, capture: CaptureManifest) -> Projection:
+    """W from its folder, if it was built for these two tokenizers, or built now."""
+    if config.w is None:
+        return build_w(student, load_vocab(config.capture))
+    projection = read_projection(config.w)
+    refuse_other_tokenizer("student", student.info, projection.student)
+    refuse_other_tokenizer("teacher", capture.tokenizer, projection.teacher)
+    return projection
+
+
+def _settings(config: AlignConfig, capture: CaptureManifest, projection: Projection) -> dict[str, Any]:
+    """Everything that decides what the targets hold."""
+    return {
+        "capture": content_hash(capture),
+        "student": projection.student.hash,
+        "w": projection.hash,
+        "for": config.losses,
+        "unreached": config.unreached,
+    }
+
+
+def _claim(root: str, settings: dict[str, Any]) -> None:
+    """Record whose run this folder is, or refuse when it is another's."""
+    folder = Folder(root)
+    folder.make("")
+    foreign = [name for name in folder.names() if not name.endswith(".tmp")]
+    if foreign and not folder.exists(RUN_FILE):
+        raise XtokenError(f"{root} holds {foreign[0]} and no {RUN_FILE}: no align run wrote it; give another --out")
+    if folder.create(RUN_FILE, json.dumps(settings, indent=1).encode() + b"\n"):
+        return
+    found = json.loads(folder.read(RUN_FILE))
+    differing = [name for name in settings if found.get(name) != settings[name]]
+    if differing:
+        listed = ", ".join(
+            f"{name}: {_short(found.get(name))} there, {_short(settings[name])} now" for name in differing
+        )
+        raise XtokenError(f"{root} belongs to another align run ({listed}); give another --out, or remove that folder")
+
+
+def _short(value: Any) -> str:
+    text = "+".join(value) if isinstance(value, list) else str(value)
+    return text[:12]
+
+
+def _refuse_without_text(config: AlignConfig, capture: CaptureManifest) -> None:
+    """Look at one batch before any worker starts."""
+    for part in capture.parts[:1]:
+        next(read_part(config.capture, part.index, config.memory_limit, None), None)
+
+
+def _run(job: AlignJob, capture: CaptureManifest, progress: Progress) -> list[Part]:
+    """All parts, in order: those committed before and those built now."""
+    out = job.config.out
+    clean(out)
+    done = committed(out)
+    progress.start("align", sum(part.tokens for part in capture.parts), "tokens")
+    tokens = {part.index: part.tokens for part in capture.parts}
+    progress.advance(sum(tokens[index] for index in done))
+    waiting = [index for index in tokens if index not in done]
+    on_part = _Advance(progress, tokens)
+    failed = LocalExecutor(job.config.workers).run(job, waiting, on_part) if waiting else {}
+    progress.finish()
+    if failed:
+        listed = "; ".join(f"part {index}: {error.splitlines()[-1]}" for index, error in failed.items())
+        raise IncompleteRun(f"{len(failed)} parts of {out} failed ({listed}); the same command resumes")
+    return list(committed(out).values())
+
+
+class _Advance:
+    """Tells progress of each finished part, in the capture's tokens."""
+
+    def __init__(self, progress: Progress, tokens: dict[int, int]) -> None:
+        self._progress = progress
+        self._tokens = tokens
+
+    def __call__(self, part: Part) -> None:
+        self._progress.advance(self._tokens[part.index], chunks=part.counts.get("chunks", 0))

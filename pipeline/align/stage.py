@@ -1,0 +1,171 @@
+"""One part of a capture to one part of targets: DuckDB reads, the student encodes, the kernels build.
+
+The kernels are fed Arrow batches rather than registered as DuckDB functions: a chunk's target needs the student's
+tokens, which come from Python anyway, so a function inside the query would add a second crossing and save none.
+Memory stays bounded by the batch (32 samples) and by DuckDB's own limit, whatever the corpus.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.align.checks import check_samples, check_targets
+from pipeline.align.queries import query
+from pipeline.align.targets import Maps, join, target_batch
+from pipeline.project.projection import Projection, Unreached
+from pipeline.store.checks import flat
+from pipeline.store.files import Folder, StopRun
+from pipeline.store.publish import data_name, publish_part
+from pipeline.store.verify import TargetCheck
+from pipeline.store.writer import ROW_GROUP, write_parquet
+from pipeline.tokens import Encoded, TextTokenizer, load_tokenizer
+from schemas.config import AlignConfig
+from schemas.errors import VerificationError, XtokenError
+from schemas.manifest import Part, TokenizerInfo
+from schemas.tables import targets
+
+
+@dataclass(frozen=True)
+class AlignJob:
+    """What a worker process needs; small enough to send, W is in arrays.
+
+    Attributes:
+        step: the capture codec's unit in nats.
+        teacher_eos: the teacher's eos id.
+    """
+
+    config: AlignConfig
+    projection: Projection
+    step: float
+    teacher_eos: int | None
+
+    def open(self) -> "AlignWorker":
+        """Load the student's tokenizer and prepare W.
+
+        Raises:
+            XtokenError: the tokenizer is no longer the one W was built for.
+        """
+        tokenizer = load_tokenizer(self.config.student)
+        refuse_other_tokenizer("student", tokenizer.table.info, self.projection.student)
+        unreached: Unreached = self.config.unreached
+        return AlignWorker(self, tokenizer, Maps.of(self.projection, unreached))
+
+
+def refuse_other_tokenizer(side: str, found: TokenizerInfo, wanted: TokenizerInfo) -> None:
+    """Raise XtokenError unless both are the same tokenizer by hash."""
+    if found.hash != wanted.hash:
+        raise XtokenError(
+            f"the {side} tokenizer {found.name} ({found.hash[:12]}) is not the one W was built for, "
+            f"{wanted.name} ({wanted.hash[:12]}); build W for this pair with 'xtoken project', or leave --w out"
+        )
+
+
+@dataclass(frozen=True)
+class AlignWorker:
+    """Builds target parts; part n of the targets is part n of the capture."""
+
+    job: AlignJob
+    tokenizer: TextTokenizer
+    maps: Maps
+
+    def run(self, shard: int, attempt: int) -> Part:
+        """Build, publish and commit one part; the attempt's number does not enter its content.
+
+        Raises:
+            XtokenError: the capture part cannot be read within the memory limit, or holds no text.
+        """
+        del attempt
+        config = self.job.config
+        return publish_part(config.out, shard, partial(self._write, shard), TargetCheck(config.losses))
+
+    def _write(self, shard: int, url: str) -> dict[str, int]:
+        counts: Counter[str] = Counter(samples_skipped=0)
+        write_parquet(url, targets(self.job.config.losses), self._batches(shard, counts))
+        return dict(counts)
+
+    def _batches(self, shard: int, counts: Counter[str]) -> Iterator[pa.RecordBatch]:
+        config = self.job.config
+        eos_id = self.tokenizer.table.info.eos_id
+        for batch in read_part(config.capture, shard, config.memory_limit, self.job.teacher_eos):
+            _refuse_foreign_ids(batch, self.job.projection.teacher.size)
+            encoded = encode(self.tokenizer, batch)
+            samples = join(batch, encoded, eos_id)
+            check_samples(batch, samples)
+            found, figures = target_batch(batch, samples, self.maps, config.losses, self.job.step)
+            check_targets(found, self.tokenizer.table.size, self.job.projection.teacher.size)
+            counts.update(figures)
+            counts["samples_skipped"] += batch.num_rows - len(samples)
+            yield found
+
+
+def _refuse_foreign_ids(batch: pa.RecordBatch, size: int) -> None:
+    """Raise VerificationError when a kept id is outside the teacher's vocabulary (compiled loops do not look)."""
+    ids = flat(batch, "topk_ids")
+    if len(ids) and (ids.min() < 0 or ids.max() >= size):
+        raise VerificationError(
+            f"the part of sample {batch['sample_id'][0].as_py()!r} has a kept id outside 0 to {size - 1}; "
+            "'xtoken verify' on the capture lists what is damaged"
+        )
+
+
+def read_part(capture: str, part: int, memory_limit: str, eos_id: int | None) -> Iterator[pa.RecordBatch]:
+    """Batches of ``sql/read_part.sql`` in file order, within a memory limit.
+
+    Raises:
+        StopRun: the part needs more memory than the limit, or holds no text.
+        XtokenError: the part is missing or damaged.
+    """
+    import duckdb
+
+    folder = Folder(capture)
+    path = folder.url(data_name(part))
+    try:
+        with duckdb.connect(config={"memory_limit": memory_limit, "threads": 1, "temp_directory": ""}) as connection:
+            if not folder.local:
+                connection.register_filesystem(folder.fs)
+            found: Any = connection.sql(query("read_part"), params={"path": path, "eos_id": eos_id})
+            for batch in found.to_arrow_reader(ROW_GROUP):
+                yield with_text(batch, capture)
+    except duckdb.OutOfMemoryException as error:
+        raise StopRun(
+            f"part {part} of {capture} does not fit --memory-limit {memory_limit}; give more, or capture with a "
+            "smaller --shard-bytes"
+        ) from error
+    except duckdb.Error as error:
+        raise XtokenError(
+            f"{path} cannot be read ({error}); 'xtoken verify {capture}' lists what is damaged"
+        ) from error
+
+
+def with_text(batch: pa.RecordBatch, capture: str) -> pa.RecordBatch:
+    """The batch itself; XtokenError when its text was not stored."""
+    if batch["text"].null_count:
+        raise StopRun(
+            f"{capture} was captured with --no-text, and align needs the text to tokenize it for the student; "
+            "capture it again without --no-text"
+        )
+    return batch
+
+
+def encode(tokenizer: TextTokenizer, batch: pa.RecordBatch) -> list[Encoded | None]:
+    """The student's tokens of each sample, in the bytes of the stored text; None where that cannot be.
+
+    A sample closes with eos when its document does, as ``complete`` of the capture says.
+    """
+    texts, completes = batch["text"].to_pylist(), batch["complete"].to_pylist()
+    try:
+        found: list[Encoded | None] = list(tokenizer.encode_batch(texts, completes, keep_text=True))
+    except XtokenError:
+        found = [_encode_one(tokenizer, text, complete) for text, complete in zip(texts, completes, strict=True)]
+    return [one if one is not None and one.text == text else None for one, text in zip(found, texts, strict=True)]
+
+
+def _encode_one(tokenizer: TextTokenizer, text: str, complete: bool) -> Encoded | None:
+    try:
+        return tokenizer.encode(text, complete=complete, keep_text=True)
+    except XtokenError:
+        return None

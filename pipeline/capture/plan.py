@@ -1,0 +1,261 @@
+"""The plan: the ordered list of shards, each a fixed slice of the corpus. Written once, then hashed.
+
+Same corpus and options, same plan. A worker reads its slice again and compares it with the plan,
+so that a corpus that changes under a run stops it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.corpus import Corpus, Document
+from pipeline.store import Folder, StopRun
+from schemas.config import CorpusConfig
+from schemas.errors import VerificationError, XtokenError
+from schemas.manifest import CorpusInfo, digest
+from schemas.progress import Progress
+
+PLAN_FILE = "plan.json"
+# What decides which documents there are, in which order and under which ids.
+_OPTIONS = ("text_field", "id_field", "limit", "on_bad")
+
+
+class Shard(BaseModel):
+    """``documents`` good documents from record ``record`` of file ``file`` on; it may run into later files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    index: int
+    file: int
+    record: int
+    documents: int
+    text_bytes: int
+    sha256: str
+
+
+class Plan(BaseModel):
+    """All shards of one corpus, and the files they came from as (name, bytes)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    corpus: CorpusInfo
+    files: list[tuple[str, int]]
+    shard_bytes: int
+    shards: list[Shard]
+
+    @property
+    def hash(self) -> str:
+        """Identity of the plan; where the corpus lies plays no part."""
+        return digest([self.corpus.hash, self.corpus.options, [shard.model_dump() for shard in self.shards]])
+
+
+class _Hasher:
+    """sha256 over documents: ids and texts, each preceded by its length."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self.documents = 0
+        self.text_bytes = 0
+
+    def add(self, document: Document) -> int:
+        """Add one document; returns its text's bytes."""
+        text = document.text.encode()
+        for part in (document.id.encode(), text):
+            self._sha256.update(len(part).to_bytes(8, "little"))
+            self._sha256.update(part)
+        self.documents += 1
+        self.text_bytes += len(text)
+        return len(text)
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def make_plan(config: CorpusConfig, shard_bytes: int, progress: Progress) -> Plan:
+    """Read the corpus once and cut it into shards that close at ``shard_bytes`` of text.
+
+    Raises:
+        XtokenError: the corpus is missing, empty, or has a bad document under ``--on-bad stop``.
+    """
+    corpus = Corpus(config)
+    files = [(file.name, file.size) for file in corpus.files]
+    whole, shards = _Hasher(), []
+    progress.start("plan", None, "bytes")
+    for shard in _cut(corpus, shard_bytes, whole):
+        shards.append(shard)
+        progress.advance(shard.text_bytes, documents=whole.documents)
+    progress.finish()
+    if not shards:
+        raise XtokenError(
+            f"{config.corpus} has no usable document (bad: {dict(corpus.bad)}); check --text-field and the path"
+        )
+    info = CorpusInfo(
+        source=config.corpus,
+        hash=whole.hexdigest(),
+        documents=whole.documents,
+        text_bytes=whole.text_bytes,
+        bad=dict(sorted(corpus.bad.items())),
+        options=_options(config),
+    )
+    return Plan(corpus=info, files=files, shard_bytes=shard_bytes, shards=shards)
+
+
+def _options(config: CorpusConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in _OPTIONS}
+
+
+def _cut(corpus: Corpus, shard_bytes: int, whole: _Hasher) -> Iterator[Shard]:
+    index, part = 0, _Hasher()
+    first: Document | None = None
+    for document in corpus.documents():
+        first = first or document
+        whole.add(document)
+        part.add(document)
+        if part.text_bytes >= shard_bytes:
+            yield _shard(index, first, part)
+            index, part, first = index + 1, _Hasher(), None
+    if first is not None:
+        yield _shard(index, first, part)
+
+
+def _shard(index: int, first: Document, part: _Hasher) -> Shard:
+    return Shard(
+        index=index,
+        file=first.file,
+        record=first.record,
+        documents=part.documents,
+        text_bytes=part.text_bytes,
+        sha256=part.hexdigest(),
+    )
+
+
+def load_plan(folder: Folder) -> Plan | None:
+    """The plan written earlier, or None.
+
+    Raises:
+        VerificationError: plan.json is damaged.
+    """
+    try:
+        return Plan.model_validate(json.loads(folder.read(PLAN_FILE)))
+    except FileNotFoundError:
+        return None
+    except (ValidationError, ValueError) as error:
+        raise VerificationError(
+            f"{folder.url(PLAN_FILE)} is damaged ({error}); remove the whole folder and capture again"
+        ) from error
+
+
+def settle_plan(folder: Folder, config: CorpusConfig, shard_bytes: int, progress: Progress) -> Plan:
+    """The folder's plan, made and written on the first run, checked against the options on later ones.
+
+    Raises:
+        XtokenError: the corpus options or the shard size are not those of the plan.
+    """
+    plan = load_plan(folder)
+    if plan is None:
+        plan = make_plan(config, shard_bytes, progress)
+        folder.create(PLAN_FILE, plan.model_dump_json(indent=1).encode() + b"\n")
+        return plan
+    _check_options(folder.root, plan, config, shard_bytes)
+    return plan
+
+
+def check_files(root: str, plan: Plan, config: CorpusConfig) -> None:
+    """Compare the corpus's files with the planned ones, by name and size.
+
+    Raises:
+        XtokenError: the corpus is gone, or files were added, removed or changed.
+    """
+    found = [(file.name, file.size) for file in Corpus(config).files]
+    changed = sorted({name for name, _ in set(found) ^ set(plan.files)})
+    if changed:
+        raise XtokenError(
+            f"file {changed[0]!r} of {config.corpus} was added, removed or changed since {root} was planned "
+            f"({len(changed)} such files); restore the corpus or capture into a new folder"
+        )
+
+
+def _check_options(root: str, plan: Plan, config: CorpusConfig, shard_bytes: int) -> None:
+    asked = {**_options(config), "shard_bytes": shard_bytes}
+    had = {**plan.corpus.options, "shard_bytes": plan.shard_bytes}
+    differ = [f"{name}: {had.get(name)!r} there, {asked[name]!r} now" for name in asked if had.get(name) != asked[name]]
+    if differ:
+        raise XtokenError(f"{root} holds another run ({'; '.join(differ)}); repeat its settings or use another --out")
+
+
+@dataclass
+class _Stream:
+    """An open stream of documents, with the one read too far."""
+
+    documents: Iterator[Document]
+    pending: Document | None = None
+
+    def take(self) -> Document | None:
+        """Next document; None at the end."""
+        document, self.pending = self.peek(), None
+        return document
+
+    def peek(self) -> Document | None:
+        """Next document, which stays."""
+        if self.pending is None:
+            self.pending = next(self.documents, None)
+        return self.pending
+
+
+class SliceReader:
+    """Reads shards of a planned corpus; going forward in one file never reads its beginning again."""
+
+    def __init__(self, config: CorpusConfig, plan: Plan) -> None:
+        # a limit counts from the corpus's beginning, and the plan has applied it
+        self._corpus = Corpus(config.model_copy(update={"limit": None}))
+        self._plan = plan
+        self._stream: _Stream | None = None
+        if [file.name for file in self._corpus.files] != [name for name, _ in plan.files]:
+            raise StopRun(f"files of {config.corpus} were added or removed since it was planned; restore the corpus")
+
+    def read(self, shard: Shard) -> list[Document]:
+        """The shard's documents.
+
+        Raises:
+            StopRun: the corpus is not the planned one any more; the message names the file.
+        """
+        documents: list[Document] = []
+        hasher = _Hasher()
+        try:
+            stream = self._seek(shard)
+            while len(documents) < shard.documents and (document := stream.take()) is not None:
+                documents.append(document)
+                hasher.add(document)
+        except (OSError, EOFError) as error:
+            raise self._changed(shard, f"cannot be read ({error})") from error
+        except XtokenError as error:
+            raise self._changed(shard, f"gives an error it did not give when planned ({error})") from error
+        if hasher.hexdigest() != shard.sha256:
+            raise self._changed(shard, "holds other documents than when it was planned")
+        return documents
+
+    def _changed(self, shard: Shard, what: str) -> StopRun:
+        self._stream = None
+        return StopRun(
+            f"file {self._plan.files[shard.file][0]!r} of {self._plan.corpus.source}, or one after it, {what} "
+            f"(shard {shard.index}); restore the corpus and run the same command again"
+        )
+
+    def _seek(self, shard: Shard) -> _Stream:
+        """The stream, standing at the shard's first document: skipped forward where that is in the same file."""
+        stream, start = self._stream, (shard.file, shard.record)
+        if stream is None or not self._leads_to(stream, start):
+            self._stream = stream = _Stream(self._corpus.documents(*start))
+        while (document := stream.peek()) is not None and _position(document) < start:
+            stream.take()
+        return stream
+
+    def _leads_to(self, stream: _Stream, start: tuple[int, int]) -> bool:
+        document = stream.peek()
+        return document is not None and _position(document)[0] == start[0] and _position(document) <= start
+
+
+def _position(document: Document) -> tuple[int, int]:
+    return document.file, document.record

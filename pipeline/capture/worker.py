@@ -1,0 +1,192 @@
+"""One capture worker: a shard's documents in, one committed part out.
+
+Shapes: T teacher tokens of a sample, R rows.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.capture.plan import Plan, SliceReader, load_plan
+from pipeline.capture.settings import codec_info, sees_bos, settle_teacher
+from pipeline.corpus import Window, windows
+from pipeline.store import Folder, Packed, Sample, capture_batch, encode, publish_part, write_parquet
+from pipeline.store.checks import CaptureCheck
+from pipeline.store.writer import ROW_GROUP
+from pipeline.teachers import open_teacher
+from pipeline.teachers.base import Teacher, TeacherRows
+from pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer
+from schemas.config import PrecomputeConfig
+from schemas.errors import XtokenError
+from schemas.manifest import Part, TeacherInfo
+from schemas.tables import CAPTURE
+
+_NO_ROWS = Packed(np.zeros(0, np.uint8), np.zeros(0, np.int32), np.zeros(0, np.uint16), np.zeros(0, np.uint16))
+
+
+@dataclass(frozen=True)
+class CaptureJob:
+    """Everything a worker process needs to start; the plan lies in the output folder."""
+
+    config: PrecomputeConfig
+
+    def open(self) -> "CaptureWorker":
+        """Load tokenizer and teacher, and check that they fit each other and the run.
+
+        Raises:
+            XtokenError: the model cannot be loaded, its context is too short, or it is not the run's teacher.
+        """
+        config, folder = self.config, Folder(self.config.out)
+        plan = load_plan(folder)
+        assert plan is not None, "the driver writes the plan before it starts workers"
+        tokenizer = open_tokenizer(config)
+        teacher = open_teacher(config, tokenizer.table)
+        _check_teacher(config, teacher.info)
+        settle_teacher(folder, teacher.info)
+        student = load_tokenizer(config.student) if config.student is not None else None
+        return CaptureWorker(config, plan, tokenizer, teacher, student)
+
+
+def open_tokenizer(config: PrecomputeConfig) -> TextTokenizer:
+    """The teacher's tokenizer."""
+    return load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
+
+
+def _check_teacher(config: PrecomputeConfig, info: TeacherInfo) -> None:
+    longest = config.max_tokens + 1
+    if longest > info.context:
+        raise XtokenError(
+            f"--max-tokens {config.max_tokens} and one more do not fit the {info.context} tokens of {info.model}'s "
+            f"context; use --max-tokens {info.context - 1} or less"
+        )
+    if config.k > info.vocab_rows:
+        raise XtokenError(f"--k {config.k} is more than the {info.vocab_rows} rows of {info.model}'s head")
+
+
+class CaptureWorker:
+    """See ``pipeline.capture.executor.Worker``."""
+
+    def __init__(
+        self,
+        config: PrecomputeConfig,
+        plan: Plan,
+        tokenizer: TextTokenizer,
+        teacher: Teacher,
+        student: TextTokenizer | None,
+    ) -> None:
+        self._config = config
+        self._plan = plan
+        self._tokenizer = tokenizer
+        self._teacher = teacher
+        self._student = student
+        self._reader = SliceReader(config, plan)
+        self._codec = codec_info(config)
+        bos = tokenizer.table.info.bos_id if sees_bos(config, tokenizer.table) else None
+        self._context = np.array([] if bos is None else [bos], np.int32)
+
+    def run(self, shard: int, attempt: int) -> Part:
+        """Score one shard and publish it.
+
+        Raises:
+            StopRun: the corpus changed, or there is no room to write.
+        """
+        del attempt  # attempts need no names of their own: each one's temporary file has a random one
+        documents = self._reader.read(self._plan.shards[shard])
+        pieces = [
+            window for document in documents for window in windows(document, self._tokenizer, self._config.max_tokens)
+        ]
+        samples = self._score(pieces)
+        counts = Counter(documents=len(documents), snapped=sum(sample.snapped for sample in samples))
+        if self._student is not None:
+            counts.update(_student_counts(self._student, self._tokenizer.table, pieces))
+        write = partial(_write, samples, dict(counts))
+        check = CaptureCheck(self._tokenizer.table.size, self._codec)
+        return publish_part(self._config.out, shard, write, check)
+
+    def _score(self, pieces: Sequence[Window]) -> list[Sample]:
+        """Samples in the order of ``pieces``; the teacher sees them by length."""
+        samples: dict[int, Sample] = {}
+        prompts = [np.concatenate([self._context, piece.encoded.ids]).astype(np.int32) for piece in pieces]
+        for batch in length_batches([len(prompt) for prompt in prompts], self._config.batch_tokens):
+            scored = [index for index in batch if len(prompts[index]) > 1]
+            rows = self._teacher.rows([prompts[index] for index in scored]) if scored else []
+            found = dict(zip(scored, rows, strict=True))
+            samples.update((index, self._sample(pieces[index], found.get(index))) for index in batch)
+        return [samples[index] for index in range(len(pieces))]
+
+    def _sample(self, piece: Window, rows: TeacherRows | None) -> Sample:
+        encoded = piece.encoded
+        empty: NDArray[np.float32] = np.zeros(0, np.float32)
+        return Sample(
+            sample_id=piece.sample_id,
+            text=encoded.text if self._config.text else None,
+            teacher_ids=encoded.ids,
+            teacher_end=encoded.ends,
+            packed=_NO_ROWS if rows is None else self._pack(piece, rows),
+            realised_logprob=empty if rows is None else rows.target_logprob,
+            space_logprob=empty if rows is None else rows.space_logprob,
+            first_row=0 if len(self._context) else 1,
+            complete=piece.complete,
+            snapped=encoded.snapped,
+        )
+
+    def _pack(self, piece: Window, rows: TeacherRows) -> Packed:
+        size, codec = self._tokenizer.table.size, self._codec
+        try:
+            return encode(rows, k=codec.k, min_p=codec.min_p, vocab_size=size, step=codec.step)
+        except XtokenError as error:
+            raise XtokenError(f"sample {piece.sample_id!r}: {error}") from error
+
+
+def length_batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Indices in batches whose padded size stays within ``limit`` tokens (or one sample), longest first."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    start = 0
+    while start < len(order):
+        count = max(1, limit // max(1, lengths[order[start]]))
+        yield order[start : start + count]
+        start += count
+
+
+def _write(samples: Sequence[Sample], counts: dict[str, int], url: str) -> dict[str, int]:
+    write_parquet(url, CAPTURE, _batches(samples))
+    return counts
+
+
+def _batches(samples: Sequence[Sample]) -> Iterator[pa.RecordBatch]:
+    for start in range(0, len(samples), ROW_GROUP):
+        yield capture_batch(samples[start : start + ROW_GROUP])
+
+
+def _student_counts(student: TextTokenizer, teacher: TokenTable, pieces: Sequence[Window]) -> Counter[str]:
+    """How the intended student's tokens meet the teacher's: chunks, and those of one token on both sides."""
+    texts = [piece.encoded.text for piece in pieces]
+    others = student.encode_batch(texts, [piece.complete for piece in pieces], keep_text=True)
+    counts: Counter[str] = Counter()
+    for piece, other in zip(pieces, others, strict=True):
+        chunks, single = chunk_counts(_wide(piece.encoded, teacher), _wide(other, student.table))
+        ends_meet = piece.complete and teacher.info.eos_id is not None and student.table.info.eos_id is not None
+        counts.update(
+            chunks=chunks + ends_meet,
+            chunks_1_1=single + ends_meet,
+            student_tokens=len(other.ids),
+            student_snapped=int(other.snapped),
+        )
+    return counts
+
+
+def _wide(encoded: Encoded, table: TokenTable) -> NDArray[np.int32]:
+    """Byte ends of the tokens that have bytes."""
+    return encoded.ends[table.lengths[encoded.ids] > 0]
+
+
+def chunk_counts(left: NDArray[np.int32], right: NDArray[np.int32]) -> tuple[int, int]:
+    """Chunks between byte ends both sides share, and how many hold exactly one token of each."""
+    shared = np.intersect1d(left, right)
+    tokens = [np.diff(np.searchsorted(ends, shared, side="right"), prepend=0) for ends in (left, right)]
+    return len(shared), int(((tokens[0] == 1) & (tokens[1] == 1)).sum())

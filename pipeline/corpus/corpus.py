@@ -1,0 +1,170 @@
+"""A corpus: documents with stable ids, NFC text, and bad ones named or counted."""
+
+import hashlib
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import pyarrow as pa
+
+from pipeline.corpus.listing import FORMATS, CorpusFile, list_files, open_filesystem, reader_of, suffix_of
+from pipeline.corpus.readers import Fields, FileProblem, Problem, Row
+from schemas.config import CorpusConfig
+from schemas.errors import XtokenError
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+# Memory for checking ids: about 100 bytes each. Later ids are not checked.
+_CHECKED_IDS = 1_000_000
+_LONE = Problem("lone surrogate", "the text holds a lone surrogate, which no encoding can represent", "mend the text")
+_EMPTY = Problem("empty document", "the document holds nothing but whitespace", "remove the record")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document.
+
+    Attributes:
+        id: the id field, else ``{file name relative to the corpus}:{record}``.
+        text: NFC, without lone surrogates, not only whitespace.
+        file: index into ``Corpus.files``.
+        record: number within the file, from 0 (for JSON lines: line number - 1).
+    """
+
+    id: str
+    text: str
+    file: int
+    record: int
+
+
+class Corpus:
+    """Documents of a file, a folder, or a saved Hugging Face dataset, local or at any fsspec URL.
+
+    Attributes:
+        files: what is read, in order.
+        bad: documents skipped (or, for lone surrogates, mended) so far under ``on_bad="skip"``, by
+            reason; what several passes meet is counted by each. A file that cannot be read counts once.
+    """
+
+    def __init__(self, config: CorpusConfig) -> None:
+        """List the files; nothing is read yet.
+
+        Raises:
+            XtokenError: there is no corpus, or nothing in it can be read.
+        """
+        self._config = config
+        self._fields = Fields(config.text_field, config.id_field)
+        self._fs, root = open_filesystem(config.corpus)
+        self.files = list_files(self._fs, root, config.corpus)
+        self.bad: Counter[str] = Counter()
+        if len(self.files) == 1 and suffix_of(self.files[0].name) is None:
+            raise XtokenError(
+                f"corpus {config.corpus} has a suffix that no reader knows; known are {', '.join(FORMATS)}"
+            )
+
+    def documents(self, file: int = 0, record: int = 0) -> Iterator[Document]:
+        """Documents in a stable order from a position on, at most ``limit`` of them.
+
+        Duplicate ids are found in passes from the start, among the first million; they always stop
+        the run, since which of two documents is meant cannot be decided by a reader that starts later.
+
+        Raises:
+            XtokenError: a bad document under ``on_bad="stop"``, a duplicate id, or a file that is gone.
+        """
+        found = self._from(file, record)
+        if self._fields.id is not None and (file, record) == (0, 0):
+            found = self._unique(found)
+        return islice(found, self._config.limit)
+
+    def _from(self, file: int, record: int) -> Iterator[Document]:
+        for index in range(file, len(self.files)):
+            for row in self._rows(self.files[index], record if index == file else 0):
+                document = self._document(index, row)
+                if document is not None:
+                    yield document
+
+    def _rows(self, file: CorpusFile, start: int) -> Iterator[Row]:
+        """Rows of one file; what makes the rest of it unusable is handled as a bad document."""
+        suffix = suffix_of(file.name)
+        if suffix is None:
+            known = ", ".join(FORMATS)
+            self._bad(file.name, Problem("unknown suffix", f"no reader knows it; known are {known}", "move it away"))
+            return
+        last = start - 1
+        try:
+            with self._fs.open(file.path, "rb") as stream:
+                for row in reader_of(suffix)(stream, self._fields, start):
+                    last = row.number
+                    yield row
+        except FileProblem as error:
+            self._bad(file.name, error.problem)
+        except FileNotFoundError as error:
+            raise XtokenError(
+                f"{file.path} was listed, but is gone; bring it back or start a new run without it"
+            ) from error
+        except (OSError, EOFError, zlib.error, pa.ArrowException, _zstd_error()) as error:
+            where = f"after record {last}" if last >= start else "from the start"
+            detail = f"unreadable {where} ({type(error).__name__}: {error})"
+            self._bad(file.name, Problem("unreadable file", detail, "fetch or write the file again"))
+
+    def _document(self, index: int, row: Row) -> Document | None:
+        file = self.files[index]
+        where = self._where(file, row.number)
+        if row.problem is not None:
+            self._bad(where, row.problem)
+            return None
+        text = row.text
+        if _SURROGATES.search(text):
+            self._bad(where, _LONE)
+            text = _SURROGATES.sub("\ufffd", text)
+        text = unicodedata.normalize("NFC", text)
+        if not text or text.isspace():
+            self._bad(where, _EMPTY)
+            return None
+        document_id = f"{file.name}:{row.number}" if row.id is None else row.id
+        if _SURROGATES.search(document_id):
+            self._bad(where, Problem("bad id", "the id holds a lone surrogate", "mend the id"))
+            return None
+        return Document(document_id, text, index, row.number)
+
+    def _where(self, file: CorpusFile, number: int) -> str:
+        suffix = suffix_of(file.name) or ""
+        if suffix.startswith(".jsonl"):
+            return f"{file.name}, line {number + 1}"
+        return file.name if suffix in (".txt", ".md") else f"{file.name}, record {number}"
+
+    def _bad(self, where: str, problem: Problem) -> None:
+        """Stop, or count.
+
+        Raises:
+            XtokenError: under ``on_bad="stop"``.
+        """
+        if self._config.on_bad == "stop":
+            raise XtokenError(
+                f"{where}: {problem.reason}: {problem.detail}; {problem.fix}, or have it counted with --on-bad skip"
+            )
+        self.bad[problem.reason] += 1
+
+    def _unique(self, documents: Iterator[Document]) -> Iterator[Document]:
+        seen: set[bytes] = set()
+        for document in documents:
+            if len(seen) < _CHECKED_IDS:
+                key = hashlib.blake2b(document.id.encode(), digest_size=16).digest()
+                if key in seen:
+                    where = self._where(self.files[document.file], document.record)
+                    raise XtokenError(
+                        f"{where}: id {document.id!r} was seen before, but ids must be unique; "
+                        "choose another --id-field, or none: ids are then made of file and record"
+                    )
+                seen.add(key)
+            yield document
+
+
+def _zstd_error() -> type[Exception]:
+    import zstandard
+
+    error: type[Exception] = zstandard.ZstdError
+    return error

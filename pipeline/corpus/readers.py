@@ -1,0 +1,161 @@
+"""One small reader per file format, found by suffix.
+
+A reader turns an open binary file into numbered rows and judges nothing but its own format: what
+cannot be read is a row with a problem, what the whole file cannot give is a ``FileProblem``.
+"""
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+BOM = b"\xef\xbb\xbf"
+# Packed bytes at a time: small, since their contents are held at once.
+_ZST_READ = 1 << 14
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of the text and id fields; ``id`` None = ids are made of file and record."""
+
+    text: str
+    id: str | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a row or file is bad: ``reason`` is counted, ``detail`` shown, ``fix`` the way out."""
+
+    reason: str
+    detail: str
+    fix: str
+
+
+class FileProblem(Exception):
+    """The rest of a file is unusable."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Carry ``problem``."""
+        super().__init__(problem.detail)
+        self.problem = problem
+
+
+@dataclass(frozen=True)
+class Row:
+    """Record ``number`` (from 0) of a file: its text and id as found, or a problem."""
+
+    number: int
+    text: str = ""
+    id: str | None = None
+    problem: Problem | None = None
+
+
+Reader = Callable[[IO[bytes], Fields, int], Iterator[Row]]
+
+
+def read_text(file: IO[bytes], fields: Fields, start: int) -> Iterator[Row]:  # noqa: ARG001
+    """Plain text or Markdown: the file is one document, record 0, with no fields."""
+    if start > 0:
+        return
+    try:
+        yield Row(0, file.read().removeprefix(BOM).decode())
+    except UnicodeDecodeError as error:
+        yield Row(0, problem=_invalid_utf8(error))
+
+
+def _invalid_utf8(error: UnicodeDecodeError) -> Problem:
+    found = error.object[error.start : error.start + 1].hex()
+    return Problem("invalid UTF-8", f"byte 0x{found} at offset {error.start} is not UTF-8", "re-encode the file")
+
+
+def read_jsonl(file: Iterable[bytes], fields: Fields, start: int) -> Iterator[Row]:
+    """One JSON object per line; blank lines are no documents but keep their number."""
+    for number, line in enumerate(file):
+        if number < start:
+            continue
+        data = line.removeprefix(BOM) if number == 0 else line
+        if data.strip():
+            yield _json_row(number, data, fields)
+
+
+def _json_row(number: int, data: bytes, fields: Fields) -> Row:
+    try:
+        value = json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        return Row(number, problem=_invalid_utf8(error))
+    except (ValueError, RecursionError) as error:
+        return Row(number, problem=Problem("invalid JSON", f"not JSON: {error}", "write one JSON object per line"))
+    if not isinstance(value, dict):
+        detail = f"holds a JSON {_type_name(value)}, not an object"
+        return Row(number, problem=Problem("invalid JSON", detail, "write one JSON object per line"))
+    for name in (fields.text, fields.id):
+        if name is not None and name not in value:
+            return Row(number, problem=missing_field(name, list(value)))
+    return make_row(number, value[fields.text], None if fields.id is None else value[fields.id], fields)
+
+
+def read_jsonl_gz(file: IO[bytes], fields: Fields, start: int) -> Iterator[Row]:
+    """``read_jsonl`` of a gzip stream."""
+    with gzip.open(file, "rb") as stream:
+        yield from read_jsonl(stream, fields, start)
+
+
+def read_jsonl_zst(file: IO[bytes], fields: Fields, start: int) -> Iterator[Row]:
+    """``read_jsonl`` of a Zstandard stream of one or more frames.
+
+    Raises:
+        EOFError: the stream ends inside a frame (zstandard's own reader would just stop there).
+    """
+    yield from read_jsonl(_lines(_unpacked(file)), fields, start)
+
+
+def _unpacked(file: IO[bytes]) -> Iterator[bytes]:
+    import zstandard
+
+    frame = None
+    while data := file.read(_ZST_READ):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(data)
+            data = frame.unused_data
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the Zstandard stream ends inside a frame")
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines with their ends, the last perhaps without one."""
+    begun: list[bytes] = []
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        begun.append(first)
+        for line in others:
+            yield b"".join(begun) + b"\n"
+            begun = [line]
+    if last := b"".join(begun):
+        yield last
+
+
+def missing_field(name: str, available: list[str]) -> Problem:
+    """A record, or a whole table, without a field that was asked for."""
+    shown = ", ".join(repr(field) for field in available[:8]) or "none"
+    return Problem("missing field", f"has no field {name!r}; it has {shown}", "choose --text-field or --id-field")
+
+
+def make_row(number: int, text: Any, document_id: Any, fields: Fields) -> Row:
+    """A row of two values as found, checked for their types."""
+    if not isinstance(text, str):
+        kind, fix = _type_name(text), "choose a field that holds text with --text-field"
+        return Row(number, problem=Problem("field is not text", f"field {fields.text!r} holds {kind}, not text", fix))
+    if fields.id is None:
+        return Row(number, text)
+    if isinstance(document_id, bool) or not isinstance(document_id, str | int) or document_id == "":
+        detail = f"id field {fields.id!r} holds {document_id!r}, not a text or a whole number"
+        return Row(number, problem=Problem("bad id", detail, "choose another --id-field, or none"))
+    return Row(number, text, str(document_id))
+
+
+def _type_name(value: Any) -> str:
+    names = {bool: "boolean", int: "number", float: "number", list: "array", dict: "object", str: "string"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)

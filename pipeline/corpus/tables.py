@@ -1,0 +1,85 @@
+"""Readers of Parquet files and of the Arrow streams of a saved Hugging Face dataset."""
+
+from collections.abc import Iterator
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.corpus.readers import Fields, FileProblem, Problem, Row, make_row, missing_field
+
+_BATCH_ROWS = 256
+
+
+def read_parquet(file: IO[bytes], fields: Fields, start: int) -> Iterator[Row]:
+    """Row groups are read one after another; those before ``start`` are not read at all."""
+    source = pq.ParquetFile(file)
+    columns = _columns(source.schema_arrow, fields)
+    first = 0
+    for group in range(source.num_row_groups):
+        rows = source.metadata.row_group(group).num_rows
+        if first + rows > start:
+            number = first
+            for batch in source.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=columns):
+                yield from _rows(batch, number, fields, start)
+                number += batch.num_rows
+        first += rows
+
+
+def read_arrow(file: IO[bytes], fields: Fields, start: int) -> Iterator[Row]:
+    """An Arrow IPC stream, batch by batch."""
+    number = 0
+    with pa.ipc.open_stream(file) as stream:
+        _columns(stream.schema, fields)
+        for batch in stream:
+            if number + batch.num_rows > start:
+                yield from _rows(batch, number, fields, start)
+            number += batch.num_rows
+
+
+def _columns(schema: pa.Schema, fields: Fields) -> list[str]:
+    """The columns to read.
+
+    Raises:
+        FileProblem: a column is missing, or the text column holds no text.
+    """
+    wanted = [name for name in (fields.text, fields.id) if name is not None]
+    for name in wanted:
+        if name not in schema.names:
+            raise FileProblem(missing_field(name, schema.names))
+    kind = schema.field(fields.text).type
+    if not _is_text(kind):
+        fix = "choose a column of strings with --text-field"
+        raise FileProblem(Problem("field is not text", f"column {fields.text!r} has type {kind}, not string", fix))
+    return wanted
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _rows(batch: pa.RecordBatch, first: int, fields: Fields, start: int) -> Iterator[Row]:
+    texts = _as_bytes(batch.column(fields.text))
+    ids = [None] * batch.num_rows if fields.id is None else batch.column(fields.id).to_pylist()
+    for number, (text, document_id) in enumerate(zip(texts, ids, strict=True), start=first):
+        if number >= start:
+            yield _row(number, text.as_py(), document_id, fields)
+
+
+def _as_bytes(column: Any) -> Any:
+    """Strings as bytes: Arrow does not check that they are UTF-8, so we do, row by row."""
+    if pa.types.is_dictionary(column.type):
+        column = pc.cast(column, column.type.value_type)
+    return column.cast(pa.large_binary())
+
+
+def _row(number: int, text: bytes | None, document_id: Any, fields: Fields) -> Row:
+    try:
+        value = None if text is None else text.decode()
+    except UnicodeDecodeError as error:
+        fix = "write the file again from valid text"
+        return Row(number, problem=Problem("invalid UTF-8", f"the text is not UTF-8 at byte {error.start}", fix))
+    return make_row(number, value, document_id, fields)

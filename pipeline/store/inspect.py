@@ -1,0 +1,175 @@
+"""What is this path? Kind, counts, bytes per token by column, provenance and three samples."""
+
+import json
+from collections import Counter
+from itertools import islice
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.store.codec import decode
+from pipeline.store.files import Folder
+from pipeline.store.publish import committed, data_name
+from pipeline.store.reader import iter_capture, iter_parquet, load_vocab
+from pipeline.tokens import TokenTable
+from schemas.errors import VerificationError, XtokenError
+from schemas.manifest import MANIFEST, AnyManifest, CaptureManifest, TargetManifest, content_hash, read_any_manifest
+
+_SAMPLES = 3
+_FIRST_TOKENS = 16
+_TOP = 5
+_TOTALS = ("samples", "tokens", "rows", "entries", "text_bytes", "file_bytes")
+
+# Folders without a manifest, told by what lies in them, first match.
+_OTHERS = (
+    ("plan.json", "unfinished capture; the precompute command that began it resumes"),
+    ("metrics.jsonl", "training run"),
+    ("run.json", "unfinished run; the command that began it resumes"),
+    ("commits", "unfinished run; the command that began it resumes"),
+    ("model.safetensors", "Hugging Face model"),
+    ("model.safetensors.index.json", "Hugging Face model"),
+    ("tokenizer.json", "Hugging Face tokenizer"),
+)
+
+
+def inspect(root: str) -> dict[str, Any]:
+    """Describe an artifact of any kind; everything in the result is JSON.
+
+    Raises:
+        XtokenError: nothing is there, or nothing that this program knows.
+    """
+    folder = Folder(root)
+    names = set(folder.names())
+    if MANIFEST in names:
+        return _artifact(root, read_any_manifest(root))
+    for name, kind in _OTHERS:
+        if name in names:
+            return {"kind": kind, "path": root, **_unfinished(root, names)}
+    raise XtokenError(
+        f"{root} is no capture, projection, targets, training run or model; "
+        f"it holds {', '.join(sorted(names)[:5]) or 'nothing'}"
+    )
+
+
+def _unfinished(root: str, names: set[str]) -> dict[str, Any]:
+    if "commits" in names:
+        return {"committed_parts": len(committed(root))}
+    if "metrics.jsonl" in names:
+        lines = Folder(root).read("metrics.jsonl").splitlines()
+        # the last line of a run that is under way, or was killed, may be torn
+        whole = [line for line in lines if line.endswith(b"}")]
+        return {"records": len(whole), "last": json.loads(whole[-1]) if whole else None}
+    return {}
+
+
+def _artifact(root: str, manifest: AnyManifest) -> dict[str, Any]:
+    described = manifest.model_dump(mode="json", exclude={"parts"})
+    result: dict[str, Any] = {"kind": described.pop("kind"), "path": root}
+    if not isinstance(manifest, CaptureManifest | TargetManifest):
+        return {**result, "provenance": described}
+    result.update(parts=len(manifest.parts), content_hash=content_hash(manifest))
+    result.update({name: sum(getattr(part, name) for part in manifest.parts) for name in _TOTALS})
+    counts: Counter[str] = Counter()
+    for part in manifest.parts:
+        counts.update(part.counts)
+    result["counts"] = dict(sorted(counts.items()))
+    result["bytes_per_token"] = _bytes_per_token(root, manifest)
+    result["provenance"] = described
+    if isinstance(manifest, CaptureManifest):
+        result["samples_shown"] = _capture_samples(root, manifest)
+    else:
+        result["samples_shown"] = _target_samples(root, manifest)
+    return result
+
+
+def _bytes_per_token(root: str, manifest: CaptureManifest | TargetManifest) -> dict[str, float]:
+    """Compressed bytes of each column per token, and ``all`` files as they lie there."""
+    folder = Folder(root)
+    total: Counter[str] = Counter()
+    for part in manifest.parts:
+        total.update(_column_bytes(_metadata(folder.url(data_name(part.index)))))
+    tokens = max(1, sum(part.tokens for part in manifest.parts))
+    total["all"] = sum(part.file_bytes for part in manifest.parts)
+    return {name: round(size / tokens, 3) for name, size in total.items()}
+
+
+def _metadata(url: str) -> Any:
+    try:
+        with fsspec.open(url, "rb") as file:
+            return pq.read_metadata(file)
+    except (pa.ArrowException, FileNotFoundError) as error:
+        raise VerificationError(f"{url} cannot be read ({error}); 'xtoken verify' lists what is damaged") from error
+
+
+def _column_bytes(metadata: Any) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            column = metadata.row_group(group).column(index)
+            found[column.path_in_schema.split(".")[0]] += column.total_compressed_size
+    return found
+
+
+def _capture_samples(root: str, manifest: CaptureManifest) -> list[dict[str, Any]]:
+    table = load_vocab(root)
+    rows = (batch.slice(index, 1) for batch in iter_capture(root) for index in range(batch.num_rows))
+    return [_capture_sample(row.to_pylist()[0], table, manifest.codec.step) for row in islice(rows, _SAMPLES)]
+
+
+def _capture_sample(row: dict[str, Any], table: TokenTable, step: float) -> dict[str, Any]:
+    """The sample's first tokens, and the teacher's best entries where it was to guess one in the middle."""
+    ids = row["teacher_ids"]
+    shown: dict[str, Any] = {
+        "sample_id": row["sample_id"],
+        "tokens": len(ids),
+        "first_tokens": [_readable(table, token) for token in ids[:_FIRST_TOKENS]],
+    }
+    if not row["kept"]:
+        return shown
+    kept, ids_K, gap_K, rest = (np.asarray(row[name]) for name in ("kept", "topk_ids", "topk_gap", "rest_gap"))
+    rows = decode(kept, ids_K, gap_K, rest, step)
+    middle = len(row["kept"]) // 2
+    start, stop = (int(offset) for offset in rows.offsets[middle : middle + 2])
+    best = range(start, min(stop, start + _TOP))
+    position = middle + row["first_row"]
+    shown["row"] = {
+        "position": position,
+        "before": "".join(_readable(table, token) for token in ids[max(0, position - 8) : position]),
+        "in_text": _readable(table, ids[position]),
+        "teacher": [[_readable(table, int(rows.ids[at])), round(float(rows.logprob[at]), 3)] for at in best],
+        "rest_logprob": round(max(float(rows.rest_logprob[middle]), -1e4), 3),
+    }
+    return shown
+
+
+def _target_samples(root: str, manifest: TargetManifest) -> list[dict[str, Any]]:
+    """Targets: id and sizes of the first samples."""
+    folder = Folder(root)
+    rows = (
+        row
+        for part in manifest.parts
+        for batch in iter_parquet(folder.url(data_name(part.index)), ["sample_id", "student_ids", "chunk_student_end"])
+        for row in batch.to_pylist()
+    )
+    return [
+        {
+            "sample_id": row["sample_id"],
+            "student_tokens": len(row["student_ids"]),
+            "chunks": len(row["chunk_student_end"]),
+        }
+        for row in islice(rows, _SAMPLES)
+    ]
+
+
+def _readable(table: TokenTable, token: int) -> str:
+    """A token for people: its text, or its role, or its bytes where they are no whole characters."""
+    if table.role[token] is not None:
+        return f"<{table.role[token]}>"
+    piece = table.token(token)
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "".join(f"\\x{byte:02x}" for byte in piece)

@@ -1,0 +1,157 @@
+"""How a part appears: temporary name, read back, published, then recorded. Done means the record exists.
+
+Killing a writer at any moment leaves at most a temporary file, or a published file without a
+record; both are harmless. Two writers of the same part both succeed, and one record remains.
+"""
+
+import re
+import secrets
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+from pydantic import ValidationError
+
+from pipeline.store.files import Folder, disk_full_named
+from schemas.errors import VerificationError, XtokenError
+from schemas.manifest import Part, part_name
+
+DATA = "data"
+COMMITS = "commits"
+_COMMIT_NAME = re.compile(r"part-(\d{5,})\.json")
+_TMP_NAME = re.compile(r".+\.([^.]+)\.tmp")
+_PLACE_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a part holds, counted from the file itself."""
+
+    samples: int
+    tokens: int
+    rows: int
+    entries: int
+    text_bytes: int
+
+
+Write = Callable[[str], dict[str, int]]
+Check = Callable[[str], Figures]
+
+
+def commit_name(index: int) -> str:
+    """Name of a commit record below the root."""
+    return f"{COMMITS}/part-{index:05d}.json"
+
+
+def data_name(index: int) -> str:
+    """Name of a published part below the root."""
+    return f"{DATA}/{part_name(index)}"
+
+
+def publish_part(root: str, index: int, write: Write, check: Check, *, attempt: str | None = None) -> Part:
+    """Write, verify, publish and commit one part; the first commit wins.
+
+    Args:
+        root: folder or fsspec URL of the artifact.
+        index: number of the part.
+        write: writes the whole file under the path or URL it is given; returns counts for ``Part.counts``
+            (they must follow from the shard's input alone: they also describe a twin's file).
+        check: reads a file back and counts it; raises XtokenError when it is not right.
+        attempt: name of this attempt in the temporary file name; random when left out.
+
+    Returns:
+        The committed record: ours, or that of whoever was first.
+
+    Raises:
+        DiskFull: no room; the temporary file is removed.
+        XtokenError: ``check`` refused the file just written.
+    """
+    folder = Folder(root)
+    found = read_commit(folder, index)
+    if found is not None:
+        return found
+    tmp = f"{DATA}/part-{index:05d}.{attempt or secrets.token_hex(6)}.tmp"
+    try:
+        with disk_full_named(root):
+            folder.make(DATA, COMMITS)
+            counts = write(folder.url(tmp))
+            folder.sync(tmp)
+            part = _describe(folder, index, tmp, check, counts)
+            return commit(folder, _place(folder, tmp, part, check))
+    finally:
+        folder.remove(tmp)
+
+
+def _describe(folder: Folder, index: int, name: str, check: Check, counts: dict[str, int]) -> Part:
+    figures = check(folder.url(name))
+    sha256, size = folder.sha256(name)
+    return Part(index=index, **asdict(figures), file_bytes=size, sha256=sha256, counts=counts)
+
+
+def _place(folder: Folder, tmp: str, part: Part, check: Check) -> Part:
+    """Publish ``tmp``; a good file that is there already (its writer died, or is a twin) is adopted instead."""
+    final = data_name(part.index)
+    for _ in range(_PLACE_TRIES):
+        if folder.place(tmp, final):
+            return part
+        try:
+            return _describe(folder, part.index, final, check, part.counts)
+        except (XtokenError, pa.ArrowException, OSError, ValueError):
+            folder.rename(final, f"{final}.{secrets.token_hex(6)}.bad")
+    raise VerificationError(
+        f"{folder.url(final)} was bad {_PLACE_TRIES} times in a row; something else writes to {folder.root}: stop it"
+    )
+
+
+def commit(folder: Folder, part: Part) -> Part:
+    """Record a published part if it has no record yet; returns the record that stands."""
+    record = part.model_dump_json(indent=1).encode() + b"\n"
+    if folder.create(commit_name(part.index), record):
+        return part
+    found = read_commit(folder, part.index)
+    assert found is not None, "a record that exists was removed by nobody of ours"
+    return found
+
+
+def read_commit(folder: Folder, index: int) -> Part | None:
+    """The commit record of a part, or None.
+
+    Raises:
+        VerificationError: the record is not one of ours or speaks of another part.
+    """
+    name = commit_name(index)
+    try:
+        data = folder.read(name)
+    except FileNotFoundError:
+        return None
+    try:
+        part = Part.model_validate_json(data)
+    except ValidationError as error:
+        raise VerificationError(
+            f"{folder.url(name)} is no commit record ({error.error_count()} errors); "
+            "remove it and run the same command again"
+        ) from error
+    if part.index != index:
+        raise VerificationError(f"{folder.url(name)} speaks of part {part.index}; remove it and run the command again")
+    return part
+
+
+def committed(root: str) -> dict[int, Part]:
+    """All commit records below ``root``, by part number."""
+    folder = Folder(root)
+    found = sorted(int(match[1]) for name in folder.names(COMMITS) if (match := _COMMIT_NAME.fullmatch(name)))
+    parts = {index: read_commit(folder, index) for index in found}
+    return {index: part for index, part in parts.items() if part is not None}
+
+
+def clean(root: str, live: Collection[str] = ()) -> list[str]:
+    """Remove temporary files of attempts that are not in ``live``; returns their names."""
+    folder = Folder(root)
+    removed = []
+    for subfolder in ("", DATA, COMMITS):
+        for name in folder.names(subfolder):
+            match = _TMP_NAME.fullmatch(name)
+            if match and match[1] not in live:
+                removed.append(f"{subfolder}/{name}".lstrip("/"))
+                folder.remove(removed[-1])
+    return removed

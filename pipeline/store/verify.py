@@ -1,0 +1,179 @@
+"""Is an artifact what its manifest says? Reads every byte, trusts no name written in a file."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.store.checks import CaptureCheck, list_lengths, read_checked
+from pipeline.store.files import Folder
+from pipeline.store.publish import Check, Figures, committed, data_name
+from pipeline.store.reader import MERGES_FILE, VOCAB_FILE, check_side_file
+from schemas.errors import VerificationError, XtokenError
+from schemas.manifest import AnyManifest, CaptureManifest, Part, TargetManifest, read_any_manifest
+from schemas.tables import targets
+
+_SIDE_FILES = {
+    "capture": (VOCAB_FILE, MERGES_FILE),
+    "targets": ("w.parquet", "unreached.parquet", "student_vocab.parquet"),
+    "projection": ("w.parquet", "unreached.parquet"),
+}
+_SHOWN = 20
+_TOTALS = ("samples", "tokens", "rows", "entries", "text_bytes", "file_bytes")
+
+# In a target table, columns of one group have one length per sample; a count column sums to the length of its lists.
+_TARGET_GROUPS = (
+    ("student_ids", "student_end"),
+    (
+        "chunk_student_end",
+        "chunk_teacher_end",
+        "teacher_logprob",
+        "pkl_count",
+        "pkl_rest_logprob",
+        "hkl_common_count",
+        "hkl_other_count",
+    ),
+)
+_TARGET_COUNTS = {
+    "pkl_count": ("pkl_ids", "pkl_logprob"),
+    "hkl_common_count": ("hkl_common_ids", "hkl_common_logprob"),
+    "hkl_other_count": ("hkl_other_logprob",),
+}
+
+
+def verify(root: str, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Check a capture, targets or a projection to the last byte.
+
+    Args:
+        root: folder or URL.
+        progress: called with the bytes of each part when it is done.
+
+    Returns:
+        What was checked: kind, parts, side files and totals.
+
+    Raises:
+        VerificationError: something differs; the message lists up to 20 problems, each with its part and sample.
+        XtokenError: no manifest, or one of an unknown version.
+    """
+    manifest, folder = read_any_manifest(root), Folder(root)
+    problems = [*_side_problems(folder, manifest), *_record_problems(root, manifest)]
+    check = _part_check(manifest)
+    for part in manifest.parts:
+        problems += _part_problems(folder, part, check)
+        if progress is not None:
+            progress(part.file_bytes)
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems[:_SHOWN])
+        raise VerificationError(f"{root} is damaged, {len(problems)} problems:\n{listed}\nfetch or build it again")
+    totals = {name: sum(getattr(part, name) for part in manifest.parts) for name in _TOTALS}
+    return {"kind": manifest.kind, "parts": len(manifest.parts), "files": sorted(manifest.files), **totals}
+
+
+def _side_problems(folder: Folder, manifest: AnyManifest) -> Iterator[str]:
+    expected = _SIDE_FILES[manifest.kind]
+    for name in sorted(set(manifest.files) - set(expected)):
+        yield f"manifest.json: {name!r} is no file of a {manifest.kind} artifact"
+    for name in expected:
+        try:
+            _no_link(folder, name)
+            check_side_file(folder, name, manifest.files)
+        except XtokenError as error:
+            yield str(error)
+
+
+def _record_problems(root: str, manifest: AnyManifest) -> Iterator[str]:
+    indices = [part.index for part in manifest.parts]
+    if indices != sorted(set(indices)):
+        yield "manifest.json: parts are not listed once each in order"
+    if isinstance(manifest, CaptureManifest) and manifest.set_aside:
+        yield f"manifest.json: shards {sorted(manifest.set_aside)} were set aside; run precompute again"
+    try:
+        records = committed(root)
+    except XtokenError as error:
+        yield str(error)
+        return
+    if manifest.kind == "projection":
+        return
+    listed = {part.index: part for part in manifest.parts}
+    for index in sorted(set(listed) | set(records)):
+        if records.get(index) != listed.get(index):
+            yield f"part {index}: commit record and manifest differ"
+
+
+def _part_check(manifest: AnyManifest) -> Check:
+    if isinstance(manifest, CaptureManifest):
+        return CaptureCheck(manifest.tokenizer.size, manifest.codec)
+    return TargetCheck(manifest.losses if isinstance(manifest, TargetManifest) else ())
+
+
+def _part_problems(folder: Folder, part: Part, check: Check) -> Iterator[str]:
+    name = data_name(part.index)
+    try:
+        _no_link(folder, name)
+        sha256, size = folder.sha256(name)
+        if (sha256, size) != (part.sha256, part.file_bytes):
+            recorded = f"{part.file_bytes} bytes with {part.sha256[:12]}"
+            yield f"part {part.index}: {size} bytes with sha256 {sha256[:12]}, recorded {recorded}"
+        figures = check(folder.url(name))
+    except FileNotFoundError:
+        yield f"part {part.index}: {name} is missing"
+    except XtokenError as error:
+        yield f"part {part.index}: {error}"
+    else:
+        yield from _figure_problems(part, figures)
+
+
+def _figure_problems(part: Part, figures: Figures) -> Iterator[str]:
+    for name, found in vars(figures).items():
+        if found != getattr(part, name):
+            yield f"part {part.index}: {found} {name}, recorded {getattr(part, name)}"
+
+
+def _no_link(folder: Folder, name: str) -> None:
+    if folder.is_link(name):
+        raise VerificationError(f"{name} is a symbolic link; an artifact holds plain files only")
+
+
+class TargetCheck:
+    """Reads a target part back and counts it; call with its path or URL."""
+
+    def __init__(self, losses: Sequence[str]) -> None:
+        self.schema = targets(losses)
+
+    def __call__(self, url: str) -> Figures:
+        """Check schema and list lengths.
+
+        ``tokens`` are student tokens, ``rows`` and ``entries`` chunks, ``text_bytes`` the last student ends.
+
+        Raises:
+            VerificationError: another schema, or lists of a sample that do not fit each other.
+        """
+        samples = tokens = chunks = text_bytes = 0
+        for batch in read_checked(url, self.schema):
+            for group in _TARGET_GROUPS:
+                _same_lengths(batch, [name for name in group if name in self.schema.names])
+            _counts_fit(batch)
+            samples += batch.num_rows
+            tokens += int(list_lengths(batch, "student_ids").sum())
+            chunks += int(list_lengths(batch, "chunk_student_end").sum())
+            text_bytes += sum(row[-1].as_py() if len(row) else 0 for row in batch["student_end"])
+        return Figures(samples, tokens, chunks, chunks, text_bytes)
+
+
+def _same_lengths(batch: pa.RecordBatch, names: Sequence[str]) -> None:
+    for name in names[1:]:
+        bad = list_lengths(batch, name) != list_lengths(batch, names[0])
+        if bad.any():
+            sample = batch["sample_id"][int(bad.argmax())].as_py()
+            raise VerificationError(f"sample {sample!r}: {name} and {names[0]} differ in length")
+
+
+def _counts_fit(batch: pa.RecordBatch) -> None:
+    for count, lists in _TARGET_COUNTS.items():
+        for name in lists if count in batch.schema.names else ():
+            total = pc.sum(batch[count].flatten()).as_py() or 0
+            found = int(list_lengths(batch, name).sum())
+            if total != found:
+                first = batch["sample_id"][0].as_py()
+                raise VerificationError(f"batch of sample {first!r}: {name} has {found} entries, {count} says {total}")

@@ -1,0 +1,112 @@
+"""Parquet as this project writes it: no dictionaries, zstd 1, small row groups, bytes of numbers split.
+
+Splitting the bytes of integers and floats lets zstd see the empty high bytes as runs; Parquet
+stores 8- and 16-bit integers as 32 bits, so for them it is not optional.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.store.codec import Packed
+from schemas.tables import CAPTURE
+
+ROW_GROUP = 32
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of the capture table (shapes as in ``schemas.tables.CAPTURE``)."""
+
+    sample_id: str
+    text: str | None
+    teacher_ids: NDArray[np.int32]
+    teacher_end: NDArray[np.int32]
+    packed: Packed
+    realised_logprob: NDArray[np.float32]
+    space_logprob: NDArray[np.float32] | None
+    first_row: int
+    complete: bool
+    snapped: bool
+
+
+def capture_batch(samples: Sequence[Sample]) -> pa.RecordBatch:
+    """Samples as a record batch of the capture schema."""
+    columns = {
+        "sample_id": [sample.sample_id for sample in samples],
+        "text": [sample.text for sample in samples],
+        "teacher_ids": list_column([sample.teacher_ids for sample in samples], "teacher_ids"),
+        "teacher_end": list_column([sample.teacher_end for sample in samples], "teacher_end"),
+        "kept": list_column([sample.packed.kept for sample in samples], "kept"),
+        "topk_ids": list_column([sample.packed.topk_ids for sample in samples], "topk_ids"),
+        "topk_gap": list_column([sample.packed.topk_gap for sample in samples], "topk_gap"),
+        "rest_gap": list_column([sample.packed.rest_gap for sample in samples], "rest_gap"),
+        "realised_logprob": list_column([sample.realised_logprob for sample in samples], "realised_logprob"),
+        "space_logprob": list_column([sample.space_logprob for sample in samples], "space_logprob"),
+        "first_row": [sample.first_row for sample in samples],
+        "complete": [sample.complete for sample in samples],
+        "snapped": [sample.snapped for sample in samples],
+    }
+    arrays = [pa.array(columns[field.name], field.type) for field in CAPTURE]
+    return pa.RecordBatch.from_arrays(arrays, schema=CAPTURE)
+
+
+def list_column(rows: Sequence[NDArray[Any] | None], name: str, schema: pa.Schema = CAPTURE) -> pa.ListArray:
+    """Rows of one list column of ``schema`` as Arrow; None is a null row."""
+    kind = schema.field(name).type
+    lengths = [0 if row is None else len(row) for row in rows]
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    present = [row for row in rows if row is not None]
+    values = np.concatenate(present) if present else np.zeros(0)
+    mask = pa.array([row is None for row in rows]) if len(present) < len(rows) else None
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind.value_type), type=kind, mask=mask)
+
+
+def write_parquet(url: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], row_group: int = ROW_GROUP) -> None:
+    """Write record batches as one Parquet file in the house's layout; row groups hold ``row_group`` rows.
+
+    Raises:
+        OSError: as the filesystem says (``ENOSPC`` when it is full).
+    """
+    options = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "store_schema": True}
+    encodings = _encodings(schema)
+    with (
+        fsspec.open(url, "wb") as file,
+        pq.ParquetWriter(file, schema, column_encoding=encodings, write_statistics=["sample_id"], **options) as writer,
+    ):
+        for batch in regroup(batches, schema, row_group):
+            writer.write_table(batch, row_group_size=row_group)
+
+
+def regroup(batches: Iterable[pa.RecordBatch], schema: pa.Schema, rows: int) -> Iterable[pa.Table]:
+    """The same rows in tables of exactly ``rows`` rows (the last may be shorter)."""
+    held: list[pa.RecordBatch] = []
+    count = 0
+    for batch in batches:
+        held.append(batch)
+        count += batch.num_rows
+        while count >= rows:
+            table = pa.Table.from_batches(held, schema)
+            yield table.slice(0, rows)
+            held = table.slice(rows).to_batches()
+            count -= rows
+    if count:
+        yield pa.Table.from_batches(held, schema)
+
+
+def _encodings(schema: pa.Schema) -> dict[str, str]:
+    """Encoding of each leaf column that has numbers; the others are plain."""
+    chosen = {}
+    for field in schema:
+        is_list = pa.types.is_list(field.type)
+        leaf = field.type.value_type if is_list else field.type
+        if pa.types.is_integer(leaf) or pa.types.is_floating(leaf):
+            chosen[f"{field.name}.list.element" if is_list else field.name] = "BYTE_STREAM_SPLIT"
+    return chosen

@@ -1,0 +1,131 @@
+"""Rows of a teacher from its raw logits, exact in ties.
+
+Shapes: N positions, U teacher vocabulary, K entries asked for, P tokens that start with a space.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.teachers.base import TeacherRows
+from schemas.errors import XtokenError
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Turns logits into the figures of ``TeacherRows``.
+
+    Attributes:
+        k: entries per row.
+        space_P: int64 [P], ids of the tokens that start with a space.
+    """
+
+    k: int
+    space_P: Tensor
+
+    def read(self, logits_NU: Tensor, target_N: Tensor) -> TeacherRows:
+        """Rows of N positions from float32 logits, which are overwritten, and the int64 realised tokens.
+
+        Order and rank follow the float32 log-probabilities, ties by lower id.
+
+        Raises:
+            XtokenError: the logits are not finite numbers.
+        """
+        lse_N = logits_NU.logsumexp(dim=-1)
+        if not bool(torch.isfinite(lse_N).all()):
+            raise XtokenError(
+                "the teacher's logits hold NaN or infinity; a half-precision overflow? try --dtype float32 or bfloat16"
+            )
+        logprob_NU = logits_NU.sub_(lse_N[:, None])
+        top_NK, ids_NK = top_k(logprob_NU, self.k)
+        target_logprob_N = logprob_NU.gather(1, target_N[:, None])[:, 0]
+        space_N = logprob_NU.index_select(1, self.space_P).logsumexp(dim=-1).clamp_(max=0.0)
+        return TeacherRows(
+            ids=_ints(ids_NK),
+            logprob=_floats(top_NK),
+            target_logprob=_floats(target_logprob_N),
+            target_rank=_ints(_ranks(logprob_NU, ids_NK, target_N)),
+            lse=_floats(lse_N),
+            space_logprob=_floats(space_N),
+        )
+
+
+def top_k(value_NU: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest values of each row and their ids, descending, ties by lower id (torch.topk promises no order).
+
+    Returns:
+        (values [N, K], ids int64 [N, K]).
+    """
+    width = value_NU.shape[1]
+    more = min(k + 1, width)
+    top, ids = value_NU.topk(more, dim=-1, sorted=True)
+    cut_N = top[:, k - 1]
+    # A tie across the cut: topk kept some of the equal entries, the lowest ids are wanted.
+    unsure = torch.nonzero(cut_N == top[:, k]).flatten().tolist() if more > k else []
+    ids = ids[:, :k].contiguous()
+    for row in unsure:
+        above = int((top[row, :k] > cut_N[row]).sum())
+        ids[row, above:] = torch.nonzero(value_NU[row] == cut_N[row]).flatten()[: k - above]
+    ids = ids.sort(dim=-1).values
+    order = value_NU.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
+    ids = ids.gather(1, order)
+    return value_NU.gather(1, ids), ids
+
+
+def join(parts: list[TeacherRows]) -> TeacherRows:
+    """Consecutive rows as one."""
+    return TeacherRows(
+        ids=np.concatenate([part.ids for part in parts]),
+        logprob=np.concatenate([part.logprob for part in parts]),
+        target_logprob=np.concatenate([part.target_logprob for part in parts]),
+        target_rank=np.concatenate([part.target_rank for part in parts]),
+        lse=_join([part.lse for part in parts]),
+        space_logprob=_join([part.space_logprob for part in parts]),
+    )
+
+
+def cut(rows: TeacherRows, start: int, stop: int) -> TeacherRows:
+    """Rows ``start`` to ``stop``."""
+    return TeacherRows(
+        ids=rows.ids[start:stop],
+        logprob=rows.logprob[start:stop],
+        target_logprob=rows.target_logprob[start:stop],
+        target_rank=rows.target_rank[start:stop],
+        lse=None if rows.lse is None else rows.lse[start:stop],
+        space_logprob=None if rows.space_logprob is None else rows.space_logprob[start:stop],
+    )
+
+
+def _ranks(logprob_NU: Tensor, ids_NK: Tensor, target_N: Tensor) -> Tensor:
+    """Ranks from 1: a target among the top k stands there; the others are counted over the vocabulary."""
+    hit_NK = ids_NK == target_N[:, None]
+    rank_N = 1 + hit_NK.int().argmax(dim=-1)
+    missed = torch.nonzero(~hit_NK.any(dim=-1)).flatten()
+    if len(missed):
+        rank_N[missed] = _counted(logprob_NU[missed], target_N[missed])
+    return rank_N
+
+
+def _counted(logprob_NU: Tensor, target_N: Tensor) -> Tensor:
+    value_N1 = logprob_NU.gather(1, target_N[:, None])
+    lower_NU = torch.arange(logprob_NU.shape[1], device=target_N.device) < target_N[:, None]
+    before_NU = (logprob_NU > value_N1) | ((logprob_NU == value_N1) & lower_NU)
+    return 1 + before_NU.count_nonzero(dim=-1)
+
+
+def _floats(value: Tensor) -> NDArray[np.float32]:
+    assert value.dtype == torch.float32
+    return value.cpu().numpy()
+
+
+def _ints(value: Tensor) -> NDArray[np.int32]:
+    return value.to(torch.int32).cpu().numpy()
+
+
+def _join(parts: list[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+    present = [part for part in parts if part is not None]
+    assert len(present) in (0, len(parts))
+    return np.concatenate(present) if present else None

@@ -1,0 +1,220 @@
+"""tokenizer.json -> TokenTable: the bytes of every token, by the rules of the tokenizer's own decoder.
+
+Two families are known. Byte-level: tokens are spelt in the GPT-2 byte alphabet. Metaspace with byte
+fallback: U+2581 stands for a space and ``<0xHH>`` for a byte. In both, added tokens are literal text
+and special tokens have no bytes.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.tokens.rejoin import METASPACE
+from pipeline.tokens.roles import SideFiles, assign_roles, declared_tokens
+from pipeline.tokens.table import Kind, TokenTable
+from schemas.errors import XtokenError
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SUPPORTED = "supported are byte-level BPE, metaspace BPE or Unigram with byte fallback, and 'bytes'"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What tokenizer.json says, as far as token bytes depend on it."""
+
+    kind: Kind
+    vocab: dict[str, int]  # token -> id, added tokens included
+    model_vocab: dict[str, int]
+    added: dict[str, bool]  # added token -> special
+    merges: list[tuple[str, str]]
+    unk_token: str | None
+    normalizer: Mapping[str, Any] | None
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Token of every id that has one."""
+        return {token_id: token for token, token_id in self.vocab.items()}
+
+
+def read_spec(data: Mapping[str, Any], name: str) -> Spec:
+    """Pick what is needed from a parsed tokenizer.json.
+
+    Raises:
+        XtokenError: the file is no tokenizer.json or of a family whose tokens have no exact bytes.
+    """
+    model = data.get("model")
+    if not isinstance(model, Mapping) or "vocab" not in model:
+        raise XtokenError(f"tokenizer {name!r}: the file has no model with a vocabulary; give a tokenizer.json")
+    kind = _kind(data, model, name)
+    model_vocab = _model_vocab(model)
+    added = data.get("added_tokens") or []
+    vocab = {**model_vocab, **{token["content"]: token["id"] for token in added}}
+    return Spec(
+        kind=kind,
+        vocab=vocab,
+        model_vocab=model_vocab,
+        added={token["content"]: bool(token["special"]) for token in added},
+        merges=[_pair(merge) for merge in model.get("merges") or []],
+        unk_token=_unk_token(model),
+        normalizer=data.get("normalizer"),
+    )
+
+
+def _kind(data: Mapping[str, Any], model: Mapping[str, Any], name: str) -> Kind:
+    model_type = model.get("type") or ("BPE" if "merges" in model else "unknown")
+    parts = {part["type"] for part in _flat(data.get("decoder"))} | {
+        part["type"] for part in _flat(data.get("pre_tokenizer"))
+    }
+    if model_type == "BPE" and ("ByteLevel" in parts or _normalises_to_bytes(data)):
+        return "byte-level"
+    if model_type in ("BPE", "Unigram") and model.get("byte_fallback"):
+        return "metaspace"
+    raise XtokenError(
+        f"tokenizer {name!r} is {model_type}{'' if model.get('byte_fallback') else ' without byte fallback'}, "
+        f"whose tokens cannot be joined back to the bytes of a text; {_SUPPORTED}"
+    )
+
+
+def _normalises_to_bytes(data: Mapping[str, Any]) -> bool:
+    return any(part["type"] == "ByteLevel" for part in _flat(data.get("normalizer")))
+
+
+def _flat(component: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """A component, or the members of a Sequence of them, at any depth."""
+    if component is None:
+        return
+    members = [component[key] for key in ("normalizers", "pretokenizers", "decoders") if key in component]
+    if component.get("type") == "Sequence" and members:
+        for member in members[0]:
+            yield from _flat(member)
+    else:
+        yield component
+
+
+def _model_vocab(model: Mapping[str, Any]) -> dict[str, int]:
+    vocab = model["vocab"]
+    if isinstance(vocab, Mapping):
+        return dict(vocab)
+    return {token: token_id for token_id, (token, _) in enumerate(vocab)}
+
+
+def _unk_token(model: Mapping[str, Any]) -> str | None:
+    if model.get("unk_token") is not None:
+        return str(model["unk_token"])
+    unk_id = model.get("unk_id")
+    return None if unk_id is None else str(model["vocab"][unk_id][0])
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def text_normalizer(spec: Spec) -> str | None:
+    """JSON of the part of the normaliser that changes text, or None.
+
+    Prepended and replaced metaspaces and the byte alphabet are notation: the table undoes them.
+    """
+    kept = [
+        part
+        for part in _flat(spec.normalizer)
+        if part["type"] not in ("Prepend", "ByteLevel")
+        and not (part["type"] == "Replace" and part.get("content") == METASPACE)
+    ]
+    return json.dumps({"type": "Sequence", "normalizers": kept}) if kept else None
+
+
+def build_table(
+    spec: Spec, side: SideFiles, name: str, *, bos: int | None, in_text: frozenset[str] = frozenset()
+) -> TokenTable:
+    """The token table.
+
+    Args:
+        spec: from ``read_spec``.
+        side: the files beside tokenizer.json.
+        name: for people.
+        bos: the id that the post-processor puts in front of a text, or None.
+        in_text: declared tokens that text can produce; they stay text.
+    """
+    names = spec.names
+    roles = _roles(spec, side, in_text)
+    size = max(names) + 1
+    role = [roles.get(token_id) if token_id in names else "hole" for token_id in range(size)]
+    return TokenTable.build(
+        [b"" if role[token_id] else _bytes(names[token_id], spec) for token_id in range(size)],
+        role,
+        [_is_byte_token(names.get(token_id, ""), spec) for token_id in range(size)],
+        _merge_ids(spec),
+        name=name,
+        kind=spec.kind,
+        adds_bos=bos is not None,
+        bos_id=bos if bos is not None else _bos_id(spec, side, roles),
+    )
+
+
+def _roles(spec: Spec, side: SideFiles, in_text: frozenset[str]) -> dict[int, str]:
+    specials = {token: spec.vocab[token] for token in special_tokens(spec, side)}
+    others = {token: token_id for token, token_id in spec.vocab.items() if token not in in_text}
+    return assign_roles(declared_tokens(side, spec.names), spec.unk_token, specials, others)
+
+
+def _bos_id(spec: Spec, side: SideFiles, roles: Mapping[int, str]) -> int | None:
+    """BOS by role, or the declared BOS that has another role too (it is EOS as well)."""
+    by_role = next((token_id for token_id, role in roles.items() if role == "bos"), None)
+    declared = spec.vocab.get(declared_tokens(side, spec.names).get("bos") or "")
+    return declared if by_role is None and declared in roles else by_role
+
+
+def special_tokens(spec: Spec, side: SideFiles) -> list[str]:
+    """Added tokens marked special or declared to have a role, in id order."""
+    declared = set(declared_tokens(side, spec.names).values())
+    marked = (token for token, special in spec.added.items() if special or token in declared)
+    return sorted(marked, key=spec.vocab.__getitem__)
+
+
+def role_candidates(spec: Spec, side: SideFiles) -> list[str]:
+    """Tokens said to have a role that are not added tokens, so that text may produce them."""
+    declared = {token or "" for token in (*declared_tokens(side, spec.names).values(), spec.unk_token)}
+    return sorted(token for token in declared if token in spec.vocab and token not in spec.added)
+
+
+def _is_byte_token(token: str, spec: Spec) -> bool:
+    return spec.kind == "metaspace" and token not in spec.added and _BYTE_TOKEN.fullmatch(token) is not None
+
+
+def _bytes(token: str, spec: Spec) -> bytes:
+    if _is_byte_token(token, spec):
+        return bytes([int(token[3:5], 16)])
+    if spec.kind == "metaspace":
+        return token.replace(METASPACE, " ").encode()
+    if token in spec.added:
+        return token.encode()
+    # As the ByteLevel decoder does: a token with a character outside the alphabet is literal.
+    found = [_ALPHABET.get(character) for character in token]
+    return token.encode() if None in found else bytes(byte for byte in found if byte is not None)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character -> byte of the GPT-2 alphabet: printable Latin-1 as itself, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_ALPHABET = _byte_alphabet()
+
+
+def _merge_ids(spec: Spec) -> NDArray[np.int32]:
+    vocab = spec.model_vocab
+    pairs = [
+        (vocab[left], vocab[right])
+        for left, right in spec.merges
+        if left in vocab and right in vocab and left + right in vocab
+    ]
+    return np.array(pairs, dtype=np.int32).reshape(-1, 2)

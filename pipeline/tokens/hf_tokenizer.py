@@ -1,0 +1,145 @@
+"""Tokenizers of tokenizer.json files, run by the ``tokenizers`` library.
+
+``Encoding.offsets`` are not used: they count characters and repeat a character split over several
+tokens. Ends are sums of token bytes, and every text is checked to be what the tokens rejoin to.
+
+Shapes: T tokens of one text.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.tokens.interface import Encoded
+from pipeline.tokens.rejoin import METASPACE, Block, blocks, differing_block, dummy_space, map_ends
+from pipeline.tokens.table import TokenTable
+from schemas.errors import XtokenError
+
+# Several scripts, code, joined emoji, combining marks, numbers, line ends, look-alikes of special tokens.
+CANARY = (
+    "The 3 quick foxes,  and  12345.67e-8:\r\n\tdef f(x): return {'a': x[0]}  # ok\n\n    "
+    "Größe, año, Ελληνικά, Русский, עברית, العربية, हिन्दी, ไทย, 中文和日本語テスト, 한국어 "
+    "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 \u00e9 <s> </s> <|endoftext|> <bos> [PAD] \u00a0\u3000\u200d ☃ \U0001d54f \x00\x7f"
+)
+
+
+class HfTokenizer:
+    """A ``TextTokenizer`` over a ``tokenizers.Tokenizer`` (special tokens off, no truncation, no padding)."""
+
+    def __init__(self, backend: Any, table: TokenTable, normalizer: Any | None) -> None:
+        """Take over ``backend``.
+
+        Args:
+            backend: a ``tokenizers.Tokenizer`` that treats special tokens as text.
+            table: its token bytes.
+            normalizer: the part of its normaliser that changes text (``normalize_str``), or None.
+        """
+        self.table = table
+        self._backend = backend
+        self._normalizer = normalizer
+        self._pieces = table.pieces()
+        self._missing = _missing_bytes(table)
+
+    def normalise(self, text: str) -> str:
+        """The tokenizer's own normalisation where repeating it changes nothing, else ``text`` itself."""
+        once = self._normal(text)
+        return once if once == text or self._normal(once) == once else text
+
+    def encode(self, text: str, *, complete: bool, keep_text: bool = False) -> Encoded:
+        """See ``TextTokenizer.encode``."""
+        return self.encode_batch([text], [complete], keep_text=keep_text)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], completes: Sequence[bool], *, keep_text: bool = False
+    ) -> list[Encoded]:
+        """See ``TextTokenizer.encode_batch``."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [
+            self._finish(self._place(text, encoding.ids, keep_text=keep_text), complete)
+            for text, encoding, complete in zip(texts, encodings, completes, strict=True)
+        ]
+
+    def check(self) -> None:
+        """Encode the canary.
+
+        Raises:
+            XtokenError: its tokens do not rejoin and the tokenizer's normaliser does not explain why.
+        """
+        encoded = self.encode(CANARY, complete=False)
+        joined = self._joined(encoded.ids.tolist())
+        if encoded.snapped and dummy_space(joined, self._seen(CANARY)) is None:
+            raise self._mismatch(joined, CANARY)
+
+    def _normal(self, text: str) -> str:
+        return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
+
+    def _seen(self, text: str) -> bytes:
+        """What the tokens of ``text`` should rejoin to."""
+        return self._spelt(self._normal(text)).translate(None, delete=self._missing)
+
+    def _spelt(self, text: str) -> bytes:
+        """UTF-8, but a literal metaspace and a space are the same token: match either."""
+        return (text.replace(METASPACE, " ") if self.table.info.kind == "metaspace" else text).encode()
+
+    def _joined(self, ids: Sequence[int]) -> bytes:
+        return b"".join(map(self._pieces.__getitem__, ids))
+
+    def _place(self, text: str, ids: list[int], *, keep_text: bool) -> Encoded:
+        joined, spelt = self._joined(ids), self._spelt(text)
+        space = dummy_space(joined, spelt)
+        if space is not None:
+            found = blocks(text, self._spelt) if spelt != text.encode() else None
+            return Encoded(text, _int32(ids), self._ends(ids, space, found), snapped=False)
+        normal = text if keep_text else self.normalise(text)
+        if normal != text:
+            return self._place(normal, self._ids(normal), keep_text=True)
+        return self._snap(text, ids, joined)
+
+    def _snap(self, text: str, ids: list[int], joined: bytes) -> Encoded:
+        space = dummy_space(joined, self._seen(text))
+        found = blocks(text, self._seen) if space is not None else differing_block(joined, text.encode())
+        if space is None and not found[0].text and not found[-1].text:
+            raise self._mismatch(joined, text)
+        return Encoded(text, _int32(ids), self._ends(ids, space or 0, found), snapped=True)
+
+    def _ends(self, ids: Sequence[int], space: int, found: list[Block] | None) -> NDArray[np.int32]:
+        """Byte ends; a dummy space (0 or 1 bytes) is taken off the first token."""
+        lengths = map(len, map(self._pieces.__getitem__, ids))
+        ends = np.fromiter(accumulate(lengths), dtype=np.int32, count=len(ids)) - np.int32(space)
+        return ends if found is None else map_ends(ends, found)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def _finish(self, encoded: Encoded, complete: bool) -> Encoded:
+        ends, size = encoded.ends, len(encoded.text.encode())
+        assert not len(ends) or (int(ends[-1]) == size and ends[0] >= 0 and bool((np.diff(ends) >= 0).all()))
+        eos = self.table.info.eos_id
+        if not complete or eos is None:
+            return encoded
+        ids = np.append(encoded.ids, np.int32(eos))
+        return Encoded(encoded.text, ids, np.append(ends, np.int32(size)), encoded.snapped)
+
+    def _mismatch(self, joined: bytes, text: str) -> XtokenError:
+        raw = text.encode()
+        at = next((i for i, (a, b) in enumerate(zip(joined, raw, strict=False)) if a != b), min(len(joined), len(raw)))
+        return XtokenError(
+            f"tokenizer {self.table.info.name!r}: its tokens do not rejoin the text that starts {text[:40]!r}; at "
+            f"byte {at} the tokens have {joined[at : at + 20]!r} and the text {raw[at : at + 20]!r}. A tokenizer that "
+            "drops or rewrites text has no byte ends: use the tokenizer.json that belongs to the model, or another one"
+        )
+
+
+def _missing_bytes(table: TokenTable) -> bytes:
+    """Bytes without a token of their own: byte-level BPE drops them from the text (SmolLM2 lacks 21)."""
+    if table.info.kind != "byte-level":
+        return b""
+    known = table.by_bytes()
+    return bytes(byte for byte in range(256) if bytes([byte]) not in known)
+
+
+def _int32(ids: Sequence[int]) -> NDArray[np.int32]:
+    return np.array(ids, dtype=np.int32)

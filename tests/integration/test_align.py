@@ -1,0 +1,149 @@
+"""Align end to end: targets of a small capture, resumed, refused, and complete on their own."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.align import align
+from pipeline.capture import precompute
+from pipeline.project import project
+from pipeline.store.verify import verify
+from schemas.config import AlignConfig, PrecomputeConfig, ProjectConfig
+from schemas.errors import IncompleteRun, XtokenError
+from schemas.manifest import MANIFEST, CaptureManifest, TargetManifest, content_hash, read_manifest
+from schemas.progress import Silent
+from schemas.tables import targets
+
+TEXT = "Größe 12345 — привет, мир! 東京タワー 👩\u200d👧 def f(x): return x ** 2\r\n\n"
+
+
+@pytest.fixture(scope="module")
+def teacher(tokenizer_file: Callable[[str], Path]) -> str:
+    return str(tokenizer_file("smollm2"))
+
+
+@pytest.fixture(scope="module")
+def capture(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("align")
+    (root / "text").mkdir()
+    for name in "abcd":
+        (root / "text" / f"{name}.txt").write_text(f"{name}: " + TEXT * 5, encoding="utf-8")
+    precompute(_precompute(teacher, root), Silent())
+    return root / "c"
+
+
+def _precompute(teacher: str, root: Path, **options: Any) -> PrecomputeConfig:
+    fixed = {"backend": "fake", "k": 24, "max_tokens": 64, "shard_bytes": 700}
+    return PrecomputeConfig(corpus=str(root / "text"), teacher=teacher, out=str(root / "c"), **fixed, **options)
+
+
+def _config(capture: Path, out: Path, **options: Any) -> AlignConfig:
+    return AlignConfig(capture=str(capture), out=str(out), **{"student": "bytes", **options})
+
+
+def _files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.parquet")}
+
+
+class _KilledAfter(Silent):
+    """Raises Ctrl-C when the first part of the run is done."""
+
+    def __init__(self) -> None:
+        self.parts = 0
+
+    def advance(self, amount: int, **figures: float | str) -> None:
+        assert amount >= 0
+        self.parts += bool(figures)
+        if self.parts == 1:
+            raise KeyboardInterrupt
+
+
+def test_targets_explain_themselves(capture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "t"
+    manifest = align(_config(capture, out), Silent())
+    assert read_manifest(str(out), TargetManifest) == manifest
+    assert manifest.capture_hash == content_hash(read_manifest(str(capture), CaptureManifest))
+    assert len(manifest.parts) > 1
+    found = verify(str(out))
+    assert found["samples"] == sum(part.samples for part in read_manifest(str(capture), CaptureManifest).parts)
+    table = pq.read_table(out / "data")
+    assert table.schema.equals(targets(["p-kl", "h-kl"]))
+    text = {row["sample_id"]: row["text"] for row in pq.read_table(capture / "data").to_pylist()}
+    for row in table.to_pylist():
+        assert bytes(row["student_ids"]) == text[row["sample_id"]].encode()
+    assert sum(part.counts["chunks"] for part in manifest.parts) == sum(part.entries for part in manifest.parts)
+
+
+def test_interrupted_and_resumed_gives_the_same_files(capture: Path, tmp_path: Path) -> None:
+    align(_config(capture, tmp_path / "whole"), Silent())
+    out = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        align(_config(capture, out), _KilledAfter())
+    assert not (out / MANIFEST).exists()
+    kept = list((out / "commits").iterdir())
+    assert kept
+    resumed = align(_config(capture, out), Silent())
+    assert _files(out) == _files(tmp_path / "whole")
+    assert resumed.run_hash == read_manifest(str(tmp_path / "whole"), TargetManifest).run_hash
+    assert not list(out.rglob("*.tmp"))
+    assert align(_config(capture, out), Silent()) == resumed
+
+
+def test_only_the_losses_asked_for(capture: Path, tmp_path: Path) -> None:
+    manifest = align(_config(capture, tmp_path / "t", losses=["ce"]), Silent())
+    assert manifest.losses == ["ce"]
+    assert pq.read_schema(tmp_path / "t" / "data" / "part-00000.parquet").equals(targets(["ce"]))
+
+
+def test_another_run_in_the_folder_is_refused(capture: Path, tmp_path: Path) -> None:
+    align(_config(capture, tmp_path / "t"), Silent())
+    with pytest.raises(XtokenError, match=r"unreached: prefix there, rest now"):
+        align(_config(capture, tmp_path / "t", unreached="rest"), Silent())
+    with pytest.raises(XtokenError, match="no align run wrote"):
+        align(_config(capture, capture), Silent())
+
+
+def test_given_w_is_used_and_checked(capture: Path, teacher: str, tmp_path: Path) -> None:
+    fits, reverse = str(tmp_path / "w"), str(tmp_path / "r")
+    project(ProjectConfig(student="bytes", teacher=str(capture), out=fits), Silent())
+    project(ProjectConfig(student=teacher, teacher="bytes", out=reverse), Silent())
+    manifest = align(_config(capture, tmp_path / "t", w=fits), Silent())
+    assert manifest.w_hash == align(_config(capture, tmp_path / "u"), Silent()).w_hash
+    assert (tmp_path / "t" / "w.parquet").read_bytes() == (Path(fits) / "w.parquet").read_bytes()
+    with pytest.raises(XtokenError, match=r"student tokenizer .* is not the one W was built for"):
+        align(_config(capture, tmp_path / "v", w=reverse), Silent())
+
+
+def test_a_capture_without_text_is_refused(teacher: str, capture: Path, tmp_path: Path) -> None:
+    shutil.copytree(capture.parent / "text", tmp_path / "text")
+    precompute(_precompute(teacher, tmp_path, text=False), Silent())
+    with pytest.raises(XtokenError, match="--no-text"):
+        align(_config(tmp_path / "c", tmp_path / "t"), Silent())
+
+
+def test_too_little_memory_is_named(capture: Path, tmp_path: Path) -> None:
+    with pytest.raises(XtokenError, match="--memory-limit 100KB"):
+        align(_config(capture, tmp_path / "t", memory_limit="100KB"), Silent())
+
+
+def test_a_vanished_part_fails_alone(capture: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "c"
+    shutil.copytree(capture, broken)
+    (broken / "data" / "part-00001.parquet").rename(tmp_path / "aside.parquet")
+    with pytest.raises(IncompleteRun, match=r"part 1: .*xtoken verify"):
+        align(_config(broken, tmp_path / "t"), Silent())
+    (tmp_path / "aside.parquet").rename(broken / "data" / "part-00001.parquet")
+    align(_config(broken, tmp_path / "t"), Silent())
+    assert verify(str(tmp_path / "t"))["parts"] > 1
+
+
+def test_an_unfinished_capture_is_refused(capture: Path, tmp_path: Path) -> None:
+    shutil.copytree(capture, tmp_path / "c")
+    manifest = read_manifest(str(capture), CaptureManifest).model_copy(update={"set_aside": {3: "poison"}})
+    (tmp_path / "c" / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
+    with pytest.raises(XtokenError, match=r"shards \[3\] failed"):
+        align(_config(tmp_path / "c", tmp_path / "t"), Silent())

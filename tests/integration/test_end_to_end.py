@@ -1,0 +1,86 @@
+"""The main job on real models, through the command line: text to a trained student and back to figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import cli
+
+RUNNER = CliRunner()
+TEXT = Path(cli.__file__).parent / "examples" / "data" / "moby-dick-held-out.jsonl"
+
+
+def xtoken(*words: object, code: int = 0) -> dict[str, Any]:
+    """Run a verb with --json; fail unless it exits with ``code``."""
+    result = RUNNER.invoke(cli.app, [*(str(word) for word in words), "--json"])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six short documents of real prose, some 2,400 bytes."""
+    text = json.loads(TEXT.read_text(encoding="utf-8"))["text"]
+    path = tmp_path_factory.mktemp("corpus") / "prose.jsonl"
+    lines = [json.dumps({"id": f"p{n}", "text": text[400 * n : 400 * (n + 1)].strip()}) for n in range(6)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def capture(corpus: Path, gemma3_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real capture of Gemma-3-270m."""
+    out = tmp_path_factory.mktemp("run") / "capture"
+    figures = xtoken("precompute", corpus, "--teacher", gemma3_dir, "--out", out, "--shard-bytes", 1000)
+    assert figures["samples"] == 6
+    assert figures["rows"] == figures["tokens"]  # Gemma sees BOS: every token has a row, eos too
+    return out
+
+
+@pytest.fixture(scope="module")
+def targets(capture: Path, smollm2_dir: Path) -> Path:
+    """Targets of the capture for SmolLM2."""
+    out = capture.parent / "targets"
+    figures = xtoken("align", capture, "--student", smollm2_dir, "--out", out)
+    assert 0.4 < figures["share_of_1_1_chunks"] < 1
+    return out
+
+
+@pytest.mark.engine
+def test_capture_and_targets_verify_and_explain_themselves(capture: Path, targets: Path) -> None:
+    for path, kind in ((capture, "capture"), (targets, "targets")):
+        xtoken("verify", path)
+        assert xtoken("inspect", path)["kind"] == kind
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("loss", ["p-kl", "h-kl"])
+def test_a_student_learns_from_targets_alone(
+    loss: str, targets: Path, corpus: Path, smollm2_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    words = ["--student", smollm2_dir, "--loss", loss, "--out", out, "--steps", 3, "--step-tokens", 256]
+    words += ["--warmup", 0, "--ce-weight", 1.0, "--lr", 3e-5]
+    figures = xtoken("train", targets, *words, "--eval-text", corpus, "--eval-targets", targets)
+    # Trained and measured on the same few sentences: it must fit them better.
+    assert figures["after"]["bits_per_byte"] < figures["before"]["bits_per_byte"]
+    assert figures["after"]["kl"] < figures["before"]["kl"]
+    again = xtoken("eval", out / "model", "--text", corpus, "--targets", targets)
+    assert again["bits_per_byte"] == pytest.approx(figures["after"]["bits_per_byte"], rel=1e-5)
+    assert len((out / "metrics.jsonl").read_text().splitlines()) >= 3
+
+
+@pytest.mark.engine
+def test_what_does_not_match_is_refused(
+    capture: Path, targets: Path, corpus: Path, gemma3_dir: Path, tmp_path: Path
+) -> None:
+    wrong = xtoken("train", targets, "--student", gemma3_dir, "--out", tmp_path / "run", code=2)
+    assert "tokenizer" in wrong["error"]
+    other = xtoken("precompute", corpus, "--teacher", gemma3_dir, "--out", capture, "--k", 8, code=2)
+    assert "k" in other["error"]
+    gone = xtoken("precompute", tmp_path / "no.jsonl", "--teacher", gemma3_dir, "--out", tmp_path / "c", code=2)
+    assert "no.jsonl" in gone["error"]

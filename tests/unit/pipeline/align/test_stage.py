@@ -1,0 +1,124 @@
+"""Reading parts and encoding for the student: the awkward tokenizers and the awkward storage."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.align.checks import check_samples, check_targets
+from pipeline.align.stage import AlignJob, encode, read_part
+from pipeline.align.targets import Maps, join, target_batch
+from pipeline.capture import precompute
+from pipeline.project import build_w
+from pipeline.store import load_vocab
+from pipeline.tokens import Encoded, TokenTable, load_tokenizer
+from schemas.config import AlignConfig, PrecomputeConfig
+from schemas.errors import XtokenError
+from schemas.progress import Silent
+
+TEXT = "The ﬁrst ofﬁce, ２０２６: x² and ①, then plain words again.\n"
+
+
+@pytest.fixture(scope="module")
+def capture(tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("stage")
+    (root / "a.txt").write_text(TEXT * 3, encoding="utf-8")
+    teacher = str(tokenizer_file("smollm2"))
+    config = PrecomputeConfig(corpus=str(root / "a.txt"), teacher=teacher, out=str(root / "c"), backend="fake", k=16)
+    precompute(config, Silent())
+    return root / "c"
+
+
+@pytest.fixture(scope="module")
+def nfkc(tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """SmolLM2's tokenizer behind an NFKC normaliser: its tokens are not the stored text's."""
+    data = json.loads(tokenizer_file("smollm2").read_text(encoding="utf-8"))
+    data["normalizer"] = {"type": "NFKC"}
+    path = tmp_path_factory.mktemp("nfkc") / "tokenizer.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return str(path)
+
+
+def test_a_normalising_student_gets_coarser_chunks_never_wrong_ones(capture: Path, nfkc: str) -> None:
+    student, teacher = load_tokenizer(nfkc), load_vocab(str(capture))
+    maps = Maps.of(build_w(student.table, teacher), "prefix")
+    (batch,) = read_part(str(capture), 0, "1GB", teacher.info.eos_id)
+    samples = join(batch, encode(student, batch), student.table.info.eos_id)
+    assert len(samples) == batch.num_rows
+    assert all(sample.encoded.snapped for sample in samples)
+    check_samples(batch, samples)
+    targets, counts = target_batch(batch, samples, maps, ["p-kl", "h-kl"], 1 / 32)
+    check_targets(targets, student.table.size, teacher.size)
+    assert counts["snapped"] == len(samples)
+    text = batch["text"][0].as_py().encode()
+    ends = np.concatenate([[0], samples[0].encoded.ends])[samples[0].chunks.student_end]
+    pieces = [text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    assert b"".join(pieces) == text
+    assert all(piece.decode() for piece in pieces[:-1]), "a chunk's border lies inside a changed character"
+
+
+class _Picky:
+    """A tokenizer that refuses texts with a marker, alone or in a batch."""
+
+    def __init__(self, marker: str) -> None:
+        self._inner = load_tokenizer("bytes")
+        self._marker = marker
+        self.table: TokenTable = self._inner.table
+
+    def normalise(self, text: str) -> str:
+        return text
+
+    def encode(self, text: str, *, complete: bool, keep_text: bool = False) -> Encoded:
+        if self._marker in text:
+            raise XtokenError("nothing in common")
+        return self._inner.encode(text, complete=complete, keep_text=keep_text)
+
+    def encode_batch(
+        self, texts: Sequence[str], completes: Sequence[bool], *, keep_text: bool = False
+    ) -> list[Encoded]:
+        return [self.encode(text, complete=c, keep_text=keep_text) for text, c in zip(texts, completes, strict=True)]
+
+
+def test_a_sample_the_student_cannot_encode_is_left_out_alone() -> None:
+    columns: dict[str, Any] = {
+        "text": ["ab", "bad", "c"],
+        "complete": [True, True, False],
+        "teacher_end": [[1, 2], [3], [1]],
+        "teacher_eos": [False] * 3,
+    }
+    batch = pa.RecordBatch.from_pydict(columns)
+    found = encode(_Picky("bad"), batch)
+    assert [one is not None for one in found] == [True, False, True]
+    samples = join(batch, found, None)
+    assert [sample.at for sample in samples] == [0, 2]
+    assert samples[0].chunks.teacher_end.tolist() == [1, 2]
+
+
+def test_a_part_is_read_from_any_filesystem(capture: Path) -> None:
+    data = (capture / "data" / "part-00000.parquet").read_bytes()
+    with fsspec.open("memory://elsewhere/data/part-00000.parquet", "wb") as file:
+        file.write(data)
+    assert list(read_part("memory://elsewhere", 0, "1GB", 2)) == list(read_part(str(capture), 0, "1GB", 2))
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    with pytest.raises(XtokenError, match=r"part-00007.parquet cannot be read"):
+        list(read_part(str(tmp_path), 7, "1GB", 2))
+
+
+def test_kept_ids_outside_the_vocabulary_are_refused(capture: Path, tmp_path: Path) -> None:
+    projection = build_w(load_tokenizer("bytes").table, load_vocab(str(capture)))
+    smaller = replace(
+        projection, teacher=projection.teacher.model_copy(update={"size": 10}), unreached=np.zeros(0, np.int32)
+    )
+    job = AlignJob(AlignConfig(capture=str(capture), student="bytes", out=str(tmp_path)), projection, 1 / 32, None)
+    worker = replace(job.open(), job=replace(job, projection=smaller))
+    with pytest.raises(XtokenError, match="kept id outside 0 to 9"):
+        worker.run(0, 1)
+    assert not list(tmp_path.rglob("part-*"))

@@ -1,0 +1,70 @@
+"""Toy jobs for executor tests, in a module that worker processes can import."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.capture import LocalExecutor
+from pipeline.store import DiskFull
+from schemas.errors import XtokenError
+from schemas.manifest import Part
+
+
+@dataclass(frozen=True)
+class ToyJob:
+    """``shards``: shard -> what happens there; ``opening``: what happens on open. Everything is noted in files."""
+
+    folder: str
+    shards: dict[int, str] = field(default_factory=dict)
+    opening: str = "fine"
+
+    def open(self) -> "ToyWorker":
+        note(self.folder, f"open-{os.getpid()}")
+        if self.opening == "bad model":
+            raise XtokenError("no such model")
+        if self.opening == "defect":
+            raise ValueError("a defect")
+        if self.opening == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ToyWorker(self)
+
+
+@dataclass(frozen=True)
+class ToyWorker:
+    job: ToyJob
+
+    def run(self, shard: int, attempt: int) -> Part:
+        note(self.job.folder, f"run-{shard}-{attempt}")
+        what = self.job.shards.get(shard, "fine")
+        if what == "poison":
+            raise ValueError("it tastes bad")
+        if what == "bad input":
+            raise XtokenError("document 'd' is bad; mend it")
+        if what == "full":
+            raise DiskFull("no room")
+        if what == "die" or (what == "die once" and attempt == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "slow":
+            time.sleep(60)
+        return Part(
+            index=shard,
+            samples=1,
+            tokens=1,
+            rows=1,
+            entries=1,
+            text_bytes=1,
+            file_bytes=1,
+            sha256=f"{os.getpid():064x}",
+        )
+
+
+def note(folder: str, name: str) -> None:
+    (Path(folder) / name).touch()
+
+
+if __name__ == "__main__":
+    # a driver with two workers that never end by themselves
+    LocalExecutor(2).run(ToyJob(sys.argv[1], dict.fromkeys(range(4), "slow")), range(4), print)

@@ -1,0 +1,127 @@
+"""The local executor with workers that fail, die and hang."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.capture import LocalExecutor
+from pipeline.store import DiskFull
+from schemas.errors import XtokenError
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[3]
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """The module of toy jobs under a name that worker processes find too."""
+    monkeypatch.syspath_prepend(str(HERE))
+    return importlib.import_module("executor_jobs")
+
+
+def run(job, workers=2, shards=range(6)):
+    parts = []
+    failed = LocalExecutor(workers).run(job, shards, parts.append)
+    return parts, failed
+
+
+def notes(folder: Path, prefix: str) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(prefix))
+
+
+def test_every_shard_runs_once(jobs, tmp_path):
+    parts, failed = run(jobs.ToyJob(str(tmp_path)))
+    assert sorted(part.index for part in parts) == list(range(6))
+    assert failed == {}
+    assert notes(tmp_path, "run-") == [f"run-{shard}-1" for shard in range(6)]
+    assert len(notes(tmp_path, "open-")) == 2
+
+
+def test_no_more_workers_than_shards_and_nothing_for_none(jobs, tmp_path):
+    run(jobs.ToyJob(str(tmp_path)), workers=4, shards=[5])
+    assert len(notes(tmp_path, "open-")) == 1
+    assert run(jobs.ToyJob(str(tmp_path)), shards=[]) == ([], {})
+
+
+def test_a_poison_shard_is_set_aside_after_three_attempts_and_the_others_go_on(jobs, tmp_path):
+    parts, failed = run(jobs.ToyJob(str(tmp_path), {2: "poison", 3: "bad input"}))
+    assert sorted(part.index for part in parts) == [0, 1, 4, 5]
+    assert sorted(failed) == [2, 3]
+    assert failed[2].endswith("ValueError: it tastes bad")
+    assert failed[3] == "document 'd' is bad; mend it"
+    assert notes(tmp_path, "run-2") == ["run-2-1", "run-2-2", "run-2-3"]
+
+
+def test_a_killed_worker_is_replaced_and_its_shard_leased_again(jobs, tmp_path):
+    parts, failed = run(jobs.ToyJob(str(tmp_path), {1: "die once"}))
+    assert sorted(part.index for part in parts) == list(range(6))
+    assert failed == {}
+    assert notes(tmp_path, "run-1") == ["run-1-1", "run-1-2"]
+    assert len(notes(tmp_path, "open-")) == 3
+
+
+def test_a_shard_that_kills_its_worker_is_set_aside(jobs, tmp_path):
+    parts, failed = run(jobs.ToyJob(str(tmp_path), {0: "die"}), workers=1, shards=[0, 1])
+    assert [part.index for part in parts] == [1]
+    assert list(failed) == [0]
+    assert "died (signal 9, the system may have run out of memory)" in failed[0]
+
+
+def test_a_job_that_cannot_be_opened_ends_the_run_at_once(jobs, tmp_path):
+    with pytest.raises(XtokenError, match="no such model"):
+        run(jobs.ToyJob(str(tmp_path), opening="bad model"), workers=1)
+    assert len(notes(tmp_path, "open-")) == 1
+
+
+def test_a_defect_on_open_keeps_its_traceback(jobs, tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*ValueError: a defect"):
+        run(jobs.ToyJob(str(tmp_path), opening="defect"), workers=1)
+
+
+def test_a_worker_that_dies_while_loading_is_tried_three_times(jobs, tmp_path):
+    with pytest.raises(XtokenError, match="while loading, 3 times in a row"):
+        run(jobs.ToyJob(str(tmp_path), opening="die"), workers=1)
+    assert len(notes(tmp_path, "open-")) == 3
+
+
+def test_a_full_disk_stops_the_run_at_once(jobs, tmp_path):
+    with pytest.raises(DiskFull, match="no room"):
+        run(jobs.ToyJob(str(tmp_path), {1: "full"}), workers=1)
+    assert notes(tmp_path, "run-") == ["run-0-1", "run-1-1"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_workers_end_with_their_driver(tmp_path, number, code):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(HERE / "executor_jobs.py"), str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as driver:
+        wait_until(lambda: len(notes(tmp_path, "run-")) == 2)
+        workers = [int(name.removeprefix("open-")) for name in notes(tmp_path, "open-")]
+        assert all(alive(worker) for worker in workers)
+        driver.send_signal(number)
+        assert driver.wait(20) == code
+    wait_until(lambda: not any(alive(worker) for worker in workers))
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it did not happen within 30 s"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"

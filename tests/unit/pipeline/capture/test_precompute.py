@@ -1,0 +1,218 @@
+"""precompute from the outside: results, resuming, and what it refuses before any work."""
+
+import importlib
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.capture import precompute
+from pipeline.store import DiskFull, committed, data_name, verify
+from schemas.config import PrecomputeConfig
+from schemas.errors import IncompleteRun, VerificationError, XtokenError
+from schemas.manifest import CaptureManifest, read_manifest
+from schemas.progress import Silent
+
+# The package exports the function under the module's name.
+module = importlib.import_module("pipeline.capture.precompute")
+TEXTS = [f"Document {number}: " + "some words, and 1234 numbers. " * (number + 3) for number in range(12)]
+TEXTS[7] *= 5
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return PrecomputeConfig(
+        corpus=str(tmp_path / "corpus.jsonl"),
+        teacher="bytes",
+        out=str(tmp_path / "out"),
+        backend="fake",
+        k=8,
+        max_tokens=64,
+        shard_bytes=700,
+        batch_tokens=512,
+    )
+
+
+class Told:
+    """A Progress that remembers."""
+
+    def __init__(self) -> None:
+        self.labels, self.done, self.total = [], 0, None
+
+    def start(self, label, total, unit):  # noqa: ARG002
+        self.labels.append(label)
+        self.done, self.total = 0, total
+
+    def advance(self, amount, **figures):  # noqa: ARG002
+        self.done += amount
+
+    def finish(self):
+        pass
+
+
+class Poisoned:
+    """An executor in this process to which shard 2 is poison."""
+
+    def __init__(self, workers: int) -> None:
+        assert workers == 1
+
+    def run(self, job, shards, on_part):
+        worker = job.open()
+        for shard in shards:
+            if shard != 2:
+                on_part(worker.run(shard, 1))
+        return {2: "it tastes bad"}
+
+
+def files(out: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((Path(out) / "data").iterdir())}
+
+
+def test_a_run_from_nothing_to_a_manifest(config):
+    told = Told()
+    manifest = precompute(config, told)
+    assert manifest == read_manifest(config.out, CaptureManifest)
+    assert verify(config.out)["text_bytes"] == sum(len(text) for text in TEXTS)
+    assert [part.index for part in manifest.parts] == list(range(len(manifest.parts)))
+    assert len(manifest.parts) > 3
+    assert told.labels == ["plan", "precompute"]
+    assert told.done == told.total == manifest.corpus.text_bytes
+    assert manifest.teacher.backend == "fake"
+    assert not manifest.bos
+    assert manifest.corpus.documents == 12
+
+
+def test_two_workers_write_the_same_bytes(config, tmp_path):
+    one = precompute(config, Silent())
+    other = config.model_copy(update={"out": str(tmp_path / "other"), "workers": 2})
+    two = precompute(other, Silent())
+    assert files(config.out) == files(other.out)
+    assert (one.parts, one.run_hash, one.plan_hash) == (two.parts, two.run_hash, two.plan_hash)
+
+
+def test_a_finished_run_does_nothing_again_and_needs_no_corpus(config, monkeypatch):
+    manifest = precompute(config, Silent())
+    Path(config.corpus).unlink()
+    monkeypatch.setattr(module, "LocalExecutor", None)
+    before = (Path(config.out) / "manifest.json").stat().st_mtime_ns
+    told = Told()
+    assert precompute(config, told) == manifest
+    assert told.labels == [f"{config.out} is complete, nothing to do"]
+    assert (Path(config.out) / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_only_what_is_missing_is_run(config):
+    manifest = precompute(config, Silent())
+    whole = files(config.out)
+    (Path(config.out) / "manifest.json").unlink()
+    for index in (1, 2):
+        (Path(config.out) / "commits" / f"part-0000{index}.json").unlink()
+    (Path(config.out) / data_name(2)).unlink()
+    kept = (Path(config.out) / data_name(0)).stat().st_mtime_ns
+    (Path(config.out) / "data" / "part-00001.dead.tmp").write_bytes(b"x")
+    again = precompute(config, Silent())
+    assert again.parts == manifest.parts
+    assert files(config.out) == whole
+    assert (Path(config.out) / data_name(0)).stat().st_mtime_ns == kept
+
+
+CHANGES = {
+    "k": (9, "k: 8 there, 9 now"),
+    "min_p": (0.1, "min_p: 0.003 there, 0.1 now"),
+    "max_tokens": (32, "max_tokens: 64 there, 32 now"),
+    "text": (False, "text: True there, False now"),
+    "student": ("bytes", "student_hash: None there"),
+    "shard_bytes": (900, "shard_bytes: 700 there, 900 now"),
+    "on_bad": ("skip", "on_bad: 'stop' there, 'skip' now"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_runs_folder_is_refused_with_what_differs(config, name, monkeypatch):
+    monkeypatch.setattr(module, "_run", lambda *_: {})
+    monkeypatch.setattr(module, "_manifest", lambda *_: None)
+    monkeypatch.setattr(module, "_is_current", lambda *_: True)
+    monkeypatch.setattr(module, "read_manifest", lambda *_: None)
+    precompute(config, Silent())
+    value, message = CHANGES[name]
+    with pytest.raises(XtokenError, match=message):
+        precompute(config.model_copy(update={name: value}), Silent())
+
+
+def test_a_folder_of_something_else_is_refused(config):
+    out = Path(config.out)
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(XtokenError, match=r"holds 'config\.json' but no capture"):
+        precompute(config, Silent())
+
+
+def test_k_larger_than_the_vocabulary_is_refused_first(config, tmp_path, tokenizer_file):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    small = Tokenizer(models.BPE({char: at for at, char in enumerate(pre_tokenizers.ByteLevel.alphabet()[:200])}, []))
+    small.pre_tokenizer, small.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    small.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(XtokenError):  # too few bytes to rejoin a canary, or k too large
+        precompute(config.model_copy(update={"teacher": str(tmp_path / "tokenizer.json"), "k": 201}), Silent())
+    assert not Path(config.out).exists()
+
+
+def test_memory_is_not_shared_with_workers(config):
+    with pytest.raises(XtokenError, match="memory://"):
+        precompute(config.model_copy(update={"out": "memory://x/out"}), Silent())
+
+
+def test_a_vanished_corpus_is_named_and_bringing_it_back_resumes(config, tmp_path):
+    precompute(config, Silent())
+    (Path(config.out) / "commits" / "part-00001.json").unlink()
+    away = shutil.move(config.corpus, tmp_path / "away.jsonl")
+    with pytest.raises(XtokenError, match=r"corpus\.jsonl"):
+        precompute(config, Silent())
+    shutil.move(away, config.corpus)
+    precompute(config, Silent())
+    verify(config.out)
+
+
+def test_a_commit_without_its_file_is_named(config):
+    precompute(config, Silent())
+    (Path(config.out) / data_name(1)).unlink()
+    with pytest.raises(VerificationError, match=r"part-00001\.parquet has None bytes.*remove commits/part-00001\.json"):
+        precompute(config, Silent())
+
+
+def test_a_shard_that_keeps_failing_is_set_aside_and_tried_again_by_a_rerun(config, monkeypatch):
+    monkeypatch.setattr(module, "LocalExecutor", Poisoned)
+    with pytest.raises(IncompleteRun, match=r"1 of \d+ shards were set aside after three attempts") as caught:
+        precompute(config, Silent())
+    assert "shard 2: it tastes bad" in str(caught.value)
+    partial = read_manifest(config.out, CaptureManifest)
+    assert partial.set_aside == {2: "it tastes bad"}
+    with pytest.raises(VerificationError, match=r"shards \[2\] were set aside"):
+        verify(config.out)
+    monkeypatch.undo()
+    again = precompute(config, Silent())
+    assert [part for part in again.parts if part.index != 2] == partial.parts
+    assert again.set_aside == {}
+    verify(config.out)
+
+
+def test_a_full_disk_stops_the_run_and_the_same_command_resumes(config):
+    undisturbed = precompute(config.model_copy(update={"out": config.out + "-undisturbed"}), Silent())
+    sizes = [part.file_bytes for part in undisturbed.parts]
+    largest = sizes.index(max(sizes))
+    assert largest > 0
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # worker processes inherit the limit: a part larger than it meets the error of a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes[:largest]) + 10, old[1]))
+    try:
+        with pytest.raises(DiskFull, match="free some space and run the same command again"):
+            precompute(config, Silent())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert sorted(committed(config.out)) == list(range(largest))
+    assert [path.suffix for path in (Path(config.out) / "data").iterdir()] == [".parquet"] * largest
+    assert precompute(config, Silent()).parts == undisturbed.parts

@@ -1,0 +1,237 @@
+"""W on real tokenizers: the three rules, the common set, and where unreached tokens go."""
+
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from pipeline.project import Projection, build_w
+from pipeline.project.build import piece_weights
+from pipeline.project.pieces import Segmenter
+from pipeline.project.projection import EXACT, PIECES, ROLE, TO_REST
+from pipeline.tokens import TokenTable, load_tokenizer
+
+PAIRS = [
+    ("llama3", "qwen3"),
+    ("qwen3", "llama3"),
+    ("llama2", "gpt4o"),
+    ("qwen3", "llama2"),
+    ("smollm2", "gemma3"),
+    ("gemma3", "smollm2"),
+    ("bytes", "llama3"),
+]
+SAMPLE = 400
+
+
+@cache
+def _pair(student: str, teacher: str) -> tuple[TokenTable, TokenTable, Projection]:
+    tables = load_tokenizer(student).table, load_tokenizer(teacher).table
+    return *tables, build_w(*tables)
+
+
+@pytest.fixture(params=PAIRS, ids=lambda pair: "-".join(pair))
+def pair(
+    request: pytest.FixtureRequest, tokenizer_file: Callable[[str], Path]
+) -> tuple[TokenTable, TokenTable, Projection]:
+    return _pair(*(name if name == "bytes" else str(tokenizer_file(name)) for name in request.param))
+
+
+def _rows(projection: Projection) -> dict[int, list[tuple[int, float, int]]]:
+    rows: dict[int, list[tuple[int, float, int]]] = defaultdict(list)
+    for s, t, weight, kind in zip(
+        projection.student_id.tolist(),
+        projection.teacher_id.tolist(),
+        projection.weight.tolist(),
+        projection.kind.tolist(),
+        strict=True,
+    ):
+        rows[s].append((t, weight, kind))
+    return rows
+
+
+def test_every_text_row_spells_its_token(pair: tuple[TokenTable, TokenTable, Projection]) -> None:
+    student, teacher, projection = pair
+    rows, segmenter = _rows(projection), Segmenter(teacher)
+    spelt = teacher.pieces()
+    single = {text for text in spelt if len(text) == 1}  # SmolLM2 has no token for some control characters
+    for s, text in enumerate(student.pieces()):
+        if student.role[s] is not None or not text:
+            assert all(kind == ROLE for _, _, kind in rows[s])
+            continue
+        kinds = {kind for _, _, kind in rows[s]}
+        if not kinds:
+            assert any(bytes([byte]) not in single for byte in text), f"student token {s} {text!r} has no row"
+            continue
+        if kinds == {EXACT}:
+            assert [(spelt[t], weight) for t, weight, _ in rows[s]] == [(text, 1.0)]
+        else:
+            assert kinds == {PIECES}
+            pieces = segmenter.split(text)
+            assert pieces is not None
+            assert b"".join(spelt[t] for t in pieces) == text
+            assert {t for t, _, _ in rows[s]} == set(pieces[:4])
+
+
+def test_rows_sum_to_one_or_are_absent(pair: tuple[TokenTable, TokenTable, Projection]) -> None:
+    student, _, projection = pair
+    total = np.bincount(projection.student_id, weights=projection.weight, minlength=student.size)
+    present = np.bincount(projection.student_id, minlength=student.size) > 0
+    assert np.allclose(total[present], 1, atol=1e-6)
+    assert (total[~present] == 0).all()
+    assert (np.diff(projection.student_id) >= 0).all()
+
+
+def test_pieces_are_those_of_the_teachers_own_model(
+    tokenizer_file: Callable[[str], Path],
+    pair: tuple[TokenTable, TokenTable, Projection],
+    request: pytest.FixtureRequest,
+) -> None:
+    student, teacher, projection = pair
+    backend = Tokenizer.from_file(str(tokenizer_file(request.node.callspec.params["pair"][1])))
+    pieced = np.unique(projection.student_id[projection.kind == PIECES]).tolist()
+    segmenter = Segmenter(teacher)
+    compared = 0
+    for s in random.Random(0).sample(pieced, min(SAMPLE, len(pieced))):
+        written = _as_written(student.token(s), teacher.info.kind)
+        if written is not None:
+            expected = [token.id for token in backend.model.tokenize(written)]
+            assert segmenter.split(student.token(s)) == expected, student.token(s)
+            compared += 1
+    assert compared or not pieced
+
+
+def _as_written(text: bytes, kind: str) -> str | None:
+    """Bytes in the alphabet of a tokenizer.json; None where it has no way to write them."""
+    if kind == "byte-level":
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        shifted = [byte for byte in range(256) if byte not in printable]
+        alphabet = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(shifted)}
+        assert set(alphabet.values()) == set(ByteLevel.alphabet())
+        return "".join(alphabet[byte] for byte in text)
+    try:
+        return text.decode().replace(" ", "\u2581")
+    except UnicodeDecodeError:
+        return None
+
+
+def test_pieces_against_a_slow_reference(pair: tuple[TokenTable, TokenTable, Projection]) -> None:
+    student, teacher, projection = pair
+    if not len(teacher.merges) or teacher.info.kind != "byte-level":
+        pytest.skip("the reference starts from bytes")
+    rank = {(teacher.token(a), teacher.token(b)): n for n, (a, b) in reversed(list(enumerate(teacher.merges.tolist())))}
+    segmenter = Segmenter(teacher)
+    pieced = np.unique(projection.student_id[projection.kind == PIECES]).tolist()
+    for s in random.Random(1).sample(pieced, min(SAMPLE, len(pieced))):
+        text = student.token(s)
+        split = segmenter.split(text)
+        assert split is not None
+        assert [teacher.token(t) for t in split] == _slow_bpe(text, rank)
+
+
+def _slow_bpe(text: bytes, rank: dict[tuple[bytes, bytes], int]) -> list[bytes]:
+    parts = [bytes([byte]) for byte in text]
+    while True:
+        found = [(rank[a, b], at) for at, (a, b) in enumerate(pairwise(parts)) if (a, b) in rank]
+        if not found:
+            return parts
+        _, at = min(found)
+        parts = [*parts[:at], parts[at] + parts[at + 1], *parts[at + 2 :]]
+
+
+def test_unreached_is_the_complement_and_moves_to_the_longest_prefix(
+    pair: tuple[TokenTable, TokenTable, Projection],
+) -> None:
+    student, teacher, projection = pair
+    reached = set(projection.teacher_id.tolist())
+    assert sorted([*reached, *projection.unreached.tolist()]) == list(range(teacher.size))
+    known = set(student.pieces()) & set(teacher.by_bytes())
+    moved = dict(zip(projection.unreached.tolist(), projection.moved_to.tolist(), strict=True))
+    for t in random.Random(2).sample(sorted(moved), min(SAMPLE, len(moved))):
+        text = teacher.token(t)
+        longest = max((text[:n] for n in range(1, len(text) + 1) if text[:n] in known), key=len, default=None)
+        if longest is None:
+            assert moved[t] == TO_REST
+        else:
+            assert teacher.token(moved[t]) == longest
+            assert moved[t] in reached
+
+
+def test_common_set_has_one_student_per_teacher(pair: tuple[TokenTable, TokenTable, Projection]) -> None:
+    student, _, projection = pair
+    best: dict[int, tuple[float, bool, int]] = {}
+    for s, entries in _rows(projection).items():
+        t, weight, _ = max(entries, key=lambda entry: entry[1]) if entries else (0, 0.0, 0)
+        if weight >= 0.6:
+            claim = (-weight, bool(student.byte_fallback[s]), s)
+            best[t] = min(best.get(t, claim), claim)
+    found = zip(
+        projection.teacher_id[projection.common].tolist(),
+        projection.student_id[projection.common].tolist(),
+        strict=True,
+    )
+    assert dict(found) == {t: s for t, (_, _, s) in best.items()}
+
+
+def test_weights_of_pieces() -> None:
+    assert [round(weight, 3) for _, weight in piece_weights([5, 6])] == [0.909, 0.091]
+    assert [round(weight, 3) for _, weight in piece_weights([5, 6, 7])] == [0.901, 0.090, 0.009]
+    assert [token for token, _ in piece_weights([5, 6, 7, 8, 9])] == [5, 6, 7, 8]
+    assert [(token, round(weight, 3)) for token, weight in piece_weights([5, 6, 5])] == [(5, 0.910), (6, 0.090)]
+
+
+def test_an_ordinary_token_wins_over_its_byte_token(tokenizer_file: Callable[[str], Path]) -> None:
+    student, teacher, projection = _pair(str(tokenizer_file("gemma3")), str(tokenizer_file("smollm2")))
+    rows, pair = _rows(projection), projection.common_student()
+    comma, comma_byte = (
+        int(
+            np.flatnonzero(
+                [p == b"," and f == fallback for p, f in zip(student.pieces(), student.byte_fallback, strict=True)]
+            )[0]
+        )
+        for fallback in (False, True)
+    )
+    ((target, weight, _),) = rows[comma]
+    assert (teacher.token(target), weight, teacher.byte_fallback[target]) == (b",", 1.0, False)
+    assert rows[comma_byte] == rows[comma]
+    assert pair[target] == comma, "the token that text produces speaks for the pair, not <0x2C>"
+
+
+def test_special_tokens_meet_by_role_only(tokenizer_file: Callable[[str], Path]) -> None:
+    student, teacher, projection = _pair(str(tokenizer_file("smollm2")), str(tokenizer_file("gemma3")))
+    specials = [s for s, role in enumerate(student.role) if role is not None]
+    rows = _rows(projection)
+    for s in specials:
+        assert [teacher.role[t] for t, _, _ in rows[s]] in ([], [student.role[s]])
+    assert student.id_of("eos") in rows
+    text_like = set(projection.moved_to[[teacher.role[t] is not None for t in projection.unreached]].tolist())
+    assert text_like == {TO_REST}
+
+
+def test_a_tokenizer_without_merges_is_matched_greedily() -> None:
+    table = TokenTable.build(
+        [b"a", b"ab", b"abc", b"b", b"d"],
+        [None] * 5,
+        [False] * 5,
+        np.zeros((0, 2), np.int32),
+        name="tiny",
+        kind="byte-level",
+    )
+    assert Segmenter(table).split(b"abdabca") == [1, 4, 2, 0]
+    assert Segmenter(table).split(b"abx") is None
+
+
+def test_a_row_that_cannot_be_spelt_stays_empty() -> None:
+    merges = np.zeros((0, 2), np.int32)
+    student = TokenTable.build([b"a", b"ax"], [None] * 2, [False] * 2, merges, name="s", kind="byte-level")
+    teacher = TokenTable.build([b"a", b"aa"], [None] * 2, [False] * 2, merges, name="t", kind="byte-level")
+    projection = build_w(student, teacher)
+    assert projection.student_id.tolist() == [0]
+    assert (projection.unreached.tolist(), projection.moved_to.tolist()) == ([1], [0])

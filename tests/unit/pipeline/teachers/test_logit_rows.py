@@ -1,0 +1,64 @@
+"""Top-k, ranks and masses of rows that are full of ties, against sorting."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.teachers.logit_rows import RowReader, top_k
+
+
+def ranking(values: torch.Tensor) -> np.ndarray:
+    return np.argsort(-values.numpy(), axis=1, kind="stable")
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    levels=st.integers(1, 6),
+    width=st.integers(1, 40),
+    rows=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_top_k_is_the_head_of_the_stable_ranking(
+    levels: int, width: int, rows: int, seed: int, data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, width))
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, levels, (rows, width), generator=generator).float()
+    top, ids = top_k(values, k)
+    np.testing.assert_array_equal(ids.numpy(), ranking(values)[:, :k])
+    np.testing.assert_array_equal(top.numpy(), np.take_along_axis(values.numpy(), ids.numpy(), axis=1))
+
+
+@settings(deadline=None, max_examples=100)
+@given(levels=st.integers(1, 6), width=st.integers(2, 40), seed=st.integers(0, 1000), data=st.data())
+def test_rows_hold_ranks_and_masses_of_the_whole_row(levels: int, width: int, seed: int, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, width))
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, levels, (width, width), generator=generator).float()
+    target = torch.arange(width)
+    space = torch.arange(0, width, 2)
+    rows = RowReader(k, space).read(logits.clone(), target)
+    probability = torch.softmax(logits.double(), dim=-1).numpy()
+    places = np.argsort(ranking(logits), axis=1)
+    np.testing.assert_array_equal(rows.target_rank, 1 + places[np.arange(width), np.arange(width)])
+    np.testing.assert_allclose(np.exp(rows.target_logprob), np.diagonal(probability), rtol=1e-5)
+    assert rows.lse is not None
+    assert rows.space_logprob is not None
+    np.testing.assert_allclose(rows.lse, torch.logsumexp(logits.double(), -1).numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.exp(rows.space_logprob), probability[:, ::2].sum(axis=1), rtol=1e-5)
+
+
+def test_no_token_starts_with_a_space() -> None:
+    rows = RowReader(2, torch.zeros(0, dtype=torch.int64)).read(torch.randn(3, 5), torch.tensor([0, 1, 2]))
+    assert rows.space_logprob is not None
+    assert np.isneginf(rows.space_logprob).all()
+
+
+def test_a_token_of_probability_zero_has_its_place() -> None:
+    logits = torch.tensor([[0.0, float("-inf"), 1.0, float("-inf")]])
+    rows = RowReader(4, torch.tensor([1])).read(logits, torch.tensor([3]))
+    assert rows.ids.tolist() == [[2, 0, 1, 3]]
+    assert rows.target_rank.tolist() == [4]
+    assert np.isneginf(rows.target_logprob).all()

@@ -1,0 +1,167 @@
+"""Loading: normalising tokenizers, roles, refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from pipeline.tokens import load_tokenizer
+from schemas.errors import XtokenError
+
+
+def byte_level(normalizer: Any | None = None, *, drop: str = "") -> Tokenizer:
+    """Byte-level BPE without merges: every byte is a token."""
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(drop))
+    tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    return tokenizer
+
+
+def saved(folder: Path, tokenizer: Tokenizer, **side: Any) -> str:
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, content in side.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_stable_normalisation_gives_the_normalised_text(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(
+        saved(tmp_path, byte_level(normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])))
+    )
+    encoded = tokenizer.encode("The ﬁrst Ｗ", complete=False)
+    assert encoded.text == tokenizer.normalise("The ﬁrst Ｗ") == "the first w"
+    assert encoded.ends.tolist() == list(range(1, 12))
+    assert not encoded.snapped
+
+
+def test_a_kept_text_is_snapped(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(saved(tmp_path, byte_level(normalizers.NFKC())))
+    encoded = tokenizer.encode("aﬁb", complete=False, keep_text=True)
+    assert (encoded.text, encoded.snapped, encoded.ends.tolist()) == ("aﬁb", True, [1, 4, 4, 5])
+
+
+def test_unstable_normalisation_is_snapped(tmp_path: Path) -> None:
+    # "aa" becomes "a" each time it is applied: there is no text that stays as it is.
+    tokenizer = load_tokenizer(saved(tmp_path, byte_level(normalizers.Replace("aa", "a"))))
+    encoded = tokenizer.encode("x aaaa y", complete=False)
+    assert tokenizer.normalise("x aaaa y") == "x aaaa y"
+    assert (encoded.text, encoded.snapped) == ("x aaaa y", True)
+    assert encoded.ends.tolist() == [1, 2, 6, 6, 7, 8]
+
+
+def test_missing_bytes_are_snapped(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(saved(tmp_path, byte_level(drop="q")))
+    encoded = tokenizer.encode("qaqbq", complete=False)
+    assert (encoded.snapped, encoded.ends.tolist()) == (True, [2, 5])
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    with pytest.raises(XtokenError, match=r"do not rejoin the text .* at byte 3 .*tokenizer\.json"):
+        load_tokenizer(saved(tmp_path, tokenizer))
+
+
+def test_added_tokens(tmp_path: Path) -> None:
+    """Special ones have no bytes and are not found in text; others are literal text and are."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<|sep|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken("<think é>", normalized=False), "<fin>"])
+    loaded = load_tokenizer(saved(tmp_path, tokenizer, special_tokens_map={"eos_token": {"content": "<fin>"}}))
+    assert loaded.table.role[256:] == ("special", "eot", None, "eos")
+    assert loaded.table.token(258) == "<think é>".encode()
+    encoded = loaded.encode("<|sep|><think é><fin>", complete=True)
+    assert encoded.ids.tolist()[7] == 258
+    assert encoded.ids.tolist()[-1] == 259
+    assert set(encoded.ids.tolist()[:-1]) & {256, 257, 259} == set()
+
+
+def test_roles_by_config_ids_and_one_role_per_token(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<a>", "<b>", "<pad>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<b> $A", special_tokens=[("<b>", 257)])
+    config = {"bos_token_id": 257, "eos_token_id": [257, 256], "pad_token_id": None}
+    table = load_tokenizer(saved(tmp_path, tokenizer, config=config)).table
+    assert table.role[256:] == ("special", "eos", "special")
+    assert (table.info.adds_bos, table.info.bos_id, table.info.eos_id) == (True, 257, 257)
+
+
+def test_a_declared_token_that_text_produces_stays_text(tmp_path: Path) -> None:
+    loaded = load_tokenizer(saved(tmp_path, byte_level(), tokenizer_config={"pad_token": "!", "bos_token": "!"}))
+    assert (loaded.table.id_of("pad"), loaded.table.info.bos_id) == (None, None)
+    assert loaded.encode("!", complete=False).ends.tolist() == [1]
+
+
+def test_truncation_padding_and_dropout_are_off(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["[PAD]"])
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    tokenizer.model.dropout = 0.9
+    loaded = load_tokenizer(saved(tmp_path, tokenizer))
+    assert len(loaded.encode("0123456789", complete=False).ids) == 10
+
+
+def test_unigram_with_byte_fallback(tmp_path: Path) -> None:
+    """Unigram with byte fallback whose pre-tokenizer prepends a metaspace."""
+    vocab = [("<unk>", 0.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256)), ("▁", -1.0), ("▁ab", -2.0)]
+    tokenizer = Tokenizer(models.Unigram(vocab, 0, byte_fallback=True))
+    tokenizer.add_special_tokens(["<unk>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    loaded = load_tokenizer(saved(tmp_path, tokenizer))
+    assert (loaded.table.info.kind, loaded.table.merges.shape, loaded.table.id_of("unk")) == ("metaspace", (0, 2), 0)
+    for text, ends in (("ab", [2]), (" ab", [3]), ("  ab", [1, 4]), ("▁ab ▁x", [5, 6, 9, 10])):
+        encoded = loaded.encode(text, complete=False)
+        assert (encoded.ends.tolist(), encoded.snapped, encoded.text) == (ends, False, text)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"), "WordPiece"),
+        (models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0, byte_fallback=False), "Unigram without byte fallback"),
+        (models.WordLevel({"a": 0}, unk_token="a"), "WordLevel"),
+    ],
+)
+def test_other_families_are_refused(tmp_path: Path, model: Any, message: str) -> None:
+    with pytest.raises(XtokenError, match=f"{message}.*supported are byte-level BPE"):
+        load_tokenizer(saved(tmp_path, Tokenizer(model)))
+
+
+def test_sources_that_hold_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(XtokenError, match="does not exist"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+    with pytest.raises(XtokenError, match="holds no tokenizer"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(XtokenError, match=r"only model\.gguf.*save_pretrained"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(XtokenError, match=r"is not a tokenizer\.json"):
+        load_tokenizer(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model": {"vocab": {"a": 0}, "type": "BPE"}}'])
+def test_damaged_files(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(XtokenError, match="tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_hub_id_without_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(XtokenError, match=r"'nobody/nothing'.*local folder"):
+        load_tokenizer("nobody/nothing")
+    with pytest.raises(XtokenError, match="check the id"):
+        load_tokenizer("no body")

@@ -1,0 +1,221 @@
+"""A toy pair of vocabularies, target folders written from it with pyarrow, and a tiny random student."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from schemas.manifest import Part, TargetManifest, TeacherInfo, TokenizerInfo, part_name
+from schemas.tables import VOCAB, W, targets
+from trainer.losses.base import LossSetup, ProjectionArrays
+
+V, U = 24, 30
+BOS, EOS = 0, 1
+STUDENT = TokenizerInfo(name="toy-student", hash="a" * 64, kind="bytes", size=V, adds_bos=True, bos_id=BOS, eos_id=EOS)
+TEACHER = TokenizerInfo(name="toy-teacher", hash="b" * 64, kind="byte-level", size=U, adds_bos=True, bos_id=0)
+
+
+@dataclass
+class Pair:
+    """A random W: most rows exact, some of pieces, two empty; teacher tokens 26 and up are not reached."""
+
+    weight_VU: np.ndarray = field(default_factory=lambda: np.zeros((V, U)))
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(5)
+        for s in range(2, V):
+            pieces = 1 if s < 16 else int(rng.integers(2, 4))
+            columns = [s] if pieces == 1 else rng.choice(26, pieces, replace=False)
+            share = 0.9 * 0.1 ** np.arange(pieces)
+            self.weight_VU[s, columns] = share / share.sum()
+
+    @property
+    def reached(self) -> np.ndarray:
+        return np.flatnonzero(self.weight_VU.sum(0) > 0)
+
+    @property
+    def arrays(self) -> ProjectionArrays:
+        s, t = np.nonzero(self.weight_VU)
+        weight = self.weight_VU[s, t].astype(np.float32)
+        return ProjectionArrays(s.astype(np.int32), t.astype(np.int32), weight, (weight == 1) & (s % 4 != 0))
+
+    def table(self) -> pa.Table:
+        w = self.arrays
+        kind = np.where(w.weight == 1, "exact", "pieces")
+        return pa.Table.from_arrays(
+            [w.student_id, w.teacher_id, w.weight, pa.array(kind), pa.array(w.common)], schema=W
+        )
+
+    def setup(self, **options: Any) -> LossSetup:
+        return LossSetup(self.arrays, V, U, torch.device("cpu"), **options)
+
+    def pkl_chunk(self, rng: np.random.Generator, kept: int | None) -> tuple[np.ndarray, np.ndarray, float]:
+        """ids, log-probabilities and REST of one chunk; ``kept=None`` keeps every reached token and has no REST."""
+        p = rng.dirichlet(np.full(len(self.reached), 0.4))
+        order = np.argsort(-p, kind="stable")[: len(p) if kept is None else kept]
+        rest = -np.inf if kept is None else float(np.log1p(-p[order].sum()))
+        return self.reached[order].astype(np.int32), np.log(p[order]), rest
+
+    def hkl_chunk(self, rng: np.random.Generator, kept: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """student ids and log-probabilities in C, log-probabilities outside C, of one chunk."""
+        w = self.arrays
+        partner = dict(zip(w.teacher_id[w.common].tolist(), w.student_id[w.common].tolist(), strict=True))
+        p = rng.dirichlet(np.full(U, 0.4))
+        order = np.argsort(-p, kind="stable")[:kept].tolist()
+        common = [t for t in order if t in partner]
+        other = [t for t in order if t not in partner]
+        return np.array([partner[t] for t in common], np.int32), np.log(p[common]), np.log(p[other])
+
+
+def _sample(pair: Pair, rng: np.random.Generator, name: str, length: int) -> dict[str, Any]:
+    """A sample of one-byte tokens; every third token is the second of its chunk; the last chunk has no row."""
+    ids = rng.integers(2, V, length).astype(np.int32)
+    ends = np.array([i + 1 for i in range(length) if i % 3 != 1 or i == length - 1], np.int32)
+    pkl = [pair.pkl_chunk(rng, 6) for _ in ends[:-1]]
+    hkl = [pair.hkl_chunk(rng, 8) for _ in ends[:-1]]
+    return {
+        "sample_id": name,
+        "student_ids": ids,
+        "student_end": np.arange(1, length + 1, dtype=np.int32),
+        "chunk_student_end": ends,
+        "chunk_teacher_end": np.arange(1, len(ends) + 1, dtype=np.int32),
+        "teacher_logprob": np.append(np.full(len(ends) - 1, -2.0, np.float32), np.float32(np.nan)),
+        "pkl_count": np.array([*(len(ids) for ids, _, _ in pkl), 0], np.int32),
+        "pkl_ids": _joined([ids for ids, _, _ in pkl], np.int32),
+        "pkl_logprob": _joined([logprob for _, logprob, _ in pkl], np.float32),
+        "pkl_rest_logprob": np.array([*(rest for _, _, rest in pkl), -np.inf], np.float32),
+        "hkl_common_count": np.array([*(len(ids) for ids, _, _ in hkl), 0], np.int32),
+        "hkl_common_ids": _joined([ids for ids, _, _ in hkl], np.int32),
+        "hkl_common_logprob": _joined([logprob for _, logprob, _ in hkl], np.float32),
+        "hkl_other_count": np.array([*(len(other) for _, _, other in hkl), 0], np.int32),
+        "hkl_other_logprob": _joined([other for _, _, other in hkl], np.float32),
+    }
+
+
+def _joined(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype)
+
+
+def write_targets(
+    root: Path, pair: Pair, lengths: list[list[int]], losses: tuple[str, ...] = ("p-kl", "h-kl"), seed: int = 0
+) -> str:
+    """A target folder with one part per list of sample lengths, two samples per row group."""
+    rng = np.random.default_rng(seed)
+    (root / "data").mkdir(parents=True)
+    schema, parts = targets(losses), []
+    for index, sizes in enumerate(lengths):
+        rows = [_sample(pair, rng, f"doc{index}#{i}", size) for i, size in enumerate(sizes)]
+        table = pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema=schema)
+        path = root / "data" / part_name(index)
+        pq.write_table(table, path, row_group_size=2)
+        parts.append(_part(index, path, sizes))
+    vocab = {"token_id": range(V), "bytes": [b"x"] * V, "role": ["bos", "eos", *[None] * (V - 2)]}
+    vocab_table = pa.table({**vocab, "byte_fallback": [False] * V}, schema=VOCAB)
+    files = {"w.parquet": pair.table(), "student_vocab.parquet": vocab_table}
+    for name, table in files.items():
+        pq.write_table(table, root / name)
+    sums = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in files}
+    (root / "manifest.json").write_text(_manifest(sums, parts, losses).model_dump_json())
+    return str(root)
+
+
+def _part(index: int, path: Path, sizes: list[int]) -> Part:
+    data = path.read_bytes()
+    return Part(
+        index=index,
+        samples=len(sizes),
+        tokens=sum(sizes),
+        rows=0,
+        entries=0,
+        text_bytes=sum(sizes),
+        file_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def _manifest(files: dict[str, str], parts: list[Part], losses: tuple[str, ...]) -> TargetManifest:
+    teacher = TeacherInfo(
+        model="toy",
+        backend="fake",
+        vocab_rows=U,
+        context=64,
+        dtype="float32",
+        head_dtype="float32",
+        device="cpu",
+        capture_path="fake",
+        engine_version="1",
+    )
+    return TargetManifest(
+        xtoken_version="0",
+        files=files,
+        parts=parts,
+        capture_hash="c" * 64,
+        teacher=teacher,
+        teacher_tokenizer=TEACHER,
+        student=STUDENT,
+        w_hash="d" * 64,
+        losses=list(losses),
+        unreached="prefix",
+        run_hash="e" * 64,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pair() -> Pair:
+    """The toy pair of vocabularies."""
+    return Pair()
+
+
+@pytest.fixture
+def student_info() -> TokenizerInfo:
+    """The toy student's tokenizer."""
+    return STUDENT
+
+
+@pytest.fixture
+def make_targets(tmp_path: Path, pair: Pair) -> Callable[..., str]:
+    """``make_targets(lengths, losses=..., name=...)``: write a target folder, return its path."""
+
+    def make(lengths: list[list[int]], name: str = "targets", **options: Any) -> str:
+        return write_targets(tmp_path / name, pair, lengths, **options)
+
+    return make
+
+
+@pytest.fixture
+def student_dir(tmp_path: Path) -> str:
+    """A tiny random Llama whose head is wider than the toy vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=V + 8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    folder = tmp_path / "student"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    return str(folder)

@@ -1,0 +1,285 @@
+"""Whole runs of a tiny student: it learns, resumes bit for bit, and refuses what does not fit."""
+
+import errno
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import trainer.loop as loop
+from schemas.config import EvalConfig, TrainConfig
+from schemas.errors import XtokenError
+from schemas.progress import Silent
+from trainer.evaluate import EvalSample, evaluate
+from trainer.loop import train
+from trainer.metrics import Metrics
+from trainer.optim import build_optimizer, learning_rate
+from trainer.report.loss_plot import plot_losses
+
+LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7]]
+HELD_OUT = [EvalSample(np.array([3, 4, 5, 6], np.int32), 9, 2), EvalSample(np.array([7, 8], np.int32), 3, 1)]
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+class Deadly:
+    """``run_step`` that ends the process, as far as the loop can tell, at its n-th call."""
+
+    def __init__(self, real: Callable[..., Any], calls: int) -> None:
+        self.real, self.left = real, calls
+
+    def __call__(self, *args: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise Stop
+        return self.real(*args)
+
+
+@pytest.fixture
+def configure(make_targets: Callable[..., str], student_dir: str, tmp_path: Path) -> Callable[..., TrainConfig]:
+    root = make_targets(LENGTHS)
+
+    def build(**options: Any) -> TrainConfig:
+        base = {"targets": root, "student": student_dir, "out": str(tmp_path / "run"), "device": "cpu"}
+        sizes = {"steps": 12, "step_tokens": 24, "micro_tokens": 14, "max_tokens": 32, "warmup": 3, "save_every": 5}
+        return TrainConfig(**{**base, **sizes, "lr": 1e-2, **options})
+
+    return build
+
+
+def weights(out: str) -> dict[str, torch.Tensor]:
+    return load_file(f"{out}/model/model.safetensors")
+
+
+def steps_of(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("loss", "factor"), [("p-kl", 0.55), ("h-kl", 0.75), ("ce", 0.6)])
+def test_a_tiny_student_learns(
+    configure: Callable[..., TrainConfig], student_info: Any, loss: str, factor: float
+) -> None:
+    """On sixteen samples it can learn by heart; ``factor`` of the first steps' loss at most."""
+    config = configure(
+        loss=loss, steps=120, step_tokens=80, micro_tokens=80, warmup=5, lr=2e-2, kd_weight=1.0, ce_weight=0.0
+    )
+    train(config, student_info, [], Silent())
+    values = [line["ce" if loss == "ce" else "kd"] for line in steps_of(config.out)]
+    assert np.mean(values[-5:]) < factor * np.mean(values[:3]), (values[:3], values[-5:])
+
+
+@pytest.mark.parametrize("mix", ["fixed", "dynamic"])
+def test_resume_is_bit_exact(
+    configure: Callable[..., TrainConfig],
+    student_info: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mix: str,
+) -> None:
+    """Killed in step 9 after a checkpoint at 5, and again in 11: weights and metrics are those of a quiet run."""
+    quiet = configure(out=str(tmp_path / "quiet"), mix=mix)
+    train(quiet, student_info, HELD_OUT, Silent())
+    config, real = configure(mix=mix), loop.run_step
+    for calls in (9, 6):  # the second start goes on after step 5
+        monkeypatch.setattr(loop, "run_step", Deadly(real, calls))
+        with pytest.raises(Stop):
+            train(config, student_info, HELD_OUT, Silent())
+    monkeypatch.setattr(loop, "run_step", real)
+    assert steps_of(config.out)[-1]["step"] == 10, "killed in step 11"
+    summary = train(config, student_info, HELD_OUT, Silent())
+    for name, value in weights(quiet.out).items():
+        assert torch.equal(value, weights(config.out)[name]), name
+    timing = ("seconds", "tokens_per_s")
+    ours, theirs = (
+        [{k: v for k, v in s.items() if k not in timing} for s in steps_of(o)] for o in (config.out, quiet.out)
+    )
+    assert ours == theirs
+    assert [line["step"] for line in ours if "loss" in line] == list(range(1, 13))
+    assert theirs[-1] == {"step": 12, "eval": "after", **summary["after"]}
+
+
+def test_a_finished_run_returns_its_summary(
+    configure: Callable[..., TrainConfig], student_info: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(steps=3)
+    summary = train(config, student_info, HELD_OUT, Silent())
+    assert summary["steps"] == 3
+    assert summary["before"].keys() == {"bits_per_byte", "bytes"}
+    assert summary["after"]["bits_per_byte"] != summary["before"]["bits_per_byte"]
+    monkeypatch.setattr(loop, "load_student", lambda *_: pytest.fail("loads a model for nothing"))
+    assert train(config, student_info, HELD_OUT, Silent()) == summary
+
+
+def test_the_result_is_a_model_folder(configure: Callable[..., TrainConfig], student_info: Any) -> None:
+    """What evaluate says of the saved folder is what the run said after training."""
+    config = configure(steps=4, eval_targets=configure().targets)
+    summary = train(config, student_info, HELD_OUT, Silent())
+    assert Path(summary["model"], "tokenizer_config.json").exists()
+    again = EvalConfig(model=summary["model"], text="given", targets=config.targets, max_tokens=32, device="cpu")
+    assert evaluate(again, student_info, HELD_OUT, Silent()) == summary["after"]
+
+
+def test_checkpoints_are_counted_and_cleared(configure: Callable[..., TrainConfig], student_info: Any) -> None:
+    config = configure(keep=2, save_every=3)
+    train(config, student_info, [], Silent())
+    assert sorted(p.name for p in Path(config.out, "checkpoints").iterdir()) == ["step-000009", "step-000012"]
+
+
+def test_another_run_is_refused_by_name(
+    configure: Callable[..., TrainConfig], make_targets: Callable[..., str], student_info: Any, tmp_path: Path
+) -> None:
+    train(configure(steps=2), student_info, [], Silent())
+    with pytest.raises(XtokenError, match=r"another run: lr=0\.01 there, 0\.005 now"):
+        train(configure(steps=2, lr=5e-3), student_info, [], Silent())
+    other = make_targets([[5, 5, 5]], name="other")
+    with pytest.raises(XtokenError, match="targets_hash"):
+        train(configure(steps=2, targets=other), student_info, [], Silent())
+    assert train(configure(steps=2, keep=7, save_every=1), student_info, [], Silent())["steps"] == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(XtokenError, match="is no training run"):
+        train(configure(out=str(tmp_path / "mine")), student_info, [], Silent())
+    with pytest.raises(XtokenError, match="is a URL"):
+        train(configure(out="s3://bucket/run"), student_info, [], Silent())
+
+
+def test_what_does_not_fit_is_refused_before_the_model_loads(
+    configure: Callable[..., TrainConfig],
+    make_targets: Callable[..., str],
+    student_info: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loop, "load_student", lambda *_: pytest.fail("too late"))
+    only = make_targets([[5, 5]], name="only", losses=("p-kl",))
+    with pytest.raises(XtokenError, match=r"no columns for loss 'h-kl'.*xtoken align .* --for p-kl,h-kl"):
+        train(configure(targets=only, loss="h-kl"), student_info, [], Silent())
+    stranger = student_info.model_copy(update={"hash": "f" * 64, "name": "stranger"})
+    with pytest.raises(XtokenError, match=r"'stranger'.*'toy-student'.*xtoken align"):
+        train(configure(), stranger, [], Silent())
+    Path(configure().targets, "w.parquet").write_bytes(b"no table")
+    with pytest.raises(XtokenError, match="sha256"):
+        train(configure(), student_info, [], Silent())
+
+
+def test_models_that_do_not_fit(configure: Callable[..., TrainConfig], student_info: Any, tmp_path: Path) -> None:
+    with pytest.raises(XtokenError, match="cannot be loaded"):
+        train(configure(student=str(tmp_path / "missing")), student_info, [], Silent())
+    assert train(configure(steps=1), student_info, [], Silent())["steps"] == 1, "a failed start binds nothing"
+    with pytest.raises(XtokenError, match="use --max-tokens 64"):
+        train(configure(max_tokens=65, out=str(tmp_path / "long")), student_info, [], Silent())
+    with pytest.raises(XtokenError, match="device 'cuda:77'"):
+        train(configure(device="cuda:77", out=str(tmp_path / "gpu")), student_info, [], Silent())
+
+
+def test_a_narrow_head_is_refused(configure: Callable[..., TrainConfig], student_info: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(configure().student)
+    model.resize_token_embeddings(20)
+    model.save_pretrained(tmp_path / "narrow")
+    with pytest.raises(XtokenError, match="predicts 20 tokens, but its tokenizer's ids go up to 23"):
+        train(configure(student=str(tmp_path / "narrow")), student_info, [], Silent())
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    configure: Callable[..., TrainConfig], student_info: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real, calls = configure(save_every=2), loop.run_step, []
+
+    def poisoned(student: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            with torch.no_grad():
+                next(student.model.parameters()).fill_(math.nan)
+        return real(student, *args)
+
+    monkeypatch.setattr(loop, "run_step", poisoned)
+    with pytest.raises(XtokenError, match=r"step 4: loss nan.*doc[0-9]#[0-9].*last checkpoint stays"):
+        train(config, student_info, [], Silent())
+    assert [p.name for p in Path(config.out, "checkpoints").iterdir()] == ["step-000002"]
+    monkeypatch.setattr(loop, "run_step", real)
+    assert train(config, student_info, [], Silent())["steps"] == 12
+
+
+def test_a_torn_last_line_of_metrics_is_dropped(
+    configure: Callable[..., TrainConfig], student_info: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = configure(save_every=2, steps=4), loop._save
+    monkeypatch.setattr(loop, "_save", lambda training: real(training) if training.step == 2 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(config, student_info, [], Silent())
+    with open(f"{config.out}/metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    monkeypatch.setattr(loop, "_save", real)
+    train(config, student_info, [], Silent())
+    assert [line["step"] for line in steps_of(config.out)] == [1, 2, 3, 4]
+
+
+def test_learning_rate_and_decay_groups(configure: Callable[..., TrainConfig]) -> None:
+    config = configure(steps=100, warmup=10, lr=1.0)
+    rates = [learning_rate(step, config) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0)
+    assert rates[54] == pytest.approx(0.55)
+    assert rates[99] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
+    assert learning_rate(1, configure(warmup=0, steps=1)) > 0
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    matrices, vectors = build_optimizer(model, config).param_groups
+    assert [p.dim() for p in matrices["params"]] == [2]
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.01, 0.0)
+    assert len(vectors["params"]) == 3
+
+
+def test_plot(configure: Callable[..., TrainConfig], student_info: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    runs = {}
+    for loss in ("p-kl", "ce"):
+        runs[loss] = str(tmp_path / loss)
+        train(configure(loss=loss, steps=3, out=runs[loss]), student_info, [], Silent())
+    plot_losses(runs, str(tmp_path / "plots" / "loss.png"))
+    assert (tmp_path / "plots" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(XtokenError, match=r"no metrics\.jsonl"):
+        plot_losses({"none": str(tmp_path / "nowhere")}, str(tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize("loss", ["p-kl", "h-kl"])
+def test_a_head_without_the_last_special_tokens_trains(
+    configure: Callable[..., TrainConfig], student_info: Any, tmp_path: Path, loss: str
+) -> None:
+    """As Gemma's: its tokenizer has one more id, an image token, than its head."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(configure().student)
+    model.resize_token_embeddings(24)
+    model.save_pretrained(tmp_path / "exact")
+    wider = student_info.model_copy(update={"size": 25})
+    config = configure(student=str(tmp_path / "exact"), steps=2, loss=loss, eval_targets=configure().targets)
+    assert math.isfinite(train(config, wider, HELD_OUT, Silent())["after"]["kl"])
+
+
+def test_a_full_disk_is_said_and_resumed(
+    configure: Callable[..., TrainConfig], student_info: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, write = configure(save_every=2), Metrics.write
+
+    def refuse(self: Metrics, line: dict[str, Any]) -> None:
+        if line["step"] == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, line)
+
+    monkeypatch.setattr(Metrics, "write", refuse)
+    with pytest.raises(XtokenError, match=r"disk of .* is full"):
+        train(config, student_info, [], Silent())
+    monkeypatch.setattr(Metrics, "write", write)
+    assert train(config, student_info, [], Silent())["steps"] == 12
+    assert [line["step"] for line in steps_of(config.out)] == list(range(1, 13))
