@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -212,18 +213,19 @@ def run_align(config: AlignConfig, bars: Bars) -> Figures:
 
 def target_figures(manifest: "TargetManifest") -> Figures:
     """What a target folder holds, in numbers; every count of the parts is summed."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for part in manifest.parts:
-        for name, value in part.counts.items():
-            counts[name] = counts.get(name, 0) + value
+        counts.update(part.counts)
+    masses = {name.split("_")[1]: counts.pop(name) for name in list(counts) if name.startswith("mass_")}
     tokens = sum(part.tokens for part in manifest.parts)
     return {
         "samples": sum(part.samples for part in manifest.parts),
         "student_tokens": tokens,
         "bytes_per_token": sum(part.file_bytes for part in manifest.parts) / max(tokens, 1),
-        "share_of_1_1_chunks": counts.get("chunks_1_1", 0) / max(counts.get("chunks", 0), 1),
+        "share_of_1_1_chunks": counts["chunks_1_1"] / max(counts["chunks"], 1),
         "losses": ",".join(manifest.losses),
         **counts,
+        "teacher_mass": {name: ppm / 1e6 / max(counts["chunks_with_row"], 1) for name, ppm in masses.items()},
     }
 
 
@@ -293,9 +295,14 @@ def run_verify(
 
     Example: xtoken verify capture
     """
+    _guarded(functools.partial(_verified, path), as_json, quiet)
+
+
+def _verified(path: str, bars: Bars) -> Figures:
     from pipeline.store import verify
 
-    _guarded(lambda _: verify(path), as_json, quiet)
+    bars.start("verify", None, "bytes")
+    return verify(path, bars.advance)
 
 
 HERE = Path(__file__).resolve().parent

@@ -39,7 +39,8 @@ class Run:
 
     def _begun(self) -> bool:
         """Whether the run got as far as measuring or training: a failed start must not bind the folder."""
-        return self.metrics.exists() and self.metrics.stat().st_size > 0
+        measured = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return measured or any(self.checkpoints.glob("*step-*")) or (self.root / SUMMARY).exists()
 
     def _create(self, identity: dict[str, Any], config: TrainConfig, targets: Targets) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)

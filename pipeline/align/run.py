@@ -31,12 +31,14 @@ STUDENT_VOCAB_FILE = "student_vocab.parquet"
 def align(config: AlignConfig, progress: Progress) -> TargetManifest:
     """Build the targets of every part of a capture; what is committed already is kept.
 
+    Shards that the capture set aside are left out here too; its manifest names them.
+
     Raises:
-        XtokenError: the capture is not complete or has no text, W belongs to other tokenizers, or the output
+        XtokenError: the capture is not finished or has no text, W belongs to other tokenizers, or the output
             folder belongs to another run (the message names what differs).
         IncompleteRun: parts failed three times; the others are committed.
     """
-    capture = _complete_capture(config.capture)
+    capture = read_manifest(config.capture, CaptureManifest)
     student = load_tokenizer(config.student).table
     projection = _projection(config, student, capture)
     settings = _settings(config, capture, projection)
@@ -62,15 +64,6 @@ def align(config: AlignConfig, progress: Progress) -> TargetManifest:
         run_hash=digest(settings),
     )
     Folder(config.out).replace(MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
-    return manifest
-
-
-def _complete_capture(root: str) -> CaptureManifest:
-    manifest = read_manifest(root, CaptureManifest)
-    if manifest.set_aside:
-        raise XtokenError(
-            f"{root} is not complete: shards {sorted(manifest.set_aside)} failed; run its precompute command again"
-        )
     return manifest
 
 

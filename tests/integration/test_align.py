@@ -141,9 +141,16 @@ def test_a_vanished_part_fails_alone(capture: Path, tmp_path: Path) -> None:
     assert verify(str(tmp_path / "t"))["parts"] > 1
 
 
-def test_an_unfinished_capture_is_refused(capture: Path, tmp_path: Path) -> None:
+def test_a_capture_with_a_shard_set_aside_is_aligned_without_it(capture: Path, tmp_path: Path) -> None:
+    whole = read_manifest(str(capture), CaptureManifest)
     shutil.copytree(capture, tmp_path / "c")
-    manifest = read_manifest(str(capture), CaptureManifest).model_copy(update={"set_aside": {3: "poison"}})
-    (tmp_path / "c" / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
-    with pytest.raises(XtokenError, match=r"shards \[3\] failed"):
+    partial = whole.model_copy(update={"set_aside": {1: "poison"}, "parts": [p for p in whole.parts if p.index != 1]})
+    (tmp_path / "c" / MANIFEST).write_text(partial.model_dump_json(), encoding="utf-8")
+    found = align(_config(tmp_path / "c", tmp_path / "t"), Silent())
+    assert [part.index for part in found.parts] == [part.index for part in whole.parts if part.index != 1]
+
+
+def test_an_unfinished_capture_is_refused(capture: Path, tmp_path: Path) -> None:
+    shutil.copytree(capture, tmp_path / "c", ignore=shutil.ignore_patterns(MANIFEST))
+    with pytest.raises(XtokenError, match="no finished artifact"):
         align(_config(tmp_path / "c", tmp_path / "t"), Silent())
