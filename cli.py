@@ -19,7 +19,9 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from schemas.config import (
@@ -53,7 +55,7 @@ Verb = Callable[[Any, Bars], Figures]
 
 
 def _show(figures: Figures, as_json: bool) -> None:
-    """Print figures: one JSON object, or a table of the scalars and then each nested part."""
+    """Print figures: one JSON object, or a table of the plain ones and then each list or group of rows."""
     if as_json:
         sys.stdout.write(json.dumps(figures, ensure_ascii=False, default=str) + "\n")
         return
@@ -61,21 +63,32 @@ def _show(figures: Figures, as_json: bool) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     nested: dict[str, list[Figures]] = {}
     for key, value in figures.items():
+        if isinstance(value, dict) and value and all(isinstance(row, dict) for row in value.values()):
+            value = [{key: name.replace("_", " "), **row} for name, row in value.items()]
         if isinstance(value, list) and value and isinstance(value[0], dict):
             nested[key] = value
-            continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {brief(item)}" for name, item in value.items())
-        if isinstance(value, list):
-            value = "\n".join(brief(item) for item in value)
-        table.add_row(key.replace("_", " "), brief(value))
+        else:
+            table.add_row(key.replace("_", " "), _cell(value))
     console.print(table)
-    for key, rows in nested.items():
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        table = Table(*(name.replace("_", " ") for name in columns), title=key.replace("_", " "), title_justify="left")
-        for row in rows:
-            table.add_row(*(brief(row.get(name, "")) for name in columns))
-        console.print(table)
+    for rows in nested.values():
+        console.print(_rows_table(rows))
+
+
+def _rows_table(rows: list[Figures]) -> Table:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    for name in columns:
+        numeric = all(isinstance(row.get(name, 0), int | float) for row in rows)
+        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", no_wrap=not numeric)
+    for row in rows:
+        table.add_row(*(_cell(row.get(name, "")) for name in columns))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{name.replace('_', ' ')}: {brief(item)}" for name, item in value.items())
+    return "\n".join(brief(item) for item in value) if isinstance(value, list) else escape(brief(value))
 
 
 def _options(model: type[BaseModel]) -> list[python_inspect.Parameter]:

@@ -93,7 +93,10 @@ class _Run:
 
 
 class LocalExecutor:
-    """Worker processes on this machine; their number is the number of jobs open at once."""
+    """Worker processes on this machine, each with the job open once.
+
+    They start afresh, not as copies: a script that uses this needs an ``if __name__ == "__main__"`` guard.
+    """
 
     def __init__(self, workers: int) -> None:
         self._workers = workers

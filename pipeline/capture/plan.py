@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.capture.settings import another_run
 from pipeline.corpus import Corpus, Document
 from pipeline.store import Folder, StopRun
 from schemas.config import CorpusConfig
@@ -158,7 +159,7 @@ def settle_plan(folder: Folder, config: CorpusConfig, shard_bytes: int, progress
         plan = make_plan(config, shard_bytes, progress)
         folder.create(PLAN_FILE, plan.model_dump_json(indent=1).encode() + b"\n")
         return plan
-    _check_options(folder.root, plan, config, shard_bytes)
+    _check_options(folder, plan, config, shard_bytes)
     return plan
 
 
@@ -177,12 +178,12 @@ def check_files(root: str, plan: Plan, config: CorpusConfig) -> None:
         )
 
 
-def _check_options(root: str, plan: Plan, config: CorpusConfig, shard_bytes: int) -> None:
+def _check_options(folder: Folder, plan: Plan, config: CorpusConfig, shard_bytes: int) -> None:
     asked = {**_options(config), "shard_bytes": shard_bytes}
     had = {**plan.corpus.options, "shard_bytes": plan.shard_bytes}
     differ = [f"{name}: {had.get(name)!r} there, {asked[name]!r} now" for name in asked if had.get(name) != asked[name]]
     if differ:
-        raise XtokenError(f"{root} holds another run ({'; '.join(differ)}); repeat its settings or use another --out")
+        raise another_run(folder, differ)
 
 
 @dataclass

@@ -8,8 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.capture.executor import LocalExecutor
-from pipeline.capture.plan import Plan, check_files, settle_plan
-from pipeline.capture.settings import codec_info, read_teacher, run_hash, run_settings, settle_settings
+from pipeline.capture.plan import PLAN_FILE, Plan, check_files, settle_plan
+from pipeline.capture.settings import (
+    RUN_FILE,
+    TEACHER_FILE,
+    codec_info,
+    read_teacher,
+    run_hash,
+    run_settings,
+    settle_settings,
+)
 from pipeline.capture.worker import CaptureJob, open_tokenizer
 from pipeline.store import Folder, clean, committed, data_name, read_table
 from pipeline.store.reader import MERGES_FILE, VOCAB_FILE
@@ -54,7 +62,20 @@ def precompute(config: PrecomputeConfig, progress: Progress) -> CaptureManifest:
         raise XtokenError(f"{config.out}: worker processes do not share memory://; use a folder or an object store")
     table = open_tokenizer(config).table
     settings = _checked_settings(config, table)
-    settle_settings(folder, settings)
+    fresh = settle_settings(folder, settings)
+    try:
+        return _fill(config, folder, table, settings, progress)
+    except IncompleteRun:
+        raise
+    except XtokenError:
+        if fresh and not committed(config.out):
+            _forget(folder)
+        raise
+
+
+def _fill(
+    config: PrecomputeConfig, folder: Folder, table: TokenTable, settings: dict[str, Any], progress: Progress
+) -> CaptureManifest:
     plan = settle_plan(folder, config, config.shard_bytes, progress)
     files = _write_vocab(folder, table)
     clean(config.out)
@@ -66,6 +87,12 @@ def precompute(config: PrecomputeConfig, progress: Progress) -> CaptureManifest:
     if failed:
         raise IncompleteRun(_incomplete(failed, len(plan.shards), config.out))
     return read_manifest(config.out, CaptureManifest)
+
+
+def _forget(folder: Folder) -> None:
+    """Undo what a run wrote that failed before its first commit: corrected settings may use the folder."""
+    for name in (TEACHER_FILE, PLAN_FILE, VOCAB_FILE, MERGES_FILE, RUN_FILE):
+        folder.remove(name)
 
 
 def _checked_settings(config: PrecomputeConfig, table: TokenTable) -> dict[str, Any]:

@@ -49,8 +49,11 @@ def run_settings(config: PrecomputeConfig, table: TokenTable, student: TokenTabl
     }
 
 
-def settle_settings(folder: Folder, settings: dict[str, Any]) -> None:
+def settle_settings(folder: Folder, settings: dict[str, Any]) -> bool:
     """Record the settings in a fresh folder; in a used one they must be the same.
+
+    Returns:
+        Whether the folder was fresh.
 
     Raises:
         XtokenError: the folder belongs to another run; the message names what differs.
@@ -59,7 +62,7 @@ def settle_settings(folder: Folder, settings: dict[str, Any]) -> None:
     if known and not folder.exists(RUN_FILE):
         raise XtokenError(f"{folder.root} holds {sorted(known)[0]!r} but no capture; use another --out")
     folder.make("")
-    _settle(folder, RUN_FILE, settings)
+    return _settle(folder, RUN_FILE, settings)
 
 
 def settle_teacher(folder: Folder, info: TeacherInfo) -> None:
@@ -82,9 +85,16 @@ def run_hash(plan_hash: str, teacher: TeacherInfo, settings: dict[str, Any], cod
     return digest([plan_hash, teacher.model_dump(), options, codec.model_dump()])
 
 
-def _settle(folder: Folder, name: str, now: dict[str, Any]) -> None:
+def another_run(folder: Folder, differ: list[str]) -> XtokenError:
+    """The error that names what two runs differ in."""
+    return XtokenError(
+        f"{folder.root} holds another run ({'; '.join(differ)}); repeat its settings or use another --out"
+    )
+
+
+def _settle(folder: Folder, name: str, now: dict[str, Any]) -> bool:
     if folder.create(name, json.dumps(now, indent=1).encode() + b"\n"):
-        return
+        return True
     try:
         there = json.loads(folder.read(name))
     except ValueError as error:
@@ -94,6 +104,5 @@ def _settle(folder: Folder, name: str, now: dict[str, Any]) -> None:
         f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys if there.get(key) != now.get(key)
     ]
     if differ:
-        raise XtokenError(
-            f"{folder.root} holds another run ({'; '.join(differ)}); repeat its settings or use another --out"
-        )
+        raise another_run(folder, differ)
+    return False

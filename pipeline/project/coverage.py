@@ -92,7 +92,9 @@ def advice(categories: dict[str, dict[str, Any]]) -> dict[str, str]:
                 "outside the common set H-KL would match them by rank, P-KL keeps them apart"
             )
             return {"loss": "p-kl", "reason": reason}
-    reason = "numerals and operators are exact on both sides, so H-KL compares them token by token"
+    mine = [(name, categories[name]) for side, name in sides if side == "student" and categories[name]["student"]]
+    listed = ", ".join(f"{one['student_exact'] / one['student']:.0%} of {name}" for name, one in mine)
+    reason = f"the student's critical tokens are exact ({listed or 'it has none'}): H-KL compares them one to one"
     return {"loss": "h-kl", "reason": reason}
 
 

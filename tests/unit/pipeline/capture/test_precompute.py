@@ -150,6 +150,16 @@ def test_a_folder_of_something_else_is_refused(config):
         precompute(config, Silent())
 
 
+def test_a_run_that_failed_before_its_first_commit_leaves_the_folder_free(config, tokenizer_file):
+    # the fake teacher takes any tokenizer; the hf one finds no model beside this tokenizer.json
+    wrong = config.model_copy(update={"backend": "hf", "teacher": str(tokenizer_file("smollm2"))})
+    with pytest.raises(XtokenError):
+        precompute(wrong, Silent())
+    assert [path.name for path in Path(config.out).iterdir()] == []
+    precompute(config, Silent())
+    verify(config.out)
+
+
 def test_k_larger_than_the_vocabulary_is_refused_first(config, tmp_path, tokenizer_file):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
