@@ -7,6 +7,7 @@ also the only place where the pipeline and the trainer meet.
 import functools
 import inspect as python_inspect
 import json
+import os
 import shlex
 import sys
 import time
@@ -87,8 +88,14 @@ def _rows_table(rows: list[Figures]) -> Table:
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
-        return "\n".join(f"{name.replace('_', ' ')}: {brief(item)}" for name, item in value.items())
-    return "\n".join(brief(item) for item in value) if isinstance(value, list) else escape(brief(value))
+        return "\n".join(f"{name.replace('_', ' ')}: {_inline(item)}" for name, item in value.items())
+    return "\n".join(map(_inline, value)) if isinstance(value, list) else escape(brief(value))
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={_inline(item)}" for name, item in value.items())
+    return " ".join(map(_inline, value)) if isinstance(value, list) else escape(brief(value))
 
 
 def _options(model: type[BaseModel]) -> list[python_inspect.Parameter]:
@@ -319,26 +326,26 @@ def _verified(path: str, bars: Bars) -> Figures:
 
 
 HERE = Path(__file__).resolve().parent
-MODELS = HERE / ".cache" / "models"
-TEXTS = HERE / "examples" / "data"
 
 
 @verb(DemoConfig, "xtoken demo --out demo-run")
 def run_demo(config: DemoConfig, bars: Bars) -> Figures:
     """Walk the whole way on real models and compare P-KL with CE alone."""
     began = time.monotonic()
-    teacher = config.teacher or str(MODELS / "gemma-3-270m")
-    student = config.student or str(MODELS / "smollm2-135m")
-    for source in (teacher, student):
-        if source.startswith(str(MODELS)) and not Path(source).is_dir():
-            raise XtokenError(f"{source} does not exist: 'make demo' in a clone prepares the demo's models")
+    models, texts = os.path.relpath(HERE / ".cache" / "models"), os.path.relpath(HERE / "examples" / "data")
+    teacher, student = config.teacher or f"{models}/gemma-3-270m", config.student or f"{models}/smollm2-135m"
+    for source in (teacher, student, texts):
+        if source.startswith((models, texts)) and not Path(source).is_dir():
+            raise XtokenError(
+                f"{source} does not exist: 'make demo' in a clone of the repository prepares what the demo needs"
+            )
     out = config.out
     say = Console(stderr=True, highlight=False, soft_wrap=True).print
     captures = {}
     for name, text, tokens in (("train", "moby-dick.jsonl", 512), ("held-out", "moby-dick-held-out.jsonl", 512)):
         capture, targets = f"{out}/capture-{name}", f"{out}/targets-{name}"
         flags = {
-            "corpus": str(TEXTS / text),
+            "corpus": f"{texts}/{text}",
             "teacher": teacher,
             "out": capture,
             "max_tokens": tokens,
@@ -349,7 +356,7 @@ def run_demo(config: DemoConfig, bars: Bars) -> Figures:
             _step(say, run_project, ProjectConfig, {"student": student, "teacher": capture, "out": f"{out}/w"}, bars)
         flags = {"capture": capture, "student": student, "out": targets, "w": f"{out}/w", "losses": "p-kl"}
         captures[name] |= {f"align_{k}": v for k, v in _step(say, run_align, AlignConfig, flags, bars).items()}
-    measure = {"eval_text": str(TEXTS / "moby-dick-held-out.jsonl"), "eval_targets": f"{out}/targets-held-out"}
+    measure = {"eval_text": f"{texts}/moby-dick-held-out.jsonl", "eval_targets": f"{out}/targets-held-out"}
     runs = {}
     for loss, weights in (("p-kl", {"kd_weight": 1.0, "ce_weight": 1.0}), ("ce", {})):
         flags = {"targets": f"{out}/targets-train", "student": student, "out": f"{out}/run-{loss}", "loss": loss}

@@ -11,8 +11,8 @@ from rich.progress import Progress as RichProgress
 class Progress(Protocol):
     """One bar at a time: start, advance, finish."""
 
-    def start(self, label: str, total: int | None, unit: str) -> None:
-        """Begin ``label``; ``total`` in ``unit`` (tokens, steps, ...) or None when unknown."""
+    def start(self, label: str, total: int | None, unit: str, done: int = 0) -> None:
+        """Begin ``label``: ``total`` in ``unit`` or None when unknown, ``done`` of it by an earlier run."""
         ...
 
     def advance(self, amount: int, **figures: float | str) -> None:
@@ -27,7 +27,7 @@ class Progress(Protocol):
 class Silent:
     """A ``Progress`` that shows nothing."""
 
-    def start(self, label: str, total: int | None, unit: str) -> None:
+    def start(self, label: str, total: int | None, unit: str, done: int = 0) -> None:
         """Do nothing."""
 
     def advance(self, amount: int, **figures: float | str) -> None:
@@ -53,12 +53,13 @@ class Bars:
         self.bar: RichProgress | None = None
         self.task = TaskID(0)
         self.label, self.unit, self.total = "", "", 0
-        self.count, self.began, self.spoke = 0, 0.0, 0.0
+        self.count, self.resumed, self.began, self.spoke = 0, 0, 0.0, 0.0
 
-    def start(self, label: str, total: int | None, unit: str) -> None:
+    def start(self, label: str, total: int | None, unit: str, done: int = 0) -> None:
         """Begin a bar (see ``schemas.progress.Progress``)."""
         self.finish()
-        self.label, self.unit, self.total, self.count = label, unit, total or 0, 0
+        self.label, self.unit, self.total = label, unit, total or 0
+        self.count = self.resumed = done
         self.began = self.spoke = time.monotonic()
         if self.console.is_terminal and not self.quiet:
             columns = (
@@ -69,13 +70,13 @@ class Bars:
             )
             self.bar = RichProgress(*columns, TimeRemainingColumn(), console=self.console)
             self.bar.start()
-            self.task = self.bar.add_task(label, total=total, note=unit)
+            self.task = self.bar.add_task(label, total=total, completed=done, note=unit)
 
     def advance(self, amount: int, **figures: float | str) -> None:
         """Add to the count and show the rate and the figures given."""
         self.count += amount
         seconds = time.monotonic() - self.began
-        rate = self.count / seconds if seconds > 0 else 0.0
+        rate = (self.count - self.resumed) / seconds if seconds > 0 else 0.0
         shown = [f"{self.unit} ({rate:,.1f}/s)", *(f"{key} {brief(value)}" for key, value in figures.items())]
         if self.bar is not None:
             self.bar.update(self.task, advance=amount, note="  ".join(shown))

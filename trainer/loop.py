@@ -127,8 +127,7 @@ def _start(config: TrainConfig, targets: Targets, tokenizer: TokenizerInfo, run:
 
 def _train_steps(training: _Training, progress: Progress) -> None:
     config = training.config
-    progress.start("train", config.steps, "steps")
-    progress.advance(training.step)
+    progress.start("train", config.steps, "steps", training.step)
     while training.step < config.steps:
         line = _train_step(training)
         training.metrics.write(line)

@@ -122,17 +122,17 @@ def _run(job: AlignJob, capture: CaptureManifest, progress: Progress) -> list[Pa
     out = job.config.out
     clean(out)
     done = committed(out)
-    progress.start("align", sum(part.tokens for part in capture.parts), "tokens")
     tokens = {part.index: part.tokens for part in capture.parts}
-    progress.advance(sum(tokens[index] for index in done))
+    progress.start("align", sum(tokens.values()), "tokens", sum(tokens[index] for index in done))
     waiting = [index for index in tokens if index not in done]
-    on_part = _Advance(progress, tokens)
-    failed = LocalExecutor(job.config.workers).run(job, waiting, on_part) if waiting else {}
+    failed = LocalExecutor(job.config.workers).run(job, waiting, _Advance(progress, tokens)) if waiting else {}
     progress.finish()
     if failed:
         listed = "; ".join(f"part {index}: {error.splitlines()[-1]}" for index, error in failed.items())
         raise IncompleteRun(f"{len(failed)} parts of {out} failed ({listed}); the same command resumes")
-    return list(committed(out).values())
+    found = committed(out)
+    assert set(found) == set(tokens), "the executor lost a part"
+    return list(found.values())
 
 
 class _Advance:
@@ -142,5 +142,9 @@ class _Advance:
         self._progress = progress
         self._tokens = tokens
 
-    def __call__(self, part: Part) -> None:
+    def part(self, part: Part) -> None:
+        """See ``Watch``."""
         self._progress.advance(self._tokens[part.index], chunks=part.counts.get("chunks", 0))
+
+    def told(self, shard: int, done: int) -> None:
+        """See ``Watch``; parts are short enough to be told whole."""

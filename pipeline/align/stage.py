@@ -16,6 +16,7 @@ import pyarrow as pa
 from pipeline.align.checks import check_samples, check_targets
 from pipeline.align.queries import query
 from pipeline.align.targets import Maps, join, target_batch
+from pipeline.capture.executor import Tell, tell_nobody
 from pipeline.project.projection import Projection, Unreached
 from pipeline.store.checks import flat
 from pipeline.store.files import Folder, StopRun
@@ -72,13 +73,13 @@ class AlignWorker:
     tokenizer: TextTokenizer
     maps: Maps
 
-    def run(self, shard: int, attempt: int) -> Part:
+    def run(self, shard: int, attempt: int, tell: Tell = tell_nobody) -> Part:
         """Build, publish and commit one part; the attempt's number does not enter its content.
 
         Raises:
             XtokenError: the capture part cannot be read within the memory limit, or holds no text.
         """
-        del attempt
+        del attempt, tell  # a part is done within seconds
         config = self.job.config
         return publish_part(config.out, shard, partial(self._write, shard), TargetCheck(config.losses))
 

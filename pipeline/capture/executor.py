@@ -15,6 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
@@ -29,10 +30,19 @@ _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 5.0
 
 
+Tell = Callable[[int], None]
+"""Called by a worker in the middle of a shard with how much of it is done, in the shard's own unit."""
+
+
+def tell_nobody(done: int) -> None:
+    """A ``Tell`` for workers that nobody watches."""
+    del done
+
+
 class Worker(Protocol):
     """One worker's state: an engine, open files."""
 
-    def run(self, shard: int, attempt: int) -> Part:
+    def run(self, shard: int, attempt: int, tell: Tell = tell_nobody) -> Part:
         """Make, publish and commit one part."""
         ...
 
@@ -48,8 +58,20 @@ class Job(Protocol):
 class Executor(Protocol):
     """Where shards are run."""
 
-    def run(self, job: Job, shards: Sequence[int], on_part: Callable[[Part], None]) -> dict[int, str]:
-        """Run the shards, calling ``on_part`` for each finished one; returns failed shards with their error."""
+    def run(self, job: Job, shards: Sequence[int], watch: "Watch") -> dict[int, str]:
+        """Run the shards, telling ``watch``; returns failed shards with their error."""
+        ...
+
+
+class Watch(Protocol):
+    """Who wants to know how a run goes."""
+
+    def part(self, part: Part) -> None:
+        """A part was committed."""
+        ...
+
+    def told(self, shard: int, done: int) -> None:
+        """So much of a shard is done; a later attempt at it starts from 0 again."""
         ...
 
 
@@ -61,8 +83,9 @@ class Terminated(SystemExit):
 class _News:
     """What a worker says: it is open, a part is done, or something failed."""
 
-    kind: str  # open, part, failed, broken (could not open)
+    kind: str  # open, told, part, failed, broken (could not open)
     part: Part | None = None
+    done: int = 0
     error: Exception | None = None
 
 
@@ -85,7 +108,7 @@ class _Run:
     """State of one ``LocalExecutor.run``."""
 
     job: Job
-    on_part: Callable[[Part], None]
+    watch: Watch
     waiting: deque[_Lease]
     failed: dict[int, str] = field(default_factory=dict)
     children: list[_Child] = field(default_factory=list)
@@ -101,14 +124,14 @@ class LocalExecutor:
     def __init__(self, workers: int) -> None:
         self._workers = workers
 
-    def run(self, job: Job, shards: Sequence[int], on_part: Callable[[Part], None]) -> dict[int, str]:
+    def run(self, job: Job, shards: Sequence[int], watch: Watch) -> dict[int, str]:
         """See ``Executor``. A shard that fails three times is set aside and the others go on.
 
         Raises:
             XtokenError: the job cannot be opened, or a ``StopRun`` that would befall every shard.
             KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM, after the workers were ended.
         """
-        state = _Run(job, on_part, deque(_Lease(shard) for shard in shards))
+        state = _Run(job, watch, deque(_Lease(shard) for shard in shards))
         with _sigterm_unwinds():
             try:
                 for _ in range(min(self._workers, len(shards))):
@@ -144,12 +167,16 @@ def _hear(state: _Run, child: _Child, news: _News) -> None:
     if news.kind == "broken":
         assert news.error is not None
         raise news.error
+    if news.kind == "told":
+        assert child.lease is not None
+        state.watch.told(child.lease.shard, news.done)
+        return
     child.opened = True
     state.failed_openings = 0
     lease, child.lease = child.lease, None
     if news.kind == "part":
         assert news.part is not None
-        state.on_part(news.part)
+        state.watch.part(news.part)
     elif news.kind == "failed":
         assert news.error is not None
         assert lease is not None
@@ -263,16 +290,21 @@ def _serve(job: Job, connection: "Connection[Any, Any]", parent: int) -> None:
         connection.send(_News("open"))
         while True:
             lease: _Lease = connection.recv()
-            connection.send(_attempt(worker, lease))
+            connection.send(_attempt(worker, lease, connection))
     except (EOFError, OSError):
         return
 
 
-def _attempt(worker: Worker, lease: _Lease) -> _News:
+def _attempt(worker: Worker, lease: _Lease, connection: "Connection[Any, Any]") -> _News:
     try:
-        return _News("part", part=worker.run(lease.shard, lease.attempt))
+        return _News("part", part=worker.run(lease.shard, lease.attempt, partial(_tell, connection)))
     except Exception as error:
         return _News("failed", error=_portable(error))
+
+
+def _tell(connection: "Connection[Any, Any]", done: int) -> None:
+    with contextlib.suppress(OSError):  # a driver that is gone is noticed when the shard ends
+        connection.send(_News("told", done=done))
 
 
 def _portable(error: Exception) -> Exception:

@@ -1,6 +1,6 @@
 """precompute: check, plan, run what is not committed yet, write the manifest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
@@ -32,15 +32,27 @@ _NAMED = 5
 
 @dataclass
 class _Reporter:
-    """Passes finished parts on as progress in bytes of corpus text."""
+    """Passes what workers tell on as progress in bytes of corpus text."""
 
     plan: Plan
     progress: Progress
     tokens: int = 0
+    shown: dict[int, int] = field(default_factory=dict)
 
-    def __call__(self, part: Part) -> None:
+    def part(self, part: Part) -> None:
+        """See ``Watch``."""
         self.tokens += part.tokens
-        self.progress.advance(self.plan.shards[part.index].text_bytes, tokens=self.tokens)
+        self._advance(part.index, self.plan.shards[part.index].text_bytes)
+
+    def told(self, shard: int, done: int) -> None:
+        """See ``Watch``; an attempt that starts anew moves nothing until it is past the one before."""
+        self._advance(shard, min(done, self.plan.shards[shard].text_bytes))
+
+    def _advance(self, shard: int, done: int) -> None:
+        more = done - self.shown.get(shard, 0)
+        if more > 0:
+            self.shown[shard] = done
+            self.progress.advance(more, tokens=self.tokens)
 
 
 def precompute(config: PrecomputeConfig, progress: Progress) -> CaptureManifest:
@@ -107,12 +119,13 @@ def _run(config: PrecomputeConfig, plan: Plan, done: dict[int, Part], progress: 
     if missing:
         check_files(config.out, plan, config)
     label = "precompute" if missing else f"{config.out} is complete, nothing to do"
-    report = _Reporter(plan, progress)
-    progress.start(label, plan.corpus.text_bytes, "bytes")
-    for part in done.values():
-        report(part)
+    report = _Reporter(plan, progress, sum(part.tokens for part in done.values()))
+    before = sum(plan.shards[index].text_bytes for index in done)
+    progress.start(label, plan.corpus.text_bytes, "bytes", before)
     try:
-        return LocalExecutor(config.workers).run(CaptureJob(config), missing, report) if missing else {}
+        failed = LocalExecutor(config.workers).run(CaptureJob(config), missing, report) if missing else {}
+        assert {*committed(config.out), *failed} == set(range(len(plan.shards))), "the executor lost a shard"
+        return failed
     finally:
         progress.finish()
         clean(config.out)

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.capture.executor import Tell, tell_nobody
 from pipeline.capture.plan import Plan, SliceReader, load_plan
 from pipeline.capture.settings import codec_info, sees_bos, settle_teacher
 from pipeline.corpus import Window, windows
@@ -89,7 +90,7 @@ class CaptureWorker:
         bos = tokenizer.table.info.bos_id if sees_bos(config, tokenizer.table) else None
         self._context = np.array([] if bos is None else [bos], np.int32)
 
-    def run(self, shard: int, attempt: int) -> Part:
+    def run(self, shard: int, attempt: int, tell: Tell = tell_nobody) -> Part:
         """Score one shard and publish it.
 
         Raises:
@@ -100,7 +101,7 @@ class CaptureWorker:
         pieces = [
             window for document in documents for window in windows(document, self._tokenizer, self._config.max_tokens)
         ]
-        samples = self._score(pieces)
+        samples = self._score(pieces, tell)
         counts = Counter(documents=len(documents), snapped=sum(sample.snapped for sample in samples))
         if self._student is not None:
             counts.update(_student_counts(self._student, self._tokenizer.table, pieces))
@@ -108,15 +109,18 @@ class CaptureWorker:
         check = CaptureCheck(self._tokenizer.table.size, self._codec)
         return publish_part(self._config.out, shard, write, check)
 
-    def _score(self, pieces: Sequence[Window]) -> list[Sample]:
-        """Samples in the order of ``pieces``; the teacher sees them by length."""
+    def _score(self, pieces: Sequence[Window], tell: Tell) -> list[Sample]:
+        """Samples in the order of ``pieces``; the teacher sees them by length. Tells the bytes of text scored."""
         samples: dict[int, Sample] = {}
+        done = 0
         prompts = [np.concatenate([self._context, piece.encoded.ids]).astype(np.int32) for piece in pieces]
         for batch in length_batches([len(prompt) for prompt in prompts], self._config.batch_tokens):
             scored = [index for index in batch if len(prompts[index]) > 1]
             rows = self._teacher.rows([prompts[index] for index in scored]) if scored else []
             found = dict(zip(scored, rows, strict=True))
             samples.update((index, self._sample(pieces[index], found.get(index))) for index in batch)
+            done += sum(int(pieces[index].encoded.ends[-1]) for index in batch if len(pieces[index].encoded.ends))
+            tell(done)
         return [samples[index] for index in range(len(pieces))]
 
     def _sample(self, piece: Window, rows: TeacherRows | None) -> Sample:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.capture import LocalExecutor
+from pipeline.capture.executor import tell_nobody
 from pipeline.store import DiskFull
 from schemas.errors import XtokenError
 from schemas.manifest import Part
@@ -36,7 +37,8 @@ class ToyJob:
 class ToyWorker:
     job: ToyJob
 
-    def run(self, shard: int, attempt: int) -> Part:
+    def run(self, shard: int, attempt: int, tell=tell_nobody) -> Part:
+        tell(shard + 100)
         note(self.job.folder, f"run-{shard}-{attempt}")
         what = self.job.shards.get(shard, "fine")
         if what == "poison":
@@ -61,10 +63,24 @@ class ToyWorker:
         )
 
 
+class Watching:
+    """A ``Watch`` that remembers."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+        self.news: list[tuple[int, int]] = []
+
+    def part(self, part: Part) -> None:
+        self.parts.append(part)
+
+    def told(self, shard: int, done: int) -> None:
+        self.news.append((shard, done))
+
+
 def note(folder: str, name: str) -> None:
     (Path(folder) / name).touch()
 
 
 if __name__ == "__main__":
     # a driver with two workers that never end by themselves
-    LocalExecutor(2).run(ToyJob(sys.argv[1], dict.fromkeys(range(4), "slow")), range(4), print)
+    LocalExecutor(2).run(ToyJob(sys.argv[1], dict.fromkeys(range(4), "slow")), range(4), Watching())

@@ -26,9 +26,10 @@ def jobs(monkeypatch):
 
 
 def run(job, workers=2, shards=range(6)):
-    parts = []
-    failed = LocalExecutor(workers).run(job, shards, parts.append)
-    return parts, failed
+    watch = sys.modules["executor_jobs"].Watching()
+    failed = LocalExecutor(workers).run(job, shards, watch)
+    assert {(part.index, part.index + 100) for part in watch.parts} <= set(watch.news)
+    return watch.parts, failed
 
 
 def notes(folder: Path, prefix: str) -> list[str]:

@@ -42,9 +42,9 @@ class Told:
     def __init__(self) -> None:
         self.labels, self.done, self.total = [], 0, None
 
-    def start(self, label, total, unit):  # noqa: ARG002
+    def start(self, label, total, unit, done=0):  # noqa: ARG002
         self.labels.append(label)
-        self.done, self.total = 0, total
+        self.done, self.total = done, total
 
     def advance(self, amount, **figures):  # noqa: ARG002
         self.done += amount
@@ -59,11 +59,11 @@ class Poisoned:
     def __init__(self, workers: int) -> None:
         assert workers == 1
 
-    def run(self, job, shards, on_part):
+    def run(self, job, shards, watch):
         worker = job.open()
         for shard in shards:
             if shard != 2:
-                on_part(worker.run(shard, 1))
+                watch.part(worker.run(shard, 1))
         return {2: "it tastes bad"}
 
 
