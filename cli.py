@@ -89,13 +89,13 @@ def _rows_table(rows: list[Figures]) -> Table:
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{name.replace('_', ' ')}: {_inline(item)}" for name, item in value.items())
-    return "\n".join(map(_inline, value)) if isinstance(value, list) else escape(brief(value))
+    return _inline(value)
 
 
 def _inline(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}={_inline(item)}" for name, item in value.items())
-    return " ".join(map(_inline, value)) if isinstance(value, list) else escape(brief(value))
+    return "|".join(map(_inline, value)) if isinstance(value, list) else escape(brief(value))
 
 
 def _options(model: type[BaseModel]) -> list[python_inspect.Parameter]:
@@ -322,7 +322,7 @@ def _verified(path: str, bars: Bars) -> Figures:
     from pipeline.store import verify
 
     bars.start("verify", None, "bytes")
-    return verify(path, bars.advance)
+    return {"verified": "every file is as its manifest says", **verify(path, bars.advance)}
 
 
 HERE = Path(__file__).resolve().parent
@@ -346,6 +346,7 @@ def run_demo(config: DemoConfig, bars: Bars) -> Figures:
         capture, targets = f"{out}/capture-{name}", f"{out}/targets-{name}"
         flags = {
             "corpus": f"{texts}/{text}",
+            "id_field": "id",
             "teacher": teacher,
             "out": capture,
             "max_tokens": tokens,

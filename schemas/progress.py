@@ -84,7 +84,9 @@ class Bars:
             self.spoke = time.monotonic()
             left = f", {(self.total - self.count) / rate:,.0f} s left" if self.total and rate else ""
             of_total = f"/{self.total:,}" if self.total else ""
-            self.console.print(f"{self.label}: {self.count:,}{of_total} {'  '.join(shown)}{left}", highlight=False)
+            self.console.print(
+                f"{self.label}: {self.count:,}{of_total} {'  '.join(shown)}{left}", highlight=False, soft_wrap=True
+            )
 
     def finish(self) -> None:
         """End the bar."""

@@ -52,7 +52,7 @@ class _Reporter:
         more = done - self.shown.get(shard, 0)
         if more > 0:
             self.shown[shard] = done
-            self.progress.advance(more, tokens=self.tokens)
+            self.progress.advance(more, **({"tokens": self.tokens} if self.tokens else {}))
 
 
 def precompute(config: PrecomputeConfig, progress: Progress) -> CaptureManifest:

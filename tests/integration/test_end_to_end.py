@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 from typer.testing import CliRunner
 
@@ -55,6 +56,15 @@ def test_capture_and_targets_verify_and_explain_themselves(capture: Path, target
     for path, kind in ((capture, "capture"), (targets, "targets")):
         xtoken("verify", path)
         assert xtoken("inspect", path)["kind"] == kind
+
+
+@pytest.mark.engine
+def test_the_query_of_the_readme_runs(capture: Path) -> None:
+    readme = (Path(cli.__file__).parent / "README.md").read_text(encoding="utf-8")
+    query = readme.split("```sql")[1].split("```")[0].replace("'capture/", f"'{capture}/")
+    rows = duckdb.sql(query).fetchall()
+    assert len(rows) == 6
+    assert all(0 < bits < 10 and 1 <= kept <= 64 for _, bits, kept in rows)
 
 
 @pytest.mark.engine
