@@ -20,10 +20,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from schemas.config import (
     AlignConfig,
@@ -35,7 +32,8 @@ from schemas.config import (
     TrainConfig,
 )
 from schemas.errors import XtokenError
-from schemas.progress import Bars, brief
+from schemas.progress import Bars
+from trainer.report.tables import figure_tables
 
 if TYPE_CHECKING:
     from pipeline.tokens import TextTokenizer
@@ -56,46 +54,11 @@ Verb = Callable[[Any, Bars], Figures]
 
 
 def _show(figures: Figures, as_json: bool) -> None:
-    """Print figures: one JSON object, or a table of the plain ones and then each list or group of rows."""
+    """Print figures: one JSON object, or tables."""
     if as_json:
         sys.stdout.write(json.dumps(figures, ensure_ascii=False, default=str) + "\n")
-        return
-    console = Console()
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    nested: dict[str, list[Figures]] = {}
-    for key, value in figures.items():
-        if isinstance(value, dict) and value and all(isinstance(row, dict) for row in value.values()):
-            value = [{key: name.replace("_", " "), **row} for name, row in value.items()]
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            nested[key] = value
-        else:
-            table.add_row(key.replace("_", " "), _cell(value))
-    console.print(table)
-    for rows in nested.values():
-        console.print(_rows_table(rows))
-
-
-def _rows_table(rows: list[Figures]) -> Table:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
-    for name in columns:
-        numeric = all(isinstance(row.get(name, 0), int | float) for row in rows)
-        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", no_wrap=not numeric)
-    for row in rows:
-        table.add_row(*(_cell(row.get(name, "")) for name in columns))
-    return table
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return "\n".join(f"{name.replace('_', ' ')}: {_inline(item)}" for name, item in value.items())
-    return _inline(value)
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name}={_inline(item)}" for name, item in value.items())
-    return "|".join(map(_inline, value)) if isinstance(value, list) else escape(brief(value))
+    else:
+        Console().print(*figure_tables(figures), sep="\n")
 
 
 def _options(model: type[BaseModel]) -> list[python_inspect.Parameter]:

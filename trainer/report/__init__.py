@@ -1,1 +1,1 @@
-"""Plots that read metrics only."""
+"""Plots and tables: they read metrics and stores only."""
