@@ -8,8 +8,7 @@ from rich.table import Table
 
 from schemas.progress import brief
 
-
-_COLUMN = 18
+_SHORT = 24
 
 
 def figure_tables(figures: dict[str, Any]) -> list[Table]:
@@ -32,10 +31,10 @@ def _rows_table(rows: list[dict[str, Any]]) -> Table:
     for name in columns:
         cells = [_cell(row.get(name, "")) for row in rows]
         numeric = all(isinstance(row.get(name, 0), int | float) for row in rows)
-        # A long neighbour must not squeeze a short column to nothing.
-        width = min(_COLUMN, max(len(line) for cell in cells for line in cell.split("\n")))
+        # Only long columns may wrap, or they squeeze the short ones to nothing.
+        longest = max(len(line) for cell in cells for line in cell.split("\n"))
         justify: Any = "right" if numeric else "left"
-        table.add_column(name.replace("_", " "), justify=justify, no_wrap=not numeric, min_width=width)
+        table.add_column(name.replace("_", " "), justify=justify, no_wrap=not numeric and longest <= _SHORT)
     for row in rows:
         table.add_row(*(_cell(row.get(name, "")) for name in columns))
     return table
