@@ -44,7 +44,7 @@ class AlignJob:
     step: float
     teacher_eos: int | None
 
-    def open(self) -> "AlignWorker":
+    def open(self, slot: int = 0) -> "AlignWorker":  # noqa: ARG002
         """Load the student's tokenizer and prepare W.
 
         Raises:

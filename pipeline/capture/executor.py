@@ -50,8 +50,8 @@ class Worker(Protocol):
 class Job(Protocol):
     """Picklable description of work; sent to each worker process once."""
 
-    def open(self) -> Worker:
-        """Load what the worker needs; called in its process."""
+    def open(self, slot: int = 0) -> Worker:
+        """Load what the worker needs; called in its process. No two live workers have the same ``slot``."""
         ...
 
 
@@ -99,6 +99,7 @@ class _Lease:
 class _Child:
     process: SpawnProcess
     connection: "Connection[Any, Any]"
+    slot: int
     opened: bool = False
     lease: _Lease | None = None
 
@@ -134,8 +135,8 @@ class LocalExecutor:
         state = _Run(job, watch, deque(_Lease(shard) for shard in shards))
         with _sigterm_unwinds():
             try:
-                for _ in range(min(self._workers, len(shards))):
-                    state.children.append(_spawn(job))
+                for slot in range(min(self._workers, len(shards))):
+                    state.children.append(_spawn(job, slot))
                 while state.children:
                     _wait_for_news(state)
             finally:
@@ -217,7 +218,7 @@ def _bury(state: _Run, child: _Child) -> None:
     _end([child])
     state.children.remove(child)
     if state.waiting:
-        state.children.append(_spawn(state.job))
+        state.children.append(_spawn(state.job, child.slot))
 
 
 def _cause(exitcode: int | None) -> str:
@@ -226,15 +227,15 @@ def _cause(exitcode: int | None) -> str:
     return f"signal {-exitcode}" + (", the system may have run out of memory" if exitcode == -signal.SIGKILL else "")
 
 
-def _spawn(job: Job) -> _Child:
+def _spawn(job: Job, slot: int) -> _Child:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     # not daemonic: an engine may start processes of its own
-    process = context.Process(target=_serve, args=(job, theirs, os.getpid()), name="xtoken-worker")
+    process = context.Process(target=_serve, args=(job, slot, theirs, os.getpid()), name="xtoken-worker")
     with _interrupts_held():
         process.start()
     theirs.close()
-    return _Child(process, ours)
+    return _Child(process, ours, slot)
 
 
 def _end(children: Sequence[_Child]) -> None:
@@ -278,11 +279,11 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
     raise Terminated(128 + signum)
 
 
-def _serve(job: Job, connection: "Connection[Any, Any]", parent: int) -> None:
+def _serve(job: Job, slot: int, connection: "Connection[Any, Any]", parent: int) -> None:
     """Main loop of a worker process: open the job, then run what is leased until the pipe closes."""
     _die_with(parent)
     try:
-        worker = job.open()
+        worker = job.open(slot)
     except Exception as error:
         connection.send(_News("broken", error=_portable(error)))
         return

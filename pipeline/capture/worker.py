@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.capture.devices import pin_gpu
 from pipeline.capture.executor import Tell, tell_nobody
 from pipeline.capture.plan import Plan, SliceReader, load_plan
 from pipeline.capture.settings import codec_info, sees_bos, settle_teacher
@@ -36,13 +37,17 @@ class CaptureJob:
 
     config: PrecomputeConfig
 
-    def open(self) -> "CaptureWorker":
+    def open(self, slot: int = 0) -> "CaptureWorker":
         """Load tokenizer and teacher, and check that they fit each other and the run.
+
+        Under ``--device auto`` each worker takes one of the visible GPUs by its slot.
 
         Raises:
             XtokenError: the model cannot be loaded, its context is too short, or it is not the run's teacher.
         """
         config, folder = self.config, Folder(self.config.out)
+        if config.device == "auto":
+            pin_gpu(slot)
         plan = load_plan(folder)
         assert plan is not None, "the driver writes the plan before it starts workers"
         tokenizer = open_tokenizer(config)

@@ -22,7 +22,8 @@ class ToyJob:
     shards: dict[int, str] = field(default_factory=dict)
     opening: str = "fine"
 
-    def open(self) -> "ToyWorker":
+    def open(self, slot: int = 0) -> "ToyWorker":
+        note(self.folder, f"slot-{slot}-{os.getpid()}")
         note(self.folder, f"open-{os.getpid()}")
         if self.opening == "bad model":
             raise XtokenError("no such model")

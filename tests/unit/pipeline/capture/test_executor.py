@@ -126,3 +126,11 @@ def alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
+
+
+def test_every_worker_has_a_slot_and_its_heir_keeps_it(jobs, tmp_path):
+    run(jobs.ToyJob(str(tmp_path), {0: "die once"}), workers=2)
+    slots = sorted(name.split("-")[1] for name in notes(tmp_path, "slot-"))
+    assert slots[0] == "0"
+    assert slots[-1] == "1"
+    assert len(slots) == 3
