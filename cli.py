@@ -91,7 +91,8 @@ def _build(model: type[C], values: dict[str, Any]) -> C:
         where = (
             f"--{_flag(name, model.model_fields[name])}: " if name in model.model_fields else f"--{name}: " * bool(name)
         )
-        raise XtokenError(where + first["msg"].removeprefix("Value error, ")) from error
+        found = f" (it is {first['input']!r})" if first["type"] != "value_error" else ""
+        raise XtokenError(where + first["msg"].removeprefix("Value error, ") + found) from error
 
 
 def _flag(name: str, field: FieldInfo) -> str:

@@ -4,6 +4,7 @@ A field marked ``ARGUMENT`` is positional on the command line. Values that a use
 wrong are checked here, before anything expensive starts.
 """
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -96,8 +97,15 @@ class AlignConfig(_Config):
         "prefix", description="Mass of teacher tokens W does not reach: to the longest prefix, to REST, or dropped."
     )
     workers: int = Field(1, ge=1, description="Worker processes.")
-    memory_limit: str = Field("1GB", pattern=r"^\d+(\.\d+)?[KMGT]i?B$", description="Memory DuckDB may use per worker.")
+    memory_limit: str = Field("1GB", description="Memory DuckDB may use per worker, such as 512MB or 2GB.")
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _a_size(cls, value: str) -> str:
+        if re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", value) is None:
+            raise ValueError(f"{value!r} is no size; write it like 512MB or 2GB")
+        return value
 
     @field_validator("losses")
     @classmethod

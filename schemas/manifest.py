@@ -189,9 +189,23 @@ def read_manifest(root: str, kind: type[M]) -> M:
     return found
 
 
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """fsspec filesystem of a folder or URL, and the path on it.
+
+    Raises:
+        XtokenError: the protocol is unknown, or needs a package that is not installed.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise XtokenError(f"{url} cannot be opened: {error}; check the URL, or install what it names") from error
+    return fs, str(path)
+
+
 def read_any_manifest(root: str) -> AnyManifest:
     """Load ``root/manifest.json`` whatever its kind (see ``read_manifest``)."""
     path = f"{root.rstrip('/')}/{MANIFEST}"
+    open_filesystem(root)
     try:
         with fsspec.open(path, "rb") as file:
             data = json.loads(file.read())

@@ -11,10 +11,11 @@ from itertools import islice
 
 import pyarrow as pa
 
-from pipeline.corpus.listing import FORMATS, CorpusFile, list_files, open_filesystem, reader_of, suffix_of
+from pipeline.corpus.listing import FORMATS, CorpusFile, list_files, reader_of, suffix_of
 from pipeline.corpus.readers import Fields, FileProblem, Problem, Row
 from schemas.config import CorpusConfig
 from schemas.errors import XtokenError
+from schemas.manifest import open_filesystem
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Memory for checking ids: about 100 bytes each. Later ids are not checked.

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-import fsspec
-
 from pipeline.corpus.readers import Reader
 from schemas.errors import XtokenError
 
@@ -45,19 +43,6 @@ def reader_of(suffix: str) -> Reader:
     module, name = FORMATS[suffix]
     reader: Reader = getattr(import_module(module), name)
     return reader
-
-
-def open_filesystem(source: str) -> tuple[Any, str]:
-    """fsspec filesystem and path of a corpus.
-
-    Raises:
-        XtokenError: the URL's protocol is unknown or needs a package that is not installed.
-    """
-    try:
-        fs, path = fsspec.core.url_to_fs(source)
-    except (ImportError, ValueError, OSError) as error:
-        raise XtokenError(f"corpus {source} cannot be opened: {error}; check the URL") from error
-    return fs, str(path)
 
 
 def list_files(fs: Any, root: str, source: str) -> list[CorpusFile]:

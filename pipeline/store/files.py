@@ -16,6 +16,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import XtokenError
+from schemas.manifest import open_filesystem
 
 _BLOCK = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,7 +50,7 @@ class Folder:
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/") or "/"
-        self.fs, self._path = fsspec.core.url_to_fs(self.root)
+        self.fs, self._path = open_filesystem(self.root)
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def at(self, name: str) -> str:

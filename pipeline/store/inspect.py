@@ -69,7 +69,7 @@ def _artifact(root: str, manifest: AnyManifest) -> dict[str, Any]:
     described = manifest.model_dump(mode="json", exclude={"parts"})
     result: dict[str, Any] = {"kind": described.pop("kind"), "path": root}
     if not isinstance(manifest, CaptureManifest | TargetManifest):
-        return {**result, "provenance": described}
+        return {**result, **described.pop("coverage"), "provenance": described}
     result.update(parts=len(manifest.parts), content_hash=content_hash(manifest))
     result.update({name: sum(getattr(part, name) for part in manifest.parts) for name in _TOTALS})
     counts: Counter[str] = Counter()

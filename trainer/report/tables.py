@@ -41,6 +41,8 @@ def _rows_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _cell(value: Any) -> str:
+    if value in ({}, []):
+        return "none"
     if isinstance(value, dict):
         return "\n".join(f"{name.replace('_', ' ')}: {_inline(item)}" for name, item in value.items())
     return _inline(value)
