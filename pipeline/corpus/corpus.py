@@ -95,6 +95,7 @@ class Corpus:
             self._bad(file.name, Problem("unknown suffix", f"no reader knows it; known are {known}", "move it away"))
             return
         last = start - 1
+        unreadable = (OSError, EOFError, zlib.error, pa.ArrowException, _zstd_error())
         try:
             with self._fs.open(file.path, "rb") as stream:
                 for row in reader_of(suffix)(stream, self._fields, start):
@@ -106,7 +107,7 @@ class Corpus:
             raise XtokenError(
                 f"{file.path} was listed, but is gone; bring it back or start a new run without it"
             ) from error
-        except (OSError, EOFError, zlib.error, pa.ArrowException, _zstd_error()) as error:
+        except unreadable as error:
             where = f"after record {last}" if last >= start else "from the start"
             detail = f"unreadable {where} ({type(error).__name__}: {error})"
             self._bad(file.name, Problem("unreadable file", detail, "fetch or write the file again"))

