@@ -165,6 +165,10 @@ def capture_figures(manifest: "CaptureManifest") -> Figures:
     """What a capture holds, in numbers."""
     tokens = sum(part.tokens for part in manifest.parts)
     file_bytes = sum(part.file_bytes for part in manifest.parts)
+    counts: Counter[str] = Counter()
+    for part in manifest.parts:
+        counts.update(part.counts)
+    student = {"share_of_1_1_chunks": counts["chunks_1_1"] / counts["chunks"]} if counts["chunks"] else {}
     return {
         "samples": sum(part.samples for part in manifest.parts),
         "tokens": tokens,
@@ -173,6 +177,8 @@ def capture_figures(manifest: "CaptureManifest") -> Figures:
         "text_bytes": sum(part.text_bytes for part in manifest.parts),
         "bytes_per_token": file_bytes / max(tokens, 1),
         "bad_documents": dict(manifest.corpus.bad),
+        "snapped_samples": counts["snapped"],
+        **student,
         "teacher": f"{manifest.teacher.model} ({manifest.teacher.backend})",
     }
 

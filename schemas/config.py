@@ -52,7 +52,7 @@ class PrecomputeConfig(CorpusConfig):
     bos: Literal["auto", "always", "never"] = Field(
         "auto", description="Show the teacher BOS first; auto: as its tokenizer does."
     )
-    text: bool = Field(True, description="Store the text in the capture.")
+    text: bool = Field(True, description="Store the text in the capture; without it, align needs --corpus.")
     student: str | None = Field(
         None, description="Tokenizer of an intended student: checked on every sample while the teacher runs."
     )
@@ -90,6 +90,7 @@ class AlignConfig(_Config):
     student: str = Field(description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.")
     out: str = Field(description="Folder for the targets; the same command on it resumes.")
     w: str | None = Field(None, description="Folder written by 'xtoken project'; built when left out.")
+    corpus: str | None = Field(None, description="Corpus of a capture made with --no-text; its hash must be the same.")
     losses: list[str] = Field(
         default=["p-kl", "h-kl"], description=f"Losses the targets serve: {', '.join(LOSSES)}.", alias="for"
     )

@@ -1,9 +1,11 @@
 """Align: a capture and a student become targets that a trainer reads without teacher or capture."""
 
 import json
+from itertools import islice
 from typing import Any
 
 from pipeline.align.stage import AlignJob, read_part, refuse_other_tokenizer
+from pipeline.align.texts import CorpusTexts, refuse_without_text
 from pipeline.capture.executor import LocalExecutor
 from pipeline.project.build import build_w
 from pipeline.project.files import read_projection, write_table, write_tables
@@ -112,9 +114,13 @@ def _short(value: Any) -> str:
 
 
 def _refuse_without_text(config: AlignConfig, capture: CaptureManifest) -> None:
-    """Look at one batch before any worker starts."""
+    """Look at one batch before any worker starts; with --corpus, look whether that is there."""
+    if config.corpus is not None:
+        CorpusTexts(config.capture, config.corpus)
+        return
     for part in capture.parts[:1]:
-        next(read_part(config.capture, part.index, config.memory_limit, None), None)
+        for batch in islice(read_part(config.capture, part.index, config.memory_limit, None), 1):
+            refuse_without_text(batch, config.capture)
 
 
 def _run(job: AlignJob, capture: CaptureManifest, progress: Progress) -> list[Part]:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from pipeline.align.checks import check_samples, check_targets
 from pipeline.align.queries import query
 from pipeline.align.targets import Maps, join, target_batch
+from pipeline.align.texts import CorpusTexts, refuse_without_text
 from pipeline.capture.executor import Tell, tell_nobody
 from pipeline.project.projection import Projection, Unreached
 from pipeline.store.checks import flat
@@ -53,7 +54,8 @@ class AlignJob:
         tokenizer = load_tokenizer(self.config.student)
         refuse_other_tokenizer("student", tokenizer.table.info, self.projection.student)
         unreached: Unreached = self.config.unreached
-        return AlignWorker(self, tokenizer, Maps.of(self.projection, unreached))
+        texts = CorpusTexts(self.config.capture, self.config.corpus) if self.config.corpus else None
+        return AlignWorker(self, tokenizer, Maps.of(self.projection, unreached), texts)
 
 
 def refuse_other_tokenizer(side: str, found: TokenizerInfo, wanted: TokenizerInfo) -> None:
@@ -72,6 +74,7 @@ class AlignWorker:
     job: AlignJob
     tokenizer: TextTokenizer
     maps: Maps
+    texts: CorpusTexts | None
 
     def run(self, shard: int, attempt: int, tell: Tell = tell_nobody) -> Part:
         """Build, publish and commit one part; the attempt's number does not enter its content.
@@ -91,7 +94,10 @@ class AlignWorker:
     def _batches(self, shard: int, counts: Counter[str]) -> Iterator[pa.RecordBatch]:
         config = self.job.config
         eos_id = self.tokenizer.table.info.eos_id
-        for batch in read_part(config.capture, shard, config.memory_limit, self.job.teacher_eos):
+        texts = None if self.texts is None else self.texts.part(shard)
+        for read in read_part(config.capture, shard, config.memory_limit, self.job.teacher_eos):
+            batch = read if texts is None else texts.fill(read)
+            refuse_without_text(batch, config.capture)
             _refuse_foreign_ids(batch, self.job.projection.teacher.size)
             encoded = encode(self.tokenizer, batch)
             samples = join(batch, encoded, eos_id)
@@ -117,7 +123,7 @@ def read_part(capture: str, part: int, memory_limit: str, eos_id: int | None) ->
     """Batches of ``sql/read_part.sql`` in file order, within a memory limit.
 
     Raises:
-        StopRun: the part needs more memory than the limit, or holds no text.
+        StopRun: the part needs more memory than the limit.
         XtokenError: the part is missing or damaged.
     """
     import duckdb
@@ -129,8 +135,7 @@ def read_part(capture: str, part: int, memory_limit: str, eos_id: int | None) ->
             if not folder.local:
                 connection.register_filesystem(folder.fs)
             found: Any = connection.sql(query("read_part"), params={"path": path, "eos_id": eos_id})
-            for batch in found.to_arrow_reader(ROW_GROUP):
-                yield with_text(batch, capture)
+            yield from found.to_arrow_reader(ROW_GROUP)
     except duckdb.OutOfMemoryException as error:
         raise StopRun(
             f"part {part} of {capture} does not fit --memory-limit {memory_limit}; give more, or capture with a "
@@ -140,16 +145,6 @@ def read_part(capture: str, part: int, memory_limit: str, eos_id: int | None) ->
         raise XtokenError(
             f"{path} cannot be read ({error}); 'xtoken verify {capture}' lists what is damaged"
         ) from error
-
-
-def with_text(batch: pa.RecordBatch, capture: str) -> pa.RecordBatch:
-    """The batch itself; XtokenError when its text was not stored."""
-    if batch["text"].null_count:
-        raise StopRun(
-            f"{capture} was captured with --no-text, and align needs the text to tokenize it for the student; "
-            "capture it again without --no-text"
-        )
-    return batch
 
 
 def encode(tokenizer: TextTokenizer, batch: pa.RecordBatch) -> list[Encoded | None]:

@@ -118,11 +118,30 @@ def test_given_w_is_used_and_checked(capture: Path, teacher: str, tmp_path: Path
         align(_config(capture, tmp_path / "v", w=reverse), Silent())
 
 
-def test_a_capture_without_text_is_refused(teacher: str, capture: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def textless(teacher: str, capture: Path, tmp_path: Path) -> Path:
+    """The same capture without its text; its corpus lies beside it."""
     shutil.copytree(capture.parent / "text", tmp_path / "text")
     precompute(_precompute(teacher, tmp_path, text=False), Silent())
-    with pytest.raises(XtokenError, match="--no-text"):
-        align(_config(tmp_path / "c", tmp_path / "t"), Silent())
+    return tmp_path / "c"
+
+
+def test_a_capture_without_text_needs_its_corpus(capture: Path, textless: Path, tmp_path: Path) -> None:
+    with pytest.raises(XtokenError, match=r"--no-text, .* with --corpus"):
+        align(_config(textless, tmp_path / "t"), Silent())
+    shutil.rmtree(tmp_path / "t")
+    align(_config(textless, tmp_path / "t", corpus=str(tmp_path / "text")), Silent())
+    align(_config(capture, tmp_path / "whole"), Silent())
+    assert _files(tmp_path / "t") == _files(tmp_path / "whole")
+
+
+def test_another_corpus_is_refused(textless: Path, tmp_path: Path) -> None:
+    with pytest.raises(XtokenError, match=r"corpus .* does not exist"):
+        align(_config(textless, tmp_path / "t", corpus=str(tmp_path / "nothing")), Silent())
+    changed = tmp_path / "text" / "b.txt"
+    changed.write_text(changed.read_text(encoding="utf-8").replace("12345", "54321"), encoding="utf-8")
+    with pytest.raises(XtokenError, match="holds other documents than when it was planned"):
+        align(_config(textless, tmp_path / "t", corpus=str(tmp_path / "text")), Silent())
 
 
 def test_too_little_memory_is_named(capture: Path, tmp_path: Path) -> None:
