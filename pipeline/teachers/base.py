@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from schemas.errors import XtokenError
 from schemas.manifest import TeacherInfo
 
 
@@ -45,3 +46,17 @@ class Teacher(Protocol):
         Returns one ``TeacherRows`` per sequence, in order; a sequence of T tokens has T - 1 rows.
         """
         ...
+
+
+def check_prompt(ids: NDArray[np.int32], info: TeacherInfo) -> None:
+    """Refuse a sequence that the model has no rows for.
+
+    Raises:
+        XtokenError: a token id beyond the output head.
+    """
+    assert len(ids) >= 2, "a row needs a token before it"
+    if int(ids.max()) >= info.vocab_rows or int(ids.min()) < 0:
+        raise XtokenError(
+            f"token id {int(ids.max())} is beyond the {info.vocab_rows} rows of {info.model}: "
+            "its tokenizer belongs to another model; use the tokenizer that came with it"
+        )

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.teachers import model_source
-from pipeline.teachers.base import TeacherRows
+from pipeline.teachers.base import TeacherRows, check_prompt
 from pipeline.teachers.logit_rows import RowReader, cut, join
 from pipeline.tokens import TokenTable
 from schemas.config import PrecomputeConfig
@@ -139,7 +139,7 @@ class HfTeacher:
             XtokenError: a token the model has no row for, logits that are no numbers, or not enough memory.
         """
         for ids in batch:
-            self._check(ids)
+            check_prompt(ids, self.info)
         found: dict[int, TeacherRows] = {}
         try:
             with torch.inference_mode():
@@ -151,14 +151,6 @@ class HfTeacher:
                 "use a smaller --batch-tokens or --max-tokens"
             ) from error
         return [found[index] for index in range(len(batch))]
-
-    def _check(self, ids: NDArray[np.int32]) -> None:
-        assert len(ids) >= 2, "a row needs a token before it"
-        if int(ids.max()) >= self.info.vocab_rows or int(ids.min()) < 0:
-            raise XtokenError(
-                f"token id {int(ids.max())} is beyond the {self.info.vocab_rows} rows of {self.info.model}: "
-                "its tokenizer belongs to another model; use the tokenizer that came with it"
-            )
 
     def _group(self, sequences: list[NDArray[np.int32]]) -> list[TeacherRows]:
         lengths = [len(ids) for ids in sequences]

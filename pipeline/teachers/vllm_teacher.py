@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.teachers import model_source
-from pipeline.teachers.base import TeacherRows
+from pipeline.teachers.base import TeacherRows, check_prompt
 from pipeline.tokens import TokenTable
 from schemas.config import PrecomputeConfig
 from schemas.errors import XtokenError
@@ -52,20 +52,12 @@ class VllmTeacher:
             XtokenError: a token the model has no row for, or a reply that is not what was asked.
         """
         for ids in batch:
-            self._check_prompt(ids)
+            check_prompt(ids, self.info)
         prompts = [{"prompt_token_ids": ids.tolist()} for ids in batch]
         outputs = self._engine.generate(prompts, self._sampling, use_tqdm=False)
         if len(outputs) != len(batch):
             raise self._bad_reply(f"{len(outputs)} outputs for {len(batch)} prompts")
         return [self._read(ids, output) for ids, output in zip(batch, outputs, strict=True)]
-
-    def _check_prompt(self, ids: NDArray[np.int32]) -> None:
-        assert len(ids) >= 2, "a row needs a token before it"
-        if int(ids.max()) >= self.info.vocab_rows or int(ids.min()) < 0:
-            raise XtokenError(
-                f"token id {int(ids.max())} is beyond the {self.info.vocab_rows} rows of {self.info.model}: "
-                "its tokenizer belongs to another model; use the tokenizer that came with it"
-            )
 
     def _read(self, ids: NDArray[np.int32], output: Any) -> TeacherRows:
         flat = output.prompt_logprobs

@@ -125,7 +125,7 @@ def _as_written(text: bytes, kind: str) -> str | None:
 def test_pieces_against_a_slow_reference(pair: tuple[TokenTable, TokenTable, Projection]) -> None:
     student, teacher, projection = pair
     if not len(teacher.merges) or teacher.info.kind != "byte-level":
-        pytest.skip("the reference starts from bytes")
+        pytest.skip("the slow reference starts from bytes, this teacher from characters")
     rank = {(teacher.token(a), teacher.token(b)): n for n, (a, b) in reversed(list(enumerate(teacher.merges.tolist())))}
     segmenter = Segmenter(teacher)
     pieced = np.unique(projection.student_id[projection.kind == PIECES]).tolist()
