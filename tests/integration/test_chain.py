@@ -34,8 +34,10 @@ def log_probabilities(folder: Path, sequences: list[list[int]]) -> Iterator[np.n
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for ids in sequences:
+        # Not around the yield: the mode would leak into whoever consumes this.
         with torch.inference_mode():
-            yield model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1).numpy()
+            rows = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1).numpy()
+        yield rows
 
 
 def chunk_starts(student_end: list[int], teacher_end: list[int]) -> list[tuple[int, int]]:
