@@ -48,12 +48,14 @@ class Sample:
         sequence: int32, the context token (if any) and the student tokens; position j predicts token j + 1.
         position_C: int64, the position that predicts the chunk's first token; valid chunks only.
         columns: the loss's columns for these chunks.
+        cut: tokens of the stored sample beyond ``Layout.max_tokens``.
     """
 
     sample_id: str
     sequence: NDArray[np.int32]
     position_C: NDArray[np.int64]
     columns: Mapping[str, Array]
+    cut: int = 0
 
     @property
     def inputs(self) -> int:
@@ -103,12 +105,13 @@ class Position:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One optimizer step: its micro-batches, its denominators, and where the loader stands after it."""
+    """One optimizer step: its micro-batches, its denominators, tokens cut off, and where the loader stands after it."""
 
     micros: list[Micro]
     tokens: int
     predicted: int
     chunks: int
+    cut: int
     after: Position
 
     @property
@@ -145,7 +148,9 @@ def read_sample(group: RowGroup, row: int, layout: Layout) -> Sample:
     shift = 0 if layout.context is not None else -1
     valid_C = (end_C > start_C) & (end_C <= layout.max_tokens) & (start_C + shift >= 0) & _has_entries(columns, layout)
     kept = _select(columns, valid_C, layout.chunks)
-    return Sample(group.sample_ids[row], with_context(ids.astype(np.int32), layout), (start_C + shift)[valid_C], kept)
+    sequence = with_context(ids.astype(np.int32), layout)
+    cut = max(0, len(ids) - layout.max_tokens)
+    return Sample(group.sample_ids[row], sequence, (start_C + shift)[valid_C], kept, cut)
 
 
 def _fits(ids: Array, end_C: NDArray[np.int64], columns: Mapping[str, Array], layout: Layout) -> bool:
@@ -263,7 +268,7 @@ class Loader:
             ids = ", ".join(sample.sample_id for sample in samples[:5])
             raise XtokenError(f"samples {ids} hold no token that the student can predict; align a longer text")
         predicted, chunks = sum(len(m.label_P) for m in micros), sum(len(m.row_C) for m in micros)
-        return StepBatch(micros, tokens, predicted, chunks, self.position)
+        return StepBatch(micros, tokens, predicted, chunks, sum(sample.cut for sample in samples), self.position)
 
     def _size(self, sample: Sample) -> int:
         return len(sample.sequence) - (self.layout.context is not None)

@@ -59,8 +59,9 @@ def train(
     """Train to the end, going on from ``config.out`` where the same run left checkpoints.
 
     Returns:
-        ``steps``, ``epochs``, ``tokens``, ``chunks``, ``seconds``, ``loss``, ``kd``, ``ce`` (nats, mean of the last
-        ten steps), ``model`` (folder) and, with held-out data, ``before`` and ``after`` (see ``measure_student``).
+        ``steps``, ``epochs``, ``tokens``, ``chunks``, ``cut_tokens`` (beyond max_tokens, never seen), ``seconds``,
+        ``loss``, ``kd``, ``ce`` (nats, mean of the last ten steps), ``model`` (folder) and, with held-out data,
+        ``before`` and ``after`` (see ``measure_student``).
 
     Raises:
         XtokenError: targets, student, tokenizer and options do not fit each other, ``out`` holds another run, the
@@ -162,6 +163,7 @@ def _train_step(training: _Training) -> dict[str, Any]:
         "epoch": batch.after.epoch,
         "tokens": training.tokens,
         "chunks": batch.chunks,
+        "cut_tokens": batch.cut,
         "seconds": seconds,
         "tokens_per_s": batch.tokens / seconds,
         "lr": lr,
@@ -207,4 +209,5 @@ def _summary(training: _Training) -> dict[str, Any]:
     summary: dict[str, Any] = {"steps": training.step, "epochs": last[-1]["epoch"], "model": str(training.run.model)}
     summary |= {name: getattr(training, name) for name in ("tokens", "chunks", "seconds")}
     summary |= {name: sum(line[name] for line in last) / len(last) for name in ("loss", "kd", "ce") if name in last[-1]}
+    summary["cut_tokens"] = sum(line.get("cut_tokens", 0) for line in training.metrics.lines)
     return summary | ({"damaged_checkpoints": training.damaged} if training.damaged else {})

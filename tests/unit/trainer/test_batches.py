@@ -123,8 +123,11 @@ def test_positions_with_and_without_context(make_targets: Callable[..., str]) ->
 
 
 def test_a_cut_keeps_only_whole_chunks(make_targets: Callable[..., str]) -> None:
-    sample, _ = read_first(make_targets([[12, 12]]), layout(max_tokens=5))
+    root = make_targets([[12, 12]])
+    sample, group = read_first(root, layout(max_tokens=5))
     assert len(sample.sequence) == 6
+    assert sample.cut == len(group.values("student_ids", 0)) - 5 > 0
+    assert read_first(root, layout())[0].cut == 0
     assert sample.position_C.tolist() == [0, 1, 3]
     assert len(sample.columns["pkl_rest_logprob"]) == 3
 
