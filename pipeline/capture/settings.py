@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from pipeline.store import STEP, Folder
+from pipeline.teachers.base import shows_bos
 from pipeline.tokens import TokenTable
 from schemas.config import PrecomputeConfig
 from schemas.errors import XtokenError
@@ -28,7 +29,7 @@ def sees_bos(config: PrecomputeConfig, table: TokenTable) -> bool:
     """
     if config.bos == "always" and table.info.bos_id is None:
         raise XtokenError(f"--bos always, but the tokenizer {table.info.name!r} has no BOS; use --bos auto")
-    return config.bos == "always" or (config.bos == "auto" and table.info.adds_bos and table.info.bos_id is not None)
+    return shows_bos(config, table.info)
 
 
 def run_settings(config: PrecomputeConfig, table: TokenTable, student: TokenTable | None) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from schemas.config import PrecomputeConfig
 from schemas.errors import XtokenError
-from schemas.manifest import TeacherInfo
+from schemas.manifest import TeacherInfo, TokenizerInfo
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class Teacher(Protocol):
         Returns one ``TeacherRows`` per sequence, in order; a sequence of T tokens has T - 1 rows.
         """
         ...
+
+
+def shows_bos(config: PrecomputeConfig, tokenizer: TokenizerInfo) -> bool:
+    """Whether samples reach the teacher with BOS in front."""
+    added = tokenizer.adds_bos and tokenizer.bos_id is not None
+    return config.bos == "always" or (config.bos == "auto" and added)
 
 
 def check_prompt(ids: NDArray[np.int32], info: TeacherInfo) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from pipeline.teachers.base import shows_bos
 from pipeline.tokens import TokenTable
 from schemas.config import PrecomputeConfig
 from schemas.errors import XtokenError
@@ -55,17 +56,12 @@ def check_request(config: PrecomputeConfig, model_config: Any, table: TokenTable
     width = vocab_rows(model_config)
     if config.k > width:
         raise XtokenError(f"--k {config.k} is more than the {width} rows of {config.teacher}; use --k {width} or less")
-    room = context(model_config) - int(shows_bos(config, table)) - spare
+    room = context(model_config) - int(shows_bos(config, table.info)) - spare
     if config.max_tokens > room:
         raise XtokenError(
             f"--max-tokens {config.max_tokens} does not fit {config.teacher}: its context of {context(model_config)} "
             f"tokens leaves room for {room}; use --max-tokens {room} or less"
         )
-
-
-def shows_bos(config: PrecomputeConfig, table: TokenTable) -> bool:
-    """Whether samples reach the teacher with BOS in front."""
-    return config.bos == "always" or (config.bos == "auto" and table.info.adds_bos)
 
 
 def vocab_rows(model_config: Any) -> int:

@@ -129,7 +129,6 @@ def textless(teacher: str, capture: Path, tmp_path: Path) -> Path:
 def test_a_capture_without_text_needs_its_corpus(capture: Path, textless: Path, tmp_path: Path) -> None:
     with pytest.raises(XtokenError, match=r"--no-text, .* with --corpus"):
         align(_config(textless, tmp_path / "t"), Silent())
-    shutil.rmtree(tmp_path / "t")
     align(_config(textless, tmp_path / "t", corpus=str(tmp_path / "text")), Silent())
     align(_config(capture, tmp_path / "whole"), Silent())
     assert _files(tmp_path / "t") == _files(tmp_path / "whole")
