@@ -7,11 +7,24 @@ wrong are checked here, before anything expensive starts.
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from schemas.tables import LOSSES
 
 ARGUMENT: Any = {"argument": True}
+RULES = ("pieces", "first-piece", "reverse", "random")
+CATEGORIES = (
+    "numerals_1",
+    "numerals_2",
+    "numerals_3",
+    "whitespace",
+    "operators",
+    "latin",
+    "other_scripts",
+    "other_text",
+    "partial_utf8",
+    "specials",
+)
 
 
 def _argument(description: str) -> Any:
@@ -62,6 +75,10 @@ class PrecomputeConfig(CorpusConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU, bfloat16 on GPU."
     )
+    temperatures: list[float] = Field(
+        default=[],
+        description="Also store the exact normaliser at these temperatures, such as 2,4 (needs full rows: hf).",
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     revision: str | None = Field(None, description="Revision of a hub model.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
@@ -74,13 +91,42 @@ class PrecomputeConfig(CorpusConfig):
             )
         return self
 
+    @field_validator("temperatures")
+    @classmethod
+    def _positive_temperatures(cls, value: list[float]) -> list[float]:
+        for tau in value:
+            if not 0 < tau < float("inf"):
+                raise ValueError(f"a temperature of {tau:g} divides by nothing; give numbers above 0, such as 2,4")
+        return sorted(set(value) - {1.0})
+
 
 class ProjectConfig(_Config):
     """Build W between a student's and a teacher's tokenizer and audit it."""
 
     student: str = Field(description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.")
     teacher: str = Field(description="Teacher tokenizer likewise, or a capture, whose own vocabulary is used.")
-    out: str = Field(description="Folder for w.parquet, unreached.parquet and manifest.json.")
+    out: str = Field(description="Folder for w.parquet, unreached.parquet, manifest.json and coverage.html.")
+    rule: str = Field(
+        "pieces",
+        description="How W is built: pieces; first-piece (all weight on it); reverse (also teacher to student pieces); "
+        "random (same counts, random targets: the control); masked:CATEGORY (that category's rows left out).",
+    )
+    seed: int = Field(0, description="Seed of --rule random.")
+    mass_rows: int = Field(
+        1_000_000, ge=1, description="With a capture as teacher: rows whose mass the audit is weighted by."
+    )
+
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, value: str) -> str:
+        name, colon, category = value.partition(":")
+        if name == "masked":
+            if category not in (*CATEGORIES, "numerals"):
+                listed = ", ".join(("numerals", *CATEGORIES))
+                raise ValueError(f"masked needs a category, as in masked:numerals; choose from {listed}")
+        elif name not in RULES or colon:
+            raise ValueError(f"rule {value!r} is unknown; choose from {', '.join(RULES)}, masked:CATEGORY")
+        return value
 
 
 class AlignConfig(_Config):
@@ -92,8 +138,14 @@ class AlignConfig(_Config):
     w: str | None = Field(None, description="Folder written by 'xtoken project'; built when left out.")
     corpus: str | None = Field(None, description="Corpus of a capture made with --no-text; its hash must be the same.")
     losses: list[str] = Field(
-        default=["p-kl", "h-kl"], description=f"Losses the targets serve: {', '.join(LOSSES)}.", alias="for"
+        default=["p-kl"], description=f"Losses the targets serve: {', '.join(LOSSES)}.", alias="for"
     )
+    merge: Literal["first", "last", "mean"] = Field(
+        "first",
+        description="How a chunk's rows become one: the first; the last (gold, uld: TRL's 'bayesian'); the mean of "
+        "log-probabilities (p-kl, h-kl: NeMo-RL's way).",
+    )
+    tau: float = Field(1.0, gt=0.0, allow_inf_nan=False, description="Distillation temperature of teacher and student.")
     unreached: Literal["prefix", "rest", "none"] = Field(
         "prefix", description="Mass of teacher tokens W does not reach: to the longest prefix, to REST, or dropped."
     )
@@ -114,24 +166,91 @@ class AlignConfig(_Config):
         for name in value:
             if name not in LOSSES:
                 raise ValueError(f"loss {name!r} is unknown; choose from {', '.join(LOSSES)}")
+        if not value:
+            raise ValueError(f"no loss named; choose from {', '.join(LOSSES)}")
         return [name for name in LOSSES if name in value]
 
+    @model_validator(mode="after")
+    def _losses_know_the_merge(self) -> "AlignConfig":
+        known = {"last": ("ce", "gold", "uld", "alm"), "mean": ("ce", "p-kl", "h-kl", "alm")}
+        for loss in self.losses:
+            if self.merge != "first" and loss not in known[self.merge]:
+                raise ValueError(
+                    f"loss {loss!r} is not defined with --merge {self.merge}, which serves "
+                    f"{', '.join(known[self.merge])}; leave --merge out, or leave {loss} out of --for"
+                )
+        return self
 
-class TrainConfig(_Config):
+
+class LossOptions(_Config):
+    """What the losses leave open. One value serves every teacher of a run."""
+
+    kl: Literal["forward", "reverse"] = Field(
+        "forward", description="p-kl, h-kl, sparse-kl: KL(teacher||student) or KL(student||teacher)."
+    )
+    rest: Literal["bucket", "drop"] = Field(
+        "bucket",
+        description="p-kl, sparse-kl: mass not kept is one cell, or both sides are renormalised without it.",
+    )
+    common_weight: float = Field(1.0, ge=0.0, description="h-kl: weight of the KL on the common set.")
+    uld_weight: float = Field(1.0, ge=0.0, description="h-kl: weight of the sorted L1 part.")
+    uncommon_topk: int = Field(8192, ge=1, description="h-kl: longest sorted list outside the common set.")
+    beta: float = Field(0.5, ge=0.0, le=1.0, description="gold: 0 is KL(teacher||student), 1 the reverse.")
+    alm: Literal["binary-kl", "limit", "abs", "reverse"] = Field(
+        "binary-kl", description="alm: divergence of chunk likelihoods; limit is binary-kl at alm-tau to infinity."
+    )
+    alm_tau: float = Field(100.0, gt=0.0, allow_inf_nan=False, description="alm: tau_b of binary-kl and reverse.")
+    debias: list[str] = Field(
+        default=[], description="alm: outcome (next token starts with a space, both sides) and merge (join chunks)."
+    )
+    alm_threshold: float = Field(
+        0.1, gt=0.0, lt=1.0, description="alm: --debias merge ends a chunk above this P(next starts with a space)."
+    )
+    prefix: list[str] = Field(
+        default=["root", "interior", "child"], description="byte-prefix: its terms, any of root, interior, child."
+    )
+
+    @field_validator("debias", "prefix")
+    @classmethod
+    def _known_terms(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        known = {"debias": ("outcome", "merge"), "prefix": ("root", "interior", "child")}[str(info.field_name)]
+        for name in value:
+            if name not in known:
+                raise ValueError(f"{name!r} is unknown; choose from {', '.join(known)}")
+        if not value and info.field_name == "prefix":
+            raise ValueError(f"byte-prefix needs a term; choose from {', '.join(known)}")
+        return [name for name in known if name in value]
+
+
+class TrainConfig(LossOptions):
     """Train a student from stored targets; no teacher is needed."""
 
-    targets: str = _argument("Folder or URL written by 'xtoken align'.")
+    targets: list[str] = Field(
+        description="Folders or URLs written by 'xtoken align', one per teacher, separated by commas.",
+        json_schema_extra=ARGUMENT,
+    )
     student: str = Field(description="Hugging Face id or folder of the student.")
     tokenizer: str | None = Field(None, description="Tokenizer of a student whose folder holds none, such as 'bytes'.")
     out: str = Field(description="Folder for checkpoints, metrics.jsonl and the trained model; reruns resume.")
-    loss: Literal["ce", "p-kl", "h-kl"] = Field("p-kl", description="Distillation loss; ce trains on the text alone.")
+    loss: list[str] = Field(
+        default=["p-kl"],
+        description="Distillation loss ('xtoken losses' lists them), or one per target folder; ce: the text alone.",
+    )
+    weights: list[float] = Field(
+        default=[], description="One weight per target folder, at least 0; scaled to sum to 1. Equal when left out."
+    )
+    weighting: Literal["static", "ce", "entropy", "confidence"] = Field(
+        "static",
+        description="static: --weights; else per sample, a softmax over the teachers that hold it of -CE, -entropy or "
+        "the largest probability, times --weights.",
+    )
+    learn_w: bool = Field(False, description="p-kl: train W's weights too; its zeros stay.")
+    w_lr: float = Field(1e-2, gt=0.0, description="Peak learning rate of W under --learn-w.")
     mix: Literal["fixed", "dynamic"] = Field(
         "fixed", description="fixed: kd_weight KD + ce_weight CE; dynamic: sg(CE/KD) KD + CE."
     )
     kd_weight: float = Field(1.0, ge=0.0, description="Weight of KD under --mix fixed.")
     ce_weight: float = Field(0.1, ge=0.0, description="Weight of CE under --mix fixed.")
-    uld_weight: float = Field(1.0, ge=0.0, description="H-KL: weight of the sorted L1 part.")
-    uncommon_topk: int = Field(8192, ge=1, description="H-KL: longest sorted list outside the common set.")
     steps: int = Field(100, ge=1, description="Optimizer steps.")
     step_tokens: int = Field(4096, ge=1, description="Student tokens per optimizer step (at least one sample).")
     micro_tokens: int = Field(1024, ge=1, description="Padded student tokens per forward pass; the rest accumulates.")
@@ -154,9 +273,38 @@ class TrainConfig(_Config):
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "TrainConfig":
-        if self.mix == "fixed" and self.loss != "ce" and self.kd_weight == 0:
+        if not self.targets:
+            raise ValueError("no target folder named; 'xtoken align' writes one")
+        for name in self.loss:
+            if name not in LOSSES:
+                raise ValueError(f"loss {name!r} is unknown; choose from {', '.join(LOSSES)}")
+        if len(self.loss) not in (1, len(self.targets)):
+            raise ValueError(
+                f"--loss names {len(self.loss)} losses for {len(self.targets)} target folders; give one, or one each"
+            )
+        if "ce" in self.loss and len(set(self.loss)) > 1:
+            raise ValueError("loss 'ce' has no teacher; leave it out, CE is mixed in by --ce-weight")
+        if self.mix == "fixed" and self.loss != ["ce"] and self.kd_weight == 0:
             raise ValueError("kd_weight=0 trains on nothing but CE; say --loss ce for that")
+        if self.learn_w and "p-kl" not in self.loss:
+            raise ValueError("--learn-w trains the W of p-kl, and no target folder is trained with p-kl")
         return self
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> "TrainConfig":
+        if self.weights and len(self.weights) != len(self.targets):
+            raise ValueError(f"--weights has {len(self.weights)} numbers for {len(self.targets)} target folders")
+        for weight in self.weights:
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"teacher weight {weight:g} must be a number of at least 0")
+        if self.weights and sum(self.weights) == 0:
+            raise ValueError("the teacher weights sum to 0, so nothing would be distilled; make one of them positive")
+        return self
+
+    @property
+    def losses(self) -> list[str]:
+        """One loss per target folder."""
+        return self.loss * len(self.targets) if len(self.loss) == 1 else list(self.loss)
 
 
 class EvalConfig(_Config):

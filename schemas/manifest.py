@@ -14,7 +14,7 @@ import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from schemas.errors import XtokenError
-from schemas.tables import SCHEMA_VERSION
+from schemas.tables import SCHEMA_VERSIONS
 
 MANIFEST = "manifest.json"
 
@@ -73,7 +73,7 @@ class CodecInfo(_Record):
     k: int
     min_p: float
     step: float
-    temperatures: list[float] = [1.0]
+    temperatures: list[float] = Field([1.0], description="rows carry an exact normaliser at these")
 
 
 class CorpusInfo(_Record):
@@ -86,7 +86,7 @@ class CorpusInfo(_Record):
 
 
 class _Manifest(_Record):
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int
     xtoken_version: str
     argv: list[str] = []
     environment: dict[str, str] = {}
@@ -95,6 +95,7 @@ class _Manifest(_Record):
 
 
 class CaptureManifest(_Manifest):
+    schema_version: int = SCHEMA_VERSIONS["capture"]
     kind: Literal["capture"] = "capture"
     teacher: TeacherInfo
     tokenizer: TokenizerInfo
@@ -108,6 +109,7 @@ class CaptureManifest(_Manifest):
 
 
 class ProjectionManifest(_Manifest):
+    schema_version: int = SCHEMA_VERSIONS["projection"]
     kind: Literal["projection"] = "projection"
     student: TokenizerInfo
     teacher: TokenizerInfo
@@ -116,6 +118,7 @@ class ProjectionManifest(_Manifest):
 
 
 class TargetManifest(_Manifest):
+    schema_version: int = SCHEMA_VERSIONS["targets"]
     kind: Literal["targets"] = "targets"
     capture_hash: str = Field(description="content hash of the capture: run and parts")
     teacher: TeacherInfo
@@ -124,6 +127,8 @@ class TargetManifest(_Manifest):
     w_hash: str
     losses: list[str]
     unreached: str
+    merge: str = Field("first", description="how a chunk's rows became one: first | last | mean")
+    tau: float = Field(1.0, description="temperature of the stored distributions")
     run_hash: str
 
 
@@ -215,15 +220,15 @@ def read_any_manifest(root: str) -> AnyManifest:
         ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise XtokenError(f"{path} is not JSON ({error}); fetch the artifact again") from error
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:
-        raise XtokenError(
-            f"{path} has schema version {version!r}, this xtoken reads {SCHEMA_VERSION}; "
-            "install the xtoken release that wrote it"
-        )
-    model = _KINDS.get(data.get("kind"))
+    kind, version = (data.get("kind"), data.get("schema_version")) if isinstance(data, dict) else (None, None)
+    model = _KINDS.get(str(kind))
     if model is None:
-        raise XtokenError(f"{path} has kind {data.get('kind')!r}; known kinds are {', '.join(_KINDS)}")
+        raise XtokenError(f"{path} has kind {kind!r}; known kinds are {', '.join(_KINDS)}")
+    if version != SCHEMA_VERSIONS[str(kind)]:
+        raise XtokenError(
+            f"{path} has schema version {version!r}, this xtoken reads {kind} of version {SCHEMA_VERSIONS[str(kind)]}; "
+            "write it again with this release, or install the xtoken release that wrote it"
+        )
     try:
         return model.model_validate(data)  # type: ignore[return-value]
     except ValidationError as error:

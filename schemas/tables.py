@@ -5,10 +5,12 @@ C chunks, K kept entries summed over a sample's rows or chunks. Logarithms are n
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+# A release reads these. Targets are rebuilt from a capture in minutes; a capture must stay readable for ever.
+SCHEMA_VERSIONS = {"capture": 1, "projection": 1, "targets": 2}
 
 
 def _field(name: str, kind: pa.DataType, doc: str, *, nullable: bool = False) -> pa.Field:
@@ -42,6 +44,19 @@ CAPTURE = pa.schema(
     ]
 )
 
+_TAU_REST_ODDS = _field(
+    "tau_rest_odds",
+    _list(pa.int16()),
+    "[R * n] steps, a row's n values together: log(REST / kept mass) at each temperature of the manifest's codec above "
+    "the first, p(v)^(1/tau) normalised over the whole vocabulary; -32768 = no REST",
+)
+
+
+def capture(temperatures: Iterable[float]) -> pa.Schema:
+    """Schema of a capture whose rows carry their REST at these temperatures (1 always does)."""
+    return CAPTURE.append(_TAU_REST_ODDS) if set(temperatures) - {1.0} else CAPTURE
+
+
 VOCAB = pa.schema(
     [
         _field("token_id", pa.int32(), "0 to V-1, every id once"),
@@ -63,7 +78,7 @@ W = pa.schema(
         _field("student_id", pa.int32(), "row; ascending"),
         _field("teacher_id", pa.int32(), "column"),
         _field("weight", pa.float32(), "rows sum to 1 or are absent"),
-        _field("kind", pa.string(), "exact | pieces | role"),
+        _field("kind", pa.string(), "exact | pieces | role | reverse | random"),
         _field("common", pa.bool_(), "the pair is in H-KL's common set C"),
     ]
 )
@@ -75,30 +90,125 @@ UNREACHED = pa.schema(
     ]
 )
 
+
+def _column(name: str, kind: pa.DataType, axis: str, doc: str) -> pa.Field:
+    """A target column. ``axis`` says what it has one value (or, for lists, one element) of: see ``TargetColumn``."""
+    return pa.field(name, kind, nullable=False, metadata={"doc": doc, "axis": axis})
+
+
 _TARGET_BASE = [
-    _field("sample_id", pa.string(), "as in the capture"),
-    _field("student_ids", _list(pa.int32()), "[S] tokens; no BOS; eos last if complete"),
-    _field("student_end", _list(pa.int32()), "[S] cumulative byte ends"),
-    _field("chunk_student_end", _list(pa.int32()), "[C] index after the chunk's last student token"),
-    _field("chunk_teacher_end", _list(pa.int32()), "[C] index after the chunk's last teacher token"),
-    _field("teacher_logprob", _list(pa.float32()), "[C] nats: sum over the chunk's realised tokens; NaN = no row"),
+    _column("sample_id", pa.string(), "sample", "as in the capture"),
+    _column("teacher_entropy", pa.float32(), "sample", "nats: mean over chunk rows, REST as one cell; NaN = no row"),
+    _column("teacher_top1", pa.float32(), "sample", "mean over chunk rows of the largest probability; NaN = no row"),
+    _column("student_ids", _list(pa.int32()), "token", "[S] tokens; no BOS; eos last if complete"),
+    _column("student_end", _list(pa.int32()), "token", "[S] cumulative byte ends"),
+    _column("chunk_student_end", _list(pa.int32()), "chunk", "[C] index after the chunk's last student token"),
+    _column("chunk_teacher_end", _list(pa.int32()), "chunk", "[C] index after the chunk's last teacher token"),
+    _column(
+        "teacher_logprob", _list(pa.float32()), "chunk", "[C] nats: sum over the chunk's realised tokens; NaN = no row"
+    ),
 ]
 
-# A chunk whose first teacher token has no row has count 0 and takes no part in the loss.
+# A chunk whose first teacher token has no row has count 0 and takes no part in the loss. Log-probabilities are nats at
+# the manifest's temperature, except those of the text itself (teacher_logprob, alm_space_logprob), which are at 1.
+_FACTOR = _column(
+    "factor_logprob",
+    _list(pa.float32()),
+    "chunk",
+    "[C] nats: what the chunk's row is multiplied by, the realised tokens after it (merge first) or before (last)",
+)
 _TARGET_LOSS = {
     "ce": [],
     "p-kl": [
-        _field("pkl_count", _list(pa.int32()), "[C] entries of the chunk"),
-        _field("pkl_ids", _list(pa.int32()), "[K] teacher ids, most probable first, all reached by W"),
-        _field("pkl_logprob", _list(pa.float32()), "[K] nats, after unreached mass moved; exp sums to 1 with REST"),
-        _field("pkl_rest_logprob", _list(pa.float32()), "[C] nats: log of REST; -inf = none"),
+        _column("pkl_count", _list(pa.int32()), "chunk", "[C] entries of the chunk"),
+        _column("pkl_ids", _list(pa.int32()), "pkl_count", "[K] teacher ids, most probable first, all reached by W"),
+        _column(
+            "pkl_logprob",
+            _list(pa.float32()),
+            "pkl_count",
+            "[K] nats, after unreached mass moved; exp sums to 1 with REST",
+        ),
+        _column(
+            "pkl_rest_logprob",
+            _list(pa.float32()),
+            "chunk",
+            "[C] nats: log of REST; -inf = none; NaN = unknown at this temperature, entries are then renormalised",
+        ),
     ],
     "h-kl": [
-        _field("hkl_common_count", _list(pa.int32()), "[C] entries in the common set"),
-        _field("hkl_common_ids", _list(pa.int32()), "[K] student ids of pairs in C, most probable first"),
-        _field("hkl_common_logprob", _list(pa.float32()), "[K] nats: teacher log-probability of the pair"),
-        _field("hkl_other_count", _list(pa.int32()), "[C] kept entries outside C"),
-        _field("hkl_other_logprob", _list(pa.float32()), "[K] nats: teacher log-probabilities outside C, descending"),
+        _column("hkl_common_count", _list(pa.int32()), "chunk", "[C] entries in the common set"),
+        _column(
+            "hkl_common_ids",
+            _list(pa.int32()),
+            "hkl_common_count",
+            "[K] student ids of pairs in C, most probable first",
+        ),
+        _column(
+            "hkl_common_logprob",
+            _list(pa.float32()),
+            "hkl_common_count",
+            "[K] nats: teacher log-probability of the pair",
+        ),
+        _column("hkl_other_count", _list(pa.int32()), "chunk", "[C] kept entries outside C"),
+        _column(
+            "hkl_other_logprob",
+            _list(pa.float32()),
+            "hkl_other_count",
+            "[K] nats: teacher log-probabilities outside C, descending",
+        ),
+    ],
+    "gold": [
+        _column("gold_count", _list(pa.int32()), "chunk", "[C] kept entries with a student token of equal bytes"),
+        _column("gold_ids", _list(pa.int32()), "gold_count", "[K] these student ids, most probable first"),
+        _column("gold_logprob", _list(pa.float32()), "gold_count", "[K] nats, descending"),
+        _column("gold_other_count", _list(pa.int32()), "chunk", "[C] kept entries without one"),
+        _column("gold_other_logprob", _list(pa.float32()), "gold_other_count", "[K] nats, descending"),
+        _FACTOR,
+    ],
+    "uld": [
+        _column("uld_count", _list(pa.int32()), "chunk", "[C] kept entries"),
+        _column("uld_logprob", _list(pa.float32()), "uld_count", "[K] nats, descending"),
+        _FACTOR,
+    ],
+    "alm": [
+        _column(
+            "alm_space_logprob",
+            _list(pa.float32()),
+            "chunk",
+            "[C] nats: log P(the token after the chunk starts with a space); NaN = no row, or not captured",
+        ),
+    ],
+    "byte-prefix": [
+        _column("prefix_count", _list(pa.int32()), "token", "[S] entries of the target that predicts this token"),
+        _column("prefix_ids", _list(pa.int32()), "prefix_count", "[K] student ids, most probable first"),
+        _column("prefix_logprob", _list(pa.float32()), "prefix_count", "[K] nats; exp sums to 1 with REST"),
+        _column("prefix_rest_logprob", _list(pa.float32()), "token", "[S] nats: log of REST; -inf = none"),
+        _column(
+            "child_count",
+            _list(pa.int32()),
+            "token",
+            "[S] teacher groups of the chunk before whose next bytes the student spells from here on",
+        ),
+        _column(
+            "child_low",
+            _list(pa.int32()),
+            "child_count",
+            "[K] first of the student tokens that start with the group's next bytes, as a rank among the student's "
+            "text tokens in order of (bytes, id)",
+        ),
+        _column("child_high", _list(pa.int32()), "child_count", "[K] rank after the last of them, above child_low"),
+        _column("child_logprob", _list(pa.float32()), "child_count", "[K] nats: log of the group's mass"),
+    ],
+    "sparse-kl": [
+        _column("skl_count", _list(pa.int32()), "chunk", "[C] kept entries; both tokenizers are the same"),
+        _column("skl_ids", _list(pa.int32()), "skl_count", "[K] ids, most probable first"),
+        _column("skl_logprob", _list(pa.float32()), "skl_count", "[K] nats; exp sums to 1 with REST"),
+        _column(
+            "skl_rest_logprob",
+            _list(pa.float32()),
+            "chunk",
+            "[C] nats: log of REST; -inf = none; NaN = unknown at this temperature, entries are then renormalised",
+        ),
     ],
 }
 
@@ -108,5 +218,19 @@ LOSSES = tuple(_TARGET_LOSS)
 def targets(losses: Iterable[str]) -> pa.Schema:
     """Schema of a target table that serves these losses (names of ``LOSSES``)."""
     wanted = set(losses)
-    extra = [field for loss in LOSSES if loss in wanted for field in _TARGET_LOSS[loss]]
-    return pa.schema([*_TARGET_BASE, *extra])
+    extra = {field.name: field for loss in LOSSES if loss in wanted for field in _TARGET_LOSS[loss]}
+    return pa.schema([*_TARGET_BASE, *extra.values()])
+
+
+class TargetColumn(NamedTuple):
+    """A target column and its axis: ``sample`` one value; ``token`` a list with one element per student token,
+    ``chunk`` one per chunk; the name of a count column: as many elements as its counts sum to."""
+
+    name: str
+    axis: str
+
+
+def target_columns(losses: Iterable[str], *, base: bool = True) -> list[TargetColumn]:
+    """The columns of ``targets(losses)`` with their axes, in order; ``base=False`` leaves out what all tables have."""
+    fields = list(targets(losses))[0 if base else len(_TARGET_BASE) :]
+    return [TargetColumn(field.name, field.metadata[b"axis"].decode()) for field in fields]

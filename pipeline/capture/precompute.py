@@ -21,6 +21,7 @@ from pipeline.capture.settings import (
 from pipeline.capture.worker import CaptureJob, open_tokenizer
 from pipeline.store import Folder, clean, committed, data_name, read_table
 from pipeline.store.reader import MERGES_FILE, VOCAB_FILE
+from pipeline.teachers import check_backend
 from pipeline.tokens import TokenTable, load_tokenizer
 from schemas.config import PrecomputeConfig
 from schemas.errors import IncompleteRun, VerificationError, XtokenError
@@ -66,9 +67,11 @@ def precompute(config: PrecomputeConfig, progress: Progress) -> CaptureManifest:
         The manifest, also written to ``config.out``.
 
     Raises:
-        XtokenError: bad input, another run's folder, a corpus that changed, or no room to write.
+        XtokenError: bad input, a backend that cannot give it, another run's folder, a corpus that changed, or no room
+            to write.
         IncompleteRun: some shards failed three times; the others are committed.
     """
+    check_backend(config)
     folder = Folder(config.out)
     if not folder.local and "memory" in folder.fs.protocol:
         raise XtokenError(f"{config.out}: worker processes do not share memory://; use a folder or an object store")

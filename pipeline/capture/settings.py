@@ -18,7 +18,7 @@ _FOREIGN = (MANIFEST, "data", "commits", "config.json", "w.parquet", "metrics.js
 
 def codec_info(config: PrecomputeConfig) -> CodecInfo:
     """The codec a run's settings ask for."""
-    return CodecInfo(k=config.k, min_p=config.min_p, step=STEP)
+    return CodecInfo(k=config.k, min_p=config.min_p, step=STEP, temperatures=[1.0, *config.temperatures])
 
 
 def sees_bos(config: PrecomputeConfig, table: TokenTable) -> bool:
@@ -44,6 +44,7 @@ def run_settings(config: PrecomputeConfig, table: TokenTable, student: TokenTabl
         "k": config.k,
         "min_p": config.min_p,
         "step": STEP,
+        "temperatures": config.temperatures or None,
         "max_tokens": config.max_tokens,
         "text": config.text,
         "student_hash": student.info.hash if student is not None else None,

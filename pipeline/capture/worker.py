@@ -26,9 +26,10 @@ from pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer
 from schemas.config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import Part, TeacherInfo
-from schemas.tables import CAPTURE
+from schemas.tables import capture
 
-_NO_ROWS = Packed(np.zeros(0, np.uint8), np.zeros(0, np.int32), np.zeros(0, np.uint16), np.zeros(0, np.uint16))
+_NO_GAPS = np.zeros(0, np.uint16)
+_NO_ROWS = Packed(np.zeros(0, np.uint8), np.zeros(0, np.int32), _NO_GAPS, _NO_GAPS, np.zeros(0, np.int16))
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class CaptureWorker:
         counts = Counter(documents=len(documents), snapped=sum(sample.snapped for sample in samples))
         if self._student is not None:
             counts.update(_student_counts(self._student, self._tokenizer.table, pieces))
-        write = partial(_write, samples, dict(counts))
+        write = partial(_write, samples, capture(self._codec.temperatures), dict(counts))
         check = CaptureCheck(self._tokenizer.table.size, self._codec)
         return publish_part(self._config.out, shard, write, check)
 
@@ -147,7 +148,14 @@ class CaptureWorker:
     def _pack(self, piece: Window, rows: TeacherRows) -> Packed:
         size, codec = self._tokenizer.table.size, self._codec
         try:
-            return encode(rows, k=codec.k, min_p=codec.min_p, vocab_size=size, step=codec.step)
+            return encode(
+                rows,
+                k=codec.k,
+                min_p=codec.min_p,
+                vocab_size=size,
+                step=codec.step,
+                temperatures=codec.temperatures[1:],
+            )
         except XtokenError as error:
             raise XtokenError(f"sample {piece.sample_id!r}: {error}") from error
 
@@ -162,14 +170,14 @@ def length_batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
         start += count
 
 
-def _write(samples: Sequence[Sample], counts: dict[str, int], url: str) -> dict[str, int]:
-    write_parquet(url, CAPTURE, _batches(samples))
+def _write(samples: Sequence[Sample], schema: pa.Schema, counts: dict[str, int], url: str) -> dict[str, int]:
+    write_parquet(url, schema, _batches(samples, schema))
     return counts
 
 
-def _batches(samples: Sequence[Sample]) -> Iterator[pa.RecordBatch]:
+def _batches(samples: Sequence[Sample], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     for start in range(0, len(samples), ROW_GROUP):
-        yield capture_batch(samples[start : start + ROW_GROUP])
+        yield capture_batch(samples[start : start + ROW_GROUP], schema)
 
 
 def _student_counts(student: TextTokenizer, teacher: TokenTable, pieces: Sequence[Window]) -> Counter[str]:

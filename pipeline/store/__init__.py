@@ -1,6 +1,6 @@
 """What lies on disk: the codec, Parquet files, commit records, and checks of all three."""
 
-from pipeline.store.codec import NO_REST, STEP, Packed, Unpacked, decode, encode
+from pipeline.store.codec import NO_REST, STEP, Packed, Unpacked, decode, decode_tau_rest, encode
 from pipeline.store.files import DiskFull, Folder, StopRun
 from pipeline.store.inspect import inspect
 from pipeline.store.publish import Figures, clean, commit, committed, data_name, publish_part
@@ -24,6 +24,7 @@ __all__ = [
     "committed",
     "data_name",
     "decode",
+    "decode_tau_rest",
     "encode",
     "inspect",
     "iter_capture",

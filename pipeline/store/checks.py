@@ -19,7 +19,7 @@ from pipeline.store.publish import Figures
 from pipeline.store.writer import ROW_GROUP
 from schemas.errors import VerificationError
 from schemas.manifest import CodecInfo
-from schemas.tables import CAPTURE
+from schemas.tables import capture
 
 # The codec refuses rows whose kept mass is above 1 + 1e-3; float32 rounding adds nothing of that size.
 _SUM_SLACK = 2e-3
@@ -39,7 +39,7 @@ class CaptureCheck:
             VerificationError: the file is no Parquet of the capture schema, or a sample breaks a rule.
         """
         total = np.zeros(5, np.int64)
-        for batch in read_checked(url, CAPTURE):
+        for batch in read_checked(url, capture(self.codec.temperatures)):
             total += _check_batch(batch, self.vocab_size, self.codec)
         samples, tokens, rows, entries, text_bytes = (int(value) for value in total)
         return Figures(samples, tokens, rows, entries, text_bytes)
@@ -93,6 +93,7 @@ def _check_batch(batch: pa.RecordBatch, vocab_size: int, codec: CodecInfo) -> li
     _refuse(batch, (tokens_N == 0) | ~np.isin(first_N, (0, 1)), "no tokens, or first_row is not 0 or 1")
     for name, expected_N in (("teacher_end", tokens_N), ("kept", rows_N), ("rest_gap", rows_N)):
         _refuse(batch, list_lengths(batch, name) != expected_N, f"{name} has another length than its tokens")
+    _check_temperatures(batch, rows_N, codec)
     _check_ends(batch, tokens_N)
     _check_ids(batch, "teacher_ids", tokens_N, vocab_size)
     entries_N = _check_entries(batch, rows_N, vocab_size, codec)
@@ -100,6 +101,13 @@ def _check_batch(batch: pa.RecordBatch, vocab_size: int, codec: CodecInfo) -> li
     _check_realised(batch, rows_N)
     last = int(flat(batch, "teacher_end")[np.cumsum(tokens_N) - 1].sum())
     return [batch.num_rows, int(tokens_N.sum()), int(rows_N.sum()), int(entries_N.sum()), last]
+
+
+def _check_temperatures(batch: pa.RecordBatch, rows_N: NDArray[np.int64], codec: CodecInfo) -> None:
+    others = len(codec.temperatures) - 1
+    if others:
+        bad_N = list_lengths(batch, "tau_rest_odds") != rows_N * others
+        _refuse(batch, bad_N, f"tau_rest_odds has not {others} values for each row")
 
 
 def _check_ends(batch: pa.RecordBatch, tokens_N: NDArray[np.int64]) -> None:

@@ -4,9 +4,10 @@ Kept are entries of at least ``min_p``, at least one and at most ``k``; what is 
 number, REST. The value of a rank is quantised as a whole and stored as its distance to the
 rank before, so errors never add up. Nothing is clipped and nothing renormalised.
 
-Shapes: R rows, E entries the engine gave per row, K kept entries of all rows together.
+Shapes: R rows, E entries the engine gave per row, K kept entries of all rows together, n temperatures other than 1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,13 @@ from schemas.errors import XtokenError
 
 STEP = 1 / 32
 NO_REST = 65535
+NO_ODDS = -32768
 _LARGEST_GAP = 65535
 # Float32 log-probabilities of a whole head sum to one within this; more is no distribution.
 _SUM_SLACK = 1e-3
+# Normalisers at other temperatures are float32 of up to 16 nats, below 1 of up to 1 / tau times as many: a complement
+# below this is their rounding.
+_TAU_NOISE = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,15 @@ class Packed:
         topk_ids: int32 [K], rows in order, rank order within.
         topk_gap: uint16 [K], steps: rank 0 -logprob, later ranks the distance to the rank before.
         rest_gap: uint16 [R], steps: -log of the mass not kept; 65535 = none.
+        tau_rest_odds: int16 [R * n], a row's n values together: log(REST / kept mass) at other temperatures in steps,
+            as exact where REST is nearly everything as where it is nearly nothing; -32768 = none; None without any.
     """
 
     kept: NDArray[np.uint8]
     topk_ids: NDArray[np.int32]
     topk_gap: NDArray[np.uint16]
     rest_gap: NDArray[np.uint16]
+    tau_rest_odds: NDArray[np.int16] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,15 @@ class Unpacked:
     rest_logprob: NDArray[np.float64]
 
 
-def encode(rows: TeacherRows, *, k: int, min_p: float, vocab_size: int, step: float = STEP) -> Packed:
+def encode(
+    rows: TeacherRows,
+    *,
+    k: int,
+    min_p: float,
+    vocab_size: int,
+    step: float = STEP,
+    temperatures: Sequence[float] = (),
+) -> Packed:
     """Quantise a sequence's rows.
 
     Args:
@@ -66,6 +82,8 @@ def encode(rows: TeacherRows, *, k: int, min_p: float, vocab_size: int, step: fl
         min_p: smallest probability kept (one entry is always kept).
         vocab_size: ids from here on (a padded head) are never kept; their mass is REST.
         step: unit of the gaps in nats.
+        temperatures: the n of ``rows.tau_lognorm`` (1 is not among them): what is kept at temperature 1 is kept at
+            all, p_tau(v) = p(v)^(1/tau) / sum over the whole output head, and REST is what the kept entries leave.
 
     Raises:
         XtokenError: the rows are no distributions (NaN, not sorted, sum above one), or a gap does not fit.
@@ -83,6 +101,7 @@ def encode(rows: TeacherRows, *, k: int, min_p: float, vocab_size: int, step: fl
         topk_ids=rows.ids[keep_RE].astype(np.int32),
         topk_gap=_fit(gap_K, _LARGEST_GAP, "gap"),
         rest_gap=_rest_gap(logprob_RE, keep_RE, step),
+        tau_rest_odds=_tau_rest_odds(rows, keep_RE, step, temperatures) if temperatures else None,
     )
 
 
@@ -101,6 +120,34 @@ def decode(
     level_K = running_K - np.repeat(before_R, np.diff(offsets))
     rest_R = np.where(rest_gap == NO_REST, -np.inf, -step * rest_gap.astype(np.float64))
     return Unpacked(offsets, topk_ids, -step * level_K.astype(np.float64), rest_R)
+
+
+def decode_tau_rest(
+    odds: NDArray[np.int16], temperatures: Sequence[float], tau: float, step: float
+) -> NDArray[np.float64]:
+    """REST of rows at another temperature than 1, as captured.
+
+    Args:
+        odds: int16 [R * n], ``tau_rest_odds`` of any number of rows.
+        temperatures: the list of the manifest's codec: 1, then the n temperatures of ``odds``.
+        tau: the wanted one of these n.
+        step: unit of the odds in nats.
+
+    Returns:
+        float64 [R], nats: log of the mass not kept at ``tau``; -inf = none.
+
+    Raises:
+        XtokenError: the capture holds nothing at ``tau``.
+    """
+    others = list(temperatures[1:])
+    if tau not in others:
+        held = ", ".join(f"{value:g}" for value in others) or "none but 1"
+        raise XtokenError(
+            f"REST at temperature {tau:g} is not in this capture (it holds {held}); "
+            f"capture again with --temperatures {tau:g}"
+        )
+    odds_R = odds.reshape(-1, len(others))[:, others.index(tau)]
+    return np.where(odds_R == NO_ODDS, -np.inf, -np.logaddexp(0.0, -step * odds_R.astype(np.float64)))
 
 
 def _check_rows(logprob_RE: NDArray[np.float64]) -> None:
@@ -130,22 +177,54 @@ def _starts(kept_R: NDArray[Any]) -> NDArray[np.int64]:
     return starts_R
 
 
+def _tau_rest_odds(
+    rows: TeacherRows, keep_RE: NDArray[np.bool_], step: float, temperatures: Sequence[float]
+) -> NDArray[np.int16]:
+    """``tau_rest_odds``, flat [R * n]."""
+    assert rows.tau_lognorm is not None, "the backend was asked for normalisers"
+    assert rows.tau_lognorm.shape == (len(rows.ids), len(temperatures))
+    logprob_RE, lognorm_Rn = rows.logprob.astype(np.float64), rows.tau_lognorm.astype(np.float64)
+    if not np.isfinite(lognorm_Rn).all():
+        raise XtokenError("the teacher gave normalisers that are no numbers; try --dtype float32")
+    odds = []
+    for tau, lognorm_R in zip(temperatures, lognorm_Rn.T, strict=True):
+        kept_R = _log_kept(logprob_RE / tau - lognorm_R[:, None], keep_RE)
+        some_R, rest_R = _complement(kept_R, _TAU_NOISE * max(1.0, 1.0 / tau))
+        level_R = np.floor((rest_R - kept_R) / step + 0.5).astype(np.int64)
+        if (np.abs(level_R[some_R]) > -NO_ODDS - 1).any():
+            raise XtokenError(
+                f"REST at temperature {tau:g} does not fit 15 bits of {step:g} nats; use a lower temperature"
+            )
+        odds.append(np.where(some_R, level_R, NO_ODDS).astype(np.int16))
+    return np.stack(odds, axis=1).ravel()
+
+
 def _rest_gap(logprob_RE: NDArray[np.float64], keep_RE: NDArray[np.bool_], step: float) -> NDArray[np.uint16]:
     """Steps of the complement of the kept mass, [R]."""
+    some_R, rest_R = _complement(_log_kept(logprob_RE, keep_RE), 0.0)
+    level_R = np.floor(-rest_R / step + 0.5).astype(np.int64)
+    return np.where(some_R, _fit(level_R, NO_REST - 1, "REST"), np.uint16(NO_REST)).astype(np.uint16)
+
+
+def _log_kept(logprob_RE: NDArray[np.float64], keep_RE: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Log of the kept mass, [R] nats."""
     first_R = keep_RE.argmax(axis=1)[:, None]
     top_R1 = np.take_along_axis(logprob_RE, first_R, axis=1)
     share_RE = np.exp(np.where(keep_RE, logprob_RE - top_R1, -np.inf))
     # the largest entry is the 1 inside log1p: nothing is lost where it carries nearly all the mass
     np.put_along_axis(share_RE, first_R, 0.0, axis=1)
-    log_kept_R = top_R1[:, 0] + np.log1p(share_RE.sum(axis=1))
+    log_kept_R: NDArray[np.float64] = top_R1[:, 0] + np.log1p(share_RE.sum(axis=1))
     if (log_kept_R > _SUM_SLACK).any():
         total = float(np.exp(log_kept_R.max()))
         raise XtokenError(f"the teacher's probabilities of a row sum to {total:.6f}, above 1; try --dtype float32")
-    some_R = log_kept_R < 0.0
+    return log_kept_R
+
+
+def _complement(log_kept_R: NDArray[np.float64], noise: float) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Whether more than ``noise`` is left to 1, and the log of what is, [R] each."""
+    some_R = log_kept_R < -noise
     safe_R = np.where(some_R, log_kept_R, -1.0)
-    rest_R = np.where(safe_R > -np.log(2.0), np.log(-np.expm1(safe_R)), np.log1p(-np.exp(safe_R)))
-    level_R = np.floor(-rest_R / step + 0.5).astype(np.int64)
-    return np.where(some_R, _fit(level_R, NO_REST - 1, "REST"), np.uint16(NO_REST)).astype(np.uint16)
+    return some_R, np.where(safe_R > -np.log(2.0), np.log(-np.expm1(safe_R)), np.log1p(-np.exp(safe_R)))
 
 
 def _fit(steps: NDArray[np.int64], largest: int, what: str) -> NDArray[np.uint16]:

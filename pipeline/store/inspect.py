@@ -10,13 +10,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.store.codec import decode
+from pipeline.store.codec import decode, decode_tau_rest
 from pipeline.store.files import Folder
 from pipeline.store.publish import committed, data_name
 from pipeline.store.reader import iter_capture, iter_parquet, load_vocab
 from pipeline.tokens import TokenTable
 from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import MANIFEST, AnyManifest, CaptureManifest, TargetManifest, content_hash, read_any_manifest
+from schemas.manifest import (
+    MANIFEST,
+    AnyManifest,
+    CaptureManifest,
+    CodecInfo,
+    TargetManifest,
+    content_hash,
+    read_any_manifest,
+)
 
 _SAMPLES = 3
 _FIRST_TOKENS = 16
@@ -116,10 +124,10 @@ def _column_bytes(metadata: Any) -> Counter[str]:
 def _capture_samples(root: str, manifest: CaptureManifest) -> list[dict[str, Any]]:
     table = load_vocab(root)
     rows = (batch.slice(index, 1) for batch in iter_capture(root) for index in range(batch.num_rows))
-    return [_capture_sample(row.to_pylist()[0], table, manifest.codec.step) for row in islice(rows, _SAMPLES)]
+    return [_capture_sample(row.to_pylist()[0], table, manifest.codec) for row in islice(rows, _SAMPLES)]
 
 
-def _capture_sample(row: dict[str, Any], table: TokenTable, step: float) -> dict[str, Any]:
+def _capture_sample(row: dict[str, Any], table: TokenTable, codec: CodecInfo) -> dict[str, Any]:
     """The sample's first tokens, and the teacher's best entries where it was to guess one in the middle."""
     ids = row["teacher_ids"]
     shown: dict[str, Any] = {
@@ -130,7 +138,7 @@ def _capture_sample(row: dict[str, Any], table: TokenTable, step: float) -> dict
     if not row["kept"]:
         return shown
     kept, ids_K, gap_K, rest = (np.asarray(row[name]) for name in ("kept", "topk_ids", "topk_gap", "rest_gap"))
-    rows = decode(kept, ids_K, gap_K, rest, step)
+    rows = decode(kept, ids_K, gap_K, rest, codec.step)
     middle = len(row["kept"]) // 2
     start, stop = (int(offset) for offset in rows.offsets[middle : middle + 2])
     best = range(start, min(stop, start + _TOP))
@@ -140,9 +148,24 @@ def _capture_sample(row: dict[str, Any], table: TokenTable, step: float) -> dict
         "before": "".join(_readable(table, token) for token in ids[max(0, position - 8) : position]),
         "in_text": _readable(table, ids[position]),
         "teacher": [[_readable(table, int(rows.ids[at])), round(float(rows.logprob[at]), 3)] for at in best],
-        "rest_logprob": round(max(float(rows.rest_logprob[middle]), -1e4), 3),
+        "rest_logprob": _shown(rows.rest_logprob[middle]),
+        **_tau_rest(row, middle, codec),
     }
     return shown
+
+
+def _tau_rest(row: dict[str, Any], at: int, codec: CodecInfo) -> dict[str, Any]:
+    """REST of row ``at`` at each temperature above the first."""
+    others = codec.temperatures[1:]
+    if not others:
+        return {}
+    gaps = np.asarray(row["tau_rest_odds"])
+    rest = {f"{tau:g}": decode_tau_rest(gaps, codec.temperatures, tau, codec.step)[at] for tau in others}
+    return {"tau_rest_logprob": {tau: _shown(value) for tau, value in rest.items()}}
+
+
+def _shown(logprob: float) -> float:
+    return round(max(float(logprob), -1e4), 3)  # JSON has no -inf
 
 
 def _target_samples(root: str, manifest: TargetManifest) -> list[dict[str, Any]]:

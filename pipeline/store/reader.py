@@ -37,7 +37,7 @@ def iter_capture(
 
     Args:
         root: capture folder or URL.
-        columns: names of ``schemas.tables.CAPTURE``; all when left out.
+        columns: names of ``schemas.tables.capture``; all when left out.
         parts: part numbers; all committed ones when left out.
 
     Raises:

@@ -3,16 +3,17 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from pipeline.store.checks import CaptureCheck, list_lengths, read_checked
+from pipeline.store.checks import CaptureCheck, flat, list_lengths, read_checked
 from pipeline.store.files import Folder
 from pipeline.store.publish import Check, Figures, committed, data_name
 from pipeline.store.reader import MERGES_FILE, VOCAB_FILE, check_side_file
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import AnyManifest, CaptureManifest, Part, TargetManifest, read_any_manifest
-from schemas.tables import targets
+from schemas.tables import TargetColumn, target_columns, targets
 
 _SIDE_FILES = {
     "capture": (VOCAB_FILE, MERGES_FILE),
@@ -21,25 +22,6 @@ _SIDE_FILES = {
 }
 _SHOWN = 20
 _TOTALS = ("samples", "tokens", "rows", "entries", "text_bytes", "file_bytes")
-
-# In a target table, columns of one group have one length per sample; a count column sums to the length of its lists.
-_TARGET_GROUPS = (
-    ("student_ids", "student_end"),
-    (
-        "chunk_student_end",
-        "chunk_teacher_end",
-        "teacher_logprob",
-        "pkl_count",
-        "pkl_rest_logprob",
-        "hkl_common_count",
-        "hkl_other_count",
-    ),
-)
-_TARGET_COUNTS = {
-    "pkl_count": ("pkl_ids", "pkl_logprob"),
-    "hkl_common_count": ("hkl_common_ids", "hkl_common_logprob"),
-    "hkl_other_count": ("hkl_other_logprob",),
-}
 
 
 def verify(root: str, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
@@ -140,6 +122,7 @@ class TargetCheck:
 
     def __init__(self, losses: Sequence[str]) -> None:
         self.schema = targets(losses)
+        self._columns = target_columns(losses)
 
     def __call__(self, url: str) -> Figures:
         """Check schema and list lengths.
@@ -151,9 +134,7 @@ class TargetCheck:
         """
         samples = tokens = chunks = text_bytes = 0
         for batch in read_checked(url, self.schema):
-            for group in _TARGET_GROUPS:
-                _same_lengths(batch, [name for name in group if name in self.schema.names])
-            _counts_fit(batch)
+            _check_lengths(batch, self._columns)
             samples += batch.num_rows
             tokens += int(list_lengths(batch, "student_ids").sum())
             chunks += int(list_lengths(batch, "chunk_student_end").sum())
@@ -161,19 +142,31 @@ class TargetCheck:
         return Figures(samples, tokens, chunks, chunks, text_bytes)
 
 
-def _same_lengths(batch: pa.RecordBatch, names: Sequence[str]) -> None:
-    for name in names[1:]:
-        bad = list_lengths(batch, name) != list_lengths(batch, names[0])
-        if bad.any():
-            sample = batch["sample_id"][int(bad.argmax())].as_py()
-            raise VerificationError(f"sample {sample!r}: {name} and {names[0]} differ in length")
+# The columns whose lengths say how many tokens and chunks a sample has.
+_LENGTHS = {"token": "student_ids", "chunk": "chunk_student_end"}
 
 
-def _counts_fit(batch: pa.RecordBatch) -> None:
-    for count, lists in _TARGET_COUNTS.items():
-        for name in lists if count in batch.schema.names else ():
-            total = pc.sum(batch[count].flatten()).as_py() or 0
-            found = int(list_lengths(batch, name).sum())
-            if total != found:
-                first = batch["sample_id"][0].as_py()
-                raise VerificationError(f"batch of sample {first!r}: {name} has {found} entries, {count} says {total}")
+def _check_lengths(batch: pa.RecordBatch, columns: Sequence[TargetColumn]) -> None:
+    """Columns of one axis have one length per sample, and counts sum to the lengths of what they count."""
+    for name, axis in columns:
+        if axis == "sample":
+            continue
+        length_N = list_lengths(batch, _LENGTHS[axis]) if axis in _LENGTHS else _sums(batch, axis)
+        bad_N = list_lengths(batch, name) != length_N
+        if bad_N.any():
+            at = int(bad_N.argmax())
+            rule = f"{_LENGTHS[axis]} has {length_N[at]}" if axis in _LENGTHS else f"{axis} says {length_N[at]}"
+            raise VerificationError(
+                f"sample {batch['sample_id'][at].as_py()!r}: {name} has {len(batch[name][at])} entries, {rule}"
+            )
+
+
+def _sums(batch: pa.RecordBatch, name: str) -> NDArray[np.int64]:
+    """[N] sum of each sample's counts."""
+    counts, lengths_N = flat(batch, name), list_lengths(batch, name)
+    if len(counts) and counts.min() < 0:
+        raise VerificationError(f"batch of sample {batch['sample_id'][0].as_py()!r}: {name} has a negative count")
+    running = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+    stops_N = np.cumsum(lengths_N)
+    sums_N: NDArray[np.int64] = running[stops_N] - running[stops_N - lengths_N]
+    return sums_N

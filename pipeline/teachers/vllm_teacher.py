@@ -45,8 +45,8 @@ class VllmTeacher:
     def rows(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows]:
         """Score sequences (see ``pipeline.teachers.base.Teacher``).
 
-        ``lse`` and ``space_logprob`` are None: vLLM gives no whole rows. Equal log-probabilities are put in the
-        order of their ids; where they lie across the k-th place, vLLM chose which of them to give.
+        ``lse``, ``space_logprob`` and ``tau_lognorm`` are None: vLLM gives no whole rows. Equal log-probabilities
+        are put in the order of their ids; where they lie across the k-th place, vLLM chose which of them to give.
 
         Raises:
             XtokenError: a token the model has no row for, or a reply that is not what was asked.

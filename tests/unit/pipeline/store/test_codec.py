@@ -1,6 +1,7 @@
 """The codec against a slow, obvious one, row by row and number by number."""
 
 import math
+from dataclasses import replace
 from decimal import Decimal, getcontext
 from fractions import Fraction
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.store import NO_REST, STEP, Packed, decode, encode
+from pipeline.store import NO_REST, STEP, Packed, decode, decode_tau_rest, encode
 from pipeline.teachers.base import TeacherRows
 from schemas.errors import XtokenError
 
@@ -126,6 +127,68 @@ def test_no_mass_left():
 def test_refuses_what_is_no_distribution_or_does_not_fit(ids, logprob, message):
     with pytest.raises(XtokenError, match=message):
         encode(rows_of(ids, logprob), k=8, min_p=0.0, vocab_size=5)
+
+
+TEMPERATURES = (0.5, 2.0, 4.0)
+
+
+def whole_rows(size: int, sharpness: float, count: int = 40) -> TeacherRows:
+    """Rows of all ``size`` entries with the normalisers a backend gives, float32 as it does."""
+    logits = np.random.default_rng(size).normal(size=(count, size)) * sharpness
+    logprob = -np.sort(np.logaddexp.reduce(logits, axis=1, keepdims=True) - logits, axis=1).astype(np.float32)
+    ids = np.argsort(np.random.default_rng(1).random((count, size)), axis=1)
+    norms = [np.logaddexp.reduce(logprob.astype(np.float64) / tau, axis=1) for tau in TEMPERATURES]
+    rows = rows_of(ids.tolist(), logprob.tolist())
+    return replace(rows, tau_lognorm=np.stack(norms, axis=1).astype(np.float32))
+
+
+def slow_tau_rest(logprob, kept, tau):
+    """REST at ``tau`` from the whole row, in exact arithmetic."""
+    weights = [(Decimal(float(value)) / Decimal(tau)).exp() for value in logprob]
+    return 1 - sum(weight for weight, keep in zip(weights, kept, strict=True) if keep) / sum(weights)
+
+
+@pytest.mark.parametrize(("size", "sharpness"), [(20, 0.5), (20, 3.0), (200, 2.0)])
+def test_rest_at_other_temperatures_is_what_the_kept_entries_leave(size, sharpness):
+    rows = whole_rows(size, sharpness)
+    packed = encode(rows, k=12, min_p=0.01, vocab_size=size - 3, temperatures=TEMPERATURES)
+    plain = encode(rows, k=12, min_p=0.01, vocab_size=size - 3)
+    assert plain.tau_rest_odds is None
+    for name in ("kept", "topk_ids", "topk_gap", "rest_gap"):
+        np.testing.assert_array_equal(getattr(packed, name), getattr(plain, name))
+    offsets = decode(packed.kept, packed.topk_ids, packed.topk_gap, packed.rest_gap).offsets
+    for tau in TEMPERATURES:
+        found = decode_tau_rest(packed.tau_rest_odds, (1.0, *TEMPERATURES), tau, STEP)
+        assert found.shape == (len(rows.ids),)
+        for r, logprob in enumerate(rows.logprob):
+            kept = np.isin(rows.ids[r], packed.topk_ids[offsets[r] : offsets[r + 1]])
+            rest = slow_tau_rest(logprob, kept, tau)
+            # the float32 normaliser moves REST by its own rounding
+            assert math.exp(found[r]) == pytest.approx(float(rest), rel=STEP / 2 + 1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 5.0])
+def test_nothing_is_left_at_any_temperature_where_all_is_kept(sharpness):
+    packed = encode(whole_rows(200, sharpness), k=200, min_p=0.0, vocab_size=200, temperatures=TEMPERATURES)
+    assert (packed.tau_rest_odds == -32768).all()
+    for tau in TEMPERATURES:
+        assert np.isneginf(decode_tau_rest(packed.tau_rest_odds, (1.0, *TEMPERATURES), tau, STEP)).all()
+
+
+def test_a_temperature_that_was_not_captured_is_named():
+    for held, message in (((1.0, 2.0), "temperature 4 .*it holds 2.*--temperatures 4"), ((1.0,), "holds none but 1")):
+        with pytest.raises(XtokenError, match=message):
+            decode_tau_rest(np.zeros(2, np.int16), held, 4.0, STEP)
+    with pytest.raises(XtokenError, match="temperature 1 "):
+        decode_tau_rest(np.zeros(2, np.int16), (1.0, 2.0), 1.0, STEP)
+
+
+def test_normalisers_that_belong_to_other_rows_are_refused():
+    rows = whole_rows(20, 1.0)
+    for spoil, message in ((-1.0, "sum to 2.7"), (np.nan, "no numbers")):
+        wrong = replace(rows, tau_lognorm=rows.tau_lognorm + np.float32(spoil))
+        with pytest.raises(XtokenError, match=message):
+            encode(wrong, k=20, min_p=0.0, vocab_size=20, temperatures=TEMPERATURES)
 
 
 def test_no_rows():

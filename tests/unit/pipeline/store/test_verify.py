@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,9 +11,10 @@ import pytest
 from pipeline.store import Folder, committed, data_name, iter_capture, verify, write_parquet
 from pipeline.store.checks import CaptureCheck
 from pipeline.store.publish import commit_name
+from pipeline.store.verify import TargetCheck
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import CaptureManifest, CodecInfo, read_manifest
-from schemas.tables import CAPTURE
+from schemas.tables import CAPTURE, LOSSES, target_columns, targets
 
 
 def test_a_good_capture_passes_with_its_figures(kept_capture):
@@ -164,3 +166,45 @@ def test_other_filesystems(kept_capture):
     assert verify(root) == verify(str(kept_capture))
     ours, theirs = (pa.Table.from_batches(iter_capture(where)) for where in (str(kept_capture), root))
     assert ours.equals(theirs)
+
+
+def target_row(name: str) -> dict[str, Any]:
+    """A sample of 3 tokens and 2 chunks, with as many entries as its counts say."""
+    schema = targets(LOSSES)
+    row: dict[str, Any] = {"sample_id": name}
+    lengths = {"token": 3, "chunk": 2}
+    for column, axis in target_columns(LOSSES)[1:]:
+        assert pa.types.is_list(schema.field(column).type) == (axis != "sample")
+        if axis == "sample":
+            row[column] = 0.5
+            continue
+        counts = any(other == column for _, other in target_columns(LOSSES))
+        row[column] = [2, 0, 1][: lengths[axis]] if counts else [0] * lengths[axis]
+        if counts:
+            lengths[column] = sum(row[column])
+    return row
+
+
+LISTS = [column for column in target_columns(LOSSES) if column.axis != "sample"]
+
+
+@pytest.mark.parametrize(("name", "axis"), LISTS)
+def test_every_target_column_must_fit_its_axis(tmp_path, name, axis):
+    path, schema = str(tmp_path / "part.parquet"), targets(LOSSES)
+    rows = [target_row("a"), target_row("b")]
+    write_parquet(path, schema, [pa.RecordBatch.from_pylist(rows, schema)])
+    check = TargetCheck(LOSSES)
+    assert (check(path).samples, check(path).tokens, check(path).entries) == (2, 6, 4)
+    # One more here and one less there: only the sample, not the batch, is wrong.
+    rows[0][name], rows[1][name] = [*rows[0][name], 0], rows[1][name][:-1]
+    write_parquet(path, schema, [pa.RecordBatch.from_pylist(rows, schema)])
+    with pytest.raises(VerificationError, match=r"sample 'a': \w+ has \d+ entries, \w+ (has|says) \d+"):
+        check(path)
+
+
+def test_negative_counts_are_found(tmp_path):
+    path, schema = str(tmp_path / "part.parquet"), targets(["uld"])
+    row = {column: target_row("a")[column] for column in schema.names} | {"uld_count": [3, -1]}
+    write_parquet(path, schema, [pa.RecordBatch.from_pylist([row], schema)])
+    with pytest.raises(VerificationError, match="uld_count has a negative count"):
+        TargetCheck(["uld"])(path)

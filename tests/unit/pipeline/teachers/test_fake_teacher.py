@@ -26,8 +26,8 @@ INFO = TeacherInfo(
 )
 
 
-def teacher(size: int, k: int) -> FakeTeacher:
-    return FakeTeacher(INFO, k, np.random.default_rng(size).random(size) < 0.3)
+def teacher(size: int, k: int, temperatures: tuple[float, ...] = ()) -> FakeTeacher:
+    return FakeTeacher(INFO, k, np.random.default_rng(size).random(size) < 0.3, temperatures)
 
 
 @pytest.mark.parametrize("size", [2, 9, 256, 1000, 3001])
@@ -61,6 +61,20 @@ def test_k_cuts_the_same_ranking(k):
     again = teacher(1000, k).rows([np.array([300, 1, 7], np.int32), ids])
     np.testing.assert_array_equal(again[1].ids, some.ids)
     np.testing.assert_array_equal(again[0].ids[1], some.ids[2])
+
+
+@pytest.mark.parametrize("size", [2, 256, 3001])
+def test_normalisers_follow_from_the_whole_row(size):
+    ids = np.random.default_rng(0).integers(0, size, 40).astype(np.int32)
+    temperatures = (0.5, 2.0, 4.0)
+    full, some = (teacher(size, k, temperatures).rows([ids])[0] for k in (size, 1))
+    expected = [np.logaddexp.reduce(full.logprob.astype(np.float64) / tau, axis=1) for tau in temperatures]
+    assert full.tau_lognorm.dtype == np.float32
+    np.testing.assert_allclose(full.tau_lognorm, np.stack(expected, axis=1), atol=5e-6, rtol=0)
+    np.testing.assert_array_equal(some.tau_lognorm, full.tau_lognorm)
+    plain = teacher(size, size).rows([ids])[0]
+    assert plain.tau_lognorm is None
+    np.testing.assert_array_equal(plain.logprob, full.logprob)
 
 
 def test_long_sequences_are_the_sum_of_their_blocks():

@@ -1,11 +1,12 @@
 """Top-k, ranks and masses of rows that are full of ties, against sorting."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.teachers.logit_rows import RowReader, top_k
+from pipeline.teachers.logit_rows import RowReader, cut, join, top_k
 
 
 def ranking(values: torch.Tensor) -> np.ndarray:
@@ -48,6 +49,35 @@ def test_rows_hold_ranks_and_masses_of_the_whole_row(levels: int, width: int, se
     assert rows.space_logprob is not None
     np.testing.assert_allclose(rows.lse, torch.logsumexp(logits.double(), -1).numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(np.exp(rows.space_logprob), probability[:, ::2].sum(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 33])
+def test_normalisers_at_other_temperatures_are_of_the_whole_row(count: int) -> None:
+    temperatures = (0.5, 2.0, 7.0)
+    logits = torch.randn(count, 500, generator=torch.Generator().manual_seed(count)) * 6
+    logits[0, 3:400] = float("-inf")
+    rows = RowReader(5, torch.arange(3), temperatures).read(logits.clone(), torch.zeros(count, dtype=torch.int64))
+    assert rows.tau_lognorm is not None
+    assert (rows.tau_lognorm.dtype, rows.tau_lognorm.shape) == (np.float32, (count, 3))
+    logits = logits.double()
+    for index, tau in enumerate(temperatures):
+        expected = torch.logsumexp(logits / tau, -1) - torch.logsumexp(logits, -1) / tau
+        np.testing.assert_allclose(rows.tau_lognorm[:, index], expected.numpy(), atol=2e-5, rtol=0)
+
+
+def test_rows_keep_their_normalisers_when_joined_and_cut() -> None:
+    logits, target = torch.randn(6, 30), torch.zeros(6, dtype=torch.int64)
+    reader = RowReader(2, torch.arange(3), (2.0, 4.0))
+    whole = reader.read(logits.clone(), target)
+    both = join([reader.read(logits[:4].clone(), target[:4]), reader.read(logits[4:].clone(), target[4:])])
+    assert both.tau_lognorm is not None
+    assert whole.tau_lognorm is not None
+    np.testing.assert_allclose(both.tau_lognorm, whole.tau_lognorm, atol=1e-6)
+    part = cut(both, 3, 5)
+    assert part.tau_lognorm is not None
+    np.testing.assert_array_equal(part.tau_lognorm, both.tau_lognorm[3:5])
+    without = RowReader(2, torch.arange(3)).read(logits.clone(), target)
+    assert without.tau_lognorm is join([without, without]).tau_lognorm is cut(without, 0, 1).tau_lognorm is None
 
 
 def test_no_token_starts_with_a_space() -> None:
