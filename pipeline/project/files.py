@@ -1,4 +1,4 @@
-"""The projection folder: w.parquet, unreached.parquet, manifest.json."""
+"""The projection folder: w.parquet, unreached.parquet, manifest.json and coverage.html."""
 
 import hashlib
 import io
@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.project.build import build_w
-from pipeline.project.coverage import coverage
+from pipeline.project.coverage import Audit, coverage
+from pipeline.project.mass import teacher_mass
+from pipeline.project.page import coverage_page
 from pipeline.project.projection import TO_REST, Projection
 from pipeline.store.files import Folder
 from schemas.config import ProjectConfig
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 W_FILE = "w.parquet"
 UNREACHED_FILE = "unreached.parquet"
-_OPTIONS = {"rules": "exact, pieces 0.9 * 0.1^i of 4, roles"}
+PAGE_FILE = "coverage.html"
 
 
 def project(config: ProjectConfig, progress: Progress) -> ProjectionManifest:
@@ -31,39 +33,37 @@ def project(config: ProjectConfig, progress: Progress) -> ProjectionManifest:
     Raises:
         XtokenError: a tokenizer cannot be loaded, or the folder holds something else.
     """
-    progress.start("project", 3, "steps")
-    student, teacher = _tables(config)
-    refuse_other_projection(config.out, student.info, teacher.info)
+    progress.start("project", 4, "steps")
+    student, teacher, capture = _tables(config)
+    options = {"rule": config.rule, **({"seed": config.seed} if config.rule == "random" else {})}
+    refuse_other_projection(config.out, student.info, teacher.info, options)
     progress.advance(1)
-    projection = build_w(student, teacher)
+    projection = build_w(student, teacher, config.rule, config.seed)
     progress.advance(1)
-    manifest = ProjectionManifest(
-        **provenance(),
-        student=student.info,
-        teacher=teacher.info,
-        options=_OPTIONS,
-        coverage=coverage(projection, student, teacher),
-        files=write_tables(config.out, projection),
-    )
-    Folder(config.out).replace(MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
+    mass = teacher_mass(config.teacher, config.mass_rows) if capture else None
+    progress.advance(1)
+    audit = Audit.of(projection, student, teacher, mass)
+    manifest = write_projection(config.out, projection, options, coverage(audit))
+    page = coverage_page(audit, manifest.coverage, config.rule)
+    Folder(config.out).replace(PAGE_FILE, page.encode())
     progress.advance(1)
     progress.finish()
     return manifest
 
 
-def _tables(config: ProjectConfig) -> "tuple[TokenTable, TokenTable]":
+def _tables(config: ProjectConfig) -> "tuple[TokenTable, TokenTable, bool]":
+    """Both vocabularies, and whether the teacher's is that of a capture."""
     from pipeline.store import load_vocab
     from pipeline.tokens import load_tokenizer
 
     student = load_tokenizer(config.student).table
-    folder = Folder(config.teacher)
-    if folder.exists("vocab.parquet"):
-        return student, load_vocab(config.teacher)
-    return student, load_tokenizer(config.teacher).table
+    if Folder(config.teacher).exists("vocab.parquet"):
+        return student, load_vocab(config.teacher), True
+    return student, load_tokenizer(config.teacher).table, False
 
 
-def refuse_other_projection(root: str, student: TokenizerInfo, teacher: TokenizerInfo) -> None:
-    """Raise XtokenError when ``root`` holds another artifact or the W of another pair."""
+def refuse_other_projection(root: str, student: TokenizerInfo, teacher: TokenizerInfo, options: dict[str, Any]) -> None:
+    """Raise XtokenError when ``root`` holds another artifact, or the W of another pair or rule."""
     if not Folder(root).exists(MANIFEST):
         return
     found = read_manifest(root, ProjectionManifest)
@@ -73,6 +73,26 @@ def refuse_other_projection(root: str, student: TokenizerInfo, teacher: Tokenize
                 f"{root} holds W for another {side} tokenizer: {old.name} ({old.hash[:12]}), "
                 f"not {new.name} ({new.hash[:12]}); give another --out"
             )
+    for name, default in (("rule", "pieces"), ("seed", 0)):
+        there, now = found.options.get(name, default), options.get(name, default)
+        if there != now:
+            raise XtokenError(f"{root} holds W built with {name} {there}, not {now}; give another --out")
+
+
+def write_projection(
+    root: str, projection: Projection, options: dict[str, Any], figures: dict[str, Any]
+) -> ProjectionManifest:
+    """Write the tables of W, then the manifest that vouches for them."""
+    manifest = ProjectionManifest(
+        **provenance(),
+        student=projection.student,
+        teacher=projection.teacher,
+        options=options,
+        coverage=figures,
+        files=write_tables(root, projection),
+    )
+    Folder(root).replace(MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
+    return manifest
 
 
 def write_tables(root: str, projection: Projection) -> dict[str, str]:
@@ -99,10 +119,19 @@ def read_projection(root: str) -> Projection:
         XtokenError: the folder holds no projection.
     """
     manifest = read_manifest(root, ProjectionManifest)
+    return read_tables(root, manifest.files, manifest.student, manifest.teacher)
+
+
+def read_tables(root: str, sha256: dict[str, str], student: TokenizerInfo, teacher: TokenizerInfo) -> Projection:
+    """W from the folder of a projection or of targets; its files must have these sha256.
+
+    Raises:
+        VerificationError: a table is missing, is another file, or has other columns or ids.
+    """
     folder = Folder(root)
-    w = _verified(folder, W_FILE, manifest.files, W)
-    unreached = _verified(folder, UNREACHED_FILE, manifest.files, UNREACHED)
-    found = Projection.from_tables(w, unreached, manifest.student, manifest.teacher)
+    w = _verified(folder, W_FILE, sha256, W)
+    unreached = _verified(folder, UNREACHED_FILE, sha256, UNREACHED)
+    found = Projection.from_tables(w, unreached, student, teacher)
     _check_ids(root, found)
     return found
 

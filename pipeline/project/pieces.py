@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pipeline.tokens import TokenTable
 
 _NO_MERGE = 1 << 60
+PIECES_KEPT = 4
+RAW_WEIGHTS = tuple(0.9 * 0.1**i for i in range(PIECES_KEPT))
 
 
 class Segmenter:
@@ -20,7 +22,7 @@ class Segmenter:
         self._by_bytes = table.by_bytes()
         self._characters = table.info.kind == "metaspace"
         self._size = table.size
-        self._lengths = sorted({len(token) for token in self._by_bytes}, reverse=True)
+        self._longest = max(map(len, self._by_bytes), default=0)
         self._byte_ids = [self._by_bytes.get(bytes([byte])) for byte in range(256)]
         self._rank: dict[int, int] = {}
         self._merged: list[int] = []
@@ -45,12 +47,12 @@ class Segmenter:
     def _atoms(self, text: bytes) -> list[int] | None:
         """What BPE starts from: bytes, or for metaspace the characters known to the vocabulary."""
         ids: list[int | None] = []
-        for character in _characters(text) if self._characters else [text]:
-            known = self._by_bytes.get(character) if self._characters else None
-            if known is None:
-                ids += [self._byte_ids[byte] for byte in character]
-            else:
-                ids.append(known)
+        if not self._characters:
+            ids = [self._byte_ids[byte] for byte in text]
+            return None if None in ids else cast(list[int], ids)
+        for character in _characters(text):
+            known = self._by_bytes.get(character)
+            ids += [self._byte_ids[byte] for byte in character] if known is None else [known]
         return None if None in ids else cast(list[int], ids)
 
     def _merge(self, ids: list[int]) -> list[int]:
@@ -71,7 +73,7 @@ class Segmenter:
         ids: list[int] = []
         start = 0
         while start < len(text):
-            token, width = longest_prefix(self._by_bytes, self._lengths, text[start:])
+            token, width = longest_prefix(self._by_bytes, self._longest, text[start:])
             if token is None:
                 return None
             ids.append(token)
@@ -79,19 +81,18 @@ class Segmenter:
         return ids
 
 
-def longest_prefix(by_bytes: dict[bytes, int], lengths: list[int], text: bytes) -> tuple[int | None, int]:
+def longest_prefix(by_bytes: dict[bytes, int], longest: int, text: bytes) -> tuple[int | None, int]:
     """The entry with the longest key that is a prefix of ``text`` (equal counts), and that key's length in bytes.
 
     Args:
         by_bytes: byte string -> id.
-        lengths: the lengths of its keys, longest first.
+        longest: length of its longest key.
         text: the bytes to match.
     """
-    for length in lengths:
-        if length <= len(text):
-            found = by_bytes.get(text[:length])
-            if found is not None:
-                return found, length
+    for length in range(min(longest, len(text)), 0, -1):
+        found = by_bytes.get(text[:length])
+        if found is not None:
+            return found, length
     return None, 0
 
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from schemas.manifest import TokenizerInfo
 from schemas.tables import UNREACHED, W
 
-KINDS = ("exact", "pieces", "role")
-EXACT, PIECES, ROLE = range(3)
+KINDS = ("exact", "pieces", "role", "reverse", "random")
+EXACT, PIECES, ROLE, REVERSE, RANDOM = range(len(KINDS))
 TO_REST, DROPPED = -1, -2
 Unreached = Literal["prefix", "rest", "none"]
 
@@ -98,16 +98,23 @@ class Projection:
         return to
 
     def columns_by_kind(self) -> NDArray[np.int8]:
-        """How rows reach each teacher token, int8 [U]: ``EXACT`` (or by role), ``PIECES`` (pieces only), or -1."""
+        """How rows reach each teacher token, int8 [U]: ``EXACT`` (or role), ``PIECES`` (other entries only), or -1."""
         best = np.full(self.teacher.size, -1, np.int8)
-        best[self.teacher_id[self.kind == PIECES]] = PIECES
-        best[self.teacher_id[self.kind != PIECES]] = EXACT
+        best[self.teacher_id] = PIECES
+        best[self.teacher_id[(self.kind == EXACT) | (self.kind == ROLE)]] = EXACT
         return best
 
     def common_student(self) -> NDArray[np.int32]:
         """int32 [U]: the student id paired with the teacher id in C, or -1."""
         pair = np.full(self.teacher.size, -1, np.int32)
         pair[self.teacher_id[self.common]] = self.student_id[self.common]
+        return pair
+
+    def matched_student(self) -> NDArray[np.int32]:
+        """int32 [U]: the student id of equal bytes paired with the teacher id (strict GOLD's set), or -1."""
+        pair = np.full(self.teacher.size, -1, np.int32)
+        strict = self.common & (self.kind == EXACT)
+        pair[self.teacher_id[strict]] = self.student_id[strict]
         return pair
 
 

@@ -12,10 +12,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from pipeline.project import Projection, build_w
-from pipeline.project.build import piece_weights
 from pipeline.project.pieces import Segmenter
 from pipeline.project.projection import EXACT, PIECES, ROLE, TO_REST
-from pipeline.tokens import TokenTable, load_tokenizer
+from pipeline.tokens import TokenTable
 
 PAIRS = [
     ("llama3", "qwen3"),
@@ -30,16 +29,16 @@ SAMPLE = 400
 
 
 @cache
-def _pair(student: str, teacher: str) -> tuple[TokenTable, TokenTable, Projection]:
-    tables = load_tokenizer(student).table, load_tokenizer(teacher).table
-    return *tables, build_w(*tables)
+def _built(student: TokenTable, teacher: TokenTable) -> Projection:
+    return build_w(student, teacher)
 
 
 @pytest.fixture(params=PAIRS, ids=lambda pair: "-".join(pair))
 def pair(
-    request: pytest.FixtureRequest, tokenizer_file: Callable[[str], Path]
+    request: pytest.FixtureRequest, table: Callable[[str], TokenTable]
 ) -> tuple[TokenTable, TokenTable, Projection]:
-    return _pair(*(name if name == "bytes" else str(tokenizer_file(name)) for name in request.param))
+    student, teacher = map(table, request.param)
+    return student, teacher, _built(student, teacher)
 
 
 def _rows(projection: Projection) -> dict[int, list[tuple[int, float, int]]]:
@@ -180,15 +179,18 @@ def test_common_set_has_one_student_per_teacher(pair: tuple[TokenTable, TokenTab
     assert dict(found) == {t: s for t, (_, _, s) in best.items()}
 
 
-def test_weights_of_pieces() -> None:
-    assert [round(weight, 3) for _, weight in piece_weights([5, 6])] == [0.909, 0.091]
-    assert [round(weight, 3) for _, weight in piece_weights([5, 6, 7])] == [0.901, 0.090, 0.009]
-    assert [token for token, _ in piece_weights([5, 6, 7, 8, 9])] == [5, 6, 7, 8]
-    assert [(token, round(weight, 3)) for token, weight in piece_weights([5, 6, 5])] == [(5, 0.910), (6, 0.090)]
+def test_weights_of_pieces(toy: Callable[..., TokenTable]) -> None:
+    pieces = [b"a", b"b", b"c", b"d", b"e"]
+    rows = _rows(build_w(toy([b"ab", b"abc", b"abcde", b"aba"]), toy(pieces)))
+    assert [round(weight, 3) for _, weight, _ in rows[0]] == [0.909, 0.091]
+    assert [round(weight, 3) for _, weight, _ in rows[1]] == [0.901, 0.090, 0.009]
+    assert [pieces[t] for t, _, _ in rows[2]] == [b"a", b"b", b"c", b"d"]
+    assert [(pieces[t], round(weight, 3)) for t, weight, _ in rows[3]] == [(b"a", 0.910), (b"b", 0.090)]
 
 
-def test_an_ordinary_token_wins_over_its_byte_token(tokenizer_file: Callable[[str], Path]) -> None:
-    student, teacher, projection = _pair(str(tokenizer_file("gemma3")), str(tokenizer_file("smollm2")))
+def test_an_ordinary_token_wins_over_its_byte_token(table: Callable[[str], TokenTable]) -> None:
+    student, teacher = table("gemma3"), table("smollm2")
+    projection = _built(student, teacher)
     rows, pair = _rows(projection), projection.common_student()
     comma, comma_byte = (
         int(
@@ -204,8 +206,9 @@ def test_an_ordinary_token_wins_over_its_byte_token(tokenizer_file: Callable[[st
     assert pair[target] == comma, "the token that text produces speaks for the pair, not <0x2C>"
 
 
-def test_special_tokens_meet_by_role_only(tokenizer_file: Callable[[str], Path]) -> None:
-    student, teacher, projection = _pair(str(tokenizer_file("smollm2")), str(tokenizer_file("gemma3")))
+def test_special_tokens_meet_by_role_only(table: Callable[[str], TokenTable]) -> None:
+    student, teacher = table("smollm2"), table("gemma3")
+    projection = _built(student, teacher)
     specials = [s for s, role in enumerate(student.role) if role is not None]
     rows = _rows(projection)
     for s in specials:
@@ -215,23 +218,13 @@ def test_special_tokens_meet_by_role_only(tokenizer_file: Callable[[str], Path])
     assert text_like == {TO_REST}
 
 
-def test_a_tokenizer_without_merges_is_matched_greedily() -> None:
-    table = TokenTable.build(
-        [b"a", b"ab", b"abc", b"b", b"d"],
-        [None] * 5,
-        [False] * 5,
-        np.zeros((0, 2), np.int32),
-        name="tiny",
-        kind="byte-level",
-    )
-    assert Segmenter(table).split(b"abdabca") == [1, 4, 2, 0]
-    assert Segmenter(table).split(b"abx") is None
+def test_a_tokenizer_without_merges_is_matched_greedily(toy: Callable[..., TokenTable]) -> None:
+    segmenter = Segmenter(toy([b"a", b"ab", b"abc", b"b", b"d"]))
+    assert segmenter.split(b"abdabca") == [1, 4, 2, 0]
+    assert segmenter.split(b"abx") is None
 
 
-def test_a_row_that_cannot_be_spelt_stays_empty() -> None:
-    merges = np.zeros((0, 2), np.int32)
-    student = TokenTable.build([b"a", b"ax"], [None] * 2, [False] * 2, merges, name="s", kind="byte-level")
-    teacher = TokenTable.build([b"a", b"aa"], [None] * 2, [False] * 2, merges, name="t", kind="byte-level")
-    projection = build_w(student, teacher)
+def test_a_row_that_cannot_be_spelt_stays_empty(toy: Callable[..., TokenTable]) -> None:
+    projection = build_w(toy([b"a", b"ax"]), toy([b"a", b"aa"]))
     assert projection.student_id.tolist() == [0]
     assert (projection.unreached.tolist(), projection.moved_to.tolist()) == ([1], [0])

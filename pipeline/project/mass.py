@@ -1,0 +1,57 @@
+"""How much of a teacher's probability lies on each of its tokens, summed over the rows of a capture.
+
+Shapes: U teacher vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.store.checks import flat
+from pipeline.store.codec import decode
+from pipeline.store.reader import iter_capture
+from schemas.manifest import CaptureManifest, read_manifest
+
+_COLUMNS = ("kept", "topk_ids", "topk_gap", "rest_gap")
+
+
+@dataclass(frozen=True)
+class Mass:
+    """A teacher's rows added up.
+
+    Attributes:
+        share_U: float64, share of all probability that lies on each token as a kept entry.
+        not_kept: share that lies in REST; together they sum to 1.
+        rows: how many rows were read.
+    """
+
+    share_U: NDArray[np.float64]
+    not_kept: float
+    rows: int
+
+
+def teacher_mass(capture: str, limit: int) -> Mass | None:
+    """The mass of the first ``limit`` rows of a capture, one batch of samples in memory at a time; None without rows.
+
+    Raises:
+        XtokenError: the folder holds no finished capture.
+        VerificationError: a part is missing or torn.
+    """
+    manifest = read_manifest(capture, CaptureManifest)
+    mass_U, rest, rows = np.zeros(manifest.tokenizer.size), 0.0, 0
+    for batch in iter_capture(capture, _COLUMNS):
+        if rows >= limit:
+            break
+        kept, ids, gap, rest_gap = (flat(batch, name) for name in _COLUMNS)
+        found = decode(kept, ids, gap, rest_gap, manifest.codec.step)
+        taken = min(limit - rows, len(found.rest_logprob))
+        stop = int(found.offsets[taken])
+        mass_U += np.bincount(found.ids[:stop], np.exp(found.logprob[:stop]), len(mass_U))
+        rest += float(np.exp(found.rest_logprob[:taken]).sum())
+        rows += taken
+    if rows == 0:
+        return None
+    # the codec's rounding leaves a row's sum a little off 1
+    total = float(mass_U.sum()) + rest
+    return Mass(mass_U / total, rest / total, rows)
