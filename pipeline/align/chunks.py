@@ -1,14 +1,18 @@
 """Chunks: the smallest spans of a sample that both tokenizations cut at the same bytes.
 
-Shapes: S student tokens, T teacher tokens, C chunks.
+Shapes: N samples, S student tokens, T teacher tokens, C chunks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.align.kernels import boundaries
+from pipeline.store.checks import flat, list_lengths
+from pipeline.tokens import Encoded
 
 
 @dataclass(frozen=True)
@@ -75,3 +79,36 @@ def _check(chunks: Chunks) -> None:
     for end in (chunks.student_end, chunks.teacher_end):
         start = end[0] if chunks.lead else 0
         assert (np.diff(end[skip:], prepend=start) > 0).all(), "chunks must advance on both sides"
+
+
+@dataclass(frozen=True)
+class Joined:
+    """One sample with both tokenizations: its place in the batch, the student's tokens, and the chunks."""
+
+    at: int
+    encoded: Encoded
+    chunks: Chunks
+
+
+def join(batch: pa.RecordBatch, encoded: Sequence[Encoded | None], eos_id: int | None) -> list[Joined]:
+    """Chunks of each sample of a capture batch that the student could encode.
+
+    Args:
+        batch: columns of ``sql/read_part.sql``.
+        encoded: the student's tokens of each sample; None = skipped.
+        eos_id: the student's eos.
+    """
+    ends, stops = flat(batch, "teacher_end"), np.cumsum(list_lengths(batch, "teacher_end"))
+    teacher_eos = batch["teacher_eos"].to_pylist()
+    found = []
+    for at, (mine, theirs) in enumerate(zip(encoded, np.split(ends, stops[:-1]), strict=True)):
+        if mine is not None:
+            student_eos = bool(len(mine.ids)) and int(mine.ids[-1]) == eos_id
+            chunks = cut(mine.ends, theirs, student_eos=student_eos, teacher_eos=bool(teacher_eos[at]))
+            found.append(Joined(at, mine, chunks))
+    return found
+
+
+def chunks_per_sample(samples: Sequence[Joined]) -> NDArray[np.int64]:
+    """int64 [N]."""
+    return np.array([len(sample.chunks.student_end) for sample in samples], np.int64)

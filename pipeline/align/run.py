@@ -19,6 +19,7 @@ from schemas.manifest import (
     CaptureManifest,
     Part,
     TargetManifest,
+    TokenizerInfo,
     content_hash,
     digest,
     provenance,
@@ -28,6 +29,8 @@ from schemas.progress import Progress
 
 RUN_FILE = "align.json"
 STUDENT_VOCAB_FILE = "student_vocab.parquet"
+# Losses that have no meaning without the mass not kept.
+_NEED_REST = ("h-kl", "gold", "uld", "byte-prefix")
 
 
 def align(config: AlignConfig, progress: Progress) -> TargetManifest:
@@ -36,12 +39,13 @@ def align(config: AlignConfig, progress: Progress) -> TargetManifest:
     Shards that the capture set aside are left out here too; its manifest names them.
 
     Raises:
-        XtokenError: the capture is not finished or has no text, W belongs to other tokenizers, or the output
-            folder belongs to another run (the message names what differs).
+        XtokenError: the capture is not finished or has no text or not what a loss needs, W belongs to other
+            tokenizers, or the output folder belongs to another run (the message names what differs).
         IncompleteRun: parts failed three times; the others are committed.
     """
     capture = read_manifest(config.capture, CaptureManifest)
     student = load_tokenizer(config.student).table
+    _refuse_losses(config, student.info, capture)
     projection = _projection(config, student, capture)
     settings = _settings(config, capture, projection)
     _claim(config.out, settings)
@@ -50,7 +54,7 @@ def align(config: AlignConfig, progress: Progress) -> TargetManifest:
     _refuse_without_text(config, capture)
     files = write_tables(config.out, projection)
     files[STUDENT_VOCAB_FILE] = write_table(config.out, STUDENT_VOCAB_FILE, student.to_tables()[0])
-    job = AlignJob(config, projection, capture.codec.step, capture.tokenizer.eos_id)
+    job = AlignJob(config, projection, capture.codec, capture.tokenizer.eos_id)
     parts = _run(job, capture, progress)
     manifest = TargetManifest(
         **provenance(),
@@ -63,10 +67,33 @@ def align(config: AlignConfig, progress: Progress) -> TargetManifest:
         w_hash=projection.hash,
         losses=config.losses,
         unreached=config.unreached,
+        merge=config.merge,
+        tau=config.tau,
         run_hash=digest(settings),
     )
     Folder(config.out).replace(MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
     return manifest
+
+
+def _refuse_losses(config: AlignConfig, student: TokenizerInfo, capture: CaptureManifest) -> None:
+    """Raise XtokenError for a loss that this pair or this capture cannot serve."""
+    teacher, tau = capture.tokenizer, config.tau
+    if "sparse-kl" in config.losses and student.hash != teacher.hash:
+        raise XtokenError(
+            f"sparse-kl compares rows of one vocabulary, but the student's tokenizer {student.name} "
+            f"({student.hash[:12]}) is not the teacher's, {teacher.name} ({teacher.hash[:12]}); take --for p-kl"
+        )
+    if tau in capture.codec.temperatures:
+        return
+    refused = [loss for loss in config.losses if loss in _NEED_REST]
+    if "p-kl" in config.losses and config.merge == "mean":
+        refused.append("p-kl with --merge mean")
+    if refused:
+        raise XtokenError(
+            f"{', '.join(refused)} at --tau {tau:g} needs the mass not kept at that temperature, and {config.capture} "
+            f"stores it at {', '.join(f'{known:g}' for known in capture.codec.temperatures)} only; capture again with "
+            f"--temperatures {tau:g}, or leave --tau out"
+        )
 
 
 def _projection(config: AlignConfig, student: TokenTable, capture: CaptureManifest) -> Projection:
@@ -87,6 +114,8 @@ def _settings(config: AlignConfig, capture: CaptureManifest, projection: Project
         "w": projection.hash,
         "for": config.losses,
         "unreached": config.unreached,
+        "merge": config.merge,
+        "tau": config.tau,
     }
 
 

@@ -14,20 +14,23 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.align.checks import check_samples, check_targets
+from pipeline.align.chunks import join
 from pipeline.align.queries import query
-from pipeline.align.targets import Maps, join, target_batch
+from pipeline.align.rows import Recipe
+from pipeline.align.targets import Maps, target_batch
 from pipeline.align.texts import CorpusTexts, refuse_without_text
 from pipeline.capture.executor import Tell, tell_nobody
 from pipeline.project.projection import Projection, Unreached
 from pipeline.store.checks import flat
 from pipeline.store.files import Folder, StopRun
 from pipeline.store.publish import data_name, publish_part
+from pipeline.store.reader import load_vocab
 from pipeline.store.verify import TargetCheck
 from pipeline.store.writer import ROW_GROUP, write_parquet
 from pipeline.tokens import Encoded, TextTokenizer, load_tokenizer
 from schemas.config import AlignConfig
 from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import Part, TokenizerInfo
+from schemas.manifest import CodecInfo, Part, TokenizerInfo
 from schemas.tables import targets
 
 
@@ -36,26 +39,30 @@ class AlignJob:
     """What a worker process needs; small enough to send, W is in arrays.
 
     Attributes:
-        step: the capture codec's unit in nats.
+        codec: how the capture stored its rows.
         teacher_eos: the teacher's eos id.
     """
 
     config: AlignConfig
     projection: Projection
-    step: float
+    codec: CodecInfo
     teacher_eos: int | None
 
     def open(self, slot: int = 0) -> "AlignWorker":  # noqa: ARG002
-        """Load the student's tokenizer and prepare W.
+        """Load the student's tokenizer and prepare W and, for byte-prefix, the teacher's vocabulary.
 
         Raises:
             XtokenError: the tokenizer is no longer the one W was built for.
+            VerificationError: the capture's vocabulary is damaged.
         """
-        tokenizer = load_tokenizer(self.config.student)
+        config = self.config
+        tokenizer = load_tokenizer(config.student)
         refuse_other_tokenizer("student", tokenizer.table.info, self.projection.student)
-        unreached: Unreached = self.config.unreached
-        texts = CorpusTexts(self.config.capture, self.config.corpus) if self.config.corpus else None
-        return AlignWorker(self, tokenizer, Maps.of(self.projection, unreached), texts)
+        unreached: Unreached = config.unreached
+        teacher = load_vocab(config.capture) if "byte-prefix" in config.losses else None
+        maps = Maps.of(self.projection, unreached, tokenizer.table, teacher)
+        texts = CorpusTexts(config.capture, config.corpus) if config.corpus else None
+        return AlignWorker(self, tokenizer, maps, Recipe(config.losses, config.merge, config.tau, self.codec), texts)
 
 
 def refuse_other_tokenizer(side: str, found: TokenizerInfo, wanted: TokenizerInfo) -> None:
@@ -74,6 +81,7 @@ class AlignWorker:
     job: AlignJob
     tokenizer: TextTokenizer
     maps: Maps
+    recipe: Recipe
     texts: CorpusTexts | None
 
     def run(self, shard: int, attempt: int, tell: Tell = tell_nobody) -> Part:
@@ -98,25 +106,26 @@ class AlignWorker:
         for read in read_part(config.capture, shard, config.memory_limit, self.job.teacher_eos):
             batch = read if texts is None else texts.fill(read)
             refuse_without_text(batch, config.capture)
-            _refuse_foreign_ids(batch, self.job.projection.teacher.size)
+            _refuse_foreign_ids(batch, self.maps.teacher_size)
             encoded = encode(self.tokenizer, batch)
             samples = join(batch, encoded, eos_id)
             check_samples(batch, samples)
-            found, figures = target_batch(batch, samples, self.maps, config.losses, self.job.step)
-            check_targets(found, self.tokenizer.table.size, self.job.projection.teacher.size)
+            found, figures = target_batch(batch, samples, self.maps, self.recipe)
+            check_targets(found, self.maps, config.tau)
             counts.update(figures)
             counts["samples_skipped"] += batch.num_rows - len(samples)
             yield found
 
 
 def _refuse_foreign_ids(batch: pa.RecordBatch, size: int) -> None:
-    """Raise VerificationError when a kept id is outside the teacher's vocabulary (compiled loops do not look)."""
-    ids = flat(batch, "topk_ids")
-    if len(ids) and (ids.min() < 0 or ids.max() >= size):
-        raise VerificationError(
-            f"the part of sample {batch['sample_id'][0].as_py()!r} has a kept id outside 0 to {size - 1}; "
-            "'xtoken verify' on the capture lists what is damaged"
-        )
+    """Raise VerificationError when an id is outside the teacher's vocabulary (compiled loops do not look)."""
+    for name in ("topk_ids", "teacher_ids"):
+        ids = flat(batch, name)
+        if len(ids) and (ids.min() < 0 or ids.max() >= size):
+            raise VerificationError(
+                f"the part of sample {batch['sample_id'][0].as_py()!r} has an id outside 0 to {size - 1} in {name}; "
+                "'xtoken verify' on the capture lists what is damaged"
+            )
 
 
 def read_part(capture: str, part: int, memory_limit: str, eos_id: int | None) -> Iterator[pa.RecordBatch]:

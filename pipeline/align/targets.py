@@ -5,186 +5,258 @@ U teacher vocabulary.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.align.chunks import Chunks, cut
-from pipeline.align.kernels import MASS_CLASSES, hkl_targets, pkl_targets, realised
+from pipeline.align.chunks import Joined, chunks_per_sample
+from pipeline.align.kernels import realised, row_figures
+from pipeline.align.kernels_targets import MASS_CLASSES, pkl_targets, split_targets
+from pipeline.align.prefix import PrefixMaps, prefix_columns
+from pipeline.align.rows import Recipe, RowBatch, Rows, merge_rows
 from pipeline.project.projection import Projection, Unreached
-from pipeline.store.checks import flat, list_lengths
-from pipeline.store.codec import Unpacked, decode
-from pipeline.store.writer import list_column
-from pipeline.tokens import Encoded
-from schemas.tables import targets
+from pipeline.store.checks import flat
+from pipeline.tokens import TokenTable
+from schemas.tables import target_columns, targets
 
 _PPM = 1_000_000
+Values = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Maps:
-    """W as the kernels need it: arrays [U] over the teacher's vocabulary (see ``Projection``)."""
+    """W and the vocabularies as the kernels need them; arrays [U] over the teacher's (see ``Projection``).
 
+    Attributes:
+        student_size, teacher_size: tokens of each vocabulary.
+        student_text: the student's tokens with bytes.
+        route_U, column_U: where unreached mass goes, and how rows reach each token.
+        pair_U: the student token paired with it in H-KL's common set, or -1.
+        matched_U: likewise in strict GOLD's.
+        prefix: for byte-prefix, else None.
+    """
+
+    student_size: int
+    teacher_size: int
+    student_text: int
     route_U: NDArray[np.int32]
     column_U: NDArray[np.int8]
     pair_U: NDArray[np.int32]
+    matched_U: NDArray[np.int32]
+    prefix: PrefixMaps | None
 
     @classmethod
-    def of(cls, projection: Projection, unreached: Unreached) -> "Maps":
-        """Maps of one projection under one policy for unreached teacher tokens."""
-        return cls(projection.routes(unreached), projection.columns_by_kind(), projection.common_student())
+    def of(
+        cls, projection: Projection, unreached: Unreached, student: TokenTable, teacher: TokenTable | None = None
+    ) -> "Maps":
+        """Maps of one projection under one policy for unreached teacher tokens; ``teacher`` is for byte-prefix."""
+        return cls(
+            projection.student.size,
+            projection.teacher.size,
+            sum(bool(size) and role is None for size, role in zip(student.lengths.tolist(), student.role, strict=True)),
+            projection.routes(unreached),
+            projection.columns_by_kind(),
+            projection.common_student(),
+            projection.matched_student(),
+            None if teacher is None else PrefixMaps.of(student, teacher, projection),
+        )
 
 
 @dataclass(frozen=True)
-class Joined:
-    """One sample with both tokenizations: its place in the batch, the student's tokens, and the chunks."""
+class _Source:
+    """What the columns of a batch are made of."""
 
-    at: int
-    encoded: Encoded
-    chunks: Chunks
+    batch: pa.RecordBatch
+    samples: Sequence[Joined]
+    maps: Maps
+    recipe: Recipe
+    rows: RowBatch
+    start_C: NDArray[np.int64]
+    end_C: NDArray[np.int64]
 
+    @cached_property
+    def merged(self) -> tuple[Rows, NDArray[np.int64]]:
+        """Rows, and which is each chunk's."""
+        return merge_rows(self.rows.rows, self.start_C, self.end_C, self.recipe.merge, self.maps.teacher_size)
 
-def join(batch: pa.RecordBatch, encoded: Sequence[Encoded | None], eos_id: int | None) -> list[Joined]:
-    """Chunks of each sample of a capture batch that the student could encode.
-
-    Args:
-        batch: columns of ``sql/read_part.sql``.
-        encoded: the student's tokens of each sample; None = skipped.
-        eos_id: the student's eos.
-    """
-    ends, stops = flat(batch, "teacher_end"), np.cumsum(list_lengths(batch, "teacher_end"))
-    teacher_eos = batch["teacher_eos"].to_pylist()
-    found = []
-    for at, (mine, theirs) in enumerate(zip(encoded, np.split(ends, stops[:-1]), strict=True)):
-        if mine is not None:
-            student_eos = bool(len(mine.ids)) and int(mine.ids[-1]) == eos_id
-            chunks = cut(mine.ends, theirs, student_eos=student_eos, teacher_eos=bool(teacher_eos[at]))
-            found.append(Joined(at, mine, chunks))
-    return found
+    def split(self, pair_U: NDArray[np.int32]) -> tuple[NDArray[Any], ...]:
+        """``split_targets`` of every chunk."""
+        rows, row_C = self.merged
+        return split_targets(row_C, rows.offsets, rows.ids, rows.logprob, pair_U)
 
 
 def target_batch(
-    batch: pa.RecordBatch, samples: Sequence[Joined], maps: Maps, losses: Sequence[str], step: float
+    batch: pa.RecordBatch, samples: Sequence[Joined], maps: Maps, recipe: Recipe
 ) -> tuple[pa.RecordBatch, Counter[str]]:
-    """Rows of ``schemas.tables.targets(losses)`` for these samples, and counts for ``Part.counts``.
+    """Rows of ``schemas.tables.targets`` for these samples, and counts for ``Part.counts``.
 
-    Counts: ``chunks`` with bytes or eos, ``chunks_1_1`` among them, ``chunks_with_row``, ``snapped`` samples and, under
-    P-KL, ``mass_*_ppm``: teacher mass in millionths of a chunk that is exact, reached by pieces only, moved, lost, and
-    not kept (rest); divide by 1e6 times ``chunks_with_row`` for shares.
+    Counts: ``chunks`` with bytes or eos, ``chunks_1_1`` among them, ``chunks_with_row``, ``snapped`` samples; under
+    ALM ``space_chunks``, those with a number in alm_space_logprob; under P-KL ``mass_*_ppm``: teacher mass in
+    millionths of a chunk that is exact, reached by pieces only, moved, lost, and not kept (rest); divide by 1e6 times
+    ``chunks_with_row`` for shares. Where REST is unknown the shares are those of what was kept.
+
+    Raises:
+        VerificationError: lists of a sample do not fit each other.
     """
-    rows = _Rows.of(batch, step)
-    row_C = np.concatenate([rows.of_chunks(sample) for sample in samples] or [np.zeros(0, np.int64)])
-    schema = targets(losses)
-    columns: dict[str, Any] = {
-        "sample_id": batch["sample_id"].take(pa.array([sample.at for sample in samples], pa.int64())),
-        "student_ids": [sample.encoded.ids for sample in samples],
-        "student_end": [sample.encoded.ends for sample in samples],
-        "chunk_student_end": [sample.chunks.student_end for sample in samples],
-        "chunk_teacher_end": [sample.chunks.teacher_end for sample in samples],
-        "teacher_logprob": [rows.realised(sample) for sample in samples],
+    rows = RowBatch.of(batch, recipe)
+    source = _Source(batch, samples, maps, recipe, rows, *rows.spans(samples))
+    values, counts = _base(source), _counts(source)
+    for loss in recipe.losses:
+        found, figures = _COLUMNS[loss](source)
+        values.update(found)
+        counts.update(figures)
+    return _record_batch(values, source), counts
+
+
+def _record_batch(values: Values, source: _Source) -> pa.RecordBatch:
+    """Values of all samples, one after the other, as lists of each sample's."""
+    schema = targets(source.recipe.losses)
+    lengths = {
+        "token": np.array([len(sample.encoded.ids) for sample in source.samples], np.int64),
+        "chunk": chunks_per_sample(source.samples),
     }
-    counts = _counts(samples, row_C)
-    chunks_N = np.array([len(sample.chunks.student_end) for sample in samples], np.int64)
-    if "p-kl" in losses:
-        found, mass_C5 = _pkl(rows.unpacked, row_C, maps, chunks_N)
-        columns.update(found)
-        for name, share in zip(MASS_CLASSES, mass_C5.sum(axis=0).tolist(), strict=True):
-            counts[f"mass_{name}_ppm"] = round(share * _PPM)
-    if "h-kl" in losses:
-        columns.update(_hkl(rows.unpacked, row_C, maps, chunks_N))
-    arrays = [
-        columns[name] if name == "sample_id" else list_column(columns[name], name, schema) for name in schema.names
-    ]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema), counts
+    at = pa.array([sample.at for sample in source.samples], pa.int64())
+    arrays: list[pa.Array] = [source.batch["sample_id"].take(at)]
+    for name, axis in target_columns(source.recipe.losses)[1:]:
+        field = schema.field(name)
+        if axis == "sample":
+            arrays.append(pa.array(values[name], field.type))
+            continue
+        if axis not in lengths:
+            # a count column stands before what it counts
+            per = next(column.axis for column in target_columns(source.recipe.losses) if column.name == axis)
+            lengths[axis] = _sums(values[axis], lengths[per])
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[axis])]).astype(np.int32)
+        flat_values = pa.array(values[name], field.type.value_type)
+        arrays.append(pa.ListArray.from_arrays(pa.array(offsets), flat_values, type=field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The teacher rows of a batch, decoded; sample n has rows ``offset_N[n]:offset_N[n + 1]``."""
-
-    unpacked: Unpacked
-    realised_R: NDArray[np.float32]
-    offset_N: NDArray[np.int64]
-    first_N: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, batch: pa.RecordBatch, step: float) -> "_Rows":
-        kept, ids, gap, rest = (flat(batch, name) for name in ("kept", "topk_ids", "topk_gap", "rest_gap"))
-        unpacked = decode(kept, ids, gap, rest, step)
-        offset_N = np.concatenate([np.zeros(1, np.int64), np.cumsum(list_lengths(batch, "kept"))])
-        return cls(unpacked, flat(batch, "realised_logprob"), offset_N, batch["first_row"].to_numpy().astype(np.int64))
-
-    def spans(self, sample: Joined) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows of each chunk's teacher tokens within its sample; a negative start has no row."""
-        end_C = sample.chunks.teacher_end.astype(np.int64) - self.first_N[sample.at]
-        start_C = np.concatenate([[-self.first_N[sample.at]], end_C[:-1]]) if len(end_C) else end_C
-        if sample.chunks.lead:
-            start_C[0] = -1
-        return start_C, end_C
-
-    def of_chunks(self, sample: Joined) -> NDArray[np.int64]:
-        """Row in the batch that predicts each chunk's first teacher token, -1 = none."""
-        start_C, _ = self.spans(sample)
-        return np.where(start_C < 0, -1, start_C + self.offset_N[sample.at])
-
-    def realised(self, sample: Joined) -> NDArray[np.float32]:
-        """The teacher's log-probability of each chunk as it stands in the text."""
-        low, high = self.offset_N[sample.at], self.offset_N[sample.at + 1]
-        start_C, end_C = self.spans(sample)
-        values: NDArray[np.float32] = realised(self.realised_R[low:high], start_C, end_C, high - low)
-        return values
+def _sums(values: NDArray[Any], lengths_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sum of each sample's consecutive values, [N]."""
+    running = np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
+    stops = np.cumsum(lengths_N)
+    sums: NDArray[np.int64] = running[stops] - running[stops - lengths_N]
+    return sums
 
 
-def _counts(samples: Sequence[Joined], row_C: NDArray[np.int64]) -> Counter[str]:
+def _base(source: _Source) -> Values:
+    samples, start_C, end_C = source.samples, source.start_C, source.end_C
+    empty = np.zeros(0, np.int32)
+    entropy_N, top1_N = _confidence(source)
+    return {
+        "teacher_entropy": entropy_N,
+        "teacher_top1": top1_N,
+        "student_ids": np.concatenate([empty, *(sample.encoded.ids for sample in samples)]),
+        "student_end": np.concatenate([empty, *(sample.encoded.ends for sample in samples)]),
+        "chunk_student_end": np.concatenate([empty, *(sample.chunks.student_end for sample in samples)]),
+        "chunk_teacher_end": np.concatenate([empty, *(sample.chunks.teacher_end for sample in samples)]),
+        "teacher_logprob": realised(flat(source.batch, "realised_logprob").astype(np.float64), start_C, end_C),
+    }
+
+
+def _confidence(source: _Source) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Means over each sample's chunks with a row: entropy and largest probability at temperature 1, NaN = no row."""
+    plain = source.rows.plain
+    entropy_R, top1_R = row_figures(plain.offsets, plain.logprob, plain.rest)
+    chunks_N = chunks_per_sample(source.samples)
+    sample_C = np.repeat(np.arange(len(chunks_N)), chunks_N)[source.start_C >= 0]
+    row_C = source.start_C[source.start_C >= 0]
+    rows_N = np.bincount(sample_C, minlength=len(chunks_N)).astype(np.float64)
+    rows_N[rows_N == 0] = np.nan
+    entropy_N = np.bincount(sample_C, weights=entropy_R[row_C], minlength=len(chunks_N)) / rows_N
+    top1_N = np.bincount(sample_C, weights=top1_R[row_C], minlength=len(chunks_N)) / rows_N
+    return entropy_N.astype(np.float32), top1_N.astype(np.float32)
+
+
+def _counts(source: _Source) -> Counter[str]:
+    samples = source.samples
     return Counter(
         chunks=sum(len(sample.chunks.student_end) - int(sample.chunks.lead) for sample in samples),
         chunks_1_1=sum(sample.chunks.one_to_one for sample in samples),
-        chunks_with_row=int((row_C >= 0).sum()),
+        chunks_with_row=int((source.start_C >= 0).sum()),
         snapped=sum(sample.encoded.snapped for sample in samples),
     )
 
 
-def _pkl(
-    rows: Unpacked, row_C: NDArray[np.int64], maps: Maps, chunks_N: NDArray[np.int64]
-) -> tuple[dict[str, list[NDArray[Any]]], NDArray[np.float64]]:
+def _ce(source: _Source) -> tuple[Values, Mapping[str, int]]:  # noqa: ARG001
+    return {}, {}
+
+
+def _pkl(source: _Source) -> tuple[Values, Mapping[str, int]]:
+    rows, row_C = source.merged
+    closed = source.recipe.merge == "mean"
     count_C, ids_K, logprob_K, rest_C, mass_C5 = pkl_targets(
-        row_C, rows.offsets, rows.ids, rows.logprob, rows.rest_logprob, maps.route_U, maps.column_U
+        row_C, rows.offsets, rows.ids, rows.logprob, rows.rest, source.maps.route_U, source.maps.column_U, closed
     )
-    columns = {
-        "pkl_count": _per_sample(count_C, chunks_N),
-        "pkl_ids": _per_sample(ids_K, _entries(count_C, chunks_N)),
-        "pkl_logprob": _per_sample(logprob_K, _entries(count_C, chunks_N)),
-        "pkl_rest_logprob": _per_sample(rest_C, chunks_N),
-    }
-    return columns, mass_C5
+    columns = {"pkl_count": count_C, "pkl_ids": ids_K, "pkl_logprob": logprob_K, "pkl_rest_logprob": rest_C}
+    shares = zip(MASS_CLASSES, mass_C5.sum(axis=0).tolist(), strict=True)
+    return columns, {f"mass_{name}_ppm": round(share * _PPM) for name, share in shares}
 
 
-def _hkl(
-    rows: Unpacked, row_C: NDArray[np.int64], maps: Maps, chunks_N: NDArray[np.int64]
-) -> dict[str, list[NDArray[Any]]]:
-    common_C, ids_K, common_K, other_C, other_K = hkl_targets(
-        row_C, rows.offsets, rows.ids, rows.logprob, rows.rest_logprob, maps.pair_U
-    )
-    return {
-        "hkl_common_count": _per_sample(common_C, chunks_N),
-        "hkl_common_ids": _per_sample(ids_K, _entries(common_C, chunks_N)),
-        "hkl_common_logprob": _per_sample(common_K, _entries(common_C, chunks_N)),
-        "hkl_other_count": _per_sample(other_C, chunks_N),
-        "hkl_other_logprob": _per_sample(other_K, _entries(other_C, chunks_N)),
-    }
+def _hkl(source: _Source) -> tuple[Values, Mapping[str, int]]:
+    names = ("hkl_common_count", "hkl_common_ids", "hkl_common_logprob", "hkl_other_count", "hkl_other_logprob")
+    return dict(zip(names, source.split(source.maps.pair_U), strict=True)), {}
 
 
-def _entries(count_C: NDArray[np.int32], chunks_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Entries of each sample, [N], from entries of each chunk."""
-    running = np.concatenate([np.zeros(1, np.int64), np.cumsum(count_C, dtype=np.int64)])
-    stops = np.cumsum(chunks_N)
-    entries: NDArray[np.int64] = running[stops] - running[stops - chunks_N]
-    return entries
+def _gold(source: _Source) -> tuple[Values, Mapping[str, int]]:
+    names = ("gold_count", "gold_ids", "gold_logprob", "gold_other_count", "gold_other_logprob")
+    columns = dict(zip(names, source.split(source.maps.matched_U), strict=True))
+    return {**columns, "factor_logprob": _factor(source)}, {}
 
 
-def _per_sample(values: NDArray[Any], lengths_N: NDArray[np.int64]) -> list[NDArray[Any]]:
-    return np.split(values, np.cumsum(lengths_N)[:-1]) if len(lengths_N) else []
+def _uld(source: _Source) -> tuple[Values, Mapping[str, int]]:
+    _, _, _, count_C, logprob_K = source.split(np.full(source.maps.teacher_size, -1, np.int32))
+    return {"uld_count": count_C, "uld_logprob": logprob_K, "factor_logprob": _factor(source)}, {}
+
+
+def _factor(source: _Source) -> NDArray[np.float32]:
+    """The realised tokens before a chunk's last row or after its first; NaN = no row."""
+    start_C, end_C = source.start_C, source.end_C
+    if source.recipe.merge == "last":
+        return realised(source.rows.realised, start_C, end_C - 1)
+    return realised(source.rows.realised, np.where(start_C < 0, -1, start_C + 1), end_C)
+
+
+def _alm(source: _Source) -> tuple[Values, Mapping[str, int]]:
+    """Log P(starts with a space) of the row after each chunk, where the sample has one."""
+    batch, offset_N = source.batch, source.rows.offset_N
+    has_N = batch["space_logprob"].is_valid().to_numpy(zero_copy_only=False)
+    space_R = np.full(int(offset_N[-1]), np.nan, np.float32)
+    space_R[np.repeat(has_N, np.diff(offset_N))] = flat(batch, "space_logprob")
+    at_N = np.array([sample.at for sample in source.samples], np.int64)
+    at_C = np.repeat(at_N, chunks_per_sample(source.samples))
+    within_C = (source.end_C >= offset_N[at_C]) & (source.end_C < offset_N[at_C + 1])
+    space_C = np.full(len(at_C), np.nan, np.float32)
+    space_C[within_C] = space_R[source.end_C[within_C]]
+    return {"alm_space_logprob": space_C}, {"space_chunks": int((~np.isnan(space_C)).sum())}
+
+
+def _prefix(source: _Source) -> tuple[Values, Mapping[str, int]]:
+    assert source.maps.prefix is not None, "byte-prefix needs both vocabularies"
+    return prefix_columns(source.batch, source.samples, source.rows.rows, source.start_C, source.maps.prefix), {}
+
+
+def _skl(source: _Source) -> tuple[Values, Mapping[str, int]]:
+    count_C, ids_K, logprob_K, _, _ = source.split(np.arange(source.maps.teacher_size, dtype=np.int32))
+    rows, row_C = source.merged
+    rest_C = np.zeros(len(row_C), np.float32)
+    rest_C[row_C >= 0] = rows.rest[row_C[row_C >= 0]]
+    return {"skl_count": count_C, "skl_ids": ids_K, "skl_logprob": logprob_K, "skl_rest_logprob": rest_C}, {}
+
+
+_COLUMNS: dict[str, Callable[[_Source], tuple[Values, Mapping[str, int]]]] = {
+    "ce": _ce,
+    "p-kl": _pkl,
+    "h-kl": _hkl,
+    "gold": _gold,
+    "uld": _uld,
+    "alm": _alm,
+    "byte-prefix": _prefix,
+    "sparse-kl": _skl,
+}

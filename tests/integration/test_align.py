@@ -64,7 +64,7 @@ class _KilledAfter(Silent):
 
 def test_targets_explain_themselves(capture: Path, tmp_path: Path) -> None:
     out = tmp_path / "t"
-    manifest = align(_config(capture, out), Silent())
+    manifest = align(_config(capture, out, losses=["p-kl", "h-kl"]), Silent())
     assert read_manifest(str(out), TargetManifest) == manifest
     assert manifest.capture_hash == content_hash(read_manifest(str(capture), CaptureManifest))
     assert len(manifest.parts) > 1
@@ -99,10 +99,57 @@ def test_only_the_losses_asked_for(capture: Path, tmp_path: Path) -> None:
     assert pq.read_schema(tmp_path / "t" / "data" / "part-00000.parquet").equals(targets(["ce"]))
 
 
+@pytest.mark.parametrize("merge", ["first", "last", "mean"])
+def test_every_loss_at_another_temperature(teacher: str, tmp_path: Path, merge: str) -> None:
+    """All losses a merge knows, REST at tau from the capture; the manifest says how they were built."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(TEXT * 3, encoding="utf-8")
+    precompute(_precompute(teacher, tmp_path, temperatures=[0.5, 2.0]), Silent())
+    known = {"last": ["ce", "gold", "uld", "alm"], "mean": ["ce", "p-kl", "h-kl", "alm"]}
+    losses = known.get(merge, ["ce", "p-kl", "h-kl", "gold", "uld", "alm", "byte-prefix"])
+    options = {"losses": losses, "merge": merge, "tau": 2.0}
+    manifest = align(_config(tmp_path / "c", tmp_path / "t", **options), Silent())
+    assert (manifest.losses, manifest.merge, manifest.tau) == (losses, merge, 2.0)
+    found = verify(str(tmp_path / "t"))
+    assert found["samples"] == sum(part.samples for part in manifest.parts) > 0
+    table = pq.read_table(tmp_path / "t" / "data")
+    assert table.schema.equals(targets(losses))
+    spaces = [value for row in table["alm_space_logprob"].to_pylist() for value in row]
+    assert sum(part.counts["space_chunks"] for part in manifest.parts) == sum(value == value for value in spaces) > 0
+
+
+def test_sparse_kl_needs_the_same_tokenizer(capture: Path, teacher: str, tmp_path: Path) -> None:
+    with pytest.raises(XtokenError, match=r"student's tokenizer .* is not the teacher's, .* take --for p-kl"):
+        align(_config(capture, tmp_path / "t", losses=["sparse-kl"]), Silent())
+    assert not (tmp_path / "t").exists()
+    align(_config(capture, tmp_path / "t", losses=["sparse-kl"], student=teacher), Silent())
+    assert verify(str(tmp_path / "t"))["samples"] > 0
+
+
+@pytest.mark.parametrize(
+    ("losses", "merge"),
+    [(["h-kl"], "first"), (["gold"], "last"), (["uld"], "first"), (["byte-prefix"], "first"), (["p-kl"], "mean")],
+)
+def test_a_temperature_without_its_rest_is_refused(
+    capture: Path, tmp_path: Path, losses: list[str], merge: str
+) -> None:
+    with pytest.raises(XtokenError, match=rf"{losses[0]}.* at --tau 2 needs .* capture again with --temperatures 2"):
+        align(_config(capture, tmp_path / "t", losses=losses, merge=merge, tau=2.0), Silent())
+    assert not (tmp_path / "t").exists()
+
+
+def test_p_kl_does_without_rest_at_a_temperature(capture: Path, tmp_path: Path) -> None:
+    align(_config(capture, tmp_path / "t", losses=["ce", "p-kl", "alm"], tau=2.0), Silent())
+    rests = [rest for row in pq.read_table(tmp_path / "t" / "data")["pkl_rest_logprob"].to_pylist() for rest in row]
+    assert sum(rest != rest for rest in rests) > len(rests) / 2
+
+
 def test_another_run_in_the_folder_is_refused(capture: Path, tmp_path: Path) -> None:
     align(_config(capture, tmp_path / "t"), Silent())
     with pytest.raises(XtokenError, match=r"unreached: prefix there, rest now"):
         align(_config(capture, tmp_path / "t", unreached="rest"), Silent())
+    with pytest.raises(XtokenError, match=r"merge: first there, mean now, tau: 1.0 there, 2.5 now"):
+        align(_config(capture, tmp_path / "t", losses=["ce"], merge="mean", tau=2.5), Silent())
     with pytest.raises(XtokenError, match="no align run wrote"):
         align(_config(capture, capture), Silent())
 

@@ -1,6 +1,7 @@
--- P-KL's target of every chunk, from the teacher row at its first token.
+-- P-KL's target of every chunk, from its one teacher row.
 -- entries: (chunk, teacher_id, logprob); rest: (chunk, logprob); w, unreached: the tables of a projection;
--- $unreached: prefix | rest | none. One result row per target entry, and one with teacher_id NULL for REST.
+-- $unreached: prefix | rest | none; $closed: REST is left out (merge mean, or unknown). One result row per target
+-- entry, and one with teacher_id NULL for REST.
 WITH
 -- What a row's kept entries and REST add up to (the codec rounds each of them).
 total AS (
@@ -22,7 +23,9 @@ routed AS (
     SELECT chunk, NULL, exp(logprob) / mass FROM rest JOIN total USING (chunk)
 ),
 merged AS (
-    SELECT chunk, teacher_id, sum(p) AS p FROM routed GROUP BY chunk, teacher_id
+    SELECT chunk, teacher_id, sum(p) AS p FROM routed
+    WHERE teacher_id IS NOT NULL OR NOT $closed
+    GROUP BY chunk, teacher_id
 ),
 -- One, except where mass was left out.
 remaining AS (

@@ -1,0 +1,162 @@
+"""The teacher rows of a batch, decoded, and which of them belong to each chunk.
+
+Shapes: N samples, T teacher tokens, R teacher rows, C chunks, K kept entries, all samples of the batch together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.align.chunks import Joined
+from pipeline.align.kernels_targets import mean_rows, normalised, tempered
+from pipeline.store import decode, decode_tau_rest
+from pipeline.store.checks import flat, list_lengths
+from schemas.errors import VerificationError
+from schemas.manifest import CodecInfo
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is built of the rows.
+
+    Attributes:
+        losses: names of ``schemas.tables.LOSSES``.
+        merge: how a chunk's rows become one: first | last | mean.
+        tau: temperature of the targets.
+        codec: how the capture stored its rows.
+    """
+
+    losses: Sequence[str]
+    merge: str
+    tau: float
+    codec: CodecInfo
+
+    @property
+    def rest_known(self) -> bool:
+        """Whether the capture holds REST at ``tau``."""
+        return self.tau in self.codec.temperatures
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that sum to 1 with REST, or alone where REST is unknown.
+
+    Attributes:
+        offsets: int64 [R + 1]; row r has entries ``offsets[r]:offsets[r + 1]``.
+        ids: int32 [K], teacher ids.
+        logprob: float64 [K], nats.
+        rest: float64 [R], nats: log of REST; -inf = none, NaN = unknown.
+    """
+
+    offsets: NDArray[np.int64]
+    ids: NDArray[np.int32]
+    logprob: NDArray[np.float64]
+    rest: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """All rows of a batch.
+
+    Attributes:
+        plain: at temperature 1.
+        rows: at the recipe's temperature.
+        realised: float64 [R], nats: log-probability of the token in the text at the recipe's temperature.
+        offset_N: int64 [N + 1]; sample n has rows ``offset_N[n]:offset_N[n + 1]``.
+        first_N: int64 [N], tokens of a sample before its first row.
+    """
+
+    plain: Rows
+    rows: Rows
+    realised: NDArray[np.float64]
+    offset_N: NDArray[np.int64]
+    first_N: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch, recipe: Recipe) -> "RowBatch":
+        """Decode a batch of ``sql/read_part.sql``.
+
+        Raises:
+            VerificationError: lists of a sample do not fit each other.
+        """
+        rows_N, first_N = list_lengths(batch, "kept"), batch["first_row"].to_numpy().astype(np.int64)
+        _check_lengths(batch, rows_N, first_N, recipe)
+        kept, ids, gap, rest = (flat(batch, name) for name in ("kept", "topk_ids", "topk_gap", "rest_gap"))
+        found = decode(kept, ids, gap, rest, recipe.codec.step)
+        logprob_K, rest_R = normalised(found.offsets, found.logprob, found.rest_logprob)
+        plain = Rows(found.offsets, found.ids, logprob_K, rest_R)
+        realised_R = flat(batch, "realised_logprob").astype(np.float64)
+        rows = plain
+        if recipe.tau != 1:
+            rest_R = _rest_at(batch, recipe, len(rest_R))
+            logprob_K, shift_R = tempered(plain.offsets, plain.logprob, rest_R, recipe.tau)
+            rows = Rows(plain.offsets, plain.ids, logprob_K, rest_R)
+            # The scale comes from rounded entries, so the token may end up a step above certainty.
+            realised_R = np.minimum(realised_R / recipe.tau - shift_R, 0.0)
+        offset_N = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows_N)])
+        return cls(plain, rows, realised_R, offset_N, first_N)
+
+    def spans(self, samples: Sequence[Joined]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows of each chunk's teacher tokens, start and end [C]; start -1 where the first token has no row."""
+        found = [self._span(sample) for sample in samples]
+        empty = np.zeros(0, np.int64)
+        return np.concatenate([empty, *(s for s, _ in found)]), np.concatenate([empty, *(e for _, e in found)])
+
+    def _span(self, sample: Joined) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        shift = self.offset_N[sample.at] - self.first_N[sample.at]
+        end_C = sample.chunks.teacher_end.astype(np.int64)
+        start_C = np.concatenate([np.zeros(1, np.int64), end_C[:-1]])[: len(end_C)]
+        no_row_C = start_C < self.first_N[sample.at]
+        if sample.chunks.lead:
+            no_row_C[0] = True
+        return np.where(no_row_C, -1, start_C + shift), end_C + shift
+
+
+def merge_rows(
+    rows: Rows, start_C: NDArray[np.int64], end_C: NDArray[np.int64], merge: str, size: int
+) -> tuple[Rows, NDArray[np.int64]]:
+    """The one row of each chunk: rows, and the index of each chunk's among them [C], -1 = none.
+
+    Args:
+        rows: at the targets' temperature.
+        start_C, end_C: from ``RowBatch.spans``.
+        merge: first | last | mean (of log-probabilities: see ``mean_rows``; REST is then what the mean leaves to 1).
+        size: U, the teacher's vocabulary.
+    """
+    if merge == "first":
+        return rows, start_C
+    if merge == "last":
+        return rows, np.where(start_C < 0, -1, end_C - 1)
+    found = mean_rows(start_C, end_C, rows.offsets, rows.ids, rows.logprob, rows.rest, size)
+    return Rows(*found), np.where(start_C < 0, -1, np.arange(len(start_C)))
+
+
+def _rest_at(batch: pa.RecordBatch, recipe: Recipe, rows: int) -> NDArray[np.float64]:
+    """REST at the recipe's temperature, [R]; NaN where the capture does not know it."""
+    if not recipe.rest_known:
+        return np.full(rows, np.nan)
+    codec = recipe.codec
+    return decode_tau_rest(flat(batch, "tau_rest_odds"), codec.temperatures, recipe.tau, codec.step)
+
+
+def _check_lengths(
+    batch: pa.RecordBatch, rows_N: NDArray[np.int64], first_N: NDArray[np.int64], recipe: Recipe
+) -> None:
+    """Raise VerificationError where a sample's lists do not fit each other (compiled loops do not look)."""
+    wanted = {"teacher_ids": rows_N + first_N, "teacher_end": rows_N + first_N, "rest_gap": rows_N}
+    wanted["realised_logprob"] = rows_N
+    if recipe.tau != 1 and recipe.rest_known:
+        wanted["tau_rest_odds"] = rows_N * (len(recipe.codec.temperatures) - 1)
+    has_space_N = batch["space_logprob"].is_valid().to_numpy(zero_copy_only=False)
+    wanted["space_logprob"] = np.where(has_space_N, rows_N, 0)
+    for name, length_N in wanted.items():
+        bad_N = list_lengths(batch, name) != length_N
+        if bad_N.any():
+            sample = batch["sample_id"][int(bad_N.argmax())].as_py()
+            raise VerificationError(
+                f"sample {sample!r}: {name} has another length than its rows; "
+                "'xtoken verify' on the capture lists what is damaged"
+            )
