@@ -1,88 +1,198 @@
-"""What a distillation loss is: the student's log-probabilities of some chunks in, a sum over these chunks out.
+"""What a distillation loss is: the student's log-probabilities of some positions in, one number per chunk out.
 
-Shapes: C chunks, V student vocabulary, U teacher vocabulary, K entries summed over chunks, N entries of W.
+Shapes: P positions, C chunks, V student vocabulary, U teacher vocabulary, K entries summed over chunks or positions,
+N entries of W.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from schemas.config import LossOptions
+from schemas.tables import target_columns
+
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
-class ChunkColumns:
-    """Which columns of the target table a loss reads.
+class Columns:
+    """Which columns of the target table a loss reads, by axis.
 
     Attributes:
-        per_chunk: columns [C] with one value per chunk.
-        entries: count column [C] -> columns [K] with that many values per chunk.
+        chunk: one value per chunk, count columns included.
+        token: one value per student token, count columns included.
+        entries: count column -> columns with that many values per chunk or token.
     """
 
-    per_chunk: tuple[str, ...] = ()
+    chunk: tuple[str, ...] = ()
+    token: tuple[str, ...] = ()
     entries: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, loss: str, *more: str) -> "Columns":
+        """The columns that the schema holds for ``loss``, and ``more`` of every table's chunk columns."""
+        found = target_columns([loss], base=False)
+        chunk = [name for name, axis in found if axis == "chunk"]
+        token = [name for name, axis in found if axis == "token"]
+        counts = dict.fromkeys(axis for _, axis in found if axis not in ("chunk", "token"))
+        entries = {count: tuple(name for name, axis in found if axis == count) for count in counts}
+        return cls((*chunk, *more), tuple(token), entries)
 
     @property
     def names(self) -> tuple[str, ...]:
         """All columns."""
-        return (*self.per_chunk, *self.entries, *(name for names in self.entries.values() for name in names))
+        return (*self.chunk, *self.token, *(name for names in self.entries.values() for name in names))
 
 
 @dataclass(frozen=True)
 class ProjectionArrays:
-    """W of a target folder, entries ascending by student id (see ``schemas.tables.W``); every array is [N]."""
+    """W of a target folder, entries ascending by student id (see ``schemas.tables.W``); every array is [N].
+
+    ``common`` marks H-KL's pairs, ``exact`` those of equal bytes among them (strict GOLD's).
+    """
 
     student_id: NDArray[np.int32]
     teacher_id: NDArray[np.int32]
     weight: NDArray[np.float32]
     common: NDArray[np.bool_]
+    exact: NDArray[np.bool_]
 
     def within(self, size: int) -> "ProjectionArrays":
         """Without rows of student ids from ``size`` on: specials that the model's head does not have."""
         kept = self.student_id < size
-        return ProjectionArrays(self.student_id[kept], self.teacher_id[kept], self.weight[kept], self.common[kept])
+        return ProjectionArrays(*(getattr(self, name)[kept] for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class VocabArrays:
+    """What losses ask of the student's tokens.
+
+    Attributes:
+        space_V: bool, the token's bytes start with a space.
+        order: int32, text tokens in order of (bytes, id): what ``child_low`` and ``child_high`` count in.
+    """
+
+    space_V: NDArray[np.bool_]
+    order: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, token_bytes: Sequence[bytes], is_text: Sequence[bool]) -> "VocabArrays":
+        """From each token's bytes and whether it is text (no special, no hole)."""
+        text = [i for i, (data, keep) in enumerate(zip(token_bytes, is_text, strict=True)) if keep and data]
+        space = np.zeros(len(token_bytes), np.bool_)
+        space[[i for i in text if token_bytes[i].startswith(b" ")]] = True
+        return cls(space, np.array(sorted(text, key=lambda i: (token_bytes[i], i)), np.int32))
 
 
 @dataclass(frozen=True)
 class LossSetup:
-    """What losses are built from."""
+    """What losses are built from.
+
+    Attributes:
+        tau: distillation temperature of the targets.
+        merge: how a chunk's rows became one: ``first``, ``last`` or ``mean``.
+    """
 
     w: ProjectionArrays
+    vocab: VocabArrays
     student_size: int
     teacher_size: int
     device: torch.device
-    uld_weight: float = 1.0
-    uncommon_topk: int = 8192
+    options: LossOptions = LossOptions()  # noqa: RUF009 - frozen
+    tau: float = 1.0
+    merge: str = "first"
+    learn_w: bool = False
 
 
-class Loss(Protocol):
-    """A distillation loss. Chunks given to it are valid: at least one entry, a position that predicts them."""
+@dataclass(frozen=True)
+class View:
+    """Consecutive positions of a micro-batch, whole chunks only, with what is to be learnt there.
 
-    columns: ChunkColumns
+    Attributes:
+        logp_PV: normalised log-probabilities at the loss's ``temperature``, at least float32.
+        label_P: int64, the realised token that each position predicts.
+        first_C: int64, the position that predicts the chunk's first token; ascending.
+        length_C: int64, student tokens of the chunk: positions ``first_C`` to ``first_C + length_C - 1``.
+        next_C: int64, the position that predicts the token after the chunk, -1 if its sample has none. It may lie
+            behind the last position of the view.
+        columns: the columns the loss declares: chunk columns of these C chunks, token columns of these P positions.
+    """
 
-    def check(self, arrays: Arrays) -> None:
-        """Refuse target entries that W cannot serve, before they reach the device.
+    logp_PV: Tensor
+    label_P: Tensor
+    first_C: Tensor
+    length_C: Tensor
+    next_C: Tensor
+    columns: Mapping[str, Tensor]
+
+    @property
+    def first_rows(self) -> Tensor:
+        """[C, V] log-probabilities at the chunks' first positions."""
+        return self.logp_PV.index_select(0, self.first_C)
+
+
+class Loss(ABC):
+    """A distillation loss; the caller averages its terms over the valid chunks of the whole optimizer step.
+
+    Attributes:
+        columns: what it reads of the target table.
+        per: ``terms`` gives one number per chunk, or one per position.
+        temperature: of the log-probabilities it is shown; its terms are multiplied by the square of it.
+    """
+
+    columns: ClassVar[Columns]
+    per: ClassVar[Literal["chunk", "token"]] = "chunk"
+    temperature: float = 1.0
+
+    def check(self, arrays: Arrays) -> None:  # noqa: B027 - most losses have nothing to refuse
+        """Refuse target entries that W or the vocabulary cannot serve, before they reach the device.
 
         Raises:
             VerificationError: an id is out of range or not reached by W.
         """
-        ...
 
-    def total(self, logp_CV: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
-        """Sum of the loss over C chunks, nats.
+    def valid(self, start_C: NDArray[np.int64], arrays: Arrays) -> NDArray[np.bool_]:
+        """Which chunks have a target, [C]; ``start_C`` is the index of the chunk's first student token."""
+        counts = [arrays[name].astype(np.int64) for name in self.columns.entries if name in self.columns.chunk]
+        return np.sum(counts, axis=0) > 0 if counts else np.zeros(len(start_C), np.bool_)
 
-        Args:
-            logp_CV: normalised log-probabilities at the positions that predict each chunk's first token, at
-                least float32 (the caller divides by the valid chunks of the whole optimizer step).
-            targets: the columns this loss declares, on the same device.
-        """
-        ...
+    def regroup(self, end_C: NDArray[np.int64], arrays: Arrays) -> tuple[NDArray[np.int64], Arrays]:
+        """Join consecutive chunks of a sample: new student ends and chunk columns (here: none are joined)."""
+        return end_C, arrays
+
+    @abstractmethod
+    def terms(self, view: View) -> Tensor:
+        """The loss in nats, [C] or [P] as ``per`` says, without the factor temperature squared."""
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What the loss itself learns."""
+        return []
+
+
+class FeatureLoss(Loss):
+    """A loss of few numbers per position, whose chunks may be longer than the positions that fit memory at once.
+
+    The step collects the features of a whole micro-batch first, then takes the gradient through them block by block.
+    """
+
+    @abstractmethod
+    def features(self, logp_PV: Tensor, label_P: Tensor) -> Tensor:
+        """[P, F] numbers of each position."""
+
+    @abstractmethod
+    def terms_of(self, feature_PF: Tensor, view: View) -> Tensor:
+        """The loss [C] from the features of all positions; ``view.logp_PV`` must not be touched."""
+
+    def terms(self, view: View) -> Tensor:
+        """See ``Loss.terms``."""
+        return self.terms_of(self.features(view.logp_PV, view.label_P), view)
 
 
 def owners(count_C: Tensor) -> Tensor:

@@ -1,10 +1,8 @@
 """Cross-entropy with the text itself: the part of every objective that needs no teacher."""
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
-from trainer.losses.base import Arrays, ChunkColumns, LossSetup
+from trainer.losses.base import Columns, Loss, LossSetup, View
 
 
 def cross_entropy_total(logp_PV: Tensor, label_P: Tensor) -> Tensor:
@@ -12,18 +10,14 @@ def cross_entropy_total(logp_PV: Tensor, label_P: Tensor) -> Tensor:
     return -logp_PV.gather(1, label_P[:, None]).sum()
 
 
-class TextOnly:
+class TextOnly(Loss):
     """The loss ``ce``: no distillation term, so no columns and no chunks."""
 
-    columns = ChunkColumns()
+    columns = Columns()
 
-    def check(self, arrays: Arrays) -> None:
-        """Nothing to check."""
-
-    def total(self, logp_CV: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
-        """Zero: there are no chunks."""
-        assert not targets
-        return logp_CV.sum() * 0.0
+    def terms(self, view: View) -> Tensor:
+        """None: there are no chunks."""
+        return view.logp_PV.new_zeros(0)
 
 
 def open_loss(_: LossSetup) -> TextOnly:

@@ -1,42 +1,44 @@
 """H-KL of X-Token (arXiv 2605.21699): KL on pairs both vocabularies share, sorted L1 on what is left.
 
-    sum_{(s,t) in C} p_T(t) (log p_T(t) - log p_S(s))
+    common_weight * sum_{(s,t) in C} p_T(t) (log p_T(t) - log p_S(s))
         + uld_weight * sum_r |sort(p_S outside C)_r - sort(p_T outside C)_r|
 
-Nothing is renormalised on C, so the first sum may be negative. The teacher's outside part is what its top-K kept;
-the rest counts as zeros. The student's is cut at ``uncommon_topk``.
+C is the common set of W; with ``kl=reverse`` its terms are p_S(s) (log p_S(s) - log p_T(t)). Nothing is renormalised
+on it and pairs that the teacher did not keep are left out, so the first sum may be negative. The sorted lists are
+padded with zeros to the longer one and both are cut at ``uncommon_topk``; the teacher's holds what its top-k kept
+outside C.
 
-Shapes: C chunks, V student vocabulary, O student tokens outside the common set, K entries summed over chunks,
-R ranks compared.
+A chunk's p_S is that of its first position, or with ``merge`` mean the geometric mean over its positions, not
+renormalised, as the teacher's then is. Stored per chunk: student ids and teacher log-probabilities of the kept pairs,
+and the teacher's other kept log-probabilities, descending.
+
+Shapes: P positions, C chunks, V student vocabulary, O student tokens outside the common set, K entries summed over
+chunks, J pairs of a chunk and a position, R ranks compared.
 """
 
-from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.autograd.function import once_differentiable
 
 from schemas.errors import VerificationError
-from trainer.losses.base import Arrays, ChunkColumns, LossSetup, owners
+from trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
+from trainer.losses.sorted_l1 import padded
+from trainer.losses.sparse_kl import cells, ranges
 
 
-class HKL:
+class HKL(Loss):
     """H-KL against the columns ``hkl_*`` of the target table."""
 
-    columns = ChunkColumns(
-        (),
-        {
-            "hkl_common_count": ("hkl_common_ids", "hkl_common_logprob"),
-            "hkl_other_count": ("hkl_other_logprob",),
-        },
-    )
+    columns = Columns.of("h-kl")
 
     def __init__(self, setup: LossSetup) -> None:
+        self.temperature, self.options, self.mean = setup.tau, setup.options, setup.merge == "mean"
         self.is_common = np.zeros(setup.student_size, np.bool_)
         self.is_common[setup.w.student_id[setup.w.common]] = True
         self.outside_O = torch.as_tensor(np.flatnonzero(~self.is_common), device=setup.device)
-        self.uld_weight, self.uncommon_topk = setup.uld_weight, setup.uncommon_topk
 
     def check(self, arrays: Arrays) -> None:
         """Every paired id must be in the common set of W."""
@@ -49,39 +51,78 @@ class HKL:
                 f"student id {bad} in hkl_common_ids is not common in w.parquet; write the targets again"
             )
 
-    def total(self, logp_CV: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
-        """See ``Loss.total``."""
-        common = _common_kl(logp_CV, targets)
-        if self.uld_weight == 0:
-            return common
-        return common + self.uld_weight * self._sorted_l1(logp_CV, targets)
+    def terms(self, view: View) -> Tensor:
+        """H-KL of each chunk, [C] nats."""
+        logp_CV = chunk_means(view) if self.mean else first_rows(view)
+        chunk_K = owners(view.columns["hkl_common_count"])
+        place_K = chunk_K * logp_CV.shape[1] + view.columns["hkl_common_ids"].long()
+        logp_S_K, l1_C = self._common_and_sorted(view, logp_CV, place_K)
+        kl_K = cells(view.columns["hkl_common_logprob"].to(logp_CV.dtype), logp_S_K, self.options.kl)
+        common_C = torch.zeros_like(l1_C).index_add(0, chunk_K, kl_K)
+        return self.options.common_weight * common_C + self.options.uld_weight * l1_C
 
-    def _sorted_l1(self, logp_CV: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
-        ranks = min(self.uncommon_topk, len(self.outside_O))
-        student_CR = logp_CV.index_select(1, self.outside_O).topk(ranks, dim=1).values.exp()
-        teacher_CR = _padded(targets["hkl_other_count"], targets["hkl_other_logprob"].to(logp_CV.dtype).exp())
-        teacher_CR = teacher_CR[:, : self.uncommon_topk]
-        width = max(ranks, teacher_CR.shape[1])
-        student_CR = pad(student_CR, (0, width - ranks))
-        return (student_CR - pad(teacher_CR, (0, width - teacher_CR.shape[1]))).abs().sum()
-
-
-def _common_kl(logp_CV: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
-    chunk_K = owners(targets["hkl_common_count"])
-    logp_S_K = logp_CV[chunk_K, targets["hkl_common_ids"].long()]
-    p_T_K = targets["hkl_common_logprob"].to(logp_CV.dtype).exp()
-    return (torch.xlogy(p_T_K, p_T_K) - p_T_K * logp_S_K).sum()
+    def _common_and_sorted(self, view: View, logp_CV: Tensor, place_K: Tensor) -> tuple[Tensor, Tensor]:
+        if self.options.uld_weight == 0:
+            return logp_CV.reshape(-1).index_select(0, place_K), logp_CV.new_zeros(len(logp_CV))
+        p_T_K = view.columns["hkl_other_logprob"].to(logp_CV.dtype).exp()
+        teacher_CR = padded(view.columns["hkl_other_count"], p_T_K)[:, : self.options.uncommon_topk]
+        ranks = min(self.options.uncommon_topk, len(self.outside_O))
+        inputs = (logp_CV.contiguous(), place_K, teacher_CR, self.outside_O, ranks)
+        logp_S_K, l1_C = _CommonAndSorted.apply(*inputs)  # type: ignore[no-untyped-call]
+        return logp_S_K, l1_C
 
 
-def _padded(count_C: Tensor, value_K: Tensor) -> Tensor:
-    """[C, longest] with zeros after each chunk's values."""
-    count_C = count_C.long()
-    longest = int(count_C.max()) if len(count_C) else 0
-    chunk_K = owners(count_C)
-    rank_K = torch.arange(len(value_K), device=value_K.device) - (count_C.cumsum(0) - count_C)[chunk_K]
-    padded_CR = value_K.new_zeros(len(count_C), longest)
-    padded_CR[chunk_K, rank_K] = value_K
-    return padded_CR
+def first_rows(view: View) -> Tensor:
+    """[C, V] log-probabilities at the chunks' first positions, without a copy where every position is one."""
+    return view.logp_PV if len(view.first_C) == len(view.logp_PV) else view.first_rows
+
+
+def chunk_means(view: View) -> Tensor:
+    """[C, V] mean of the log-probabilities over each chunk's positions."""
+    if len(view.first_C) == len(view.logp_PV):
+        return view.logp_PV
+    chunk_J, position_J = ranges(view.first_C, view.length_C)
+    sum_CV = view.logp_PV.new_zeros(len(view.first_C), view.logp_PV.shape[1])
+    sum_CV = sum_CV.index_add(0, chunk_J, view.logp_PV.index_select(0, position_J))
+    return sum_CV / view.length_C[:, None]
+
+
+class _CommonAndSorted(torch.autograd.Function):
+    """Log-probabilities at ``place_K`` of [C, V], and the sorted L1 [C] of columns O to the teacher's list, cut alike.
+
+    With n teacher values only the student's n largest need an order: every other rank adds its probability. One buffer
+    [C, O] holds what each cell adds, then its slope; the gradient is the other buffer. A second backward pass raises.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logp_CV: Tensor, place_K: Tensor, teacher_CR: Tensor, outside_O: Tensor, ranks: int
+    ) -> tuple[Tensor, Tensor]:
+        adds_CO = logp_CV.index_select(1, outside_O).exp_()
+        head = min(teacher_CR.shape[1], ranks)
+        if ranks < len(outside_O):
+            p_CR, rank_CR = adds_CO.topk(ranks, dim=1, sorted=False)
+            adds_CO.zero_().scatter_(1, rank_CR, p_CR)
+            p_CR, order_CR = p_CR.topk(head, dim=1)
+            rank_CR = rank_CR.gather(1, order_CR)
+        else:
+            p_CR, rank_CR = adds_CO.topk(head, dim=1)
+        gap_CR = p_CR - teacher_CR[:, :head]
+        adds_CO.scatter_(1, rank_CR, gap_CR.abs())
+        l1_C = adds_CO.sum(1) + teacher_CR[:, head:].sum(1)
+        adds_CO.scatter_(1, rank_CR, p_CR * gap_CR.sign())
+        ctx.save_for_backward(adds_CO, place_K, outside_O)
+        ctx.width = logp_CV.shape[1]
+        return logp_CV.view(-1).index_select(0, place_K), l1_C
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_K: Tensor, grad_C: Tensor) -> tuple[Tensor, None, None, None, None]:
+        slope_CO, place_K, outside_O = ctx.saved_tensors
+        grad_CV = slope_CO.new_zeros(len(slope_CO), ctx.width)
+        grad_CV.index_copy_(1, outside_O, slope_CO.mul_(grad_C[:, None]))
+        grad_CV.view(-1).index_add_(0, place_K, grad_K)
+        return grad_CV, None, None, None, None
 
 
 def open_loss(setup: LossSetup) -> HKL:

@@ -1,51 +1,56 @@
 """P-KL of X-Token (arXiv 2605.21699): the student projected through W into the teacher's vocabulary.
 
-    q_t = sum_s W[s, t] p_S(s)          P-KL = KL(p_T || q) at a chunk's first position, REST as one cell
+    q_t = sum_s W[s, t] p_S(s)          P-KL = KL(p_T || q), or KL(q || p_T) with ``kl=reverse``
 
-Only the columns of W that the chunk keeps are touched; nothing of size chunks x teacher vocabulary exists.
+How a chunk becomes one distribution (``merge`` of the targets):
 
-Shapes: C chunks, V student vocabulary, U teacher vocabulary, K kept entries summed over chunks, N entries of W,
-E = for every kept entry the N-entries of its column.
+* ``first``: both sides at the chunk's first position. The paper multiplies these by the probabilities of the later
+  realised tokens; over a distribution that sums to 1 these factors cancel.
+* ``mean``: q is the mean of the projected probabilities over the chunk's positions, p_T what align made of the
+  teacher's rows (the normalised geometric mean). Both are renormalised over the kept cells, as under ``rest=drop``.
+
+Stored per chunk: teacher ids that W reaches, their log-probabilities and REST, unreached mass already moved. Only the
+columns of W that a chunk keeps are touched; nothing of size chunks x teacher vocabulary exists. See
+``trainer.losses.sparse_kl`` for the divergence, REST, and how far a truncated row can be from the whole one.
+
+``learn_w``: the nonzero pattern of W is fixed, log W[s, t] = log_softmax over the row of theta[s, t]. A row of one
+entry stays 1.
+
+Shapes: P positions, C chunks, V student vocabulary, U teacher vocabulary, K kept entries summed over chunks, N entries
+of W, J pairs of a kept entry and a position, E entries of W's column for each pair, M cells of [P, V] that these touch,
+R rows of W, X their entries.
 """
-
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from schemas.errors import VerificationError
-from trainer.losses.base import Arrays, ChunkColumns, LossSetup, owners
-from trainer.losses.sparse_kl import sparse_kl_total
+from trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
+from trainer.losses.sparse_kl import NOTHING, group_logsumexp, kept_and_rest, ranges, sparse_kl
 
-# A student token whose W row lies wholly inside the kept set gives REST this log-share instead of -inf: never nan,
-# and far below any log-probability that float32 logits reach, so the gradient is right while REST is above e^-60.
-LOG_NOTHING = -80.0
 ROW_SUM_ROUNDING = 1e-6  # float32 weights of a row sum to 1 within this
 
 
-@dataclass(frozen=True)
-class _Gathered:
-    """Columns of W for the kept entries: owner entry, flat place in [C, V], weight; all [E]."""
+class PKL(Loss):
+    """P-KL against the columns ``pkl_*`` of the target table."""
 
-    entry_E: Tensor
-    place_E: Tensor
-    weight_E: Tensor
-
-
-class PKL:
-    """P-KL against the columns ``pkl_*`` of the target table; W is constant."""
-
-    columns = ChunkColumns(("pkl_rest_logprob",), {"pkl_count": ("pkl_ids", "pkl_logprob")})
+    columns = Columns.of("p-kl")
 
     def __init__(self, setup: LossSetup) -> None:
-        order = np.argsort(setup.w.teacher_id, kind="stable")
+        self.temperature, self.kl, self.mean = setup.tau, setup.options.kl, setup.merge == "mean"
+        self.drop = self.mean or setup.options.rest == "drop"
         self.degree = np.bincount(setup.w.teacher_id, minlength=setup.teacher_size)
-        start = np.concatenate([[0], np.cumsum(self.degree)])
-        self.start_U = torch.as_tensor(start, device=setup.device)
-        self.student_N = torch.as_tensor(setup.w.student_id[order].astype(np.int64), device=setup.device)
-        self.weight_N = torch.as_tensor(setup.w.weight[order], device=setup.device)
+        by_column = np.argsort(setup.w.teacher_id, kind="stable")
+        self.column_N = torch.as_tensor(by_column, device=setup.device)
+        self.degree_U = torch.as_tensor(self.degree, device=setup.device)
+        self.start_U = self.degree_U.cumsum(0) - self.degree_U
+        self.student_N = torch.as_tensor(setup.w.student_id.astype(np.int64), device=setup.device)
+        self.weight_N = torch.tensor(setup.w.weight, device=setup.device)
+        self.theta = torch.nn.Parameter(self.weight_N.log()) if setup.learn_w else None
+        self.size_V = torch.bincount(self.student_N, minlength=setup.student_size)
+        self.row_V = self.size_V.cumsum(0) - self.size_V
 
     def check(self, arrays: Arrays) -> None:
         """Every kept id must be a column of W."""
@@ -56,44 +61,53 @@ class PKL:
             bad = int(ids[~reached][0])
             raise VerificationError(f"teacher id {bad} in pkl_ids is not reached by w.parquet; write the targets again")
 
-    def total(self, logp_CV: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
-        """See ``Loss.total``."""
-        chunk_K = owners(targets["pkl_count"])
-        gathered = self._gather(targets["pkl_ids"].long(), chunk_K, logp_CV.shape[1])
-        logq_K = _projected(logp_CV, gathered, len(chunk_K))
-        rest_logq_C = _projected_rest(logp_CV, gathered)
-        return sparse_kl_total(targets["pkl_logprob"], logq_K, chunk_K, targets["pkl_rest_logprob"], rest_logq_C)
+    def terms(self, view: View) -> Tensor:
+        """P-KL of each chunk, [C] nats."""
+        ids_K, chunk_K = view.columns["pkl_ids"].long(), owners(view.columns["pkl_count"])
+        length_K = view.length_C[chunk_K] if self.mean else torch.ones_like(chunk_K)
+        kept_J, position_J = ranges(view.first_C[chunk_K], length_K)
+        pair_E, column_E = ranges(self.start_U[ids_K[kept_J]], self.degree_U[ids_K[kept_J]])
+        w_E = self.column_N[column_E]
+        place_E = position_J[pair_E] * view.logp_PV.shape[1] + self.student_N[w_E]
+        logw_E = self._log_weight(w_E, view.logp_PV.dtype)
+        if self.drop:  # the mean's factor 1 / length cancels with the rest of the normaliser
+            logp_E, rest_logq_C = view.logp_PV.reshape(-1).index_select(0, place_E), None
+        else:
+            logp_E, rest_P = _through_w(view.logp_PV, place_E, logw_E)
+            rest_logq_C = rest_P[view.first_C]
+        logq_K = group_logsumexp(logp_E + logw_E, kept_J[pair_E], len(ids_K))
+        logp_K, rest_logp_C = view.columns["pkl_logprob"], view.columns["pkl_rest_logprob"]
+        return sparse_kl(logp_K, logq_K, chunk_K, rest_logp_C, rest_logq_C, self.kl)
 
-    def _gather(self, ids_K: Tensor, chunk_K: Tensor, width: int) -> _Gathered:
-        first_K = self.start_U[ids_K]
-        degree_K = self.start_U[ids_K + 1] - first_K
-        entry_E = owners(degree_K)
-        before_K = degree_K.cumsum(0) - degree_K
-        slot_E = first_K[entry_E] + torch.arange(len(entry_E), device=ids_K.device) - before_K[entry_E]
-        return _Gathered(entry_E, chunk_K[entry_E] * width + self.student_N[slot_E], self.weight_N[slot_E])
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """theta [N], with ``learn_w``."""
+        return [] if self.theta is None else [self.theta]
+
+    def weights(self) -> NDArray[np.float32]:
+        """[N], in W's order: the weights as they stand."""
+        if self.theta is None:
+            return self.weight_N.cpu().numpy()
+        every_N = torch.arange(len(self.theta), device=self.theta.device)
+        return self._log_weight(every_N, torch.float32).detach().exp().cpu().numpy()
+
+    def _log_weight(self, w_E: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.theta is None:
+            return self.weight_N[w_E].to(dtype).log()
+        student_R, row_E = torch.unique(self.student_N[w_E], return_inverse=True)
+        row_X, w_X = ranges(self.row_V[student_R], self.size_V[student_R])
+        logsum_R = group_logsumexp(self.theta[w_X], row_X, len(student_R))
+        return (self.theta[w_E] - logsum_R[row_E]).to(dtype)
 
 
-def _projected(logp_CV: Tensor, gathered: _Gathered, entries: int) -> Tensor:
-    """log q [K] = log-sum-exp over the entry's column of W."""
-    term_E = logp_CV.reshape(-1).index_select(0, gathered.place_E) + gathered.weight_E.to(logp_CV.dtype).log()
-    top_K = term_E.new_full((entries,), -torch.inf)
-    top_K = top_K.scatter_reduce(0, gathered.entry_E, term_E.detach(), "amax")
-    scaled_E = (term_E - top_K[gathered.entry_E]).exp()
-    return top_K + term_E.new_zeros(entries).index_add(0, gathered.entry_E, scaled_E).log()
+def _through_w(logp_PV: Tensor, place_E: Tensor, logw_E: Tensor) -> tuple[Tensor, Tensor]:
+    """[E] log-probabilities, and [P] log of the mass that W takes nowhere into the kept set.
 
-
-def _projected_rest(logp_CV: Tensor, gathered: _Gathered) -> Tensor:
-    """log q_rest [C] = log-sum-exp over all s of log p_S(s) + log(1 - sum of W[s, t] over the kept t).
-
-    This is the complement of sum_A q as a sum of non-negative parts. log1mexp(log sum_A q) costs less, but as
-    sum_A q nears 1 its gradient Q / (1 - Q) divides one rounding error by another, exactly where REST must pull.
+    A student token whose row lies wholly inside the kept set, to rounding, adds ``NOTHING``.
     """
-    scratch = logp_CV.new_zeros(logp_CV.numel())  # [C * V]: W inside the kept set, then log of what is outside
-    scratch.index_put_((gathered.place_E,), gathered.weight_E.to(logp_CV.dtype), accumulate=True)
-    share_E = 1 - scratch[gathered.place_E]
-    logshare_E = torch.where(share_E > ROW_SUM_ROUNDING, share_E.clamp(min=ROW_SUM_ROUNDING).log(), LOG_NOTHING)
-    scratch.zero_().index_put_((gathered.place_E,), logshare_E)
-    return torch.logsumexp(logp_CV + scratch.view_as(logp_CV), dim=1)
+    place_M, cell_E = torch.unique(place_E, return_inverse=True)
+    share_M = 1 - logw_E.new_zeros(len(place_M)).index_add(0, cell_E, logw_E.exp())
+    share_M = torch.where(share_M > ROW_SUM_ROUNDING, share_M, NOTHING)
+    return kept_and_rest(logp_PV, place_E, place_M, share_M)
 
 
 def open_loss(setup: LossSetup) -> PKL:

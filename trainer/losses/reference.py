@@ -3,6 +3,7 @@
 Shapes: V student vocabulary, U teacher vocabulary. ``p_S`` is float64 [V] and may carry a gradient.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,25 +15,41 @@ def cross_entropy(p_S: Tensor, label: int) -> Tensor:
     return -p_S[label].log()
 
 
-def p_kl(p_S: Tensor, W: Tensor, p_T: Mapping[int, float], rest: float) -> Tensor:
-    """X-Token's P-KL with REST as one cell: KL(p_T || W^T p_S).
+def sparse_kl(q: Tensor, p_T: Mapping[int, float], rest: float, *, kl: str = "forward", drop: bool = False) -> Tensor:
+    """KL(p_T || q), or KL(q || p_T) for ``reverse``, with REST as one cell, or renormalised without it.
 
     Args:
-        p_S: student probabilities.
-        W: [V, U]; rows sum to 1 or are zero.
-        p_T: kept teacher probabilities by teacher id; with ``rest`` they sum to 1.
-        rest: the teacher's mass that is not kept.
+        q: student probabilities, by the ids that ``p_T`` has; what they lack to 1 is REST, too.
+        p_T: kept teacher probabilities by id; with ``rest`` they sum to 1.
+        rest: the teacher's mass that is not kept; at least 2^-24 counts for ``reverse``.
     """
-    q = W.T @ p_S
     kept = sorted(p_T)
-    loss = p_S.new_zeros(())
-    for t in kept:
-        if p_T[t] > 0:
-            loss = loss + p_T[t] * (torch.tensor(p_T[t], dtype=p_S.dtype).log() - q[t].log())
-    if rest > 0:
-        q_rest = 1 - q[kept].sum()
-        loss = loss + rest * (torch.tensor(rest, dtype=p_S.dtype).log() - q_rest.log())
+    p, q_kept = torch.tensor([p_T[t] for t in kept], dtype=q.dtype), q[kept]
+    if drop:
+        p, q_kept = p / p.sum(), q_kept / q_kept.sum()
+    else:
+        rest = max(rest, 2**-24) if kl == "reverse" else rest
+        p, q_kept = torch.cat([p, p.new_tensor([rest])]), torch.cat([q_kept, 1 - q_kept.sum()[None]])
+    loss = q.new_zeros(())
+    for p_t, q_t in zip(p, q_kept, strict=True):
+        if kl == "reverse":
+            loss = loss + q_t * (q_t.log() - p_t.log())
+        elif p_t > 0:
+            loss = loss + p_t * (p_t.log() - q_t.log())
     return loss
+
+
+def p_kl(
+    p_S: Tensor, W: Tensor, p_T: Mapping[int, float], rest: float, *, kl: str = "forward", drop: bool = False
+) -> Tensor:
+    """X-Token's P-KL: ``sparse_kl`` of W^T p_S.
+
+    Args:
+        p_S: student probabilities; of merge ``mean``, their mean over the chunk's positions, with ``drop``.
+        W: [V, U]; rows sum to 1 or are zero.
+        p_T, rest, kl, drop: see ``sparse_kl``.
+    """
+    return sparse_kl(W.T @ p_S, p_T, rest, kl=kl, drop=drop)
 
 
 def h_kl(
@@ -42,20 +59,25 @@ def h_kl(
     other: Sequence[float],
     uld_weight: float,
     uncommon_topk: int,
+    *,
+    kl: str = "forward",
+    common_weight: float = 1.0,
 ) -> Tensor:
     """X-Token's H-KL.
 
     Args:
-        p_S: student probabilities.
+        p_S: student probabilities; of merge ``mean``, their geometric mean over the chunk's positions.
         common_set: every student id of C.
         common: teacher probability by student id, for the kept pairs of C.
         other: the teacher's other kept probabilities.
         uld_weight: weight of the sorted L1 part.
         uncommon_topk: ranks compared.
+        kl, common_weight: direction and weight of the KL on C.
     """
-    kl = p_S.new_zeros(())
+    on_pairs = p_S.new_zeros(())
     for s, p in common.items():
-        kl = kl + p * (torch.tensor(p, dtype=p_S.dtype).log() - p_S[s].log())
+        log_ratio = torch.tensor(p, dtype=p_S.dtype).log() - p_S[s].log()
+        on_pairs = on_pairs + (-p_S[s] * log_ratio if kl == "reverse" else p * log_ratio)
     outside = [s for s in range(len(p_S)) if s not in set(common_set)]
     student = torch.sort(p_S[outside], descending=True).values[:uncommon_topk]
     teacher = torch.tensor(sorted(other, reverse=True), dtype=p_S.dtype)[:uncommon_topk]
@@ -64,4 +86,112 @@ def h_kl(
         ours = student[rank] if rank < len(student) else torch.zeros_like(l1)
         theirs = teacher[rank] if rank < len(teacher) else torch.zeros_like(l1)
         l1 = l1 + (ours - theirs).abs()
-    return kl + uld_weight * l1
+    return common_weight * on_pairs + uld_weight * l1
+
+
+def chain_rule(rows: Tensor, labels: Sequence[int], merge: str) -> Tensor:
+    """A chunk's row [V] under the chain rule, not renormalised.
+
+    Args:
+        rows: [n, V] distributions that predict the chunk's tokens.
+        labels: the n realised tokens.
+        merge: ``first`` row times the later realised probabilities, or ``last`` row times the earlier ones.
+    """
+    others = range(1, len(labels)) if merge == "first" else range(len(labels) - 1)
+    row = rows[0] if merge == "first" else rows[-1]
+    for i in others:
+        row = row * rows[i, labels[i]]
+    return row
+
+
+def sorted_l1(p_S: Tensor, p_T: Sequence[float]) -> Tensor:
+    """Sum over ranks of |student - teacher|, the shorter list padded with zeros: ULD, given rows of the chain rule."""
+    student = torch.sort(p_S, descending=True).values
+    teacher = sorted(p_T, reverse=True)
+    total = p_S.new_zeros(())
+    for rank in range(max(len(student), len(teacher))):
+        ours = student[rank] if rank < len(student) else p_S.new_zeros(())
+        theirs = teacher[rank] if rank < len(teacher) else 0.0
+        total = total + (ours - theirs).abs()
+    return total
+
+
+def generalised_jsd(p_S: Tensor, p_T: Mapping[int, float], matched: Sequence[int], beta: float) -> Tensor:
+    """GOLD's divergence on the matched student ids; ids that ``p_T`` lacks have teacher probability 0.
+
+    With beta = 1 a teacher probability counts as at least 1e-8.
+    """
+    total = p_S.new_zeros(())
+    for s in matched:
+        p, q = p_S[s], torch.tensor(p_T.get(s, 0.0), dtype=p_S.dtype)
+        if beta == 1:
+            total = total + p * (p / q.clamp(min=1e-8)).log()
+            continue
+        m = (1 - beta) * p + beta * q
+        if q > 0:
+            total = total + (1 if beta == 0 else beta) * q * (q / m).log()
+        if beta > 0:
+            total = total + (1 - beta) * p * (p / m).log()
+    return total
+
+
+def gold(
+    p_S: Tensor, p_T: Mapping[int, float], other: Sequence[float], matched: Sequence[int], beta: float, teacher: int
+) -> Tensor:
+    """Strict GOLD of rows of the chain rule.
+
+    Args:
+        p_S: [V] student row.
+        p_T: kept teacher values by matched student id.
+        other: the teacher's other kept values.
+        matched: every matched student id.
+        beta: of the divergence.
+        teacher: size of the teacher's vocabulary.
+    """
+    weight = len(matched) / teacher
+    outside = [s for s in range(len(p_S)) if s not in set(matched)]
+    jsd = generalised_jsd(p_S, p_T, matched, beta)
+    return weight * jsd + (1 - weight) * sorted_l1(p_S[outside], other)
+
+
+def alm(l_T: float, l_S: Tensor, mode: str, tau_b: float) -> Tensor:
+    """ALM's divergence of two chunk log-likelihoods (arXiv 2503.20083), eps = 1e-6."""
+    eps = 1e-6
+    if mode == "abs":
+        return (l_T - l_S).abs()
+    if mode == "limit":
+        a, b = torch.tensor(l_T - eps, dtype=l_S.dtype), l_S - eps
+        return (a - b) + a * (-b).log() - a * (-a).log()
+    a, b = torch.tensor(l_T / tau_b - eps, dtype=l_S.dtype), l_S / tau_b - eps
+    if mode == "reverse":
+        a, b = b, a
+    p, q = a.exp(), b.exp()
+    return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+
+
+def byte_prefix_kl(p_S: Tensor, q: Mapping[int, float], rest: float) -> Tensor:
+    """Root or interior term: KL(q || p_S) over the student ids of ``q``, everything else one cell."""
+    total = p_S.new_zeros(())
+    for u, mass in q.items():
+        if mass > 0:
+            total = total + mass * (math.log(mass) - p_S[u].log())
+    if rest > 0:
+        others = [u for u in range(len(p_S)) if u not in q]
+        total = total + rest * (math.log(rest) - p_S[others].sum().log())
+    return total
+
+
+def byte_prefix_child(p_S: Tensor, tokens: Sequence[bytes], groups: Mapping[bytes, float]) -> Tensor:
+    """Child term: -sum over groups of mass * log of what the student gives to tokens that start with their bytes r.
+
+    Args:
+        p_S: [V] student row behind the chunk's first token.
+        tokens: bytes of each student token, empty for specials.
+        groups: mass of each group by its next bytes r; one that no student token starts with is left out.
+    """
+    total = p_S.new_zeros(())
+    for r, mass in groups.items():
+        starts = [u for u, data in enumerate(tokens) if data.startswith(r)]
+        if starts:
+            total = total - mass * p_S[starts].sum().log()
+    return total
