@@ -50,6 +50,7 @@ app = typer.Typer(
 INTERRUPTED = 130
 C = TypeVar("C", bound=BaseModel)
 Figures = dict[str, Any]
+LISTS = (list[str], list[float])  # written with commas on the command line
 Verb = Callable[[Any, Bars], Figures]
 
 
@@ -68,8 +69,8 @@ def _options(model: type[BaseModel]) -> list[python_inspect.Parameter]:
         argument = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("argument")
         kind: Any = field.annotation
         default: Any = python_inspect.Parameter.empty if field.default is PydanticUndefined else field.default
-        if kind == list[str]:
-            kind, default = str, ",".join(default)
+        if kind in LISTS:
+            kind, default = str, default if default is python_inspect.Parameter.empty else ",".join(map(str, default))
         flag = _flag(name, field)
         shown = f"--{flag}/--no-{flag}" if kind is bool and default is True else f"--{flag}"
         info: Any = typer.Argument(help=field.description) if argument else typer.Option(shown, help=field.description)
@@ -81,7 +82,7 @@ def _options(model: type[BaseModel]) -> list[python_inspect.Parameter]:
 
 def _build(model: type[C], values: dict[str, Any]) -> C:
     for name, field in model.model_fields.items():
-        if field.annotation == list[str]:
+        if field.annotation in LISTS:
             values[name] = [item.strip() for item in str(values[name]).split(",") if item.strip()]
     try:
         return model(**values)
@@ -188,7 +189,9 @@ def run_project(config: ProjectConfig, bars: Bars) -> Figures:
     """Build W and print its coverage."""
     from pipeline.project import project
 
-    return {**project(config, bars).coverage, "out": config.out}
+    manifest = project(config, bars)
+    pair = {"student": manifest.student.name, "teacher": manifest.teacher.name, "rule": config.rule}
+    return {**pair, **manifest.coverage, "page": f"{config.out.rstrip('/')}/coverage.html", "out": config.out}
 
 
 @verb(AlignConfig, "xtoken align capture --student HuggingFaceTB/SmolLM2-135M --out targets --for p-kl,h-kl")
@@ -227,7 +230,44 @@ def run_train(config: TrainConfig, bars: Bars) -> Figures:
 
     tokenizer = load_tokenizer(config.tokenizer or config.student, trust_remote_code=config.trust_remote_code)
     samples = eval_samples(config.eval_text, tokenizer, config.max_tokens) if config.eval_text else []
-    return train(config, tokenizer.table.info, samples, bars)
+    summary = train(config, tokenizer.table.info, samples, bars)
+    return summary | ({"learned_w": _learned_w(config, summary["learned_w"])} if "learned_w" in summary else {})
+
+
+def _learned_w(config: TrainConfig, files: list[Figures]) -> list[str]:
+    """Projection folders of the weights that training left, which 'xtoken align --w' and 'xtoken inspect' read."""
+    import numpy as np
+
+    from pipeline.project import write_learned
+
+    folders = []
+    for found in files:
+        folders.append(found["file"].removesuffix(".npy"))
+        weights = np.load(found["file"], allow_pickle=False)
+        write_learned(config.targets[found["teacher"]], weights, folders[-1], config.out)
+    return folders
+
+
+@app.command("losses")
+def run_losses(as_json: JSON_FLAG = False, quiet: QUIET_FLAG = False) -> None:
+    """List the losses: what each matches, what it needs stored, when to use it, where it comes from.
+
+    Example: xtoken losses
+    """
+    _guarded(lambda _: {"losses": loss_rows()}, as_json, quiet)
+
+
+def loss_rows() -> list[Figures]:
+    """The registry, with the target columns of each loss."""
+    from schemas.tables import target_columns
+    from trainer.losses import REGISTRY
+
+    rows = []
+    for name, entry in REGISTRY.items():
+        columns = [column.name for column in target_columns([name], base=False)]
+        row = {"loss": name, "matches": entry.matches, "stored": entry.stored, "when": entry.when}
+        rows.append(row | {"source": entry.source, "columns": columns})
+    return rows
 
 
 @verb(EvalConfig, "xtoken eval run/model --text held-out.jsonl --targets held-out-targets")

@@ -1,6 +1,6 @@
 """Checkpoints: folders of safetensors and one JSON file, published by a rename, verified when written and loaded.
 
-checkpoints/step-000050/model.safetensors      weights and persistent buffers
+checkpoints/step-000050/model.safetensors      weights, persistent buffers, what losses learn
                         optimizer.safetensors  AdamW's state
                         rng.safetensors        random state
                         state.json             step, loader position, sha256 of the three, and of itself
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import digest
-from trainer.optim import optimizer_tensors, restore_optimizer
+from trainer.losses.base import Loss
+from trainer.optim import named_parameters, optimizer_tensors, restore_optimizer
 
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 STATE = "state.json"
@@ -38,7 +40,13 @@ class Restored:
 
 
 def save_checkpoint(
-    root: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    root: Path,
+    step: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    losses: Sequence[Loss],
+    state: dict[str, Any],
+    keep: int,
 ) -> None:
     """Write, read back, publish, then delete all but the newest ``keep``.
 
@@ -50,7 +58,7 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write(temporary, step, model, optimizer, state)
+        _write(temporary, step, (model, optimizer, losses), state)
         _verify(temporary)
         shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be in the way
         temporary.rename(final)
@@ -65,7 +73,9 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def restore_checkpoint(root: Path, model: Any, optimizer: torch.optim.Optimizer) -> Restored | None:
+def restore_checkpoint(
+    root: Path, model: Any, optimizer: torch.optim.Optimizer, losses: Sequence[Loss]
+) -> Restored | None:
     """Load the newest checkpoint whose files have their recorded sha256; None where there are none.
 
     Damaged newer ones are set aside as ``damaged-step-...``, so that ``keep`` never counts them.
@@ -82,7 +92,7 @@ def restore_checkpoint(root: Path, model: Any, optimizer: torch.optim.Optimizer)
         except VerificationError as error:
             damaged[folder] = str(error)
             continue
-        _load(folder, model, optimizer)
+        _load(folder, (model, optimizer, losses))
         for bad in damaged:
             shutil.rmtree(bad.with_name(f"damaged-{bad.name}"), ignore_errors=True)
             bad.rename(bad.with_name(f"damaged-{bad.name}"))
@@ -99,8 +109,13 @@ def _found(root: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def _write(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    tensors = (_model_tensors(model), optimizer_tensors(model, optimizer), _random_state())
+_Trained = tuple[Any, torch.optim.Optimizer, Sequence[Loss]]
+
+
+def _write(folder: Path, step: int, trained: _Trained, state: dict[str, Any]) -> None:
+    model, optimizer, losses = trained
+    parameters = named_parameters(model, losses)
+    tensors = (_model_tensors(model, losses), optimizer_tensors(parameters, optimizer), _random_state())
     for name, group in zip(FILES, tensors, strict=True):
         save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, folder / name)
     record: dict[str, Any] = {"step": step, "state": state, "sha256": {name: _sha256(folder / name) for name in FILES}}
@@ -123,26 +138,27 @@ def _verify(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    ours = _model_tensors(model)
+def _load(folder: Path, trained: _Trained) -> None:
+    model, optimizer, losses = trained
+    ours = _model_tensors(model, losses)
     stored = load_file(folder / FILES[0])
     if stored.keys() != ours.keys() or any(stored[name].shape != ours[name].shape for name in ours):
         raise XtokenError(f"{folder} holds another model's weights; use another --out")
     with torch.no_grad():
         for name, tensor in ours.items():
             tensor.copy_(stored[name])
-    restore_optimizer(model, optimizer, load_file(folder / FILES[1]))
+    restore_optimizer(named_parameters(model, losses), optimizer, load_file(folder / FILES[1]))
     random = load_file(folder / FILES[2])
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])
 
 
-def _model_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Parameters (tied ones once) and persistent buffers."""
+def _model_tensors(model: Any, losses: Sequence[Loss]) -> dict[str, torch.Tensor]:
+    """Parameters (tied ones once), persistent buffers, and what losses learn."""
     persistent = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return dict(model.named_parameters()) | buffers
+    return named_parameters(model, losses) | buffers
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -13,27 +13,31 @@ from schemas.config import TrainConfig
 from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo
 from schemas.progress import Progress
-from trainer.batches import Layout, Loader, Position, StepBatch, context_token
+from trainer.batches import Loader, Position, StepBatch
 from trainer.checkpoint import restore_checkpoint, save_checkpoint
 from trainer.evaluate import EvalSample, held_out_targets, measure_student
+from trainer.learned_w import save_weights
 from trainer.losses import open_loss
 from trainer.losses.base import Loss, LossSetup
 from trainer.metrics import Metrics
 from trainer.model import check_context, check_width, head_width, load_student, pick_autocast, pick_device, save_student
 from trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from trainer.run import Run
+from trainer.samples import Layout, context_token
+from trainer.sources import Sources
 from trainer.step import Figures, Mixing, Student, run_step
 from trainer.targets import Targets
 
 
 @dataclass
 class _Training:
-    """Everything a run holds while it goes; ``step``, ``tokens`` and ``chunks`` count what is done."""
+    """Everything a run holds while it goes; ``step``, ``tokens``, ``chunks`` count what is done, ``held`` samples per
+    teacher."""
 
     config: TrainConfig
     run: Run
     student: Student
-    loss: Loss
+    losses: tuple[Loss, ...]
     optimizer: torch.optim.Optimizer
     loader: Loader
     metrics: Metrics
@@ -41,6 +45,7 @@ class _Training:
     tokens: int
     chunks: int
     seconds: float
+    held: list[int]
     damaged: list[str]
 
 
@@ -59,17 +64,16 @@ def train(
     """Train to the end, going on from ``config.out`` where the same run left checkpoints.
 
     Returns:
-        ``steps``, ``epochs``, ``tokens``, ``chunks``, ``cut_tokens`` (beyond max_tokens, never seen), ``seconds``,
-        ``loss``, ``kd``, ``ce`` (nats, mean of the last ten steps), ``model`` (folder) and, with held-out data,
-        ``before`` and ``after`` (see ``measure_student``).
+        ``steps``, ``epochs``, ``tokens``, ``chunks`` (of all teachers), ``cut_tokens`` (beyond max_tokens, never
+        seen), ``seconds``, ``loss``, ``kd``, ``ce`` (nats, mean of the last ten steps), ``model`` (folder); with
+        several teachers ``teachers``: each one's loss, samples and mean KD; with ``learn_w`` the file of each learned
+        W under ``learned_w``; with held-out data ``before`` and ``after`` (see ``measure_student``).
 
     Raises:
         XtokenError: targets, student, tokenizer and options do not fit each other, ``out`` holds another run, the
             loss stopped being a number, or the disk is full. The last checkpoint stays.
     """
-    targets = Targets(config.targets)
-    targets.require(config.loss)
-    targets.require_student(student_tokenizer)
+    targets = _open_targets(config, student_tokenizer)
     held_out = _HeldOut(student_tokenizer, eval_samples, _eval_targets(config, student_tokenizer))
     run = Run(config, targets, student_tokenizer)
     finished = run.summary()
@@ -83,12 +87,26 @@ def train(
         raise XtokenError(f"the disk of {config.out} is full ({error}); make room and run the same command") from error
 
 
+def _open_targets(config: TrainConfig, tokenizer: TokenizerInfo) -> list[Targets]:
+    """The target folders, each fit for its loss, its options and this student."""
+    folders = []
+    for root, loss in zip(config.targets, config.losses, strict=True):
+        targets = Targets(root)
+        targets.require(loss)
+        targets.require_options(loss, config)
+        targets.require_student(tokenizer)
+        folders.append(targets)
+    return folders
+
+
 def _to_the_end(training: _Training, held_out: _HeldOut, progress: Progress) -> dict[str, Any]:
     before = _evaluate(training, held_out, "before", progress)
     _train_steps(training, progress)
     after = _evaluate(training, held_out, "after", progress)
     save_student(training.student.model, training.config.student, training.run.model)
     summary = _summary(training) | {k: v for k, v in (("before", before), ("after", after)) if v}
+    learned = save_weights(training.losses, training.loader.sources.folders, training.run.root)
+    summary |= {"learned_w": learned} if learned else {}
     training.run.finish(summary)
     return summary
 
@@ -97,24 +115,34 @@ def _eval_targets(config: TrainConfig, tokenizer: TokenizerInfo) -> Targets | No
     return held_out_targets(config.eval_targets, tokenizer) if config.eval_targets else None
 
 
-def _start(config: TrainConfig, targets: Targets, tokenizer: TokenizerInfo, run: Run) -> _Training:
+def _start(config: TrainConfig, folders: list[Targets], tokenizer: TokenizerInfo, run: Run) -> _Training:
     device = pick_device(config.device)
-    w, needed = targets.w, targets.needed_width  # their sha256 is checked before the model loads
+    for targets in folders:  # the sha256 of their side tables is checked before the model loads
+        _ = targets.w, targets.vocab
+    needed = max(targets.needed_width for targets in folders)
     model = load_student(config.student, device, config.trust_remote_code)
     check_width(model, needed, config.student)
     check_context(model, config.max_tokens, config.student)
     model.train()
     torch.manual_seed(config.seed)
     vocabulary = min(tokenizer.size, head_width(model))
-    teacher_size = targets.manifest.teacher_tokenizer.size
-    setup = LossSetup(w.within(vocabulary), vocabulary, teacher_size, device, config.uld_weight, config.uncommon_topk)
-    optimizer, loss = build_optimizer(model, config), open_loss(config.loss, setup)
-    restored = restore_checkpoint(run.checkpoints, model, optimizer)
-    state: dict[str, Any] = restored.state if restored else {"tokens": 0, "chunks": 0, "seconds": 0.0, "position": {}}
+    losses = tuple(
+        open_loss(name, _setup(config, targets, name, vocabulary, device))
+        for name, targets in zip(config.losses, folders, strict=True)
+    )
+    optimizer = build_optimizer(model, config, losses)
+    restored = restore_checkpoint(run.checkpoints, model, optimizer, losses)
+    state: dict[str, Any] = (
+        restored.state
+        if restored
+        else {"tokens": 0, "chunks": 0, "seconds": 0.0, "held": [0] * len(folders), "position": {}}
+    )
     step = restored.step if restored else 0
+    weights = tuple(config.weights) or (1.0,) * len(folders)
+    layout = Layout(context_token(tokenizer), config.max_tokens, vocabulary, losses, weights, config.weighting)
     loader = Loader(
-        targets,
-        Layout(context_token(tokenizer), config.max_tokens, vocabulary, loss.columns),
+        Sources(folders),
+        layout,
         step_tokens=config.step_tokens,
         micro_tokens=config.micro_tokens,
         seed=config.seed,
@@ -123,7 +151,22 @@ def _start(config: TrainConfig, targets: Targets, tokenizer: TokenizerInfo, run:
     student = Student(model, device, pick_autocast(config.autocast, device), vocabulary)
     metrics = Metrics(run.metrics, step)
     damaged = restored.damaged if restored else []
-    return _Training(config, run, student, loss, optimizer, loader, metrics, step, damaged=damaged, **state)
+    return _Training(config, run, student, losses, optimizer, loader, metrics, step, damaged=damaged, **state)
+
+
+def _setup(config: TrainConfig, targets: Targets, loss: str, vocabulary: int, device: torch.device) -> LossSetup:
+    manifest = targets.manifest
+    return LossSetup(
+        targets.w.within(vocabulary),
+        targets.vocab,
+        vocabulary,
+        manifest.teacher_tokenizer.size,
+        device,
+        config,
+        manifest.tau,
+        manifest.merge,
+        config.learn_w and loss == "p-kl",
+    )
 
 
 def _train_steps(training: _Training, progress: Progress) -> None:
@@ -144,25 +187,24 @@ def _train_step(training: _Training) -> dict[str, Any]:
     batch, step = training.loader.step(), training.step + 1
     training.optimizer.zero_grad(set_to_none=True)
     mixing = Mixing(config.mix, config.kd_weight, config.ce_weight)
-    figures = run_step(training.student, batch, training.loss, mixing)
+    figures = run_step(training.student, batch, training.losses, mixing)
     norm = float(torch.nn.utils.clip_grad_norm_(training.student.model.parameters(), config.clip))
     _check_finite(training, batch, figures, norm)
     lr = learning_rate(step, config)
-    set_learning_rate(training.optimizer, lr)
+    set_learning_rate(training.optimizer, lr / config.lr)
     training.optimizer.step()
     seconds = time.monotonic() - began
-    training.step, training.tokens, training.chunks = (
-        step,
-        training.tokens + batch.tokens,
-        training.chunks + batch.chunks,
-    )
-    training.seconds += seconds
-    losses = {name: value for name, value in asdict(figures).items() if value is not None}
+    training.step, training.seconds = step, training.seconds + seconds
+    training.tokens, training.chunks = training.tokens + batch.tokens, training.chunks + sum(batch.chunks)
+    training.held = [done + new for done, new in zip(training.held, batch.held, strict=True)]
+    losses = {name: value for name, value in asdict(figures).items() if value is not None and name != "teachers"}
+    if len(batch.held) > 1:
+        losses |= {"teacher_kd": list(figures.teachers), "teacher_samples": list(batch.held)}
     return {
         "step": step,
         "epoch": batch.after.epoch,
         "tokens": training.tokens,
-        "chunks": batch.chunks,
+        "chunks": sum(batch.chunks),
         "cut_tokens": batch.cut,
         "seconds": seconds,
         "tokens_per_s": batch.tokens / seconds,
@@ -184,10 +226,10 @@ def _check_finite(training: _Training, batch: StepBatch, figures: Figures, norm:
 
 
 def _save(training: _Training) -> None:
-    state = {name: getattr(training, name) for name in ("tokens", "chunks", "seconds")}
+    state = {name: getattr(training, name) for name in ("tokens", "chunks", "seconds", "held")}
     state["position"] = asdict(training.loader.position)
     run, model, optimizer = training.run, training.student.model, training.optimizer
-    save_checkpoint(run.checkpoints, training.step, model, optimizer, state, training.config.keep)
+    save_checkpoint(run.checkpoints, training.step, model, optimizer, training.losses, state, training.config.keep)
 
 
 def _evaluate(training: _Training, held_out: _HeldOut, when: str, progress: Progress) -> dict[str, float] | None:
@@ -209,5 +251,25 @@ def _summary(training: _Training) -> dict[str, Any]:
     summary: dict[str, Any] = {"steps": training.step, "epochs": last[-1]["epoch"], "model": str(training.run.model)}
     summary |= {name: getattr(training, name) for name in ("tokens", "chunks", "seconds")}
     summary |= {name: sum(line[name] for line in last) / len(last) for name in ("loss", "kd", "ce") if name in last[-1]}
+    if len(training.losses) > 1:
+        summary |= _teacher_summary(training, last)
     summary["cut_tokens"] = sum(line.get("cut_tokens", 0) for line in training.metrics.lines)
     return summary | ({"damaged_checkpoints": training.damaged} if training.damaged else {})
+
+
+def _teacher_summary(training: _Training, last: list[dict[str, Any]]) -> dict[str, Any]:
+    """What each teacher held and taught; how many samples they share."""
+    sources, config = training.loader.sources, training.config
+    rows = [
+        {
+            "teacher": folder.manifest.teacher.model,
+            "loss": loss,
+            "samples": held,
+            "samples_seen": seen,
+            "kd": sum(line["teacher_kd"][i] for line in last) / len(last),
+        }
+        for i, (folder, loss, held, seen) in enumerate(
+            zip(sources.folders, config.losses, sources.held, training.held, strict=True)
+        )
+    ]
+    return {"teachers": rows, "samples": sources.samples, "samples_of_all_teachers": sources.shared}

@@ -1,23 +1,33 @@
 """AdamW with decay on matrices only; linear warm-up, then a cosine to a tenth of the peak."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from schemas.config import TrainConfig
+from trainer.losses.base import Loss
 
 FLOOR = 0.1  # share of the peak learning rate at the last step
 
 
-def build_optimizer(model: Any, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters; vectors (norms, biases) are not decayed."""
+def build_optimizer(model: Any, config: TrainConfig, losses: Sequence[Loss] = ()) -> torch.optim.AdamW:
+    """AdamW over all parameters; vectors (norms, biases) and what losses learn are not decayed."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    learned = [p for loss in losses for p in loss.parameters()]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay, "peak": config.lr},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "peak": config.lr},
+        *([{"params": learned, "weight_decay": 0.0, "peak": config.w_lr}] if learned else []),
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def named_parameters(model: Any, losses: Sequence[Loss]) -> dict[str, torch.nn.Parameter]:
+    """The model's parameters by name (tied ones once) and those of losses as ``loss.<teacher>.<number>``."""
+    learned = {f"loss.{i}.{n}": p for i, loss in enumerate(losses) for n, p in enumerate(loss.parameters())}
+    return dict(model.named_parameters()) | learned
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -28,24 +38,27 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group this learning rate."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Give every group this share of its peak."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["peak"] * share
 
 
-def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(
+    parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
     """AdamW's state as tensors named ``<state>:<parameter>``."""
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}:{name}"] = value.detach().cpu().contiguous()
     return tensors
 
 
-def restore_optimizer(model: Any, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def restore_optimizer(
+    parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
     """The inverse of ``optimizer_tensors``, exact."""
-    parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         key, _, parameter_name = name.partition(":")
         parameter = parameters[parameter_name]

@@ -1,5 +1,6 @@
 """The folder of a run: run.json says what it is, so that a rerun resumes it and another run is refused."""
 
+from collections.abc import Sequence
 from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ class Run:
         XtokenError: the folder is a URL, or holds something else.
     """
 
-    def __init__(self, config: TrainConfig, targets: Targets, tokenizer: TokenizerInfo) -> None:
+    def __init__(self, config: TrainConfig, targets: Sequence[Targets], tokenizer: TokenizerInfo) -> None:
         if "://" in config.out:
             raise XtokenError(f"out={config.out!r} is a URL; training writes to a local folder, copy it from there")
         self.root = Path(config.out)
@@ -42,9 +43,9 @@ class Run:
         measured = self.metrics.exists() and self.metrics.stat().st_size > 0
         return measured or any(self.checkpoints.glob("*step-*")) or (self.root / SUMMARY).exists()
 
-    def _create(self, identity: dict[str, Any], config: TrainConfig, targets: Targets) -> None:
+    def _create(self, identity: dict[str, Any], config: TrainConfig, targets: Sequence[Targets]) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        made = {"identity": identity, "run_hash": digest(identity), "targets": targets.root}
+        made = {"identity": identity, "run_hash": digest(identity), "targets": [one.root for one in targets]}
         write_json(self.root / RUN, {**made, "config": config.model_dump(mode="json"), **provenance()})
 
     def _same(self, found: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -72,6 +73,6 @@ class Run:
         return value
 
 
-def _identity(config: TrainConfig, targets: Targets, tokenizer: TokenizerInfo) -> dict[str, Any]:
+def _identity(config: TrainConfig, targets: Sequence[Targets], tokenizer: TokenizerInfo) -> dict[str, Any]:
     options = {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE}
-    return options | {"targets_hash": targets.hash, "tokenizer_hash": tokenizer.hash}
+    return options | {"targets_hash": [one.hash for one in targets], "tokenizer_hash": tokenizer.hash}

@@ -5,7 +5,7 @@ Shapes: S student tokens, C chunks, K entries summed over chunks; N entries of W
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from schemas.config import LossOptions
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import Part, TargetManifest, TokenizerInfo, content_hash, part_name, read_manifest
-from trainer.losses.base import Array, ProjectionArrays
+from trainer.losses.base import Array, ProjectionArrays, VocabArrays
 
 W_FILE, VOCAB_FILE = "w.parquet", "student_vocab.parquet"
 _UNTRAINED_ROLES = ("pad", "unk", "special", "hole")
@@ -34,14 +35,14 @@ class GroupRef:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Some columns of one row group; a list column is (offsets [rows + 1], values), a plain one has no offsets."""
+    """Some columns of one row group; a list column is (offsets [rows + 1], values), a plain one a list of one each."""
 
     ref: GroupRef
     sample_ids: list[str]
     lists: Mapping[str, tuple[NDArray[np.int32], Array]]
 
     def values(self, name: str, row: int) -> Array:
-        """The list in column ``name`` of ``row``."""
+        """The list in column ``name`` of ``row``; of a plain column a list of one."""
         offsets, values = self.lists[name]
         return values[offsets[row] : offsets[row + 1]]
 
@@ -114,6 +115,31 @@ class Targets:
                 f"run 'xtoken align ... {wanted}' into a new folder"
             )
 
+    def require_options(self, loss: str, options: LossOptions) -> None:
+        """Refuse options that these targets cannot serve.
+
+        Raises:
+            XtokenError: REST is needed at a temperature the capture holds no normaliser of, or debiasing without
+                the teacher's P(next token starts with a space).
+        """
+        rest = {"p-kl": "pkl_rest_logprob", "sparse-kl": "skl_rest_logprob"}.get(loss)
+        if rest and options.rest == "bucket" and self.manifest.merge != "mean" and self._unknown(rest):
+            raise XtokenError(
+                f"{self.root} was aligned at tau={self.manifest.tau:g} from a capture without the normaliser at that "
+                f"temperature, so REST is unknown; train with --rest drop, or capture with --temperatures "
+                f"{self.manifest.tau:g} and align again"
+            )
+        spaces = sum(part.counts.get("space_chunks", 0) for part in self.manifest.parts)
+        if loss == "alm" and options.debias and not spaces:
+            raise XtokenError(
+                f"--debias {','.join(options.debias)} needs the teacher's P(next token starts with a space), which the "
+                f"capture behind {self.root} does not hold; capture with --backend hf, or leave --debias out"
+            )
+
+    def _unknown(self, rest_column: str) -> bool:
+        group = self.read(self.groups[0], (rest_column,))
+        return bool(np.isnan(group.lists[rest_column][1]).any())
+
     def require_student(self, tokenizer: TokenizerInfo) -> None:
         """Refuse a student of another tokenizer.
 
@@ -137,7 +163,15 @@ class Targets:
             _numpy(table, "teacher_id").astype(np.int32),
             _numpy(table, "weight").astype(np.float32),
             _numpy(table, "common").astype(np.bool_),
+            _numpy(table, "common").astype(np.bool_) & (_numpy(table, "kind") == "exact"),
         )
+
+    @cached_property
+    def vocab(self) -> VocabArrays:
+        """What losses ask of the student's tokens."""
+        table = self._side_table(VOCAB_FILE)
+        is_text = [role is None for role in table.column("role").to_pylist()]
+        return VocabArrays.of(table.column("bytes").to_pylist(), is_text)
 
     @cached_property
     def needed_width(self) -> int:
@@ -162,14 +196,10 @@ class Targets:
         return pq.read_table(io.BytesIO(data))
 
 
-def stream(targets: Targets, columns: tuple[str, ...]) -> Iterator[RowGroup]:
-    """All row groups in the order of the folder."""
-    for ref in targets.groups:
-        yield targets.read(ref, columns)
-
-
 def _list_arrays(column: pa.ChunkedArray) -> tuple[NDArray[np.int32], Array]:
     array = column.combine_chunks()
+    if not pa.types.is_list(array.type):
+        return np.arange(len(array) + 1, dtype=np.int32), array.to_numpy(zero_copy_only=False)
     return array.offsets.to_numpy(), array.values.to_numpy(zero_copy_only=False)
 
 

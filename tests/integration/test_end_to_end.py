@@ -49,7 +49,7 @@ def capture(corpus: Path, gemma3_dir: Path, tmp_path_factory: pytest.TempPathFac
 def targets(capture: Path, smollm2_dir: Path) -> Path:
     """Targets of the capture for SmolLM2."""
     out = capture.parent / "targets"
-    figures = xtoken("align", capture, "--student", smollm2_dir, "--out", out)
+    figures = xtoken("align", capture, "--student", smollm2_dir, "--out", out, "--for", "p-kl,h-kl")
     assert 0.4 < figures["share_of_1_1_chunks"] < 1
     return out
 

@@ -49,13 +49,18 @@ def held_out_targets(root: str, tokenizer: TokenizerInfo) -> "Targets":
     """Open targets to compare with the teacher.
 
     Raises:
-        XtokenError: they serve no P-KL, or another student's tokenizer.
+        XtokenError: they serve no P-KL at first rows and temperature 1, or another student's tokenizer.
     """
     from trainer.targets import Targets
 
     targets = Targets(root)
     targets.require("p-kl")
     targets.require_student(tokenizer)
+    if targets.manifest.merge != "first" or targets.manifest.tau != 1:
+        raise XtokenError(
+            f"{root} was aligned with --merge {targets.manifest.merge} --tau {targets.manifest.tau:g}; the KL to the "
+            "teacher is measured on first rows at tau 1: align the held-out capture without these options"
+        )
     return targets
 
 

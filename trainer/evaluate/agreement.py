@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo
 from schemas.progress import Progress
-from trainer.batches import BASE_COLUMNS, Layout, Micro, context_token, read_sample, split_micros
 from trainer.evaluate.bits_per_byte import MICRO_TOKENS
 from trainer.losses.base import LossSetup, ProjectionArrays
 from trainer.losses.pkl import PKL
-from trainer.step import Block, Student, blocks, chunk_rows, chunk_targets
+from trainer.micro import Micro, split_micros
+from trainer.samples import Layout, context_token, read_sample
+from trainer.step import Block, Student, block_view, blocks
 from trainer.targets import RowGroup, Targets
 
 _TEACHER_COLUMNS = ("student_end", "teacher_logprob")
@@ -55,16 +56,17 @@ def agreement(
         XtokenError: no chunk can be compared.
     """
     size = student.vocabulary
-    setup = LossSetup(targets.w.within(size), size, targets.manifest.teacher_tokenizer.size, student.device)
+    teacher_size = targets.manifest.teacher_tokenizer.size
+    setup = LossSetup(targets.w.within(size), targets.vocab, size, teacher_size, student.device)
     loss, heaviest_V = PKL(setup), torch.as_tensor(heaviest(setup.w, size), device=student.device)
-    layout = Layout(context_token(tokenizer), max_tokens, size, PKL.columns)
+    layout = Layout(context_token(tokenizer), max_tokens, size, (loss,))
     tally = _Tally()
     progress.start("agreement", targets.samples, "samples")
     with torch.no_grad():
         for group, micros in _micros(targets, layout):
             _add_teacher(tally, group)
             for micro in micros:
-                for block in blocks(student.logits(micro), micro, student.vocabulary):
+                for block in blocks(student.logits(micro), micro, student.vocabulary, layout.losses):
                     _add_block(tally, block, micro, loss, heaviest_V)
             progress.advance(group.ref.rows)
     progress.finish()
@@ -82,19 +84,19 @@ def heaviest(w: ProjectionArrays, size: int) -> NDArray[np.int64]:
 
 def _micros(targets: Targets, layout: Layout) -> Iterator[tuple[RowGroup, list[Micro]]]:
     for ref in targets.groups:
-        group = targets.read(ref, (*BASE_COLUMNS, *_TEACHER_COLUMNS, *layout.chunks.names))
-        samples = [read_sample(group, row, layout) for row in range(ref.rows)]
-        yield group, split_micros(samples, MICRO_TOKENS, layout.chunks)
+        group = targets.read(ref, (*layout.columns(0), *_TEACHER_COLUMNS))
+        samples = [read_sample([(group, row)], layout) for row in range(ref.rows)]
+        yield group, split_micros(samples, MICRO_TOKENS, layout.losses)
 
 
 def _add_block(tally: _Tally, block: Block, micro: Micro, loss: PKL, heaviest_V: torch.Tensor) -> None:
-    if block.first == block.last:
+    view = block_view(block, micro, micro.lessons[0], loss)
+    if not len(view.first_C):
         return
-    logp_CV, columns = chunk_rows(block, micro), chunk_targets(block, micro, loss)
-    count_C = columns["pkl_count"]
-    first_C = columns["pkl_ids"][count_C.cumsum(0) - count_C].long()
-    tally.kl += float(loss.total(logp_CV, columns))
-    tally.agreed += int((heaviest_V[logp_CV.argmax(dim=1)] == first_C).sum())
+    count_C = view.columns["pkl_count"]
+    first_C = view.columns["pkl_ids"][count_C.cumsum(0) - count_C].long()
+    tally.kl += float(loss.terms(view).sum())
+    tally.agreed += int((heaviest_V[view.first_rows.argmax(dim=1)] == first_C).sum())
     tally.chunks += len(first_C)
 
 

@@ -8,10 +8,9 @@ import numpy as np
 from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo
 from schemas.progress import Progress
-from trainer.batches import Sample, context_token, split_micros
 from trainer.evaluate.samples import EvalSample
-from trainer.losses.base import ChunkColumns
-from trainer.losses.ce import TextOnly
+from trainer.micro import split_micros
+from trainer.samples import Sample, context_token
 from trainer.step import Student, measure
 
 MICRO_TOKENS = 2048  # padded tokens per forward pass
@@ -31,15 +30,14 @@ def bits_per_byte(
     context = context_token(tokenizer)
     prefix = np.array([] if context is None else [context], np.int32)
     total_bytes = sum(s.text_bytes - (s.first_token_bytes if context is None else 0) for s in samples)
-    none = np.zeros(0, np.int64)
-    sequences = [Sample(str(i), np.concatenate([prefix, s.ids]), none, {}) for i, s in enumerate(samples)]
-    micros = split_micros(sequences, MICRO_TOKENS, ChunkColumns())
+    sequences = [Sample(str(i), np.concatenate([prefix, s.ids]), (), ()) for i, s in enumerate(samples)]
+    micros = split_micros(sequences, MICRO_TOKENS, ())
     if not micros or total_bytes <= 0:
         raise XtokenError("the held-out text holds no token that the model predicts; give a longer one")
     nats = 0.0
     progress.start("bits per byte", sum(len(micro.label_P) for micro in micros), "tokens")
     for micro in micros:
-        nats += float(measure(student, micro, TextOnly())[1])
+        nats += float(measure(student, micro, ())[0])
         progress.advance(len(micro.label_P))
     progress.finish()
     return {"bits_per_byte": nats / math.log(2) / total_bytes, "bytes": float(total_bytes)}

@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from schemas.config import LossOptions
 from schemas.manifest import Part, TargetManifest, TeacherInfo, TokenizerInfo, part_name
-from schemas.tables import VOCAB, W, targets
-from trainer.losses.base import LossSetup, ProjectionArrays
+from schemas.tables import LOSSES, VOCAB, W, target_columns, targets
+from trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
 
 V, U = 24, 30
 BOS, EOS = 0, 1
+BYTES = [b"", b"", *(b" " * (i % 2) + bytes([97 + i]) for i in range(V - 2))]
 STUDENT = TokenizerInfo(name="toy-student", hash="a" * 64, kind="bytes", size=V, adds_bos=True, bos_id=BOS, eos_id=EOS)
 TEACHER = TokenizerInfo(name="toy-teacher", hash="b" * 64, kind="byte-level", size=U, adds_bos=True, bos_id=0)
 
@@ -44,7 +46,12 @@ class Pair:
     def arrays(self) -> ProjectionArrays:
         s, t = np.nonzero(self.weight_VU)
         weight = self.weight_VU[s, t].astype(np.float32)
-        return ProjectionArrays(s.astype(np.int32), t.astype(np.int32), weight, (weight == 1) & (s % 4 != 0))
+        common = (weight == 1) & (s % 4 != 0)
+        return ProjectionArrays(s.astype(np.int32), t.astype(np.int32), weight, common, common)
+
+    @property
+    def vocab(self) -> VocabArrays:
+        return VocabArrays.of(BYTES, [i >= 2 for i in range(V)])
 
     def table(self) -> pa.Table:
         w = self.arrays
@@ -53,50 +60,59 @@ class Pair:
             [w.student_id, w.teacher_id, w.weight, pa.array(kind), pa.array(w.common)], schema=W
         )
 
-    def setup(self, **options: Any) -> LossSetup:
-        return LossSetup(self.arrays, V, U, torch.device("cpu"), **options)
+    def setup(self, *, learn_w: bool = False, **options: Any) -> LossSetup:
+        device = torch.device("cpu")
+        return LossSetup(self.arrays, self.vocab, V, U, device, LossOptions(**options), learn_w=learn_w)
 
-    def pkl_chunk(self, rng: np.random.Generator, kept: int | None) -> tuple[np.ndarray, np.ndarray, float]:
-        """ids, log-probabilities and REST of one chunk; ``kept=None`` keeps every reached token and has no REST."""
-        p = rng.dirichlet(np.full(len(self.reached), 0.4))
-        order = np.argsort(-p, kind="stable")[: len(p) if kept is None else kept]
-        rest = -np.inf if kept is None else float(np.log1p(-p[order].sum()))
-        return self.reached[order].astype(np.int32), np.log(p[order]), rest
-
-    def hkl_chunk(self, rng: np.random.Generator, kept: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """student ids and log-probabilities in C, log-probabilities outside C, of one chunk."""
-        w = self.arrays
-        partner = dict(zip(w.teacher_id[w.common].tolist(), w.student_id[w.common].tolist(), strict=True))
-        p = rng.dirichlet(np.full(U, 0.4))
-        order = np.argsort(-p, kind="stable")[:kept].tolist()
-        common = [t for t in order if t in partner]
-        other = [t for t in order if t not in partner]
-        return np.array([partner[t] for t in common], np.int32), np.log(p[common]), np.log(p[other])
+    def cells(self, rng: np.random.Generator, ids: np.ndarray, kept: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """``kept`` of ``ids``, most probable first, their log-probabilities, and the log of REST."""
+        p = rng.dirichlet(np.full(len(ids), 0.4))
+        order = np.argsort(-p, kind="stable")[:kept]
+        return ids[order].astype(np.int32), np.log(p[order]), float(np.log1p(-p[order].sum()))
 
 
 def _sample(pair: Pair, rng: np.random.Generator, name: str, length: int) -> dict[str, Any]:
-    """A sample of one-byte tokens; every third token is the second of its chunk; the last chunk has no row."""
+    """A sample of one-byte tokens; every third token is the second of its chunk; the last chunk has no row.
+
+    What a column holds follows from its axis and name: enough for batching and for every loss to run, no more.
+    """
     ids = rng.integers(2, V, length).astype(np.int32)
     ends = np.array([i + 1 for i in range(length) if i % 3 != 1 or i == length - 1], np.int32)
-    pkl = [pair.pkl_chunk(rng, 6) for _ in ends[:-1]]
-    hkl = [pair.hkl_chunk(rng, 8) for _ in ends[:-1]]
-    return {
+    sizes = {"chunk": len(ends), "token": length}
+    sample: dict[str, Any] = {
         "sample_id": name,
+        "teacher_entropy": float(rng.uniform(1, 3)),
+        "teacher_top1": float(rng.uniform(0.2, 0.8)),
         "student_ids": ids,
         "student_end": np.arange(1, length + 1, dtype=np.int32),
         "chunk_student_end": ends,
         "chunk_teacher_end": np.arange(1, len(ends) + 1, dtype=np.int32),
-        "teacher_logprob": np.append(np.full(len(ends) - 1, -2.0, np.float32), np.float32(np.nan)),
-        "pkl_count": np.array([*(len(ids) for ids, _, _ in pkl), 0], np.int32),
-        "pkl_ids": _joined([ids for ids, _, _ in pkl], np.int32),
-        "pkl_logprob": _joined([logprob for _, logprob, _ in pkl], np.float32),
-        "pkl_rest_logprob": np.array([*(rest for _, _, rest in pkl), -np.inf], np.float32),
-        "hkl_common_count": np.array([*(len(ids) for ids, _, _ in hkl), 0], np.int32),
-        "hkl_common_ids": _joined([ids for ids, _, _ in hkl], np.int32),
-        "hkl_common_logprob": _joined([logprob for _, logprob, _ in hkl], np.float32),
-        "hkl_other_count": np.array([*(len(other) for _, _, other in hkl), 0], np.int32),
-        "hkl_other_logprob": _joined([other for _, _, other in hkl], np.float32),
+        "teacher_logprob": np.append(-rng.uniform(1, 3, len(ends) - 1), np.nan).astype(np.float32),
     }
+    columns = target_columns(LOSSES, base=False)
+    for count, axis in [column for column in columns if column.name.endswith("_count")]:
+        sample |= _entries(pair, rng, count, sizes[axis], {name for name, of in columns if of == count})
+    for column in ("factor_logprob", "alm_space_logprob"):
+        sample[column] = np.append(-rng.uniform(0.1, 3, len(ends) - 1), np.nan).astype(np.float32)
+    return sample
+
+
+def _entries(pair: Pair, rng: np.random.Generator, count: str, size: int, names: set[str]) -> dict[str, Any]:
+    """The columns that ``count`` counts, for ``size`` chunks or tokens of which the last has none."""
+    stem = count.removesuffix("_count")
+    w = pair.arrays
+    choices = {"pkl": pair.reached, "hkl_common": w.student_id[w.common], "gold": w.student_id[w.exact]}
+    cells = [pair.cells(rng, choices.get(stem, np.arange(2, V)), 3 if stem == "child" else 6) for _ in range(size - 1)]
+    low = rng.integers(0, V - 4, 3 * size)
+    found = {
+        count: np.array([*(len(ids) for ids, _, _ in cells), 0], np.int32),
+        f"{stem}_ids": _joined([ids for ids, _, _ in cells], np.int32),
+        f"{stem}_logprob": _joined([logprob for _, logprob, _ in cells], np.float32),
+        f"{stem}_rest_logprob": np.array([*(rest for _, _, rest in cells), -np.inf], np.float32),
+        "child_low": low[: 3 * (size - 1)].astype(np.int32),
+        "child_high": (low + rng.integers(1, 3, 3 * size))[: 3 * (size - 1)].astype(np.int32),
+    }
+    return {name: value for name, value in found.items() if name in {count, f"{stem}_rest_logprob", *names}}
 
 
 def _joined(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
@@ -104,9 +120,14 @@ def _joined(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
 
 
 def write_targets(
-    root: Path, pair: Pair, lengths: list[list[int]], losses: tuple[str, ...] = ("p-kl", "h-kl"), seed: int = 0
+    root: Path,
+    pair: Pair,
+    lengths: list[list[int]],
+    losses: tuple[str, ...] = ("p-kl", "h-kl"),
+    seed: int = 0,
+    **manifest: Any,
 ) -> str:
-    """A target folder with one part per list of sample lengths, two samples per row group."""
+    """A target folder with one part per list of sample lengths, two samples per row group; more for its manifest."""
     rng = np.random.default_rng(seed)
     (root / "data").mkdir(parents=True)
     schema, parts = targets(losses), []
@@ -116,13 +137,13 @@ def write_targets(
         path = root / "data" / part_name(index)
         pq.write_table(table, path, row_group_size=2)
         parts.append(_part(index, path, sizes))
-    vocab = {"token_id": range(V), "bytes": [b"x"] * V, "role": ["bos", "eos", *[None] * (V - 2)]}
+    vocab = {"token_id": range(V), "bytes": BYTES, "role": ["bos", "eos", *[None] * (V - 2)]}
     vocab_table = pa.table({**vocab, "byte_fallback": [False] * V}, schema=VOCAB)
     files = {"w.parquet": pair.table(), "student_vocab.parquet": vocab_table}
     for name, table in files.items():
         pq.write_table(table, root / name)
     sums = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in files}
-    (root / "manifest.json").write_text(_manifest(sums, parts, losses).model_dump_json())
+    (root / "manifest.json").write_text(_manifest(sums, parts, losses).model_copy(update=manifest).model_dump_json())
     return str(root)
 
 

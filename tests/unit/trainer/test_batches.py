@@ -12,24 +12,39 @@ import pytest
 
 import trainer.batches as batches
 from schemas.errors import VerificationError, XtokenError
-from trainer.batches import Layout, Loader, Position, Sample, context_token, read_sample, split_micros
-from trainer.losses.base import ChunkColumns
-from trainer.losses.hkl import HKL
-from trainer.losses.pkl import PKL
+from trainer.batches import Loader, Position
+from trainer.losses.base import Columns, Loss, View
+from trainer.micro import split_micros
+from trainer.samples import Layout, Sample, SampleTargets, context_token, read_sample
+from trainer.sources import Sources
 from trainer.targets import Targets
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7]]
 TOTAL = sum(map(len, LENGTHS))
 
 
-def layout(context: int | None = 0, max_tokens: int = 32, chunks: ChunkColumns = PKL.columns) -> Layout:
-    return Layout(context, max_tokens, 24, chunks)
+class Reads(Loss):
+    """A loss that says which columns it reads; batching asks for nothing else."""
+
+    def __init__(self, name: str) -> None:
+        self.columns = Columns.of(name)  # type: ignore[misc]
+        self.per = "token" if name == "byte-prefix" else "chunk"  # type: ignore[misc]
+
+    def terms(self, view: View) -> Any:
+        raise NotImplementedError
+
+
+PKL, PREFIX = Reads("p-kl"), Reads("byte-prefix")
+
+
+def layout(context: int | None = 0, max_tokens: int = 32, loss: Loss = PKL) -> Layout:
+    return Layout(context, max_tokens, 24, (loss,))
 
 
 def loader(root: str, seed: int = 0, position: Position | None = None, **options: Any) -> Loader:
     position = position or Position()
     sizes = {"step_tokens": 20, "micro_tokens": 16} | options
-    return Loader(Targets(root), layout(), seed=seed, position=position, **sizes)
+    return Loader(Sources([Targets(root)]), layout(), seed=seed, position=position, **sizes)
 
 
 def epoch_ids(steps: list[Any]) -> list[str]:
@@ -101,8 +116,14 @@ def test_a_step_holds_no_sample_twice(make_targets: Callable[..., str]) -> None:
 
 def read_first(root: str, shape: Layout) -> tuple[Sample, Any]:
     targets = Targets(root)
-    group = targets.read(targets.groups[0], (*batches.BASE_COLUMNS, *shape.chunks.names))
-    return read_sample(group, 0, shape), group
+    group = targets.read(targets.groups[0], shape.columns(0))
+    return read_sample([(group, 0)], shape), group
+
+
+def only(sample: Sample) -> SampleTargets:
+    (targets,) = sample.targets
+    assert targets is not None
+    return targets
 
 
 def test_positions_with_and_without_context(make_targets: Callable[..., str]) -> None:
@@ -112,14 +133,14 @@ def test_positions_with_and_without_context(make_targets: Callable[..., str]) ->
     ids = group.values("student_ids", 0)
     assert group.values("chunk_student_end", 0).tolist() == [1, 3, 4, 6, 7]
     np.testing.assert_array_equal(sample.sequence, [0, *ids])
-    assert sample.position_C.tolist() == [0, 1, 3, 4]
+    assert only(sample).first_C.tolist() == [0, 1, 3, 4]
     bare, _ = read_first(root, layout(context=None))
     np.testing.assert_array_equal(bare.sequence, ids)
-    assert bare.position_C.tolist() == [0, 2, 3], "without context the chunk at token 0 is not predicted"
+    assert only(bare).first_C.tolist() == [0, 2, 3], "without context the chunk at token 0 is not predicted"
     counts = group.values("pkl_count", 0)
-    np.testing.assert_array_equal(bare.columns["pkl_count"], counts[1:4])
+    np.testing.assert_array_equal(only(bare).columns["pkl_count"], counts[1:4])
     kept = group.values("pkl_ids", 0)[counts[0] : counts[:4].sum()]
-    np.testing.assert_array_equal(bare.columns["pkl_ids"], kept)
+    np.testing.assert_array_equal(only(bare).columns["pkl_ids"], kept)
 
 
 def test_a_cut_keeps_only_whole_chunks(make_targets: Callable[..., str]) -> None:
@@ -128,8 +149,8 @@ def test_a_cut_keeps_only_whole_chunks(make_targets: Callable[..., str]) -> None
     assert len(sample.sequence) == 6
     assert sample.cut == len(group.values("student_ids", 0)) - 5 > 0
     assert read_first(root, layout())[0].cut == 0
-    assert sample.position_C.tolist() == [0, 1, 3]
-    assert len(sample.columns["pkl_rest_logprob"]) == 3
+    assert only(sample).first_C.tolist() == [0, 1, 3]
+    assert len(only(sample).columns["pkl_rest_logprob"]) == 3
 
 
 def test_micro_batch_places_and_chunks() -> None:
@@ -139,20 +160,57 @@ def test_micro_batch_places_and_chunks() -> None:
         "pkl_ids": np.array([4, 5]),
         "pkl_logprob": np.zeros(2),
     }
-    short = Sample("short", np.array([0, 7, 8], np.int32), np.array([1]), columns)
-    long = Sample("long", np.array([0, 3, 4, 5, 6], np.int32), np.array([2]), columns | {"pkl_ids": np.array([6, 7])})
-    (micro,) = split_micros([short, long], 64, PKL.columns)
+    other = columns | {"pkl_ids": np.array([6, 7])}
+    one = np.array([1])
+    short = Sample("short", np.array([0, 7, 8], np.int32), (SampleTargets(one, one, one * -1, columns),), (1.0,))
+    long = Sample("long", np.array([0, 3, 4, 5, 6], np.int32), (SampleTargets(one * 2, one, one * 3, other),), (0.5,))
+    (micro,) = split_micros([short, long], 64, [PKL])
     assert micro.sample_ids == ("long", "short")
     np.testing.assert_array_equal(micro.input_BL, [[0, 3, 4, 5], [0, 7, 0, 0]])
     np.testing.assert_array_equal(micro.place_P, [0, 1, 2, 3, 4, 5])
     np.testing.assert_array_equal(micro.label_P, [3, 4, 5, 6, 7, 8])
-    np.testing.assert_array_equal(micro.row_C, [2, 5])
-    np.testing.assert_array_equal(micro.chunk_slice(1, 2)["pkl_ids"], [4, 5])
+    np.testing.assert_array_equal(micro.sample_P, [0, 0, 0, 0, 1, 1])
+    (lesson,) = micro.lessons
+    np.testing.assert_array_equal(lesson.first_C, [2, 5])
+    np.testing.assert_array_equal(lesson.next_C, [3, -1])
+    np.testing.assert_array_equal(lesson.sample_C, [0, 1])
+    np.testing.assert_array_equal(lesson.weight_B, [0.5, 1.0])
+    np.testing.assert_array_equal(lesson.slice(3, 6)["pkl_ids"], [4, 5])
+    np.testing.assert_array_equal(lesson.slice(0, 3)["pkl_ids"], [6, 7])
+    assert len(lesson.slice(0, 2)["pkl_ids"]) == 0
+
+
+@pytest.mark.parametrize("context", [0, None])
+def test_token_columns_follow_the_predicted_tokens(make_targets: Callable[..., str], context: int | None) -> None:
+    """Without a context token the first token, and its entries, drop out; a cut drops the last ones."""
+    root = make_targets([[9, 9]], losses=("byte-prefix",))
+    sample, group = read_first(root, layout(context, 5, PREFIX))
+    low = 0 if context is not None else 1
+    counts, ids = group.values("prefix_count", 0), group.values("prefix_ids", 0)
+    np.testing.assert_array_equal(only(sample).columns["prefix_count"], counts[low:5])
+    np.testing.assert_array_equal(only(sample).columns["prefix_ids"], ids[counts[:low].sum() : counts[:5].sum()])
+    (micro,) = split_micros([sample], 64, [PREFIX])
+    assert len(micro.lessons[0].columns["child_count"]) == len(micro.label_P)
+    piece = micro.lessons[0].slice(1, 3)
+    np.testing.assert_array_equal(piece["prefix_count"], counts[low + 1 : low + 3])
+    assert len(piece["prefix_ids"]) == counts[low + 1 : low + 3].sum()
+
+
+def test_chunks_know_their_length_and_what_follows(make_targets: Callable[..., str]) -> None:
+    """Chunks end after tokens 1, 3, 4, 6, 7; the last has no teacher row, yet follows the one before."""
+    root = make_targets([[7, 7]])
+    whole = only(read_first(root, layout())[0])
+    assert whole.length_C.tolist() == [1, 2, 1, 2]
+    assert whole.next_C.tolist() == [1, 3, 4, 6]
+    bare = only(read_first(root, layout(context=None))[0])
+    assert bare.next_C.tolist() == [2, 3, 5]
+    short = only(read_first(root, layout(max_tokens=4))[0])
+    assert short.next_C.tolist() == [1, 3, -1], "the token after the last chunk is cut off"
 
 
 def test_samples_without_anything_to_predict(make_targets: Callable[..., str]) -> None:
     root = make_targets([[1, 1]])
-    bare = Loader(Targets(root), layout(context=None), step_tokens=8, micro_tokens=8, seed=0)
+    bare = Loader(Sources([Targets(root)]), layout(context=None), step_tokens=8, micro_tokens=8, seed=0)
     with pytest.raises(XtokenError, match="no token that the student can predict"):
         bare.step()
 
@@ -164,9 +222,9 @@ def test_context_token_choice(student_info: Any) -> None:
 
 
 def test_hkl_chunk_with_entries_on_one_side_only_is_valid(make_targets: Callable[..., str]) -> None:
-    sample, group = read_first(make_targets([[7, 7]]), layout(chunks=HKL.columns))
+    sample, group = read_first(make_targets([[7, 7]]), layout(loss=Reads("h-kl")))
     both = group.values("hkl_common_count", 0) + group.values("hkl_other_count", 0)
-    assert len(sample.position_C) == int((both > 0).sum()) == 4
+    assert len(only(sample).first_C) == int((both > 0).sum()) == 4
 
 
 def rewrite(root: str, change: Callable[[dict[str, list[Any]]], None]) -> None:

@@ -11,13 +11,13 @@ import torch
 from schemas.config import EvalConfig
 from schemas.errors import XtokenError
 from schemas.progress import Silent
-from trainer.batches import BASE_COLUMNS, Layout, read_sample
 from trainer.evaluate import EvalSample, evaluate
 from trainer.evaluate.agreement import heaviest
 from trainer.losses import reference
 from trainer.losses.base import ProjectionArrays
 from trainer.losses.pkl import PKL
 from trainer.model import load_student
+from trainer.samples import Layout, read_sample
 from trainer.targets import Targets
 
 SAMPLES = [EvalSample(np.array([3, 4, 5, 6, 1], np.int32), 9, 2), EvalSample(np.array([7, 8], np.int32), 3, 1)]
@@ -56,17 +56,20 @@ def test_kl_agreement_and_teacher(
     targets, model = Targets(root), load_student(student_dir, torch.device("cpu"), False)
     W = torch.tensor(pair.weight_VU.astype(np.float32)).double()
     kl, agreed, chunks, nats, size = 0.0, 0, 0, 0.0, 0
+    layout = Layout(0, 32, 24, (PKL(pair.setup()),))
     for ref in targets.groups:
-        group = targets.read(ref, (*BASE_COLUMNS, "teacher_logprob", *PKL.columns.names))
+        group = targets.read(ref, (*layout.columns(0), "teacher_logprob"))
         for row in range(ref.rows):
-            sample = read_sample(group, row, Layout(0, 32, 24, PKL.columns))
+            sample = read_sample([(group, row)], layout)
+            (part,) = sample.targets
+            assert part is not None
             logp, entry = log_probabilities(model, sample.sequence.tolist()), 0
-            for c, position in enumerate(sample.position_C):
-                count = int(sample.columns["pkl_count"][c])
-                ids = sample.columns["pkl_ids"][entry : entry + count].tolist()
-                p = np.exp(sample.columns["pkl_logprob"][entry : entry + count].astype(float)).tolist()
+            for c, position in enumerate(part.first_C):
+                count = int(part.columns["pkl_count"][c])
+                ids = part.columns["pkl_ids"][entry : entry + count].tolist()
+                p = np.exp(part.columns["pkl_logprob"][entry : entry + count].astype(float)).tolist()
                 entry += count
-                rest = float(np.exp(sample.columns["pkl_rest_logprob"][c]))
+                rest = float(np.exp(part.columns["pkl_rest_logprob"][c]))
                 kl += float(reference.p_kl(logp[position].exp(), W, dict(zip(ids, p, strict=True)), rest))
                 row_U = W[logp[position].argmax()]
                 agreed += bool(row_U.sum() > 0) and int(row_U.argmax()) == ids[0]
@@ -85,6 +88,7 @@ def test_heaviest_takes_the_larger_weight_then_the_lower_id() -> None:
         np.array([1, 1, 1, 3, 3], np.int32),
         np.array([9, 2, 4, 8, 5], np.int32),
         np.array([0.1, 0.8, 0.1, 0.5, 0.5], np.float32),
+        np.zeros(5, bool),
         np.zeros(5, bool),
     )
     assert heaviest(w, 5).tolist() == [-1, 2, -1, 5, -1]

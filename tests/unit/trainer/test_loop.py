@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 import trainer.loop as loop
@@ -19,12 +22,17 @@ from schemas.errors import XtokenError
 from schemas.progress import Silent
 from trainer.evaluate import EvalSample, evaluate
 from trainer.loop import train
+from trainer.losses import REGISTRY
 from trainer.metrics import Metrics
 from trainer.optim import build_optimizer, learning_rate
 from trainer.report.loss_plot import plot_losses
+from trainer.targets import Targets
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7]]
 HELD_OUT = [EvalSample(np.array([3, 4, 5, 6], np.int32), 9, 2), EvalSample(np.array([7, 8], np.int32), 3, 1)]
+
+
+FACTOR = {"p-kl": 0.55, "h-kl": 0.75, "ce": 0.6}
 
 
 class Stop(Exception):
@@ -49,9 +57,10 @@ def configure(make_targets: Callable[..., str], student_dir: str, tmp_path: Path
     root = make_targets(LENGTHS)
 
     def build(**options: Any) -> TrainConfig:
-        base = {"targets": root, "student": student_dir, "out": str(tmp_path / "run"), "device": "cpu"}
+        base = {"targets": [root], "student": student_dir, "out": str(tmp_path / "run"), "device": "cpu"}
         sizes = {"steps": 12, "step_tokens": 24, "micro_tokens": 14, "max_tokens": 32, "warmup": 3, "save_every": 5}
-        return TrainConfig(**{**base, **sizes, "lr": 1e-2, **options})
+        losses = {"loss": [options.pop("loss", "p-kl")]} if isinstance(options.get("loss", ""), str) else {}
+        return TrainConfig(**{**base, **sizes, "lr": 1e-2, **losses, **options})
 
     return build
 
@@ -64,15 +73,16 @@ def steps_of(out: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("loss", "factor"), [("p-kl", 0.55), ("h-kl", 0.75), ("ce", 0.6)])
+@pytest.mark.parametrize("loss", REGISTRY)
 def test_a_tiny_student_learns(
-    configure: Callable[..., TrainConfig], student_info: Any, loss: str, factor: float
+    configure: Callable[..., TrainConfig], make_targets: Callable[..., str], student_info: Any, loss: str
 ) -> None:
-    """On sixteen samples it can learn by heart; ``factor`` of the first steps' loss at most."""
-    config = configure(
-        loss=loss, steps=120, step_tokens=80, micro_tokens=80, warmup=5, lr=2e-2, kd_weight=1.0, ce_weight=0.0
-    )
+    """On sixteen samples of random targets it learns some by heart: ``FACTOR`` of the first steps' loss at most."""
+    root = make_targets(LENGTHS, name="one", losses=(loss,))
+    sizes = {"steps": 120, "step_tokens": 80, "micro_tokens": 80, "warmup": 5}
+    config = configure(targets=[root], loss=loss, **sizes, lr=2e-2, kd_weight=1.0, ce_weight=0.0)
     train(config, student_info, [], Silent())
+    factor = FACTOR.get(loss, 0.85)
     values = [line["ce" if loss == "ce" else "kd"] for line in steps_of(config.out)]
     assert np.mean(values[-5:]) < factor * np.mean(values[:3]), (values[:3], values[-5:])
 
@@ -86,9 +96,10 @@ def test_resume_is_bit_exact(
     mix: str,
 ) -> None:
     """Killed in step 9 after a checkpoint at 5, and again in 11: weights and metrics are those of a quiet run."""
-    quiet = configure(out=str(tmp_path / "quiet"), mix=mix)
+    options: dict[str, Any] = {"mix": mix, "learn_w": mix == "fixed"}
+    quiet = configure(out=str(tmp_path / "quiet"), **options)
     train(quiet, student_info, HELD_OUT, Silent())
-    config, real = configure(mix=mix), loop.run_step
+    config, real = configure(**options), loop.run_step
     for calls in (9, 6):  # the second start goes on after step 5
         monkeypatch.setattr(loop, "run_step", Deadly(real, calls))
         with pytest.raises(Stop):
@@ -98,6 +109,10 @@ def test_resume_is_bit_exact(
     summary = train(config, student_info, HELD_OUT, Silent())
     for name, value in weights(quiet.out).items():
         assert torch.equal(value, weights(config.out)[name]), name
+    if mix == "fixed":
+        learned = [np.load(Path(one.out, "w-0.npy")) for one in (quiet, config)]
+        np.testing.assert_array_equal(*learned)
+        assert (learned[0] != Targets(quiet.targets[0]).w.weight).any()
     timing = ("seconds", "tokens_per_s")
     ours, theirs = (
         [{k: v for k, v in s.items() if k not in timing} for s in steps_of(o)] for o in (config.out, quiet.out)
@@ -121,10 +136,10 @@ def test_a_finished_run_returns_its_summary(
 
 def test_the_result_is_a_model_folder(configure: Callable[..., TrainConfig], student_info: Any) -> None:
     """What evaluate says of the saved folder is what the run said after training."""
-    config = configure(steps=4, eval_targets=configure().targets)
+    config = configure(steps=4, eval_targets=configure().targets[0])
     summary = train(config, student_info, HELD_OUT, Silent())
     assert Path(summary["model"], "tokenizer_config.json").exists()
-    again = EvalConfig(model=summary["model"], text="given", targets=config.targets, max_tokens=32, device="cpu")
+    again = EvalConfig(model=summary["model"], text="given", targets=config.targets[0], max_tokens=32, device="cpu")
     assert evaluate(again, student_info, HELD_OUT, Silent()) == summary["after"]
 
 
@@ -142,7 +157,7 @@ def test_another_run_is_refused_by_name(
         train(configure(steps=2, lr=5e-3), student_info, [], Silent())
     other = make_targets([[5, 5, 5]], name="other")
     with pytest.raises(XtokenError, match="targets_hash"):
-        train(configure(steps=2, targets=other), student_info, [], Silent())
+        train(configure(steps=2, targets=[other]), student_info, [], Silent())
     assert train(configure(steps=2, keep=7, save_every=1), student_info, [], Silent())["steps"] == 2
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
@@ -161,11 +176,11 @@ def test_what_does_not_fit_is_refused_before_the_model_loads(
     monkeypatch.setattr(loop, "load_student", lambda *_: pytest.fail("too late"))
     only = make_targets([[5, 5]], name="only", losses=("p-kl",))
     with pytest.raises(XtokenError, match=r"no columns for loss 'h-kl'.*xtoken align .* --for p-kl,h-kl"):
-        train(configure(targets=only, loss="h-kl"), student_info, [], Silent())
+        train(configure(targets=[only], loss="h-kl"), student_info, [], Silent())
     stranger = student_info.model_copy(update={"hash": "f" * 64, "name": "stranger"})
     with pytest.raises(XtokenError, match=r"'stranger'.*'toy-student'.*xtoken align"):
         train(configure(), stranger, [], Silent())
-    Path(configure().targets, "w.parquet").write_bytes(b"no table")
+    Path(configure().targets[0], "w.parquet").write_bytes(b"no table")
     with pytest.raises(XtokenError, match="sha256"):
         train(configure(), student_info, [], Silent())
 
@@ -263,7 +278,7 @@ def test_a_head_without_the_last_special_tokens_trains(
     model.resize_token_embeddings(24)
     model.save_pretrained(tmp_path / "exact")
     wider = student_info.model_copy(update={"size": 25})
-    config = configure(student=str(tmp_path / "exact"), steps=2, loss=loss, eval_targets=configure().targets)
+    config = configure(student=str(tmp_path / "exact"), steps=2, loss=loss, eval_targets=configure().targets[0])
     assert math.isfinite(train(config, wider, HELD_OUT, Silent())["after"]["kl"])
 
 
@@ -283,3 +298,73 @@ def test_a_full_disk_is_said_and_resumed(
     monkeypatch.setattr(Metrics, "write", write)
     assert train(config, student_info, [], Silent())["steps"] == 12
     assert [line["step"] for line in steps_of(config.out)] == list(range(1, 13))
+
+
+def test_two_teachers_with_their_own_losses(
+    configure: Callable[..., TrainConfig], make_targets: Callable[..., str], student_info: Any
+) -> None:
+    """The second holds a third of the samples; all is counted, and another number of losses is refused."""
+    second = make_targets(LENGTHS[:1], name="second", losses=("sparse-kl",))
+    roots = [configure().targets[0], second]
+    config = configure(targets=roots, loss=["h-kl", "sparse-kl"], weights=[1.0, 3.0], steps=6, step_tokens=60)
+    summary = train(config, student_info, [], Silent())
+    assert (summary["samples"], summary["samples_of_all_teachers"]) == (14, 5)
+    rows = summary["teachers"]
+    assert [(row["loss"], row["samples"]) for row in rows] == [("h-kl", 14), ("sparse-kl", 5)]
+    lines = steps_of(config.out)
+    assert [row["samples_seen"] for row in rows] == [sum(line["teacher_samples"][i] for line in lines) for i in (0, 1)]
+    assert 0 < rows[1]["samples_seen"] < rows[0]["samples_seen"]
+    with pytest.raises(XtokenError, match=r"second has no columns for loss 'h-kl'"):
+        train(configure(targets=roots, loss=["h-kl"]), student_info, [], Silent())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": [0.0]}, "sum to 0"),
+        ({"weights": [-1.0]}, "at least 0"),
+        ({"weights": [float("nan")]}, "at least 0"),
+        ({"weights": [1.0, 1.0]}, "2 numbers for 1 target folders"),
+        ({"loss": ["p-kl", "h-kl"]}, "2 losses for 1 target folders"),
+        ({"loss": ["pkl"]}, "'pkl' is unknown; choose from ce, p-kl"),
+        ({"targets": []}, "'xtoken align' writes one"),
+        ({"alm_threshold": 0.0}, "greater than 0"),
+        ({"alm_threshold": 1.0}, "less than 1"),
+        ({"alm_tau": 0.0}, "greater than 0"),
+        ({"debias": ["space"]}, "'space' is unknown; choose from outcome, merge"),
+        ({"prefix": []}, "needs a term"),
+        ({"loss": ["h-kl"], "learn_w": True}, "no target folder is trained with p-kl"),
+    ],
+)
+def test_bad_options_name_the_way_out(
+    configure: Callable[..., TrainConfig], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        configure(**options)
+
+
+def test_targets_without_what_an_option_needs_are_refused(
+    configure: Callable[..., TrainConfig], make_targets: Callable[..., str], student_info: Any
+) -> None:
+    alm = make_targets(LENGTHS, name="alm", losses=("alm",))
+    with pytest.raises(XtokenError, match=r"--debias outcome needs .* capture with --backend hf"):
+        train(configure(targets=[alm], loss="alm", debias=["outcome"]), student_info, [], Silent())
+    hot = make_targets(LENGTHS, name="hot", losses=("p-kl",), tau=2.0)
+    path = Path(hot, "data", "part-00000.parquet")
+    table = pq.read_table(path)
+    unknown = [[math.nan] * len(row) for row in table.column("pkl_rest_logprob").to_pylist()]
+    index = table.schema.get_field_index("pkl_rest_logprob")
+    pq.write_table(
+        table.set_column(index, table.schema.field(index), pa.array(unknown, table.schema[index].type)), path
+    )
+    with pytest.raises(XtokenError, match=r"at tau=2 .*--rest drop, or capture with --temperatures 2"):
+        train(configure(targets=[hot]), student_info, [], Silent())
+    with pytest.raises(XtokenError, match="--merge first --tau 2"):
+        train(configure(eval_targets=hot), student_info, [], Silent())
+
+
+def test_old_targets_are_refused_by_version(configure: Callable[..., TrainConfig], student_info: Any) -> None:
+    path = Path(configure().targets[0], "manifest.json")
+    path.write_text(path.read_text().replace('"schema_version":2', '"schema_version":1'))
+    with pytest.raises(XtokenError, match="schema version 1, this xtoken reads targets of version 2; write it again"):
+        train(configure(), student_info, [], Silent())

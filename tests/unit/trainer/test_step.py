@@ -1,16 +1,19 @@
-"""A step's objective: independent of micro-batches, blocks and padding, and equal to its definition."""
+"""A step's objective: independent of micro-batches, blocks, ranks and padding, and equal to its definition."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import trainer.step as step_module
-from trainer.batches import Layout, Loader, StepBatch
-from trainer.losses import open_loss
+from trainer.batches import Loader, StepBatch
+from trainer.losses import REGISTRY, open_loss
 from trainer.losses.base import Loss
 from trainer.model import load_student
+from trainer.samples import Layout
+from trainer.sources import Sources
 from trainer.step import Figures, Mixing, Student, run_step
 from trainer.targets import Targets
 
@@ -18,25 +21,34 @@ LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10]]
 FIXED = Mixing("fixed", 0.7, 0.3)
 DYNAMIC = Mixing("dynamic", 1.0, 0.1)
 ROUNDING = 1e-5  # float32 gradients summed in another order
+ALL = tuple(REGISTRY)
+OPTIONS = {"alm": {"debias": ["outcome", "merge"], "alm_threshold": 0.3}}
 
 
 def student_of(folder: str) -> Student:
     return Student(load_student(folder, torch.device("cpu"), False).double(), torch.device("cpu"), None, 24)
 
 
-def batch_of(root: str, loss: Loss, micro_tokens: int) -> StepBatch:
-    layout = Layout(0, 32, 24, loss.columns)
-    return Loader(Targets(root), layout, step_tokens=200, micro_tokens=micro_tokens, seed=0).step()
+def loss_of(pair: Any, name: str) -> Loss:
+    return open_loss(name, pair.setup(**OPTIONS.get(name, {})))
 
 
-def gradients(student: Student, batch: StepBatch, loss: Loss, mixing: Mixing) -> tuple[Figures, list[torch.Tensor]]:
+def batch_of(roots: Sequence[str], losses: Sequence[Loss], micro_tokens: int, **options: Any) -> StepBatch:
+    layout = Layout(0, 32, 24, tuple(losses), **({"weights": (1.0,) * len(losses)} | options))
+    sources = Sources([Targets(root) for root in roots])
+    return Loader(sources, layout, step_tokens=200, micro_tokens=micro_tokens, seed=0).step()
+
+
+def gradients(
+    student: Student, batch: StepBatch, losses: Sequence[Loss], mixing: Mixing
+) -> tuple[Figures, list[torch.Tensor]]:
     student.model.zero_grad(set_to_none=True)
-    figures = run_step(student, batch, loss, mixing)
+    figures = run_step(student, batch, losses, mixing)
     return figures, [p.grad.clone() for p in student.model.parameters()]
 
 
 @pytest.mark.parametrize("mixing", [FIXED, DYNAMIC], ids=["fixed", "dynamic"])
-@pytest.mark.parametrize("name", ["p-kl", "h-kl", "ce"])
+@pytest.mark.parametrize("name", ALL)
 def test_micro_batches_and_blocks_do_not_matter(
     make_targets: Callable[..., str],
     student_dir: str,
@@ -45,44 +57,148 @@ def test_micro_batches_and_blocks_do_not_matter(
     name: str,
     mixing: Mixing,
 ) -> None:
-    root, student, loss = make_targets(LENGTHS), student_of(student_dir), open_loss(name, pair.setup())
-    whole = batch_of(root, loss, 1000)
-    split = batch_of(root, loss, 13)
+    root, student, losses = make_targets(LENGTHS, losses=(name,)), student_of(student_dir), [loss_of(pair, name)]
+    whole = batch_of([root], losses, 1000)
+    split = batch_of([root], losses, 13)
     assert len(whole.micros) == 1
     assert len(split.micros) > 4
-    figures, grads = gradients(student, whole, loss, mixing)
+    figures, grads = gradients(student, whole, losses, mixing)
     monkeypatch.setattr(step_module, "BLOCK_ELEMENTS", 24 * 3)
-    figures_split, grads_split = gradients(student, split, loss, mixing)
+    figures_split, grads_split = gradients(student, split, losses, mixing)
     assert figures_split.loss == pytest.approx(figures.loss, rel=ROUNDING)
     assert (figures.kd is None) == (name == "ce")
+    assert name == "ce" or figures.kd != 0
     for one, other in zip(grads, grads_split, strict=True):
         torch.testing.assert_close(one, other, rtol=ROUNDING, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["p-kl", "h-kl"])
+@pytest.mark.parametrize("name", ALL)
+def test_ranks_do_not_matter(make_targets: Callable[..., str], student_dir: str, pair: Any, name: str) -> None:
+    """Each rank takes some micro-batches and the whole step's denominators: the sum of gradients is the step's."""
+    root, student, losses = make_targets(LENGTHS, losses=(name,)), student_of(student_dir), [loss_of(pair, name)]
+    batch = batch_of([root], losses, 13)
+    figures, grads = gradients(student, batch, losses, FIXED)
+    ranks = [replace(batch, micros=batch.micros[rank::3]) for rank in range(3)]
+    parts = [gradients(student, rank, losses, FIXED) for rank in ranks]
+    assert sum(part.loss for part, _ in parts) == pytest.approx(figures.loss, rel=1e-9)
+    for one, *others in zip(grads, *(part for _, part in parts), strict=True):
+        torch.testing.assert_close(sum(others), one, rtol=ROUNDING, atol=1e-10)
+
+
+def logits_of(student: Student, batch: StepBatch) -> torch.Tensor:
+    (micro,) = batch.micros
+    return student.logits(micro).reshape(-1, 32)[torch.from_numpy(micro.place_P)][:, :24]
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "ce"])
 def test_gradient_is_that_of_the_definition(
-    make_targets: Callable[..., str], student_dir: str, pair: Any, name: str
+    make_targets: Callable[..., str], student_dir: str, pair: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """kd_weight * KD / chunks + ce_weight * CE / tokens, by autograd through everything at once."""
-    root, student, loss = make_targets(LENGTHS), student_of(student_dir), open_loss(name, pair.setup())
-    batch = batch_of(root, loss, 1000)
-    figures, grads = gradients(student, batch, loss, FIXED)
+    monkeypatch.setattr(step_module, "BLOCK_ELEMENTS", 24 * 5)
+    root, student, loss = make_targets(LENGTHS, losses=(name,)), student_of(student_dir), loss_of(pair, name)
+    batch = batch_of([root], [loss], 1000)
+    figures, grads = gradients(student, batch, [loss], FIXED)
     (micro,) = batch.micros
     student.model.zero_grad(set_to_none=True)
-    logp = student.logits(micro).reshape(-1, 32)[torch.from_numpy(micro.place_P)][:, :24].log_softmax(-1)
-    columns = {k: torch.from_numpy(v) for k, v in micro.chunk_slice(0, len(micro.row_C)).items()}
-    kd = loss.total(logp[torch.from_numpy(micro.row_C)], columns) / len(micro.row_C)
+    logp = logits_of(student, batch).log_softmax(-1)
+    view = step_module._view(logp, micro, micro.lessons[0], loss, 0, len(micro.label_P))
+    kd = loss.terms(view).sum() / len(view.first_C)
     ce = -logp[torch.arange(len(micro.label_P)), torch.from_numpy(micro.label_P)].mean()
     (0.7 * kd + 0.3 * ce).backward()
     assert figures.kd == pytest.approx(float(kd.detach()), rel=1e-9)
+    assert figures.teachers == pytest.approx((float(kd.detach()),), rel=1e-9)
     assert figures.ce == pytest.approx(float(ce.detach()), rel=1e-9)
     for one, parameter in zip(grads, student.model.parameters(), strict=True):
         torch.testing.assert_close(one, parameter.grad, rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["p-kl", "h-kl", "gold", "uld", "byte-prefix", "sparse-kl"])
+def test_temperature_scales_logits_and_terms(
+    make_targets: Callable[..., str], student_dir: str, pair: Any, name: str
+) -> None:
+    """tau^2 times the loss of softmax(logits / tau); CE stays at 1."""
+    root, student = make_targets(LENGTHS, losses=(name,)), student_of(student_dir)
+    setup = pair.setup()
+    hot, cold = open_loss(name, replace(setup, tau=2.0)), open_loss(name, setup)
+    batch = batch_of([root], [hot], 1000)
+    figures, _ = gradients(student, batch, [hot], FIXED)
+    (micro,) = batch.micros
+    with torch.no_grad():
+        logits = logits_of(student, batch)
+        view = step_module._view((logits / 2).log_softmax(-1), micro, micro.lessons[0], cold, 0, len(micro.label_P))
+        kd = 4 * cold.terms(view).sum() / len(view.first_C)
+        ce = torch.nn.functional.cross_entropy(logits, torch.from_numpy(micro.label_P))
+    assert figures.kd == pytest.approx(float(kd), rel=1e-9)
+    assert figures.ce == pytest.approx(float(ce), rel=1e-9)
+
+
+@pytest.mark.parametrize("weighting", ["static", "entropy"])
+def test_several_teachers_add_up(
+    make_targets: Callable[..., str], student_dir: str, pair: Any, monkeypatch: pytest.MonkeyPatch, weighting: str
+) -> None:
+    """Three teachers, three losses of all kinds (chunk, features, token), one of them without half of the samples."""
+    names = ("p-kl", "alm", "byte-prefix")
+    roots = [make_targets(LENGTHS[: 1 + (i != 1)], losses=(name,), name=name) for i, name in enumerate(names)]
+    student, losses = student_of(student_dir), [loss_of(pair, name) for name in names]
+    batch = batch_of(roots, losses, 1000, weights=(1.0, 2.0, 3.0), weighting=weighting)
+    assert batch.held == (8, 5, 8)
+    monkeypatch.setattr(step_module, "BLOCK_ELEMENTS", 24 * 4)
+    figures, grads = gradients(student, batch, losses, FIXED)
+    (micro,) = batch.micros
+    student.model.zero_grad(set_to_none=True)
+    logp = logits_of(student, batch).log_softmax(-1)
+    total, kd = -0.3 * logp[torch.arange(len(micro.label_P)), torch.from_numpy(micro.label_P)].mean(), 0.0
+    for lesson, loss, chunks, plain in zip(micro.lessons, losses, batch.chunks, figures.teachers, strict=True):
+        terms = loss.terms(step_module._view(logp, micro, lesson, loss, 0, len(micro.label_P)))
+        owner = micro.sample_P if loss.per == "token" else lesson.sample_C
+        mean = (terms * torch.from_numpy(lesson.weight_B[owner])).sum() / chunks
+        total, kd = total + 0.7 * mean, kd + float(mean.detach())
+        assert plain == pytest.approx(float(terms.detach().sum()) / chunks, rel=1e-9)
+    total.backward()
+    assert figures.kd == pytest.approx(kd, rel=1e-9)
+    assert figures.loss == pytest.approx(float(total.detach()), rel=1e-9)
+    for one, parameter in zip(grads, student.model.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-6, atol=1e-10)
+
+
+def test_learned_w_gets_the_gradient_of_the_definition(
+    make_targets: Callable[..., str], student_dir: str, pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, student = make_targets(LENGTHS, losses=("p-kl",)), student_of(student_dir)
+    loss = open_loss("p-kl", pair.setup(learn_w=True))
+    (theta,) = loss.parameters()
+    batch = batch_of([root], [loss], 1000)
+    (micro,) = batch.micros
+    view = step_module._view(
+        logits_of(student, batch).detach().log_softmax(-1), micro, micro.lessons[0], loss, 0, len(micro.label_P)
+    )
+    (expected,) = torch.autograd.grad(loss.terms(view).sum() / len(view.first_C) * 0.7, theta)
+    monkeypatch.setattr(step_module, "BLOCK_ELEMENTS", 24 * 3)
+    run_step(student, batch_of([root], [loss], 13), [loss], FIXED)
+    assert float(expected.abs().sum()) > 0
+    torch.testing.assert_close(theta.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_blocks_do_not_tear_chunks(
+    make_targets: Callable[..., str], pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = loss_of(pair, "p-kl")
+    (micro,) = batch_of([make_targets(LENGTHS)], [loss], 1000).micros
+    (lesson,) = micro.lessons
+    for size in range(1, 9):
+        monkeypatch.setattr(step_module, "BLOCK_ELEMENTS", 24 * size)
+        spans = [(b.low, b.high) for b in step_module.blocks(torch.zeros(8, 12, 32), micro, 24, [loss])]
+        assert [low for low, _ in spans] == [0, *(high for _, high in spans[:-1])]
+        assert spans[-1][1] == len(micro.label_P)
+        for first, length in zip(lesson.first_C, lesson.length_C, strict=True):
+            assert any(low <= first and first + length <= high for low, high in spans)
+        assert all(high - low <= max(size, 2) for low, high in spans), "no chunk here is longer than 2"
+
+
 def test_dynamic_mixing_scales_kd_to_ce(make_targets: Callable[..., str], student_dir: str, pair: Any) -> None:
-    root, student, loss = make_targets(LENGTHS), student_of(student_dir), open_loss("p-kl", pair.setup())
-    batch = batch_of(root, loss, 20)
+    root, student, loss = make_targets(LENGTHS), student_of(student_dir), [loss_of(pair, "p-kl")]
+    batch = batch_of([root], loss, 20)
     figures, grads = gradients(student, batch, loss, DYNAMIC)
     assert figures.loss == pytest.approx(2 * figures.ce, rel=1e-9)
     assert figures.kd is not None
@@ -93,9 +209,9 @@ def test_dynamic_mixing_scales_kd_to_ce(make_targets: Callable[..., str], studen
 
 def test_dynamic_mixing_without_kd_is_ce(make_targets: Callable[..., str], student_dir: str, pair: Any) -> None:
     """Samples of one token have no chunk with a row: KD is 0, and nothing divides by it."""
-    root, student, loss = make_targets([[1, 1]]), student_of(student_dir), open_loss("p-kl", pair.setup())
-    batch = batch_of(root, loss, 20)
-    assert batch.chunks == 0
+    root, student, loss = make_targets([[1, 1]]), student_of(student_dir), [loss_of(pair, "p-kl")]
+    batch = batch_of([root], loss, 20)
+    assert batch.chunks == (0,)
     figures, grads = gradients(student, batch, loss, DYNAMIC)
     assert figures.loss == figures.ce
     assert all(torch.isfinite(grad).all() for grad in grads)
@@ -105,8 +221,8 @@ def test_padded_head_columns_get_no_gradient_and_no_probability(
     make_targets: Callable[..., str], student_dir: str, pair: Any
 ) -> None:
     """Rows 24 to 31 of the head stand for no token."""
-    loss = open_loss("ce", pair.setup())
-    batch, student = batch_of(make_targets(LENGTHS), loss, 50), student_of(student_dir)
+    loss = [loss_of(pair, "ce")]
+    batch, student = batch_of([make_targets(LENGTHS)], loss, 50), student_of(student_dir)
     before, _ = gradients(student, batch, loss, FIXED)
     with torch.no_grad():
         student.model.get_output_embeddings().weight[24:] = 50.0
@@ -115,11 +231,11 @@ def test_padded_head_columns_get_no_gradient_and_no_probability(
     assert float(student.model.get_output_embeddings().weight.grad[24:].abs().sum()) == 0.0
 
 
-@pytest.mark.parametrize("name", ["p-kl", "h-kl", "ce"])
+@pytest.mark.parametrize("name", ALL)
 def test_autocast_stays_near_float32(make_targets: Callable[..., str], student_dir: str, pair: Any, name: str) -> None:
     """bfloat16 has 8 bits of mantissa: a few per cent."""
-    loss, device = open_loss(name, pair.setup()), torch.device("cpu")
-    batch = batch_of(make_targets(LENGTHS), loss, 50)
+    loss, device = [loss_of(pair, name)], torch.device("cpu")
+    batch = batch_of([make_targets(LENGTHS, losses=(name,))], loss, 50)
     found = []
     for autocast in (None, torch.bfloat16):
         student = Student(load_student(student_dir, device, False), device, autocast, 24)

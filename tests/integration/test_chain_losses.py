@@ -1,0 +1,209 @@
+"""Losses through the whole chain against dense computations: full teacher rows, full student rows, byte by byte.
+
+What the trainer takes of all samples in one step must be what the definitions give when they are applied to the
+models' own forward passes.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import cli
+from pipeline.store import load_vocab
+from pipeline.tokens import TokenTable, load_tokenizer
+from schemas.config import LossOptions
+from trainer.batches import Loader
+from trainer.losses import open_loss
+from trainer.losses.base import LossSetup
+from trainer.model import load_student
+from trainer.samples import Layout, context_token
+from trainer.sources import Sources
+from trainer.step import Student, measure
+from trainer.targets import Targets
+
+TEXT = Path(cli.__file__).parent / "examples" / "data" / "moby-dick-held-out.jsonl"
+MIXED = "Zażółć gęślą jaźń; 1851 + 42 = 1893.\nfor x in range(10):\n    print(f'{x}')  # 🐋 鯨 кит"
+K, MIN_P = 64, 0.003
+# Nats per chunk: the codec rounds each log-probability to 1/32 nat; the child term is linear in what is rounded.
+CLOSE = {"root": 3e-3, "interior": 3e-3, "child": 1e-2, "alm": 1e-5}
+
+
+def xtoken(*words: object) -> dict[str, Any]:
+    result = CliRunner().invoke(cli.app, [*(str(word) for word in words), "--json"])
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def log_probabilities(folder: Path, sequences: list[list[int]]) -> Iterator[np.ndarray]:
+    """float64 [T - 1, V] of each sequence, from the model's own forward pass."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for ids in sequences:
+        with torch.inference_mode():
+            rows = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1).numpy()
+        yield rows
+
+
+class Words:
+    """A student's text tokens by their bytes."""
+
+    def __init__(self, table: TokenTable) -> None:
+        self.pieces = table.pieces()
+        self.by_bytes = {self.pieces[i]: i for i in range(table.size - 1, -1, -1) if self._is_text(table, i)}
+
+    def _is_text(self, table: TokenTable, i: int) -> bool:
+        return table.role[i] is None and bool(self.pieces[i])
+
+    def longest_prefix(self, text: bytes) -> int | None:
+        return next((self.by_bytes[text[:n]] for n in range(len(text), 0, -1) if text[:n] in self.by_bytes), None)
+
+    def starting_with(self, text: bytes) -> list[int]:
+        return [i for i, data in enumerate(self.pieces) if self.by_bytes.get(data) == i and data.startswith(text)]
+
+
+def kept_of(logp_T: np.ndarray) -> dict[int, float]:
+    order = np.lexsort((np.arange(len(logp_T)), -logp_T))[:K]
+    kept = [int(t) for t in order if np.exp(logp_T[t]) >= MIN_P] or [int(order[0])]
+    return {t: float(np.exp(logp_T[t])) for t in kept}
+
+
+def kl_with_rest(target: dict[int, float], p_S: np.ndarray) -> float:
+    rest, q_rest = 1 - sum(target.values()), 1 - sum(p_S[u] for u in target)
+    kl = sum(p * np.log(p / p_S[u]) for u, p in target.items())
+    return float(kl + (rest * np.log(rest / q_rest) if rest > 1e-9 else 0.0))
+
+
+def root(kept: dict[int, float], pieces: list[bytes], words: Words, specials: dict[int, int]) -> dict[int, float]:
+    target: dict[int, float] = {}
+    for t, p in kept.items():
+        u = specials.get(t, words.longest_prefix(pieces[t]) if pieces[t] else None)
+        if u is not None:
+            target[u] = target.get(u, 0.0) + p
+    return target
+
+
+def interior(kept: dict[int, float], done: bytes, pieces: list[bytes], words: Words) -> dict[int, float] | None:
+    going = {t: p for t, p in kept.items() if pieces[t].startswith(done)}
+    target: dict[int, float] = {}
+    for t, p in going.items():
+        u = words.longest_prefix(pieces[t][len(done) :])
+        if u is not None:
+            target[u] = target.get(u, 0.0) + p / sum(going.values())
+    return target or None
+
+
+def child(kept: dict[int, float], realised: bytes, pieces: list[bytes], words: Words, p_S: np.ndarray) -> float:
+    without = {pieces[t]: p for t, p in kept.items() if pieces[t] and pieces[t] not in words.by_bytes}
+    groups: dict[bytes, float] = {}
+    for text, p in without.items():
+        shortest = min((other for other in without if text.startswith(other)), key=len)
+        groups[shortest] = groups.get(shortest, 0.0) + p
+    total = 0.0
+    for text, mass in groups.items():
+        if realised and text.startswith(realised) and text != realised:
+            tokens = words.starting_with(text[len(realised) :])
+            total -= mass * np.log(p_S[tokens].sum()) if tokens else 0.0
+    return float(total)
+
+
+def sample_terms(
+    teacher_end: list[int], text: bytes, logp_T: np.ndarray, logp_S: np.ndarray, encoded: Any, names: Any
+) -> tuple[dict[str, float], int]:
+    """Sums over one sample of root, interior and child, and its chunks."""
+    pieces, words, specials = names
+    ends, terms, chunks = encoded.ends.tolist(), dict.fromkeys(("root", "interior", "child"), 0.0), 0
+    starts = [0, *teacher_end[:-1]]
+    pending = None
+    for i, p_S in enumerate(np.exp(logp_S)):
+        start = ends[i - 1] if i else 0
+        if pending is not None:
+            terms["child"] += child(*pending, pieces, words, p_S)
+        j = max(k for k, begin in enumerate(starts) if begin <= start)  # of eos and the token before, eos
+        kept = kept_of(logp_T[j])
+        pending = None
+        if starts[j] == start:
+            terms["root"] += kl_with_rest(root(kept, pieces, words, specials), p_S)
+            pending, chunks = (kept, text[start : ends[i]]), chunks + 1
+        elif (target := interior(kept, text[starts[j] : start], pieces, words)) is not None:
+            terms["interior"] += kl_with_rest(target, p_S)
+    return terms, chunks
+
+
+@pytest.fixture(scope="module")
+def chain(gemma3_dir: Path, smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A capture of two short texts and targets for byte-prefix and alm."""
+    folder = tmp_path_factory.mktemp("chain")
+    prose = json.loads(TEXT.read_text(encoding="utf-8"))["text"][:500].strip()
+    lines = [json.dumps({"text": one}) + "\n" for one in (prose, MIXED)]
+    (folder / "corpus.jsonl").write_text("".join(lines))
+    words = ["--teacher", gemma3_dir, "--out", folder / "c", "--k", K, "--min-p", MIN_P]
+    xtoken("precompute", folder / "corpus.jsonl", *words)
+    xtoken("align", folder / "c", "--student", smollm2_dir, "--out", folder / "t", "--for", "byte-prefix,alm")
+    return folder
+
+
+def trainer_mean(targets: Targets, student: Student, name: str, **options: Any) -> tuple[float, int]:
+    """Mean of a loss per valid chunk over all samples, as a training step takes it, and the chunks."""
+    info, size = targets.manifest.student, student.vocabulary
+    setup = LossSetup(
+        targets.w.within(size), targets.vocab, size, targets.manifest.teacher_tokenizer.size, student.device,
+        LossOptions(**options),
+    )  # fmt: skip
+    loss = open_loss(name, setup)
+    layout = Layout(context_token(info), 4096, size, (loss,))
+    batch = Loader(Sources([targets]), layout, step_tokens=100_000, micro_tokens=4096, seed=0).step()
+    total = sum(float(measure(student, micro, [loss])[2]) for micro in batch.micros)
+    return total / batch.chunks[0], batch.chunks[0]
+
+
+@pytest.mark.engine
+def test_byte_prefix_and_alm_are_their_definitions(chain: Path, gemma3_dir: Path, smollm2_dir: Path) -> None:
+    student, table = load_tokenizer(str(smollm2_dir)), load_vocab(str(chain / "c"))
+    rows = pq.read_table(chain / "c" / "data").to_pylist()
+    encoded = [student.encode(row["text"], complete=True) for row in rows]
+    eos = student.table.info.eos_id
+    assert eos is not None
+    specials = {int(table.info.eos_id or 0): eos}
+    teacher_rows = log_probabilities(gemma3_dir, [[table.info.bos_id, *row["teacher_ids"]] for row in rows])
+    student_rows = log_probabilities(smollm2_dir, [[eos, *one.ids.tolist()] for one in encoded])
+    names = table.pieces(), Words(student.table), specials
+    sums, chunks, alm = dict.fromkeys(("root", "interior", "child"), 0.0), 0, 0.0
+    for row, one, logp_T, logp_S in zip(rows, encoded, teacher_rows, student_rows, strict=True):
+        terms, found = sample_terms(row["teacher_end"], row["text"].encode(), logp_T, logp_S, one, names)
+        sums, chunks = {name: sums[name] + terms[name] for name in sums}, chunks + found
+        alm += dense_alm(row, one, logp_T, logp_S)
+    model = load_student(str(smollm2_dir), torch.device("cpu"), False).eval()
+    ours, targets = Student(model, torch.device("cpu"), None, student.table.size), Targets(str(chain / "t"))
+    for name, total in sums.items():
+        mean, found = trainer_mean(targets, ours, "byte-prefix", prefix=[name])
+        assert found == chunks
+        assert mean == pytest.approx(total / chunks, abs=CLOSE[name]), name
+        assert total > 0
+    mean, _ = trainer_mean(targets, ours, "alm")
+    assert mean == pytest.approx(alm / chunks, abs=CLOSE["alm"])
+
+
+def dense_alm(row: dict[str, Any], encoded: Any, logp_T: np.ndarray, logp_S: np.ndarray) -> float:
+    """Binary KL of chunk likelihoods at tau_b = 100, from the realised tokens of both forward passes."""
+    mine = logp_S[np.arange(len(encoded.ids)), encoded.ids]
+    theirs = logp_T[np.arange(len(row["teacher_ids"])), row["teacher_ids"]]
+    ends, teacher_ends = encoded.ends.tolist(), row["teacher_end"]
+    shared = sorted(set(ends[:-1]) & set(teacher_ends[:-1]))
+    s_cut = [0, *(ends.index(byte) + 1 for byte in shared), len(ends)]
+    t_cut = [0, *(teacher_ends.index(byte) + 1 for byte in shared), len(teacher_ends)]
+    total = 0.0
+    for c in range(len(shared) + 1):
+        a = theirs[t_cut[c] : t_cut[c + 1]].sum() / 100 - 1e-6
+        b = mine[s_cut[c] : s_cut[c + 1]].sum() / 100 - 1e-6
+        p = np.exp(a)
+        total += p * (a - b) + (1 - p) * (np.log(-np.expm1(a)) - np.log(-np.expm1(b)))
+    return float(total)

@@ -1,0 +1,118 @@
+"""Several target folders as one set of samples: joined where they hold the same sample, kept apart where not.
+
+Two folders hold the same sample when its id and the student's tokens are equal. The first folder that holds a sample
+owns it; the others are looked up by key (16 bytes per sample), so nothing but row groups in use is in memory.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.samples import Layout, Stored
+from trainer.targets import GroupRef, RowGroup, Targets
+
+
+@dataclass(frozen=True)
+class OwnedGroup:
+    """The samples of a row group that its folder owns: ``rows`` of row group number ``number``."""
+
+    source: int
+    number: int
+    ref: GroupRef
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Keys of a folder's samples in file order, and sorted for lookup."""
+
+    keys: NDArray[np.uint64]
+    order: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+    def find(self, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Row numbers in the folder, -1 = not there."""
+        at = np.searchsorted(self.keys, keys, sorter=self.order)
+        row = self.order[np.minimum(at, len(self.order) - 1)]
+        return np.where(self.keys[row] == keys, row, -1)
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Row group number and row within it."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return number, row - int(self.starts[number])
+
+
+class Sources:
+    """Target folders joined by sample.
+
+    Attributes:
+        groups: every sample once, by the row group that owns it.
+        samples: how many there are.
+        held: how many each folder holds.
+        shared: how many all folders hold.
+    """
+
+    def __init__(self, folders: Sequence[Targets]) -> None:
+        self.folders = list(folders)
+        # One folder needs no join: nothing is read before it is used.
+        self._indices = [_index(folder) for folder in folders] if len(folders) > 1 else []
+        self.groups = [group for source in range(len(folders)) for group in self._owned(source)]
+        self.samples = sum(len(group.rows) for group in self.groups)
+        self.held = [folder.samples for folder in folders]
+        self.shared = self._shared()
+
+    def _owned(self, source: int) -> Iterator[OwnedGroup]:
+        for number, ref in enumerate(self.folders[source].groups):
+            own = np.ones(ref.rows, np.bool_)
+            for earlier in self._indices[:source]:
+                own &= earlier.find(self._keys(source, number)) < 0
+            yield OwnedGroup(source, number, ref, np.flatnonzero(own))
+
+    def _keys(self, source: int, number: int) -> NDArray[np.uint64]:
+        start = int(self._indices[source].starts[number])
+        return self._indices[source].keys[start : start + self.folders[source].groups[number].rows]
+
+    def _shared(self) -> int:
+        if not self._indices:
+            return self.samples
+        everywhere = np.ones(len(self._indices[0].keys), np.bool_)
+        for index in self._indices[1:]:
+            everywhere &= index.find(self._indices[0].keys) >= 0
+        return int(everywhere.sum())
+
+    def read(self, group: OwnedGroup, layout: Layout) -> Iterator[list[Stored | None]]:
+        """For each owned sample, where every folder stores it; decoded columns are those the layout asks for."""
+        decoded = self.folders[group.source].read(group.ref, layout.columns(group.source))
+        found: list[dict[int, Stored]] = [{} for _ in self.folders]
+        found[group.source] = {row: (decoded, row) for row in group.rows.tolist()}
+        for source in range(group.source + 1, len(self.folders)):
+            found[source] = self._joined(source, group, layout)
+        for row in group.rows.tolist():
+            yield [rows.get(row) for rows in found]
+
+    def _joined(self, source: int, group: OwnedGroup, layout: Layout) -> dict[int, Stored]:
+        """Rows of ``group`` that ``source`` holds too."""
+        index, opened, joined = self._indices[source], dict[int, RowGroup](), dict[int, Stored]()
+        matches = index.find(self._keys(group.source, group.number)[group.rows])
+        for row, match in zip(group.rows.tolist(), matches.tolist(), strict=True):
+            if match >= 0:
+                number, at = index.place(match)
+                if number not in opened:
+                    folder = self.folders[source]
+                    opened[number] = folder.read(folder.groups[number], layout.columns(source))
+                joined[row] = (opened[number], at)
+        return joined
+
+
+def _index(folder: Targets) -> _Index:
+    keys = np.zeros(folder.samples, np.uint64)
+    starts = np.cumsum([0, *(ref.rows for ref in folder.groups)])[:-1].astype(np.int64)
+    for start, ref in zip(starts.tolist(), folder.groups, strict=True):
+        group = folder.read(ref, ("student_ids",))
+        for row, sample_id in enumerate(group.sample_ids):
+            data = sample_id.encode() + b"\0" + group.values("student_ids", row).astype("<i4").tobytes()
+            keys[start + row] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return _Index(keys, np.argsort(keys, kind="stable"), starts)
