@@ -254,19 +254,20 @@ def run_losses(as_json: JSON_FLAG = False, quiet: QUIET_FLAG = False) -> None:
 
     Example: xtoken losses
     """
-    _guarded(lambda _: {"losses": loss_rows()}, as_json, quiet)
+    _guarded(lambda _: {"losses": loss_rows(as_json)}, as_json, quiet)
 
 
-def loss_rows() -> list[Figures]:
-    """The registry, with the target columns of each loss."""
+def loss_rows(whole: bool) -> list[Figures]:
+    """The registry, one short line each; ``whole`` adds what it matches and its target columns."""
     from schemas.tables import target_columns
     from trainer.losses import REGISTRY
 
     rows = []
     for name, entry in REGISTRY.items():
-        columns = [column.name for column in target_columns([name], base=False)]
-        row = {"loss": name, "matches": entry.matches, "stored": entry.stored, "when": entry.when}
-        rows.append(row | {"source": entry.source, "columns": columns})
+        row: Figures = {"loss": name, "use_when": entry.when, "needs_stored": entry.stored, "source": entry.source}
+        if whole:
+            row |= {"matches": entry.matches, "columns": [c.name for c in target_columns([name], base=False)]}
+        rows.append(row)
     return rows
 
 

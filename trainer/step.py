@@ -39,6 +39,13 @@ class Mixing:
     kd_weight: float
     ce_weight: float
 
+    def weights(self, kd: float, ce: float) -> tuple[float, float]:
+        """Weights of KD and CE in a step where these are their values; constants for the gradient."""
+        if self.mode == "fixed":
+            return self.kd_weight, self.ce_weight
+        # H-KL can be negative: the ratio of magnitudes keeps the direction of its gradient.
+        return (abs(ce / kd) if kd else 1.0), 1.0
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -309,11 +316,10 @@ def _weights(student: Student, batch: StepBatch, losses: Sequence[Loss], mixing:
     if not _distils(losses):
         return 0.0, 1.0
     if mixing.mode == "fixed":
-        return mixing.kd_weight, mixing.ce_weight
+        return mixing.weights(0.0, 0.0)
     sums = torch.stack([measure(student, micro, losses) for micro in batch.micros]).sum(0)
     figures = _figures(sums, batch, losses, 1.0, 1.0)
-    # H-KL can be negative: the ratio of magnitudes keeps the direction of its gradient.
-    return (abs(figures.ce / figures.kd) if figures.kd else 1.0), 1.0
+    return mixing.weights(figures.kd or 0.0, figures.ce)
 
 
 def _figures(sums: Tensor, batch: StepBatch, losses: Sequence[Loss], kd_weight: float, ce_weight: float) -> Figures:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import cli
 
 RUNNER = CliRunner()
-VERBS = ("align", "demo", "eval", "inspect", "precompute", "project", "train", "verify")
+VERBS = ("align", "demo", "eval", "inspect", "losses", "precompute", "project", "train", "verify")
 
 
 def flags() -> dict[str, list[str]]:
@@ -36,6 +36,35 @@ def test_a_wrong_value_names_the_flag_and_the_choices() -> None:
     result = RUNNER.invoke(cli.app, ["align", "x", "--student", "y", "--out", "z", "--for", "p-kl,nonsense"])
     assert result.exit_code == 2
     assert "--for: loss 'nonsense' is unknown; choose from ce, p-kl, h-kl" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "t", "--student", "s", "--out", "o", "--weights", "1,x"], "--weights: "),
+        (["train", "a,b", "--student", "s", "--out", "o", "--weights", "0,0"], "the teacher weights sum to 0"),
+        (["train", "t", "--student", "s", "--out", "o", "--alm-threshold", "1"], "--alm-threshold: "),
+        (["align", "c", "--student", "s", "--out", "o", "--tau", "0"], "--tau: "),
+        (["align", "c", "--student", "s", "--out", "o", "--for", "uld", "--merge", "mean"], "leave uld out of --for"),
+        (["project", "--student", "s", "--teacher", "t", "--out", "o", "--rule", "masked:verbs"], "masked:numerals"),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--temperatures", "2,-1"], "a temperature of -1"),
+    ],
+)
+def test_values_are_refused_before_anything_starts(words: list[str], said: str) -> None:
+    result = RUNNER.invoke(cli.app, words)
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+
+
+def test_losses_lists_every_loss() -> None:
+    from schemas.tables import LOSSES
+
+    rows = json.loads(RUNNER.invoke(cli.app, ["losses", "--json"]).stdout)["losses"]
+    assert [row["loss"] for row in rows] == list(LOSSES)
+    assert all(row["needs_stored"] and row["use_when"] for row in rows)
+    plain = RUNNER.invoke(cli.app, ["losses"])
+    assert plain.exit_code == 0
+    assert "byte-prefix" in plain.stdout
 
 
 def test_json_errors_are_json() -> None:
