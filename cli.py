@@ -11,7 +11,6 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -37,7 +36,6 @@ from trainer.report.tables import figure_tables
 
 if TYPE_CHECKING:
     from pipeline.tokens import TextTokenizer
-    from schemas.manifest import CaptureManifest, TargetManifest
     from trainer.evaluate import EvalSample
 
 app = typer.Typer(
@@ -82,7 +80,7 @@ def _options(model: type[BaseModel]) -> list[python_inspect.Parameter]:
 
 def _build(model: type[C], values: dict[str, Any]) -> C:
     for name, field in model.model_fields.items():
-        if field.annotation in LISTS:
+        if field.annotation in LISTS and name in values:
             values[name] = [item.strip() for item in str(values[name]).split(",") if item.strip()]
     try:
         return model(**values)
@@ -156,32 +154,11 @@ def _run_verb(function: Verb, model: type[BaseModel], /, **values: Any) -> None:
 def run_precompute(config: PrecomputeConfig, bars: Bars) -> Figures:
     """Capture a teacher's rows over a corpus."""
     from pipeline.capture import precompute
+    from pipeline.store.figures import capture_figures
 
     began = time.monotonic()
     manifest = precompute(config, bars)
     return capture_figures(manifest) | {"seconds": round(time.monotonic() - began, 1), "out": config.out}
-
-
-def capture_figures(manifest: "CaptureManifest") -> Figures:
-    """What a capture holds, in numbers."""
-    tokens = sum(part.tokens for part in manifest.parts)
-    file_bytes = sum(part.file_bytes for part in manifest.parts)
-    counts: Counter[str] = Counter()
-    for part in manifest.parts:
-        counts.update(part.counts)
-    student = {"share_of_1_1_chunks": counts["chunks_1_1"] / counts["chunks"]} if counts["chunks"] else {}
-    return {
-        "samples": sum(part.samples for part in manifest.parts),
-        "tokens": tokens,
-        "rows": sum(part.rows for part in manifest.parts),
-        "entries_per_row": sum(part.entries for part in manifest.parts) / max(sum(p.rows for p in manifest.parts), 1),
-        "text_bytes": sum(part.text_bytes for part in manifest.parts),
-        "bytes_per_token": file_bytes / max(tokens, 1),
-        "bad_documents": dict(manifest.corpus.bad),
-        "snapped_samples": counts["snapped"],
-        **student,
-        "teacher": f"{manifest.teacher.model} ({manifest.teacher.backend})",
-    }
 
 
 @verb(ProjectConfig, "xtoken project --student HuggingFaceTB/SmolLM2-135M --teacher capture --out w")
@@ -198,28 +175,11 @@ def run_project(config: ProjectConfig, bars: Bars) -> Figures:
 def run_align(config: AlignConfig, bars: Bars) -> Figures:
     """Align a capture with a student's tokenizer."""
     from pipeline.align import align
+    from pipeline.store.figures import target_figures
 
     began = time.monotonic()
     manifest = align(config, bars)
     return target_figures(manifest) | {"seconds": round(time.monotonic() - began, 1), "out": config.out}
-
-
-def target_figures(manifest: "TargetManifest") -> Figures:
-    """What a target folder holds, in numbers; every count of the parts is summed."""
-    counts: Counter[str] = Counter()
-    for part in manifest.parts:
-        counts.update(part.counts)
-    masses = {name.split("_")[1]: counts.pop(name) for name in list(counts) if name.startswith("mass_")}
-    tokens = sum(part.tokens for part in manifest.parts)
-    return {
-        "samples": sum(part.samples for part in manifest.parts),
-        "student_tokens": tokens,
-        "bytes_per_token": sum(part.file_bytes for part in manifest.parts) / max(tokens, 1),
-        "share_of_1_1_chunks": counts["chunks_1_1"] / max(counts["chunks"], 1),
-        "losses": ",".join(manifest.losses),
-        **counts,
-        "teacher_mass": {name: ppm / 1e6 / max(counts["chunks_with_row"], 1) for name, ppm in masses.items()},
-    }
 
 
 @verb(TrainConfig, "xtoken train targets --student HuggingFaceTB/SmolLM2-135M --loss p-kl --out run")
@@ -254,21 +214,9 @@ def run_losses(as_json: JSON_FLAG = False, quiet: QUIET_FLAG = False) -> None:
 
     Example: xtoken losses
     """
+    from trainer.losses import loss_rows
+
     _guarded(lambda _: {"losses": loss_rows(as_json)}, as_json, quiet)
-
-
-def loss_rows(whole: bool) -> list[Figures]:
-    """The registry, one short line each; ``whole`` adds what it matches and its target columns."""
-    from schemas.tables import target_columns
-    from trainer.losses import REGISTRY
-
-    rows = []
-    for name, entry in REGISTRY.items():
-        row: Figures = {"loss": name, "use_when": entry.when, "needs_stored": entry.stored, "source": entry.source}
-        if whole:
-            row |= {"matches": entry.matches, "columns": [c.name for c in target_columns([name], base=False)]}
-        rows.append(row)
-    return rows
 
 
 @verb(EvalConfig, "xtoken eval run/model --text held-out.jsonl --targets held-out-targets")

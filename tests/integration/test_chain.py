@@ -1,7 +1,6 @@
 """The whole chain against a dense computation: full teacher rows, full W, full student rows, one chunk at a time."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,6 @@ def xtoken(*words: object) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
     return found
-
-
-def log_probabilities(folder: Path, sequences: list[list[int]]) -> Iterator[np.ndarray]:
-    """float64 [T - 1, V] of each sequence, from the model's own forward pass."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for ids in sequences:
-        # Not around the yield: the mode would leak into whoever consumes this.
-        with torch.inference_mode():
-            rows = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1).numpy()
-        yield rows
 
 
 def chunk_starts(student_end: list[int], teacher_end: list[int]) -> list[tuple[int, int]]:
@@ -65,7 +51,9 @@ def dense_kl(logp_T: np.ndarray, p_S: np.ndarray, W: Any, moved: dict[int, int |
 
 
 @pytest.mark.engine
-def test_stored_rows_give_the_kl_of_full_rows(gemma3_dir: Path, smollm2_dir: Path, tmp_path: Path) -> None:
+def test_stored_rows_give_the_kl_of_full_rows(
+    gemma3_dir: Path, smollm2_dir: Path, tmp_path: Path, log_probabilities: Any
+) -> None:
     text = json.loads(TEXT.read_text(encoding="utf-8"))["text"]
     mixed = "Zażółć gęślą jaźń; 1851 + 42 = 1893.\nfor x in range(10):\n    print(f'{x}')  # 🐋 鯨 кит"
     corpus = tmp_path / "corpus.jsonl"

@@ -5,7 +5,6 @@ models' own forward passes.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +39,6 @@ def xtoken(*words: object) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
     return found
-
-
-def log_probabilities(folder: Path, sequences: list[list[int]]) -> Iterator[np.ndarray]:
-    """float64 [T - 1, V] of each sequence, from the model's own forward pass."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for ids in sequences:
-        with torch.inference_mode():
-            rows = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1).numpy()
-        yield rows
 
 
 class Words:
@@ -166,7 +154,9 @@ def trainer_mean(targets: Targets, student: Student, name: str, **options: Any) 
 
 
 @pytest.mark.engine
-def test_byte_prefix_and_alm_are_their_definitions(chain: Path, gemma3_dir: Path, smollm2_dir: Path) -> None:
+def test_byte_prefix_and_alm_are_their_definitions(
+    chain: Path, gemma3_dir: Path, smollm2_dir: Path, log_probabilities: Any
+) -> None:
     student, table = load_tokenizer(str(smollm2_dir)), load_vocab(str(chain / "c"))
     rows = pq.read_table(chain / "c" / "data").to_pylist()
     encoded = [student.encode(row["text"], complete=True) for row in rows]

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from schemas.tables import target_columns
+
 if TYPE_CHECKING:
     from trainer.losses.base import Loss, LossSetup
 
@@ -78,3 +80,19 @@ def open_loss(name: str, setup: "LossSetup") -> "Loss":
     module: Any = import_module(f"trainer.losses.{REGISTRY[name].module}")
     loss: Loss = module.open_loss(setup)
     return loss
+
+
+def loss_rows(whole: bool) -> list[dict[str, Any]]:
+    """The registry, one short line each; ``whole`` adds what it matches and its target columns."""
+    rows = []
+    for name, entry in REGISTRY.items():
+        row: dict[str, Any] = {
+            "loss": name,
+            "use_when": entry.when,
+            "needs_stored": entry.stored,
+            "source": entry.source,
+        }
+        if whole:
+            row |= {"matches": entry.matches, "columns": [c.name for c in target_columns([name], base=False)]}
+        rows.append(row)
+    return rows

@@ -3,7 +3,7 @@
 Shapes: P positions, C chunks, V student vocabulary, U teacher vocabulary, N entries of W.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,14 +116,6 @@ def build_view(
         _integers([-1] * len(first) if following is None else following),
         {name: torch.as_tensor(np.asarray(values)) for name, values in (columns or {}).items()},
     )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,0 +1,25 @@
+"""What several integration tests ask of a real model."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def _forward(folder: Path, sequences: list[list[int]]) -> Iterator[Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for ids in sequences:
+        # Not around the yield: the mode would leak into whoever consumes this.
+        with torch.inference_mode():
+            rows = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1).numpy()
+        yield rows
+
+
+@pytest.fixture
+def log_probabilities() -> Callable[[Path, list[list[int]]], Iterator[Any]]:
+    """``log_probabilities(folder, sequences)``: float64 [T - 1, V] of each, from the model's own forward pass."""
+    return _forward
