@@ -8,9 +8,10 @@ Ours is what ``trainer.step.write_gradient`` does for a micro-batch: blocks, los
 
 Time: the median of five passes of each side after one, each begun when the machine is idle; passes during which other
 processes were busy are taken again. Twice: with the allocator as it is, which gives large buffers back, so that every
-pass pays for fresh pages; and with one that keeps them, where only arithmetic counts. Memory: a process per side; the largest resident size during a pass less that
-before it, with logits, gradient and inputs not counted. The allocator there returns what is freed at once, so that
-nothing hides in it.
+pass pays for fresh pages; and with one that keeps them, where only the work counts.
+
+Memory: a process per side; the largest resident size during a pass less that before it, with logits, gradient and
+inputs not counted. The allocator there returns what is freed at once, so that nothing hides in it.
 """
 
 import argparse
@@ -299,8 +300,8 @@ def _markdown(report: dict[str, Any]) -> str:
         f"entries kept per row; from given logits to their gradient, CE (weight {setup['ce_weight']:g}) included. "
         f"{setup['cpu']}, {setup['threads']} threads, median of {setup['passes']}; torch {setup['torch']}, "
         f"Python {setup['python']}. Extra memory leaves out logits, gradient and inputs. CE alone has nothing to be "
-        "compared with: its dense side is the same computation in one block. 'kept': the same with an allocator that keeps "
-        "freed memory, so that no pass pays for fresh pages.\n\n"
+        "compared with: its dense side is the same computation in one block. 'kept': the same with an allocator "
+        "that keeps freed memory, so that no pass pays for fresh pages.\n\n"
         "Written by `python -m benchmarks.losses`.\n"
     )
 
