@@ -7,8 +7,8 @@ Ours is what ``trainer.step.write_gradient`` does for a micro-batch: blocks, los
 ``losses_dense.gradient``: one autograd pass. Both start from the same logits and end with the gradient by them.
 
 Time: the median of five passes of each side after one, each begun when the machine is idle; passes during which other
-processes were busy are taken again. Twice: with the allocator as it is, which gives large buffers back, so that every
-pass pays for fresh pages; and with one that keeps them, where only the work counts.
+processes were busy are taken again. The allocator is the system's, which gives large buffers back, so that every pass
+of either side pays for fresh pages.
 
 Memory: a process per side; the largest resident size during a pass less that before it, with logits, gradient and
 inputs not counted. The allocator there returns what is freed at once, so that nothing hides in it.
@@ -60,8 +60,6 @@ FASTER, SMALLER = 5.0, 8.0  # what the project asks for
 SAME = 1e-4  # relative: sums of 512 float32 cross-entropies, added block by block or at once
 # The allocator maps every buffer of 64 kB or more by itself, so freeing it shrinks the process.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
-# No buffer is mapped by itself and nothing is given back.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 Pass = Callable[[], tuple[float, float]]  # one pass from logits to gradient; returns the sums CE and KD
 
 
@@ -109,13 +107,12 @@ def _tokenizer(name: str) -> Path:
 
 
 def _compare(folder: str, name: str) -> dict[str, Any]:
-    found, kept = _run(folder, name, "time", {}), _run(folder, name, "time", KEEP_MEMORY)
+    found = _run(folder, name, "time", {})
     for side in ("ours", "dense"):
-        found[side] |= _run(folder, name, side, RETURN_MEMORY) | {"kept_seconds": kept[side]["seconds"]}
+        found[side] |= _run(folder, name, side, RETURN_MEMORY)
     ours, dense = found["ours"], found["dense"]
     assert abs(ours["ce"] - dense["ce"]) < SAME * dense["ce"], "the sides do not compute the same"
     ratios = {"time_ratio": dense["seconds"] / ours["seconds"], "memory_ratio": dense["bytes"] / ours["bytes"]}
-    ratios["kept_time_ratio"] = dense["kept_seconds"] / ours["kept_seconds"]
     return {**found, **ratios}
 
 
@@ -268,19 +265,14 @@ def _rows(report: dict[str, Any]) -> list[list[str]]:
     rows = []
     for name, found in report["losses"].items():
         ours, dense = found["ours"], found["dense"]
-        times = [
-            text
-            for key, ratio in (("seconds", "time_ratio"), ("kept_seconds", "kept_time_ratio"))
-            for text in (*(f"{side[key] * 1e3:,.0f}" for side in (ours, dense)), f"{found[ratio]:.1f}")
-        ]
+        times = [f"{side['seconds'] * 1e3:,.0f}" for side in (ours, dense)] + [f"{found['time_ratio']:.1f}"]
         sizes = [f"{side['bytes'] / 2**20:,.0f}" for side in (ours, dense)] + [f"{found['memory_ratio']:.1f}"]
         meets = found["time_ratio"] >= FASTER and found["memory_ratio"] >= SMALLER
         rows.append([name, *times, *sizes, "-" if name == "ce" else "yes" if meets else "no"])
     return rows
 
 
-HEADER = ["loss", "ours ms", "dense ms", "ratio", "ours kept ms", "dense kept ms", "ratio"]
-HEADER += ["ours MiB", "dense MiB", "ratio", f"{FASTER:g}x and {SMALLER:g}x"]
+HEADER = ["loss", "ours ms", "dense ms", "ratio", "ours MiB", "dense MiB", "ratio", f"{FASTER:g}x and {SMALLER:g}x"]
 
 
 def _table(report: dict[str, Any]) -> Table:
@@ -291,7 +283,7 @@ def _table(report: dict[str, Any]) -> Table:
 
 
 def _markdown(report: dict[str, Any]) -> str:
-    lines = [" | ".join(row) for row in [HEADER, ["---", *["---:"] * 9, "---"], *_rows(report)]]
+    lines = [" | ".join(row) for row in [HEADER, ["---", *["---:"] * 6, "---"], *_rows(report)]]
     setup = report["setup"]
     return (
         "# Losses: time and peak extra memory, stored rows against whole rows\n\n"
@@ -300,8 +292,7 @@ def _markdown(report: dict[str, Any]) -> str:
         f"entries kept per row; from given logits to their gradient, CE (weight {setup['ce_weight']:g}) included. "
         f"{setup['cpu']}, {setup['threads']} threads, median of {setup['passes']}; torch {setup['torch']}, "
         f"Python {setup['python']}. Extra memory leaves out logits, gradient and inputs. CE alone has nothing to be "
-        "compared with: its dense side is the same computation in one block. 'kept': the same with an allocator "
-        "that keeps freed memory, so that no pass pays for fresh pages.\n\n"
+        "compared with: its dense side is the same computation in one block.\n\n"
         "Written by `python -m benchmarks.losses`.\n"
     )
 
