@@ -194,7 +194,7 @@ def _dense(inputs: Path, name: str, logits_PV: Tensor, micro: Micro, factors: tu
 
 def _undisturbed(run: Pass) -> tuple[float, float]:
     """Seconds of a pass, and the share of the machine that others used meanwhile; the best of a few tries."""
-    tries = []
+    tries: list[tuple[float, float]] = []
     while len(tries) < TRIES and (not tries or tries[-1][1] > BUSY):
         _wait_until_idle()
         tries.append(_timed(run))

@@ -104,17 +104,23 @@ def load_dense(folder: Path, name: str, micro: Micro) -> Dense:
     size = (teacher.size, len(targets.vocab.space_V))
     wt = torch.sparse_coo_tensor(torch.tensor(np.stack([w.teacher_id, w.student_id])), torch.tensor(w.weight), size)
     unreached, moved_to = _unreached(folder)
+    first_C, length_C, row_C, count_C = (
+        torch.from_numpy(value[used_C])
+        for value in (starts[0], ends[0] - starts[0], starts[1] - 1, ends[1] - starts[1])
+    )
     dense = Dense(
-        torch.from_numpy(micro.label_P),
-        *(torch.from_numpy(a[used_C]) for a in (starts[0], ends[0] - starts[0])),
-        torch.from_numpy(np.load(folder / "teacher.npy")),
-        torch.from_numpy(ids[1:]),
-        *(torch.from_numpy(a[used_C]) for a in (starts[1] - 1, ends[1] - starts[1])),
-        wt.coalesce().to_sparse_csr(),
-        unreached,
-        moved_to,
-        (student_ids[w.common], teacher_ids[w.common]),
-        (student_ids[w.exact], teacher_ids[w.exact]),
+        label_P=torch.from_numpy(micro.label_P),
+        first_C=first_C,
+        length_C=length_C,
+        teacher_RU=torch.from_numpy(np.load(folder / "teacher.npy")),
+        target_R=torch.from_numpy(ids[1:]),
+        row_C=row_C,
+        count_C=count_C,
+        wt_UV=wt.coalesce().to_sparse_csr(),
+        unreached=unreached,
+        moved_to=moved_to,
+        common=(student_ids[w.common], teacher_ids[w.common]),
+        exact=(student_ids[w.exact], teacher_ids[w.exact]),
     )
     if name != "byte-prefix":
         return dense
@@ -140,8 +146,8 @@ def _prefix(folder: Path, targets: Targets, teacher: TokenTable, dense: Dense) -
     w, unreached = (pq.read_table(folder / "targets" / f"{name}.parquet") for name in ("w", "unreached"))
     maps = PrefixMaps.of(student, teacher, Projection.from_tables(w, unreached, student.info, teacher.info))
     first_U = np.where(teacher.lengths > 0, maps.phi_B[np.minimum(teacher.offsets[:-1], len(maps.phi_B) - 1)], -1)
-    phi_U = np.where(maps.role_U >= 0, maps.role_U, first_U)
-    phi_U = torch.from_numpy(np.where(phi_U < 0, student.size, phi_U).astype(np.int64))
+    target_U = np.where(maps.role_U >= 0, maps.role_U, first_U)
+    phi_U = torch.from_numpy(np.where(target_U < 0, student.size, target_U).astype(np.int64))
     alone, group, spelled = _groups(teacher, maps.alone_U)
     order = torch.from_numpy(targets.vocab.order.astype(np.int64))
     child = _children(student, targets.vocab.order, spelled, dense)
@@ -216,7 +222,7 @@ def _interior(
 def p_kl(dense: Dense, logp_PV: Tensor) -> Tensor:
     """KL of the teacher's whole rows, unreached mass moved, to the student through W."""
     student_VC = logp_PV[dense.first_C].exp().T
-    q_CU = torch.sparse.mm(dense.wt_UV, student_VC).T
+    q_CU: Tensor = torch.sparse.mm(dense.wt_UV, student_VC).T
     p_CU = dense.teacher_logp()[0].exp_()
     moved = p_CU[:, dense.unreached]
     p_CU.index_add_(1, dense.moved_to, moved)
@@ -276,13 +282,13 @@ def byte_prefix(dense: Dense, logp_PV: Tensor) -> Tensor:
         target_PV[position].index_add_(0, phi, torch.softmax(dense.teacher_RU[row, ids], dim=0))
     target_PV = target_PV[:, :-1]
     loss = (torch.xlogy(target_PV, target_PV) - target_PV * logp_PV).sum()
-    position, chunk, group, low, high = maps.child
+    position_G, chunk_G, group_G, low_G, high_G = maps.child
     mass_CG = p_CU.new_zeros(len(p_CU), maps.groups).index_add_(1, maps.group, p_CU[:, maps.alone])
-    positions, which = position.unique(return_inverse=True)
+    positions, which = torch.unique(position_G, return_inverse=True)
     up_to = logp_PV[positions][:, maps.order].exp().cumsum(dim=1)
     up_to = torch.nn.functional.pad(up_to, (1, 0))
-    reached = (up_to[which, high] - up_to[which, low]).clamp(min=1e-30)
-    return loss - (mass_CG[chunk, group] * reached.log()).sum()
+    reached = (up_to[which, high_G] - up_to[which, low_G]).clamp(min=1e-30)
+    return loss - (mass_CG[chunk_G, group_G] * reached.log()).sum()
 
 
 def sparse_kl(dense: Dense, logp_PV: Tensor) -> Tensor:
