@@ -1,17 +1,10 @@
 """What several integration tests ask of a real model."""
 
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _ctrl_c_works() -> None:
-    """A background job of a script ignores Ctrl-C, and so would every process that these tests start and interrupt."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _forward(folder: Path, sequences: list[list[int]]) -> Iterator[Any]:
