@@ -55,7 +55,7 @@ RESULTS = Path(__file__).parent / "results"
 STUDENT, TEACHER = "llama3", "qwen3"
 KD_WEIGHT, CE_WEIGHT = 1.0, 0.1  # the trainer's defaults
 THREADS, PASSES = 2, 5
-BUSY, TRIES, IDLE_TRIES = 0.05, 3, 20  # others' share of the machine; tries of a pass; half seconds to wait
+BUSY, TRIES, IDLE_TRIES = 0.05, 5, 120  # others' share of the machine; tries of a pass; half seconds to wait
 FASTER, SMALLER = 5.0, 8.0  # what the project asks for
 SAME = 1e-4  # relative: sums of 512 float32 cross-entropies, added block by block or at once
 # The allocator maps every buffer of 64 kB or more by itself, so freeing it shrinks the process.
