@@ -25,6 +25,7 @@ from schemas.config import (
     AlignConfig,
     CorpusConfig,
     DemoConfig,
+    EstimateConfig,
     EvalConfig,
     PrecomputeConfig,
     ProjectConfig,
@@ -32,6 +33,7 @@ from schemas.config import (
 )
 from schemas.errors import XtokenError
 from schemas.progress import Bars
+from schemas.share_config import CardConfig, MergeConfig, PullConfig, PushConfig
 from trainer.report.tables import figure_tables
 
 if TYPE_CHECKING:
@@ -45,6 +47,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+share_app = typer.Typer(
+    help="Publish, fetch, check, describe and join captures on any folder or object store.", no_args_is_help=True
+)
+app.add_typer(share_app, name="share")
 INTERRUPTED = 130
 C = TypeVar("C", bound=BaseModel)
 Figures = dict[str, Any]
@@ -129,8 +135,8 @@ QUIET_FLAG = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 class verb:  # noqa: N801 - used as a decorator
     """Register a function of (configuration, bars) as a verb whose flags are the configuration's fields."""
 
-    def __init__(self, model: type[BaseModel], example: str) -> None:
-        self.model, self.example = model, example
+    def __init__(self, model: type[BaseModel], example: str, group: typer.Typer = app) -> None:
+        self.model, self.example, self.group = model, example, group
 
     def __call__(self, function: Verb) -> Verb:
         keyword = python_inspect.Parameter.KEYWORD_ONLY
@@ -141,7 +147,8 @@ class verb:  # noqa: N801 - used as a decorator
         command.__signature__ = python_inspect.Signature(parameters)
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         text = f"{self.model.__doc__}\n\nExample: {self.example}"
-        app.command(function.__name__.removeprefix("run_"), help=text)(command)
+        name = function.__name__.removeprefix("run_").removeprefix("share_")
+        self.group.command(name, help=text)(command)
         return function
 
 
@@ -282,6 +289,59 @@ def _verified(path: str, bars: Bars) -> Figures:
 
     bars.start("verify", None, "bytes")
     return {"verified": "every file is as its manifest says", **verify(path, bars.advance)}
+
+
+@verb(PushConfig, "xtoken share push capture s3://team/capture --license corpus=cc-by-4.0,outputs=gemma", share_app)
+def run_share_push(config: PushConfig, bars: Bars) -> Figures:
+    """Publish a capture with its card."""
+    from pipeline.store.share import push
+
+    return push(config, bars)
+
+
+@verb(PullConfig, "xtoken share pull s3://team/capture capture --parts 0-9", share_app)
+def run_share_pull(config: PullConfig, bars: Bars) -> Figures:
+    """Fetch a capture."""
+    from pipeline.store.share import pull
+
+    return pull(config, bars)
+
+
+@share_app.command("verify")
+def run_share_verify(
+    path: Annotated[str, typer.Argument(help="Folder or URL of a capture or targets.")],
+    as_json: JSON_FLAG = False,
+    quiet: QUIET_FLAG = False,
+) -> None:
+    """The same as 'xtoken verify': every byte of a local or remote artifact.
+
+    Example: xtoken share verify s3://team/capture
+    """
+    _guarded(functools.partial(_verified, path), as_json, quiet)
+
+
+@verb(CardConfig, "xtoken share card capture --license corpus=cc-by-4.0,outputs=gemma", share_app)
+def run_share_card(config: CardConfig, bars: Bars) -> Figures:
+    """Write a capture's dataset card."""
+    from pipeline.store.card import write_card
+
+    return write_card(config, bars)
+
+
+@verb(MergeConfig, "xtoken share merge capture-a,capture-b joined", share_app)
+def run_share_merge(config: MergeConfig, bars: Bars) -> Figures:
+    """Join captures."""
+    from pipeline.store.merge import merge
+
+    return merge(config, bars)
+
+
+@verb(EstimateConfig, "xtoken estimate corpus.jsonl.zst --teacher Qwen/Qwen3-4B --k 32")
+def run_estimate(config: EstimateConfig, bars: Bars) -> Figures:
+    """What a capture will cost."""
+    from pipeline.capture.estimate import estimate
+
+    return estimate(config, bars)
 
 
 HERE = Path(__file__).resolve().parent

@@ -27,18 +27,21 @@ CATEGORIES = (
 )
 
 
-def _argument(description: str) -> Any:
+def argument(description: str) -> Any:
+    """A required positional field."""
     return Field(description=description, json_schema_extra=ARGUMENT)
 
 
-class _Config(BaseModel):
+class Config(BaseModel):
+    """What every verb's configuration is: closed, and never changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class CorpusConfig(_Config):
+class CorpusConfig(Config):
     """Which documents are read, and what happens to bad ones."""
 
-    corpus: str = _argument(
+    corpus: str = argument(
         "File, folder or fsspec URL: .jsonl[.zst|.gz], .parquet, .txt, .md, or a saved Hugging Face dataset."
     )
     text_field: str = Field("text", description="Field or column that holds the text.")
@@ -49,16 +52,20 @@ class CorpusConfig(_Config):
     )
 
 
-class PrecomputeConfig(CorpusConfig):
-    """Run a teacher over a corpus and store its top-k rows."""
+class RowsConfig(CorpusConfig):
+    """Which teacher gives rows of which corpus, and what is kept of them."""
 
     teacher: str = Field(description="Hugging Face id or folder of the teacher.")
-    out: str = Field(description="Folder or URL of the capture; the same command on it resumes.")
     backend: Literal["hf", "vllm", "fake"] = Field("hf", description="Engine that runs the teacher.")
-    k: int = Field(64, ge=1, le=255, description="Keep at most K entries per position.")
-    min_p: float = Field(
-        0.003, ge=0.0, lt=1.0, description="Keep entries of at least this probability (and always one)."
+    codec: Literal["topk", "sampled"] = Field(
+        "topk", description="topk serves every loss; sampled (full rows: hf) is unbiased for p-kl, sparse-kl, the root."
     )
+    k: int = Field(64, ge=1, le=255, description="topk: keep at most K entries per position.")
+    min_p: float = Field(
+        0.003, ge=0.0, lt=1.0, description="topk: keep entries of at least this probability (and always one)."
+    )
+    draws: int = Field(50, ge=1, le=1000, description="sampled: draws per position.")
+    seed: int = Field(0, ge=0, description="sampled: the draws follow from it and the sample's tokens.")
     max_tokens: int = Field(
         512, ge=8, description="Most teacher tokens per sample; longer documents are cut into windows."
     )
@@ -84,11 +91,18 @@ class PrecomputeConfig(CorpusConfig):
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
     @model_validator(mode="after")
-    def _min_p_must_leave_room(self) -> "PrecomputeConfig":
+    def _min_p_must_leave_room(self) -> "RowsConfig":
         if self.min_p * self.k > 1 and self.min_p > 0.5:
             raise ValueError(
                 f"min_p={self.min_p} keeps at most one entry whatever k is; use --k 1 or a smaller --min-p"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _draws_are_of_temperature_1(self) -> "RowsConfig":
+        if self.codec == "sampled" and self.temperatures:
+            named = ",".join(f"{tau:g}" for tau in self.temperatures)
+            raise ValueError(f"--codec sampled draws at temperature 1, so --temperatures {named} needs --codec topk")
         return self
 
     @field_validator("temperatures")
@@ -100,7 +114,22 @@ class PrecomputeConfig(CorpusConfig):
         return sorted(set(value) - {1.0})
 
 
-class ProjectConfig(_Config):
+class PrecomputeConfig(RowsConfig):
+    """Run a teacher over a corpus and store its rows: the most probable entries, or draws."""
+
+    out: str = Field(description="Folder or URL of the capture; the same command on it resumes.")
+
+
+class EstimateConfig(RowsConfig):
+    """Say how many bytes, how long and how much disk a capture takes, before it runs."""
+
+    pilot_tokens: int = Field(
+        2000, ge=1, description="Teacher tokens that are really scored, taken evenly from the corpus."
+    )
+    like: str | None = Field(None, description="Take bytes and speed from this capture instead of running the teacher.")
+
+
+class ProjectConfig(Config):
     """Build W between a student's and a teacher's tokenizer and audit it."""
 
     student: str = Field(description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.")
@@ -129,10 +158,10 @@ class ProjectConfig(_Config):
         return value
 
 
-class AlignConfig(_Config):
+class AlignConfig(Config):
     """Align a capture with a student's tokenizer and build targets through W."""
 
-    capture: str = _argument("Capture folder or URL.")
+    capture: str = argument("Capture folder or URL.")
     student: str = Field(description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.")
     out: str = Field(description="Folder for the targets; the same command on it resumes.")
     w: str | None = Field(None, description="Folder written by 'xtoken project'; built when left out.")
@@ -182,7 +211,7 @@ class AlignConfig(_Config):
         return self
 
 
-class LossOptions(_Config):
+class LossOptions(Config):
     """What the losses leave open. One value serves every teacher of a run."""
 
     kl: Literal["forward", "reverse"] = Field(
@@ -307,10 +336,10 @@ class TrainConfig(LossOptions):
         return self.loss * len(self.targets) if len(self.loss) == 1 else list(self.loss)
 
 
-class EvalConfig(_Config):
+class EvalConfig(Config):
     """Measure a model on held-out text and, when given, against stored teacher rows."""
 
-    model: str = _argument("Hugging Face id or folder of the model.")
+    model: str = argument("Hugging Face id or folder of the model.")
     tokenizer: str | None = Field(None, description="Tokenizer of a model whose folder holds none, such as 'bytes'.")
     text: str | None = Field(None, description="Held-out corpus: bits per byte.")
     targets: str | None = Field(None, description="Held-out targets: KL to the teacher and top-1 agreement.")
@@ -327,7 +356,7 @@ class EvalConfig(_Config):
         return self
 
 
-class DemoConfig(_Config):
+class DemoConfig(Config):
     """Walk the whole way on real models: capture, W, align, train with P-KL and with CE alone, compare."""
 
     out: str = Field("demo-run", description="Folder for everything the demo writes; a rerun resumes.")

@@ -8,33 +8,41 @@ import json
 import platform
 import sys
 from importlib import metadata
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import fsspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from schemas.errors import XtokenError
-from schemas.tables import SCHEMA_VERSIONS
+from schemas.remote import open_url
+from schemas.tables import DROPPABLE, LOSSES, OLDEST_READ, SCHEMA_VERSIONS, capture
 
 MANIFEST = "manifest.json"
 
 
+# Bounds on what a manifest of others may say, far above what is real: readers reserve memory by some of these.
+MANIFEST_BYTES = 64 << 20  # of some 100,000 parts
+_LONGEST = 1 << 20
+_MOST_TOKENS = 1 << 24
+_Count = Annotated[int, Field(ge=0, le=1 << 53)]
+_Size = Annotated[int, Field(ge=0, le=_MOST_TOKENS)]
+
+
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), str_max_length=_LONGEST, allow_inf_nan=False)
 
 
 class Part(_Record):
     """One published shard; also the content of its commit record."""
 
-    index: int = Field(ge=0)
-    samples: int
-    tokens: int
-    rows: int
-    entries: int = Field(description="kept top-k entries (capture) or chunks (targets)")
-    text_bytes: int
-    file_bytes: int
+    index: int = Field(ge=0, lt=10**9)
+    samples: _Count
+    tokens: _Count
+    rows: _Count
+    entries: _Count = Field(description="kept top-k entries (capture) or chunks (targets)")
+    text_bytes: _Count
+    file_bytes: _Count
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    counts: dict[str, int] = Field(default_factory=dict, description="snapped, skipped, chunks_1_1, ...")
+    counts: dict[str, _Count] = Field(default_factory=dict, description="snapped, skipped, chunks_1_1, ...")
 
 
 class TokenizerInfo(_Record):
@@ -43,10 +51,17 @@ class TokenizerInfo(_Record):
     name: str
     hash: str
     kind: Literal["byte-level", "metaspace", "bytes"]
-    size: int
+    size: _Size
     adds_bos: bool
-    bos_id: int | None = None
-    eos_id: int | None = None
+    bos_id: _Size | None = None
+    eos_id: _Size | None = None
+
+    @model_validator(mode="after")
+    def _ids_exist(self) -> "TokenizerInfo":
+        for name, token in (("bos_id", self.bos_id), ("eos_id", self.eos_id)):
+            if token is not None and token >= self.size:
+                raise ValueError(f"{name} {token} is no id of {self.size} tokens")
+        return self
 
 
 class TeacherInfo(_Record):
@@ -57,32 +72,59 @@ class TeacherInfo(_Record):
     revision: str | None = None
     config_hash: str | None = None
     weights_hash: str | None = None
-    vocab_rows: int = Field(description="width of the model's output head")
-    context: int = Field(description="tokens that fit the model's context")
+    vocab_rows: _Size = Field(description="width of the model's output head")
+    context: _Count = Field(description="tokens that fit the model's context")
     dtype: str
     head_dtype: str
     quantization: str | None = None
     device: str
-    tensor_parallel: int = 1
+    tensor_parallel: _Count = 1
     capture_path: str = Field(description="which way rows left the engine")
     engine_version: str
 
 
 class CodecInfo(_Record):
-    name: Literal["topk"] = "topk"
-    k: int
-    min_p: float
-    step: float
-    temperatures: list[float] = Field([1.0], description="rows carry an exact normaliser at these")
+    """How rows were made into integers: the most probable entries (``topk``), or draws (``sampled``)."""
+
+    name: Literal["topk", "sampled"] = "topk"
+    k: int = Field(0, ge=0, le=255, description="topk: most entries of a row")
+    min_p: float = Field(0.0, ge=0.0, lt=1.0, description="topk: smallest probability kept beside the first entry")
+    step: float = Field(1 / 32, gt=0.0, le=1.0, description="topk: unit of the gaps in nats")
+    temperatures: list[float] = Field(
+        [1.0], max_length=256, description="rows carry an exact normaliser at these; 1 comes first"
+    )
+    draws: int = Field(0, ge=0, le=65535, description="sampled: draws of a row")
+    seed: int = Field(0, ge=-(1 << 63), lt=1 << 64, description="sampled: what the draws follow from")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CodecInfo":
+        if (self.k >= 1, self.draws >= 1) != (self.name == "topk", self.name == "sampled"):
+            raise ValueError(f"codec {self.name} with k={self.k} and draws={self.draws}")
+        others = self.temperatures[1:]
+        if self.temperatures[:1] != [1.0] or not all(0 < tau < float("inf") and tau != 1 for tau in others):
+            raise ValueError(f"temperatures {self.temperatures} are not 1 and other positive numbers")
+        if self.name == "sampled" and others:
+            raise ValueError("draws are of temperature 1")
+        return self
 
 
 class CorpusInfo(_Record):
     source: str
     hash: str
-    documents: int
-    text_bytes: int
-    bad: dict[str, int] = Field(default_factory=dict, description="documents skipped or mended, by reason")
+    documents: _Count
+    text_bytes: _Count
+    bad: dict[str, _Count] = Field(default_factory=dict, description="documents skipped or mended, by reason")
     options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Origin(_Record):
+    """A capture that this one was made from, and which of it."""
+
+    content_hash: str = Field(description="content hash of the capture it was made from")
+    first_part: int = Field(0, ge=0, lt=10**9, description="number that its first part has here (merges renumber)")
+    parts: str | None = None
+    where: str | None = None
+    columns: list[str] | None = None
 
 
 class _Manifest(_Record):
@@ -100,12 +142,24 @@ class CaptureManifest(_Manifest):
     teacher: TeacherInfo
     tokenizer: TokenizerInfo
     bos: bool = Field(description="the teacher saw BOS before every sample")
-    max_tokens: int
+    max_tokens: _Count
     codec: CodecInfo
     corpus: CorpusInfo
     plan_hash: str
     run_hash: str = Field(description="plan, teacher, codec and options together")
     set_aside: dict[int, str] = Field(default_factory=dict, description="shards that failed, with their error")
+    left_out: list[str] = Field(default_factory=list, description="columns that a subset dropped")
+    licenses: dict[str, str] = Field(default_factory=dict, description="of the corpus and of the teacher's outputs")
+    derived_from: list[Origin] = Field(default_factory=list, description="of a subset or a merge")
+
+    @model_validator(mode="after")
+    def _whole_groups_left_out(self) -> "CaptureManifest":
+        codec, left = self.codec, set(self.left_out)
+        there = set(capture(codec.temperatures, codec.name, version=self.schema_version).names)
+        groups = [there.intersection(group) for group in DROPPABLE.values()]
+        if left != {name for group in groups if group <= left for name in group}:
+            raise ValueError(f"left_out {self.left_out} is no list of whole groups of optional columns")
+        return self
 
 
 class ProjectionManifest(_Manifest):
@@ -125,10 +179,13 @@ class TargetManifest(_Manifest):
     teacher_tokenizer: TokenizerInfo
     student: TokenizerInfo
     w_hash: str
-    losses: list[str]
+    losses: list[Literal[LOSSES]]  # type: ignore[valid-type]
     unreached: str
     merge: str = Field("first", description="how a chunk's rows became one: first | last | mean")
-    tau: float = Field(1.0, description="temperature of the stored distributions")
+    tau: float = Field(1.0, gt=0.0, description="temperature of the stored distributions")
+    codec: Literal["topk", "sampled"] = Field(
+        "topk", description="codec of the capture: draws serve linear losses only"
+    )
     run_hash: str
 
 
@@ -194,42 +251,61 @@ def read_manifest(root: str, kind: type[M]) -> M:
     return found
 
 
-def open_filesystem(url: str) -> tuple[Any, str]:
-    """fsspec filesystem of a folder or URL, and the path on it.
-
-    Raises:
-        XtokenError: the protocol is unknown, or needs a package that is not installed.
-    """
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise XtokenError(f"{url} cannot be opened: {error}; check the URL, or install what it names") from error
-    return fs, str(path)
+def _refuse_version(path: str, kind: str, data: dict[str, Any]) -> None:
+    """Raise XtokenError unless this release reads that version; fields that came later have defaults."""
+    version, newest = data.get("schema_version"), SCHEMA_VERSIONS[kind]
+    if type(version) is int and OLDEST_READ[kind] <= version <= newest:
+        return
+    if type(version) is int and version > newest:
+        raise XtokenError(
+            f"{path} has schema version {version}, this xtoken reads {kind} up to version {newest}; "
+            f"install xtoken {str(data.get('xtoken_version'))[:20]} or newer, which wrote it"
+        )
+    raise XtokenError(
+        f"{path} has schema version {str(version)[:50]}, this xtoken reads {kind} of version "
+        f"{OLDEST_READ[kind]} to {newest}; "
+        f"read it with the release that wrote it ({str(data.get('xtoken_version'))[:20]}), or write it again"
+    )
 
 
 def read_any_manifest(root: str) -> AnyManifest:
     """Load ``root/manifest.json`` whatever its kind (see ``read_manifest``)."""
     path = f"{root.rstrip('/')}/{MANIFEST}"
-    open_filesystem(root)
     try:
-        with fsspec.open(path, "rb") as file:
-            data = json.loads(file.read())
+        with open_url(path) as file:
+            data = _parse(file.read(MANIFEST_BYTES + 1))
     except FileNotFoundError as error:
         raise XtokenError(
             f"{path} does not exist: {root} is no finished artifact; run the stage that writes it to its end"
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise XtokenError(f"{path} is not JSON ({error}); fetch the artifact again") from error
-    kind, version = (data.get("kind"), data.get("schema_version")) if isinstance(data, dict) else (None, None)
+    except (ValueError, RecursionError) as error:
+        raise XtokenError(f"{path} is not JSON ({str(error)[:200]}); fetch the artifact again") from error
+    kind = data.get("kind") if isinstance(data, dict) else None
     model = _KINDS.get(str(kind))
     if model is None:
-        raise XtokenError(f"{path} has kind {kind!r}; known kinds are {', '.join(_KINDS)}")
-    if version != SCHEMA_VERSIONS[str(kind)]:
-        raise XtokenError(
-            f"{path} has schema version {version!r}, this xtoken reads {kind} of version {SCHEMA_VERSIONS[str(kind)]}; "
-            "write it again with this release, or install the xtoken release that wrote it"
-        )
+        raise XtokenError(f"{path} has kind {str(kind)[:50]!r}; known kinds are {', '.join(_KINDS)}")
+    _refuse_version(path, str(kind), data)
     try:
         return model.model_validate(data)  # type: ignore[return-value]
     except ValidationError as error:
-        raise XtokenError(f"{path} does not follow the schema: {error}") from error
+        raise XtokenError(f"{path} does not follow the schema: {str(error)[:2000]}") from error
+
+
+def _parse(text: bytes) -> Any:
+    """JSON that means the same to every reader: no NaN, no key twice, no half of a character; ValueError otherwise."""
+    if len(text) > MANIFEST_BYTES:
+        raise ValueError(f"it has more than the {MANIFEST_BYTES} bytes that are read")
+    data = json.loads(text.decode(), parse_constant=_no_number, object_pairs_hook=_each_once)
+    json.dumps(data, ensure_ascii=False).encode()
+    return data
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-# A release reads these. Targets are rebuilt from a capture in minutes; a capture must stay readable for ever.
-SCHEMA_VERSIONS = {"capture": 1, "projection": 1, "targets": 2}
+# A release writes the first and reads all from the second on: a capture must stay readable.
+SCHEMA_VERSIONS = {"capture": 2, "projection": 1, "targets": 3}
+OLDEST_READ = {"capture": 1, "projection": 1, "targets": 2}
 
 
 def _field(name: str, kind: pa.DataType, doc: str, *, nullable: bool = False) -> pa.Field:
@@ -21,40 +22,79 @@ def _list(kind: pa.DataType) -> pa.ListType:
     return pa.list_(pa.field("element", kind, nullable=False))
 
 
-CAPTURE = pa.schema(
-    [
-        _field("sample_id", pa.string(), "document id, '#', window number: stable over runs"),
-        _field("text", pa.string(), "the bytes both tokenizers see; null with --no-text", nullable=True),
-        _field("teacher_ids", _list(pa.int32()), "[T] tokens; no BOS; eos last if complete"),
-        _field("teacher_end", _list(pa.int32()), "[T] cumulative byte ends in text"),
+_HEAD = [
+    _field("sample_id", pa.string(), "document id, '#', window number: stable over runs"),
+    _field("text", pa.string(), "the bytes both tokenizers see; null with --no-text", nullable=True),
+    _field("teacher_ids", _list(pa.int32()), "[T] tokens; no BOS; eos last if complete"),
+    _field("teacher_end", _list(pa.int32()), "[T] cumulative byte ends in text"),
+]
+# What says the teacher's distributions, by codec.
+_ROWS = {
+    "topk": [
         _field("kept", _list(pa.uint8()), "[R] entries kept in the row, 1 to k"),
-        _field("topk_ids", _list(pa.int32()), "[K] kept teacher ids, rows in order, rank order within"),
+        _field("topk_codes", _list(pa.int32()), "[K] kept teacher tokens by their code in vocab.parquet, rank order"),
         _field("topk_gap", _list(pa.uint16()), "[K] steps: rank 0 -logprob, later ranks distance to the rank before"),
         _field("rest_gap", _list(pa.uint16()), "[R] steps: -log of the mass not kept; 65535 = none"),
-        _field("realised_logprob", _list(pa.float32()), "[R] nats: log-probability of the token in the text"),
-        _field(
-            "space_logprob",
-            _list(pa.float32()),
-            "[R] nats: log P(token starts with a space); null where the engine gave no full rows",
-            nullable=True,
-        ),
-        _field("first_row", pa.int32(), "0: the teacher saw BOS first; 1: token 0 has no row"),
-        _field("complete", pa.bool_(), "the sample ends where its document ends"),
-        _field("snapped", pa.bool_(), "some ends were moved up to a safe byte"),
-    ]
-)
-
+    ],
+    "sampled": [
+        _field("drawn", _list(pa.uint16()), "[R] different tokens drawn in the row"),
+        _field("draw_codes", _list(pa.int32()), "[K] these tokens by their code in vocab.parquet, most draws first"),
+        _field("draw_count", _list(pa.uint16()), "[K] draws of each; a row's add up to the manifest's codec.draws"),
+        _field("entropy", _list(pa.float32()), "[R] nats: entropy of the whole row"),
+    ],
+}
+_TAIL = [
+    # float32 rounded to 16 significant bits: exact enough by far, and its empty byte costs nothing
+    _field("realised_logprob", _list(pa.float32()), "[R] nats: log-probability of the token in the text"),
+    _field(
+        "space_logprob",
+        _list(pa.float32()),
+        "[R] nats: log P(token starts with a space); null where the engine gave no full rows",
+        nullable=True,
+    ),
+    _field("first_row", pa.int32(), "0: the teacher saw BOS first; 1: token 0 has no row"),
+    _field("complete", pa.bool_(), "the sample ends where its document ends"),
+    _field("snapped", pa.bool_(), "some ends were moved up to a safe byte"),
+]
 _TAU_REST_ODDS = _field(
     "tau_rest_odds",
     _list(pa.int16()),
     "[R * n] steps, a row's n values together: log(REST / kept mass) at each temperature of the manifest's codec above "
     "the first, p(v)^(1/tau) normalised over the whole vocabulary; -32768 = no REST",
 )
+# What a subset may leave out: groups of columns that stand or fall together. Readers see null, or rows without entries.
+DROPPABLE = {
+    "text": ("text",),
+    "rows": (
+        *("kept", "topk_ids", "topk_codes", "topk_gap", "rest_gap", "tau_rest_odds"),
+        *("drawn", "draw_codes", "draw_count", "entropy"),
+    ),
+    "space_logprob": ("space_logprob",),
+}
 
 
-def capture(temperatures: Iterable[float]) -> pa.Schema:
-    """Schema of a capture whose rows carry their REST at these temperatures (1 always does)."""
-    return CAPTURE.append(_TAU_REST_ODDS) if set(temperatures) - {1.0} else CAPTURE
+# Columns that name tokens by code, and what readers make of them: the teacher's ids.
+CODED = {"topk_codes": "topk_ids", "draw_codes": "draw_ids"}
+
+
+def capture(
+    temperatures: Iterable[float] = (), codec: str = "topk", left_out: Iterable[str] = (), *, version: int = 2
+) -> pa.Schema:
+    """Schema of a capture.
+
+    Args:
+        temperatures: at which rows carry their REST (1 always does).
+        codec: topk | sampled.
+        left_out: columns that a subset dropped, whole groups of ``DROPPABLE``.
+        version: schema version of the manifest; in version 1 ``topk_ids`` stood where ``topk_codes`` stands.
+    """
+    fields = [*_HEAD, *_ROWS[codec], *_TAIL, *([_TAU_REST_ODDS] if set(temperatures) - {1.0} else [])]
+    dropped = set(left_out)
+    named = [field.with_name(CODED.get(field.name, field.name)) if version == 1 else field for field in fields]
+    return pa.schema([field for field in named if field.name not in dropped])
+
+
+CAPTURE = capture()
 
 
 VOCAB = pa.schema(
@@ -64,6 +104,11 @@ VOCAB = pa.schema(
         _field("role", pa.string(), "bos eos eot pad unk special hole; null = text", nullable=True),
         _field("byte_fallback", pa.bool_(), "the token is a <0xHH> byte token"),
     ]
+)
+
+# A capture's own: tokens that its corpus uses much have small codes, which compress better than ids.
+CAPTURE_VOCAB = VOCAB.append(
+    _field("code", pa.int32(), "what stands for the token in topk_codes and draw_codes: 0 to V-1, every code once")
 )
 
 MERGES = pa.schema(

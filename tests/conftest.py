@@ -29,6 +29,12 @@ def _ctrl_c_works() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Remote files of tests do not go to the cache of whoever runs them."""
+    os.environ["XTOKEN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def _load_demo_models() -> ModuleType:
     """examples/demo_models.py, by path: other packages also install a top-level ``examples``."""
     name = "xtoken_demo_models"

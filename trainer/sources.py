@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.samples import Layout, Stored
-from trainer.targets import GroupRef, RowGroup, Targets
+from trainer.targets import GroupRef, RowGroup, Targets, share_cache
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Sources:
 
     def __init__(self, folders: Sequence[Targets]) -> None:
         self.folders = list(folders)
+        share_cache(folders)
         # One folder needs no join: nothing is read before it is used.
         self._indices = [_index(folder) for folder in folders] if len(folders) > 1 else []
         self.groups = [group for source in range(len(folders)) for group in self._owned(source)]

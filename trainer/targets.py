@@ -5,22 +5,29 @@ Shapes: S student tokens, C chunks, K entries summed over chunks; N entries of W
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from schemas.cache import Cache, cached
 from schemas.config import LossOptions
 from schemas.errors import VerificationError, XtokenError
+from schemas.limits import batches, check_footer, open_parquet, read_whole, reading
 from schemas.manifest import Part, TargetManifest, TokenizerInfo, content_hash, part_name, read_manifest
+from schemas.remote import in_parallel, is_local, open_url, read_footer
+from schemas.tables import VOCAB, W, targets
 from trainer.losses.base import Array, ProjectionArrays, VocabArrays
 
 W_FILE, VOCAB_FILE = "w.parquet", "student_vocab.parquet"
+_SIDE_TABLES = {W_FILE: W, VOCAB_FILE: VOCAB}
+_FETCH = "fetch the targets again"
 _UNTRAINED_ROLES = ("pad", "unk", "special", "hole")
 
 
@@ -50,6 +57,9 @@ class RowGroup:
 class Targets:
     """A target folder or URL, opened: manifest read and row groups counted, nothing decoded.
 
+    Of remote targets only footers are read now. Parts come through the local cache when they are needed; if all do
+    not fit it (``stream``), each row group is read from where it lies, since its order visits every part all the time.
+
     Raises:
         XtokenError: no targets there, or none in them.
         VerificationError: a part is missing or holds another number of samples than its commit record says.
@@ -61,21 +71,28 @@ class Targets:
         self.hash = content_hash(self.manifest)
         if sum(part.samples for part in self.manifest.parts) == 0:
             raise XtokenError(f"{root} holds no samples; check the capture and run 'xtoken align' on it again")
-        self.groups = [ref for part in self.manifest.parts for ref in self._groups_of(part)]
+        self.groups = [ref for refs in in_parallel(self._groups_of, self.manifest.parts, root) for ref in refs]
         self.samples = sum(ref.rows for ref in self.groups)
+        self.stream = False
+        self._parts = {part.index: part for part in self.manifest.parts}
+        share_cache([self])
+
+    @property
+    def remote_bytes(self) -> int:
+        """What the cache must hold to keep all parts."""
+        return 0 if is_local(self.root) else sum(part.file_bytes for part in self.manifest.parts)
 
     def _path(self, part: int) -> str:
         return f"{self.root}/data/{part_name(part)}"
 
     def _groups_of(self, part: Part) -> list[GroupRef]:
         path = self._path(part.index)
-        try:
-            with fsspec.open(path, "rb") as file:
-                footer = pq.read_metadata(file)
-        except FileNotFoundError as error:
-            raise VerificationError(f"{path} is in the manifest but not on disk; fetch the targets again") from error
-        except pa.ArrowInvalid as error:
-            raise VerificationError(f"{path} is no Parquet file ({error}); fetch the targets again") from error
+        with reading(path, _FETCH):
+            try:
+                footer = read_footer(path)
+            except FileNotFoundError as error:
+                raise VerificationError(f"{path} is in the manifest but not on disk; {_FETCH}") from error
+            check_footer(footer, path)
         if footer.num_rows != part.samples:
             raise VerificationError(
                 f"{path} holds {footer.num_rows} samples, its manifest says {part.samples}; fetch the targets again"
@@ -90,16 +107,35 @@ class Targets:
             VerificationError: the file went away, is damaged, or lacks a column.
         """
         path = self._path(ref.part)
-        try:
-            with fsspec.open(path, "rb") as file:
-                table = pq.ParquetFile(file).read_row_group(ref.group, columns=["sample_id", *columns])
-        except (OSError, pa.ArrowException) as error:
-            raise VerificationError(f"{path} cannot be read ({error}); fetch the targets again") from error
-        missing = [name for name in ("sample_id", *columns) if name not in table.column_names]
+        names = list(dict.fromkeys(("sample_id", *columns)))
+        with reading(path, _FETCH), ExitStack() as stack:
+            file = self._open(ref.part, stack)
+            # nothing hashes a streamed file as a whole: pages that carry a checksum are at least checked against it
+            options = {"page_checksum_verification": True, "pre_buffer": True} if self.stream else {}
+            parquet = open_parquet(file, path, **options)
+            schema = self._columns(parquet.schema_arrow, names, path)
+            found = [batch.select(names) for batch in batches(parquet, file, path, columns=names, groups=[ref.group])]
+            table = pa.Table.from_batches(found, schema)
+            ids = table.column("sample_id").to_pylist()
+        if len(ids) != ref.rows:
+            raise VerificationError(f"{path} has {len(ids)} rows in group {ref.group}, not {ref.rows}; {_FETCH}")
+        return RowGroup(ref, ids, {name: _list_arrays(table.column(name)) for name in columns})
+
+    def _columns(self, found: pa.Schema, names: list[str], path: str) -> pa.Schema:
+        missing = [name for name in names if found.get_field_index(name) < 0]
         if missing:
             raise VerificationError(f"{path} lacks the columns {', '.join(missing)}; write the targets again")
-        lists = {name: _list_arrays(table.column(name)) for name in columns}
-        return RowGroup(ref, table.column("sample_id").to_pylist(), lists)
+        wanted = targets(self.manifest.losses)
+        other = [name for name in names if name not in wanted.names or not found.field(name).equals(wanted.field(name))]
+        if other:
+            raise VerificationError(f"{path} holds {other[0]} as {found.field(other[0])}; {_FETCH}")
+        return pa.schema([found.field(name) for name in names])
+
+    def _open(self, part: int, stack: ExitStack) -> Any:
+        url, record = self._path(part), self._parts[part]
+        if self.stream:
+            return stack.enter_context(open_url(url))
+        return stack.enter_context(open_url(stack.enter_context(cached(url, record.sha256, record.file_bytes))))
 
     def require(self, loss: str) -> None:
         """Refuse a loss these targets have no columns for.
@@ -119,9 +155,11 @@ class Targets:
         """Refuse options that these targets cannot serve.
 
         Raises:
-            XtokenError: REST is needed at a temperature the capture holds no normaliser of, or debiasing without
-                the teacher's P(next token starts with a space).
+            XtokenError: REST is needed at a temperature the capture holds no normaliser of, debiasing without the
+                teacher's P(next token starts with a space), or what draws of teacher rows cannot serve.
         """
+        if self.manifest.codec == "sampled":
+            self._refuse_biased(loss, options)
         rest = {"p-kl": "pkl_rest_logprob", "sparse-kl": "skl_rest_logprob"}.get(loss)
         if rest and options.rest == "bucket" and self.manifest.merge != "mean" and self._unknown(rest):
             raise XtokenError(
@@ -135,6 +173,18 @@ class Targets:
                 f"--debias {','.join(options.debias)} needs the teacher's P(next token starts with a space), which the "
                 f"capture behind {self.root} does not hold; capture with --backend hf, or leave --debias out"
             )
+
+    def _refuse_biased(self, loss: str, options: LossOptions) -> None:
+        """Draws are right in the mean, and so are only losses whose gradient is linear in them."""
+        over_draws = {
+            "--kl reverse takes logarithms of what was drawn; use --kl forward": options.kl == "reverse",
+            "--rest drop renormalises the student over what was drawn; use --rest bucket": options.rest == "drop",
+        }
+        reasons = [reason for reason, asked in over_draws.items() if asked and loss in ("p-kl", "sparse-kl")]
+        if loss == "byte-prefix" and options.prefix != ["root"]:
+            reasons.append("byte-prefix has no interior and child targets of draws; use --prefix root")
+        if reasons:
+            raise XtokenError(f"{self.root} was built from draws (codec sampled): {'; '.join(reasons)}")
 
     def _unknown(self, rest_column: str) -> bool:
         group = self.read(self.groups[0], (rest_column,))
@@ -158,6 +208,13 @@ class Targets:
     def w(self) -> ProjectionArrays:
         """W, its sha256 checked."""
         table = self._side_table(W_FILE)
+        for name, size in (
+            ("student_id", self.manifest.student.size),
+            ("teacher_id", self.manifest.teacher_tokenizer.size),
+        ):
+            ids = _numpy(table, name)
+            if len(ids) and (ids.min() < 0 or ids.max() >= size):
+                raise VerificationError(f"{W_FILE} in {self.root} has a {name} outside 0 to {size - 1}; {_FETCH}")
         return ProjectionArrays(
             _numpy(table, "student_id").astype(np.int32),
             _numpy(table, "teacher_id").astype(np.int32),
@@ -181,19 +238,30 @@ class Targets:
         return max(used, default=-1) + 1
 
     def _side_table(self, name: str) -> pa.Table:
-        path = f"{self.root}/{name}"
+        path, expected = f"{self.root}/{name}", str(self.manifest.files.get(name))
         try:
-            with fsspec.open(path, "rb") as file:
-                data = file.read()
+            with cached(path, expected) as local:
+                data = Path(local).read_bytes()
         except FileNotFoundError as error:
             raise VerificationError(f"{path} does not exist; fetch the targets again") from error
         found = hashlib.sha256(data).hexdigest()
-        if found != self.manifest.files.get(name):
+        if found != expected:
             raise VerificationError(
-                f"{path} has sha256 {found[:12]}, its manifest says {str(self.manifest.files.get(name))[:12]}; "
-                "fetch the targets again"
+                f"{path} has sha256 {found[:12]}, its manifest says {expected[:12]}; fetch the targets again"
             )
-        return pq.read_table(io.BytesIO(data))
+        with reading(path, _FETCH):
+            table = read_whole(io.BytesIO(data), path)
+        if not table.schema.equals(_SIDE_TABLES[name]):
+            raise VerificationError(f"{path} has columns {table.schema.names[:20]}, not those of the format; {_FETCH}")
+        return table
+
+
+def share_cache(folders: Sequence[Targets]) -> None:
+    """Read row groups from where they lie when the remote parts of all folders together do not fit the local cache."""
+    wanted = sum(folder.remote_bytes for folder in folders)
+    crowded = wanted > 0 and wanted > Cache.of_environment().limit
+    for folder in folders:
+        folder.stream = crowded and folder.remote_bytes > 0
 
 
 def _list_arrays(column: pa.ChunkedArray) -> tuple[NDArray[np.int32], Array]:

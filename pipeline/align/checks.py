@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.align.chunks import Joined
 from pipeline.align.targets import Maps
-from pipeline.store.checks import flat, list_lengths
+from pipeline.store.columns import flat, list_lengths
 
 _SLACK = 1e-5  # float32 log-probabilities of one row, up to 255 entries
 _SUM_SLACK = 2e-3  # what a capture's realised log-probabilities may be above 0
@@ -24,6 +24,7 @@ _PARTIAL = (
     (("uld_count", "uld_logprob"),),
     (("child_count", "child_logprob"),),
 )
+_DRAWN = tuple(((name, name.replace("count", "logprob")),) for name in _WHOLE)
 _LOGPROBS = ("factor_logprob", "alm_space_logprob")
 
 
@@ -45,19 +46,23 @@ def _bytes_at(end: NDArray[np.int32], cut_C: NDArray[np.int32]) -> NDArray[np.in
     return byte
 
 
-def check_targets(batch: pa.RecordBatch, maps: Maps, tau: float) -> None:
-    """Ids lie in their vocabularies, and every target's probabilities and REST sum to 1 (or at most 1) within 1e-5."""
+def check_targets(batch: pa.RecordBatch, maps: Maps, tau: float, *, drawn: bool = False) -> None:
+    """Ids lie in their vocabularies, and every target's probabilities and REST sum to 1 (or at most 1) within 1e-5.
+
+    Of ``drawn`` rows all sum to at most 1: what no cell holds is left out.
+    """
+    parts = (*_PARTIAL, *_DRAWN) if drawn else _PARTIAL
     present = set(batch.schema.names)
     for name in present.intersection(_STUDENT_IDS):
         _check_ids(batch, name, maps.student_size)
     if "pkl_ids" in present:
         _check_ids(batch, "pkl_ids", maps.teacher_size)
-    for prefix in present.intersection(_WHOLE):
+    for prefix in present.intersection(() if drawn else _WHOLE):
         _check_whole(batch, prefix.removesuffix("_count"), tau)
-    for parts in _PARTIAL:
-        if parts[0][0] in present:
-            mass = np.sum([_mass(batch, count, logprob) for count, logprob in parts], axis=0)
-            assert (mass < 1 + _SLACK).all(), f"{parts[0][1]} sums to more than 1"
+    for part in parts:
+        if part[0][0] in present:
+            mass = np.sum([_mass(batch, count, logprob) for count, logprob in part], axis=0)
+            assert (mass < 1 + _SLACK).all(), f"{part[0][1]} sums to more than 1"
     for name in present.intersection(_LOGPROBS):
         value_C = flat(batch, name)
         assert (np.isnan(value_C) | (value_C <= _SUM_SLACK)).all(), f"{name} is no log-probability"

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.align.kernels import boundaries
-from pipeline.store.checks import flat, list_lengths
+from pipeline.store.columns import flat, list_lengths
 from pipeline.tokens import Encoded
 
 

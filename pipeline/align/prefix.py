@@ -22,7 +22,7 @@ from pipeline.align.kernels_prefix import boundary_rows, child_entries, longest_
 from pipeline.align.kernels_targets import merged
 from pipeline.align.rows import Rows
 from pipeline.project.projection import ROLE, Projection
-from pipeline.store.checks import flat, list_lengths
+from pipeline.store.columns import flat, list_lengths
 from pipeline.tokens import TokenTable
 
 
@@ -77,7 +77,13 @@ def _sorted_text(table: TokenTable) -> tuple[NDArray[np.uint8], NDArray[np.int64
 
 
 def prefix_columns(
-    batch: pa.RecordBatch, samples: Sequence[Joined], rows: Rows, start_C: NDArray[np.int64], maps: PrefixMaps
+    batch: pa.RecordBatch,
+    samples: Sequence[Joined],
+    rows: Rows,
+    start_C: NDArray[np.int64],
+    maps: PrefixMaps,
+    *,
+    roots_only: bool = False,
 ) -> dict[str, NDArray[Any]]:
     """The columns of byte-prefix, all samples one after the other.
 
@@ -87,19 +93,25 @@ def prefix_columns(
         rows: the teacher's, at the targets' temperature.
         start_C: row of each chunk's first teacher token, -1 = none.
         maps: of the pair.
+        roots_only: rows are draws. Interior targets would be ratios of them and child groups depend on which tokens
+            were drawn, so there are none; roots hold no REST, whose share of the student depends on that too.
     """
     row_S, token_S, before_S = _boundaries(batch, samples, start_C, maps)
+    if roots_only:
+        row_S[before_S > 0] = -1
     teacher, student = maps.teacher, maps.student
     vocab = (teacher.data, teacher.offsets)
     raw_S, raw_K, rawp_K, rest_S = prefix_entries(
         row_S, token_S, before_S, rows.offsets, rows.ids, rows.logprob, rows.rest, *vocab, maps.phi_B, maps.role_U
     )
     count_S, ids_K, logprob_K = merged(raw_S, raw_K, rawp_K)
+    if roots_only:
+        rest_S[count_S > 0] = -np.inf
     tokens_N = np.array([len(sample.encoded.ids) for sample in samples], np.int64)
     last_S = np.zeros(len(row_S), np.bool_)
     last_S[np.cumsum(tokens_N)[tokens_N > 0] - 1] = True
     child_S, low_K, high_K, mass_K = child_entries(
-        row_S,
+        np.full_like(row_S, -1) if roots_only else row_S,
         before_S,
         np.concatenate([np.zeros(0, np.int32), *(sample.encoded.ids for sample in samples)]),
         last_S,

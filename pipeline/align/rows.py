@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from pipeline.align.chunks import Joined
 from pipeline.align.kernels_targets import mean_rows, normalised, tempered
-from pipeline.store import decode, decode_tau_rest
-from pipeline.store.checks import flat, list_lengths
+from pipeline.store import decode_tau_rest
+from pipeline.store.columns import flat, list_lengths
+from pipeline.store.unpack import row_columns, unpack
 from schemas.errors import VerificationError
 from schemas.manifest import CodecInfo
 
@@ -38,6 +39,11 @@ class Recipe:
     def rest_known(self) -> bool:
         """Whether the capture holds REST at ``tau``."""
         return self.tau in self.codec.temperatures
+
+    @property
+    def drawn(self) -> bool:
+        """Whether rows are draws: shares that are right in the mean, so that targets must be linear in them."""
+        return self.codec.name == "sampled"
 
 
 @dataclass(frozen=True)
@@ -82,11 +88,13 @@ class RowBatch:
         Raises:
             VerificationError: lists of a sample do not fit each other.
         """
-        rows_N, first_N = list_lengths(batch, "kept"), batch["first_row"].to_numpy().astype(np.int64)
+        rows_N = list_lengths(batch, row_columns(recipe.codec)[0])
+        first_N = batch["first_row"].to_numpy().astype(np.int64)
         _check_lengths(batch, rows_N, first_N, recipe)
-        kept, ids, gap, rest = (flat(batch, name) for name in ("kept", "topk_ids", "topk_gap", "rest_gap"))
-        found = decode(kept, ids, gap, rest, recipe.codec.step)
-        logprob_K, rest_R = normalised(found.offsets, found.logprob, found.rest_logprob)
+        found = unpack(batch, recipe.codec)
+        logprob_K, rest_R = found.logprob, found.rest_logprob
+        if not recipe.drawn:
+            logprob_K, rest_R = normalised(found.offsets, logprob_K, rest_R)
         plain = Rows(found.offsets, found.ids, logprob_K, rest_R)
         realised_R = flat(batch, "realised_logprob").astype(np.float64)
         rows = plain
@@ -146,8 +154,8 @@ def _check_lengths(
     batch: pa.RecordBatch, rows_N: NDArray[np.int64], first_N: NDArray[np.int64], recipe: Recipe
 ) -> None:
     """Raise VerificationError where a sample's lists do not fit each other (compiled loops do not look)."""
-    wanted = {"teacher_ids": rows_N + first_N, "teacher_end": rows_N + first_N, "rest_gap": rows_N}
-    wanted["realised_logprob"] = rows_N
+    wanted = {"teacher_ids": rows_N + first_N, "teacher_end": rows_N + first_N, "realised_logprob": rows_N}
+    wanted["entropy" if recipe.drawn else "rest_gap"] = rows_N
     if recipe.tau != 1 and recipe.rest_known:
         wanted["tau_rest_odds"] = rows_N * (len(recipe.codec.temperatures) - 1)
     has_space_N = batch["space_logprob"].is_valid().to_numpy(zero_copy_only=False)

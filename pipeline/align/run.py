@@ -11,6 +11,8 @@ from pipeline.project.build import build_w
 from pipeline.project.files import read_projection, write_table, write_tables
 from pipeline.project.projection import Projection
 from pipeline.store import Folder, clean, committed, load_vocab
+from pipeline.store.left_out import without_rows
+from pipeline.store.seal import seal
 from pipeline.tokens import TokenTable, load_tokenizer
 from schemas.config import AlignConfig
 from schemas.errors import IncompleteRun, XtokenError
@@ -31,6 +33,10 @@ RUN_FILE = "align.json"
 STUDENT_VOCAB_FILE = "student_vocab.parquet"
 # Losses that have no meaning without the mass not kept.
 _NEED_REST = ("h-kl", "gold", "uld", "byte-prefix")
+# Losses that are served by the log-probability of the text alone (ALM's correction reads space_logprob).
+_NEED_NO_ROWS = ("ce", "alm")
+# Losses whose targets are no linear function of a row.
+_NOT_LINEAR = {"h-kl": "compares sorted lists", "gold": "compares sorted lists", "uld": "compares sorted lists"}
 
 
 def align(config: AlignConfig, progress: Progress) -> TargetManifest:
@@ -50,6 +56,7 @@ def align(config: AlignConfig, progress: Progress) -> TargetManifest:
     settings = _settings(config, capture, projection)
     _claim(config.out, settings)
     if Folder(config.out).exists(MANIFEST):
+        seal(config.out)
         return read_manifest(config.out, TargetManifest)
     _refuse_without_text(config, capture)
     files = write_tables(config.out, projection)
@@ -69,9 +76,11 @@ def align(config: AlignConfig, progress: Progress) -> TargetManifest:
         unreached=config.unreached,
         merge=config.merge,
         tau=config.tau,
+        codec=capture.codec.name,
         run_hash=digest(settings),
     )
     Folder(config.out).replace(MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
+    seal(config.out)
     return manifest
 
 
@@ -83,6 +92,9 @@ def _refuse_losses(config: AlignConfig, student: TokenizerInfo, capture: Capture
             f"sparse-kl compares rows of one vocabulary, but the student's tokenizer {student.name} "
             f"({student.hash[:12]}) is not the teacher's, {teacher.name} ({teacher.hash[:12]}); take --for p-kl"
         )
+    _refuse_without_rows(config, capture)
+    if capture.codec.name == "sampled":
+        _refuse_biased(config)
     if tau in capture.codec.temperatures:
         return
     refused = [loss for loss in config.losses if loss in _NEED_REST]
@@ -93,6 +105,35 @@ def _refuse_losses(config: AlignConfig, student: TokenizerInfo, capture: Capture
             f"{', '.join(refused)} at --tau {tau:g} needs the mass not kept at that temperature, and {config.capture} "
             f"stores it at {', '.join(f'{known:g}' for known in capture.codec.temperatures)} only; capture again with "
             f"--temperatures {tau:g}, or leave --tau out"
+        )
+
+
+def _refuse_without_rows(config: AlignConfig, capture: CaptureManifest) -> None:
+    """Raise XtokenError for a loss that needs the distributions, where a subset left them out."""
+    refused = [loss for loss in config.losses if loss not in _NEED_NO_ROWS]
+    if refused and without_rows(capture.left_out):
+        raise XtokenError(
+            f"{config.capture} is a subset without the teacher's rows, which --for {','.join(refused)} needs; take "
+            f"--for {','.join(_NEED_NO_ROWS)}, or fetch the capture with rows among its --columns"
+        )
+
+
+def _refuse_biased(config: AlignConfig) -> None:
+    """Raise XtokenError for what draws cannot serve: their shares are right in the mean, and so is only what is
+    linear in them."""
+    reasons = [f"--for {loss} {_NOT_LINEAR[loss]}" for loss in config.losses if loss in _NOT_LINEAR]
+    if config.tau != 1:
+        reasons.append(f"--tau {config.tau:g} takes powers of probabilities")
+    if config.merge == "mean":
+        reasons.append("--merge mean takes means of logarithms")
+    if "p-kl" in config.losses and config.unreached != "prefix":
+        what = {"none": "divides by what was drawn", "rest": "lets the student's REST depend on what was drawn"}
+        reasons.append(f"--unreached {config.unreached} {what[config.unreached]} (prefix does not)")
+    if reasons:
+        raise XtokenError(
+            f"{config.capture} holds draws of teacher rows, and only what is linear in them is right in the mean: "
+            f"{'; '.join(reasons)}. Leave it out (ce, alm, p-kl, sparse-kl and byte-prefix remain), or capture with "
+            "--codec topk"
         )
 
 

@@ -6,7 +6,7 @@ Memory stays bounded by the batch (32 samples) and by DuckDB's own limit, whatev
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,16 +21,20 @@ from pipeline.align.targets import Maps, target_batch
 from pipeline.align.texts import CorpusTexts, refuse_without_text
 from pipeline.capture.executor import Tell, tell_nobody
 from pipeline.project.projection import Projection, Unreached
-from pipeline.store.checks import flat
+from pipeline.store.checks import CaptureCheck
+from pipeline.store.codes import Codes, restore_ids
+from pipeline.store.columns import flat
 from pipeline.store.files import Folder, StopRun
-from pipeline.store.publish import data_name, publish_part
-from pipeline.store.reader import load_vocab
+from pipeline.store.left_out import LeftOut
+from pipeline.store.publish import publish_part
+from pipeline.store.reader import ids_of_codes, load_vocab, local_part
+from pipeline.store.unpack import row_columns
 from pipeline.store.verify import TargetCheck
 from pipeline.store.writer import ROW_GROUP, write_parquet
 from pipeline.tokens import Encoded, TextTokenizer, load_tokenizer
 from schemas.config import AlignConfig
 from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import CodecInfo, Part, TokenizerInfo
+from schemas.manifest import CaptureManifest, CodecInfo, Part, TokenizerInfo, read_manifest
 from schemas.tables import targets
 
 
@@ -62,7 +66,14 @@ class AlignJob:
         teacher = load_vocab(config.capture) if "byte-prefix" in config.losses else None
         maps = Maps.of(self.projection, unreached, tokenizer.table, teacher)
         texts = CorpusTexts(config.capture, config.corpus) if config.corpus else None
-        return AlignWorker(self, tokenizer, maps, Recipe(config.losses, config.merge, config.tau, self.codec), texts)
+        return AlignWorker(
+            self,
+            tokenizer,
+            maps,
+            Recipe(config.losses, config.merge, config.tau, self.codec),
+            texts,
+            ids_of_codes(config.capture),
+        )
 
 
 def refuse_other_tokenizer(side: str, found: TokenizerInfo, wanted: TokenizerInfo) -> None:
@@ -83,6 +94,7 @@ class AlignWorker:
     maps: Maps
     recipe: Recipe
     texts: CorpusTexts | None
+    id_of_code: Codes | None = None
 
     def run(self, shard: int, attempt: int, tell: Tell = tell_nobody) -> Part:
         """Build, publish and commit one part; the attempt's number does not enter its content.
@@ -103,23 +115,24 @@ class AlignWorker:
         config = self.job.config
         eos_id = self.tokenizer.table.info.eos_id
         texts = None if self.texts is None else self.texts.part(shard)
-        for read in read_part(config.capture, shard, config.memory_limit, self.job.teacher_eos):
+        for stored in read_part(config.capture, shard, config.memory_limit, self.job.teacher_eos):
+            read = restore_ids(stored, self.id_of_code)
             batch = read if texts is None else texts.fill(read)
             refuse_without_text(batch, config.capture)
-            _refuse_foreign_ids(batch, self.maps.teacher_size)
+            _refuse_foreign_ids(batch, (row_columns(self.job.codec)[1], "teacher_ids"), self.maps.teacher_size)
             encoded = encode(self.tokenizer, batch)
             samples = join(batch, encoded, eos_id)
             check_samples(batch, samples)
             found, figures = target_batch(batch, samples, self.maps, self.recipe)
-            check_targets(found, self.maps, config.tau)
+            check_targets(found, self.maps, config.tau, drawn=self.recipe.drawn)
             counts.update(figures)
             counts["samples_skipped"] += batch.num_rows - len(samples)
             yield found
 
 
-def _refuse_foreign_ids(batch: pa.RecordBatch, size: int) -> None:
+def _refuse_foreign_ids(batch: pa.RecordBatch, names: Sequence[str], size: int) -> None:
     """Raise VerificationError when an id is outside the teacher's vocabulary (compiled loops do not look)."""
-    for name in ("topk_ids", "teacher_ids"):
+    for name in names:
         ids = flat(batch, name)
         if len(ids) and (ids.min() < 0 or ids.max() >= size):
             raise VerificationError(
@@ -129,7 +142,7 @@ def _refuse_foreign_ids(batch: pa.RecordBatch, size: int) -> None:
 
 
 def read_part(capture: str, part: int, memory_limit: str, eos_id: int | None) -> Iterator[pa.RecordBatch]:
-    """Batches of ``sql/read_part.sql`` in file order, within a memory limit.
+    """Batches of ``sql/read_part.sql`` in file order, within a memory limit; what a subset left out is filled in.
 
     Raises:
         StopRun: the part needs more memory than the limit.
@@ -137,14 +150,16 @@ def read_part(capture: str, part: int, memory_limit: str, eos_id: int | None) ->
     """
     import duckdb
 
-    folder = Folder(capture)
-    path = folder.url(data_name(part))
+    manifest = read_manifest(capture, CaptureManifest)
+    left_out, check = LeftOut.of(manifest), CaptureCheck.of(manifest)
+    limits: dict[str, Any] = {"memory_limit": memory_limit, "threads": 1, "temp_directory": ""}
     try:
-        with duckdb.connect(config={"memory_limit": memory_limit, "threads": 1, "temp_directory": ""}) as connection:
-            if not folder.local:
-                connection.register_filesystem(folder.fs)
+        with local_part(Folder(capture), part) as path, duckdb.connect(config=limits) as connection:
+            check.file(path)
             found: Any = connection.sql(query("read_part"), params={"path": path, "eos_id": eos_id})
-            yield from found.to_arrow_reader(ROW_GROUP)
+            for batch in found.to_arrow_reader(ROW_GROUP):
+                check.batch(batch)
+                yield left_out.fill(batch)
     except duckdb.OutOfMemoryException as error:
         raise StopRun(
             f"part {part} of {capture} does not fit --memory-limit {memory_limit}; give more, or capture with a "
@@ -152,7 +167,7 @@ def read_part(capture: str, part: int, memory_limit: str, eos_id: int | None) ->
         ) from error
     except duckdb.Error as error:
         raise XtokenError(
-            f"{path} cannot be read ({error}); 'xtoken verify {capture}' lists what is damaged"
+            f"part {part} of {capture} cannot be read ({error}); 'xtoken verify {capture}' lists what is damaged"
         ) from error
 
 

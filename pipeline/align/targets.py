@@ -20,7 +20,7 @@ from pipeline.align.kernels_targets import MASS_CLASSES, pkl_targets, split_targ
 from pipeline.align.prefix import PrefixMaps, prefix_columns
 from pipeline.align.rows import Recipe, RowBatch, Rows, merge_rows
 from pipeline.project.projection import Projection, Unreached
-from pipeline.store.checks import flat
+from pipeline.store.columns import flat
 from pipeline.tokens import TokenTable
 from schemas.tables import target_columns, targets
 
@@ -161,9 +161,16 @@ def _base(source: _Source) -> Values:
 
 
 def _confidence(source: _Source) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Means over each sample's chunks with a row: entropy and largest probability at temperature 1, NaN = no row."""
+    """Means over each sample's chunks with a row: entropy and largest probability at temperature 1, NaN = no row.
+
+    Of draws: the stored entropy of whole rows, and the largest share. Of rows that a subset left out: NaN.
+    """
     plain = source.rows.plain
     entropy_R, top1_R = row_figures(plain.offsets, plain.logprob, plain.rest)
+    if source.recipe.drawn:
+        entropy_R = flat(source.batch, "entropy").astype(np.float64)
+    unknown_R = np.diff(plain.offsets) == 0
+    entropy_R, top1_R = np.where(unknown_R, np.nan, entropy_R), np.where(unknown_R, np.nan, top1_R)
     chunks_N = chunks_per_sample(source.samples)
     sample_C = np.repeat(np.arange(len(chunks_N)), chunks_N)[source.start_C >= 0]
     row_C = source.start_C[source.start_C >= 0]
@@ -189,11 +196,15 @@ def _ce(source: _Source) -> tuple[Values, Mapping[str, int]]:  # noqa: ARG001
 
 
 def _pkl(source: _Source) -> tuple[Values, Mapping[str, int]]:
+    """P-KL's columns. Of draws, mass that no teacher token of W's takes has no cell: REST's share of the student
+    would depend on which tokens were drawn, and renormalising without it divides by a draw."""
     rows, row_C = source.merged
     closed = source.recipe.merge == "mean"
     count_C, ids_K, logprob_K, rest_C, mass_C5 = pkl_targets(
         row_C, rows.offsets, rows.ids, rows.logprob, rows.rest, source.maps.route_U, source.maps.column_U, closed
     )
+    if source.recipe.drawn:
+        rest_C[count_C > 0] = -np.inf
     columns = {"pkl_count": count_C, "pkl_ids": ids_K, "pkl_logprob": logprob_K, "pkl_rest_logprob": rest_C}
     shares = zip(MASS_CLASSES, mass_C5.sum(axis=0).tolist(), strict=True)
     return columns, {f"mass_{name}_ppm": round(share * _PPM) for name, share in shares}
@@ -239,7 +250,8 @@ def _alm(source: _Source) -> tuple[Values, Mapping[str, int]]:
 
 def _prefix(source: _Source) -> tuple[Values, Mapping[str, int]]:
     assert source.maps.prefix is not None, "byte-prefix needs both vocabularies"
-    return prefix_columns(source.batch, source.samples, source.rows.rows, source.start_C, source.maps.prefix), {}
+    rows, drawn = source.rows.rows, source.recipe.drawn
+    return prefix_columns(source.batch, source.samples, rows, source.start_C, source.maps.prefix, roots_only=drawn), {}
 
 
 def _skl(source: _Source) -> tuple[Values, Mapping[str, int]]:

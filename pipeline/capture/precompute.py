@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.capture.executor import LocalExecutor
+from pipeline.capture.pilot import corpus_codes
 from pipeline.capture.plan import PLAN_FILE, Plan, check_files, settle_plan
 from pipeline.capture.settings import (
     RUN_FILE,
@@ -20,9 +21,12 @@ from pipeline.capture.settings import (
 )
 from pipeline.capture.worker import CaptureJob, open_tokenizer
 from pipeline.store import Folder, clean, committed, data_name, read_table
+from pipeline.store.codes import Codes, with_codes
 from pipeline.store.reader import MERGES_FILE, VOCAB_FILE
+from pipeline.store.seal import SUMS_FILE, seal
 from pipeline.teachers import check_backend
-from pipeline.tokens import TokenTable, load_tokenizer
+from pipeline.teachers.base import entries_asked
+from pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
 from schemas.config import PrecomputeConfig
 from schemas.errors import IncompleteRun, VerificationError, XtokenError
 from schemas.manifest import MANIFEST, CaptureManifest, Part, provenance, read_manifest
@@ -75,11 +79,11 @@ def precompute(config: PrecomputeConfig, progress: Progress) -> CaptureManifest:
     folder = Folder(config.out)
     if not folder.local and "memory" in folder.fs.protocol:
         raise XtokenError(f"{config.out}: worker processes do not share memory://; use a folder or an object store")
-    table = open_tokenizer(config).table
-    settings = _checked_settings(config, table)
+    tokenizer = open_tokenizer(config)
+    settings = _checked_settings(config, tokenizer.table)
     fresh = settle_settings(folder, settings)
     try:
-        return _fill(config, folder, table, settings, progress)
+        return _fill(config, folder, tokenizer, settings, progress)
     except IncompleteRun:
         raise
     except XtokenError:
@@ -89,16 +93,20 @@ def precompute(config: PrecomputeConfig, progress: Progress) -> CaptureManifest:
 
 
 def _fill(
-    config: PrecomputeConfig, folder: Folder, table: TokenTable, settings: dict[str, Any], progress: Progress
+    config: PrecomputeConfig, folder: Folder, tokenizer: TextTokenizer, settings: dict[str, Any], progress: Progress
 ) -> CaptureManifest:
     plan = settle_plan(folder, config, config.shard_bytes, progress)
-    files = _write_vocab(folder, table)
+    if not folder.exists(VOCAB_FILE):
+        write_vocab(folder, tokenizer.table, corpus_codes(config, plan, tokenizer))
+    files = check_vocab(folder, tokenizer.table)
     clean(config.out)
     done = _checked_commits(folder, plan)
     failed = _run(config, plan, done, progress)
-    manifest = _manifest(config, table, plan, settings, files, failed)
+    manifest = _manifest(config, tokenizer.table, plan, settings, files, failed)
     if not _is_current(folder, manifest):
+        folder.remove(SUMS_FILE)
         folder.replace(MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
+    seal(config.out)
     if failed:
         raise IncompleteRun(_incomplete(failed, len(plan.shards), config.out))
     return read_manifest(config.out, CaptureManifest)
@@ -111,7 +119,7 @@ def _forget(folder: Folder) -> None:
 
 
 def _checked_settings(config: PrecomputeConfig, table: TokenTable) -> dict[str, Any]:
-    if config.k > table.size:
+    if entries_asked(config) > table.size:
         raise XtokenError(f"--k {config.k} is more than the vocabulary's {table.size} tokens; use --k {table.size}")
     student = load_tokenizer(config.student).table if config.student is not None else None
     return run_settings(config, table, student)
@@ -134,11 +142,19 @@ def _run(config: PrecomputeConfig, plan: Plan, done: dict[int, Part], progress: 
         clean(config.out)
 
 
-def _write_vocab(folder: Folder, table: TokenTable) -> dict[str, str]:
-    """Write the token tables once; returns the sha256 of each."""
-    for name, content in zip((VOCAB_FILE, MERGES_FILE), table.to_tables(), strict=True):
-        folder.create(name, _parquet(content))
-    # of an earlier run: what lies there must still be this tokenizer
+def write_vocab(folder: Folder, table: TokenTable, codes: Codes) -> None:
+    """Write the token tables unless they are there; the codes last, since a worker takes those it finds."""
+    vocab, merges = table.to_tables()
+    folder.create(MERGES_FILE, _parquet(merges))
+    folder.create(VOCAB_FILE, _parquet(with_codes(vocab, codes)))
+
+
+def check_vocab(folder: Folder, table: TokenTable) -> dict[str, str]:
+    """The sha256 of each token table, which must still be this tokenizer's.
+
+    Raises:
+        VerificationError: a table is missing, torn or another tokenizer's.
+    """
     TokenTable.from_tables(read_table(folder.url(VOCAB_FILE)), read_table(folder.url(MERGES_FILE)), table.info)
     return {name: folder.sha256(name)[0] for name in (VOCAB_FILE, MERGES_FILE)}
 
@@ -190,6 +206,8 @@ def _manifest(
         plan_hash=plan.hash,
         run_hash=run_hash(plan.hash, teacher, settings, codec),
         set_aside=failed,
+        # said by whoever wrote a card before this run went on
+        licenses=read_manifest(config.out, CaptureManifest).licenses if Folder(config.out).exists(MANIFEST) else {},
     )
 
 

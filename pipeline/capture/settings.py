@@ -6,9 +6,10 @@ from typing import Any
 from pipeline.store import STEP, Folder
 from pipeline.teachers.base import shows_bos
 from pipeline.tokens import TokenTable
-from schemas.config import PrecomputeConfig
+from schemas.config import PrecomputeConfig, RowsConfig
 from schemas.errors import XtokenError
 from schemas.manifest import MANIFEST, CodecInfo, TeacherInfo, digest
+from schemas.tables import SCHEMA_VERSIONS
 
 RUN_FILE = "run.json"
 TEACHER_FILE = "teacher.json"
@@ -16,8 +17,10 @@ TEACHER_FILE = "teacher.json"
 _FOREIGN = (MANIFEST, "data", "commits", "config.json", "w.parquet", "metrics.jsonl")
 
 
-def codec_info(config: PrecomputeConfig) -> CodecInfo:
+def codec_info(config: RowsConfig) -> CodecInfo:
     """The codec a run's settings ask for."""
+    if config.codec == "sampled":
+        return CodecInfo(name="sampled", draws=config.draws, seed=config.seed)
     return CodecInfo(k=config.k, min_p=config.min_p, step=STEP, temperatures=[1.0, *config.temperatures])
 
 
@@ -35,20 +38,27 @@ def sees_bos(config: PrecomputeConfig, table: TokenTable) -> bool:
 def run_settings(config: PrecomputeConfig, table: TokenTable, student: TokenTable | None) -> dict[str, Any]:
     """Settings that must not differ between the runs that fill one folder."""
     return {
+        "schema_version": SCHEMA_VERSIONS["capture"],
         "teacher": config.teacher,
         "backend": config.backend,
         "revision": config.revision,
         "dtype": config.dtype,
         "tokenizer_hash": table.info.hash,
         "bos": sees_bos(config, table),
-        "k": config.k,
-        "min_p": config.min_p,
-        "step": STEP,
+        **_codec_settings(config),
         "temperatures": config.temperatures or None,
         "max_tokens": config.max_tokens,
         "text": config.text,
         "student_hash": student.info.hash if student is not None else None,
     }
+
+
+def _codec_settings(config: PrecomputeConfig) -> dict[str, Any]:
+    """What decides the rows; None is what a run.json from before there were draws says by its silence."""
+    if config.codec == "sampled":
+        names = {"codec": "sampled", "draws": config.draws, "seed": config.seed}
+        return {"k": None, "min_p": None, "step": None, **names}
+    return {"k": config.k, "min_p": config.min_p, "step": STEP, "codec": None, "draws": None, "seed": None}
 
 
 def settle_settings(folder: Folder, settings: dict[str, Any]) -> bool:

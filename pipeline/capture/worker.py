@@ -19,9 +19,12 @@ from pipeline.capture.settings import codec_info, sees_bos, settle_teacher
 from pipeline.corpus import Window, windows
 from pipeline.store import Folder, Packed, Sample, capture_batch, encode, publish_part, write_parquet
 from pipeline.store.checks import CaptureCheck
+from pipeline.store.codes import Codes, read_codes
+from pipeline.store.reader import VOCAB_FILE, read_table
+from pipeline.store.sampled import PackedDraws, encode_draws
 from pipeline.store.writer import ROW_GROUP
 from pipeline.teachers import open_teacher
-from pipeline.teachers.base import Teacher, TeacherRows
+from pipeline.teachers.base import Teacher, TeacherRows, entries_asked
 from pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer
 from schemas.config import PrecomputeConfig
 from schemas.errors import XtokenError
@@ -29,7 +32,10 @@ from schemas.manifest import Part, TeacherInfo
 from schemas.tables import capture
 
 _NO_GAPS = np.zeros(0, np.uint16)
-_NO_ROWS = Packed(np.zeros(0, np.uint8), np.zeros(0, np.int32), _NO_GAPS, _NO_GAPS, np.zeros(0, np.int16))
+_NO_ROWS: dict[str, Packed | PackedDraws] = {
+    "topk": Packed(np.zeros(0, np.uint8), np.zeros(0, np.int32), _NO_GAPS, _NO_GAPS, np.zeros(0, np.int16)),
+    "sampled": PackedDraws.empty(),
+}
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,11 @@ class CaptureJob:
         assert plan is not None, "the driver writes the plan before it starts workers"
         tokenizer = open_tokenizer(config)
         teacher = open_teacher(config, tokenizer.table)
-        _check_teacher(config, teacher.info)
+        check_teacher(config, teacher.info)
         settle_teacher(folder, teacher.info)
         student = load_tokenizer(config.student) if config.student is not None else None
-        return CaptureWorker(config, plan, tokenizer, teacher, student)
+        codes = read_codes(read_table(folder.url(VOCAB_FILE)))
+        return CaptureWorker(config, plan, tokenizer, teacher, student, codes)
 
 
 def open_tokenizer(config: PrecomputeConfig) -> TextTokenizer:
@@ -64,14 +71,19 @@ def open_tokenizer(config: PrecomputeConfig) -> TextTokenizer:
     return load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
 
 
-def _check_teacher(config: PrecomputeConfig, info: TeacherInfo) -> None:
+def check_teacher(config: PrecomputeConfig, info: TeacherInfo) -> None:
+    """Refuse a teacher whose context or head the settings do not fit.
+
+    Raises:
+        XtokenError: the message names what fits.
+    """
     longest = config.max_tokens + 1
     if longest > info.context:
         raise XtokenError(
             f"--max-tokens {config.max_tokens} and one more do not fit the {info.context} tokens of {info.model}'s "
             f"context; use --max-tokens {info.context - 1} or less"
         )
-    if config.k > info.vocab_rows:
+    if entries_asked(config) > info.vocab_rows:
         raise XtokenError(f"--k {config.k} is more than the {info.vocab_rows} rows of {info.model}'s head")
 
 
@@ -85,12 +97,14 @@ class CaptureWorker:
         tokenizer: TextTokenizer,
         teacher: Teacher,
         student: TextTokenizer | None,
+        codes: Codes | None = None,
     ) -> None:
         self._config = config
         self._plan = plan
         self._tokenizer = tokenizer
         self._teacher = teacher
         self._student = student
+        self._codes = codes
         self._reader = SliceReader(config, plan)
         self._codec = codec_info(config)
         bos = tokenizer.table.info.bos_id if sees_bos(config, tokenizer.table) else None
@@ -107,15 +121,16 @@ class CaptureWorker:
         pieces = [
             window for document in documents for window in windows(document, self._tokenizer, self._config.max_tokens)
         ]
-        samples = self._score(pieces, tell)
+        samples = self.score(pieces, tell)
         counts = Counter(documents=len(documents), snapped=sum(sample.snapped for sample in samples))
         if self._student is not None:
             counts.update(_student_counts(self._student, self._tokenizer.table, pieces))
-        write = partial(_write, samples, capture(self._codec.temperatures), dict(counts))
+        schema = capture(self._codec.temperatures, self._codec.name)
+        write = partial(_write, samples, schema, self._codes, dict(counts))
         check = CaptureCheck(self._tokenizer.table.size, self._codec)
         return publish_part(self._config.out, shard, write, check)
 
-    def _score(self, pieces: Sequence[Window], tell: Tell) -> list[Sample]:
+    def score(self, pieces: Sequence[Window], tell: Tell = tell_nobody) -> list[Sample]:
         """Samples in the order of ``pieces``; the teacher sees them by length. Tells the bytes of text scored."""
         samples: dict[int, Sample] = {}
         done = 0
@@ -137,7 +152,7 @@ class CaptureWorker:
             text=encoded.text if self._config.text else None,
             teacher_ids=encoded.ids,
             teacher_end=encoded.ends,
-            packed=_NO_ROWS if rows is None else self._pack(piece, rows),
+            packed=_NO_ROWS[self._codec.name] if rows is None else self._pack(piece, rows),
             realised_logprob=empty if rows is None else rows.target_logprob,
             space_logprob=empty if rows is None else rows.space_logprob,
             first_row=0 if len(self._context) else 1,
@@ -145,9 +160,12 @@ class CaptureWorker:
             snapped=encoded.snapped,
         )
 
-    def _pack(self, piece: Window, rows: TeacherRows) -> Packed:
+    def _pack(self, piece: Window, rows: TeacherRows) -> Packed | PackedDraws:
         size, codec = self._tokenizer.table.size, self._codec
         try:
+            if codec.name == "sampled":
+                assert rows.draws is not None, "the backend was asked for draws"
+                return encode_draws(rows.draws, draws=codec.draws, vocab_size=size)
             return encode(
                 rows,
                 k=codec.k,
@@ -170,14 +188,17 @@ def length_batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
         start += count
 
 
-def _write(samples: Sequence[Sample], schema: pa.Schema, counts: dict[str, int], url: str) -> dict[str, int]:
-    write_parquet(url, schema, _batches(samples, schema))
+def _write(
+    samples: Sequence[Sample], schema: pa.Schema, codes: Codes | None, counts: dict[str, int], url: str
+) -> dict[str, int]:
+    write_parquet(url, schema, sample_batches(samples, schema, codes))
     return counts
 
 
-def _batches(samples: Sequence[Sample], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def sample_batches(samples: Sequence[Sample], schema: pa.Schema, codes: Codes | None) -> Iterator[pa.RecordBatch]:
+    """The samples in batches of a row group."""
     for start in range(0, len(samples), ROW_GROUP):
-        yield capture_batch(samples[start : start + ROW_GROUP], schema)
+        yield capture_batch(samples[start : start + ROW_GROUP], schema, codes)
 
 
 def _student_counts(student: TextTokenizer, teacher: TokenTable, pieces: Sequence[Window]) -> Counter[str]:

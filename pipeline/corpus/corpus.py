@@ -15,7 +15,7 @@ from pipeline.corpus.listing import FORMATS, CorpusFile, list_files, reader_of, 
 from pipeline.corpus.readers import Fields, FileProblem, Problem, Row
 from schemas.config import CorpusConfig
 from schemas.errors import XtokenError
-from schemas.manifest import open_filesystem
+from schemas.remote import open_filesystem
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Memory for checking ids: about 100 bytes each. Later ids are not checked.

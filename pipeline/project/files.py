@@ -15,6 +15,7 @@ from pipeline.project.projection import TO_REST, Projection
 from pipeline.store.files import Folder
 from schemas.config import ProjectConfig
 from schemas.errors import VerificationError, XtokenError
+from schemas.limits import read_whole, reading
 from schemas.manifest import MANIFEST, ProjectionManifest, TokenizerInfo, provenance, read_manifest
 from schemas.progress import Progress
 from schemas.tables import UNREACHED, W
@@ -155,7 +156,8 @@ def _verified(folder: Folder, name: str, sha256: dict[str, str], schema: pa.Sche
         raise VerificationError(f"{folder.url(name)} is missing; {way_out}") from error
     if hashlib.sha256(data).hexdigest() != sha256.get(name):
         raise VerificationError(f"{folder.url(name)} does not have the sha256 its manifest states; {way_out}")
-    table = pq.read_table(io.BytesIO(data))
+    with reading(folder.url(name), way_out):
+        table = read_whole(io.BytesIO(data), folder.url(name))
     if not table.schema.equals(schema):
         raise VerificationError(f"{folder.url(name)} has columns {table.schema.names}, not those of W; {way_out}")
     return table

@@ -15,7 +15,7 @@ from pipeline.project.files import read_tables, refuse_other_projection, write_p
 from pipeline.project.page import literal
 from pipeline.project.projection import EXACT, Projection
 from pipeline.store.files import Folder
-from pipeline.store.reader import check_side_file, read_table
+from pipeline.store.reader import read_side_table
 from schemas.errors import XtokenError
 from schemas.manifest import ProjectionManifest, TargetManifest, read_manifest
 
@@ -43,8 +43,7 @@ def write_learned(source: str, weights: NDArray[np.float32], out: str, trained_o
     """
     manifest = read_manifest(source, TargetManifest)
     before = read_tables(source, manifest.files, manifest.student, manifest.teacher_tokenizer)
-    check_side_file(Folder(source), STUDENT_VOCAB_FILE, manifest.files)
-    vocab = read_table(Folder(source).url(STUDENT_VOCAB_FILE)).sort_by("token_id")
+    vocab = read_side_table(Folder(source), STUDENT_VOCAB_FILE, manifest.files).sort_by("token_id")
     options = {"rule": "learned", "trained_on": trained_on, "from_w": before.hash}
     refuse_other_projection(out, before.student, before.teacher, options)
     after = reweighted(before, weights, np.array(vocab["byte_fallback"].to_pylist(), np.bool_))

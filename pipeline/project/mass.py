@@ -8,12 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.store.checks import flat
-from pipeline.store.codec import decode
 from pipeline.store.reader import iter_capture
+from pipeline.store.unpack import row_columns, unpack
 from schemas.manifest import CaptureManifest, read_manifest
-
-_COLUMNS = ("kept", "topk_ids", "topk_gap", "rest_gap")
 
 
 @dataclass(frozen=True)
@@ -21,7 +18,7 @@ class Mass:
     """A teacher's rows added up.
 
     Attributes:
-        share_U: float64, share of all probability that lies on each token as a kept entry.
+        share_U: float64, share of all probability that lies on each token as a kept entry, or of all draws.
         not_kept: share that lies in REST; together they sum to 1.
         rows: how many rows were read.
     """
@@ -40,17 +37,16 @@ def teacher_mass(capture: str, limit: int) -> Mass | None:
     """
     manifest = read_manifest(capture, CaptureManifest)
     mass_U, rest, rows = np.zeros(manifest.tokenizer.size), 0.0, 0
-    for batch in iter_capture(capture, _COLUMNS):
+    for batch in iter_capture(capture, row_columns(manifest.codec)):
         if rows >= limit:
             break
-        kept, ids, gap, rest_gap = (flat(batch, name) for name in _COLUMNS)
-        found = decode(kept, ids, gap, rest_gap, manifest.codec.step)
+        found = unpack(batch, manifest.codec)
         taken = min(limit - rows, len(found.rest_logprob))
         stop = int(found.offsets[taken])
         mass_U += np.bincount(found.ids[:stop], np.exp(found.logprob[:stop]), len(mass_U))
         rest += float(np.exp(found.rest_logprob[:taken]).sum())
         rows += taken
-    if rows == 0:
+    if not mass_U.any():  # no rows, or a subset left them out
         return None
     # the codec's rounding leaves a row's sum a little off 1
     total = float(mass_U.sum()) + rest

@@ -9,18 +9,22 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import XtokenError
-from schemas.manifest import open_filesystem
+from schemas.remote import named_errors, open_filesystem, open_url, refuse_special
 
 _BLOCK = 1 << 20
+_REMOTE_BLOCK = 4 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class StopRun(XtokenError):
@@ -45,6 +49,17 @@ def disk_full_named(root: str) -> Iterator[None]:
         ) from error
 
 
+def _named(method: Callable[Concatenate["Folder", P], R]) -> Callable[Concatenate["Folder", P], R]:
+    """Errors of networks and servers become XtokenError that names the file."""
+
+    @wraps(method)
+    def run(folder: "Folder", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with named_errors(f"{folder.root}/{args[0]}" if args and args[0] else folder.root):
+            return method(folder, *args, **kwargs)
+
+    return run
+
+
 class Folder:
     """Files below one root. Names are relative and built by our code, never read from a file."""
 
@@ -61,11 +76,13 @@ class Folder:
         """What ``fsspec.open`` takes for ``name`` (a plain path where the folder is local)."""
         return self.at(name) if self.local else f"{self.root}/{name}"
 
+    @_named
     def make(self, *names: str) -> None:
         """Create subfolders."""
         for name in names:
             self.fs.makedirs(self.at(name), exist_ok=True)
 
+    @_named
     def exists(self, name: str) -> bool:
         """Whether a file or folder has that name."""
         return bool(self.fs.exists(self.at(name)))
@@ -74,6 +91,7 @@ class Folder:
         """Whether a local name is a symbolic link (other filesystems have none)."""
         return self.local and os.path.islink(self.at(name))
 
+    @_named
     def names(self, subfolder: str = "") -> list[str]:
         """Sorted names in a subfolder; none when it does not exist."""
         self.fs.invalidate_cache()
@@ -83,12 +101,33 @@ class Folder:
             return []
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
 
+    @_named
+    def sizes(self, subfolder: str = "") -> dict[str, int]:
+        """Bytes of each file in a subfolder, by its name there; none when it does not exist."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(self.at(subfolder), detail=True)
+        except FileNotFoundError:
+            return {}
+        files = [entry for entry in found if entry["type"] == "file"]
+        return {str(entry["name"]).rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in files}
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """Content of a file in blocks of a few MiB; FileNotFoundError when absent."""
+        # object stores would hold tens of MiB of each open file otherwise
+        options = {} if self.local else {"block_size": _REMOTE_BLOCK}
+        refuse_special(self.fs, self.at(name))
+        with named_errors(self.url(name)), self.fs.open(self.at(name), "rb", **options) as file:
+            while block := file.read(_BLOCK):
+                yield block
+
+    @_named
     def read(self, name: str) -> bytes:
         """Whole content of a file; FileNotFoundError when absent."""
-        with fsspec.open(self.url(name), "rb") as file:
-            content: bytes = file.read()
-        return content
+        with open_url(self.url(name)) as file:
+            return file.read()
 
+    @_named
     def remove(self, name: str) -> None:
         """Remove a file; no error when it is gone already."""
         try:
@@ -96,6 +135,7 @@ class Folder:
         except FileNotFoundError:
             return
 
+    @_named
     def rename(self, old: str, new: str) -> None:
         """Move a file within the folder."""
         self.fs.mv(self.at(old), self.at(new))
@@ -110,10 +150,11 @@ class Folder:
         finally:
             os.close(handle)
 
+    @_named
     def sha256(self, name: str) -> tuple[str, int]:
         """sha256 and size in bytes of a file."""
         digest, size = hashlib.sha256(), 0
-        with fsspec.open(self.url(name), "rb") as file:
+        with open_url(self.url(name)) as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
                 size += len(block)
@@ -151,12 +192,29 @@ class Folder:
         finally:
             self.remove(tmp)
 
+    @_named
     def replace(self, name: str, data: bytes) -> None:
         """Write a file whole, over what had its name."""
         if not self.local:
             self.fs.pipe_file(self.at(name), data)
             return
         os.replace(self.at(self._write_tmp(name, data)), self.at(name))
+        self.sync(os.path.dirname(name))
+
+    @_named
+    def put(self, path: str, name: str) -> None:
+        """Give a finished local file the name ``name``, whole and over what had it; ``path`` itself is gone then.
+
+        Args:
+            path: local path; of the same filesystem where the folder is local.
+        """
+        if not self.local:
+            self.fs.put_file(path, self.at(name))
+            os.remove(path)
+            return
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(path, self.at(name))
         self.sync(os.path.dirname(name))
 
     def _write_tmp(self, name: str, data: bytes) -> str:
@@ -171,9 +229,15 @@ class Folder:
             raise
         return tmp
 
+    @_named
     def _put(self, name: str, data: bytes) -> bool:
         try:
             self.fs.pipe_file(self.at(name), data, mode="create")
         except FileExistsError:
+            return False
+        except OSError as error:
+            # what s3fs makes of a condition that does not hold
+            if error.errno != errno.EINVAL or not self.fs.exists(self.at(name)):
+                raise
             return False
         return True

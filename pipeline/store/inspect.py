@@ -2,29 +2,33 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.store.codec import decode, decode_tau_rest
+from pipeline.store.checks import CaptureCheck
+from pipeline.store.codec import Unpacked, decode_tau_rest
 from pipeline.store.files import Folder
 from pipeline.store.publish import committed, data_name
-from pipeline.store.reader import iter_capture, iter_parquet, load_vocab
+from pipeline.store.reader import iter_capture, iter_parquet, load_vocab, local_part
+from pipeline.store.unpack import unpack
 from pipeline.tokens import TokenTable
-from schemas.errors import VerificationError, XtokenError
+from schemas.errors import XtokenError
+from schemas.limits import check_footer, reading
 from schemas.manifest import (
     MANIFEST,
     AnyManifest,
     CaptureManifest,
     CodecInfo,
+    Part,
     TargetManifest,
     content_hash,
     read_any_manifest,
 )
+from schemas.remote import in_parallel, read_footer
 
 _SAMPLES = 3
 _FIRST_TOKENS = 16
@@ -84,7 +88,7 @@ def _artifact(root: str, manifest: AnyManifest) -> dict[str, Any]:
     for part in manifest.parts:
         counts.update(part.counts)
     result["counts"] = dict(sorted(counts.items()))
-    result["bytes_per_token"] = _bytes_per_token(root, manifest)
+    result["bytes_per_token"] = bytes_per_token(root, manifest)
     result["provenance"] = described
     if isinstance(manifest, CaptureManifest):
         result["samples_shown"] = _capture_samples(root, manifest)
@@ -93,26 +97,27 @@ def _artifact(root: str, manifest: AnyManifest) -> dict[str, Any]:
     return result
 
 
-def _bytes_per_token(root: str, manifest: CaptureManifest | TargetManifest) -> dict[str, float]:
+def bytes_per_token(root: str, manifest: CaptureManifest | TargetManifest) -> dict[str, float]:
     """Compressed bytes of each column per token, and ``all`` files as they lie there."""
     folder = Folder(root)
     total: Counter[str] = Counter()
-    for part in manifest.parts:
-        total.update(_column_bytes(_metadata(folder.url(data_name(part.index)))))
+    urls = [folder.url(data_name(part.index)) for part in manifest.parts]
+    for metadata in in_parallel(_metadata, urls, root):
+        total.update(column_bytes(metadata))
     tokens = max(1, sum(part.tokens for part in manifest.parts))
     total["all"] = sum(part.file_bytes for part in manifest.parts)
     return {name: round(size / tokens, 3) for name, size in total.items()}
 
 
 def _metadata(url: str) -> Any:
-    try:
-        with fsspec.open(url, "rb") as file:
-            return pq.read_metadata(file)
-    except (pa.ArrowException, FileNotFoundError) as error:
-        raise VerificationError(f"{url} cannot be read ({error}); 'xtoken verify' lists what is damaged") from error
+    with reading(url, "'xtoken verify' lists what is damaged"):
+        metadata = read_footer(url)
+        check_footer(metadata, url)
+    return metadata
 
 
-def _column_bytes(metadata: Any) -> Counter[str]:
+def column_bytes(metadata: Any) -> Counter[str]:
+    """Compressed bytes of each column, from a Parquet file's metadata."""
     found: Counter[str] = Counter()
     for group in range(metadata.num_row_groups):
         for index in range(metadata.num_columns):
@@ -124,22 +129,29 @@ def _column_bytes(metadata: Any) -> Counter[str]:
 def _capture_samples(root: str, manifest: CaptureManifest) -> list[dict[str, Any]]:
     table = load_vocab(root)
     rows = (batch.slice(index, 1) for batch in iter_capture(root) for index in range(batch.num_rows))
-    return [_capture_sample(row.to_pylist()[0], table, manifest.codec) for row in islice(rows, _SAMPLES)]
+    first = list(islice(rows, _SAMPLES))
+    for row in first:
+        # rows that a subset dropped are made up by the reader
+        if not manifest.left_out:
+            CaptureCheck.of(manifest).batch(row)
+    return [_capture_sample(row, table, manifest.codec) for row in first]
 
 
-def _capture_sample(row: dict[str, Any], table: TokenTable, codec: CodecInfo) -> dict[str, Any]:
-    """The sample's first tokens, and the teacher's best entries where it was to guess one in the middle."""
+def _capture_sample(batch: pa.RecordBatch, table: TokenTable, codec: CodecInfo) -> dict[str, Any]:
+    """The sample's first tokens, and the teacher's best entries where it was to guess one in the middle.
+
+    ``batch`` holds the one sample.
+    """
+    row, rows = batch.to_pylist()[0], unpack(batch, codec)
     ids = row["teacher_ids"]
     shown: dict[str, Any] = {
         "sample_id": row["sample_id"],
         "tokens": len(ids),
         "first_tokens": [_readable(table, token) for token in ids[:_FIRST_TOKENS]],
     }
-    if not row["kept"]:
+    if not len(rows.rest_logprob):
         return shown
-    kept, ids_K, gap_K, rest = (np.asarray(row[name]) for name in ("kept", "topk_ids", "topk_gap", "rest_gap"))
-    rows = decode(kept, ids_K, gap_K, rest, codec.step)
-    middle = len(row["kept"]) // 2
+    middle = len(rows.rest_logprob) // 2
     start, stop = (int(offset) for offset in rows.offsets[middle : middle + 2])
     best = range(start, min(stop, start + _TOP))
     position = middle + row["first_row"]
@@ -148,20 +160,25 @@ def _capture_sample(row: dict[str, Any], table: TokenTable, codec: CodecInfo) ->
         "before": "".join(_readable(table, token) for token in ids[max(0, position - 8) : position]),
         "in_text": _readable(table, ids[position]),
         "teacher": [[_readable(table, int(rows.ids[at])), round(float(rows.logprob[at]), 3)] for at in best],
-        "rest_logprob": _shown(rows.rest_logprob[middle]),
-        **_tau_rest(row, middle, codec),
+        **(_entropy(row, middle) if codec.name == "sampled" else _rest(row, rows, middle, codec)),
     }
     return shown
 
 
-def _tau_rest(row: dict[str, Any], at: int, codec: CodecInfo) -> dict[str, Any]:
-    """REST of row ``at`` at each temperature above the first."""
+def _entropy(row: dict[str, Any], at: int) -> dict[str, Any]:
+    """What is known of the whole row ``at`` beside its draws."""
+    return {"entropy": round(float(row["entropy"][at]), 3)}
+
+
+def _rest(row: dict[str, Any], rows: Unpacked, at: int, codec: CodecInfo) -> dict[str, Any]:
+    """REST of row ``at`` at each temperature."""
+    shown = {"rest_logprob": _shown(rows.rest_logprob[at])}
     others = codec.temperatures[1:]
     if not others:
-        return {}
+        return shown
     gaps = np.asarray(row["tau_rest_odds"])
     rest = {f"{tau:g}": decode_tau_rest(gaps, codec.temperatures, tau, codec.step)[at] for tau in others}
-    return {"tau_rest_logprob": {tau: _shown(value) for tau, value in rest.items()}}
+    return {**shown, "tau_rest_logprob": {tau: _shown(value) for tau, value in rest.items()}}
 
 
 def _shown(logprob: float) -> float:
@@ -174,7 +191,7 @@ def _target_samples(root: str, manifest: TargetManifest) -> list[dict[str, Any]]
     rows = (
         row
         for part in manifest.parts
-        for batch in iter_parquet(folder.url(data_name(part.index)), ["sample_id", "student_ids", "chunk_student_end"])
+        for batch in _batches(folder, part, ["sample_id", "student_ids", "chunk_student_end"])
         for row in batch.to_pylist()
     )
     return [
@@ -185,6 +202,11 @@ def _target_samples(root: str, manifest: TargetManifest) -> list[dict[str, Any]]
         }
         for row in islice(rows, _SAMPLES)
     ]
+
+
+def _batches(folder: Folder, part: Part, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    with local_part(folder, part.index, part) as path:
+        yield from iter_parquet(path, columns)
 
 
 def _readable(table: TokenTable, token: int) -> str:

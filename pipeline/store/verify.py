@@ -10,16 +10,14 @@ from numpy.typing import NDArray
 from pipeline.store.checks import CaptureCheck, flat, list_lengths, read_checked
 from pipeline.store.files import Folder
 from pipeline.store.publish import Check, Figures, committed, data_name
-from pipeline.store.reader import MERGES_FILE, VOCAB_FILE, check_side_file
+from pipeline.store.reader import check_side_file
+from pipeline.store.seal import SIDE_FILES as SIDE_FILES
+from pipeline.store.seal import manifest_problems, seal_problems
+from schemas.cache import fresh
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import AnyManifest, CaptureManifest, Part, TargetManifest, read_any_manifest
 from schemas.tables import TargetColumn, target_columns, targets
 
-_SIDE_FILES = {
-    "capture": (VOCAB_FILE, MERGES_FILE),
-    "targets": ("w.parquet", "unreached.parquet", "student_vocab.parquet"),
-    "projection": ("w.parquet", "unreached.parquet"),
-}
 _SHOWN = 20
 _TOTALS = ("samples", "tokens", "rows", "entries", "text_bytes", "file_bytes")
 
@@ -36,33 +34,42 @@ def verify(root: str, progress: Callable[[int], None] | None = None) -> dict[str
 
     Raises:
         VerificationError: something differs; the message lists up to 20 problems, each with its part and sample.
-        XtokenError: no manifest, or one of an unknown version.
+        XtokenError: no manifest, or one of an unknown version; or a server cannot be asked, which proves no damage.
     """
-    manifest, folder = read_any_manifest(root), Folder(root)
-    problems = [*_side_problems(folder, manifest), *_record_problems(root, manifest)]
+    folder = Folder(root)
+    problems = list(manifest_problems(folder))
+    try:
+        manifest = read_any_manifest(root)
+    except XtokenError as error:
+        raise _damaged(root, [*problems, str(error)]) if problems else error from error
+    problems += [*_side_problems(folder, manifest), *_record_problems(root, manifest), *seal_problems(folder, manifest)]
     check = _part_check(manifest)
     for part in manifest.parts:
         problems += _part_problems(folder, part, check)
         if progress is not None:
             progress(part.file_bytes)
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems[:_SHOWN])
-        raise VerificationError(f"{root} is damaged, {len(problems)} problems:\n{listed}\nfetch or build it again")
+        raise _damaged(root, problems)
     totals = {name: sum(getattr(part, name) for part in manifest.parts) for name in _TOTALS}
     # Shards that failed at capture are no damage: the manifest owns up to them.
     aside = {"set_aside": sorted(manifest.set_aside)} if isinstance(manifest, CaptureManifest) else {}
     return {"kind": manifest.kind, "parts": len(manifest.parts), "files": sorted(manifest.files), **totals, **aside}
 
 
+def _damaged(root: str, problems: Sequence[str]) -> VerificationError:
+    listed = "\n".join(f"  {problem}" for problem in problems[:_SHOWN])
+    return VerificationError(f"{root} is damaged, {len(problems)} problems:\n{listed}\nfetch or build it again")
+
+
 def _side_problems(folder: Folder, manifest: AnyManifest) -> Iterator[str]:
-    expected = _SIDE_FILES[manifest.kind]
+    expected = SIDE_FILES[manifest.kind]
     for name in sorted(set(manifest.files) - set(expected)):
         yield f"manifest.json: {name!r} is no file of a {manifest.kind} artifact"
     for name in expected:
         try:
             _no_link(folder, name)
             check_side_file(folder, name, manifest.files)
-        except XtokenError as error:
+        except VerificationError as error:
             yield str(error)
 
 
@@ -72,7 +79,7 @@ def _record_problems(root: str, manifest: AnyManifest) -> Iterator[str]:
         yield "manifest.json: parts are not listed once each in order"
     try:
         records = committed(root)
-    except XtokenError as error:
+    except VerificationError as error:
         yield str(error)
         return
     if manifest.kind == "projection":
@@ -85,7 +92,7 @@ def _record_problems(root: str, manifest: AnyManifest) -> Iterator[str]:
 
 def _part_check(manifest: AnyManifest) -> Check:
     if isinstance(manifest, CaptureManifest):
-        return CaptureCheck(manifest.tokenizer.size, manifest.codec)
+        return CaptureCheck.of(manifest)
     return TargetCheck(manifest.losses if isinstance(manifest, TargetManifest) else ())
 
 
@@ -93,14 +100,15 @@ def _part_problems(folder: Folder, part: Part, check: Check) -> Iterator[str]:
     name = data_name(part.index)
     try:
         _no_link(folder, name)
-        sha256, size = folder.sha256(name)
-        if (sha256, size) != (part.sha256, part.file_bytes):
-            recorded = f"{part.file_bytes} bytes with {part.sha256[:12]}"
-            yield f"part {part.index}: {size} bytes with sha256 {sha256[:12]}, recorded {recorded}"
-        figures = check(folder.url(name))
+        # a remote part is fetched once, and never taken from the cache
+        with fresh(folder.url(name)) as copy:
+            if (copy.sha256, copy.size) != (part.sha256, part.file_bytes):
+                recorded = f"{part.file_bytes} bytes with {part.sha256[:12]}"
+                yield f"part {part.index}: {copy.size} bytes with sha256 {copy.sha256[:12]}, recorded {recorded}"
+            figures = check(copy.path)
     except FileNotFoundError:
         yield f"part {part.index}: {name} is missing"
-    except XtokenError as error:
+    except VerificationError as error:
         yield f"part {part.index}: {error}"
     else:
         yield from _figure_problems(part, figures)

@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.store.codec import Packed
-from schemas.tables import CAPTURE
+from pipeline.store.codes import Codes
+from pipeline.store.sampled import PackedDraws
+from schemas.tables import CAPTURE, CODED
 
 ROW_GROUP = 32
 
@@ -28,7 +30,7 @@ class Sample:
     text: str | None
     teacher_ids: NDArray[np.int32]
     teacher_end: NDArray[np.int32]
-    packed: Packed
+    packed: Packed | PackedDraws
     realised_logprob: NDArray[np.float32]
     space_logprob: NDArray[np.float32] | None
     first_row: int
@@ -36,28 +38,42 @@ class Sample:
     snapped: bool
 
 
-def capture_batch(samples: Sequence[Sample], schema: pa.Schema = CAPTURE) -> pa.RecordBatch:
-    """Samples as a record batch of ``schema``: a capture with or without other temperatures."""
-    columns = {
+def capture_batch(samples: Sequence[Sample], schema: pa.Schema = CAPTURE, codes: Codes | None = None) -> pa.RecordBatch:
+    """Samples as a record batch of ``schema``: a capture of either codec, with or without other temperatures.
+
+    Args:
+        samples: with teacher ids.
+        schema: of ``schemas.tables.capture``.
+        codes: int32 [U], the code of each id; each id its own when left out.
+    """
+    columns: dict[str, Any] = {
         "sample_id": [sample.sample_id for sample in samples],
         "text": [sample.text for sample in samples],
-        "teacher_ids": list_column([sample.teacher_ids for sample in samples], "teacher_ids"),
-        "teacher_end": list_column([sample.teacher_end for sample in samples], "teacher_end"),
-        "kept": list_column([sample.packed.kept for sample in samples], "kept"),
-        "topk_ids": list_column([sample.packed.topk_ids for sample in samples], "topk_ids"),
-        "topk_gap": list_column([sample.packed.topk_gap for sample in samples], "topk_gap"),
-        "rest_gap": list_column([sample.packed.rest_gap for sample in samples], "rest_gap"),
-        "realised_logprob": list_column([sample.realised_logprob for sample in samples], "realised_logprob"),
-        "space_logprob": list_column([sample.space_logprob for sample in samples], "space_logprob"),
         "first_row": [sample.first_row for sample in samples],
         "complete": [sample.complete for sample in samples],
         "snapped": [sample.snapped for sample in samples],
     }
-    if "tau_rest_odds" in schema.names:
-        odds = [sample.packed.tau_rest_odds for sample in samples]
-        columns["tau_rest_odds"] = list_column(odds, "tau_rest_odds", schema)
+    for name in schema.names:
+        if name not in columns:
+            columns[name] = list_column([_values(sample, name, codes) for sample in samples], name, schema)
     arrays = [pa.array(columns[field.name], field.type) for field in schema]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _values(sample: Sample, name: str, codes: Codes | None) -> NDArray[Any] | None:
+    """A sample's list in a column of the capture."""
+    if name in CODED:
+        ids: NDArray[np.int32] = getattr(sample.packed, CODED[name])
+        return ids if codes is None else codes[ids]
+    found: NDArray[Any] | None = getattr(sample if hasattr(sample, name) else sample.packed, name)
+    return rounded(found) if found is not None and found.dtype == np.float32 else found
+
+
+def rounded(value: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Nearest float32 of 16 significant bits: 1.5e-5 of a log-probability, and a byte of each is empty."""
+    bits = np.ascontiguousarray(value).view(np.uint32)
+    near = (bits + np.uint32(0x7F) + ((bits >> np.uint32(8)) & np.uint32(1))) & np.uint32(0xFFFFFF00)
+    return np.where(np.isnan(value), value, near.view(np.float32))
 
 
 def list_column(rows: Sequence[NDArray[Any] | None], name: str, schema: pa.Schema = CAPTURE) -> pa.ListArray:

@@ -32,8 +32,13 @@ def check_backend(config: "PrecomputeConfig") -> None:
     """Refuse what the backend cannot give, before anything is read or loaded.
 
     Raises:
-        XtokenError: normalisers at other temperatures from a backend that sees no whole rows.
+        XtokenError: draws, or normalisers at other temperatures, from a backend that sees no whole rows.
     """
+    if config.codec == "sampled" and not BACKENDS[config.backend].full_rows:
+        raise XtokenError(
+            f"--codec sampled draws from whole teacher rows, and backend {config.backend!r} gives only the top k; "
+            "use --backend hf, or --codec topk"
+        )
     if config.temperatures and not BACKENDS[config.backend].full_rows:
         named = ",".join(f"{tau:g}" for tau in config.temperatures)
         raise XtokenError(

@@ -1,4 +1,4 @@
-"""What a teacher engine gives: rows of top-k log-probabilities, as numpy and nothing else.
+"""What a teacher engine gives: rows of top-k log-probabilities, or draws, as numpy and nothing else.
 
 Shapes: T tokens of one sequence, R = T - 1 rows, K entries per row, n temperatures other than 1.
 """
@@ -10,9 +10,26 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.config import PrecomputeConfig
+from schemas.config import PrecomputeConfig, RowsConfig
 from schemas.errors import XtokenError
 from schemas.manifest import TeacherInfo, TokenizerInfo
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws from whole rows; here K is the number of different ids drawn, all rows together.
+
+    Attributes:
+        drawn: int32 [R], different ids drawn in each row.
+        ids: int32 [K], rows in order, most draws first, then ascending.
+        count: int32 [K], draws of each; a row's sum to the number asked for.
+        entropy: float32 [R], nats, of the whole distribution drawn from.
+    """
+
+    drawn: NDArray[np.int32]
+    ids: NDArray[np.int32]
+    count: NDArray[np.int32]
+    entropy: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -28,6 +45,7 @@ class TeacherRows:
         space_logprob: float32 [R], log P(next token starts with a space), or None without full rows.
         tau_lognorm: float32 [R, n], log sum_v p(v)^(1/tau) over the whole output head at each of
             ``PrecomputeConfig.temperatures``, so that log p_tau(v) = log p(v) / tau minus it; None if none were asked.
+        draws: draws from the tokenizer's ids, under codec ``sampled`` only.
     """
 
     ids: NDArray[np.int32]
@@ -37,6 +55,7 @@ class TeacherRows:
     lse: NDArray[np.float32] | None = None
     space_logprob: NDArray[np.float32] | None = None
     tau_lognorm: NDArray[np.float32] | None = None
+    draws: Draws | None = None
 
 
 class Teacher(Protocol):
@@ -50,6 +69,11 @@ class Teacher(Protocol):
         Returns one ``TeacherRows`` per sequence, in order; a sequence of T tokens has T - 1 rows.
         """
         ...
+
+
+def entries_asked(config: RowsConfig) -> int:
+    """K of the engine: ``--k``, or one where draws are stored."""
+    return config.k if config.codec == "topk" else 1
 
 
 def shows_bos(config: PrecomputeConfig, tokenizer: TokenizerInfo) -> bool:

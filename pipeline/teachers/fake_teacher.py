@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.teachers.base import TeacherRows
+from pipeline.teachers.base import Draws, TeacherRows, entries_asked
+from pipeline.teachers.draws import Sampler, counted, draw_row
 from pipeline.tokens import TokenTable
 from schemas.config import PrecomputeConfig
 from schemas.errors import XtokenError
@@ -29,11 +30,17 @@ class FakeTeacher:
     """See the module; ``rows`` is a pure function of the token ids."""
 
     def __init__(
-        self, info: TeacherInfo, k: int, starts_with_space: NDArray[np.bool_], temperatures: Sequence[float] = ()
+        self,
+        info: TeacherInfo,
+        k: int,
+        starts_with_space: NDArray[np.bool_],
+        temperatures: Sequence[float] = (),
+        sampler: Sampler | None = None,
     ) -> None:
         self.info = info
         self._k = k
         self._temperatures = temperatures
+        self._sampler = sampler
         self._space_U = starts_with_space
         self._floor = _floor(len(starts_with_space))
 
@@ -51,7 +58,23 @@ class FakeTeacher:
         columns = [np.concatenate(column) for column in zip(*blocks, strict=True)]
         ids_RK, logprob_RK, target_R, rank_R, lse_R, space_R, lognorm_Rn = columns
         given = lognorm_Rn if self._temperatures else None
-        return TeacherRows(ids_RK, logprob_RK, target_R, rank_R, lse_R, space_R, given)
+        draws = None if self._sampler is None else self._draw(before, last, self._sampler.uniforms(ids))
+        return TeacherRows(ids_RK, logprob_RK, target_R, rank_R, lse_R, space_R, given, draws)
+
+    def _draw(self, before_R: NDArray[np.int64], last_R: NDArray[np.int64], uniform_R: NDArray[np.float64]) -> Draws:
+        """Draws from the distribution over all tokens, one row of them at a time."""
+        assert self._sampler is not None
+        size, draws = len(self._space_U), self._sampler.draws
+        ids_RD, entropy_R = np.zeros((len(last_R), draws), np.int32), np.zeros(len(last_R), np.float32)
+        ids_RC, score_RC = _candidates(before_R, last_R, size)
+        for row, uniform in enumerate(uniform_R.tolist()):
+            score_U = np.full(size, self._floor)
+            score_U[ids_RC[row]] = score_RC[row]
+            p_U = np.exp(score_U)
+            ids_RD[row] = draw_row(p_U, uniform, draws)
+            mass = float(p_U.sum())
+            entropy_R[row] = max(0.0, np.log(mass) - float(p_U @ score_U) / mass)
+        return counted(ids_RD, entropy_R)
 
     def _block(
         self, before_R: NDArray[np.int64], last_R: NDArray[np.int64], target_R: NDArray[np.int64]
@@ -97,7 +120,8 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable) -> FakeTeacher:
     Raises:
         XtokenError: k is larger than the vocabulary.
     """
-    if config.k > table.size:
+    k = entries_asked(config)
+    if k > table.size:
         raise XtokenError(f"--k {config.k} is more than the vocabulary's {table.size} tokens; use --k {table.size}")
     info = TeacherInfo(
         model=config.teacher,
@@ -111,7 +135,8 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable) -> FakeTeacher:
         capture_path="fake",
         engine_version="1",
     )
-    return FakeTeacher(info, config.k, table.starts_with_space(), config.temperatures)
+    sampler = Sampler.of(config, table.size)
+    return FakeTeacher(info, k, table.starts_with_space(), config.temperatures, sampler)
 
 
 def _floor(size: int) -> float:

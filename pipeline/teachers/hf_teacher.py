@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.teachers import model_source
-from pipeline.teachers.base import TeacherRows, check_prompt
+from pipeline.teachers.base import TeacherRows, check_prompt, entries_asked
+from pipeline.teachers.draws import Sampler
 from pipeline.teachers.logit_rows import RowReader, cut, join
 from pipeline.tokens import TokenTable
 from schemas.config import PrecomputeConfig
@@ -159,9 +160,24 @@ class HfTeacher:
         states_N = torch.cat([states_BT[row, : length - 1] for row, length in enumerate(lengths)])
         target_N = torch.cat([ids_BT[row, 1:length] for row, length in enumerate(lengths)])
         blocks = [slice(start, start + self._block) for start in range(0, len(target_N), self._block)]
-        rows = join([self._reader.read(self._source.logits(states_N[block]), target_N[block]) for block in blocks])
+        uniform_N = self._uniforms(sequences)
+        rows = join(
+            [
+                self._reader.read(
+                    self._source.logits(states_N[block]),
+                    target_N[block],
+                    None if uniform_N is None else uniform_N[block],
+                )
+                for block in blocks
+            ]
+        )
         ends = np.cumsum([length - 1 for length in lengths]).tolist()
         return [cut(rows, start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def _uniforms(self, sequences: list[NDArray[np.int32]]) -> NDArray[np.float64] | None:
+        """Numbers of all rows of the sequences, one after the other; None where nothing is drawn."""
+        sampler = self._reader.sampler
+        return None if sampler is None else np.concatenate([sampler.uniforms(ids) for ids in sequences])
 
 
 def groups(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
@@ -192,7 +208,8 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable) -> HfTeacher:
     source = pick_source(model)
     info = _info(config, model_config, model, source, device)
     space = np.flatnonzero(table.starts_with_space()[: info.vocab_rows])
-    reader = RowReader(config.k, torch.from_numpy(space).to(device), tuple(config.temperatures))
+    space_P, sampler = torch.from_numpy(space).to(device), Sampler.of(config, table.size)
+    reader = RowReader(entries_asked(config), space_P, tuple(config.temperatures), sampler)
     return HfTeacher(source, reader, info, device, config.batch_tokens)
 
 

@@ -1,6 +1,7 @@
 """Rows of a teacher from its raw logits, exact in ties.
 
-Shapes: N positions, U teacher vocabulary, K entries asked for, P tokens that start with a space, n temperatures.
+Shapes: N positions, U teacher vocabulary, K entries asked for, P tokens that start with a space, n temperatures,
+D draws of a row.
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.teachers.base import TeacherRows
+from pipeline.teachers.base import Draws, TeacherRows
+from pipeline.teachers.draws import Sampler, counted, cut_draws, join_draws, refuse_empty, thresholds
 from schemas.errors import XtokenError
 
-_TAU_SPLIT = 16  # a temperature's exponentials exist for this part of the rows at once
+_TAU_SPLIT = 16  # a temperature's exponentials, or a float64 copy, exist for this part of the rows at once
 
 
 @dataclass(frozen=True)
@@ -25,19 +27,22 @@ class RowReader:
         k: entries per row.
         space_P: int64 [P], ids of the tokens that start with a space.
         temperatures: those of ``TeacherRows.tau_lognorm``.
+        sampler: of ``TeacherRows.draws``; None = no draws.
     """
 
     k: int
     space_P: Tensor
     temperatures: tuple[float, ...] = ()
+    sampler: Sampler | None = None
 
-    def read(self, logits_NU: Tensor, target_N: Tensor) -> TeacherRows:
+    def read(self, logits_NU: Tensor, target_N: Tensor, uniform_N: NDArray[np.float64] | None = None) -> TeacherRows:
         """Rows of N positions from float32 logits, which are overwritten, and the int64 realised tokens.
 
-        Order and rank follow the float32 log-probabilities, ties by lower id.
+        Order and rank follow the float32 log-probabilities, ties by lower id. ``uniform_N`` are the positions'
+        numbers from the sampler, where there is one.
 
         Raises:
-            XtokenError: the logits are not finite numbers.
+            XtokenError: the logits are not finite numbers, or the tokenizer's ids have no mass to draw from.
         """
         lse_N = logits_NU.logsumexp(dim=-1)
         if not bool(torch.isfinite(lse_N).all()):
@@ -56,6 +61,7 @@ class RowReader:
             lse=_floats(lse_N),
             space_logprob=_floats(space_N),
             tau_lognorm=_floats(tau_lognorm(logprob_NU, self.temperatures)) if self.temperatures else None,
+            draws=None if self.sampler is None else draw(logprob_NU, uniform_N, self.sampler),
         )
 
 
@@ -68,6 +74,33 @@ def tau_lognorm(logprob_NU: Tensor, temperatures: Sequence[float]) -> Tensor:
     parts = torch.tensor_split(logprob_NU, min(_TAU_SPLIT, len(logprob_NU)))
     norms = [[part.div(tau).logsumexp(dim=-1) for part in parts] for tau in temperatures]
     return torch.stack([torch.cat(norm) for norm in norms], dim=1)
+
+
+def draw(logprob_NU: Tensor, uniform_N: NDArray[np.float64] | None, sampler: Sampler) -> Draws:
+    """Draws from rows of log-probabilities, added up in float64 (see ``pipeline.teachers.draws``).
+
+    Raises:
+        XtokenError: a row has no mass on the ids that may be drawn.
+    """
+    assert uniform_N is not None, "a sampler needs a number for each row"
+    share_ND = torch.from_numpy(thresholds(uniform_N, sampler.draws)).to(logprob_NU.device)
+    splits = min(_TAU_SPLIT, len(logprob_NU))
+    parts = zip(logprob_NU.tensor_split(splits), share_ND.tensor_split(splits), strict=True)
+    found = [_draw_part(logprob[:, : sampler.size], share, sampler.size) for logprob, share in parts]
+    return counted(_ints(torch.cat([ids for ids, _ in found])), _floats(torch.cat([h for _, h in found])))
+
+
+def _draw_part(logprob_NU: Tensor, share_ND: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """int64 [N, D] ids drawn, ascending, and float32 [N] entropy in nats."""
+    p_NU = logprob_NU.double().exp_()
+    surprise_N = torch.special.entr(p_NU).sum(dim=-1)
+    mass_N = p_NU.cumsum_(dim=-1)[:, -1].clone()
+    refuse_empty(mass_N.cpu().numpy(), size)
+    # entropy of p / mass: the mass is 1 to rounding, or less under a padded head
+    entropy_N = (surprise_N / mass_N + mass_N.log()).clamp_(min=0.0)
+    ids_ND = torch.searchsorted(p_NU, share_ND * mass_N[:, None])
+    # a GPU adds up in blocks, whose seams may be off by one rounding
+    return ids_ND.clamp_(max=p_NU.shape[1] - 1).sort(dim=-1).values, entropy_N.float()
 
 
 def top_k(value_NU: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -102,6 +135,7 @@ def join(parts: list[TeacherRows]) -> TeacherRows:
         lse=_join([part.lse for part in parts]),
         space_logprob=_join([part.space_logprob for part in parts]),
         tau_lognorm=_join([part.tau_lognorm for part in parts]),
+        draws=join_draws([part.draws for part in parts]),
     )
 
 
@@ -115,6 +149,7 @@ def cut(rows: TeacherRows, start: int, stop: int) -> TeacherRows:
         lse=None if rows.lse is None else rows.lse[start:stop],
         space_logprob=None if rows.space_logprob is None else rows.space_logprob[start:stop],
         tau_lognorm=None if rows.tau_lognorm is None else rows.tau_lognorm[start:stop],
+        draws=cut_draws(rows.draws, start, stop),
     )
 
 

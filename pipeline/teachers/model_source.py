@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from pipeline.teachers.base import shows_bos
+from pipeline.teachers.base import entries_asked, shows_bos
 from pipeline.tokens import TokenTable
 from schemas.config import PrecomputeConfig
 from schemas.errors import XtokenError
@@ -54,7 +54,7 @@ def check_request(config: PrecomputeConfig, model_config: Any, table: TokenTable
         XtokenError: k is larger than the vocabulary, or a sample does not fit the context.
     """
     width = vocab_rows(model_config)
-    if config.k > width:
+    if entries_asked(config) > width:
         raise XtokenError(f"--k {config.k} is more than the {width} rows of {config.teacher}; use --k {width} or less")
     room = context(model_config) - int(shows_bos(config, table.info)) - spare
     if config.max_tokens > room:

@@ -131,6 +131,7 @@ class TokenTable:
         Raises:
             VerificationError: the tables are not those that ``info.hash`` was made of.
         """
+        _refuse_foreign(vocab, merges, info)
         rows = vocab.sort_by("token_id")
         pairs = np.stack([merges["left"].to_numpy(), merges["right"].to_numpy()], axis=1).astype(np.int32)
         table = cls.build(
@@ -147,6 +148,25 @@ class TokenTable:
                 f"{info.hash[:12]}; the file was changed or damaged: fetch or build the artifact again"
             )
         return cls(table.data, table.offsets, table.role, table.byte_fallback, table.merges, info)
+
+
+def _refuse_foreign(vocab: pa.Table, merges: pa.Table, info: TokenizerInfo) -> None:
+    """Raise VerificationError for tables of other columns, of another size, or with merges of tokens that are none."""
+    for table, schema in ((vocab, VOCAB), (merges, MERGES)):
+        found = [table.schema.field(i) for i in map(table.schema.get_field_index, schema.names) if i >= 0]
+        if found != list(schema):
+            raise VerificationError(
+                f"the vocabulary tables of {info.name[:100]!r} have columns {table.schema.names[:20]}, not those of "
+                "the format; fetch or build the artifact again"
+            )
+    size = len(vocab)
+    for name in MERGES.names:
+        ids = merges[name].to_numpy()
+        if size != info.size or (len(ids) and (ids.min() < 0 or ids.max() >= size)):
+            raise VerificationError(
+                f"the vocabulary of {info.name[:100]!r} has {size} tokens, its manifest says {info.size}, and merges "
+                f"must join ids below that; fetch or build the artifact again"
+            )
 
 
 def _first(roles: Sequence[str | None], role: str) -> int | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3_server import S3Server, serve
 
 
 def _forward(folder: Path, sequences: list[list[int]]) -> Iterator[Any]:
@@ -23,3 +24,10 @@ def _forward(folder: Path, sequences: list[list[int]]) -> Iterator[Any]:
 def log_probabilities() -> Callable[[Path, list[list[int]]], Iterator[Any]]:
     """``log_probabilities(folder, sequences)``: float64 [T - 1, V] of each, from the model's own forward pass."""
     return _forward
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server, started by the first test that asks for it."""
+    with serve(tmp_path_factory.mktemp("s3")) as server:
+        yield server

@@ -14,6 +14,10 @@ so the bucket never overstates the full KL, is exact where the student shares th
 off by at most rest * max over the tail of log((p_t / rest) / (q_t / q_rest)). With respect to log q the two gradients
 differ by rest * (q given tail - p given tail): by at most 2 rest in L1 norm.
 
+Of draws (targets of codec ``sampled``) p are shares of draws and there is no REST. The gradient is linear in them,
+hence that of the whole row in the mean. The value is not: it is too high by the entropy that the shares lack in the
+mean, which does not depend on the student. ``reverse`` and ``drop`` are not linear; ``trainer.targets`` refuses them.
+
 Shapes: P positions, V student vocabulary, C chunks, K kept entries summed over chunks, E values read, M cells only
 partly counted as outside, N values in G groups, J ranges.
 """

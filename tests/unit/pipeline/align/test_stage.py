@@ -106,15 +106,13 @@ def test_a_sample_the_student_cannot_encode_is_left_out_alone() -> None:
 
 
 def test_a_part_is_read_from_any_filesystem(capture: Path) -> None:
-    data = (capture / "data" / "part-00000.parquet").read_bytes()
-    with fsspec.open("memory://elsewhere/data/part-00000.parquet", "wb") as file:
-        file.write(data)
+    fsspec.filesystem("memory").put(str(capture), "memory://elsewhere", recursive=True)
     assert list(read_part("memory://elsewhere", 0, "1GB", 2)) == list(read_part(str(capture), 0, "1GB", 2))
 
 
-def test_a_missing_part_is_named(tmp_path: Path) -> None:
-    with pytest.raises(XtokenError, match=r"part-00007.parquet cannot be read"):
-        list(read_part(str(tmp_path), 7, "1GB", 2))
+def test_a_missing_part_is_named(capture: Path) -> None:
+    with pytest.raises(XtokenError, match=r"part-00007.parquet cannot be read|part 7 of .* cannot be read"):
+        list(read_part(str(capture), 7, "1GB", 2))
 
 
 def test_kept_ids_outside_the_vocabulary_are_refused(capture: Path, tmp_path: Path) -> None:

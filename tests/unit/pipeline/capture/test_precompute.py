@@ -137,6 +137,7 @@ def test_another_runs_folder_is_refused_with_what_differs(config, name, monkeypa
     monkeypatch.setattr(module, "_manifest", lambda *_: None)
     monkeypatch.setattr(module, "_is_current", lambda *_: True)
     monkeypatch.setattr(module, "read_manifest", lambda *_: None)
+    monkeypatch.setattr(module, "seal", lambda *_: None)
     precompute(config, Silent())
     value, message = CHANGES[name]
     with pytest.raises(XtokenError, match=message):

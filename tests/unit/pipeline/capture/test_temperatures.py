@@ -82,7 +82,7 @@ def test_without_temperatures_nothing_changes(config, tmp_path):
     assert with_.plan_hash == without.plan_hash
     ours, theirs = (pa.Table.from_batches(iter_capture(where)) for where in (config.out, plain.out))
     assert ours.drop_columns(["tau_rest_odds"]).equals(theirs)
-    assert ours.schema.equals(capture(TEMPERATURES), check_metadata=True)
+    assert ours.schema.names == capture(TEMPERATURES, version=1).names
 
 
 def test_a_killed_run_resumes_to_the_same_bytes_and_other_temperatures_are_refused(config):

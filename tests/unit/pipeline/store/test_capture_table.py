@@ -6,15 +6,24 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.store import committed, iter_capture, iter_parquet, load_vocab, write_parquet
+from pipeline.store.codes import read_codes, recode
+from pipeline.store.reader import read_table
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import CaptureManifest, read_manifest
 from schemas.tables import CAPTURE
 
-NUMBERS = ("teacher_ids", "teacher_end", "kept", "topk_ids", "topk_gap", "rest_gap", "realised_logprob")
+NUMBERS = ("teacher_ids", "teacher_end", "kept", "topk_codes", "topk_gap", "rest_gap", "realised_logprob")
+
+
+def recode_ids(batch: pa.RecordBatch, codes) -> pa.RecordBatch:
+    """Ids, as our reader gives them, back to the codes that lie in the file."""
+    names = ["topk_codes" if name == "topk_ids" else name for name in batch.schema.names]
+    return recode(batch.rename_columns(names), codes)
 
 
 def own_sums(root) -> dict[str, float]:
-    table = pa.Table.from_batches(iter_capture(str(root)))
+    codes = read_codes(read_table(str(root / "vocab.parquet")))
+    table = pa.Table.from_batches(recode_ids(batch, codes) for batch in iter_capture(str(root)))
     return {name: sum(float(np.sum(row, dtype=np.float64)) for row in table[name].to_pylist()) for name in NUMBERS}
 
 

@@ -16,7 +16,7 @@ def test_a_capture(kept_capture):
     assert 0 < found["counts"]["chunks_1_1"] < found["counts"]["chunks"]
     columns = found["bytes_per_token"]
     assert columns["all"] == round(found["file_bytes"] / found["tokens"], 3)
-    assert columns["topk_ids"] < sum(size for name, size in columns.items() if name != "all") < columns["all"]
+    assert columns["topk_codes"] < sum(size for name, size in columns.items() if name != "all") < columns["all"]
     first = found["samples_shown"][0]
     assert first["sample_id"] == "a.txt:0#0"
     assert "".join(first["first_tokens"]).startswith("The quick brown fox")

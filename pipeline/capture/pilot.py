@@ -1,0 +1,55 @@
+"""Which tokens the corpus uses most, from a look at a few of its shards: what the codes of a capture follow from."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.capture.plan import Plan, SliceReader
+from pipeline.store.codes import Codes, codes_by_use
+from pipeline.tokens import TextTokenizer
+from schemas.config import CorpusConfig
+from schemas.errors import XtokenError
+
+_SHARDS = 16
+_SHARD_BYTES = 1 << 18
+_BATCH = 64
+
+
+def corpus_codes(config: CorpusConfig, plan: Plan, tokenizer: TextTokenizer) -> Codes:
+    """int32 [U], a code for each teacher id; the same for the same plan and tokenizer.
+
+    Documents that the tokenizer refuses count for nothing here; the run itself says what is wrong with them.
+
+    Raises:
+        StopRun: the corpus is not the planned one any more.
+    """
+    reader = SliceReader(config, plan)
+    stride = -(-len(plan.shards) // _SHARDS) if plan.shards else 1
+    found = (_tokens(texts, tokenizer) for texts in _texts(reader, plan, stride))
+    return codes_by_use(found, tokenizer.table.size)
+
+
+def _texts(reader: SliceReader, plan: Plan, stride: int) -> Iterator[list[str]]:
+    """Batches of documents from the beginnings of evenly spaced shards."""
+    for shard in plan.shards[::stride]:
+        size, batch = 0, list[str]()
+        for document in reader.read(shard):
+            if size >= _SHARD_BYTES:
+                break
+            # of a long document its beginning: cut at a character, wherever that is in a word
+            batch.append(document.text.encode()[: _SHARD_BYTES - size].decode(errors="ignore"))
+            size += len(batch[-1].encode())
+            if len(batch) == _BATCH:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def _tokens(texts: list[str], tokenizer: TextTokenizer) -> NDArray[np.int32]:
+    try:
+        encoded = tokenizer.encode_batch(texts, [True] * len(texts))
+    except XtokenError:
+        return np.zeros(0, np.int32)
+    return np.concatenate([np.zeros(0, np.int32), *(one.ids for one in encoded)])

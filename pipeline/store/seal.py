@@ -1,0 +1,108 @@
+"""SHA256SUMS: one line per file of an artifact, as ``sha256sum -c`` reads it, so that every byte is vouched for.
+
+The manifest vouches for parts and tables; this file for the manifest, the commit records, the card and the plan too.
+It is written last. Names in it are compared with the names an artifact of its kind has, and never followed.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+
+from pipeline.store.files import Folder
+from pipeline.store.publish import commit_name, data_name
+from pipeline.store.reader import MERGES_FILE, VOCAB_FILE
+from schemas.errors import VerificationError
+from schemas.manifest import MANIFEST, AnyManifest, read_any_manifest
+from schemas.tables import SCHEMA_VERSIONS
+
+SUMS_FILE = "SHA256SUMS"
+CARD_FILE = "README.md"
+PLAN_FILE = "plan.json"
+PLOT_FOLDER = "plots"
+PLOTS = tuple(f"{PLOT_FOLDER}/{name}.png" for name in ("bytes-per-token", "entries-per-row", "entropy", "mass-kept"))
+SIDE_FILES = {
+    "capture": (VOCAB_FILE, MERGES_FILE),
+    "targets": ("w.parquet", "unreached.parquet", "student_vocab.parquet"),
+    "projection": ("w.parquet", "unreached.parquet"),
+}
+# Files that an artifact may have or not.
+OPTIONAL_FILES = {
+    "capture": (CARD_FILE, PLAN_FILE, *PLOTS),
+    "targets": (CARD_FILE,),
+    "projection": ("coverage.html",),
+}
+_LINE = re.compile(r"([0-9a-f]{64})  ([ -~]{1,200})")
+
+
+def sums_text(sums: Mapping[str, str]) -> bytes:
+    """Content of SHA256SUMS from the sha256 of each file by its name."""
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
+
+
+def read_sums(folder: Folder) -> dict[str, str]:
+    """The sha256 of each file by its name.
+
+    Raises:
+        FileNotFoundError: there is none.
+        VerificationError: it is not of the form that ``sums_text`` writes.
+    """
+    text = folder.read(SUMS_FILE).decode(errors="replace")
+    matches = [_LINE.fullmatch(line) for line in text.split("\n")[:-1]]
+    found = {match[2]: match[1] for match in matches if match is not None}
+    if sums_text(found).decode() != text:
+        raise VerificationError(f"{folder.url(SUMS_FILE)} is damaged: a line is no sha256 and name, or out of order")
+    return found
+
+
+def seal(root: str) -> None:
+    """Write SHA256SUMS of a finished artifact; nothing is written where it says so already."""
+    folder, manifest = Folder(root), read_any_manifest(root)
+    sums = {data_name(part.index): part.sha256 for part in manifest.parts}
+    names = [MANIFEST, *SIDE_FILES[manifest.kind], *(commit_name(part.index) for part in manifest.parts)]
+    sums |= {name: folder.sha256(name)[0] for name in [*names, *_present(folder, manifest)]}
+    text = sums_text(sums)
+    if not folder.exists(SUMS_FILE) or folder.read(SUMS_FILE) != text:
+        folder.replace(SUMS_FILE, text)
+
+
+def _present(folder: Folder, manifest: AnyManifest) -> list[str]:
+    """The optional files that are there."""
+    there = {*folder.names(), *(f"{PLOT_FOLDER}/{name}" for name in folder.names(PLOT_FOLDER))}
+    return [name for name in OPTIONAL_FILES[manifest.kind] if name in there]
+
+
+def manifest_problems(folder: Folder) -> Iterator[str]:
+    """Whether manifest.json contradicts SHA256SUMS, to be said before anything in it is believed."""
+    try:
+        recorded, (found, _) = read_sums(folder).get(MANIFEST, "nothing"), folder.sha256(MANIFEST)
+    except (FileNotFoundError, VerificationError):
+        return  # older, damaged or no artifact: what reads it says so
+    if found != recorded:
+        yield f"{MANIFEST}: sha256 {found[:12]}, {SUMS_FILE} says {recorded[:12]}"
+
+
+def seal_problems(folder: Folder, manifest: AnyManifest) -> Iterator[str]:
+    """What contradicts SHA256SUMS; parts and tables are compared with the manifest elsewhere."""
+    try:
+        sums = read_sums(folder)
+    except FileNotFoundError:
+        if manifest.schema_version == SCHEMA_VERSIONS[manifest.kind] > 1:
+            yield f"{SUMS_FILE} is missing"
+        return
+    except VerificationError as error:
+        yield str(error)
+        return
+    recorded = {data_name(part.index): part.sha256 for part in manifest.parts} | manifest.files
+    small = [commit_name(part.index) for part in manifest.parts] + _present(folder, manifest)
+    for name in [*small, *recorded]:
+        found = recorded.get(name) or _sum(folder, name)
+        if sums.get(name) != found:
+            yield f"{name}: sha256 {found[:12]}, {SUMS_FILE} says {sums.get(name, 'nothing')[:12]}"
+    for name in sorted(set(sums) - {MANIFEST, *small, *recorded}):
+        yield f"{SUMS_FILE}: {name!r} is not there, or no file of this artifact"
+
+
+def _sum(folder: Folder, name: str) -> str:
+    try:
+        return folder.sha256(name)[0]
+    except FileNotFoundError:
+        return "missing"

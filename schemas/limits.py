@@ -1,0 +1,173 @@
+"""What a Parquet file of a stranger may ask for, looked at before anything of it is decoded.
+
+A list of 10**9 zeros costs Parquet a few hundred bytes, and a footer may say of it whatever it likes: pyarrow believes
+the headers of the pages, so these are read too, and must add up to what the footer says. Bounds, all far above what
+this project writes (row groups of 32 samples):
+
+    footer                       16 MiB, 65,536 row groups, 256 columns
+    row group                    2**20 rows; 1 GiB decoded: numbers are counted before they are read, bytes while
+    page                         256 MiB; a batch of byte strings is as short as its longest page asks for
+    table that is read whole     1 GiB decoded
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import VerificationError
+from schemas.pages import Pages, read_pages
+
+FOOTER_BYTES = 16 << 20
+GROUPS = 1 << 16
+COLUMNS = 256
+GROUP_ROWS = 1 << 20
+GROUP_BYTES = 1 << 30
+PAGE_BYTES = 256 << 20
+TABLE_BYTES = 1 << 30
+# Decoded values of a column, and the two 16-bit levels that say where lists and nulls are.
+_WIDTH = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
+_LEVELS = 4
+_TAIL = 8
+_ROWS = 1 << 14
+
+
+@contextmanager
+def reading(name: str, way_out: str) -> Iterator[None]:
+    """Turn what libraries raise on damaged files inside the block into VerificationError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
+        raise VerificationError(f"{name} cannot be read ({str(error)[:500]}); {way_out}") from error
+
+
+def open_parquet(file: Any, name: str, **options: Any) -> pq.ParquetFile:
+    """Open a Parquet file and check its footer; ``file`` is open for reading bytes and seekable.
+
+    Args:
+        options: of ``pyarrow.parquet.ParquetFile``.
+
+    Raises:
+        VerificationError: the footer asks for more than the bounds, or points outside the file.
+        pa.ArrowException, OSError: it is no Parquet file (see ``reading``).
+    """
+    size = int(file.seek(0, 2))
+    file.seek(max(0, size - _TAIL))
+    footer = int.from_bytes(file.read(4), "little")
+    _refuse(name, "a footer of {} bytes", footer, FOOTER_BYTES)
+    file.seek(0)
+    parquet = pq.ParquetFile(file, **options)
+    check_footer(parquet.metadata, name)
+    return parquet
+
+
+def check_footer(metadata: Any, name: str) -> None:
+    """Raise VerificationError unless a footer (pyarrow.parquet.FileMetaData) keeps to the bounds."""
+    _refuse(name, "{} row groups", metadata.num_row_groups, GROUPS)
+    _refuse(name, "{} columns", metadata.num_columns, COLUMNS)
+    rows = 0
+    for group in range(metadata.num_row_groups):
+        found = metadata.row_group(group)
+        _refuse(name, f"{{}} rows in row group {group}", found.num_rows, GROUP_ROWS)
+        rows += found.num_rows
+    if rows != metadata.num_rows:
+        raise VerificationError(f"{name}: row groups hold {rows} rows, the footer says {metadata.num_rows}")
+
+
+def batches(
+    parquet: pq.ParquetFile,
+    file: Any,
+    name: str,
+    *,
+    columns: Sequence[str] | None = None,
+    rows: int = _ROWS,
+    groups: Sequence[int] | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Record batches of some row groups, the pages of each checked before it is read.
+
+    Args:
+        parquet: from ``open_parquet`` of ``file``.
+        columns: names of top-level columns; all when left out.
+        rows: most rows of a batch.
+        groups: row groups; all when left out.
+
+    Raises:
+        VerificationError: a row group asks for more than the bounds, or its pages are not what the footer says.
+        pa.ArrowException, OSError: damaged pages (see ``reading``).
+    """
+    wanted = None if columns is None else list(columns)
+    for group in range(parquet.metadata.num_row_groups) if groups is None else groups:
+        most = check_group(parquet.metadata, file, group, name, columns)
+        size = 0
+        for batch in parquet.iter_batches(min(rows, most), row_groups=[group], columns=wanted):
+            size += batch.nbytes
+            _refuse(name, f"{{}} decoded bytes in row group {group}", size, GROUP_BYTES)
+            batch.validate(full=True)  # strings that are no UTF-8
+            yield batch
+
+
+def read_whole(file: Any, name: str) -> pa.Table:
+    """A small Parquet file as one table.
+
+    Raises:
+        VerificationError: more than the bounds.
+        pa.ArrowException, OSError: it is damaged (see ``reading``).
+    """
+    parquet = open_parquet(file, name)
+    found, size = [], 0
+    for batch in batches(parquet, file, name):
+        size += batch.nbytes
+        _refuse(name, "{} decoded bytes", size, TABLE_BYTES)
+        found.append(batch)
+    return pa.Table.from_batches(found, parquet.schema_arrow)
+
+
+def check_file(file: Any, name: str) -> pq.ParquetFile:
+    """Check footer and all pages, for readers that are not ours (DuckDB); the file opened.
+
+    Raises:
+        VerificationError, pa.ArrowException, OSError: as ``batches``.
+    """
+    parquet = open_parquet(file, name)
+    for group in range(parquet.metadata.num_row_groups):
+        check_group(parquet.metadata, file, group, name)
+    return parquet
+
+
+def check_group(metadata: Any, file: Any, group: int, name: str, columns: Sequence[str] | None = None) -> int:
+    """Read the page headers of a row group; returns how many rows of it may be decoded at once.
+
+    Raises:
+        VerificationError: more than the bounds, or headers that contradict the footer.
+    """
+    found = metadata.row_group(group)
+    decoded, longest = 0, 1
+    for index in range(metadata.num_columns):
+        column = found.column(index)
+        if columns is not None and column.path_in_schema.split(".")[0] not in columns:
+            continue
+        where = f"{name}, row group {group}, column {column.path_in_schema[:100]}"
+        pages = read_pages(file, column, where)
+        _check_pages(pages, column, where)
+        width = _WIDTH.get(column.physical_type)
+        if width is None:
+            longest = max(longest, pages.longest)
+        decoded += pages.values * (_LEVELS + (width or _LEVELS))
+        _refuse(name, f"{{}} decoded bytes in row group {group}", decoded, GROUP_BYTES)
+    return max(1, PAGE_BYTES // longest)
+
+
+def _check_pages(pages: Pages, column: Any, where: str) -> None:
+    _refuse(where, "a page of {} bytes", pages.longest, PAGE_BYTES)
+    if pages.values != column.num_values:
+        raise VerificationError(f"{where}: pages hold {pages.values} values, the footer says {column.num_values}")
+
+
+def _refuse(name: str, what: str, found: int, most: int) -> None:
+    if not 0 <= found <= most:
+        raise VerificationError(
+            f"{name} has {what.format(found)}, more than the {most} that are read; "
+            "it was damaged or made to harm: fetch it again from a source you trust"
+        )

@@ -1,0 +1,142 @@
+"""Files at URLs: opening them, and what the errors of networks and servers become.
+
+Credentials and endpoints are those of fsspec and its clients: nothing of them passes through here.
+"""
+
+import errno
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import IO, Any, TypeVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from schemas.errors import VerificationError, XtokenError
+from schemas.limits import open_parquet
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_AT_ONCE = 16  # small requests wait for the network, not for us
+_TAIL = 1 << 16  # bytes that hold nearly every Parquet footer
+_LARGEST_FOOTER = 1 << 26
+# Packages that reach servers; their errors are no defect of ours.
+_CLIENTS = {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google"}
+_CLIENTS |= {"httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "requests", "s3fs", "urllib3"}
+_INSTALL = {"s3": "pip install 'xtoken[s3]'", "s3a": "pip install 'xtoken[s3]'"}
+_S3 = (
+    "check bucket and rights; keys come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), "
+    "a server other than Amazon's from AWS_ENDPOINT_URL_S3"
+)
+_WAY_OUT = {
+    "s3": _S3,
+    "s3a": _S3,
+    "hf": "check the name and its rights; the token comes from HF_TOKEN or 'hf auth login'",
+}
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def protocol(url: str) -> str:
+    """``s3`` of ``s3://bucket/name``; empty for a path."""
+    return url.split("://", 1)[0] if "://" in url else ""
+
+
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """fsspec filesystem of a folder or URL, and the path on it.
+
+    Raises:
+        XtokenError: the protocol is unknown, needs a package that is not installed, or refuses the URL.
+    """
+    try:
+        with named_errors(url):
+            fs, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        way_out = _INSTALL.get(protocol(url), "install what it names")
+        raise XtokenError(f"{url} cannot be opened: {error}; {way_out}") from error
+    except ValueError as error:
+        raise XtokenError(f"{url} cannot be opened: {error}; check the URL") from error
+    return fs, str(path)
+
+
+def is_local(url: str) -> bool:
+    """Whether a path or URL is of this machine's own filesystem."""
+    return isinstance(open_filesystem(url)[0], LocalFileSystem)
+
+
+@contextmanager
+def named_errors(url: str) -> Iterator[None]:
+    """Turn what a network, a server or missing credentials raise inside the block into XtokenError with the way out.
+
+    FileNotFoundError and FileExistsError stay what they are: callers know what they mean.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not protocol(url) or not _of_network(error):
+            raise
+        way_out = _WAY_OUT.get(protocol(url), "check the URL, and credentials as fsspec's client of it takes them")
+        raise XtokenError(f"{url}: {_said(error)}; {way_out}") from error
+
+
+def _of_network(error: Exception) -> bool:
+    if isinstance(error, XtokenError | FileNotFoundError | FileExistsError):
+        return False
+    if {base.__module__.split(".")[0] for base in type(error).__mro__} & _CLIENTS:
+        return True
+    # pyarrow reports damaged files as an OSError without number
+    return isinstance(error, OSError) and error.errno not in NO_ROOM and (error.errno, type(error)) != (None, OSError)
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+
+
+@contextmanager
+def open_url(url: str) -> Iterator[IO[bytes]]:
+    """A file to read, with errors of the network named; FileNotFoundError when nothing is there."""
+    fs, path = open_filesystem(url)
+    refuse_special(fs, path)
+    with named_errors(url), fs.open(path, "rb") as file:
+        yield file
+
+
+def refuse_special(fs: Any, path: str) -> None:
+    """Raise VerificationError for a local name of a folder, a device or a pipe, which could be read for ever."""
+    if isinstance(fs, LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path):
+        raise VerificationError(f"{path} is no plain file; fetch the artifact again")
+
+
+def in_parallel(function: Callable[[T], R], items: Iterable[T], url: str) -> list[R]:
+    """``function`` of each item in order; several at once where ``url`` is remote, so that requests overlap."""
+    if is_local(url):
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(function, items))
+
+
+def read_footer(url: str) -> Any:
+    """Parquet metadata of a file; of a remote one only the end is read.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        pyarrow.ArrowException, OSError: it is no Parquet file.
+        XtokenError: the server cannot be asked.
+    """
+    fs, path = open_filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        with open_url(url) as file:
+            return open_parquet(file, path).metadata
+    with named_errors(url):
+        size = int(fs.size(path) or 0)
+        tail = fs.cat_file(path, start=max(0, size - _TAIL), end=size)
+        wanted = 8 + int.from_bytes(tail[-8:-4], "little")
+        if wanted > _LARGEST_FOOTER:
+            raise pa.ArrowInvalid(f"its footer claims {wanted} bytes")
+        if wanted > len(tail):
+            tail = fs.cat_file(path, start=max(0, size - wanted), end=size)
+    return pq.read_metadata(io.BytesIO(tail))

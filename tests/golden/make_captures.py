@@ -1,0 +1,133 @@
+"""Write golden captures and targets with the code on the import path (see README.md): ``make_captures.py NAME ...``.
+
+For an old release: ``PYTHONPATH=OLD_CHECKOUT python tests/golden/make_captures.py v1-topk v1-tau v2-targets``.
+Everything runs in an empty folder with relative paths, so that no manifest names a machine. ``NAME.expected.json``
+holds first rows as the fake teacher gives them over its whole vocabulary, never through a codec.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+HERE = Path(__file__).resolve().parent / "captures"
+TOKENIZER = "tiny"
+TEXTS = [
+    "The river runs past the old mill, and 27 boats wait for rain. " * 3,
+    "Der Fluss fließt – naïve Leser zählen 3 Brücken; Ελληνικά, кириллица, 日本語。 👩‍👩‍👧\n",
+    "def area(r):\r\n\treturn 3.14159 * r * r  # unit: m²\n" * 2,
+    "short",
+]
+CAPTURE = ["corpus.jsonl", "--teacher", TOKENIZER, "--backend", "fake", "--max-tokens", "64"]
+CAPTURE += ["--shard-bytes", "250", "--min-p", "0.003"]
+TOPK = [*CAPTURE, "--k", "8"]
+RUNS = {
+    "v1-topk": TOPK,
+    "v1-tau": [*TOPK, "--temperatures", "0.5,2"],
+    "v2-topk": TOPK,
+    "v2-tau": [*TOPK, "--temperatures", "0.5,2"],
+    "v2-sampled": [*CAPTURE, "--codec", "sampled", "--draws", "50", "--seed", "7"],
+}
+# Targets are of a capture that is made beside them and thrown away.
+TARGETS = {"v2-targets": TOPK, "v3-targets": TOPK, "v3-targets-sampled": RUNS["v2-sampled"]}
+LOSSES = {"v2-targets": "p-kl,h-kl,alm", "v3-targets": "p-kl,h-kl,alm"}
+RUN_ONLY = ("run.json", "teacher.json", "align.json", "workers")  # of the run that wrote it, never shared
+TAUS = {"v1-tau": (0.5, 2.0), "v2-tau": (0.5, 2.0)}
+ROWS = 6
+
+
+def train_tokenizer(path: Path) -> None:
+    """A byte-level BPE of 400 tokens on the texts above; kept in the repository, so that every release sees one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(TEXTS, trainer)
+    path.mkdir(parents=True)
+    backend.save(str(path / "tokenizer.json"), pretty=False)
+    (path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}\n')
+
+
+def xtoken(*arguments: str) -> None:
+    """Run a verb in this process under a neutral command line."""
+    from cli import app
+
+    sys.argv = ["xtoken", *arguments]
+    try:
+        app()
+    except SystemExit as stop:
+        if stop.code:
+            raise
+
+
+def expected_rows(capture: Path, taus: tuple[float, ...]) -> list[dict[str, Any]]:
+    """The first rows of the first sample as the teacher gives them, never through a codec or our reader."""
+    from pipeline.teachers.fake_teacher import FakeTeacher
+    from pipeline.tokens import load_tokenizer
+    from schemas.manifest import TeacherInfo
+
+    first = pq.read_table(capture / "data" / "part-00000.parquet", columns=["sample_id", "teacher_ids"]).to_pylist()[0]
+    table = load_tokenizer(TOKENIZER).table
+    info = TeacherInfo.model_construct()
+    size = table.size
+    (rows,) = FakeTeacher(info, size, table.starts_with_space(), taus).rows([np.array(first["teacher_ids"], np.int32)])
+    found = []
+    for row in range(ROWS):
+        entry: dict[str, Any] = {"sample_id": first["sample_id"], "row": row}
+        entry["ids"] = rows.ids[row, :8].tolist()
+        entry["logprob"] = [round(float(value), 9) for value in rows.logprob[row, :8]]
+        entry["realised_logprob"] = round(float(rows.target_logprob[row]), 6)
+        p_U = np.exp(rows.logprob[row].astype(np.float64))
+        entry["entropy"] = round(float(-(p_U * np.log(p_U)).sum()), 6)
+        if taus:
+            scaled_nU = np.stack([p_U ** (1 / tau) / (p_U ** (1 / tau)).sum() for tau in taus])
+            entry["tau_logprob"] = {
+                f"{tau:g}": np.log(q[:8]).round(9).tolist() for tau, q in zip(taus, scaled_nU, strict=True)
+            }
+        found.append(entry)
+    return found
+
+
+def make(name: str) -> None:
+    """Write one golden folder; the working folder is empty but for the tokenizer and the corpus."""
+    if name in RUNS:
+        xtoken("precompute", *RUNS[name], "--out", name, "--quiet")
+        rows = expected_rows(Path(name), TAUS.get(name, ()))
+        (HERE / f"{name}.expected.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    else:
+        source = "capture-" + name
+        xtoken("precompute", *TARGETS[name], "--out", source, "--quiet")
+        xtoken("align", source, "--student", "bytes", "--for", LOSSES.get(name, "p-kl,alm"), "--out", name, "--quiet")
+    for left in RUN_ONLY:
+        path = Path(name) / left
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+    shutil.rmtree(HERE / name, ignore_errors=True)
+    shutil.copytree(name, HERE / name)
+
+
+def main(names: list[str]) -> None:
+    """Write the named goldens, in a folder of their own."""
+    if not (HERE / TOKENIZER).exists():
+        train_tokenizer(HERE / TOKENIZER)
+    with tempfile.TemporaryDirectory() as work:
+        shutil.copytree(HERE / TOKENIZER, Path(work) / TOKENIZER)
+        os.chdir(work)
+        Path("corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+        for name in names:
+            make(name)
+        os.chdir(HERE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

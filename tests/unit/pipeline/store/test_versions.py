@@ -1,0 +1,164 @@
+"""A capture must stay readable: golden folders written by every release so far, and what other versions are refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.align.run import align
+from pipeline.store import decode, decode_tau_rest, inspect, iter_capture, load_vocab, verify
+from schemas.config import AlignConfig
+from schemas.errors import XtokenError
+from schemas.manifest import CaptureManifest, TargetManifest, read_any_manifest, read_manifest
+from schemas.progress import Silent
+from schemas.tables import OLDEST_READ, SCHEMA_VERSIONS
+from trainer.losses import open_loss
+from trainer.losses.base import LossSetup
+from trainer.samples import Layout, read_sample
+from trainer.targets import Targets
+
+GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "captures"
+CAPTURES = sorted(path.name for path in GOLDEN.glob("v*") if (path / "vocab.parquet").exists())
+TOPK = [name for name in CAPTURES if "sampled" not in name]
+SAMPLED = [name for name in CAPTURES if "sampled" in name]
+TARGETS = sorted(path.name for path in GOLDEN.glob("v*") if (path / "w.parquet").exists())
+TEXTS = 4
+EOS = 0
+
+
+def expected(name: str) -> list[dict[str, Any]]:
+    """First rows of the first sample, from the teacher itself."""
+    rows: list[dict[str, Any]] = json.loads((GOLDEN / f"{name}.expected.json").read_text())
+    return rows
+
+
+def first_sample(name: str) -> dict[str, Any]:
+    row: dict[str, Any] = next(iter_capture(str(GOLDEN / name))).slice(0, 1).to_pylist()[0]
+    return row
+
+
+def test_every_version_that_is_read_has_a_golden() -> None:
+    captures = {read_any_manifest(str(GOLDEN / name)).schema_version for name in CAPTURES}
+    targets = {read_any_manifest(str(GOLDEN / name)).schema_version for name in TARGETS}
+    assert captures == set(range(OLDEST_READ["capture"], SCHEMA_VERSIONS["capture"] + 1))
+    assert targets == set(range(OLDEST_READ["targets"], SCHEMA_VERSIONS["targets"] + 1))
+
+
+@pytest.mark.parametrize("name", [*CAPTURES, *TARGETS])
+def test_goldens_name_no_machine(name: str) -> None:
+    for path in (GOLDEN / name).rglob("*"):
+        if path.is_file() and path.suffix == ".json":
+            assert '"/' not in path.read_text(), path
+            assert "tmp" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("name", [*CAPTURES, *TARGETS])
+def test_every_golden_is_verified_and_described(name: str) -> None:
+    root = str(GOLDEN / name)
+    assert verify(root)["samples"] == TEXTS
+    shown = inspect(root)
+    assert shown["samples"] == TEXTS
+    assert len(shown["samples_shown"]) == 3
+    assert shown["bytes_per_token"]["all"] > 0
+
+
+@pytest.mark.parametrize("name", TOPK)
+def test_topk_rows_decode_to_what_the_teacher_said(name: str) -> None:
+    codec, row = read_manifest(str(GOLDEN / name), CaptureManifest).codec, first_sample(name)
+    kept, ids, gap, rest = (np.asarray(row[column]) for column in ("kept", "topk_ids", "topk_gap", "rest_gap"))
+    found = decode(kept, ids, gap, rest, codec.step)
+    for at, wanted in enumerate(expected(name)):
+        here = slice(int(found.offsets[at]), int(found.offsets[at + 1]))
+        count = here.stop - here.start
+        assert wanted["sample_id"] == row["sample_id"]
+        assert found.ids[here].tolist() == wanted["ids"][:count]
+        assert count == codec.k or wanted["logprob"][count] < np.log(codec.min_p)
+        np.testing.assert_allclose(found.logprob[here], wanted["logprob"][:count], atol=codec.step / 2 + 1e-5)
+        left = 1 - np.exp(wanted["logprob"][:count]).sum()
+        np.testing.assert_allclose(found.rest_logprob[at], np.log(left), atol=codec.step / 2 + 1e-4)
+        assert row["realised_logprob"][at] == pytest.approx(wanted["realised_logprob"], abs=1e-5)
+        for tau, logprob in wanted.get("tau_logprob", {}).items():
+            odds = np.asarray(row["tau_rest_odds"], np.int16)
+            rest_R = decode_tau_rest(odds, codec.temperatures, float(tau), codec.step)
+            left = 1 - np.exp(logprob[:count]).sum()
+            np.testing.assert_allclose(rest_R[at], np.log(left), atol=codec.step / 2 + 2e-3)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled_rows_are_draws_of_what_the_teacher_said(name: str) -> None:
+    codec, row = read_manifest(str(GOLDEN / name), CaptureManifest).codec, first_sample(name)
+    stops = np.cumsum(row["drawn"])
+    for at, wanted in enumerate(expected(name)):
+        here = slice(int(stops[at]) - row["drawn"][at], int(stops[at]))
+        assert sum(row["draw_count"][here]) == codec.draws
+        assert row["entropy"][at] == pytest.approx(wanted["entropy"], abs=1e-3)
+        assert row["realised_logprob"][at] == pytest.approx(wanted["realised_logprob"], abs=1e-5)
+        drawn = dict(zip(row["draw_ids"][here], row["draw_count"][here], strict=True))
+        for token, logprob in zip(wanted["ids"][:3], wanted["logprob"][:3], strict=True):
+            p, n = np.exp(logprob), codec.draws
+            assert abs(drawn.get(token, 0) - n * p) < 5 * np.sqrt(n * p * (1 - p)) + 1
+
+
+@pytest.mark.parametrize("name", CAPTURES)
+def test_the_vocabulary_comes_with_it(name: str) -> None:
+    table = load_vocab(str(GOLDEN / name))
+    row = first_sample(name)
+    assert table.size == 400
+    assert row["teacher_ids"][-1] == table.info.eos_id == EOS
+    assert b"".join(table.token(token) for token in row["teacher_ids"]).decode() == row["text"]
+
+
+@pytest.mark.parametrize("name", CAPTURES)
+def test_every_capture_aligns(name: str, tmp_path: Path) -> None:
+    config = AlignConfig(capture=str(GOLDEN / name), student="bytes", out=str(tmp_path / "t"), losses=["p-kl"])
+    manifest = align(config, Silent())
+    assert verify(str(tmp_path / "t"))["samples"] == TEXTS
+    assert sum(part.tokens for part in manifest.parts) == 418  # the corpus's bytes; 'bytes' has no eos
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_golden_targets_are_trained_on(name: str) -> None:
+    targets = Targets(str(GOLDEN / name))
+    targets.require("alm")
+    sizes = targets.manifest.student.size, targets.manifest.teacher_tokenizer.size
+    loss = open_loss("alm", LossSetup(targets.w, targets.vocab, *sizes, torch.device("cpu")))
+    layout = Layout(None, 64, sizes[0], (loss,))
+    group = targets.read(targets.groups[0], layout.columns(0))
+    sample = read_sample([(group, 0)], layout)
+    lesson = sample.targets[0]
+    assert lesson is not None
+    assert bytes(sample.sequence.tolist()).decode(errors="ignore").startswith("The river runs")
+    assert len(lesson.first_C) == len(lesson.columns["teacher_logprob"]) > 5
+    assert len(targets.w.weight) > 0
+
+
+def copy_with(name: str, tmp_path: Path, **changes: Any) -> str:
+    root = Path(shutil.copytree(GOLDEN / name, tmp_path / "changed"))
+    manifest = json.loads((root / "manifest.json").read_text())
+    (root / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    return str(root)
+
+
+@pytest.mark.parametrize("name", [CAPTURES[-1], TARGETS[-1]])
+def test_a_newer_version_is_refused_with_the_release_that_reads_it(name: str, tmp_path: Path) -> None:
+    root = copy_with(name, tmp_path, schema_version=9, xtoken_version="3.1.4", a_field_of_the_future={"x": [1]})
+    for read in (read_any_manifest, verify, inspect):
+        with pytest.raises(XtokenError, match=r"schema version 9.*up to version \d; install xtoken 3\.1\.4 or newer"):
+            read(root)
+    if name in TARGETS:
+        with pytest.raises(XtokenError, match=r"install xtoken 3\.1\.4"):
+            Targets(root)
+
+
+@pytest.mark.parametrize("version", [0, -1, "2", 2.0, True, False, None, [2], {"v": 2}, 10**30, 1e308])
+@pytest.mark.parametrize("name", [CAPTURES[-1], TARGETS[-1]])
+def test_what_is_no_version_is_refused(name: str, version: Any, tmp_path: Path) -> None:
+    root = copy_with(name, tmp_path, schema_version=version)
+    kind = CaptureManifest if name in CAPTURES else TargetManifest
+    with pytest.raises(XtokenError, match=r"has schema version .*this xtoken reads") as caught:
+        read_manifest(root, kind)
+    assert caught.value.exit_code == 2
