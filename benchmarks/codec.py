@@ -160,7 +160,8 @@ def setting(raw: Raw, folder: Path, k: int, min_p: float, codes: Codes | None) -
     packed, url = raw.packed(k, min_p), str(folder / "part.parquet")
     write(raw, packed, url, codes)
     rows = len(raw.target_R)
-    columns = {name: size / rows for name, size in column_bytes(pq.read_metadata(url)).items()}
+    with open(url, "rb") as file:
+        columns = {name: size / rows for name, size in column_bytes(file, url).items()}
     mean, rms = mass_not_kept(raw, packed)
     kl, kl99 = codec_kl(raw, packed)
     return {
@@ -196,7 +197,7 @@ def list_bytes(raw: Raw, columns: dict[str, tuple[NDArray[Any], NDArray[np.int64
         arrays[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
     sink = io.BytesIO()
     pq.write_table(pa.table(arrays), sink, compression="zstd", compression_level=1, row_group_size=ROW_GROUP, **options)
-    return sum(column_bytes(pq.read_metadata(sink)).values()) / len(raw.target_R)
+    return sum(column_bytes(sink, "lists").values()) / len(raw.target_R)
 
 
 def rivals(raw: Raw, k: int) -> Figures:

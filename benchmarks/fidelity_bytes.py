@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from benchmarks.fidelity_rows import Setting, kept_rows, packed, points, tail_counts
@@ -62,17 +61,22 @@ class Raw:
 
 
 def bytes_per_token(raw: Raw, setting: Setting) -> dict[str, float]:
-    """Bytes of the row columns and entries or different draws, per token."""
+    """Bytes of the row columns and entries or different draws, per token, and over how many rows."""
+    found = _bytes_and_entries(raw, setting)
+    return {"bytes": found[0], "entries": found[1], "counted": len(raw.draws_RN)}
+
+
+def _bytes_and_entries(raw: Raw, setting: Setting) -> tuple[float, float]:
     if setting.family in ("topk", "drop"):
         found = packed(raw.head, setting, raw.size)
-        return {"bytes": _written(raw, found, "topk"), "entries": float(found.kept.mean())}
+        return _written(raw, found, "topk"), float(found.kept.mean())
     if setting.family != "head+tail":
         draws = _packed_draws(_draws(raw, setting))
         entropy = 4.0 * 3 / 4  # float32 of 16 significant bits: one byte of four is empty
-        return {"bytes": _written(raw, draws, "sampled") + entropy, "entries": float(draws.drawn.mean())}
+        return _written(raw, draws, "sampled") + entropy, float(draws.drawn.mean())
     head, tail = packed(raw.head, setting, raw.size), _packed_draws(_draws(raw, setting))
     size = _written(raw, head, "topk") + _written(raw, tail, "sampled")
-    return {"bytes": size, "entries": float(head.kept.mean() + tail.drawn.mean())}
+    return size, float(head.kept.mean() + tail.drawn.mean())
 
 
 def _draws(raw: Raw, setting: Setting) -> list[NDArray[np.int64]]:
@@ -129,7 +133,8 @@ def _written(raw: Raw, rows: Packed | PackedDraws, codec: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/part.parquet"
         write_parquet(path, schema, batches)
-        sizes: Counter[str] = column_bytes(pq.read_metadata(path))
+        with open(path, "rb") as file:
+            sizes: Counter[str] = column_bytes(file, path)
     return sum(sizes[name] for name in ROWS[codec]) / int(raw.rows_N.sum())
 
 

@@ -4,7 +4,7 @@ A list of 10**9 zeros costs Parquet a few hundred bytes, and a footer may say of
 the headers of the pages, so these are read too, and must add up to what the footer says. Bounds, all far above what
 this project writes (row groups of 32 samples):
 
-    footer                       16 MiB, 65,536 row groups, 256 columns
+    footer                       4 MiB, 65,536 row groups, 256 columns
     row group                    2**20 rows; 1 GiB decoded: numbers are counted before they are read, bytes while
     page                         256 MiB; a batch of byte strings is as short as its longest page asks for
     table that is read whole     1 GiB decoded
@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import VerificationError
-from schemas.pages import Pages, read_pages
+from schemas.pages import Chunk, Pages, read_chunks, read_pages
 
-FOOTER_BYTES = 16 << 20
+FOOTER_BYTES = 4 << 20
 GROUPS = 1 << 16
 COLUMNS = 256
 GROUP_ROWS = 1 << 20
@@ -28,7 +28,7 @@ GROUP_BYTES = 1 << 30
 PAGE_BYTES = 256 << 20
 TABLE_BYTES = 1 << 30
 # Decoded values of a column, and the two 16-bit levels that say where lists and nulls are.
-_WIDTH = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
+_WIDTH = {0: 1, 1: 4, 2: 8, 3: 12, 4: 4, 5: 8}  # by number of the physical type; byte strings have none
 _LEVELS = 4
 _TAIL = 8
 _ROWS = 1 << 14
@@ -97,9 +97,9 @@ def batches(
         VerificationError: a row group asks for more than the bounds, or its pages are not what the footer says.
         pa.ArrowException, OSError: damaged pages (see ``reading``).
     """
-    wanted = None if columns is None else list(columns)
-    for group in range(parquet.metadata.num_row_groups) if groups is None else groups:
-        most = check_group(parquet.metadata, file, group, name, columns)
+    wanted, chunks = None if columns is None else list(columns), group_chunks(parquet, file, name)
+    for group in _filled(parquet, range(len(chunks)) if groups is None else groups):
+        most = check_group(chunks[group], file, group, name, columns)
         size = 0
         for batch in parquet.iter_batches(min(rows, most), row_groups=[group], columns=wanted):
             size += batch.nbytes
@@ -131,27 +131,40 @@ def check_file(file: Any, name: str) -> pq.ParquetFile:
         VerificationError, pa.ArrowException, OSError: as ``batches``.
     """
     parquet = open_parquet(file, name)
-    for group in range(parquet.metadata.num_row_groups):
-        check_group(parquet.metadata, file, group, name)
+    chunks = group_chunks(parquet, file, name)
+    for group in _filled(parquet, range(len(chunks))):
+        check_group(chunks[group], file, group, name)
     return parquet
 
 
-def check_group(metadata: Any, file: Any, group: int, name: str, columns: Sequence[str] | None = None) -> int:
+def _filled(parquet: pq.ParquetFile, groups: Sequence[int]) -> list[int]:
+    """Those with rows; of the others nothing is decoded, and their columns have no pages."""
+    return [group for group in groups if parquet.metadata.row_group(group).num_rows]
+
+
+def group_chunks(parquet: pq.ParquetFile, file: Any, name: str) -> list[list[Chunk]]:
+    """Column chunks of each row group; VerificationError unless they are as many as pyarrow finds."""
+    found = read_chunks(file, name)
+    expected = [parquet.metadata.num_columns] * parquet.metadata.num_row_groups
+    if [len(chunks) for chunks in found] != expected:
+        raise VerificationError(f"{name}: its footer contradicts itself about columns or row groups; fetch it again")
+    return found
+
+
+def check_group(chunks: Sequence[Chunk], file: Any, group: int, name: str, columns: Sequence[str] | None = None) -> int:
     """Read the page headers of a row group; returns how many rows of it may be decoded at once.
 
     Raises:
         VerificationError: more than the bounds, or headers that contradict the footer.
     """
-    found = metadata.row_group(group)
     decoded, longest = 0, 1
-    for index in range(metadata.num_columns):
-        column = found.column(index)
-        if columns is not None and column.path_in_schema.split(".")[0] not in columns:
+    for chunk in chunks:
+        if columns is not None and chunk.column not in columns:
             continue
-        where = f"{name}, row group {group}, column {column.path_in_schema[:100]}"
-        pages = read_pages(file, column, where)
-        _check_pages(pages, column, where)
-        width = _WIDTH.get(column.physical_type)
+        where = f"{name}, row group {group}, column {chunk.column[:100]}"
+        pages = read_pages(file, chunk, where)
+        _check_pages(pages, chunk, where)
+        width = _WIDTH.get(chunk.physical)
         if width is None:
             longest = max(longest, pages.longest)
         decoded += pages.values * (_LEVELS + (width or _LEVELS))
@@ -159,10 +172,10 @@ def check_group(metadata: Any, file: Any, group: int, name: str, columns: Sequen
     return max(1, PAGE_BYTES // longest)
 
 
-def _check_pages(pages: Pages, column: Any, where: str) -> None:
+def _check_pages(pages: Pages, chunk: Chunk, where: str) -> None:
     _refuse(where, "a page of {} bytes", pages.longest, PAGE_BYTES)
-    if pages.values != column.num_values:
-        raise VerificationError(f"{where}: pages hold {pages.values} values, the footer says {column.num_values}")
+    if pages.values != chunk.values:
+        raise VerificationError(f"{where}: pages hold {pages.values} values, the footer says {chunk.values}")
 
 
 def _refuse(name: str, what: str, found: int, most: int) -> None:

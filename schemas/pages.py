@@ -1,17 +1,45 @@
-"""Headers of Parquet pages, as far as they say how much a reader will allocate (Thrift's compact protocol)."""
+"""What a Parquet footer and page headers say, as far as they tell how much a reader will allocate.
+
+Read by a small parser of our own (Thrift's compact protocol): pyarrow decodes what page headers ask for whatever the
+footer says, and ends the whole process on some footers when it is asked for a column's metadata.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 from schemas.errors import VerificationError
 
-_STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 0, 1, 2, 3, 7, 8, 9, 10, 12
+_TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 12
 _INTEGERS = (4, 5, 6)
 _HEADER = 256  # bytes read at first: headers without long statistics are 20 to 60
 _LONGEST_HEADER = 1 << 20
-_DEPTH = 8
-# PageHeader: field ids of the sizes, and of the structs whose field 1 counts values.
+_DEPTH = 12
+_TAIL = 8
+# Field ids: of PageHeader its sizes and the structs whose field 1 counts values; of FileMetaData, RowGroup and
+# ColumnChunk the lists and structs on the way to ColumnMetaData.
 _UNCOMPRESSED, _COMPRESSED, _DATA, _DICTIONARY, _DATA_V2 = 2, 3, 5, 7, 8
+_GROUPS, _CHUNKS, _META = 4, 1, 3
+_TYPE, _PATH, _VALUES, _CHUNK_BYTES, _DATA_OFFSET, _DICTIONARY_OFFSET = 1, 3, 5, 7, 9, 11
+_MOST = 1 << 62
+Struct = dict[int, Any]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One column of one row group, as the footer has it.
+
+    Attributes:
+        column: name of its top-level column.
+        physical: number of its physical type.
+        values: with nulls and empty lists.
+        start, size: bytes in the file, of its first page and of all.
+    """
+
+    column: str
+    physical: int
+    values: int
+    start: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -22,61 +50,97 @@ class Pages:
     longest: int
 
 
-def read_pages(file: Any, column: Any, where: str) -> Pages:
+def read_chunks(file: Any, name: str) -> list[list[Chunk]]:
+    """Column chunks of each row group.
+
+    Args:
+        file: open for reading bytes, seekable; its footer's length was checked.
+        name: names the file in messages.
+
+    Raises:
+        VerificationError: the footer is none.
+    """
+    size = int(file.seek(0, 2))
+    file.seek(max(0, size - _TAIL))
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(max(0, size - _TAIL - length))
+    try:
+        footer, _ = _Compact(file.read(length)).parse()
+        return [[_chunk(chunk) for chunk in group.get(_CHUNKS, [])] for group in footer.get(_GROUPS, [])]
+    except (IndexError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise VerificationError(f"{name}: its footer is damaged ({error}); fetch it again") from error
+
+
+def _chunk(found: Struct) -> Chunk:
+    meta = found[_META]
+    start, first = _number(meta, _DATA_OFFSET), _number(meta, _DICTIONARY_OFFSET, 0)
+    return Chunk(
+        column=meta[_PATH][0].decode(),
+        physical=_number(meta, _TYPE),
+        values=_number(meta, _VALUES),
+        start=first if 0 < first < start else start,
+        size=_number(meta, _CHUNK_BYTES),
+    )
+
+
+def _number(found: Struct, field: int, default: int | None = None) -> int:
+    value = found.get(field, default)
+    if not isinstance(value, int) or not 0 <= value <= _MOST:
+        raise ValueError(f"a number is {value!r}")
+    return value
+
+
+def read_pages(file: Any, chunk: Chunk, where: str) -> Pages:
     """Walk the page headers of a column chunk.
 
     Args:
         file: open for reading bytes, seekable.
-        column: pyarrow's ColumnChunkMetaData.
         where: names the column in messages.
 
     Raises:
         VerificationError: the chunk does not lie in the file, or a header is none.
     """
-    start = column.data_page_offset
-    if column.has_dictionary_page and column.dictionary_page_offset and column.dictionary_page_offset < start:
-        start = column.dictionary_page_offset
-    stop = start + column.total_compressed_size
-    if not 0 <= start <= stop <= file.seek(0, 2):
+    start, stop = chunk.start, chunk.start + chunk.size
+    if stop > file.seek(0, 2):
         raise VerificationError(f"{where}: its bytes {start} to {stop} do not lie in the file")
     values = longest = 0
     while start < stop:
         header, size = _read_header(file, start, stop, where)
-        uncompressed, compressed = header.get(_UNCOMPRESSED, -1), header.get(_COMPRESSED, -1)
-        count = sum(header.get((kind, 1), 0) for kind in (_DATA, _DATA_V2))
-        if min(uncompressed, compressed, count, header.get((_DICTIONARY, 1), 0)) < 0:
-            raise VerificationError(f"{where}: a page at byte {start} has a negative size")
-        values, longest = values + count, max(longest, uncompressed, compressed)
+        try:
+            uncompressed, compressed = _number(header, _UNCOMPRESSED), _number(header, _COMPRESSED)
+            counts = {kind: _number(header.get(kind, {}), 1, 0) for kind in (_DATA, _DICTIONARY, _DATA_V2)}
+        except (ValueError, AttributeError) as error:
+            raise VerificationError(f"{where}: the page at byte {start} has no size ({error})") from error
+        values, longest = values + counts[_DATA] + counts[_DATA_V2], max(longest, uncompressed, compressed)
         start += size + compressed
     if start != stop:
         raise VerificationError(f"{where}: its pages end at byte {start}, the footer says {stop}")
     return Pages(values, longest)
 
 
-def _read_header(file: Any, start: int, stop: int, where: str) -> tuple[dict[Any, int], int]:
-    """Integers of a page header by field id, or by (struct's id, field id), and the header's size."""
+def _read_header(file: Any, start: int, stop: int, where: str) -> tuple[Struct, int]:
+    """A page header and its size."""
     length = _HEADER
     while True:
         file.seek(start)
         data = file.read(min(length, stop - start))
         try:
-            return _Header(data).parse()
+            return _Compact(data).parse()
         except IndexError as error:
             if len(data) == stop - start or length >= _LONGEST_HEADER:
                 raise VerificationError(f"{where}: no page header at byte {start}") from error
             length *= 16
 
 
-class _Header:
-    """Parses one header; IndexError where the data ends before it does."""
+class _Compact:
+    """Parses one struct into a dictionary by field id; IndexError where the data is cut short or no struct."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
-        self._found: dict[Any, int] = {}
 
-    def parse(self) -> tuple[dict[Any, int], int]:
-        self._struct((), 0)
-        return self._found, self._at
+    def parse(self) -> tuple[Struct, int]:
+        """The struct and the bytes it takes."""
+        return self._struct(0), self._at
 
     def _byte(self) -> int:
         self._at += 1
@@ -97,29 +161,42 @@ class _Header:
         value = self._varint()
         return (value >> 1) ^ -(value & 1)
 
-    def _skip(self, size: int) -> None:
+    def _take(self, size: int) -> bytes:
         self._at += size
         if self._at > len(self._data):
             raise IndexError("cut short")
+        return self._data[self._at - size : self._at]
 
-    def _struct(self, outer: tuple[int, ...], depth: int) -> None:
+    def _struct(self, depth: int) -> Struct:
         if depth > _DEPTH:
             raise IndexError("nested too deep")
+        found: Struct = {}
         last = 0
         while byte := self._byte():
             last = last + (byte >> 4) if byte >> 4 else self._integer()
-            self._value(byte & 15, (*outer, last), depth)
+            kind = byte & 15
+            # of a repeated field the last counts, as in every reader; a field's boolean stands in its type
+            found[last] = kind == _TRUE if kind in (_TRUE, _FALSE) else self._value(kind, depth)
+        return found
 
-    def _value(self, kind: int, path: tuple[int, ...], depth: int) -> None:
+    def _value(self, kind: int, depth: int) -> Any:
         if kind in _INTEGERS:
-            # of a repeated field the last counts, as in every reader
-            self._found[path[0] if len(path) == 1 else path] = self._integer()
-        elif kind in (_BYTE, _DOUBLE):
-            self._skip(1 if kind == _BYTE else 8)
-        elif kind == _BINARY:
-            self._skip(self._varint())
-        elif kind == _STRUCT:
-            self._struct(path, depth + 1)
-        elif kind not in (_TRUE, _FALSE):
-            # lists and maps are in no page header
-            raise IndexError("unknown type")
+            return self._integer()
+        if kind == _BINARY:
+            return self._take(self._varint())
+        if kind == _STRUCT:
+            return self._struct(depth + 1)
+        if kind in (_LIST, _SET):
+            return self._list(depth + 1)
+        if kind in (_TRUE, _FALSE, _BYTE):
+            return self._byte()
+        if kind == _DOUBLE:
+            return self._take(8)
+        raise IndexError("unknown type")  # maps are in no Parquet structure
+
+    def _list(self, depth: int) -> list[Any]:
+        head = self._byte()
+        size = head >> 4 if head >> 4 < 15 else self._varint()
+        if depth > _DEPTH or size > len(self._data) - self._at:
+            raise IndexError("a list that is longer than the data")
+        return [self._value(head & 15, depth) for _ in range(size)]

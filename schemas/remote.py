@@ -17,12 +17,11 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import VerificationError, XtokenError
-from schemas.limits import open_parquet
+from schemas.limits import FOOTER_BYTES
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_ONCE = 16  # small requests wait for the network, not for us
 _TAIL = 1 << 16  # bytes that hold nearly every Parquet footer
-_LARGEST_FOOTER = 1 << 26
 # Packages that reach servers; their errors are no defect of ours.
 _CLIENTS = {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google"}
 _CLIENTS |= {"httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "requests", "s3fs", "urllib3"}
@@ -119,24 +118,27 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T], url: str) -> lis
         return list(pool.map(function, items))
 
 
-def read_footer(url: str) -> Any:
-    """Parquet metadata of a file; of a remote one only the end is read.
+def read_tail(url: str) -> io.BytesIO:
+    """The end of a Parquet file, from its footer on.
 
     Raises:
         FileNotFoundError: nothing is there.
-        pyarrow.ArrowException, OSError: it is no Parquet file.
+        pyarrow.ArrowException: it is no Parquet file, or its footer claims to be longer than is read.
         XtokenError: the server cannot be asked.
     """
     fs, path = open_filesystem(url)
-    if isinstance(fs, LocalFileSystem):
-        with open_url(url) as file:
-            return open_parquet(file, path).metadata
+    refuse_special(fs, path)
     with named_errors(url):
         size = int(fs.size(path) or 0)
         tail = fs.cat_file(path, start=max(0, size - _TAIL), end=size)
         wanted = 8 + int.from_bytes(tail[-8:-4], "little")
-        if wanted > _LARGEST_FOOTER:
+        if wanted > FOOTER_BYTES:
             raise pa.ArrowInvalid(f"its footer claims {wanted} bytes")
         if wanted > len(tail):
             tail = fs.cat_file(path, start=max(0, size - wanted), end=size)
-    return pq.read_metadata(io.BytesIO(tail))
+    return io.BytesIO(tail)
+
+
+def read_footer(url: str) -> Any:
+    """Parquet metadata of a file, of which only the end is read; see ``read_tail``."""
+    return pq.read_metadata(read_tail(url))

@@ -22,7 +22,7 @@ from pipeline.align.texts import CorpusTexts, refuse_without_text
 from pipeline.capture.executor import Tell, tell_nobody
 from pipeline.project.projection import Projection, Unreached
 from pipeline.store.checks import CaptureCheck
-from pipeline.store.codes import Codes, restore_ids
+from pipeline.store.codes import restore_ids
 from pipeline.store.columns import flat
 from pipeline.store.files import Folder, StopRun
 from pipeline.store.left_out import LeftOut
@@ -66,14 +66,7 @@ class AlignJob:
         teacher = load_vocab(config.capture) if "byte-prefix" in config.losses else None
         maps = Maps.of(self.projection, unreached, tokenizer.table, teacher)
         texts = CorpusTexts(config.capture, config.corpus) if config.corpus else None
-        return AlignWorker(
-            self,
-            tokenizer,
-            maps,
-            Recipe(config.losses, config.merge, config.tau, self.codec),
-            texts,
-            ids_of_codes(config.capture),
-        )
+        return AlignWorker(self, tokenizer, maps, Recipe(config.losses, config.merge, config.tau, self.codec), texts)
 
 
 def refuse_other_tokenizer(side: str, found: TokenizerInfo, wanted: TokenizerInfo) -> None:
@@ -94,7 +87,6 @@ class AlignWorker:
     maps: Maps
     recipe: Recipe
     texts: CorpusTexts | None
-    id_of_code: Codes | None = None
 
     def run(self, shard: int, attempt: int, tell: Tell = tell_nobody) -> Part:
         """Build, publish and commit one part; the attempt's number does not enter its content.
@@ -115,8 +107,7 @@ class AlignWorker:
         config = self.job.config
         eos_id = self.tokenizer.table.info.eos_id
         texts = None if self.texts is None else self.texts.part(shard)
-        for stored in read_part(config.capture, shard, config.memory_limit, self.job.teacher_eos):
-            read = restore_ids(stored, self.id_of_code)
+        for read in read_part(config.capture, shard, config.memory_limit, self.job.teacher_eos):
             batch = read if texts is None else texts.fill(read)
             refuse_without_text(batch, config.capture)
             _refuse_foreign_ids(batch, (row_columns(self.job.codec)[1], "teacher_ids"), self.maps.teacher_size)
@@ -142,7 +133,8 @@ def _refuse_foreign_ids(batch: pa.RecordBatch, names: Sequence[str], size: int) 
 
 
 def read_part(capture: str, part: int, memory_limit: str, eos_id: int | None) -> Iterator[pa.RecordBatch]:
-    """Batches of ``sql/read_part.sql`` in file order, within a memory limit; what a subset left out is filled in.
+    """Batches of ``sql/read_part.sql`` in file order, within a memory limit, with the teacher's ids in the place of
+    codes; what a subset left out is filled in.
 
     Raises:
         StopRun: the part needs more memory than the limit.
@@ -151,7 +143,7 @@ def read_part(capture: str, part: int, memory_limit: str, eos_id: int | None) ->
     import duckdb
 
     manifest = read_manifest(capture, CaptureManifest)
-    left_out, check = LeftOut.of(manifest), CaptureCheck.of(manifest)
+    left_out, check, id_of_code = LeftOut.of(manifest), CaptureCheck.of(manifest), ids_of_codes(capture)
     limits: dict[str, Any] = {"memory_limit": memory_limit, "threads": 1, "temp_directory": ""}
     try:
         with local_part(Folder(capture), part) as path, duckdb.connect(config=limits) as connection:
@@ -159,7 +151,7 @@ def read_part(capture: str, part: int, memory_limit: str, eos_id: int | None) ->
             found: Any = connection.sql(query("read_part"), params={"path": path, "eos_id": eos_id})
             for batch in found.to_arrow_reader(ROW_GROUP):
                 check.batch(batch)
-                yield left_out.fill(batch)
+                yield left_out.fill(restore_ids(batch, id_of_code))
     except duckdb.OutOfMemoryException as error:
         raise StopRun(
             f"part {part} of {capture} does not fit --memory-limit {memory_limit}; give more, or capture with a "

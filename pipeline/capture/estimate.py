@@ -208,7 +208,8 @@ def _written(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -
     """Bytes of each column of a file, and what else it takes per group of rows."""
     write_parquet(str(path), schema, batches)
     metadata = pq.read_metadata(path)
-    columns = dict(column_bytes(metadata))
+    with path.open("rb") as file:
+        columns = dict(column_bytes(file, path.name))
     return columns, (path.stat().st_size - sum(columns.values())) / metadata.num_row_groups
 
 

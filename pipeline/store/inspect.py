@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from pipeline.store.reader import iter_capture, iter_parquet, load_vocab, local_
 from pipeline.store.unpack import unpack
 from pipeline.tokens import TokenTable
 from schemas.errors import XtokenError
-from schemas.limits import check_footer, reading
+from schemas.limits import reading
 from schemas.manifest import (
     MANIFEST,
     AnyManifest,
@@ -28,7 +28,8 @@ from schemas.manifest import (
     content_hash,
     read_any_manifest,
 )
-from schemas.remote import in_parallel, read_footer
+from schemas.pages import read_chunks
+from schemas.remote import in_parallel, read_tail
 
 _SAMPLES = 3
 _FIRST_TOKENS = 16
@@ -102,27 +103,24 @@ def bytes_per_token(root: str, manifest: CaptureManifest | TargetManifest) -> di
     folder = Folder(root)
     total: Counter[str] = Counter()
     urls = [folder.url(data_name(part.index)) for part in manifest.parts]
-    for metadata in in_parallel(_metadata, urls, root):
-        total.update(column_bytes(metadata))
+    for found in in_parallel(_column_bytes, urls, root):
+        total.update(found)
     tokens = max(1, sum(part.tokens for part in manifest.parts))
     total["all"] = sum(part.file_bytes for part in manifest.parts)
     return {name: round(size / tokens, 3) for name, size in total.items()}
 
 
-def _metadata(url: str) -> Any:
+def _column_bytes(url: str) -> Counter[str]:
     with reading(url, "'xtoken verify' lists what is damaged"):
-        metadata = read_footer(url)
-        check_footer(metadata, url)
-    return metadata
+        return column_bytes(read_tail(url), url)
 
 
-def column_bytes(metadata: Any) -> Counter[str]:
-    """Compressed bytes of each column, from a Parquet file's metadata."""
+def column_bytes(file: BinaryIO, name: str) -> Counter[str]:
+    """Compressed bytes of each column of a Parquet file, or of the end of one with its footer."""
     found: Counter[str] = Counter()
-    for group in range(metadata.num_row_groups):
-        for index in range(metadata.num_columns):
-            column = metadata.row_group(group).column(index)
-            found[column.path_in_schema.split(".")[0]] += column.total_compressed_size
+    for chunks in read_chunks(file, name):
+        for chunk in chunks:
+            found[chunk.column] += chunk.size
     return found
 
 
