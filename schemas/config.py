@@ -99,6 +99,15 @@ class RowsConfig(CorpusConfig):
         return self
 
     @model_validator(mode="after")
+    def _flags_of_one_codec(self) -> "RowsConfig":
+        others = {"topk": ("draws", "seed"), "sampled": ("k", "min_p")}[self.codec]
+        for name in others:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise ValueError(f"{flag} means nothing to --codec {self.codec}; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
     def _draws_are_of_temperature_1(self) -> "RowsConfig":
         if self.codec == "sampled" and self.temperatures:
             named = ",".join(f"{tau:g}" for tau in self.temperatures)

@@ -9,13 +9,19 @@ from typer.testing import CliRunner
 import cli
 
 RUNNER = CliRunner()
-VERBS = ("align", "demo", "eval", "inspect", "losses", "precompute", "project", "train", "verify")
+VERBS = ("align", "demo", "estimate", "eval", "inspect", "losses", "precompute", "project", "train", "verify")
+SHARE_VERBS = ("card", "merge", "pull", "push", "verify")
 
 
 def flags() -> dict[str, list[str]]:
     """Every verb with its arguments and options, as a user would type them."""
-    group = typer.main.get_command(cli.app)
-    commands: dict[str, typer.core.TyperCommand] = group.commands  # type: ignore[attr-defined]
+    groups = {"": typer.main.get_command(cli.app), "share ": typer.main.get_command(cli.share_app)}
+    commands: dict[str, typer.core.TyperCommand] = {
+        prefix + name: command
+        for prefix, group in groups.items()
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+        if name != "share"
+    }
     return {name: sorted(p.opts[0] for p in command.params if p.name != "help") for name, command in commands.items()}
 
 
@@ -25,9 +31,9 @@ def test_flags_are_frozen(request: pytest.FixtureRequest) -> None:
     assert flags() == frozen
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, *(f"share {name}" for name in SHARE_VERBS)])
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
-    result = RUNNER.invoke(cli.app, [verb, "--help"])
+    result = RUNNER.invoke(cli.app, [*verb.split(), "--help"])
     assert result.exit_code == 0
     assert f"Example: xtoken {verb}" in " ".join(result.output.split())
 
@@ -47,6 +53,14 @@ def test_a_wrong_value_names_the_flag_and_the_choices() -> None:
         (["align", "c", "--student", "s", "--out", "o", "--tau", "0"], "--tau: "),
         (["align", "c", "--student", "s", "--out", "o", "--for", "uld", "--merge", "mean"], "leave uld out of --for"),
         (["project", "--student", "s", "--teacher", "t", "--out", "o", "--rule", "masked:verbs"], "masked:numerals"),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--codec", "sampled", "--temperatures", "2"], "draws at"),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--codec", "sampled", "--k", "8"], "--k 8 means nothing"),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--draws", "8"], "--draws 8 means nothing to --codec topk"),
+        (["share", "push", "a", "b", "--license", "corpus=mit"], "both are needed"),
+        (["share", "push", "a", "b", "--license", "mit"], "write corpus=ID,outputs=ID"),
+        (["share", "pull", "a", "b", "--parts", "1-"], "write it like 0-9,12"),
+        (["share", "pull", "a", "b", "--columns", "kept"], "choose from text, rows, space_logprob"),
+        (["share", "merge", "a", "b"], "one capture needs no merge"),
         (["precompute", "c", "--teacher", "t", "--out", "o", "--temperatures", "2,-1"], "a temperature of -1"),
     ],
 )

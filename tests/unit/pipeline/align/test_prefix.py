@@ -19,11 +19,12 @@ from pipeline.align.chunks import Chunks, Joined, join
 from pipeline.align.prefix import PrefixMaps, prefix_columns
 from pipeline.align.queries import query
 from pipeline.align.rows import Recipe, Rows
-from pipeline.align.stage import encode, read_part
+from pipeline.align.stage import encode
 from pipeline.align.targets import Maps, target_batch
 from pipeline.project import Projection, build_w
 from pipeline.store import Sample, capture_batch, write_parquet
 from pipeline.store import encode as pack
+from pipeline.store.codes import restore_ids
 from pipeline.teachers.base import TeacherRows
 from pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer
 from schemas.manifest import CodecInfo
@@ -221,6 +222,14 @@ def capture_of(root: Path, teacher: TextTokenizer, k: int = 24, *, bos: bool = T
     return root
 
 
+def read_one(path: Path, teacher: TokenTable) -> pa.RecordBatch:
+    """A part without a capture around it, whose codes are ids, as align reads it."""
+    params: dict[str, Any] = {"path": str(path), "eos_id": teacher.info.eos_id}
+    with duckdb.connect() as connection:
+        (batch,) = connection.sql(query("read_part"), params=params).to_arrow_reader(32)
+    return restore_ids(batch, np.arange(teacher.size, dtype=np.int32))
+
+
 Pair = tuple[pa.RecordBatch, list[Joined], pa.RecordBatch, TokenTable, TokenTable, Projection]
 
 
@@ -232,7 +241,7 @@ def pair(
     names = [name if name == "bytes" else str(tokenizer_file(name)) for name in request.param]
     teacher, student = load_tokenizer(names[0]), load_tokenizer(names[1])
     root = capture_of(tmp_path_factory.mktemp("made"), teacher, bos=request.param[0] != "smollm2")
-    (batch,) = read_part(str(root), 0, "1GB", teacher.table.info.eos_id)
+    batch = read_one(root / "data" / "part-00000.parquet", teacher.table)
     samples = join(batch, encode(student, batch), student.table.info.eos_id)
     check_samples(batch, samples)
     projection = build_w(student.table, teacher.table)
