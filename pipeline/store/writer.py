@@ -94,7 +94,8 @@ def write_parquet(url: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
     Raises:
         OSError: as the filesystem says (``ENOSPC`` when it is full).
     """
-    options = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "store_schema": True}
+    # a reader that takes single row groups from a store checks the pages it gets
+    options = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_page_checksum": True}
     encodings = _encodings(schema)
     with (
         fsspec.open(url, "wb") as file,
