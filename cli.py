@@ -27,9 +27,11 @@ from schemas.config import (
     DemoConfig,
     EstimateConfig,
     EvalConfig,
+    InspectConfig,
     PrecomputeConfig,
     ProjectConfig,
     TrainConfig,
+    VerifyConfig,
 )
 from schemas.errors import XtokenError
 from schemas.progress import Bars
@@ -256,39 +258,21 @@ def eval_samples(
     return samples
 
 
-@app.command("inspect")
-def run_inspect(
-    path: Annotated[str, typer.Argument(help="Folder or URL of a capture, projection, targets or run.")],
-    as_json: JSON_FLAG = False,
-    quiet: QUIET_FLAG = False,
-) -> None:
-    """Say what a folder is: counts, bytes per token, three samples.
-
-    Example: xtoken inspect capture
-    """
+@verb(InspectConfig, "xtoken inspect capture")
+def run_inspect(config: InspectConfig, bars: Bars) -> Figures:  # noqa: ARG001
+    """Say what a folder is."""
     from pipeline.store import inspect
 
-    _guarded(lambda _: inspect(path), as_json, quiet)
+    return inspect(config.path)
 
 
-@app.command("verify")
-def run_verify(
-    path: Annotated[str, typer.Argument(help="Folder or URL of a capture or targets.")],
-    as_json: JSON_FLAG = False,
-    quiet: QUIET_FLAG = False,
-) -> None:
-    """Check every file's sha256, schema, counts and row invariants; exit code 3 when something is wrong.
-
-    Example: xtoken verify capture
-    """
-    _guarded(functools.partial(_verified, path), as_json, quiet)
-
-
-def _verified(path: str, bars: Bars) -> Figures:
+@verb(VerifyConfig, "xtoken verify s3://team/capture")
+def run_verify(config: VerifyConfig, bars: Bars) -> Figures:
+    """Check every byte."""
     from pipeline.store import verify
 
     bars.start("verify", None, "bytes")
-    return {"verified": "every file is as its manifest says", **verify(path, bars.advance)}
+    return {"verified": "every file is as its manifest says", **verify(config.path, bars.advance)}
 
 
 @verb(PushConfig, "xtoken share push capture s3://team/capture --license corpus=cc-by-4.0,outputs=gemma", share_app)
@@ -307,17 +291,7 @@ def run_share_pull(config: PullConfig, bars: Bars) -> Figures:
     return pull(config, bars)
 
 
-@share_app.command("verify")
-def run_share_verify(
-    path: Annotated[str, typer.Argument(help="Folder or URL of a capture or targets.")],
-    as_json: JSON_FLAG = False,
-    quiet: QUIET_FLAG = False,
-) -> None:
-    """The same as 'xtoken verify': every byte of a local or remote artifact.
-
-    Example: xtoken share verify s3://team/capture
-    """
-    _guarded(functools.partial(_verified, path), as_json, quiet)
+verb(VerifyConfig, "xtoken share verify s3://team/capture", share_app)(run_verify)
 
 
 @verb(CardConfig, "xtoken share card capture --license corpus=cc-by-4.0,outputs=gemma", share_app)

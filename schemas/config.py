@@ -365,6 +365,18 @@ class EvalConfig(Config):
         return self
 
 
+class InspectConfig(Config):
+    """Say what a folder is: counts, bytes per token, three samples."""
+
+    path: str = argument("Folder or URL of a capture, projection, targets or run.")
+
+
+class VerifyConfig(Config):
+    """Check every file's sha256, schema, counts and row invariants; exit code 3 when something is wrong."""
+
+    path: str = argument("Folder or URL of a capture, projection or targets.")
+
+
 class DemoConfig(Config):
     """Walk the whole way on real models: capture, W, align, train with P-KL and with CE alone, compare."""
 

@@ -22,7 +22,10 @@ class CorpusTexts:
         """
         plan = load_plan(Folder(capture))
         if plan is None:
-            raise XtokenError(f"{capture} holds no plan.json, so samples cannot be found in {corpus}; fetch it again")
+            raise XtokenError(
+                f"{capture} holds no plan.json, so samples cannot be found in {corpus}: subsets by --where and merges "
+                "of different documents have none; align the captures they were made from"
+            )
         self._plan = plan
         self._reader = SliceReader(CorpusConfig(corpus=corpus, **plan.corpus.options), plan)
 

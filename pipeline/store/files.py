@@ -16,7 +16,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.errors import XtokenError
+from schemas.errors import VerificationError, XtokenError
 from schemas.remote import named_errors, open_filesystem, open_url, refuse_special
 
 _BLOCK = 1 << 20
@@ -123,7 +123,9 @@ class Folder:
 
     @_named
     def read(self, name: str) -> bytes:
-        """Whole content of a file; FileNotFoundError when absent."""
+        """Whole content of a file; FileNotFoundError when absent, VerificationError for a symbolic link."""
+        if self.is_link(name):
+            raise VerificationError(f"{self.url(name)} is a symbolic link; an artifact holds plain files only")
         with open_url(self.url(name)) as file:
             return file.read()
 

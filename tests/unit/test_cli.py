@@ -55,7 +55,10 @@ def test_a_wrong_value_names_the_flag_and_the_choices() -> None:
         (["project", "--student", "s", "--teacher", "t", "--out", "o", "--rule", "masked:verbs"], "masked:numerals"),
         (["precompute", "c", "--teacher", "t", "--out", "o", "--codec", "sampled", "--temperatures", "2"], "draws at"),
         (["precompute", "c", "--teacher", "t", "--out", "o", "--codec", "sampled", "--k", "8"], "--k 8 means nothing"),
-        (["precompute", "c", "--teacher", "t", "--out", "o", "--draws", "8"], "--draws 8 means nothing to --codec topk"),
+        (
+            ["precompute", "c", "--teacher", "t", "--out", "o", "--draws", "8"],
+            "--draws 8 means nothing to --codec topk",
+        ),
         (["share", "push", "a", "b", "--license", "corpus=mit"], "both are needed"),
         (["share", "push", "a", "b", "--license", "mit"], "write corpus=ID,outputs=ID"),
         (["share", "pull", "a", "b", "--parts", "1-"], "write it like 0-9,12"),
