@@ -95,7 +95,8 @@ def _panel(axis: Any, rows: list[dict[str, Any]], loss: str) -> None:
                 label=None if number else name,
             )  # fmt: skip
         for row in mine:
-            if large or family in ("topk", "independent", "systematic"):
+            crowded = family == "head+tail" and not row["per_mass"]  # the table names these
+            if not crowded and (large or family in ("topk", "independent", "systematic")):
                 _label(axis, row, family, colour, 8.5 if large else 7.5)
     _mark_default(axis, rows, large)
     axis.set_xscale("log")
@@ -113,8 +114,7 @@ def _panel(axis: Any, rows: list[dict[str, Any]], loss: str) -> None:
 
 
 def _label(axis: Any, row: dict[str, Any], family: str, colour: str, size: float) -> None:
-    line = family == "head+tail" and row["per_mass"]
-    place, side = ((-7, -11), "right") if line else (_OFFSETS[family], "left")
+    place, side = ((-7, -11), "right") if family == "head+tail" else (_OFFSETS[family], "left")
     axis.annotate(
         row["label"], (row["bytes"], row["angle"]), textcoords="offset points", xytext=place, ha=side, fontsize=size,
         color=colour,
@@ -221,7 +221,9 @@ _SAYS = """What it says:
   bytes: not enough for a codec of its own.
 * Of top-k settings a floor `min_p` buys more per byte than a small k. The worst is to renormalise the kept entries: it
   turns the gradient by several times what the same entries do with REST.
-* Text that the student splits into bytes (Russian) is where top-k is worst under P-KL: most of REST belongs
-  to student tokens that are kept. Draws know no such case. Against that, only losses that are linear in the teacher's
-  probabilities may use draws, and the loss's value from top-k is a lower bound, from draws it is unbiased."""
+* Where student and teacher share a tokenizer (forward KL) top-k turns the gradient most: the student moves towards the
+  kept entries as if REST had no shape. Draws know no such case. Against that, only losses that are linear in the
+  teacher's probabilities may use draws.
+* The loss's value from top-k is a lower bound. From draws it is right here, where the entropy of the whole target is
+  known; a trainer, which sees the draws alone, shows a value that is higher by a number no student can change."""
 _GROWING = ("k 32", DEFAULT.label, "k 128", "N 12", "N 50", "N 200", "p≥1/50 + 50·REST")
