@@ -84,6 +84,7 @@ def batches(
     columns: Sequence[str] | None = None,
     rows: int = _ROWS,
     groups: Sequence[int] | None = None,
+    chunks: list[list[Chunk]] | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Record batches of some row groups, the pages of each checked before it is read.
 
@@ -92,12 +93,13 @@ def batches(
         columns: names of top-level columns; all when left out.
         rows: most rows of a batch.
         groups: row groups; all when left out.
+        chunks: ``group_chunks`` of this file, for those who read it group by group.
 
     Raises:
         VerificationError: a row group asks for more than the bounds, or its pages are not what the footer says.
         pa.ArrowException, OSError: damaged pages (see ``reading``).
     """
-    wanted, chunks = None if columns is None else list(columns), group_chunks(parquet, file, name)
+    wanted, chunks = None if columns is None else list(columns), chunks or group_chunks(parquet, file, name)
     for group in _filled(parquet, range(len(chunks)) if groups is None else groups):
         most = check_group(chunks[group], file, group, name, columns)
         size = 0

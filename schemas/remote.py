@@ -6,6 +6,7 @@ Credentials and endpoints are those of fsspec and its clients: nothing of them p
 import errno
 import io
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -106,7 +107,15 @@ def open_url(url: str) -> Iterator[IO[bytes]]:
 
 def refuse_special(fs: Any, path: str) -> None:
     """Raise VerificationError for a local name of a folder, a device or a pipe, which could be read for ever."""
-    if isinstance(fs, LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path):
+    if not isinstance(fs, LocalFileSystem):
+        return
+    try:
+        plain = stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise VerificationError(f"{path} cannot be read ({error.strerror}); fetch the artifact again") from error
+    if not plain:
         raise VerificationError(f"{path} is no plain file; fetch the artifact again")
 
 

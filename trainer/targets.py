@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,16 @@ from numpy.typing import NDArray
 from schemas.cache import Cache, cached
 from schemas.config import LossOptions
 from schemas.errors import VerificationError, XtokenError
-from schemas.limits import batches, check_footer, open_parquet, read_whole, reading
+from schemas.limits import batches, check_footer, group_chunks, open_parquet, read_whole, reading
 from schemas.manifest import Part, TargetManifest, TokenizerInfo, content_hash, part_name, read_manifest
+from schemas.pages import Chunk
 from schemas.remote import in_parallel, is_local, open_url, read_footer
 from schemas.tables import VOCAB, W, targets
 from trainer.losses.base import Array, ProjectionArrays, VocabArrays
 
 W_FILE, VOCAB_FILE = "w.parquet", "student_vocab.parquet"
 _SIDE_TABLES = {W_FILE: W, VOCAB_FILE: VOCAB}
+_FOOTERS = 64
 _FETCH = "fetch the targets again"
 _UNTRAINED_ROLES = ("pad", "unk", "special", "hole")
 
@@ -67,6 +68,7 @@ class Targets:
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
+        self._chunks: dict[int, list[list[Chunk]]] = {}
         self.manifest = read_manifest(root, TargetManifest)
         self.hash = content_hash(self.manifest)
         if sum(part.samples for part in self.manifest.parts) == 0:
@@ -111,15 +113,25 @@ class Targets:
         with reading(path, _FETCH), ExitStack() as stack:
             file = self._open(ref.part, stack)
             # nothing hashes a streamed file as a whole: pages that carry a checksum are at least checked against it
-            options = {"page_checksum_verification": True, "pre_buffer": True} if self.stream else {}
-            parquet = open_parquet(file, path, **options)
+            checked = {"page_checksum_verification": True, "pre_buffer": True} if self.stream else {}
+            parquet = open_parquet(file, path, **checked)
             schema = self._columns(parquet.schema_arrow, names, path)
-            found = [batch.select(names) for batch in batches(parquet, file, path, columns=names, groups=[ref.group])]
+            chunks = self._chunks.get(ref.part) or group_chunks(parquet, file, path)
+            self._remember(ref.part, chunks)
+            read = batches(parquet, file, path, columns=names, groups=[ref.group], chunks=chunks)
+            found = [batch.select(names) for batch in read]
             table = pa.Table.from_batches(found, schema)
             ids = table.column("sample_id").to_pylist()
         if len(ids) != ref.rows:
             raise VerificationError(f"{path} has {len(ids)} rows in group {ref.group}, not {ref.rows}; {_FETCH}")
         return RowGroup(ref, ids, {name: _list_arrays(table.column(name)) for name in columns})
+
+    def _remember(self, part: int, chunks: list[list[Chunk]]) -> None:
+        """Keep the parsed footers of the last parts: a part has many row groups, and each is read by itself."""
+        self._chunks.pop(part, None)
+        self._chunks[part] = chunks
+        if len(self._chunks) > _FOOTERS:
+            del self._chunks[next(iter(self._chunks))]
 
     def _columns(self, found: pa.Schema, names: list[str], path: str) -> pa.Schema:
         missing = [name for name in names if found.get_field_index(name) < 0]
@@ -240,8 +252,8 @@ class Targets:
     def _side_table(self, name: str) -> pa.Table:
         path, expected = f"{self.root}/{name}", str(self.manifest.files.get(name))
         try:
-            with cached(path, expected) as local:
-                data = Path(local).read_bytes()
+            with cached(path, expected) as local, open_url(local) as file:
+                data = file.read()
         except FileNotFoundError as error:
             raise VerificationError(f"{path} does not exist; fetch the targets again") from error
         found = hashlib.sha256(data).hexdigest()
