@@ -226,6 +226,10 @@ CONSUMERS: dict[str, dict[str, Consumer]] = {
 }
 
 
+# Half of a case's time is theirs, and what they open first are files that the others have been through.
+SLOW, SLOW_EVERY = ("align", "train", "pull a subset"), 3
+
+
 def _listing(work: Path) -> set[str]:
     return {path.relative_to(work).as_posix() for path in work.iterdir()}
 
@@ -265,6 +269,8 @@ def run_case(number: int, work: Path, seed: int = SEED) -> dict[str, Any]:
     out.mkdir()
     before, began = _reset_peak(), time.monotonic()
     for reader, consume in CONSUMERS["targets" if "targets" in base else "capture"].items():
+        if reader in SLOW and number % SLOW_EVERY:
+            continue
         started = time.process_time()
         try:
             consume(str(root), str(out))
