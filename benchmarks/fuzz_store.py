@@ -450,8 +450,9 @@ def _markdown(found: dict[str, Any]) -> str:
     lines = [
         "# Hostile datasets",
         "",
-        f"{found['cases']} mutated captures and targets, seed {found['seed']}, fed to every reader. A finding is "
-        "another exception than XtokenError, a crash of the interpreter, "
+        f"{found['cases']} mutated captures and targets, seed {found['seed']}, fed to every reader "
+        f"({', '.join(SLOW)}: to every {SLOW_EVERY}rd case). A finding is another "
+        "exception than XtokenError, a crash of the interpreter, "
         f"more than {SECONDS:g} s, more than {MEMORY >> 20} MiB of growth, or a file outside the folders given.",
         "",
         "| mutation | " + " | ".join(names) + " |",

@@ -27,7 +27,7 @@ from schemas.manifest import CaptureManifest, Part, read_any_manifest, read_mani
 from trainer.targets import Targets
 
 GOLDEN = fuzz_store.GOLDEN
-CASES = range(250)
+CASES = range(120)
 Change = Callable[[dict[str, Any]], Any]
 
 
