@@ -158,7 +158,7 @@ def _topk_note(manifest: CaptureManifest) -> str:
         f"exact up to rounding to {step:g} nats. That rounding costs a KL of at most {step * step / 8:.1e} nats per "
         "row once a row is made to sum to 1 (Hoeffding's lemma: every logarithm is within half a step)"
     )
-    measured = f"; on real rows xtoken measured {_MEASURED_KL} on average (`benchmarks/results/codec.md` in its repository)"
+    measured = f"; on real rows xtoken's `benchmarks/results/codec.md` has {_MEASURED_KL} on average"
     return note + (measured if step == _MEASURED_STEP else "") + "."
 
 

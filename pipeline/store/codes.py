@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from schemas.errors import VerificationError
-from schemas.tables import CAPTURE_VOCAB, CODED
+from schemas.tables import CAPTURE_VOCAB, CODED, VOCAB
 
 Codes = NDArray[np.int32]
 
@@ -42,10 +42,12 @@ def read_codes(vocab: pa.Table) -> Codes | None:
     """int32 [U], the code of each id, of a vocabulary table; None where it has none (schema version 1).
 
     Raises:
-        VerificationError: they are no permutation.
+        VerificationError: other columns, or codes that are no permutation.
     """
-    if "code" not in vocab.column_names:
+    if vocab.schema.equals(VOCAB):
         return None
+    if not vocab.schema.equals(CAPTURE_VOCAB):
+        raise VerificationError(f"vocab.parquet has columns {vocab.column_names[:20]}, not those of the format")
     found: Codes = vocab.sort_by("token_id")["code"].to_numpy()
     if found.dtype != np.int32 or not np.array_equal(np.sort(found), np.arange(len(found))):
         raise VerificationError("the codes of vocab.parquet are not 0 to V-1 once each; fetch the artifact again")

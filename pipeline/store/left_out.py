@@ -27,15 +27,22 @@ class LeftOut:
     Attributes:
         names: columns that a subset dropped, as its manifest has them; none of a whole capture.
         codec: of the capture.
+        version: of its schema.
     """
 
     names: Sequence[str]
     codec: CodecInfo
+    version: int
 
     @classmethod
     def of(cls, manifest: CaptureManifest) -> "LeftOut":
         """What this capture lacks."""
-        return cls(manifest.left_out, manifest.codec)
+        return cls(manifest.left_out, manifest.codec, manifest.schema_version)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the capture's parts."""
+        return capture(self.codec.temperatures, self.codec.name, self.names, version=self.version)
 
     def stored(self, columns: Sequence[str] | None) -> Sequence[str] | None:
         """Those of the wanted columns that are there, and what ``fill`` needs; None = all."""

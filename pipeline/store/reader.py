@@ -35,6 +35,8 @@ def iter_parquet(
         parquet = open_parquet(file, url)
         if schema is not None:
             refuse_other_columns(parquet, schema)
+        if schema is not None and not parquet.schema_arrow.equals(schema):
+            raise VerificationError(f"{url} has columns {parquet.schema_arrow.names[:50]}, not those of the format")
         missing = sorted(set(columns or ()) - set(parquet.schema_arrow.names))
         if missing:
             raise VerificationError(f"{url} lacks the columns {', '.join(missing)}; fetch the artifact again")
@@ -117,12 +119,16 @@ def ids_of_codes(root: str) -> Codes | None:
             permutation.
     """
     folder = Folder(root)
-    if folder.exists(MANIFEST):
-        vocab = read_side_table(folder, VOCAB_FILE, read_manifest(root, CaptureManifest).files)
-    else:
-        vocab = read_table(folder.url(VOCAB_FILE))
-    codes = read_codes(vocab)
-    return None if codes is None else inverse(codes)
+    if not folder.exists(MANIFEST):
+        codes = read_codes(read_table(folder.url(VOCAB_FILE)))
+        return None if codes is None else inverse(codes)
+    manifest = read_manifest(root, CaptureManifest)
+    if manifest.schema_version == 1:
+        return None
+    codes = read_codes(read_side_table(folder, VOCAB_FILE, manifest.files))
+    if codes is None or len(codes) != manifest.tokenizer.size:
+        raise VerificationError(f"{folder.url(VOCAB_FILE)} has no code for each token; fetch the artifact again")
+    return inverse(codes)
 
 
 def stored_columns(columns: Sequence[str] | None, id_of_code: Codes | None) -> list[str] | None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipeline.store.checks import CaptureCheck, flat, list_lengths, read_checked
 from pipeline.store.files import Folder
 from pipeline.store.publish import Check, Figures, committed, data_name
-from pipeline.store.reader import check_side_file
+from pipeline.store.reader import check_side_file, ids_of_codes, load_vocab
 from pipeline.store.seal import SIDE_FILES as SIDE_FILES
 from pipeline.store.seal import manifest_problems, seal_problems
 from schemas.cache import fresh
@@ -65,10 +65,18 @@ def _side_problems(folder: Folder, manifest: AnyManifest) -> Iterator[str]:
     expected = SIDE_FILES[manifest.kind]
     for name in sorted(set(manifest.files) - set(expected)):
         yield f"manifest.json: {name!r} is no file of a {manifest.kind} artifact"
+    whole = True
     for name in expected:
         try:
             _no_link(folder, name)
             check_side_file(folder, name, manifest.files)
+        except VerificationError as error:
+            whole = False
+            yield str(error)
+    if whole and manifest.kind == "capture":
+        try:
+            load_vocab(folder.root)
+            ids_of_codes(folder.root)
         except VerificationError as error:
             yield str(error)
 
