@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from schemas.cache import Cache, cached
@@ -114,9 +115,11 @@ class Targets:
             file = self._open(ref.part, stack)
             # nothing hashes a streamed file as a whole: pages that carry a checksum are at least checked against it
             checked = {"page_checksum_verification": True, "pre_buffer": True} if self.stream else {}
-            parquet = open_parquet(file, path, **checked)
+            chunks = self._chunks.get(ref.part)
+            # a footer that was looked through once need not be for each of its row groups
+            parquet = pq.ParquetFile(file, **checked) if chunks else open_parquet(file, path, **checked)
             schema = self._columns(parquet.schema_arrow, names, path)
-            chunks = self._chunks.get(ref.part) or group_chunks(parquet, file, path)
+            chunks = chunks or group_chunks(parquet, file, path)
             self._remember(ref.part, chunks)
             read = batches(parquet, file, path, columns=names, groups=[ref.group], chunks=chunks)
             found = [batch.select(names) for batch in read]
