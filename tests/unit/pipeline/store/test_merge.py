@@ -259,3 +259,19 @@ def test_a_stopped_merge_goes_on_and_a_damaged_source_stops_it(kept_capture, oth
     (bad / data_name(0)).write_bytes(whole[:-20] + b"?" + whole[-19:])
     with pytest.raises(VerificationError):
         merged([kept_capture, bad], tmp_path / "again")
+
+
+def test_draws_are_joined_in_the_codes_of_the_first(tmp_path):
+    sources = []
+    for name, text in TEXTS.items():
+        (tmp_path / f"{name}.txt").write_text(text, newline="")
+        out = str(tmp_path / name)
+        config = PrecomputeConfig(
+            corpus=str(tmp_path / f"{name}.txt"), teacher="bytes", out=out, backend="fake", codec="sampled", draws=20
+        )
+        precompute(config, Silent())
+        sources.append(tmp_path / name)
+    joined = merged(sources, tmp_path / "joined")
+    assert joined.codec.name == "sampled"
+    assert (tmp_path / "one" / "vocab.parquet").read_bytes() != (tmp_path / "two" / "vocab.parquet").read_bytes()
+    assert rows(tmp_path / "joined") == rows(*sources)
