@@ -29,6 +29,7 @@ from trainer.losses.base import Array, ProjectionArrays, VocabArrays
 W_FILE, VOCAB_FILE = "w.parquet", "student_vocab.parquet"
 _SIDE_TABLES = {W_FILE: W, VOCAB_FILE: VOCAB}
 _FOOTERS = 64
+_INDICES = ("_ids", "child_low", "child_high")
 _FETCH = "fetch the targets again"
 _UNTRAINED_ROLES = ("pad", "unk", "special", "hole")
 
@@ -125,9 +126,22 @@ class Targets:
             found = [batch.select(names) for batch in read]
             table = pa.Table.from_batches(found, schema)
             ids = table.column("sample_id").to_pylist()
+            self._check_ids(table, path)
         if len(ids) != ref.rows:
             raise VerificationError(f"{path} has {len(ids)} rows in group {ref.group}, not {ref.rows}; {_FETCH}")
         return RowGroup(ref, ids, {name: _list_arrays(table.column(name)) for name in columns})
+
+    def _check_ids(self, table: pa.Table, path: str) -> None:
+        """Ids index arrays, on a GPU without a look at their bounds: they must lie in their vocabulary."""
+        # of student_ids the reader of samples says which sample is wrong
+        names = [name for name in table.column_names if name.endswith(_INDICES) and name != "student_ids"]
+        sizes = dict.fromkeys(names, self.manifest.student.size)
+        sizes |= {name: self.manifest.teacher_tokenizer.size for name in ("pkl_ids",) if name in sizes}
+        for name, size in sizes.items():
+            _, values = _list_arrays(table.column(name))
+            # the end of a range of tokens may stand behind the last
+            if len(values) and not (values.min() >= 0 and values.max() < size + (name == "child_high")):
+                raise VerificationError(f"{path} has {name} outside 0 to {size - 1}; {_FETCH}")
 
     def _remember(self, part: int, chunks: list[list[Chunk]]) -> None:
         """Keep the parsed footers of the last parts: a part has many row groups, and each is read by itself."""
