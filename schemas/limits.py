@@ -4,7 +4,7 @@ A list of 10**9 zeros costs Parquet a few hundred bytes, and a footer may say of
 the headers of the pages, so these are read too, and must add up to what the footer says. Bounds, all far above what
 this project writes (row groups of 32 samples):
 
-    footer                       4 MiB, 65,536 row groups, 256 columns
+    footer                       4 MiB, 4,096 row groups, 256 columns
     row group                    2**20 rows; 1 GiB decoded: numbers are counted before they are read, bytes while
     page                         256 MiB; a batch of byte strings is as short as its longest page asks for
     table that is read whole     1 GiB decoded
@@ -21,7 +21,7 @@ from schemas.errors import VerificationError
 from schemas.pages import Chunk, Pages, read_chunks, read_pages
 
 FOOTER_BYTES = 4 << 20
-GROUPS = 1 << 16
+GROUPS = 1 << 12
 COLUMNS = 256
 GROUP_ROWS = 1 << 20
 GROUP_BYTES = 1 << 30

@@ -273,11 +273,18 @@ def read_any_manifest(root: str) -> AnyManifest:
     path = f"{root.rstrip('/')}/{MANIFEST}"
     try:
         with open_url(path) as file:
-            data = _parse(file.read(MANIFEST_BYTES + 1))
+            text = file.read(MANIFEST_BYTES + 1)
     except FileNotFoundError as error:
         raise XtokenError(
             f"{path} does not exist: {root} is no finished artifact; run the stage that writes it to its end"
         ) from error
+    return parse_manifest(text, path)
+
+
+def parse_manifest(text: bytes, path: str) -> AnyManifest:
+    """The manifest that a file holds; ``path`` names it in errors (see ``read_manifest``)."""
+    try:
+        data = _parse(text)
     except (ValueError, RecursionError) as error:
         raise XtokenError(f"{path} is not JSON ({str(error)[:200]}); fetch the artifact again") from error
     kind = data.get("kind") if isinstance(data, dict) else None

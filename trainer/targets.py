@@ -70,7 +70,7 @@ class Targets:
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
-        self._chunks: dict[int, list[list[Chunk]]] = {}
+        self._footers: dict[int, tuple[Any, list[list[Chunk]]]] = {}
         self.manifest = read_manifest(root, TargetManifest)
         self.hash = content_hash(self.manifest)
         if sum(part.samples for part in self.manifest.parts) == 0:
@@ -116,12 +116,8 @@ class Targets:
             file = self._open(ref.part, stack)
             # nothing hashes a streamed file as a whole: pages that carry a checksum are at least checked against it
             checked = {"page_checksum_verification": True, "pre_buffer": True} if self.stream else {}
-            chunks = self._chunks.get(ref.part)
-            # a footer that was looked through once need not be for each of its row groups
-            parquet = pq.ParquetFile(file, **checked) if chunks else open_parquet(file, path, **checked)
+            parquet, chunks = self._footer(ref.part, file, path, checked)
             schema = self._columns(parquet.schema_arrow, names, path)
-            chunks = chunks or group_chunks(parquet, file, path)
-            self._remember(ref.part, chunks)
             read = batches(parquet, file, path, columns=names, groups=[ref.group], chunks=chunks)
             found = [batch.select(names) for batch in read]
             table = pa.Table.from_batches(found, schema)
@@ -143,12 +139,20 @@ class Targets:
             if len(values) and not (values.min() >= 0 and values.max() < size + (name == "child_high")):
                 raise VerificationError(f"{path} has {name} outside 0 to {size - 1}; {_FETCH}")
 
-    def _remember(self, part: int, chunks: list[list[Chunk]]) -> None:
-        """Keep the parsed footers of the last parts: a part has many row groups, and each is read by itself."""
-        self._chunks.pop(part, None)
-        self._chunks[part] = chunks
-        if len(self._chunks) > _FOOTERS:
-            del self._chunks[next(iter(self._chunks))]
+    def _footer(
+        self, part: int, file: Any, path: str, options: dict[str, bool]
+    ) -> tuple[pq.ParquetFile, list[list[Chunk]]]:
+        """A part opened, and its column chunks. Row groups are read one by one, so the last parts' footers are kept."""
+        metadata, chunks = self._footers.pop(part, (None, None))
+        if metadata is None or chunks is None:
+            parquet = open_parquet(file, path, **options)
+            chunks = group_chunks(parquet, file, path)
+        else:
+            parquet = pq.ParquetFile(file, metadata=metadata, **options)
+        self._footers[part] = (parquet.metadata, chunks)
+        if len(self._footers) > _FOOTERS:
+            del self._footers[next(iter(self._footers))]
+        return parquet, chunks
 
     def _columns(self, found: pa.Schema, names: list[str], path: str) -> pa.Schema:
         missing = [name for name in names if found.get_field_index(name) < 0]

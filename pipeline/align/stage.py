@@ -27,10 +27,10 @@ from pipeline.store.columns import flat
 from pipeline.store.files import Folder, StopRun
 from pipeline.store.left_out import LeftOut
 from pipeline.store.publish import publish_part
-from pipeline.store.reader import ids_of_codes, load_vocab, local_part
+from pipeline.store.reader import ids_of_codes, load_vocab, local_part, records
 from pipeline.store.unpack import row_columns
 from pipeline.store.verify import TargetCheck
-from pipeline.store.writer import ROW_GROUP, write_parquet
+from pipeline.store.writer import ROW_GROUP, group_rows, write_parquet
 from pipeline.tokens import Encoded, TextTokenizer, load_tokenizer
 from schemas.config import AlignConfig
 from schemas.errors import VerificationError, XtokenError
@@ -100,7 +100,8 @@ class AlignWorker:
 
     def _write(self, shard: int, url: str) -> dict[str, int]:
         counts: Counter[str] = Counter(samples_skipped=0)
-        write_parquet(url, targets(self.job.config.losses), self._batches(shard, counts))
+        rows = group_rows(records(self.job.config.capture)[shard].samples)
+        write_parquet(url, targets(self.job.config.losses), self._batches(shard, counts), rows)
         return dict(counts)
 
     def _batches(self, shard: int, counts: Counter[str]) -> Iterator[pa.RecordBatch]:

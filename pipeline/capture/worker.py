@@ -22,7 +22,7 @@ from pipeline.store.checks import CaptureCheck
 from pipeline.store.codes import Codes, read_codes
 from pipeline.store.reader import VOCAB_FILE, read_table
 from pipeline.store.sampled import PackedDraws, encode_draws
-from pipeline.store.writer import ROW_GROUP
+from pipeline.store.writer import ROW_GROUP, group_rows
 from pipeline.teachers import open_teacher
 from pipeline.teachers.base import Teacher, TeacherRows, entries_asked
 from pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer
@@ -191,7 +191,7 @@ def length_batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
 def _write(
     samples: Sequence[Sample], schema: pa.Schema, codes: Codes | None, counts: dict[str, int], url: str
 ) -> dict[str, int]:
-    write_parquet(url, schema, sample_batches(samples, schema, codes))
+    write_parquet(url, schema, sample_batches(samples, schema, codes), group_rows(len(samples)))
     return counts
 
 

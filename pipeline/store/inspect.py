@@ -30,6 +30,7 @@ from schemas.manifest import (
 )
 from schemas.pages import read_chunks
 from schemas.remote import in_parallel, read_tail
+from schemas.tables import targets
 
 _SAMPLES = 3
 _FIRST_TOKENS = 16
@@ -189,7 +190,7 @@ def _target_samples(root: str, manifest: TargetManifest) -> list[dict[str, Any]]
     rows = (
         row
         for part in manifest.parts
-        for batch in _batches(folder, part, ["sample_id", "student_ids", "chunk_student_end"])
+        for batch in _batches(folder, part, targets(manifest.losses), ["sample_id", "student_ids", "chunk_student_end"])
         for row in batch.to_pylist()
     )
     return [
@@ -202,9 +203,9 @@ def _target_samples(root: str, manifest: TargetManifest) -> list[dict[str, Any]]
     ]
 
 
-def _batches(folder: Folder, part: Part, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _batches(folder: Folder, part: Part, schema: pa.Schema, columns: list[str]) -> Iterator[pa.RecordBatch]:
     with local_part(folder, part.index, part) as path:
-        yield from iter_parquet(path, columns)
+        yield from iter_parquet(path, columns, schema=schema)
 
 
 def _readable(table: TokenTable, token: int) -> str:

@@ -29,7 +29,7 @@ from pipeline.store.seal import PLAN_FILE
 from pipeline.store.share import check_manifest, copied_files
 from pipeline.store.shipment import PartJob, Rewrite, Shipment, SideFile
 from pipeline.store.transfer import transfer
-from pipeline.store.writer import write_parquet
+from pipeline.store.writer import group_rows, write_parquet
 from schemas.errors import XtokenError
 from schemas.manifest import (
     CaptureManifest,
@@ -339,7 +339,7 @@ class _Recode:
         """Write ``out`` from the local file ``source``."""
         check = CaptureCheck.of(self.manifest)
         batches = (recode(batch, self.code_of_code) for batch in read_checked(source, check.schema))
-        write_parquet(out, check.schema, batches)
+        write_parquet(out, check.schema, batches, group_rows(part.samples))
         figures = check(out)
         sha256, size = Folder(os.path.dirname(out)).sha256(os.path.basename(out))
         return Part(**{**part.model_dump(), **asdict(figures), "file_bytes": size, "sha256": sha256})

@@ -30,6 +30,7 @@ from schemas.manifest import (
     ProjectionManifest,
     content_hash,
     digest,
+    parse_manifest,
     provenance,
     read_any_manifest,
 )
@@ -147,7 +148,7 @@ def _verbatim(source: Folder, manifest: AnyManifest) -> bytes:
     """The manifest as its file has it: an older version stays one."""
     with reachable(source.root):
         data = source.read(MANIFEST)
-    if type(manifest).model_validate_json(data) != manifest:
+    if parse_manifest(data, source.url(MANIFEST)) != manifest:
         raise XtokenError(f"{source.url(MANIFEST)} changes while it is read; wait for its writer, then run this again")
     return data
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.store.checks import CaptureCheck, read_checked
 from pipeline.store.files import Folder
-from pipeline.store.writer import write_parquet
+from pipeline.store.writer import group_rows, write_parquet
 from schemas.errors import XtokenError
 from schemas.manifest import AnyManifest, CaptureManifest, Origin, Part, content_hash, provenance
 from schemas.share_config import PullConfig
@@ -211,7 +211,7 @@ class CaptureRewrite:
         """
         check = CaptureCheck.of(self.manifest.model_copy(update={"left_out": list(self.left_out)}))
         counts = dict.fromkeys(_COUNTED, 0)
-        write_parquet(out, check.schema, self._batches(source, check.schema, counts))
+        write_parquet(out, check.schema, self._batches(source, check.schema, counts), group_rows(part.samples))
         figures = check(out)
         if figures.samples == 0:
             return None

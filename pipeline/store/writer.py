@@ -20,6 +20,7 @@ from pipeline.store.sampled import PackedDraws
 from schemas.tables import CAPTURE, CODED
 
 ROW_GROUP = 32
+_MOST_GROUPS = 1 << 11  # readers refuse more than twice as many (``schemas.limits``)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ def list_column(rows: Sequence[NDArray[Any] | None], name: str, schema: pa.Schem
     values = np.concatenate(present) if present else np.zeros(0)
     mask = pa.array([row is None for row in rows]) if len(present) < len(rows) else None
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind.value_type), type=kind, mask=mask)
+
+
+def group_rows(samples: int) -> int:
+    """Rows of a row group in a file of so many samples: 32, and more where there would be too many groups."""
+    return max(ROW_GROUP, -(-samples // _MOST_GROUPS))
 
 
 def write_parquet(url: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], row_group: int = ROW_GROUP) -> None:

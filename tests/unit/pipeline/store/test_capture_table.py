@@ -8,7 +8,9 @@ import pytest
 from pipeline.store import committed, iter_capture, iter_parquet, load_vocab, write_parquet
 from pipeline.store.codes import read_codes, recode
 from pipeline.store.reader import read_table
+from pipeline.store.writer import group_rows
 from schemas.errors import VerificationError, XtokenError
+from schemas.limits import GROUPS
 from schemas.manifest import CaptureManifest, read_manifest
 from schemas.tables import CAPTURE
 
@@ -112,3 +114,9 @@ def test_the_vocabulary_travels_with_the_capture(capture):
     (capture / "vocab.parquet").write_bytes(content)
     with pytest.raises(VerificationError, match=r"vocab\.parquet"):
         load_vocab(str(capture))
+
+
+def test_row_groups_grow_where_there_would_be_too_many():
+    assert group_rows(0) == group_rows(65_536) == 32
+    assert group_rows(65_537) == 33
+    assert 10**7 / group_rows(10**7) <= 2048 < GROUPS
