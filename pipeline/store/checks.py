@@ -188,6 +188,9 @@ def _check_realised(batch: pa.RecordBatch, rows_N: NDArray[np.int64]) -> None:
     has_space_N = batch["space_logprob"].is_valid().to_numpy(zero_copy_only=False)
     bad_N = has_space_N & (list_lengths(batch, "space_logprob") != rows_N)
     refuse(batch, bad_N, "space_logprob has another length than its rows")
+    space = flat(batch, "space_logprob")
+    bad_N = any_per_sample(np.isnan(space) | (space > _SUM_SLACK), np.where(has_space_N, rows_N, 0))
+    refuse(batch, bad_N, "space_logprob is no log-probability")
 
 
 def _no_entries(

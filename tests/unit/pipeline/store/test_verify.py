@@ -125,6 +125,7 @@ BREAKS = {
     "realised_logprob has another": changed("realised_logprob", lambda values: values[1:]),
     "realised_logprob is no": changed("realised_logprob", lambda values: [float("nan"), *values[1:]]),
     "space_logprob has another": changed("space_logprob", lambda values: values[1:]),
+    "space_logprob is no": changed("space_logprob", lambda values: [0.5, *values[1:]]),
     "first_row is not 0 or 1": changed("first_row", lambda _: 2),
 }
 
