@@ -3,6 +3,7 @@
 ``benchmarks/fuzz_store.py`` makes thousands more; a fixed few hundred of them run here in a process of their own.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,10 +21,14 @@ from benchmarks.fuzz_mutations import seal, seal_sums, write
 from pipeline.store import inspect, iter_capture, verify
 from pipeline.store.checks import CaptureCheck
 from pipeline.store.reader import read_table
+from pipeline.store.seal import seal as seal_artifact
+from pipeline.store.share import pull
 from schemas import limits
 from schemas.errors import VerificationError, XtokenError
 from schemas.limits import check_file, reading
 from schemas.manifest import CaptureManifest, Part, read_any_manifest, read_manifest
+from schemas.progress import Silent
+from schemas.share_config import PullConfig
 from trainer.targets import Targets
 
 GOLDEN = fuzz_store.GOLDEN
@@ -277,3 +282,57 @@ def test_bounds_of_parts_leave_room_for_real_ones() -> None:
         sha256="0" * 64,
     )  # fmt: skip
     assert Part.model_validate_json(part.model_dump_json()) == part
+
+
+def with_table(root: Path, name: str, table: pa.Table) -> Path:
+    """Put a table in the place of a side table, and make manifest and SHA256SUMS vouch for it."""
+    pq.write_table(table, root / name)
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["files"][name] = hashlib.sha256((root / name).read_bytes()).hexdigest()
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    seal_artifact(str(root))
+    return root
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_vocabulary_without_codes_or_with_two_of_them(tmp_path: Path, twice: bool) -> None:
+    root = Path(shutil.copytree(GOLDEN / "v2-topk", tmp_path / "dataset"))
+    vocab = pq.read_table(root / "vocab.parquet")
+    with_table(root, "vocab.parquet", vocab.append_column("code", vocab["code"]) if twice else vocab.drop_columns("code"))
+    for reader in (verify, inspect, lambda where: list(iter_capture(where))):
+        with pytest.raises(VerificationError):
+            reader(str(root))
+
+
+def test_records_that_are_links_to_themselves(capture: Path) -> None:
+    record = capture / "commits" / "part-00001.json"
+    record.unlink()
+    record.symlink_to(record)
+    for reader in (verify, inspect, lambda where: list(iter_capture(where))):
+        with pytest.raises(VerificationError, match=r"part-00001\.json"):
+            reader(str(capture))
+
+
+def test_targets_whose_lists_are_null_are_not_described(targets: Path) -> None:
+    path = targets / "data" / "part-00000.parquet"
+    table = pq.read_table(path)
+    at = table.schema.get_field_index("student_ids")
+    nulls = pa.nulls(table.num_rows, table.schema.field(at).type)
+    pq.write_table(table.set_column(at, table.schema.field(at).with_nullable(True), nulls), path)
+    with pytest.raises(VerificationError, match="not those of the format"):
+        inspect(str(targets))
+
+
+def test_a_manifest_too_deep_for_the_second_reader_is_pulled_or_refused(capture: Path, tmp_path: Path) -> None:
+    manifest = json.loads((capture / "manifest.json").read_text())
+    deep: Any = 1
+    for _ in range(400):
+        deep = [deep]
+    manifest["corpus"]["options"] = {"x": deep}
+    (capture / "manifest.json").write_text(json.dumps(manifest))
+    try:
+        pull(PullConfig(source=str(capture), destination=str(tmp_path / "out")), Silent())
+    except XtokenError:
+        assert not (tmp_path / "out" / "manifest.json").exists()
+    else:
+        verify(str(tmp_path / "out"))
