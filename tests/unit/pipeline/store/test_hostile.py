@@ -298,7 +298,9 @@ def with_table(root: Path, name: str, table: pa.Table) -> Path:
 def test_a_vocabulary_without_codes_or_with_two_of_them(tmp_path: Path, twice: bool) -> None:
     root = Path(shutil.copytree(GOLDEN / "v2-topk", tmp_path / "dataset"))
     vocab = pq.read_table(root / "vocab.parquet")
-    with_table(root, "vocab.parquet", vocab.append_column("code", vocab["code"]) if twice else vocab.drop_columns("code"))
+    with_table(
+        root, "vocab.parquet", vocab.append_column("code", vocab["code"]) if twice else vocab.drop_columns("code")
+    )
     for reader in (verify, inspect, lambda where: list(iter_capture(where))):
         with pytest.raises(VerificationError):
             reader(str(root))
