@@ -73,9 +73,6 @@ class RowsConfig(CorpusConfig):
         "auto", description="Show the teacher BOS first; auto: as its tokenizer does."
     )
     text: bool = Field(True, description="Store the text in the capture; without it, align needs --corpus.")
-    student: str | None = Field(
-        None, description="Tokenizer of an intended student: checked on every sample while the teacher runs."
-    )
     workers: int = Field(1, ge=1, description="Worker processes, one engine each.")
     shard_bytes: int = Field(1 << 20, ge=1, description="Text per shard in bytes: what one crash can cost.")
     batch_tokens: int = Field(2048, ge=1, description="Teacher tokens per forward call.")
@@ -127,6 +124,9 @@ class PrecomputeConfig(RowsConfig):
     """Run a teacher over a corpus and store its rows: the most probable entries, or draws."""
 
     out: str = Field(description="Folder or URL of the capture; the same command on it resumes.")
+    student: str | None = Field(
+        None, description="Tokenizer of an intended student: checked on every sample while the teacher runs."
+    )
 
 
 class EstimateConfig(RowsConfig):
@@ -135,7 +135,7 @@ class EstimateConfig(RowsConfig):
     pilot_tokens: int = Field(
         2000, ge=1, description="Teacher tokens that are really scored, taken evenly from the corpus."
     )
-    like: str | None = Field(None, description="Take bytes and speed from this capture instead of running the teacher.")
+    like: str | None = Field(None, description="Take bytes from this capture, run no teacher; speed is then unknown.")
 
 
 class ProjectConfig(Config):
