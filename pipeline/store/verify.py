@@ -41,7 +41,9 @@ def verify(root: str, progress: Callable[[int], None] | None = None) -> dict[str
     try:
         manifest = read_any_manifest(root)
     except XtokenError as error:
-        raise _damaged(root, [*problems, str(error)]) if problems else error from error
+        if problems:
+            raise _damaged(root, [*problems, str(error)]) from error
+        raise
     problems += [*_side_problems(folder, manifest), *_record_problems(root, manifest), *seal_problems(folder, manifest)]
     check = _part_check(manifest)
     for part in manifest.parts:
