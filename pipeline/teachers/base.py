@@ -3,7 +3,7 @@
 Shapes: T tokens of one sequence, R = T - 1 rows, K entries per row, n temperatures other than 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,10 +58,20 @@ class TeacherRows:
     draws: Draws | None = None
 
 
+Batch = Sequence[tuple[Hashable, NDArray[np.int32]]]
+"""Sequences of token ids, each under a key of the caller's."""
+
+
 class Teacher(Protocol):
-    """An engine with one model loaded."""
+    """An engine with one model loaded.
+
+    Attributes:
+        info: what it is.
+        settings: what it was started with that can change rows or speed; the same on every worker of a run.
+    """
 
     info: TeacherInfo
+    settings: dict[str, str | int | float | bool]
 
     def rows(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows]:
         """Score token-id sequences (BOS included where wanted), each of at least 2 tokens.
@@ -69,6 +79,26 @@ class Teacher(Protocol):
         Returns one ``TeacherRows`` per sequence, in order; a sequence of T tokens has T - 1 rows.
         """
         ...
+
+    def stream(self, batches: Iterator[Batch | None]) -> Iterator[tuple[Hashable, TeacherRows]]:
+        """Score batches as they come; yields (key, rows) in any order, all of them before it ends.
+
+        ``None`` among the batches says that nothing is ready just now: the engine goes on with what it has and asks
+        again. The caller gives it only while something is unanswered.
+        """
+        ...
+
+    def second_path(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows] | None:
+        """What ``rows`` gives, taken out of the same engine another way; None where there is no other way."""
+        ...
+
+
+def stream_batches(teacher: Teacher, batches: Iterator[Batch | None]) -> Iterator[tuple[Hashable, TeacherRows]]:
+    """``Teacher.stream`` by one call of ``rows`` for each batch: which sequences meet decides how floats add up."""
+    for batch in batches:
+        assert batch is not None, "nothing is ready and nothing is unanswered"
+        keys, sequences = [key for key, _ in batch], [ids for _, ids in batch]
+        yield from zip(keys, teacher.rows(sequences), strict=True)
 
 
 def entries_asked(config: RowsConfig) -> int:

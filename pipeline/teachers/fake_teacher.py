@@ -7,12 +7,12 @@ any vocabulary. The whole pipeline is tested on it. Nothing but numpy is needed.
 Shapes: R rows, C candidates, K entries asked for, U teacher vocabulary, n temperatures other than 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.teachers.base import Draws, TeacherRows, entries_asked
+from pipeline.teachers.base import Batch, Draws, TeacherRows, entries_asked, stream_batches
 from pipeline.teachers.draws import Sampler, counted, draw_row
 from pipeline.tokens import TokenTable
 from schemas.config import PrecomputeConfig
@@ -38,6 +38,7 @@ class FakeTeacher:
         sampler: Sampler | None = None,
     ) -> None:
         self.info = info
+        self.settings: dict[str, str | int | float | bool] = {}
         self._k = k
         self._temperatures = temperatures
         self._sampler = sampler
@@ -47,6 +48,15 @@ class FakeTeacher:
     def rows(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows]:
         """Score sequences (see ``pipeline.teachers.base.Teacher``)."""
         return [self._sequence(ids) for ids in batch]
+
+    def stream(self, batches: Iterator[Batch | None]) -> Iterator[tuple[Hashable, TeacherRows]]:
+        """Batch by batch (see ``pipeline.teachers.base.Teacher``)."""
+        return stream_batches(self, batches)
+
+    def second_path(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows] | None:
+        """None: there is no other way to the same rows."""
+        del batch
+        return None
 
     def _sequence(self, ids: NDArray[np.int32]) -> TeacherRows:
         before = np.concatenate([[len(self._space_U)], ids[:-2]]).astype(np.int64)

@@ -7,7 +7,7 @@ model is loaded, by comparison with its own forward pass, and then run whole, on
 Shapes: B batch, T teacher tokens, N positions of a batch that predict a token, H hidden, U teacher vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.teachers import model_source
-from pipeline.teachers.base import TeacherRows, check_prompt, entries_asked
+from pipeline.teachers.base import Batch, TeacherRows, check_prompt, entries_asked, stream_batches
 from pipeline.teachers.draws import Sampler
 from pipeline.teachers.logit_rows import RowReader, cut, join
 from pipeline.tokens import TokenTable
@@ -124,9 +124,16 @@ class HfTeacher:
     """A transformers model; see the module."""
 
     def __init__(
-        self, source: LogitSource, reader: RowReader, info: TeacherInfo, device: torch.device, batch_tokens: int
+        self,
+        source: LogitSource,
+        reader: RowReader,
+        info: TeacherInfo,
+        device: torch.device,
+        batch_tokens: int,
+        attention: str = "",
     ) -> None:
         self.info = info
+        self.settings: dict[str, str | int | float | bool] = {"batch_tokens": batch_tokens, "attention": attention}
         self._source = source
         self._reader = reader
         self._device = device
@@ -152,6 +159,15 @@ class HfTeacher:
                 "use a smaller --batch-tokens or --max-tokens"
             ) from error
         return [found[index] for index in range(len(batch))]
+
+    def stream(self, batches: Iterator[Batch | None]) -> Iterator[tuple[Hashable, TeacherRows]]:
+        """Batch by batch (see ``pipeline.teachers.base.Teacher``)."""
+        return stream_batches(self, batches)
+
+    def second_path(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows] | None:
+        """None: there is no other way to the same rows."""
+        del batch
+        return None
 
     def _group(self, sequences: list[NDArray[np.int32]]) -> list[TeacherRows]:
         lengths = [len(ids) for ids in sequences]
@@ -210,7 +226,8 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable) -> HfTeacher:
     space = np.flatnonzero(table.starts_with_space()[: info.vocab_rows])
     space_P, sampler = torch.from_numpy(space).to(device), Sampler.of(config, table.size)
     reader = RowReader(entries_asked(config), space_P, tuple(config.temperatures), sampler)
-    return HfTeacher(source, reader, info, device, config.batch_tokens)
+    attention = str(getattr(model.config, "_attn_implementation", ""))
+    return HfTeacher(source, reader, info, device, config.batch_tokens, attention)
 
 
 def pick_source(model: Any) -> LogitSource:

