@@ -5,13 +5,17 @@ wrong are checked here, before anything expensive starts.
 """
 
 import re
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from schemas.capture_config import CorpusConfig as CorpusConfig
+from schemas.capture_config import EstimateConfig as EstimateConfig
+from schemas.capture_config import PrecomputeConfig as PrecomputeConfig
+from schemas.capture_config import RowsConfig as RowsConfig
+from schemas.fields import ARGUMENT, Config, argument
 from schemas.tables import LOSSES
 
-ARGUMENT: Any = {"argument": True}
 RULES = ("pieces", "first-piece", "reverse", "random")
 CATEGORIES = (
     "numerals_1",
@@ -25,117 +29,6 @@ CATEGORIES = (
     "partial_utf8",
     "specials",
 )
-
-
-def argument(description: str) -> Any:
-    """A required positional field."""
-    return Field(description=description, json_schema_extra=ARGUMENT)
-
-
-class Config(BaseModel):
-    """What every verb's configuration is: closed, and never changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CorpusConfig(Config):
-    """Which documents are read, and what happens to bad ones."""
-
-    corpus: str = argument(
-        "File, folder or fsspec URL: .jsonl[.zst|.gz], .parquet, .txt, .md, or a saved Hugging Face dataset."
-    )
-    text_field: str = Field("text", description="Field or column that holds the text.")
-    id_field: str | None = Field(None, description="Field with a unique document id; else file name and record number.")
-    limit: int | None = Field(None, ge=1, description="Read only the first N documents.")
-    on_bad: Literal["stop", "skip"] = Field(
-        "stop", description="A bad document stops the run, or is counted and skipped."
-    )
-
-
-class RowsConfig(CorpusConfig):
-    """Which teacher gives rows of which corpus, and what is kept of them."""
-
-    teacher: str = Field(description="Hugging Face id or folder of the teacher.")
-    backend: Literal["hf", "vllm", "fake"] = Field("hf", description="Engine that runs the teacher.")
-    codec: Literal["topk", "sampled"] = Field(
-        "topk", description="topk serves every loss; sampled (full rows: hf) is unbiased for p-kl, sparse-kl, the root."
-    )
-    k: int = Field(64, ge=1, le=255, description="topk: keep at most K entries per position.")
-    min_p: float = Field(
-        0.003, ge=0.0, lt=1.0, description="topk: keep entries of at least this probability (and always one)."
-    )
-    draws: int = Field(50, ge=1, le=1000, description="sampled: draws per position.")
-    seed: int = Field(0, ge=0, description="sampled: the draws follow from it and the sample's tokens.")
-    max_tokens: int = Field(
-        512, ge=8, description="Most teacher tokens per sample; longer documents are cut into windows."
-    )
-    bos: Literal["auto", "always", "never"] = Field(
-        "auto", description="Show the teacher BOS first; auto: as its tokenizer does."
-    )
-    text: bool = Field(True, description="Store the text in the capture; without it, align needs --corpus.")
-    workers: int = Field(1, ge=1, description="Worker processes, one engine each.")
-    shard_bytes: int = Field(1 << 20, ge=1, description="Text per shard in bytes: what one crash can cost.")
-    batch_tokens: int = Field(2048, ge=1, description="Teacher tokens per forward call.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: float32 on CPU, bfloat16 on GPU."
-    )
-    temperatures: list[float] = Field(
-        default=[],
-        description="Also store the exact normaliser at these temperatures, such as 2,4 (needs full rows: hf).",
-    )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    revision: str | None = Field(None, description="Revision of a hub model.")
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
-
-    @model_validator(mode="after")
-    def _min_p_must_leave_room(self) -> "RowsConfig":
-        if self.min_p * self.k > 1 and self.min_p > 0.5:
-            raise ValueError(
-                f"min_p={self.min_p} keeps at most one entry whatever k is; use --k 1 or a smaller --min-p"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _flags_of_one_codec(self) -> "RowsConfig":
-        others = {"topk": ("draws", "seed"), "sampled": ("k", "min_p")}[self.codec]
-        for name in others:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                raise ValueError(f"{flag} means nothing to --codec {self.codec}; leave one of them out")
-        return self
-
-    @model_validator(mode="after")
-    def _draws_are_of_temperature_1(self) -> "RowsConfig":
-        if self.codec == "sampled" and self.temperatures:
-            named = ",".join(f"{tau:g}" for tau in self.temperatures)
-            raise ValueError(f"--codec sampled draws at temperature 1, so --temperatures {named} needs --codec topk")
-        return self
-
-    @field_validator("temperatures")
-    @classmethod
-    def _positive_temperatures(cls, value: list[float]) -> list[float]:
-        for tau in value:
-            if not 0 < tau < float("inf"):
-                raise ValueError(f"a temperature of {tau:g} divides by nothing; give numbers above 0, such as 2,4")
-        return sorted(set(value) - {1.0})
-
-
-class PrecomputeConfig(RowsConfig):
-    """Run a teacher over a corpus and store its rows: the most probable entries, or draws."""
-
-    out: str = Field(description="Folder or URL of the capture; the same command on it resumes.")
-    student: str | None = Field(
-        None, description="Tokenizer of an intended student: checked on every sample while the teacher runs."
-    )
-
-
-class EstimateConfig(RowsConfig):
-    """Say how many bytes, how long and how much disk a capture takes, before it runs."""
-
-    pilot_tokens: int = Field(
-        2000, ge=1, description="Teacher tokens that are really scored, taken evenly from the corpus."
-    )
-    like: str | None = Field(None, description="Take bytes from this capture, run no teacher; speed is then unknown.")
 
 
 class ProjectConfig(Config):
@@ -375,6 +268,7 @@ class VerifyConfig(Config):
     """Check every file's sha256, schema, counts and row invariants; exit code 3 when something is wrong."""
 
     path: str = argument("Folder or URL of a capture, projection or targets.")
+    audit: bool = Field(False, description="Also show how rows compared with the same tokens scored another way.")
 
 
 class DemoConfig(Config):

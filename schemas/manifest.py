@@ -10,7 +10,15 @@ import sys
 from importlib import metadata
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from schemas.errors import XtokenError
 from schemas.remote import open_url
@@ -23,8 +31,13 @@ MANIFEST = "manifest.json"
 MANIFEST_BYTES = 64 << 20  # of some 100,000 parts
 _LONGEST = 1 << 20
 _MOST_TOKENS = 1 << 24
+MOST_AUDITS = 1 << 16  # one for each start of a worker
 _Count = Annotated[int, Field(ge=0, le=1 << 53)]
 _Size = Annotated[int, Field(ge=0, le=_MOST_TOKENS)]
+_Nats = Annotated[float, Field(ge=0.0)]
+_Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# Fields of a capture's manifest that older versions did not have.
+_SINCE_3 = ("engine_settings", "audits")
 
 
 class _Record(BaseModel):
@@ -108,6 +121,12 @@ class CodecInfo(_Record):
         return self
 
 
+EngineSettings = Annotated[
+    dict[Annotated[str, Field(max_length=100)], Annotated[str, Field(max_length=4096)] | bool | int | float],
+    Field(max_length=256),
+]
+
+
 class CorpusInfo(_Record):
     source: str
     hash: str
@@ -125,6 +144,32 @@ class Origin(_Record):
     parts: str | None = None
     where: str | None = None
     columns: list[str] | None = None
+
+
+class AuditRecord(_Record):
+    """Stored rows of one shard against the same tokens scored again by another way; differences are absolute, in nats.
+
+    Codec ``topk``: what is stored is rounded to the codec's step, so ``entries_*`` hold up to half a step of its own.
+    Codec ``sampled`` has no entries to compare: ``entries_*``, ``same_top1`` and ``kl_mean`` are None.
+    """
+
+    method: Literal["path", "hf"] = Field(description="path: the engine's other way out; hf: transformers")
+    against: str = Field(max_length=1000, description="engine, version and precision of the other way")
+    capture_path: str = Field(max_length=1000, description="which way the stored rows left the engine")
+    samples: _Count
+    rows: _Count
+    realised_mean: _Nats = Field(description="log-probability of the token in the text")
+    realised_p99: _Nats
+    realised_max: _Nats
+    entries_mean: _Nats | None = Field(None, description="topk: log-probability of the entries that both have")
+    entries_max: _Nats | None = None
+    same_top1: _Share | None = Field(None, description="topk: share of rows with the same most probable token")
+    ids_in_common: _Share = Field(description="share of the stored entries, or draws, that the other way gives too")
+    kl_mean: _Nats | None = Field(
+        None, description="topk: KL(other || stored) over the stored entries and REST; what it did not give is little"
+    )
+    entropy_mean: _Nats | None = Field(None, description="sampled: entropy of the row")
+    entropy_max: _Nats | None = None
 
 
 class _Manifest(_Record):
@@ -151,6 +196,18 @@ class CaptureManifest(_Manifest):
     left_out: list[str] = Field(default_factory=list, description="columns that a subset dropped")
     licenses: dict[str, str] = Field(default_factory=dict, description="of the corpus and of the teacher's outputs")
     derived_from: list[Origin] = Field(default_factory=list, description="of a subset or a merge")
+    engine_settings: EngineSettings = Field(default_factory=dict, description="what the first engine was started with")
+    audits: list[AuditRecord] = Field(
+        default_factory=list, max_length=MOST_AUDITS, description="of rows of the whole capture this is, or is part of"
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_its_version_has_it(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # releases that write version 2 refuse fields they do not know, and a subset of theirs stays version 2
+        found: dict[str, Any] = handler(self)
+        if self.schema_version >= 3:
+            return found
+        return {name: value for name, value in found.items() if value or name not in _SINCE_3}
 
     @model_validator(mode="after")
     def _whole_groups_left_out(self) -> "CaptureManifest":

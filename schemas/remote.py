@@ -6,7 +6,9 @@ Credentials and endpoints are those of fsspec and its clients: nothing of them p
 import errno
 import io
 import os
+import random
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.errors import VerificationError, XtokenError
+from schemas.errors import Unreachable, VerificationError, XtokenError
 from schemas.limits import FOOTER_BYTES
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,6 +38,19 @@ _WAY_OUT = {
     "s3a": _S3,
     "hf": "check the name and its rights; the token comes from HF_TOKEN or 'hf auth login'",
 }
+# What passes by itself, by the names that clients give it, the answer's HTTP status, and the system's error numbers.
+_PASSING = {"ConnectionError", "Timeout", "TimeoutError", "FSTimeoutError", "HTTPClientError", "ChunkedEncodingError"}
+_PASSING |= {"ClientConnectionError", "ClientPayloadError", "IncompleteRead", "ResponseParserError", "TransportError"}
+_PASSING |= {"ServiceRequestError", "ServiceResponseError"}
+_STAYING = {"SSLError", "ClientSSLError"}
+_PASSING_CODES = {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "InternalError"}
+_PASSING_CODES |= {"ServiceUnavailable", "OperationAborted", "ConditionalRequestConflict"}
+_PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504, 509}
+_PASSING_ERRNO = {errno.EBUSY, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
+_PASSING_ERRNO |= {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE}
+_ROUNDS = 2  # of s3fs, around botocore's five tries of a request; a download takes their square
+_PATIENCE_SECONDS = 300.0
+_BACKOFF_SECONDS = (0.5, 30.0)
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -59,6 +74,9 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         raise XtokenError(f"{url} cannot be opened: {error}; {way_out}") from error
     except ValueError as error:
         raise XtokenError(f"{url} cannot be opened: {error}; check the URL") from error
+    if protocol(url) in ("s3", "s3a"):
+        # five rounds of five tries, each until a time-out, are longer than a lease
+        fs.retries = min(fs.retries, _ROUNDS)
     return fs, str(path)
 
 
@@ -71,7 +89,8 @@ def is_local(url: str) -> bool:
 def named_errors(url: str) -> Iterator[None]:
     """Turn what a network, a server or missing credentials raise inside the block into XtokenError with the way out.
 
-    FileNotFoundError and FileExistsError stay what they are: callers know what they mean.
+    What may pass by itself (no answer, an answer of 5xx, throttling) becomes Unreachable. FileNotFoundError and
+    FileExistsError stay what they are: callers know what they mean.
     """
     try:
         yield
@@ -79,7 +98,67 @@ def named_errors(url: str) -> Iterator[None]:
         if not protocol(url) or not _of_network(error):
             raise
         way_out = _WAY_OUT.get(protocol(url), "check the URL, and credentials as fsspec's client of it takes them")
-        raise XtokenError(f"{url}: {_said(error)}; {way_out}") from error
+        kind = Unreachable if may_pass(error) else XtokenError
+        raise kind(f"{url}: {_said(error)}; {way_out}") from error
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error of a client or of the system says that the server is out of reach, or too busy, for now."""
+    names = {base.__name__ for base in type(error).__mro__}
+    if names & _STAYING or names & _PASSING:
+        return not names & _STAYING
+    # s3fs translates botocore's errors and loses the status
+    answers = [found for found in (error, error.__cause__) if found is not None]
+    if any(_answer(found, "Error", "Code") in _PASSING_CODES or _status(found) in _PASSING_STATUS for found in answers):
+        return True
+    return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
+
+
+def _answer(error: BaseException, *keys: str) -> Any:
+    """A value in what botocore keeps of an answer."""
+    found = getattr(error, "response", None)
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status of the answer that an error is about, as far as its client tells."""
+    response = getattr(error, "response", None)
+    found = _answer(error, "ResponseMetadata", "HTTPStatusCode")
+    for value in (found, getattr(response, "status_code", None), getattr(error, "status", None)):
+        if isinstance(value, int):
+            return value
+    code = str(getattr(error, "code", ""))  # gcsfs
+    return int(code) if code.isdecimal() else None
+
+
+def patiently(
+    step: Callable[[], R],
+    seconds: float = _PATIENCE_SECONDS,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> R:
+    """What ``step`` returns, done again while its server is out of reach.
+
+    Args:
+        step: does no harm when it is done twice, also where the first time worked and only its answer was lost.
+        seconds: after which no new try is begun.
+        sleep, clock: of the process, for tests.
+
+    Raises:
+        Unreachable: of the last try.
+    """
+    until, wait = clock() + seconds, _BACKOFF_SECONDS[0]
+    while True:
+        try:
+            return step()
+        except Unreachable:
+            if clock() + wait > until:
+                raise
+        sleep(wait * random.uniform(0.5, 1.0))  # workers that failed together do not come back together
+        wait = min(2 * wait, _BACKOFF_SECONDS[1])
 
 
 def _of_network(error: Exception) -> bool:

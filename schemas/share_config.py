@@ -4,7 +4,7 @@ import re
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.config import ARGUMENT, Config, argument
+from schemas.fields import ARGUMENT, Config, argument
 from schemas.tables import DROPPABLE
 
 LICENSED = ("corpus", "outputs")

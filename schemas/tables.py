@@ -10,8 +10,10 @@ from typing import NamedTuple
 import pyarrow as pa
 
 # A release writes the first and reads all from the second on: a capture must stay readable.
-SCHEMA_VERSIONS = {"capture": 2, "projection": 1, "targets": 3}
+SCHEMA_VERSIONS = {"capture": 3, "projection": 1, "targets": 3}
 OLDEST_READ = {"capture": 1, "projection": 1, "targets": 2}
+# A capture's parts are written as now since this version: the later one added to the manifest only.
+PARTS_SINCE = 2
 
 
 def _field(name: str, kind: pa.DataType, doc: str, *, nullable: bool = False) -> pa.Field:
@@ -78,7 +80,7 @@ CODED = {"topk_codes": "topk_ids", "draw_codes": "draw_ids"}
 
 
 def capture(
-    temperatures: Iterable[float] = (), codec: str = "topk", left_out: Iterable[str] = (), *, version: int = 2
+    temperatures: Iterable[float] = (), codec: str = "topk", left_out: Iterable[str] = (), *, version: int = PARTS_SINCE
 ) -> pa.Schema:
     """Schema of a capture.
 

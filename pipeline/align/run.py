@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.align.stage import AlignJob, read_part, refuse_other_tokenizer
 from pipeline.align.texts import CorpusTexts, refuse_without_text
 from pipeline.capture.executor import LocalExecutor
+from pipeline.capture.work import Event
 from pipeline.project.build import build_w
 from pipeline.project.files import read_projection, write_table, write_tables
 from pipeline.project.projection import Projection
@@ -218,9 +219,11 @@ class _Advance:
         self._progress = progress
         self._tokens = tokens
 
-    def part(self, part: Part) -> None:
-        """See ``Watch``."""
-        self._progress.advance(self._tokens[part.index], chunks=part.counts.get("chunks", 0))
-
-    def told(self, shard: int, done: int) -> None:
+    def see(self, event: Event) -> None:
         """See ``Watch``; parts are short enough to be told whole."""
+        if event.kind == "part" and event.part is not None:
+            self._progress.advance(self._tokens[event.shard], chunks=event.part.counts.get("chunks", 0))
+
+    def tick(self) -> None:
+        """See ``Watch``."""
+

@@ -19,7 +19,7 @@ from pipeline.align.queries import query
 from pipeline.align.rows import Recipe
 from pipeline.align.targets import Maps, target_batch
 from pipeline.align.texts import CorpusTexts, refuse_without_text
-from pipeline.capture.executor import Tell, tell_nobody
+from pipeline.capture.work import OneByOne, Tell, tell_nobody
 from pipeline.project.projection import Projection, Unreached
 from pipeline.store.checks import CaptureCheck
 from pipeline.store.codes import restore_ids
@@ -52,6 +52,11 @@ class AlignJob:
     codec: CodecInfo
     teacher_eos: int | None
 
+    @property
+    def ahead(self) -> int:
+        """See ``Job``: parts are built one at a time."""
+        return 1
+
     def open(self, slot: int = 0) -> "AlignWorker":  # noqa: ARG002
         """Load the student's tokenizer and prepare W and, for byte-prefix, the teacher's vocabulary.
 
@@ -79,7 +84,7 @@ def refuse_other_tokenizer(side: str, found: TokenizerInfo, wanted: TokenizerInf
 
 
 @dataclass(frozen=True)
-class AlignWorker:
+class AlignWorker(OneByOne):
     """Builds target parts; part n of the targets is part n of the capture."""
 
     job: AlignJob

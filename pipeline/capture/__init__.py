@@ -1,6 +1,7 @@
-"""Capture: plan the corpus, run a teacher over it in worker processes, commit part by part."""
+"""Capture: plan the corpus, run a teacher over it in workers of one machine or many, commit part by part."""
 
-from pipeline.capture.executor import Executor, Job, LocalExecutor, Worker
+from pipeline.capture.executor import LocalExecutor
 from pipeline.capture.precompute import precompute
+from pipeline.capture.work import Executor, Job, Worker
 
 __all__ = ["Executor", "Job", "LocalExecutor", "Worker", "precompute"]

@@ -1,4 +1,4 @@
-"""One GPU per worker process, decided before anything in it touches CUDA."""
+"""The GPUs of each worker process, decided before anything in it touches CUDA."""
 
 import os
 from pathlib import Path
@@ -15,8 +15,9 @@ def visible_gpus() -> list[str]:
     return [str(index) for index, _ in enumerate(_DEV.glob("nvidia[0-9]*"))]
 
 
-def pin_gpu(slot: int) -> None:
-    """Show this process one GPU only, the one of its slot; workers beyond the number of GPUs share them in turn."""
+def pin_gpus(slot: int, count: int = 1) -> None:
+    """Show this process ``count`` GPUs only, those of its slot; workers beyond the last full group share in turn."""
     gpus = visible_gpus()
-    if len(gpus) > 1:
-        os.environ[VISIBLE] = gpus[slot % len(gpus)]
+    if len(gpus) > count:
+        first = slot % (len(gpus) // count) * count
+        os.environ[VISIBLE] = ",".join(gpus[first : first + count])

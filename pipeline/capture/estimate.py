@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.capture.fleet import fleet_here
 from pipeline.capture.plan import Plan
 from pipeline.capture.pool import POOL, Pool, Ratio, evenly, ratio, take_pool
 from pipeline.capture.precompute import write_vocab
@@ -32,7 +33,7 @@ from pipeline.store.writer import ROW_GROUP
 from pipeline.teachers import check_backend, open_teacher
 from pipeline.teachers.base import entries_asked
 from pipeline.tokens import TextTokenizer
-from schemas.config import EstimateConfig, PrecomputeConfig, RowsConfig
+from schemas.capture_config import EstimateConfig, PrecomputeConfig, RowsConfig
 from schemas.errors import XtokenError
 from schemas.manifest import CaptureManifest, CodecInfo, CorpusInfo, read_manifest
 from schemas.progress import Progress
@@ -58,7 +59,7 @@ class _Told:
 
 
 @dataclass(frozen=True)
-class _Costs:
+class Costs:
     """What the pilot says about every other token.
 
     Attributes:
@@ -96,29 +97,75 @@ def estimate(config: EstimateConfig, progress: Progress) -> dict[str, Any]:
         return _piloted(config, PrecomputeConfig(**given, out=folder), progress)
 
 
-def _piloted(asked: EstimateConfig, config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Pilot:
+    """What a pilot found.
+
+    Attributes:
+        pool: the corpus and what was taken from it.
+        costs: what a token costs.
+        rate: rows per second of one worker with the machine for itself, once its engine is warm.
+        start_up: seconds until the engine is ready.
+        device: what the engine runs on.
+        tokens, windows: what was scored; all there is if ``whole``.
+    """
+
+    pool: Pool
+    costs: Costs
+    rate: float
+    start_up: float
+    device: str
+    tokens: int
+    windows: int
+    whole: bool
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of a capture's parts."""
+        return sum(self.costs.columns.values()) + self.costs.overhead / (self.costs.tokens.value * self.pool.text_bytes)
+
+
+def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pilot:
+    """Read the corpus once, and score about so many tokens of it; ``config.out`` is a folder to write to.
+
+    Raises:
+        XtokenError: bad input, or a teacher that cannot be loaded or does not fit the flags.
+    """
     check_backend(config)
     tokenizer = open_tokenizer(config)
     if entries_asked(config) > tokenizer.table.size:
         size = tokenizer.table.size
         raise XtokenError(f"--k {config.k} is more than the vocabulary's {size} tokens; use --k {size}")
-    pool = take_pool(config, config.shard_bytes, max(POOL, _WIDEST * asked.pilot_tokens), progress)
+    pool = take_pool(config, config.shard_bytes, max(POOL, _WIDEST * tokens), progress)
     pieces = [list(windows(piece, tokenizer, config.max_tokens)) for piece in pool.pieces]
-    chosen = _choose([window for piece in pieces for window in piece], asked.pilot_tokens)
+    chosen = _choose([window for piece in pieces for window in piece], tokens)
     began = time.monotonic()
-    worker = _open_worker(config, pool, tokenizer)
+    worker, device = _open_worker(config, pool, tokenizer)
     opened = time.monotonic() - began
     samples, seconds = _score(worker, chosen, progress)
-    costs = _costs(config, pool, pieces, samples, tokenizer)
     rows = sum(len(sample.realised_logprob) for sample in samples)
+    return Pilot(
+        pool=pool,
+        costs=_costs(config, pool, pieces, samples, tokenizer),
+        rate=rows / max(seconds, 1e-9),
+        start_up=opened,
+        device=device,
+        tokens=sum(len(sample.teacher_ids) for sample in samples),
+        windows=len(samples),
+        whole=pool.whole and len(samples) == sum(map(len, pieces)),
+    )
+
+
+def _piloted(asked: EstimateConfig, config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
+    pilot = take_pilot(config, asked.pilot_tokens, progress)
     return {
-        **_corpus_figures(pool, costs.tokens),
-        **_disk_figures(costs, pool.text_bytes),
+        **_corpus_figures(pilot.pool, pilot.costs.tokens),
+        **_disk_figures(pilot.costs, pilot.pool.text_bytes),
         **_row_figures(config),
-        **_time_figures(costs, pool.text_bytes, rows / max(seconds, 1e-9), opened, config),
-        "pilot_tokens": sum(len(sample.teacher_ids) for sample in samples),
-        "pilot_windows": len(samples),
-        "whole_corpus_scored": pool.whole and len(samples) == sum(map(len, pieces)),
+        **_time_figures(pilot, config),
+        "pilot_tokens": pilot.tokens,
+        "pilot_windows": pilot.windows,
+        "whole_corpus_scored": pilot.whole,
     }
 
 
@@ -128,13 +175,13 @@ def _choose(found: Sequence[Window], tokens: int) -> list[Window]:
     return evenly(found, math.ceil(len(found) * tokens / max(total, 1)))
 
 
-def _open_worker(config: PrecomputeConfig, pool: Pool, tokenizer: TextTokenizer) -> CaptureWorker:
-    """The worker of a capture, without a shard to run."""
+def _open_worker(config: PrecomputeConfig, pool: Pool, tokenizer: TextTokenizer) -> tuple[CaptureWorker, str]:
+    """The worker of a capture, without a shard to run, and what it runs on."""
     info = CorpusInfo(source=config.corpus, hash="", documents=pool.documents, text_bytes=pool.text_bytes)
     plan = Plan(corpus=info, files=pool.files, shard_bytes=config.shard_bytes, shards=[])
     teacher = open_teacher(config, tokenizer.table)
     check_teacher(config, teacher.info)
-    return CaptureWorker(config, plan, tokenizer, teacher, None)
+    return CaptureWorker(config, plan, tokenizer, teacher, None), teacher.info.device
 
 
 def _score(worker: CaptureWorker, chosen: Sequence[Window], progress: Progress) -> tuple[list[Sample], float]:
@@ -155,7 +202,7 @@ def _costs(
     pieces: Sequence[Sequence[Window]],
     samples: Sequence[Sample],
     tokenizer: TextTokenizer,
-) -> _Costs:
+) -> Costs:
     folder, codec = Path(config.out), codec_info(config)
     schema = capture(codec.temperatures, codec.name)
     found = [window for piece in pieces for window in piece]
@@ -170,7 +217,7 @@ def _costs(
     total = tokens.value * pool.text_bytes
     # a part's last group of rows is not full
     groups = total / pool_tokens * len(found) / ROW_GROUP + pool.shards / 2
-    return _Costs(
+    return Costs(
         tokens=tokens,
         columns=columns,
         row_bytes=_row_bytes(folder, samples, schema, codes, pilot_tokens / total),
@@ -236,7 +283,7 @@ def _corpus_figures(pool: Pool, tokens: Ratio) -> dict[str, Any]:
     }
 
 
-def _disk_figures(costs: _Costs, text_bytes: int) -> dict[str, Any]:
+def _disk_figures(costs: Costs, text_bytes: int) -> dict[str, Any]:
     tokens = costs.tokens.value * text_bytes
     in_rows = tokens * sum(size for name, size in costs.columns.items() if name not in _TEXT_COLUMNS)
     parts = tokens * sum(costs.columns.values()) + costs.overhead
@@ -284,30 +331,17 @@ def _mass(steps_R: NDArray[np.uint16], step: float) -> NDArray[np.float64]:
     return np.where(steps_R == NO_REST, 0.0, np.exp(-step * steps_R.astype(np.float64)))
 
 
-def _time_figures(
-    costs: _Costs, text_bytes: int, rate: float, opened: float, config: PrecomputeConfig
-) -> dict[str, Any]:
+def _time_figures(pilot: Pilot, config: PrecomputeConfig) -> dict[str, Any]:
     """Rows per second are of one worker with the machine for itself."""
-    engines = _engines(config)
-    tokens = costs.tokens.value * text_bytes
+    fleet = fleet_here(config, pilot.device)
+    tokens = pilot.costs.tokens.value * pilot.pool.text_bytes
     return {
-        "rows_per_s": rate,
-        "start_up_s": opened,
-        "workers": config.workers,
-        "workers_that_add_speed": engines,
-        "hours": (opened + tokens / (rate * engines)) / 3600,
+        "rows_per_s": pilot.rate,
+        "start_up_s": pilot.start_up,
+        "workers": fleet.workers,
+        "workers_that_add_speed": fleet.engines,
+        "hours": (pilot.start_up + tokens / (pilot.rate * fleet.engines)) / 3600,
     }
-
-
-def _engines(config: PrecomputeConfig) -> int:
-    """Workers that have a processor of their own: on CPU one real engine uses all cores already."""
-    import torch
-
-    if config.backend == "fake":
-        return config.workers
-    if config.device == "auto" and torch.cuda.is_available():
-        return min(config.workers, torch.cuda.device_count())
-    return 1
 
 
 def _like(config: EstimateConfig, manifest: CaptureManifest, progress: Progress) -> dict[str, Any]:

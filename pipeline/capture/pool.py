@@ -25,17 +25,22 @@ class Pool:
 
     Attributes:
         documents, text_bytes: of the whole corpus.
-        shards: parts that a capture with this ``shard_bytes`` has.
+        sizes: bytes of text of each part that a capture with this ``shard_bytes`` has.
         files: names and sizes, in order.
         pieces: documents, or pieces of long ones; all of the corpus if ``whole``.
     """
 
     documents: int
     text_bytes: int
-    shards: int
+    sizes: list[int]
     files: list[tuple[str, int]]
     pieces: list[Document]
     whole: bool
+
+    @property
+    def shards(self) -> int:
+        """How many parts that makes."""
+        return len(self.sizes)
 
 
 class _Picker:
@@ -94,14 +99,16 @@ def take_pool(config: CorpusConfig, shard_bytes: int, size: int, progress: Progr
         XtokenError: the corpus is missing, empty, or has a bad document under ``--on-bad stop``.
     """
     corpus = Corpus(config)
-    picker, documents, shards, shard = _Picker(size), 0, 0, 0
+    picker, documents, sizes, full = _Picker(size), 0, list[int](), True
     progress.start("read", None, "bytes")
     for document in corpus.documents():
         text_bytes = len(document.text.encode())
         picker.add(document, text_bytes)
         documents += 1
-        shards += shard == 0
-        shard = shard + text_bytes if shard + text_bytes < shard_bytes else 0
+        if full:
+            sizes.append(0)
+        sizes[-1] += text_bytes
+        full = sizes[-1] >= shard_bytes
         progress.advance(text_bytes, documents=documents)
     progress.finish()
     if not documents:
@@ -109,7 +116,7 @@ def take_pool(config: CorpusConfig, shard_bytes: int, size: int, progress: Progr
             f"{config.corpus} has no usable document (bad: {dict(corpus.bad)}); check --text-field and the path"
         )
     files = [(file.name, file.size) for file in corpus.files]
-    return Pool(documents, picker.text_bytes, shards, files, picker.pieces, picker.all is not None)
+    return Pool(documents, picker.text_bytes, sizes, files, picker.pieces, picker.all is not None)
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:

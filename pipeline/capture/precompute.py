@@ -1,12 +1,15 @@
 """precompute: check, plan, run what is not committed yet, write the manifest."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.capture.audit import accepted_audits
+from pipeline.capture.board import Board
 from pipeline.capture.executor import LocalExecutor
 from pipeline.capture.pilot import corpus_codes
 from pipeline.capture.plan import PLAN_FILE, Plan, check_files, settle_plan
@@ -14,11 +17,13 @@ from pipeline.capture.settings import (
     RUN_FILE,
     TEACHER_FILE,
     codec_info,
+    read_engine_settings,
     read_teacher,
     run_hash,
     run_settings,
     settle_settings,
 )
+from pipeline.capture.work import Executor, Job
 from pipeline.capture.worker import CaptureJob, open_tokenizer
 from pipeline.store import Folder, clean, committed, data_name, read_table
 from pipeline.store.codes import Codes, with_codes
@@ -33,42 +38,43 @@ from schemas.manifest import MANIFEST, CaptureManifest, Part, provenance, read_m
 from schemas.progress import Progress
 
 _NAMED = 5
+MakeJob = Callable[[PrecomputeConfig], Job]
 
 
-@dataclass
-class _Reporter:
-    """Passes what workers tell on as progress in bytes of corpus text."""
+@dataclass(frozen=True)
+class _Run:
+    """What a run has settled before any worker starts."""
 
+    config: PrecomputeConfig
+    folder: Folder
+    table: TokenTable
+    settings: dict[str, Any]
     plan: Plan
-    progress: Progress
-    tokens: int = 0
-    shown: dict[int, int] = field(default_factory=dict)
+    files: dict[str, str]
 
-    def part(self, part: Part) -> None:
-        """See ``Watch``."""
-        self.tokens += part.tokens
-        self._advance(part.index, self.plan.shards[part.index].text_bytes)
-
-    def told(self, shard: int, done: int) -> None:
-        """See ``Watch``; an attempt that starts anew moves nothing until it is past the one before."""
-        self._advance(shard, min(done, self.plan.shards[shard].text_bytes))
-
-    def _advance(self, shard: int, done: int) -> None:
-        more = done - self.shown.get(shard, 0)
-        if more > 0:
-            self.shown[shard] = done
-            self.progress.advance(more, **({"tokens": self.tokens} if self.tokens else {}))
+    def mine(self, index: int) -> bool:
+        """Whether a shard is of this cell."""
+        which, count = self.config.cells
+        return index % count == which
 
 
-def precompute(config: PrecomputeConfig, progress: Progress) -> CaptureManifest:
+def precompute(
+    config: PrecomputeConfig,
+    progress: Progress,
+    *,
+    make_job: MakeJob = CaptureJob,
+    executor: Executor | None = None,
+) -> CaptureManifest | None:
     """Run a teacher over a corpus and store its rows; the same command resumes, and a finished one does nothing.
 
     Args:
         config: what to run, on what, and where to.
         progress: told bytes of corpus text done.
+        make_job: what workers open.
+        executor: where they run; left out: what the settings say.
 
     Returns:
-        The manifest, also written to ``config.out``.
+        The manifest, also written to ``config.out``; None under ``--cell``, where the run that has no cell writes it.
 
     Raises:
         XtokenError: bad input, a backend that cannot give it, another run's folder, a corpus that changed, or no room
@@ -83,33 +89,36 @@ def precompute(config: PrecomputeConfig, progress: Progress) -> CaptureManifest:
     settings = _checked_settings(config, tokenizer.table)
     fresh = settle_settings(folder, settings)
     try:
-        return _fill(config, folder, tokenizer, settings, progress)
+        run = _settle(config, folder, tokenizer, settings, progress)
+        return _work(run, executor, make_job, progress)
     except IncompleteRun:
         raise
     except XtokenError:
-        if fresh and not committed(config.out):
+        # other cells may be at work with what lies there
+        if fresh and config.cell is None and not committed(config.out):
             _forget(folder)
         raise
 
 
-def _fill(
+def _settle(
     config: PrecomputeConfig, folder: Folder, tokenizer: TextTokenizer, settings: dict[str, Any], progress: Progress
-) -> CaptureManifest:
+) -> _Run:
+    """Plan and token tables, made by the first run and checked by the later ones; a refused audit stays refused."""
+    accepted_audits(config, folder)
     plan = settle_plan(folder, config, config.shard_bytes, progress)
     if not folder.exists(VOCAB_FILE):
         write_vocab(folder, tokenizer.table, corpus_codes(config, plan, tokenizer))
     files = check_vocab(folder, tokenizer.table)
-    clean(config.out)
-    done = _checked_commits(folder, plan)
-    failed = _run(config, plan, done, progress)
-    manifest = _manifest(config, tokenizer.table, plan, settings, files, failed)
-    if not _is_current(folder, manifest):
-        folder.remove(SUMS_FILE)
-        folder.replace(MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
-    seal(config.out)
-    if failed:
-        raise IncompleteRun(_incomplete(failed, len(plan.shards), config.out))
-    return read_manifest(config.out, CaptureManifest)
+    return _Run(config, folder, tokenizer.table, settings, plan, files)
+
+
+def _executor(config: PrecomputeConfig) -> Executor:
+    if config.ray is None:
+        return LocalExecutor(config.workers or 1, config.lease_seconds)
+    from pipeline.capture.ray_executor import RayExecutor
+
+    gpus, parallel = config.gpus_per_worker, config.tensor_parallel
+    return RayExecutor(config.ray, config.workers, gpus, parallel, config.device, config.lease_seconds)
 
 
 def _forget(folder: Folder) -> None:
@@ -125,21 +134,51 @@ def _checked_settings(config: PrecomputeConfig, table: TokenTable) -> dict[str, 
     return run_settings(config, table, student)
 
 
-def _run(config: PrecomputeConfig, plan: Plan, done: dict[int, Part], progress: Progress) -> dict[int, str]:
-    missing = [shard.index for shard in plan.shards if shard.index not in done]
-    if missing:
-        check_files(config.out, plan, config)
-    label = "precompute" if missing else f"{config.out} is complete, nothing to do"
-    report = _Reporter(plan, progress, sum(part.tokens for part in done.values()))
-    before = sum(plan.shards[index].text_bytes for index in done)
-    progress.start(label, plan.corpus.text_bytes, "bytes", before)
+def _work(run: _Run, executor: Executor | None, make_job: MakeJob, progress: Progress) -> CaptureManifest | None:
+    """Run what is missing, then seal; see ``precompute``."""
+    _clean(run)
+    done = _checked_commits(run.folder, run.plan)
+    missing = [shard.index for shard in run.plan.shards if run.mine(shard.index) and shard.index not in done]
+    if not missing and run.config.cell is None and run.folder.exists(MANIFEST):
+        progress.start(f"{run.config.out} is complete, nothing to do", None, "bytes")
+        progress.finish()
+        return _finish(run, {})
+    with Board(run.folder, run.plan, run.config, done, progress) as board:
+        failed = _run(run, executor, make_job, missing, board, progress) if missing else {}
+        board.enter("sealing")
+        manifest = _finish(run, failed) if run.config.cell is None else None
+        if failed:
+            raise IncompleteRun(_incomplete(failed, len(run.plan.shards), run.config.out))
+    return manifest
+
+
+def _run(
+    run: _Run, executor: Executor | None, make_job: MakeJob, missing: list[int], board: Board, progress: Progress
+) -> dict[int, str]:
+    check_files(run.config.out, run.plan, run.config)
+    progress.start("precompute", board.text_bytes, "bytes", board.text_bytes_done)
     try:
-        failed = LocalExecutor(config.workers).run(CaptureJob(config), missing, report) if missing else {}
-        assert {*committed(config.out), *failed} == set(range(len(plan.shards))), "the executor lost a shard"
-        return failed
+        return (executor or _executor(run.config)).run(make_job(run.config), missing, board)
     finally:
         progress.finish()
-        clean(config.out)
+        _clean(run)
+
+
+def _clean(run: _Run) -> None:
+    """Remove what dead workers left; other cells' workers may be alive."""
+    clean(run.config.out, run.mine if run.config.cell is not None else None)
+
+
+def _finish(run: _Run, failed: dict[int, str]) -> CaptureManifest:
+    """Write the manifest of everything that is committed, and seal it."""
+    parts = committed(run.config.out)
+    assert {*parts, *failed} == set(range(len(run.plan.shards))), "the executor lost a shard"
+    manifest = _manifest(run, parts, failed)
+    if not _is_current(run.folder, manifest):
+        run.folder.remove(SUMS_FILE)
+        run.folder.replace(MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
+    seal(run.config.out)
+    return read_manifest(run.config.out, CaptureManifest)
 
 
 def write_vocab(folder: Folder, table: TokenTable, codes: Codes) -> None:
@@ -184,30 +223,26 @@ def _checked_commits(folder: Folder, plan: Plan) -> dict[int, Part]:
     return found
 
 
-def _manifest(
-    config: PrecomputeConfig,
-    table: TokenTable,
-    plan: Plan,
-    settings: dict[str, Any],
-    files: dict[str, str],
-    failed: dict[int, str],
-) -> CaptureManifest:
-    teacher, codec = read_teacher(Folder(config.out)), codec_info(config)
+def _manifest(run: _Run, parts: dict[int, Part], failed: dict[int, str]) -> CaptureManifest:
+    config, folder = run.config, run.folder
+    teacher, codec = read_teacher(folder), codec_info(config)
     return CaptureManifest(
         **provenance(),
-        files=files,
-        parts=list(committed(config.out).values()),
+        files=run.files,
+        parts=list(parts.values()),
         teacher=teacher,
-        tokenizer=table.info,
-        bos=settings["bos"],
+        tokenizer=run.table.info,
+        bos=run.settings["bos"],
         max_tokens=config.max_tokens,
         codec=codec,
-        corpus=plan.corpus,
-        plan_hash=plan.hash,
-        run_hash=run_hash(plan.hash, teacher, settings, codec),
+        corpus=run.plan.corpus,
+        plan_hash=run.plan.hash,
+        run_hash=run_hash(run.plan.hash, teacher, run.settings, codec),
         set_aside=failed,
+        audits=accepted_audits(config, folder),
+        engine_settings=read_engine_settings(folder),
         # said by whoever wrote a card before this run went on
-        licenses=read_manifest(config.out, CaptureManifest).licenses if Folder(config.out).exists(MANIFEST) else {},
+        licenses=read_manifest(config.out, CaptureManifest).licenses if folder.exists(MANIFEST) else {},
     )
 
 

@@ -1,18 +1,25 @@
 """What makes two runs the same run, and the records that keep different ones out of one folder."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from pipeline.store import STEP, Folder
 from pipeline.teachers.base import shows_bos
 from pipeline.tokens import TokenTable
 from schemas.config import PrecomputeConfig, RowsConfig
-from schemas.errors import XtokenError
-from schemas.manifest import MANIFEST, CodecInfo, TeacherInfo, digest
-from schemas.tables import SCHEMA_VERSIONS
+from schemas.errors import VerificationError, XtokenError
+from schemas.manifest import MANIFEST, CodecInfo, EngineSettings, TeacherInfo, digest
+from schemas.remote import open_url
+from schemas.tables import PARTS_SINCE
 
 RUN_FILE = "run.json"
 TEACHER_FILE = "teacher.json"
+_ENGINE = "engine_settings"  # stands in teacher.json beside the fields of TeacherInfo
+_TEACHER_BYTES = 4 << 20
+_SETTINGS: TypeAdapter[EngineSettings] = TypeAdapter(EngineSettings)
 # Names whose presence without run.json means that the folder is somebody else's.
 _FOREIGN = (MANIFEST, "data", "commits", "config.json", "w.parquet", "metrics.jsonl")
 
@@ -38,7 +45,8 @@ def sees_bos(config: PrecomputeConfig, table: TokenTable) -> bool:
 def run_settings(config: PrecomputeConfig, table: TokenTable, student: TokenTable | None) -> dict[str, Any]:
     """Settings that must not differ between the runs that fill one folder."""
     return {
-        "schema_version": SCHEMA_VERSIONS["capture"],
+        # of the parts: what a later version adds to the manifest is no reason to begin anew
+        "schema_version": PARTS_SINCE,
         "teacher": config.teacher,
         "backend": config.backend,
         "revision": config.revision,
@@ -70,25 +78,81 @@ def settle_settings(folder: Folder, settings: dict[str, Any]) -> bool:
     Raises:
         XtokenError: the folder belongs to another run; the message names what differs.
     """
-    known = {name for name in folder.names() if name in _FOREIGN}
-    if known and not folder.exists(RUN_FILE):
-        raise XtokenError(f"{folder.root} holds {sorted(known)[0]!r} but no capture; use another --out")
+    _refuse_foreign(folder)
     folder.make("")
     return _settle(folder, RUN_FILE, settings)
 
 
-def settle_teacher(folder: Folder, info: TeacherInfo) -> None:
+def check_settings(folder: Folder, settings: dict[str, Any]) -> None:
+    """Compare the settings with those of the folder, if it has any; nothing is written.
+
+    Raises:
+        XtokenError: as ``settle_settings``.
+    """
+    _refuse_foreign(folder)
+    if folder.exists(RUN_FILE):
+        _compare(folder, RUN_FILE, settings)
+
+
+def settle_teacher(folder: Folder, info: TeacherInfo, settings: Mapping[str, Any] | None = None) -> None:
     """Record the teacher that was opened; every later one must be the same.
+
+    Args:
+        folder: the run's.
+        info: of the engine; decides what the same is.
+        settings: what the engine was started with. The first engine's are recorded; others may differ, as batches and
+            memory do from machine to machine.
 
     Raises:
         XtokenError: another teacher, engine or device than the run began with.
     """
-    _settle(folder, TEACHER_FILE, info.model_dump())
+    record = {**info.model_dump(), _ENGINE: _SETTINGS.validate_python(dict(settings or {}))}
+    _settle(folder, TEACHER_FILE, record, free=(_ENGINE,))
 
 
 def read_teacher(folder: Folder) -> TeacherInfo:
-    """The teacher that the workers recorded."""
-    return TeacherInfo.model_validate_json(folder.read(TEACHER_FILE))
+    """The teacher that the workers recorded.
+
+    Raises:
+        VerificationError: the record is damaged.
+    """
+    return _read_teacher(folder)[0]
+
+
+def read_engine_settings(folder: Folder) -> EngineSettings:
+    """What the first engine was started with; empty where an older release recorded the teacher.
+
+    Raises:
+        VerificationError: the record is damaged.
+    """
+    return _read_teacher(folder)[1]
+
+
+def _read_teacher(folder: Folder) -> tuple[TeacherInfo, EngineSettings]:
+    try:
+        record = json.loads(read_small(folder, TEACHER_FILE, _TEACHER_BYTES))
+        settings = _SETTINGS.validate_python(record.pop(_ENGINE, {}))
+        return TeacherInfo.model_validate(record), settings
+    except (ValueError, TypeError, AttributeError) as error:
+        raise VerificationError(
+            f"{folder.url(TEACHER_FILE)} is damaged ({str(error)[:200]}); remove it and run the same command again"
+        ) from error
+
+
+def read_small(folder: Folder, name: str, limit: int) -> bytes:
+    """Content of a file of at most ``limit`` bytes; FileNotFoundError when absent.
+
+    Raises:
+        VerificationError: it is longer, or a symbolic link.
+    """
+    url = folder.url(name)
+    if folder.is_link(name):
+        raise VerificationError(f"{url} is a symbolic link; an artifact holds plain files only")
+    with open_url(url) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise VerificationError(f"{url} has more than the {limit} bytes that are read; something else wrote it")
+    return data
 
 
 def run_hash(plan_hash: str, teacher: TeacherInfo, settings: dict[str, Any], codec: CodecInfo) -> str:
@@ -104,17 +168,28 @@ def another_run(folder: Folder, differ: list[str]) -> XtokenError:
     )
 
 
-def _settle(folder: Folder, name: str, now: dict[str, Any]) -> bool:
+def _settle(folder: Folder, name: str, now: dict[str, Any], free: tuple[str, ...] = ()) -> bool:
+    """Write a record, or compare with the one that is there in all but what is ``free``; whether it was written."""
     if folder.create(name, json.dumps(now, indent=1).encode() + b"\n"):
         return True
+    _compare(folder, name, now, free)
+    return False
+
+
+def _refuse_foreign(folder: Folder) -> None:
+    known = {name for name in folder.names() if name in _FOREIGN}
+    if known and not folder.exists(RUN_FILE):
+        raise XtokenError(f"{folder.root} holds {sorted(known)[0]!r} but no capture; use another --out")
+
+
+def _compare(folder: Folder, name: str, now: dict[str, Any], free: tuple[str, ...] = ()) -> None:
     try:
         there = json.loads(folder.read(name))
     except ValueError as error:
         raise XtokenError(f"{folder.url(name)} is damaged; remove the folder and capture again") from error
-    keys = sorted(set(there) | set(now))
+    keys = sorted({*there, *now}.difference(free))
     differ = [
         f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys if there.get(key) != now.get(key)
     ]
     if differ:
         raise another_run(folder, differ)
-    return False

@@ -3,19 +3,23 @@
 Shapes: T teacher tokens of a sample, R rows.
 """
 
+import os
+import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.capture.devices import pin_gpu
-from pipeline.capture.executor import Tell, tell_nobody
+from pipeline.capture.audit import open_audit
+from pipeline.capture.devices import pin_gpus
 from pipeline.capture.plan import Plan, SliceReader, load_plan
 from pipeline.capture.settings import codec_info, sees_bos, settle_teacher
+from pipeline.capture.stages import Audit, Prepared, Stages, text_bytes
+from pipeline.capture.work import Lease, Say, Tell, tell_nobody
 from pipeline.corpus import Window, windows
 from pipeline.store import Folder, Packed, Sample, capture_batch, encode, publish_part, write_parquet
 from pipeline.store.checks import CaptureCheck
@@ -43,6 +47,12 @@ class CaptureJob:
     """Everything a worker process needs to start; the plan lies in the output folder."""
 
     config: PrecomputeConfig
+    cwd: str = field(default_factory=os.getcwd)  # what relative paths mean, wherever the worker is started
+
+    @property
+    def ahead(self) -> int:
+        """See ``Job``: one shard is published while the next is scored and a third one is read."""
+        return 3
 
     def open(self, slot: int = 0) -> "CaptureWorker":
         """Load tokenizer and teacher, and check that they fit each other and the run.
@@ -52,18 +62,26 @@ class CaptureJob:
         Raises:
             XtokenError: the model cannot be loaded, its context is too short, or it is not the run's teacher.
         """
+        if os.path.isdir(self.cwd):
+            os.chdir(self.cwd)
         config, folder = self.config, Folder(self.config.out)
         if config.device == "auto":
-            pin_gpu(slot)
+            pin_gpus(slot, config.tensor_parallel)
         plan = load_plan(folder)
-        assert plan is not None, "the driver writes the plan before it starts workers"
+        if plan is None:
+            raise XtokenError(
+                f"{config.out} holds no plan as {socket.gethostname()} sees it; every machine with workers must see "
+                "the same --out: use an object store, or a file system that all of them mount"
+            )
         tokenizer = open_tokenizer(config)
         teacher = open_teacher(config, tokenizer.table)
         check_teacher(config, teacher.info)
-        settle_teacher(folder, teacher.info)
+        settle_teacher(folder, teacher.info, teacher.settings)
         student = load_tokenizer(config.student) if config.student is not None else None
         codes = read_codes(read_table(folder.url(VOCAB_FILE)))
-        return CaptureWorker(config, plan, tokenizer, teacher, student, codes)
+        worker = CaptureWorker(config, plan, tokenizer, teacher, student, codes)
+        worker.audit = open_audit(config, folder, tokenizer, teacher, worker.context)
+        return worker
 
 
 def open_tokenizer(config: PrecomputeConfig) -> TextTokenizer:
@@ -88,7 +106,7 @@ def check_teacher(config: PrecomputeConfig, info: TeacherInfo) -> None:
 
 
 class CaptureWorker:
-    """See ``pipeline.capture.executor.Worker``."""
+    """See ``pipeline.capture.work.Worker``; the steps of ``Stages`` are its methods."""
 
     def __init__(
         self,
@@ -105,46 +123,66 @@ class CaptureWorker:
         self._teacher = teacher
         self._student = student
         self._codes = codes
+        self.audit: Audit | None = None
         self._reader = SliceReader(config, plan)
         self._codec = codec_info(config)
         bos = tokenizer.table.info.bos_id if sees_bos(config, tokenizer.table) else None
-        self._context = np.array([] if bos is None else [bos], np.int32)
+        self.context = np.array([] if bos is None else [bos], np.int32)
 
-    def run(self, shard: int, attempt: int, tell: Tell = tell_nobody) -> Part:
-        """Score one shard and publish it.
+    def serve(self, leases: Iterator[Lease], say: Say) -> None:
+        """See ``pipeline.capture.work.Worker``; how the steps overlap is in ``pipeline.capture.stages``."""
+        Stages(self, self._teacher, self.audit).serve(leases, say)
+
+    def prepare(self, shard: int) -> Prepared:
+        """Read and tokenize one shard.
 
         Raises:
-            StopRun: the corpus changed, or there is no room to write.
+            StopRun: the corpus changed.
+            XtokenError: the tokenizer refuses a document.
         """
-        del attempt  # attempts need no names of their own: each one's temporary file has a random one
         documents = self._reader.read(self._plan.shards[shard])
         pieces = [
             window for document in documents for window in windows(document, self._tokenizer, self._config.max_tokens)
         ]
-        samples = self.score(pieces, tell)
-        counts = Counter(documents=len(documents), snapped=sum(sample.snapped for sample in samples))
+        counts = Counter(documents=len(documents))
         if self._student is not None:
             counts.update(_student_counts(self._student, self._tokenizer.table, pieces))
+        prompts, batches = self._prompts(pieces)
+        return Prepared(shard, pieces, prompts, batches, counts)
+
+    def publish(self, prepared: Prepared, samples: Sequence[Sample]) -> Part:
+        """Write, verify and commit the samples of a shard, in the order of its pieces.
+
+        Raises:
+            StopRun: there is no room to write.
+        """
+        counts = {**prepared.counts, "snapped": sum(sample.snapped for sample in samples)}
         schema = capture(self._codec.temperatures, self._codec.name)
-        write = partial(_write, samples, schema, self._codes, dict(counts))
+        write = partial(_write, samples, schema, self._codes, counts)
         check = CaptureCheck(self._tokenizer.table.size, self._codec)
-        return publish_part(self._config.out, shard, write, check)
+        return publish_part(self._config.out, prepared.shard, write, check)
+
+    def _prompts(self, pieces: Sequence[Window]) -> tuple[list[NDArray[np.int32]], list[list[int]]]:
+        """What the teacher is shown of each piece, and the pieces that have rows in batches of like lengths."""
+        prompts = [np.concatenate([self.context, piece.encoded.ids]).astype(np.int32) for piece in pieces]
+        batches = length_batches([len(prompt) for prompt in prompts], self._config.batch_tokens)
+        scored = [[index for index in batch if len(prompts[index]) > 1] for batch in batches]
+        return prompts, [batch for batch in scored if batch]
 
     def score(self, pieces: Sequence[Window], tell: Tell = tell_nobody) -> list[Sample]:
         """Samples in the order of ``pieces``; the teacher sees them by length. Tells the bytes of text scored."""
-        samples: dict[int, Sample] = {}
+        prompts, batches = self._prompts(pieces)
+        found: dict[int, TeacherRows] = {}
         done = 0
-        prompts = [np.concatenate([self._context, piece.encoded.ids]).astype(np.int32) for piece in pieces]
-        for batch in length_batches([len(prompt) for prompt in prompts], self._config.batch_tokens):
-            scored = [index for index in batch if len(prompts[index]) > 1]
-            rows = self._teacher.rows([prompts[index] for index in scored]) if scored else []
-            found = dict(zip(scored, rows, strict=True))
-            samples.update((index, self._sample(pieces[index], found.get(index))) for index in batch)
-            done += sum(int(pieces[index].encoded.ends[-1]) for index in batch if len(pieces[index].encoded.ends))
+        for batch in batches:
+            rows = self._teacher.rows([prompts[index] for index in batch])
+            found.update(zip(batch, rows, strict=True))
+            done += sum(text_bytes(pieces[index]) for index in batch)
             tell(done)
-        return [samples[index] for index in range(len(pieces))]
+        return [self.sample(piece, found.get(index)) for index, piece in enumerate(pieces)]
 
-    def _sample(self, piece: Window, rows: TeacherRows | None) -> Sample:
+    def sample(self, piece: Window, rows: TeacherRows | None) -> Sample:
+        """One row of the capture; ``rows`` is None where the teacher saw no token before another."""
         encoded = piece.encoded
         empty: NDArray[np.float32] = np.zeros(0, np.float32)
         return Sample(
@@ -155,7 +193,7 @@ class CaptureWorker:
             packed=_NO_ROWS[self._codec.name] if rows is None else self._pack(piece, rows),
             realised_logprob=empty if rows is None else rows.target_logprob,
             space_logprob=empty if rows is None else rows.space_logprob,
-            first_row=0 if len(self._context) else 1,
+            first_row=0 if len(self.context) else 1,
             complete=piece.complete,
             snapped=encoded.snapped,
         )

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline.store.card_alignment import Alignment
 from pipeline.store.card_markup import code, plain, public
 from pipeline.store.card_stats import RowStats, quantile
-from pipeline.store.figures import capture_figures
+from pipeline.store.figures import audits_line, capture_figures
 from pipeline.store.left_out import without_rows
 from schemas.manifest import CaptureManifest, content_hash
 from schemas.progress import brief
@@ -45,6 +45,7 @@ def facts(manifest: CaptureManifest) -> str:
         f"**Rows**: {rows_stored(manifest)}",
         f"**Corpus**: {code(public(corpus.source))}, {corpus.documents:,} documents, {corpus.text_bytes:,} bytes, hash "
         f"{code(corpus.hash)}",
+        *([f"**Audited**: {audits_line(manifest.audits, code)}"] if manifest.audits else []),
         *_origins(manifest),
         f"**Content hash**: {code(content_hash(manifest))}; schema version {manifest.schema_version}, xtoken "
         f"{code(manifest.xtoken_version)}",

@@ -158,10 +158,11 @@ def _check_entries(
     for name in ("topk_ids", "topk_gap"):
         refuse(batch, list_lengths(batch, name) != entries_N, f"{name} has not as many entries as kept says")
     check_ids(batch, "topk_ids", entries_N, vocab_size)
-    row_K = np.repeat(np.arange(len(kept_R)), kept_R)
-    key_K = np.sort(row_K * np.int64(vocab_size) + flat(batch, "topk_ids"))
+    key_K = np.repeat(np.arange(len(kept_R)) * np.int64(vocab_size), kept_R)
+    key_K += flat(batch, "topk_ids")
+    key_K.sort()
     twice_R = np.zeros(len(kept_R), np.bool_)
-    twice_R[key_K[1:][np.diff(key_K) == 0] // vocab_size] = True
+    twice_R[key_K[1:][key_K[1:] == key_K[:-1]] // vocab_size] = True
     refuse(batch, any_per_sample(twice_R, rows_N), "an id stands twice in one row")
     return entries_N
 

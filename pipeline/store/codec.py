@@ -5,6 +5,7 @@ number, REST. The value of a rank is quantised as a whole and stored as its dist
 rank before, so errors never add up. Nothing is clipped and nothing renormalised.
 
 Shapes: R rows, E entries the engine gave per row, K kept entries of all rows together, n temperatures other than 1.
+What is computed of kept entries alone lies in the flat layout of the store, rows one after the other.
 """
 
 from collections.abc import Sequence
@@ -88,20 +89,21 @@ def encode(
     Raises:
         XtokenError: the rows are no distributions (NaN, not sorted, sum above one), or a gap does not fit.
     """
-    logprob_RE = rows.logprob.astype(np.float64)
-    _check_rows(logprob_RE)
-    keep_RE = _select(rows.ids, logprob_RE, k, min_p, vocab_size)
-    kept_R = keep_RE.sum(axis=1)
-    level_K = np.floor(-logprob_RE[keep_RE] / step + 0.5).astype(np.int64)
-    gap_K = np.diff(level_K, prepend=0)
+    _check_rows(rows.logprob)
+    keep_RE = _select(rows.ids, rows.logprob, k, min_p, vocab_size)
+    kept_R = np.count_nonzero(keep_RE, axis=1)
     starts_R = _starts(kept_R)
+    logprob_K = rows.logprob[keep_RE].astype(np.float64)
+    level_K = np.floor(logprob_K / -step + 0.5).astype(np.int64)
+    gap_K = level_K.copy()
+    gap_K[1:] -= level_K[:-1]
     gap_K[starts_R] = level_K[starts_R]
     return Packed(
         kept=kept_R.astype(np.uint8),
-        topk_ids=rows.ids[keep_RE].astype(np.int32),
+        topk_ids=rows.ids[keep_RE].astype(np.int32, copy=False),
         topk_gap=_fit(gap_K, _LARGEST_GAP, "gap"),
-        rest_gap=_rest_gap(logprob_RE, keep_RE, step),
-        tau_rest_odds=_tau_rest_odds(rows, keep_RE, step, temperatures) if temperatures else None,
+        rest_gap=_rest_gap(_log_kept(logprob_K, kept_R, starts_R), step),
+        tau_rest_odds=_tau_rest_odds(rows, logprob_K, kept_R, step, temperatures) if temperatures else None,
     )
 
 
@@ -113,13 +115,13 @@ def decode(
     step: float = STEP,
 ) -> Unpacked:
     """Restore ids and log-probabilities of rows (see ``Packed`` and ``Unpacked`` for shapes)."""
-    offsets = np.zeros(len(kept) + 1, np.int64)
+    offsets, running = np.zeros(len(kept) + 1, np.int64), np.zeros(len(topk_gap) + 1, np.int64)
     np.cumsum(kept, out=offsets[1:])
-    running_K = np.cumsum(topk_gap, dtype=np.int64)
-    before_R = np.concatenate([np.zeros(1, np.int64), running_K])[offsets[:-1]]
-    level_K = running_K - np.repeat(before_R, np.diff(offsets))
+    np.cumsum(topk_gap, dtype=np.int64, out=running[1:])
+    level_K = running[1:] - np.repeat(running[offsets[:-1]], np.diff(offsets))
     rest_R = np.where(rest_gap == NO_REST, -np.inf, -step * rest_gap.astype(np.float64))
-    return Unpacked(offsets, topk_ids, -step * level_K.astype(np.float64), rest_R)
+    logprob_K: NDArray[np.float64] = level_K * np.float64(-step)
+    return Unpacked(offsets, topk_ids, logprob_K, rest_R)
 
 
 def decode_tau_rest(
@@ -150,26 +152,34 @@ def decode_tau_rest(
     return np.where(odds_R == NO_ODDS, -np.inf, -np.logaddexp(0.0, -step * odds_R.astype(np.float64)))
 
 
-def _check_rows(logprob_RE: NDArray[np.float64]) -> None:
+def _check_rows(logprob_RE: NDArray[np.float32]) -> None:
+    # NaN is no more and no less than anything: beyond the first column this finds it, too
+    if (logprob_RE[:, 1:] <= logprob_RE[:, :-1]).all() and not np.isnan(logprob_RE[:, :1]).any():
+        return
     if np.isnan(logprob_RE).any():
         raise XtokenError("the teacher gave NaN log-probabilities; try --dtype float32")
-    if (logprob_RE[:, 1:] > logprob_RE[:, :-1]).any():
-        raise XtokenError("the teacher's entries are not sorted by probability; the backend is broken")
+    raise XtokenError("the teacher's entries are not sorted by probability; the backend is broken")
 
 
 def _select(
-    ids_RE: NDArray[np.int32], logprob_RE: NDArray[np.float64], k: int, min_p: float, vocab_size: int
+    ids_RE: NDArray[np.int32], logprob_RE: NDArray[np.float32], k: int, min_p: float, vocab_size: int
 ) -> NDArray[np.bool_]:
     """Which entries are kept, [R, E]."""
+    floor = np.log(min_p) if min_p > 0 else -np.inf
+    above_RE: NDArray[np.bool_] = logprob_RE >= floor
     eligible_RE = (ids_RE < vocab_size) & np.isfinite(logprob_RE)
+    if eligible_RE.all():  # nearly always: what is kept is then the beginning of each row
+        kept_R = np.minimum(np.maximum(np.count_nonzero(above_RE, axis=1), 1), k)
+        first_RE: NDArray[np.bool_] = np.arange(ids_RE.shape[1]) < kept_R[:, None]
+        return first_RE
     if not eligible_RE.any(axis=1).all():
         raise XtokenError(
             f"a teacher row has no entry among the tokenizer's {vocab_size} tokens; this tokenizer is not the teacher's"
         )
-    floor = np.log(min_p) if min_p > 0 else -np.inf
-    keep_RE: NDArray[np.bool_] = eligible_RE & (logprob_RE >= floor)
+    keep_RE: NDArray[np.bool_] = eligible_RE & above_RE
     keep_RE[np.arange(len(keep_RE)), eligible_RE.argmax(axis=1)] = True
-    return keep_RE & (np.cumsum(keep_RE, axis=1) <= k)
+    keep_RE &= np.cumsum(keep_RE, axis=1) <= k
+    return keep_RE
 
 
 def _starts(kept_R: NDArray[Any]) -> NDArray[np.int64]:
@@ -178,19 +188,23 @@ def _starts(kept_R: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _tau_rest_odds(
-    rows: TeacherRows, keep_RE: NDArray[np.bool_], step: float, temperatures: Sequence[float]
+    rows: TeacherRows,
+    logprob_K: NDArray[np.float64],
+    kept_R: NDArray[np.int64],
+    step: float,
+    temperatures: Sequence[float],
 ) -> NDArray[np.int16]:
     """``tau_rest_odds``, flat [R * n]."""
     assert rows.tau_lognorm is not None, "the backend was asked for normalisers"
     assert rows.tau_lognorm.shape == (len(rows.ids), len(temperatures))
-    logprob_RE, lognorm_Rn = rows.logprob.astype(np.float64), rows.tau_lognorm.astype(np.float64)
+    lognorm_Rn = rows.tau_lognorm.astype(np.float64)
     if not np.isfinite(lognorm_Rn).all():
         raise XtokenError("the teacher gave normalisers that are no numbers; try --dtype float32")
     odds = []
     for tau, lognorm_R in zip(temperatures, lognorm_Rn.T, strict=True):
-        kept_R = _log_kept(logprob_RE / tau - lognorm_R[:, None], keep_RE)
-        some_R, rest_R = _complement(kept_R, _TAU_NOISE * max(1.0, 1.0 / tau))
-        level_R = np.floor((rest_R - kept_R) / step + 0.5).astype(np.int64)
+        log_kept_R = _log_kept(logprob_K / tau - np.repeat(lognorm_R, kept_R), kept_R, _starts(kept_R))
+        some_R, rest_R = _complement(log_kept_R, _TAU_NOISE * max(1.0, 1.0 / tau))
+        level_R = np.floor((rest_R - log_kept_R) / step + 0.5).astype(np.int64)
         if (np.abs(level_R[some_R]) > -NO_ODDS - 1).any():
             raise XtokenError(
                 f"REST at temperature {tau:g} does not fit 15 bits of {step:g} nats; use a lower temperature"
@@ -199,21 +213,22 @@ def _tau_rest_odds(
     return np.stack(odds, axis=1).ravel()
 
 
-def _rest_gap(logprob_RE: NDArray[np.float64], keep_RE: NDArray[np.bool_], step: float) -> NDArray[np.uint16]:
+def _rest_gap(log_kept_R: NDArray[np.float64], step: float) -> NDArray[np.uint16]:
     """Steps of the complement of the kept mass, [R]."""
-    some_R, rest_R = _complement(_log_kept(logprob_RE, keep_RE), 0.0)
+    some_R, rest_R = _complement(log_kept_R, 0.0)
     level_R = np.floor(-rest_R / step + 0.5).astype(np.int64)
     return np.where(some_R, _fit(level_R, NO_REST - 1, "REST"), np.uint16(NO_REST)).astype(np.uint16)
 
 
-def _log_kept(logprob_RE: NDArray[np.float64], keep_RE: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _log_kept(
+    logprob_K: NDArray[np.float64], kept_R: NDArray[np.int64], starts_R: NDArray[np.int64]
+) -> NDArray[np.float64]:
     """Log of the kept mass, [R] nats."""
-    first_R = keep_RE.argmax(axis=1)[:, None]
-    top_R1 = np.take_along_axis(logprob_RE, first_R, axis=1)
-    share_RE = np.exp(np.where(keep_RE, logprob_RE - top_R1, -np.inf))
+    top_R = logprob_K[starts_R]
+    share_K = np.exp(logprob_K - np.repeat(top_R, kept_R))
     # the largest entry is the 1 inside log1p: nothing is lost where it carries nearly all the mass
-    np.put_along_axis(share_RE, first_R, 0.0, axis=1)
-    log_kept_R: NDArray[np.float64] = top_R1[:, 0] + np.log1p(share_RE.sum(axis=1))
+    share_K[starts_R] = 0.0
+    log_kept_R: NDArray[np.float64] = top_R + np.log1p(np.add.reduceat(share_K, starts_R))
     if (log_kept_R > _SUM_SLACK).any():
         total = float(np.exp(log_kept_R.max()))
         raise XtokenError(f"the teacher's probabilities of a row sum to {total:.6f}, above 1; try --dtype float32")

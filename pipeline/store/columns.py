@@ -34,13 +34,15 @@ def refuse(batch: pa.RecordBatch, bad_N: NDArray[np.bool_], rule: str) -> None:
 
 def any_per_sample(bad: NDArray[np.bool_], lengths_N: NDArray[np.int64]) -> NDArray[np.bool_]:
     """[N] whether a sample has a bad value among its ``lengths_N`` consecutive ones."""
-    sample = np.repeat(np.arange(len(lengths_N)), lengths_N)
-    hits: NDArray[np.bool_] = np.bincount(sample[bad], minlength=len(lengths_N)) > 0
-    return hits
+    hits_N = np.zeros(len(lengths_N), np.bool_)
+    if bad.any():
+        hits_N[np.searchsorted(np.cumsum(lengths_N), np.flatnonzero(bad), side="right")] = True
+    return hits_N
 
 
 def check_ids(batch: pa.RecordBatch, name: str, lengths_N: NDArray[np.int64], vocab_size: int) -> None:
     """Raise VerificationError for an id outside the vocabulary; samples have ``lengths_N`` ids each."""
     ids = flat(batch, name)
-    bad_N = any_per_sample((ids < 0) | (ids >= vocab_size), lengths_N)
-    refuse(batch, bad_N, f"{name} has an id outside 0 to {vocab_size - 1}")
+    if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+        bad_N = any_per_sample((ids < 0) | (ids >= vocab_size), lengths_N)
+        refuse(batch, bad_N, f"{name} has an id outside 0 to {vocab_size - 1}")

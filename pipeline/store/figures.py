@@ -1,9 +1,15 @@
 """What an artifact holds, in numbers for people: sums over the commit records of its manifest."""
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from schemas.manifest import CaptureManifest, TargetManifest
+from schemas.manifest import AuditRecord, CaptureManifest, TargetManifest
+
+_NAMED = 3
+# Which of several figures is the worst one.
+_WORST = {"same_top1": min, "ids_in_common": min}
+_IN_TABLE = ("realised_mean", "realised_max", "entries_mean", "entropy_mean", "same_top1", "ids_in_common", "kl_mean")
 
 
 def capture_figures(manifest: CaptureManifest) -> dict[str, Any]:
@@ -24,6 +30,7 @@ def capture_figures(manifest: CaptureManifest) -> dict[str, Any]:
         "bad_documents": dict(manifest.corpus.bad),
         "snapped_samples": counts["snapped"],
         **student,
+        **({"audits": audits_line(manifest.audits)} if manifest.audits else {}),
         "teacher": f"{manifest.teacher.model} ({manifest.teacher.backend})",
     }
 
@@ -44,3 +51,42 @@ def target_figures(manifest: TargetManifest) -> dict[str, Any]:
         **counts,
         "teacher_mass": {name: ppm / 1e6 / max(counts["chunks_with_row"], 1) for name, ppm in masses.items()},
     }
+
+
+def worst_figures(audits: Sequence[AuditRecord]) -> dict[str, float]:
+    """The worst of each figure over all audits; none without audits."""
+    found = {}
+    for name in AuditRecord.model_fields:
+        values = [value for audit in audits if isinstance(value := getattr(audit, name), float)]
+        if values:
+            found[name] = _shown(name, _WORST.get(name, max)(values))
+    return found
+
+
+def audit_rows(audits: Sequence[AuditRecord]) -> list[dict[str, Any]]:
+    """One row per audit for a table, the worst log-probabilities of the text's tokens first; means only, and a maximum.
+
+    All figures of each stand in the manifest.
+    """
+    ordered = sorted(audits, key=lambda audit: -audit.realised_mean)
+    return [
+        {"scored_by": audit.against, "rows": audit.rows}
+        | {name: _shown(name, value) for name in _IN_TABLE if (value := getattr(audit, name)) is not None}
+        for audit in ordered
+    ]
+
+
+def _shown(name: str, figure: float) -> float:
+    """A difference with two digits, a share with four."""
+    return round(figure, 4) if name in _WORST else float(f"{figure:.2g}")
+
+
+def audits_line(audits: Sequence[AuditRecord], shown: Callable[[object], str] = str) -> str:
+    """Audits in one line; ``shown`` writes words that came with the capture."""
+    worst, rows = worst_figures(audits), sum(audit.rows for audit in audits)
+    ways = ", ".join(shown(way) for way in sorted({audit.against for audit in audits})[:_NAMED])
+    top1 = f", the most probable token is the same in {worst['same_top1']:.1%}" if "same_top1" in worst else ""
+    return (
+        f"{rows:,} rows scored again by {ways}; in the worst of {len(audits):,} audits log-probabilities of the text's "
+        f"tokens differ by {worst['realised_mean']:.2g} nats on average, at most by {worst['realised_max']:.2g}{top1}"
+    )

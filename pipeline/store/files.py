@@ -17,11 +17,12 @@ from typing import Concatenate, ParamSpec, TypeVar
 from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import VerificationError, XtokenError
-from schemas.remote import named_errors, open_filesystem, open_url, refuse_special
+from schemas.remote import named_errors, open_filesystem, open_url, protocol, refuse_special
 
 _BLOCK = 1 << 20
 _REMOTE_BLOCK = 4 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_FOLDERS = ("s3", "s3a", "gs", "gcs", "abfs", "az")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,9 +79,11 @@ class Folder:
 
     @_named
     def make(self, *names: str) -> None:
-        """Create subfolders."""
+        """Create subfolders; of an object store, which has none, only the root's bucket."""
         for name in names:
-            self.fs.makedirs(self.at(name), exist_ok=True)
+            # s3fs would look for the bucket each time, and create it when nobody answers
+            if not name or protocol(self.root) not in _NO_FOLDERS:
+                self.fs.makedirs(self.at(name), exist_ok=True)
 
     @_named
     def exists(self, name: str) -> bool:

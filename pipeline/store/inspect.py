@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from pipeline.store.checks import CaptureCheck
 from pipeline.store.codec import Unpacked, decode_tau_rest
+from pipeline.store.figures import worst_figures
 from pipeline.store.files import Folder
 from pipeline.store.publish import committed, data_name
 from pipeline.store.reader import iter_capture, iter_parquet, load_vocab, local_part
@@ -80,7 +81,7 @@ def _unfinished(root: str, names: set[str]) -> dict[str, Any]:
 
 
 def _artifact(root: str, manifest: AnyManifest) -> dict[str, Any]:
-    described = manifest.model_dump(mode="json", exclude={"parts"})
+    described = manifest.model_dump(mode="json", exclude={"parts", "audits"})
     result: dict[str, Any] = {"kind": described.pop("kind"), "path": root}
     if not isinstance(manifest, CaptureManifest | TargetManifest):
         return {**result, **described.pop("coverage"), "provenance": described}
@@ -93,6 +94,10 @@ def _artifact(root: str, manifest: AnyManifest) -> dict[str, Any]:
     result["bytes_per_token"] = bytes_per_token(root, manifest)
     result["provenance"] = described
     if isinstance(manifest, CaptureManifest):
+        worst = worst_figures(manifest.audits)
+        result["audits"] = {"count": len(manifest.audits)} | (
+            {"worst_realised_difference": worst["realised_max"]} if worst else {}
+        )
         result["samples_shown"] = _capture_samples(root, manifest)
     else:
         result["samples_shown"] = _target_samples(root, manifest)

@@ -7,7 +7,8 @@ shards that were set aside. Parts of captures whose vocabulary has other codes a
 Not compared, since they move no row by more than rounding: device, versions of the engine, how many devices, and the
 model's name where both know the hashes of its configuration and weights; the result names them all. A joined capture of
 different documents has no plan.json: its samples cannot be cut from a corpus again. Licences that differ are joined
-with AND, as both apply; where a source has none, the result has none.
+with AND, as both apply; where a source has none, the result has none. Audits are all kept, and of the engines' settings
+those that all have alike.
 """
 
 import os
@@ -32,6 +33,8 @@ from pipeline.store.transfer import transfer
 from pipeline.store.writer import group_rows, write_parquet
 from schemas.errors import XtokenError
 from schemas.manifest import (
+    MOST_AUDITS,
+    AuditRecord,
     CaptureManifest,
     CorpusInfo,
     Origin,
@@ -44,6 +47,7 @@ from schemas.manifest import (
 )
 from schemas.progress import Progress
 from schemas.share_config import MergeConfig
+from schemas.tables import PARTS_SINCE
 
 _MEMORY = "512MB"
 # Fields of a teacher that decide its rows; model and revision only where the hashes are not known.
@@ -147,8 +151,9 @@ def _compared(one: CaptureManifest, other: CaptureManifest) -> Iterator[tuple[st
     yield "tokenizer.hash", one.tokenizer.hash, other.tokenizer.hash
     for name in type(one.codec).model_fields:
         yield f"codec.{name}", getattr(one.codec, name), getattr(other.codec, name)
-    for name in ("schema_version", "bos", "max_tokens", "left_out"):
+    for name in ("bos", "max_tokens", "left_out"):
         yield name, getattr(one, name), getattr(other, name)
+    yield "schema_version", min(one.schema_version, PARTS_SINCE), min(other.schema_version, PARTS_SINCE)
 
 
 def _has_text(root: str, manifest: CaptureManifest) -> bool:
@@ -220,8 +225,8 @@ def _union(sources: Sequence[_Source]) -> Shipment:
             **provenance(),
             "parts": [],
             "set_aside": dict(sorted(aside.items())),
-            "licenses": _licenses(sources),
             "derived_from": [_origin(source) for source in sources],
+            **_said_of_all(sources),
         }
     )
     return _shipment(sources, sorted(jobs, key=lambda job: job.index), manifest, _plan(sources))
@@ -250,8 +255,8 @@ def _joined(sources: Sequence[_Source]) -> Shipment:
             "plan_hash": digest([manifest.plan_hash for manifest in manifests]),
             "run_hash": digest([manifest.run_hash for manifest in manifests]),
             "set_aside": aside,
-            "licenses": _licenses(sources),
             "derived_from": [_origin(source) for source in sources],
+            **_said_of_all(sources),
         }
     )
     return _shipment(sources, jobs, manifest, [])
@@ -268,6 +273,24 @@ def _shipment(
 
 def _origin(source: _Source) -> Origin:
     return Origin(content_hash=content_hash(source.manifest), first_part=min(source.numbers.values(), default=0))
+
+
+def _said_of_all(sources: Sequence[_Source]) -> dict[str, Any]:
+    """Fields of the manifest that follow from all sources alike, whether of one plan or not."""
+    manifests = [source.manifest for source in sources]
+    first = manifests[0].engine_settings
+    audits = list(dict.fromkeys(audit.model_dump_json() for manifest in manifests for audit in manifest.audits))
+    return {
+        "schema_version": max(manifest.schema_version for manifest in manifests),
+        "licenses": _licenses(sources),
+        "engine_settings": {
+            name: value
+            for name, value in first.items()
+            if all(one.engine_settings.get(name) == value for one in manifests)
+        },
+        # subsets of one capture have the same
+        "audits": [AuditRecord.model_validate_json(audit) for audit in audits[:MOST_AUDITS]],
+    }
 
 
 def _licenses(sources: Sequence[_Source]) -> dict[str, str]:

@@ -6,21 +6,28 @@ record; both are harmless. Two writers of the same part both succeed, and one re
 
 import re
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TypeVar
 
 import pyarrow as pa
 from pydantic import ValidationError
 
 from pipeline.store.files import Folder, disk_full_named
-from schemas.errors import VerificationError, XtokenError
+from schemas.errors import Unreachable, VerificationError, XtokenError
 from schemas.manifest import Part, part_name
+from schemas.remote import in_parallel, named_errors, patiently
 
 DATA = "data"
 COMMITS = "commits"
+AUDITS = "audits"
 _COMMIT_NAME = re.compile(r"part-(\d{5,})\.json")
-_TMP_NAME = re.compile(r".+\.([^.]+)\.tmp")
+_TMP_NAME = re.compile(r".+\.[^.]+\.tmp")
+_PART_TMP = re.compile(r"part-(\d{5,})\.")
 _PLACE_TRIES = 3
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -65,21 +72,34 @@ def publish_part(root: str, index: int, write: Write, check: Check, *, attempt: 
     Raises:
         DiskFull: no room; the temporary file is removed.
         XtokenError: ``check`` refused the file just written.
+        Unreachable: storage does not answer, and did not for minutes in which every step was tried again.
     """
     folder = Folder(root)
-    found = read_commit(folder, index)
+    found = _reached(root, partial(read_commit, folder, index))
     if found is not None:
         return found
     tmp = f"{DATA}/part-{index:05d}.{attempt or secrets.token_hex(6)}.tmp"
     try:
         with disk_full_named(root):
-            folder.make(DATA, COMMITS)
-            counts = write(folder.url(tmp))
+            _reached(root, partial(folder.make, DATA, COMMITS))
+            counts = _reached(root, partial(write, folder.url(tmp)))
             folder.sync(tmp)
-            part = _describe(folder, index, tmp, check, counts)
-            return commit(folder, _place(folder, tmp, part, check))
+            part = _reached(root, partial(_describe, folder, index, tmp, check, counts))
+            placed = _reached(root, partial(_place, folder, tmp, part, check))
+            return _reached(root, partial(commit, folder, placed))
     finally:
-        folder.remove(tmp)
+        with suppress(Unreachable):  # clean() finds it; what is committed is no failure
+            folder.remove(tmp)
+
+
+def _reached(root: str, step: Callable[[], R]) -> R:
+    """A step of publishing, again while storage is out of reach: what the teacher computed is not thrown away."""
+    return patiently(partial(_once, root, step))
+
+
+def _once(root: str, step: Callable[[], R]) -> R:
+    with named_errors(root):
+        return step()
 
 
 def _describe(folder: Folder, index: int, name: str, check: Check, counts: dict[str, int]) -> Part:
@@ -94,8 +114,12 @@ def _place(folder: Folder, tmp: str, part: Part, check: Check) -> Part:
     for _ in range(_PLACE_TRIES):
         if folder.place(tmp, final):
             return part
+        if (found := read_commit(folder, part.index)) is not None:
+            return found
         try:
             return _describe(folder, part.index, final, check, part.counts)
+        except Unreachable:
+            raise  # nothing is known about the file
         except (XtokenError, pa.ArrowException, OSError, ValueError):
             folder.rename(final, f"{final}.{secrets.token_hex(6)}.bad")
     raise VerificationError(
@@ -140,18 +164,23 @@ def committed(root: str) -> dict[int, Part]:
     """All commit records below ``root``, by part number."""
     folder = Folder(root)
     found = sorted(int(match[1]) for name in folder.names(COMMITS) if (match := _COMMIT_NAME.fullmatch(name)))
-    parts = {index: read_commit(folder, index) for index in found}
-    return {index: part for index, part in parts.items() if part is not None}
+    parts = in_parallel(partial(read_commit, folder), found, root)
+    return {part.index: part for part in parts if part is not None}
 
 
-def clean(root: str, live: Collection[str] = ()) -> list[str]:
-    """Remove temporary files of attempts that are not in ``live``; returns their names."""
+def clean(root: str, parts: Callable[[int], bool] | None = None) -> list[str]:
+    """Remove temporary files, whose writers must be dead; returns their names.
+
+    Args:
+        root: folder or fsspec URL of the artifact.
+        parts: only files of these parts; left out: all temporary files.
+    """
     folder = Folder(root)
     removed = []
-    for subfolder in ("", DATA, COMMITS):
+    for subfolder in (DATA, COMMITS, AUDITS) if parts else ("", DATA, COMMITS, AUDITS):
         for name in folder.names(subfolder):
-            match = _TMP_NAME.fullmatch(name)
-            if match and match[1] not in live:
+            part = _PART_TMP.match(name)
+            if _TMP_NAME.fullmatch(name) and (parts is None or (part is not None and parts(int(part[1])))):
                 removed.append(f"{subfolder}/{name}".lstrip("/"))
                 folder.remove(removed[-1])
     return removed

@@ -8,6 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.store.checks import CaptureCheck, flat, list_lengths, read_checked
+from pipeline.store.figures import audit_rows, worst_figures
 from pipeline.store.files import Folder
 from pipeline.store.publish import Check, Figures, committed, data_name
 from pipeline.store.reader import check_side_file, ids_of_codes, load_vocab
@@ -19,22 +20,28 @@ from schemas.manifest import AnyManifest, CaptureManifest, Part, TargetManifest,
 from schemas.tables import TargetColumn, target_columns, targets
 
 _SHOWN = 20
+_NO_AUDITS = (
+    "none: no worker compared its rows with another way of scoring them; capture with --audit hf, or with --audit path "
+    "and an engine that has two ways out (vllm), into another --out"
+)
 _TOTALS = ("samples", "tokens", "rows", "entries", "text_bytes", "file_bytes")
 
 
-def verify(root: str, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+def verify(root: str, progress: Callable[[int], None] | None = None, *, audit: bool = False) -> dict[str, Any]:
     """Check a capture, targets or a projection to the last byte.
 
     Args:
         root: folder or URL.
         progress: called with the bytes of each part when it is done.
+        audit: of a capture, also what its workers' audits found: the worst figures, and a row for each.
 
     Returns:
         What was checked: kind, parts, side files and totals.
 
     Raises:
         VerificationError: something differs; the message lists up to 20 problems, each with its part and sample.
-        XtokenError: no manifest, or one of an unknown version; or a server cannot be asked, which proves no damage.
+        XtokenError: no manifest, or one of an unknown version; or a server cannot be asked, which proves no damage;
+            or audits were asked of what is no capture.
     """
     folder = Folder(root)
     problems = list(manifest_problems(folder))
@@ -44,6 +51,7 @@ def verify(root: str, progress: Callable[[int], None] | None = None) -> dict[str
         if problems:
             raise _damaged(root, [*problems, str(error)]) from error
         raise
+    shown = _audits(root, manifest) if audit else {}
     problems += [*_side_problems(folder, manifest), *_record_problems(root, manifest), *seal_problems(folder, manifest)]
     check = _part_check(manifest)
     for part in manifest.parts:
@@ -55,7 +63,17 @@ def verify(root: str, progress: Callable[[int], None] | None = None) -> dict[str
     totals = {name: sum(getattr(part, name) for part in manifest.parts) for name in _TOTALS}
     # Shards that failed at capture are no damage: the manifest owns up to them.
     aside = {"set_aside": sorted(manifest.set_aside)} if isinstance(manifest, CaptureManifest) else {}
-    return {"kind": manifest.kind, "parts": len(manifest.parts), "files": sorted(manifest.files), **totals, **aside}
+    found = {"kind": manifest.kind, "parts": len(manifest.parts), "files": sorted(manifest.files), **totals, **aside}
+    return found | shown
+
+
+def _audits(root: str, manifest: AnyManifest) -> dict[str, Any]:
+    """What a capture's manifest says of its workers' audits."""
+    if not isinstance(manifest, CaptureManifest):
+        raise XtokenError(f"{root} holds {manifest.kind}, and only a capture has audits; leave --audit out")
+    if not manifest.audits:
+        return {"audits": _NO_AUDITS}
+    return {"worst_of_audits": worst_figures(manifest.audits), "audits": audit_rows(manifest.audits)}
 
 
 def _damaged(root: str, problems: Sequence[str]) -> VerificationError:

@@ -56,18 +56,16 @@ def capture_batch(samples: Sequence[Sample], schema: pa.Schema = CAPTURE, codes:
     }
     for name in schema.names:
         if name not in columns:
-            columns[name] = list_column([_values(sample, name, codes) for sample in samples], name, schema)
+            columns[name] = list_column([_values(sample, name) for sample in samples], name, schema, codes)
     arrays = [pa.array(columns[field.name], field.type) for field in schema]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def _values(sample: Sample, name: str, codes: Codes | None) -> NDArray[Any] | None:
-    """A sample's list in a column of the capture."""
-    if name in CODED:
-        ids: NDArray[np.int32] = getattr(sample.packed, CODED[name])
-        return ids if codes is None else codes[ids]
+def _values(sample: Sample, name: str) -> NDArray[Any] | None:
+    """A sample's list in a column of the capture, as it came from the teacher."""
+    name = CODED.get(name, name)
     found: NDArray[Any] | None = getattr(sample if hasattr(sample, name) else sample.packed, name)
-    return rounded(found) if found is not None and found.dtype == np.float32 else found
+    return found
 
 
 def rounded(value: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -77,14 +75,24 @@ def rounded(value: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(np.isnan(value), value, near.view(np.float32))
 
 
-def list_column(rows: Sequence[NDArray[Any] | None], name: str, schema: pa.Schema = CAPTURE) -> pa.ListArray:
-    """Rows of one list column of ``schema`` as Arrow; None is a null row."""
+def list_column(
+    rows: Sequence[NDArray[Any] | None], name: str, schema: pa.Schema = CAPTURE, codes: Codes | None = None
+) -> pa.ListArray:
+    """Rows of one list column of ``schema`` as Arrow: tokens by their codes, floats rounded; None is a null row.
+
+    Args:
+        codes: int32 [U], the code of each id, for columns of ``schemas.tables.CODED``; each id its own when left out.
+    """
     kind = schema.field(name).type
     lengths = [0 if row is None else len(row) for row in rows]
     offsets = np.zeros(len(rows) + 1, np.int32)
     np.cumsum(lengths, out=offsets[1:])
     present = [row for row in rows if row is not None]
-    values = np.concatenate(present) if present else np.zeros(0)
+    values: NDArray[Any] = np.concatenate(present) if present else np.zeros(0)
+    if name in CODED and codes is not None:
+        values = codes[values]
+    elif values.dtype == np.float32:
+        values = rounded(values)
     mask = pa.array([row is None for row in rows]) if len(present) < len(rows) else None
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind.value_type), type=kind, mask=mask)
 

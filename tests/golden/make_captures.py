@@ -33,12 +33,24 @@ RUNS = {
     "v2-topk": TOPK,
     "v2-tau": [*TOPK, "--temperatures", "0.5,2"],
     "v2-sampled": [*CAPTURE, "--codec", "sampled", "--draws", "50", "--seed", "7"],
+    "v3-topk": TOPK,
+    "v3-tau": [*TOPK, "--temperatures", "0.5,2"],
+    "v3-sampled": [*CAPTURE, "--codec", "sampled", "--draws", "50", "--seed", "7"],
 }
+AUDITED = ("v3-topk", "v3-tau", "v3-sampled")
 # Targets are of a capture that is made beside them and thrown away.
 TARGETS = {"v2-targets": TOPK, "v3-targets": TOPK, "v3-targets-sampled": RUNS["v2-sampled"]}
 LOSSES = {"v2-targets": "p-kl,h-kl,alm", "v3-targets": "p-kl,h-kl,alm"}
-RUN_ONLY = ("run.json", "teacher.json", "align.json", "workers")  # of the run that wrote it, never shared
-TAUS = {"v1-tau": (0.5, 2.0), "v2-tau": (0.5, 2.0)}
+RUN_ONLY = (
+    "run.json",
+    "teacher.json",
+    "align.json",
+    "workers",
+    "audits",
+    "log.jsonl",
+    "status.json",
+)  # of the run that wrote it, never shared
+TAUS = {"v1-tau": (0.5, 2.0), "v2-tau": (0.5, 2.0), "v3-tau": (0.5, 2.0)}
 ROWS = 6
 
 
@@ -97,10 +109,35 @@ def expected_rows(capture: Path, taus: tuple[float, ...]) -> list[dict[str, Any]
     return found
 
 
+def audit(name: str) -> None:
+    """What a worker of an engine with settings and two ways out leaves; the fake teacher has neither."""
+    from pipeline.capture.audit import open_audit
+    from pipeline.capture.worker import open_tokenizer
+    from pipeline.store import Folder
+    from pipeline.teachers import open_teacher
+    from schemas.config import PrecomputeConfig
+
+    flags = {flag[2:].replace("-", "_"): value for flag, value in zip(*[iter(RUNS[name][1:])] * 2, strict=True)}
+    taus = {"temperatures": flags.pop("temperatures").split(",")} if "temperatures" in flags else {}
+    config = PrecomputeConfig(corpus=RUNS[name][0], out=name, **flags, **taus)
+    tokenizer, folder = open_tokenizer(config), Folder(name)
+    teacher: Any = open_teacher(config, tokenizer.table)
+    teacher.second_path = teacher.rows
+    look = open_audit(config, folder, tokenizer, teacher, np.zeros(0, np.int32))
+    assert look is not None
+    look(0)
+    record = json.loads(folder.read("teacher.json"))
+    settings = {"max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.8, "prefix_caching": False, "runner": "v1"}
+    folder.replace("teacher.json", json.dumps({**record, "engine_settings": settings}).encode())
+
+
 def make(name: str) -> None:
     """Write one golden folder; the working folder is empty but for the tokenizer and the corpus."""
     if name in RUNS:
         xtoken("precompute", *RUNS[name], "--out", name, "--quiet")
+        if name in AUDITED:
+            audit(name)
+            xtoken("precompute", *RUNS[name], "--out", name, "--quiet")
         rows = expected_rows(Path(name), TAUS.get(name, ()))
         (HERE / f"{name}.expected.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.capture import LocalExecutor
-from pipeline.capture.executor import tell_nobody
+from pipeline.capture.work import Event, OneByOne, tell_nobody
 from pipeline.store import DiskFull
 from schemas.errors import XtokenError
 from schemas.manifest import Part
@@ -21,6 +21,7 @@ class ToyJob:
     folder: str
     shards: dict[int, str] = field(default_factory=dict)
     opening: str = "fine"
+    ahead: int = 1
 
     def open(self, slot: int = 0) -> "ToyWorker":
         note(self.folder, f"slot-{slot}-{os.getpid()}")
@@ -35,7 +36,7 @@ class ToyJob:
 
 
 @dataclass(frozen=True)
-class ToyWorker:
+class ToyWorker(OneByOne):
     job: ToyJob
 
     def run(self, shard: int, attempt: int, tell=tell_nobody) -> Part:
@@ -52,6 +53,8 @@ class ToyWorker:
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "slow":
             time.sleep(60)
+        if what == "stall once" and attempt == 1:
+            time.sleep(4)
         return Part(
             index=shard,
             samples=1,
@@ -68,14 +71,24 @@ class Watching:
     """A ``Watch`` that remembers."""
 
     def __init__(self) -> None:
-        self.parts: list[Part] = []
-        self.news: list[tuple[int, int]] = []
+        self.events: list[Event] = []
 
-    def part(self, part: Part) -> None:
-        self.parts.append(part)
+    @property
+    def parts(self) -> list[Part]:
+        return [event.part for event in self.events if event.kind == "part"]
 
-    def told(self, shard: int, done: int) -> None:
-        self.news.append((shard, done))
+    @property
+    def news(self) -> list[tuple[int, int]]:
+        return [(event.shard, event.done) for event in self.events if event.kind == "told"]
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.events]
+
+    def see(self, event: Event) -> None:
+        self.events.append(event)
+
+    def tick(self) -> None:
+        pass
 
 
 def note(folder: str, name: str) -> None:

@@ -13,17 +13,27 @@ from pipeline.capture import devices
 )
 def test_a_slot_takes_one_of_the_visible_gpus(monkeypatch, visible, slot, expected):
     monkeypatch.setenv(devices.VISIBLE, visible)
-    devices.pin_gpu(slot)
+    devices.pin_gpus(slot)
+    assert os.environ[devices.VISIBLE] == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "slot", "expected"),
+    [("0,1,2,3,4", 1, "2,3"), ("0,1,2,3,4", 2, "0,1"), ("5,6", 3, "5,6"), ("7", 0, "7")],
+)
+def test_tensor_parallel_workers_take_groups(monkeypatch, visible, slot, expected):
+    monkeypatch.setenv(devices.VISIBLE, visible)
+    devices.pin_gpus(slot, 2)
     assert os.environ[devices.VISIBLE] == expected
 
 
 def test_without_the_variable_the_machine_is_asked(monkeypatch, tmp_path):
     monkeypatch.delenv(devices.VISIBLE, raising=False)
     monkeypatch.setattr(devices, "_DEV", tmp_path)
-    devices.pin_gpu(0)
+    devices.pin_gpus(0)
     assert devices.VISIBLE not in os.environ
     for name in ("nvidia0", "nvidia1", "nvidiactl"):
         (tmp_path / name).touch()
-    devices.pin_gpu(1)
+    devices.pin_gpus(1)
     assert os.environ[devices.VISIBLE] == "1"
     monkeypatch.delenv(devices.VISIBLE)

@@ -25,9 +25,9 @@ def jobs(monkeypatch):
     return importlib.import_module("executor_jobs")
 
 
-def run(job, workers=2, shards=range(6)):
-    watch = sys.modules["executor_jobs"].Watching()
-    failed = LocalExecutor(workers).run(job, shards, watch)
+def run(job, workers=2, shards=range(6), lease_seconds=60.0, watch=None):
+    watch = watch or sys.modules["executor_jobs"].Watching()
+    failed = LocalExecutor(workers, lease_seconds).run(job, shards, watch)
     assert {(part.index, part.index + 100) for part in watch.parts} <= set(watch.news)
     return watch.parts, failed
 
@@ -41,7 +41,7 @@ def test_every_shard_runs_once(jobs, tmp_path):
     assert sorted(part.index for part in parts) == list(range(6))
     assert failed == {}
     assert notes(tmp_path, "run-") == [f"run-{shard}-1" for shard in range(6)]
-    assert len(notes(tmp_path, "open-")) == 2
+    assert 1 <= len(notes(tmp_path, "open-")) <= 2, "the last to load may come too late"
 
 
 def test_no_more_workers_than_shards_and_nothing_for_none(jobs, tmp_path):
@@ -60,11 +60,11 @@ def test_a_poison_shard_is_set_aside_after_three_attempts_and_the_others_go_on(j
 
 
 def test_a_killed_worker_is_replaced_and_its_shard_leased_again(jobs, tmp_path):
-    parts, failed = run(jobs.ToyJob(str(tmp_path), {1: "die once"}))
+    parts, failed = run(jobs.ToyJob(str(tmp_path), {1: "die once"}), workers=1)
     assert sorted(part.index for part in parts) == list(range(6))
     assert failed == {}
     assert notes(tmp_path, "run-1") == ["run-1-1", "run-1-2"]
-    assert len(notes(tmp_path, "open-")) == 3
+    assert len(notes(tmp_path, "open-")) == 2
 
 
 def test_a_shard_that_kills_its_worker_is_set_aside(jobs, tmp_path):
@@ -128,9 +128,25 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
+def test_a_worker_that_stalls_loses_its_shard_and_may_still_finish(jobs, tmp_path):
+    watch = jobs.Watching()
+    parts, failed = run(jobs.ToyJob(str(tmp_path), {1: "stall once"}), lease_seconds=1.5, watch=watch)
+    assert failed == {}
+    assert sorted(part.index for part in parts) == list(range(6)), "one part of a shard counts"
+    assert notes(tmp_path, "run-1") == ["run-1-1", "run-1-2"]
+    assert "overdue" in watch.kinds()
+
+
+def test_a_worker_that_never_gets_on_is_replaced(jobs, tmp_path):
+    parts, failed = run(jobs.ToyJob(str(tmp_path), {1: "slow"}), workers=1, shards=[0, 1], lease_seconds=1.0)
+    assert [part.index for part in parts] == [0]
+    assert "no progress for 1 s" in failed[1]
+    assert notes(tmp_path, "run-1") == ["run-1-1", "run-1-2", "run-1-3"]
+
+
 def test_every_worker_has_a_slot_and_its_heir_keeps_it(jobs, tmp_path):
-    run(jobs.ToyJob(str(tmp_path), {0: "die once"}), workers=2)
-    slots = sorted(name.split("-")[1] for name in notes(tmp_path, "slot-"))
-    assert slots[0] == "0"
-    assert slots[-1] == "1"
-    assert len(slots) == 3
+    watch = jobs.Watching()
+    run(jobs.ToyJob(str(tmp_path), {0: "die once"}), workers=2, watch=watch)
+    started = [event.worker for event in watch.events if event.kind == "starting"]
+    (died,) = [event.worker for event in watch.events if event.kind == "died"]
+    assert started == [0, 1, died]

@@ -10,6 +10,7 @@ from pipeline.capture.pilot import corpus_codes
 from pipeline.capture.plan import settle_plan
 from pipeline.capture.precompute import write_vocab
 from pipeline.capture.settings import sees_bos
+from pipeline.capture.work import Lease
 from pipeline.capture.worker import CaptureJob, chunk_counts, length_batches
 from pipeline.store import committed, decode, iter_capture
 from pipeline.store.files import Folder
@@ -44,8 +45,16 @@ def run(config):
     folder.make("")
     plan, tokenizer = settle_plan(folder, config, config.shard_bytes, Silent()), load_tokenizer(config.teacher)
     write_vocab(folder, tokenizer.table, corpus_codes(config, plan, tokenizer))
-    part = CaptureJob(config).open().run(0, 1)
+    part = serve(config, Lease(0))
     return part, [row for batch in iter_capture(config.out) for row in batch.to_pylist()]
+
+
+def serve(config, lease):
+    """The part that a worker makes of one lease."""
+    news = []
+    CaptureJob(config).open().serve(iter([lease]), news.append)
+    assert [one.kind for one in news if one.kind != "told"] == ["begun", "part"]
+    return news[-1].part
 
 
 @pytest.mark.parametrize("bos", ["auto", "always"])
@@ -103,7 +112,7 @@ def test_no_text(config):
 
 def test_a_second_attempt_returns_the_first_commit(config):
     part, _ = run(config)
-    assert CaptureJob(config).open().run(0, 2) == part
+    assert serve(config, Lease(0, 2)) == part
     assert committed(config.out) == {0: part}
 
 

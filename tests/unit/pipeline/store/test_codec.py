@@ -85,6 +85,20 @@ def test_equals_the_slow_codec(rows, k, min_p, vocab_size):
         np.testing.assert_allclose(found.logprob[span], true, atol=STEP / 2 + 1e-9)
 
 
+@settings(max_examples=100, deadline=None)
+@given(teacher_rows(), st.integers(1, 12), st.sampled_from([0.0, 0.003, 0.05]))
+def test_entries_that_cannot_be_kept_change_nothing_behind_the_others(rows, k, min_p):
+    """A padded head's impossible ids, below all others: what is kept is still the beginning of each row."""
+    count = len(rows.ids)
+    ids = np.concatenate([rows.ids, np.full((count, 1), 20, np.int32)], axis=1)
+    logprob = np.concatenate([rows.logprob, np.full((count, 1), -np.inf, np.float32)], axis=1)
+    plain, padded = (
+        encode(one, k=k, min_p=min_p, vocab_size=20) for one in (rows, replace(rows, ids=ids, logprob=logprob))
+    )
+    for name in ("kept", "topk_ids", "topk_gap", "rest_gap"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(padded, name))
+
+
 def test_errors_do_not_add_up_over_ranks():
     # every distance is 0.4 steps: rounding each alone would give zeros and lose 24 steps over 61 ranks
     logprob = -4.2 - np.arange(61, dtype=np.float32) * np.float32(0.4 * STEP)
@@ -119,6 +133,8 @@ def test_no_mass_left():
     [
         ([[1, 2]], [[-0.5, -3000.0]], "does not fit"),
         ([[1, 2]], [[np.nan, -3.0]], "NaN"),
+        ([[1, 2, 3]], [[-1.0, -3.0, np.nan]], "NaN"),
+        ([[1]], [[np.nan]], "NaN"),
         ([[1, 2]], [[-3.0, -0.5]], "sorted"),
         ([[1, 2]], [[-0.1, -0.2]], "sum to 1.7"),
         ([[7, 8]], [[-0.5, -2.0]], "no entry among the tokenizer's 5"),

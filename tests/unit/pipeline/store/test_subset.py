@@ -201,7 +201,7 @@ def test_what_a_subset_lacks_cannot_be_asked_of_it(kept_capture, tmp_path):
     assert set(again.left_out) > {"text", "kept", "space_logprob"}
 
 
-@pytest.mark.parametrize("name", ["v1-tau", "v2-tau", "v2-sampled"])
+@pytest.mark.parametrize("name", ["v1-tau", "v2-tau", "v2-sampled", "v3-tau", "v3-sampled"])
 def test_every_version_and_codec_has_subsets(name, tmp_path):
     source = GOLDEN / name
     version = read_manifest(str(source), CaptureManifest).schema_version

@@ -1,0 +1,319 @@
+"""Each worker's proof of values: rows read back from the store against the same tokens scored another way.
+
+The other way is the engine's own second path (``--audit path``) or transformers in float32 on the CPU (``--audit hf``).
+Windows are drawn at random from the worker's first committed shard. What is found lies in ``audits/part-NNNNN.json``
+and goes into the manifest. Rows that cannot be of the same model and text stop the run, and every later one that would
+finish this capture.
+"""
+
+import gc
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from pipeline.capture.differences import differences
+from pipeline.capture.plan import load_plan
+from pipeline.capture.settings import codec_info, read_small, read_teacher
+from pipeline.capture.stages import Audit
+from pipeline.store import Folder, iter_parquet
+from pipeline.store.codes import restore_ids
+from pipeline.store.columns import list_lengths
+from pipeline.store.publish import AUDITS, read_commit
+from pipeline.store.reader import ids_of_codes, local_part, stored_columns
+from pipeline.store.unpack import row_columns
+from pipeline.teachers import open_teacher
+from pipeline.teachers.base import Teacher, TeacherRows
+from pipeline.tokens import TextTokenizer, TokenTable
+from schemas.config import PrecomputeConfig
+from schemas.errors import VerificationError, XtokenError
+from schemas.manifest import MOST_AUDITS, AuditRecord, Part, TeacherInfo
+from schemas.remote import named_errors, patiently
+
+_NAME = re.compile(r"part-\d{5,}\.json")
+_RECORD_BYTES = 1 << 16
+_ROW_LENGTH = "realised_logprob"  # one value per row, whatever the codec
+# Beyond these two ways of computing one model never are, not even with quantised weights on one side.
+_MOST_REALISED = 0.5
+_MOST_ENTRIES = 1.0
+_LEAST_COMMON = 0.5
+_NO_NUMBER = 1e9  # stands for a difference that is infinite or undefined; JSON has neither
+
+_WAY_OUT = (
+    "Check that --teacher, --revision and --dtype name what the engine really ran, try another version of the engine "
+    "or --backend hf, and capture into another --out; --audit none is for those who know why the two differ"
+)
+_PATIENCE_SECONDS = 1800.0  # as long as an outage may last for those who publish
+R = TypeVar("R")
+Score = Callable[[Sequence[NDArray[np.int32]]], tuple[list[TeacherRows], str]]
+"""Scores prompts another way; also says which."""
+
+
+def open_audit(
+    config: PrecomputeConfig, folder: Folder, tokenizer: TextTokenizer, teacher: Teacher, context: NDArray[np.int32]
+) -> Audit | None:
+    """A worker's audit of one shard that it committed; None where none is wanted, or the engine has no second path.
+
+    Args:
+        folder: of the capture.
+        context: int32, what the teacher is shown before each sample.
+
+    Raises:
+        XtokenError: ``--audit hf`` of a model that transformers does not run, or that does not fit the memory.
+    """
+    if config.audit == "none" or (config.audit == "path" and teacher.second_path([]) is None):
+        return None
+    score: Score = _SecondPath(teacher)
+    if config.audit == "hf":
+        score = _Transformers.of(config, tokenizer.table)
+    return _Audit(config, folder, teacher.info, context, score)
+
+
+def read_audits(folder: Folder) -> list[AuditRecord]:
+    """What workers found, by number of the shard; the first ``MOST_AUDITS`` where there are more.
+
+    Raises:
+        VerificationError: a record is not one of ours.
+    """
+    names = [name for name in folder.names(AUDITS) if _NAME.fullmatch(name)]
+    return [_read(folder, f"{AUDITS}/{name}") for name in names[:MOST_AUDITS]]
+
+
+def accepted_audits(config: PrecomputeConfig, folder: Folder) -> list[AuditRecord]:
+    """``read_audits`` for a manifest; under ``--audit none`` whatever they found.
+
+    Raises:
+        XtokenError: one found rows that cannot be of the same model and text.
+    """
+    found = read_audits(folder)
+    for record in found if config.audit != "none" else ():
+        _refuse_other_rows(record, folder.root, read_teacher(folder).model)
+    return found
+
+
+def _refuse_other_rows(record: AuditRecord, root: str, model: str) -> None:
+    top1, entries = record.same_top1, max(record.entries_mean or 0.0, record.entropy_mean or 0.0)
+    common = record.ids_in_common if top1 is None else top1
+    if record.realised_mean <= _MOST_REALISED and entries <= _MOST_ENTRIES and common >= _LEAST_COMMON:
+        return
+    what = "draws are the same" if top1 is None else "rows have the same most probable token"
+    raise XtokenError(
+        f"{_not_of(root, model, record.against)}: {common:.1%} of the {what} (asked for are {_LEAST_COMMON:.0%}), "
+        f"log-probabilities differ on average by {record.realised_mean:.3g} nats for the text's tokens (at most "
+        f"{_MOST_REALISED:g}) and by {entries:.3g} for stored entries or entropies (at most {_MOST_ENTRIES:g}). "
+        f"{_WAY_OUT}"
+    )
+
+
+def _not_of(root: str, model: str, against: str) -> str:
+    return f"what {root} stores is not what {model} gives when scored again by {against}"
+
+
+def _read(folder: Folder, name: str) -> AuditRecord:
+    try:
+        return AuditRecord.model_validate_json(read_small(folder, name, _RECORD_BYTES))
+    except ValidationError as error:
+        raise VerificationError(
+            f"{folder.url(name)} is no audit ({error.error_count()} errors); remove it and run the same command again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _SecondPath:
+    """The engine's other way out; see ``Score``."""
+
+    teacher: Teacher
+
+    def __call__(self, prompts: Sequence[NDArray[np.int32]]) -> tuple[list[TeacherRows], str]:
+        rows = self.teacher.second_path(prompts)
+        assert rows is not None, "the engine said that it has a second path"
+        info = self.teacher.info
+        return rows, f"{info.backend}'s second path ({info.engine_version})"
+
+
+@dataclass(frozen=True)
+class _Transformers:
+    """The model in float32 on the CPU, loaded for one call; see ``Score``."""
+
+    config: PrecomputeConfig
+    table: TokenTable
+    weights: int
+
+    @classmethod
+    def of(cls, config: PrecomputeConfig, table: TokenTable) -> "_Transformers":
+        """Refuse what cannot be loaded, before the teacher has worked for it.
+
+        Raises:
+            XtokenError: transformers does not know the model, or it does not fit the memory.
+        """
+        changes = {"backend": "hf", "device": "cpu", "dtype": "float32", "tensor_parallel": 1, "temperatures": []}
+        config = config.model_copy(update=changes)
+        found = cls(config, table, _float32_bytes(config))
+        found._refuse_too_large()
+        return found
+
+    def __call__(self, prompts: Sequence[NDArray[np.int32]]) -> tuple[list[TeacherRows], str]:
+        self._refuse_too_large()
+        rows, info = self._scored(prompts)
+        gc.collect()
+        return rows, f"{info.engine_version}, {info.dtype} on {info.device}"
+
+    def _scored(self, prompts: Sequence[NDArray[np.int32]]) -> tuple[list[TeacherRows], TeacherInfo]:
+        try:
+            teacher = open_teacher(self.config, self.table)
+            return teacher.rows(prompts), teacher.info
+        except (
+            XtokenError,
+            ImportError,
+            MemoryError,
+            RuntimeError,
+        ) as error:  # torch says RuntimeError where memory is short
+            raise _cannot(self.config, error) from error
+
+    def _refuse_too_large(self) -> None:
+        free = free_memory()
+        if free is not None and self.weights > free:
+            raise _cannot(
+                self.config, f"its weights take {self.weights / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB are free"
+            )
+
+
+def _cannot(config: PrecomputeConfig, why: Exception | str) -> XtokenError:
+    return XtokenError(
+        f"--audit hf cannot run {config.teacher} by transformers on the CPU: {why}\n"
+        "Use --audit none, or --audit path where the engine has a second way out"
+    )
+
+
+def _float32_bytes(config: PrecomputeConfig) -> int:
+    """Bytes of the model's weights in float32; its modules are built without any.
+
+    Raises:
+        XtokenError: transformers does not know the model.
+    """
+    import torch
+    import transformers
+
+    from pipeline.teachers import model_source
+
+    auto: Any = transformers.AutoModelForCausalLM
+    try:
+        model_config = model_source.load_model_config(config)
+        with torch.device("meta"):
+            model = auto.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    except (XtokenError, ImportError, OSError, RuntimeError, ValueError) as error:
+        raise _cannot(config, error) from error
+    return 4 * sum(int(weight.numel()) for weight in model.parameters())
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that may still be taken, here and in this container; None where the system does not tell."""
+    found = [_machine_memory(), _group_memory()]
+    return min((free for free in found if free is not None), default=None)
+
+
+def _machine_memory() -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _group_memory(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a control group (version 2) leaves; what the system caches for it counts as free."""
+    try:
+        most, now = (int((root / name).read_text()) for name in ("memory.max", "memory.current"))
+        details = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        return max(0, most - now + int(details["inactive_file"]))
+    except (OSError, KeyError, ValueError):  # no group, or "max": no limit
+        return None
+
+
+@dataclass(frozen=True)
+class _Audit:
+    """See ``open_audit``; call with the shard."""
+
+    config: PrecomputeConfig
+    folder: Folder
+    info: TeacherInfo
+    context: NDArray[np.int32]
+    score: Score
+
+    def __call__(self, shard: int) -> None:
+        """Audit a shard and record it; nothing to do where it is not committed or has no row.
+
+        Raises:
+            XtokenError: its rows cannot be of this model and text.
+        """
+        part = self._reached(partial(read_commit, self.folder, shard))
+        if part is None or part.rows == 0:
+            return
+        stored = self._reached(partial(self._sample, part))
+        prompts = [np.concatenate([self.context, ids]).astype(np.int32) for ids in _lists(stored, "teacher_ids")]
+        others, against = self.score(prompts)
+        if [len(rows.target_logprob) for rows in others] != [len(ids) - 1 for ids in prompts]:
+            wrong = _not_of(self.folder.root, self.info.model, against)
+            raise XtokenError(f"{wrong}: it gave other numbers of rows. {_WAY_OUT}")
+        figures = differences(stored, codec_info(self.config), others)
+        record = AuditRecord(
+            method="hf" if self.config.audit == "hf" else "path",
+            against=against,
+            capture_path=self.info.capture_path,
+            samples=stored.num_rows,
+            rows=int(list_lengths(stored, _ROW_LENGTH).sum()),
+            **{name: value if np.isfinite(value) else _NO_NUMBER for name, value in figures.items()},
+        )
+        self._reached(partial(self._keep, shard, record))
+        _refuse_other_rows(record, self.folder.root, self.info.model)
+
+    def _keep(self, shard: int, record: AuditRecord) -> None:
+        self.folder.make(AUDITS)
+        self.folder.create(f"{AUDITS}/part-{shard:05d}.json", record.model_dump_json(indent=1).encode() + b"\n")
+
+    def _reached(self, step: Callable[[], R]) -> R:
+        """A step that needs storage, again while that is out of reach: an outage says nothing about the rows."""
+        return patiently(partial(_named, self.folder.root, step), _PATIENCE_SECONDS)
+
+    def _sample(self, part: Part) -> pa.RecordBatch:
+        """Whole samples of a part, drawn at random until they have the wanted rows; as a reader sees them."""
+        codes = ids_of_codes(self.folder.root)
+        names = ["sample_id", "teacher_ids", "first_row", *row_columns(codec_info(self.config)), _ROW_LENGTH]
+        if self.config.codec == "sampled":
+            names.append("entropy")
+        with local_part(self.folder, part.index, part) as path:
+            rows_N = np.concatenate([list_lengths(batch, _ROW_LENGTH) for batch in iter_parquet(path, [_ROW_LENGTH])])
+            chosen = self._chosen(rows_N, part.index)
+            found, start = [], 0
+            for batch in iter_parquet(path, stored_columns(names, codes)):
+                here = chosen[(chosen >= start) & (chosen < start + batch.num_rows)] - start
+                if len(here):
+                    found.append(restore_ids(batch.take(pa.array(here)), codes))
+                start += batch.num_rows
+        return pa.Table.from_batches(found).combine_chunks().to_batches()[0]
+
+    def _chosen(self, rows_N: NDArray[np.int64], shard: int) -> NDArray[np.int64]:
+        """Numbers of samples with at least the wanted rows together, ascending; they follow from plan and shard."""
+        plan = load_plan(self.folder)
+        assert plan is not None, "a shard was committed, so there is a plan"
+        seed = int.from_bytes(sha256(f"{plan.hash}:{shard}".encode()).digest()[:8], "little")
+        order_N = np.random.default_rng(seed).permutation(np.flatnonzero(rows_N > 0))
+        enough = int(np.searchsorted(np.cumsum(rows_N[order_N]), self.config.audit_rows)) + 1
+        return np.sort(order_N[:enough])
+
+
+def _named(root: str, step: Callable[[], R]) -> R:
+    with named_errors(root):
+        return step()
+
+
+def _lists(batch: pa.RecordBatch, name: str) -> list[NDArray[np.int32]]:
+    return [value.values.to_numpy() for value in batch[name]]
