@@ -4,36 +4,33 @@ Every verb is declared by a configuration of ``schemas.config``: its fields are 
 also the only place where the pipeline and the trainer meet.
 """
 
+import contextlib
 import functools
-import inspect as python_inspect
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic import BaseModel
 from rich.console import Console
 
+from schemas.capture_config import CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
 from schemas.config import (
     AlignConfig,
-    CorpusConfig,
     DemoConfig,
-    EstimateConfig,
     EvalConfig,
     InspectConfig,
-    PrecomputeConfig,
     ProjectConfig,
     TrainConfig,
     VerifyConfig,
 )
-from schemas.errors import XtokenError
+from schemas.errors import PartlyDone, XtokenError
+from schemas.flags import build, build_each, command, flag, options
 from schemas.progress import Bars
 from schemas.share_config import CardConfig, MergeConfig, PullConfig, PushConfig
 from trainer.report.tables import figure_tables
@@ -54,80 +51,55 @@ share_app = typer.Typer(
 )
 app.add_typer(share_app, name="share")
 INTERRUPTED = 130
-C = TypeVar("C", bound=BaseModel)
+ROWS = 40  # of a table that a terminal is shown
 Figures = dict[str, Any]
-LISTS = (list[str], list[float])  # written with commas on the command line
+F = TypeVar("F", bound=Figures | Iterator[Figures])
 Verb = Callable[[Any, Bars], Figures]
+Anyhow = Callable[[Any, Bars], Figures | Iterator[Figures]]
 
 
 def _show(figures: Figures, as_json: bool) -> None:
     """Print figures: one JSON object, or tables."""
     if as_json:
         sys.stdout.write(json.dumps(figures, ensure_ascii=False, default=str) + "\n")
-    else:
-        Console().print(*figure_tables(figures), sep="\n")
+        return
+    shown = {name: value[:ROWS] if isinstance(value, list) else value for name, value in figures.items()}
+    Console().print(*figure_tables(shown), sep="\n")
+    for name, value in figures.items():
+        if isinstance(value, list) and len(value) > ROWS:
+            Console().print(f"{name.replace('_', ' ')}: {len(value) - ROWS} more, which --json has")
 
 
-def _options(model: type[BaseModel]) -> list[python_inspect.Parameter]:
-    """One typer parameter per field of a configuration."""
-    parameters = []
-    for name, field in model.model_fields.items():
-        argument = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("argument")
-        kind: Any = field.annotation
-        default: Any = python_inspect.Parameter.empty if field.default is PydanticUndefined else field.default
-        if kind in LISTS:
-            kind, default = str, default if default is python_inspect.Parameter.empty else ",".join(map(str, default))
-        flag = _flag(name, field)
-        shown = f"--{flag}/--no-{flag}" if kind is bool and default is True else f"--{flag}"
-        info: Any = typer.Argument(help=field.description) if argument else typer.Option(shown, help=field.description)
-        keyword = python_inspect.Parameter.KEYWORD_ONLY
-        parameters.append(python_inspect.Parameter(name, keyword, default=default, annotation=Annotated[kind, info]))
-    # Arguments stand first on the command line whatever class declared them.
-    return sorted(parameters, key=lambda p: not isinstance(p.annotation.__metadata__[0], type(typer.Argument())))
-
-
-def _build(model: type[C], values: dict[str, Any]) -> C:
-    for name, field in model.model_fields.items():
-        if field.annotation in LISTS and name in values:
-            values[name] = [item.strip() for item in str(values[name]).split(",") if item.strip()]
-    try:
-        return model(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        where = (
-            f"--{_flag(name, model.model_fields[name])}: " if name in model.model_fields else f"--{name}: " * bool(name)
-        )
-        found = f" (it is {first['input']!r})" if first["type"] != "value_error" else ""
-        raise XtokenError(where + first["msg"].removeprefix("Value error, ") + found) from error
-
-
-def _flag(name: str, field: FieldInfo) -> str:
-    return (field.alias or name).replace("_", "-")
-
-
-def _guarded(work: Callable[[Bars], Figures], as_json: bool, quiet: bool) -> None:
+def _guarded(work: Callable[[Bars], Figures | Iterator[Figures]], as_json: bool, quiet: bool) -> None:
     """Run a verb; turn the user's errors into a message and an exit code."""
     bars = Bars(quiet or as_json)
     try:
-        figures = work(bars)
+        found = work(bars)
+        for figures in [found] if isinstance(found, dict) else found:
+            bars.finish()
+            _show(figures, as_json)
     except XtokenError as error:
         bars.finish()
-        _complain(str(error), type(error).__name__, as_json)
+        _complain(error, as_json)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
         bars.finish()
-        _complain("interrupted; what was committed stays, the same command resumes", "Interrupted", as_json)
+        _complain(Interrupted("interrupted; what was committed stays, the same command resumes"), as_json)
         raise typer.Exit(INTERRUPTED) from error
-    bars.finish()
-    _show(figures, as_json)
 
 
-def _complain(message: str, kind: str, as_json: bool) -> None:
+class Interrupted(XtokenError):
+    """Ctrl-C."""
+
+
+def _complain(error: XtokenError, as_json: bool) -> None:
+    figures = error.figures if isinstance(error, PartlyDone) else {}
     if as_json:
-        sys.stdout.write(json.dumps({"error": message, "kind": kind}) + "\n")
+        _show({"error": str(error), "kind": type(error).__name__, **figures}, as_json)
+    elif figures:
+        _show(figures, as_json)
     Console(stderr=True, soft_wrap=True).print("[red]error:[/red]", end=" ")
-    sys.stderr.write(message + "\n")
+    sys.stderr.write(f"{error}\n")
 
 
 JSON_FLAG = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")]
@@ -135,39 +107,64 @@ QUIET_FLAG = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 
 class verb:  # noqa: N801 - used as a decorator
-    """Register a function of (configuration, bars) as a verb whose flags are the configuration's fields."""
+    """Register a function of (configuration, bars) as a verb whose flags are the configuration's fields.
 
-    def __init__(self, model: type[BaseModel], example: str, group: typer.Typer = app) -> None:
-        self.model, self.example, self.group = model, example, group
+    With ``repeat``, the flag of that name may be given again: the function then gets a list of configurations.
+    """
 
-    def __call__(self, function: Verb) -> Verb:
-        keyword = python_inspect.Parameter.KEYWORD_ONLY
-        parameters = _options(self.model)
-        for name, flag in (("as_json", JSON_FLAG), ("quiet", QUIET_FLAG)):
-            parameters.append(python_inspect.Parameter(name, keyword, default=False, annotation=flag))
-        command: Any = functools.partial(_run_verb, function, self.model)
-        command.__signature__ = python_inspect.Signature(parameters)
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    def __init__(
+        self, model: type[BaseModel], example: str, group: typer.Typer = app, repeat: str | None = None
+    ) -> None:
+        self.model, self.example, self.group, self.repeat = model, example, group, repeat
+
+    def __call__(self, function: Callable[[Any, Bars], F]) -> Callable[[Any, Bars], F]:
+        once = functools.partial(build, self.model)
+        make = once if self.repeat is None else functools.partial(build_each, self.model, repeat=self.repeat)
+        run = functools.partial(_run_verb, function, make)
         text = f"{self.model.__doc__}\n\nExample: {self.example}"
         name = function.__name__.removeprefix("run_").removeprefix("share_")
-        self.group.command(name, help=text)(command)
+        switches = {"as_json": JSON_FLAG, "quiet": QUIET_FLAG}
+        self.group.command(name, help=text)(command(run, options(self.model, self.repeat), switches))
         return function
 
 
-def _run_verb(function: Verb, model: type[BaseModel], /, **values: Any) -> None:
+def _run_verb(function: Anyhow, make: Callable[[Figures], Any], /, **values: Any) -> None:
     as_json, quiet = values.pop("as_json"), values.pop("quiet")
-    _guarded(lambda bars: function(_build(model, values), bars), as_json, quiet)
+    _guarded(lambda bars: function(make(values), bars), as_json, quiet)
 
 
-@verb(PrecomputeConfig, "xtoken precompute corpus.jsonl.zst --teacher Qwen/Qwen3-4B --backend vllm --out capture")
-def run_precompute(config: PrecomputeConfig, bars: Bars) -> Figures:
-    """Capture a teacher's rows over a corpus."""
-    from pipeline.capture import precompute
-    from pipeline.store.figures import capture_figures
+@verb(
+    PrecomputeConfig,
+    "xtoken precompute corpus.jsonl.zst --teacher Qwen/Qwen3-4B --backend vllm --out capture",
+    repeat="teacher",
+)
+def run_precompute(configs: list[PrecomputeConfig], bars: Bars) -> Figures:
+    """Capture a teacher's rows over a corpus, or those of several, one after the other."""
+    from pipeline.capture.several import run_teachers
 
-    began = time.monotonic()
-    manifest = precompute(config, bars)
-    return capture_figures(manifest) | {"seconds": round(time.monotonic() - began, 1), "out": config.out}
+    return run_teachers(configs, bars)
+
+
+@verb(StatusConfig, "xtoken status s3://team/capture --watch 10")
+def run_status(config: StatusConfig, bars: Bars) -> Figures | Iterator[Figures]:  # noqa: ARG001
+    """Say how a capture gets on."""
+    from pipeline.capture.status import status
+
+    return status(config.path) if config.watch is None else _watched(config.path, config.watch)
+
+
+def _watched(path: str, seconds: float) -> Iterator[Figures]:
+    """Look again and again, on a terminal in the same place, until the run has ended."""
+    from pipeline.capture.status import goes_on, status
+
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            figures = status(path)
+            Console().clear()
+            yield figures
+            if not goes_on(figures):
+                return
+            time.sleep(seconds)
 
 
 @verb(ProjectConfig, "xtoken project --student HuggingFaceTB/SmolLM2-135M --teacher capture --out w")
@@ -324,6 +321,8 @@ HERE = Path(__file__).resolve().parent
 @verb(DemoConfig, "xtoken demo --out demo-run")
 def run_demo(config: DemoConfig, bars: Bars) -> Figures:
     """Walk the whole way on real models and compare P-KL with CE alone."""
+    from trainer.report.demo import demo_figures
+
     began = time.monotonic()
     models, texts = os.path.relpath(HERE / ".cache" / "models"), os.path.relpath(HERE / "examples" / "data")
     teacher, student = config.teacher or f"{models}/gemma-3-270m", config.student or f"{models}/smollm2-135m"
@@ -345,7 +344,7 @@ def run_demo(config: DemoConfig, bars: Bars) -> Figures:
             "max_tokens": tokens,
             "shard_bytes": 1 << 15,
         }
-        captures[name] = _step(say, run_precompute, PrecomputeConfig, flags, bars)
+        captures[name] = _step(say, run_precompute, PrecomputeConfig, flags, bars, several=True)
         if name == "train":
             _step(say, run_project, ProjectConfig, {"student": student, "teacher": capture, "out": f"{out}/w"}, bars)
         flags = {"capture": capture, "student": student, "out": targets, "w": f"{out}/w", "losses": "p-kl"}
@@ -356,46 +355,22 @@ def run_demo(config: DemoConfig, bars: Bars) -> Figures:
         flags = {"targets": f"{out}/targets-train", "student": student, "out": f"{out}/run-{loss}", "loss": loss}
         flags |= {"steps": config.steps, "step_tokens": 512, "micro_tokens": 512, "warmup": 5, **weights, **measure}
         runs[loss] = _step(say, run_train, TrainConfig, flags, bars)
-    return _demo_table(out, captures, runs, time.monotonic() - began)
+    return demo_figures(out, captures, runs, time.monotonic() - began)
 
 
 def _step(
-    say: Callable[..., None], run: Callable[[Any, Bars], Figures], model: type[C], flags: Figures, bars: Bars
+    say: Callable[..., None], run: Verb, model: type[BaseModel], flags: Figures, bars: Bars, *, several: bool = False
 ) -> Figures:
     """Say the command that does the same, then do it."""
-    names = {name: _flag(name, field) for name, field in model.model_fields.items()}
+    names = {name: flag(name, field) for name, field in model.model_fields.items()}
     words = [str(v) for k, v in flags.items() if k in ("corpus", "capture", "targets")]
     words += [
         w for k, v in flags.items() if k not in ("corpus", "capture", "targets") for w in (f"--{names[k]}", str(v))
     ]
     if not bars.quiet:
         say(f"$ xtoken {run.__name__.removeprefix('run_')} {shlex.join(words)}", style="bold")
-    return run(_build(model, dict(flags)), bars)
-
-
-def _demo_table(out: str, captures: Figures, runs: Figures, seconds: float) -> Figures:
-    """The demo's figures: one row per model on the held-out chapter."""
-    from trainer.report.loss_plot import plot_losses
-
-    train = captures["train"]
-    plot_losses({loss: f"{out}/run-{loss}" for loss in runs}, f"{out}/loss.png")
-    names = ("bits_per_byte", "kl", "top1_agreement")
-    before = runs["ce"]["before"]
-    rows = [{"model": "teacher", "bits_per_byte": before["teacher_bits_per_byte"]}]
-    rows.append({"model": "student before"} | {name: before[name] for name in names})
-    for loss, run in runs.items():
-        rows.append({"model": f"student after {loss}"} | {name: run["after"][name] for name in names})
-    return {
-        "tokens_captured": train["tokens"],
-        "tokens_per_second": train["tokens"] / train["seconds"],
-        "bytes_per_token": train["bytes_per_token"],
-        "entries_per_row": train["entries_per_row"],
-        "share_of_1_1_chunks": train["align_share_of_1_1_chunks"],
-        "training_steps": runs["ce"]["steps"],
-        "minutes": seconds / 60,
-        "plot": f"{out}/loss.png",
-        "held_out": rows,
-    }
+    config = build(model, flags)
+    return run([config] if several else config, bars)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from pipeline.store.unpack import row_columns
 from pipeline.teachers import open_teacher
 from pipeline.teachers.base import Teacher, TeacherRows
 from pipeline.tokens import TextTokenizer, TokenTable
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import MOST_AUDITS, AuditRecord, Part, TeacherInfo
 from schemas.remote import named_errors, patiently

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pipeline.capture.plan import Plan, SliceReader
 from pipeline.store.codes import Codes, codes_by_use
 from pipeline.tokens import TextTokenizer
-from schemas.config import CorpusConfig
+from schemas.capture_config import CorpusConfig
 from schemas.errors import XtokenError
 
 _SHARDS = 16

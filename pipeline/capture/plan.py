@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.capture.settings import another_run
 from pipeline.corpus import Corpus, Document
 from pipeline.store import Folder, StopRun
-from schemas.config import CorpusConfig
+from schemas.capture_config import CorpusConfig
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import CorpusInfo, digest
 from schemas.progress import Progress

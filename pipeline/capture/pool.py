@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.corpus import Corpus, Document
-from schemas.config import CorpusConfig
+from schemas.capture_config import CorpusConfig
 from schemas.errors import XtokenError
 from schemas.progress import Progress
 

@@ -32,7 +32,7 @@ from pipeline.store.seal import SUMS_FILE, seal
 from pipeline.teachers import check_backend
 from pipeline.teachers.base import entries_asked
 from pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import IncompleteRun, VerificationError, XtokenError
 from schemas.manifest import MANIFEST, CaptureManifest, Part, provenance, read_manifest
 from schemas.progress import Progress

@@ -109,7 +109,7 @@ class RayExecutor:
             share = share_of(alive(), self._workers, self._gpus_per_worker, self._tensor_parallel, self._device)
             both = _Watches(watch, RayMetrics(len(shards)))
             leases = Leases(shards, job.ahead, both.see, self._lease_seconds)
-            crew = Crew(job, share, self._workers, both, leases)
+            crew = RayCrew(job, share, self._workers, both, leases)
             try:
                 while leases.unfinished:
                     crew.staff()
@@ -124,7 +124,7 @@ class RayExecutor:
         return dict(sorted(leases.failed.items()))
 
 
-class Crew:
+class RayCrew:
     """The actors of one run."""
 
     def __init__(self, job: Job, share: Share, workers: int | None, watch: Watch, leases: Leases) -> None:

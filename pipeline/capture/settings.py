@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from pipeline.store import STEP, Folder
 from pipeline.teachers.base import shows_bos
 from pipeline.tokens import TokenTable
-from schemas.config import PrecomputeConfig, RowsConfig
+from schemas.capture_config import PrecomputeConfig, RowsConfig
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import MANIFEST, CodecInfo, EngineSettings, TeacherInfo, digest
 from schemas.remote import open_url

@@ -50,7 +50,7 @@ class _Found:
         """All shards, as far as is known."""
         if self.plan is not None:
             return len(self.plan.shards)
-        return len(self.records)
+        return max(len(self.records), sum(one.shards for one in self.statuses))
 
     @property
     def complete(self) -> bool:
@@ -199,7 +199,7 @@ def _shard_figures(found: _Found) -> dict[str, Any]:
     done, live = len(found.records), found.live
     text = found.plan.corpus.text_bytes if found.plan is not None else sum(one.text_bytes for one in found.statuses)
     return {
-        "shards": found.shards if found.plan is not None or found.manifest is not None else None,
+        "shards": found.shards or None,
         "shards_done": done,
         "shards_in_flight": sum(one.shards_in_flight for one in live),
         "shards_set_aside": max(len(_set_aside_errors(found)), sum(one.shards_set_aside for one in live)),

@@ -30,7 +30,7 @@ from pipeline.store.writer import ROW_GROUP, group_rows
 from pipeline.teachers import open_teacher
 from pipeline.teachers.base import Teacher, TeacherRows, entries_asked
 from pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import Part, TeacherInfo
 from schemas.tables import capture

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import cli
 
 RUNNER = CliRunner()
-VERBS = ("align", "demo", "estimate", "eval", "inspect", "losses", "precompute", "project", "train", "verify")
+VERBS = ("align", "demo", "estimate", "eval", "inspect", "losses", "precompute", "project", "status", "train", "verify")
 SHARE_VERBS = ("card", "merge", "pull", "push", "verify")
 
 
@@ -59,6 +59,15 @@ def test_a_wrong_value_names_the_flag_and_the_choices() -> None:
             ["precompute", "c", "--teacher", "t", "--out", "o", "--draws", "8"],
             "--draws 8 means nothing to --codec topk",
         ),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--cell", "9/8"], "write 1/8, 2/8, ... 8/8"),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--cell", "0/8"], "write 1/8, 2/8, ... 8/8"),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--ray", "ray://h:1"], "ray job submit"),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--ray", "somewhere"], "say local, auto or HOST:PORT"),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--gpus-per-worker", "1"], "say --ray too"),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--tensor-parallel", "2"], "needs --backend vllm"),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--log", "s3://b/l"], "name a local one"),
+        (["precompute", "c", "--teacher", "a/t", "--teacher", "b/t", "--out", "o"], "would both go to the folder t"),
+        (["status", "o", "--watch", "0"], "--watch: "),
         (["share", "push", "a", "b", "--license", "corpus=mit"], "both are needed"),
         (["share", "push", "a", "b", "--license", "mit"], "write corpus=ID,outputs=ID"),
         (["share", "pull", "a", "b", "--parts", "1-"], "write it like 0-9,12"),

@@ -12,9 +12,18 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from schemas.cache import cached
-from schemas.errors import XtokenError
+from schemas.errors import Unreachable, XtokenError
 from schemas.manifest import read_any_manifest
-from schemas.remote import in_parallel, is_local, named_errors, open_filesystem, open_url, read_footer
+from schemas.remote import (
+    in_parallel,
+    is_local,
+    may_pass,
+    named_errors,
+    open_filesystem,
+    open_url,
+    patiently,
+    read_footer,
+)
 
 KNOWN = import_module("fsspec.registry")._registry  # the name fsspec.registry is also that of a mapping
 
@@ -27,19 +36,100 @@ def raised(error: BaseException, url: str) -> BaseException:
 
 def test_refusals_name_url_answer_and_way_out() -> None:
     botocore = pytest.importorskip("botocore.exceptions")
-    for error, said in (
-        (PermissionError("Access Denied."), "Access Denied."),
-        (TimeoutError("slow"), "slow"),
-        (ConnectionResetError(104, "reset by peer"), "reset by peer"),
-        (OSError(5, "Internal Error"), "Internal Error"),
-        (botocore.NoCredentialsError(), "Unable to locate credentials"),
-        (botocore.EndpointConnectionError(endpoint_url="http://nowhere"), "http://nowhere"),
+    for error, said, kind in (
+        (PermissionError("Access Denied."), "Access Denied.", XtokenError),
+        (TimeoutError("slow"), "slow", Unreachable),
+        (ConnectionResetError(104, "reset by peer"), "reset by peer", Unreachable),
+        (OSError(5, "Internal Error"), "Internal Error", XtokenError),
+        (botocore.NoCredentialsError(), "Unable to locate credentials", XtokenError),
+        (botocore.EndpointConnectionError(endpoint_url="http://nowhere"), "http://nowhere", Unreachable),
     ):
         found = raised(error, "s3://bucket/name")
-        assert type(found) is XtokenError
+        assert type(found) is kind
         for part in ("s3://bucket/name", said, "AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL_S3"):
             assert part in str(found)
     assert "HF_TOKEN" in str(raised(PermissionError("401"), "hf://datasets/a/b"))
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "passes"),
+    [
+        (500, "InternalError", True),
+        (502, "502", True),
+        (503, "SlowDown", True),
+        (503, "503", True),
+        (400, "RequestTimeout", True),
+        (409, "ConditionalRequestConflict", True),
+        (429, "TooManyRequests", True),
+        (400, "InvalidRequest", False),
+        (403, "AccessDenied", False),
+        (403, "RequestTimeTooSkewed", False),
+        (412, "PreconditionFailed", False),
+        (501, "NotImplemented", False),
+    ],
+)
+def test_what_a_server_answers_may_pass_or_not(status: int, code: str, passes: bool) -> None:
+    """As botocore raises it and as s3fs translates it, which loses the status."""
+    botocore, s3fs = pytest.importorskip("botocore.exceptions"), pytest.importorskip("s3fs.errors")
+    answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error = botocore.ClientError(answer, "PutObject")
+    assert may_pass(error) == passes
+    assert may_pass(s3fs.translate_boto_error(error)) == passes
+
+
+def test_a_certificate_that_is_refused_does_not_pass() -> None:
+    botocore = pytest.importorskip("botocore.exceptions")
+    assert not may_pass(botocore.SSLError(endpoint_url="https://nowhere", error="self-signed"))
+
+
+class _Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_patience_has_a_rhythm_and_an_end() -> None:
+    clock, tries = _Clock(), []
+
+    def step() -> int:
+        tries.append(clock())
+        if len(tries) < 4:
+            raise Unreachable("down")
+        return 7
+
+    assert patiently(step, 60.0, sleep=clock.sleep, clock=clock) == 7
+    assert all(low / 2 <= found <= low for found, low in zip(clock.slept, (0.5, 1.0, 2.0), strict=True))
+    tries.clear()
+    clock.slept.clear()
+    with pytest.raises(Unreachable):
+        patiently(lambda: [tries.append(clock()), raised_now()], 120.0, sleep=clock.sleep, clock=clock)
+    assert len(tries) > 6
+    assert max(clock.slept) <= 30
+    assert tries[-1] - tries[0] <= 120
+
+
+def raised_now() -> None:
+    raise Unreachable("down")
+
+
+def test_nothing_else_is_tried_again() -> None:
+    tries = []
+    with pytest.raises(XtokenError):
+        patiently(lambda: [tries.append(1), refuse()])
+    assert tries == [1]
+
+
+def refuse() -> None:
+    raise XtokenError("refused")
 
 
 def test_what_callers_understand_and_our_defects_pass() -> None:

@@ -20,7 +20,8 @@ from pipeline.capture import precompute
 from pipeline.project import build_w
 from pipeline.store import load_vocab
 from pipeline.tokens import Encoded, TokenTable, load_tokenizer
-from schemas.config import AlignConfig, PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
+from schemas.config import AlignConfig
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import CodecInfo
 from schemas.progress import Silent

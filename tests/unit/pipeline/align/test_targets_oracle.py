@@ -27,7 +27,7 @@ from pipeline.project import Projection, build_w
 from pipeline.project.projection import EXACT, PIECES, TO_REST
 from pipeline.store import load_vocab
 from pipeline.tokens import TextTokenizer, load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.manifest import CaptureManifest, CodecInfo, TokenizerInfo, read_manifest
 from schemas.progress import Silent
 

@@ -20,7 +20,7 @@ from pipeline.store.codes import with_codes
 from pipeline.store.publish import AUDITS
 from pipeline.teachers import open_teacher
 from pipeline.teachers.base import TeacherRows
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import Unreachable, VerificationError, XtokenError
 from schemas.manifest import AuditRecord
 from schemas.progress import Silent

@@ -16,7 +16,7 @@ from pipeline.capture.rate import Rate
 from pipeline.capture.status import read_status
 from pipeline.capture.work import Event
 from pipeline.store import Folder
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import CorpusInfo, Part, TeacherInfo
 

@@ -10,7 +10,7 @@ import cli
 from pipeline.capture import precompute
 from pipeline.capture.dry_run import dry_run
 from pipeline.capture.fleet import Fleet, fleet_here, gpus_of_worker
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.progress import Silent
 

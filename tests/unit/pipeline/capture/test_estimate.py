@@ -12,7 +12,7 @@ import cli
 from pipeline.capture import precompute
 from pipeline.capture.estimate import estimate
 from pipeline.capture.pool import PIECE, evenly, ratio, take_pool
-from schemas.config import EstimateConfig, PrecomputeConfig
+from schemas.capture_config import EstimateConfig, PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.progress import Silent
 

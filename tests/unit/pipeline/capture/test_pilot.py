@@ -11,7 +11,7 @@ from pipeline.capture import pilot
 from pipeline.capture.pilot import corpus_codes
 from pipeline.capture.plan import make_plan
 from pipeline.tokens import load_tokenizer
-from schemas.config import CorpusConfig
+from schemas.capture_config import CorpusConfig
 from schemas.progress import Silent
 
 TEXTS = [f"document {n}: " + "zzz " * n + "naïve " * (40 - n) for n in range(40)]

@@ -8,7 +8,7 @@ import pytest
 from pipeline.capture.plan import PLAN_FILE, SliceReader, check_files, load_plan, make_plan, settle_plan
 from pipeline.corpus import Corpus
 from pipeline.store import Folder, StopRun
-from schemas.config import CorpusConfig
+from schemas.capture_config import CorpusConfig
 from schemas.errors import VerificationError, XtokenError
 from schemas.progress import Silent
 

@@ -11,7 +11,7 @@ import pytest
 from pipeline.capture import precompute
 from pipeline.capture.work import Event, Lease
 from pipeline.store import DiskFull, committed, data_name, verify
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import IncompleteRun, VerificationError, XtokenError
 from schemas.manifest import CaptureManifest, read_manifest
 from schemas.progress import Silent

@@ -13,7 +13,7 @@ from pipeline.capture.settings import codec_info
 from pipeline.store import data_name, iter_capture, verify
 from pipeline.teachers import open_teacher
 from pipeline.tokens import load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import CodecInfo
 from schemas.progress import Silent

@@ -8,7 +8,7 @@ import pytest
 from pipeline.capture.settings import TEACHER_FILE, read_engine_settings, read_teacher, run_settings, settle_teacher
 from pipeline.store import Folder
 from pipeline.tokens import load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import TeacherInfo
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import cli
 from pipeline.capture.several import each_below, teacher_name
 from pipeline.store import verify
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import CaptureManifest, read_manifest
 

@@ -12,7 +12,7 @@ import cli
 from pipeline.capture import precompute
 from pipeline.capture.status import duration, goes_on, status
 from pipeline.store import committed
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import CaptureManifest, read_manifest
 from schemas.progress import Silent

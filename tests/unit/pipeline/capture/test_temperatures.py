@@ -13,7 +13,7 @@ from pipeline.store import data_name, decode, decode_tau_rest, inspect, iter_cap
 from pipeline.store.checks import CaptureCheck
 from pipeline.teachers import open_teacher
 from pipeline.tokens import load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import CaptureManifest, read_manifest
 from schemas.progress import Silent

@@ -17,7 +17,7 @@ from pipeline.store.files import Folder
 from pipeline.store.writer import rounded
 from pipeline.teachers import open_teacher
 from pipeline.tokens import load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.progress import Silent
 

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from pipeline.corpus import Corpus, Document
-from schemas.config import CorpusConfig
+from schemas.capture_config import CorpusConfig
 from schemas.errors import XtokenError
 
 TEXTS = ["One.", "Zwei größere\r\nZeilen.", "e\u0301 三", "four\x00"]

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from pipeline.corpus import Corpus
-from schemas.config import CorpusConfig
+from schemas.capture_config import CorpusConfig
 from schemas.errors import XtokenError
 
 GOOD = b'{"text": "good", "id": 1}\n'

@@ -1,6 +1,6 @@
 """Windows: they fit, they join to the document, and they are cut where they should be."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from pipeline.corpus import Document, Window, windows
-from pipeline.tokens import TextTokenizer, load_tokenizer
+from pipeline.corpus import Document, Window, all_windows, windows
+from pipeline.tokens import Encoded, TextTokenizer, load_tokenizer
 from schemas.errors import XtokenError
 
 PROSE = "It was the best of times, it was the worst of times; 1859 and l’été.\r\n\r\n    Καὶ 中文没有空格 👩‍👩‍👧‍👦 "
@@ -122,3 +122,133 @@ def test_an_error_names_the_document() -> None:
 
     with pytest.raises(XtokenError, match=r"^document 'd7': its tokens do not rejoin"):
         list(windows(Document("d7", "x", 0, 0), Broken(), 8))  # type: ignore[arg-type]
+
+
+def same(left: list[Window], right: list[Window]) -> bool:
+    """Whether two lists of windows hold the same, bit by bit."""
+
+    def said(window: Window) -> tuple[object, ...]:
+        one = window.encoded
+        return window.sample_id, window.complete, one.text, one.snapped, one.ids.tobytes(), one.ends.tobytes()
+
+    return [said(window) for window in left] == [said(window) for window in right]
+
+
+@pytest.mark.parametrize("max_tokens", [8, 24, 400])
+@pytest.mark.parametrize("slab", [300, 1 << 17])
+def test_all_windows_are_the_windows_of_each_document(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, max_tokens: int, slab: int
+) -> None:
+    """Whatever of a document fits a window or a slab, and wherever batches end."""
+    module = import_module("pipeline.corpus.windows")
+    monkeypatch.setattr(module, "_SLAB", slab)
+    monkeypatch.setattr(module, "_BATCH", 700)
+    texts = [PROSE * count for count in (1, 2, 9)] + ["short", "\n", "x" * 900, " " * 500, PROSE[:40]]
+    documents = [Document(f"d{number}", text, 0, number) for number, text in enumerate(texts)]
+    expected = [window for document in documents for window in windows(document, tokenizer, max_tokens)]
+    assert same(all_windows(documents, tokenizer, max_tokens), expected)
+
+
+def test_a_window_that_is_exactly_full(tokenizer_file: Callable[[str], Path]) -> None:
+    """The document's tokens fill the window and EOS does not fit; one token less, and it does."""
+    tokenizer = _load(str(tokenizer_file("smollm2")))
+    text = " one two three four five six seven eight"
+    for count in (8, 9):
+        found = cut(text, tokenizer, count)
+        assert len(found) == 10 - count
+        assert same(found, all_windows([Document("doc", text, 0, 0)], tokenizer, count))
+
+
+class Counting:
+    """A tokenizer that counts the characters it tokenizes."""
+
+    def __init__(self, inner: TextTokenizer) -> None:
+        self.table, self.normalise, self.inner = inner.table, inner.normalise, inner
+        self.cuts_at_spaces = inner.cuts_at_spaces
+        self.characters = 0
+
+    def encode(self, text: str, *, complete: bool, keep_text: bool = False) -> Encoded:
+        return self.encode_batch([text], [complete], keep_text=keep_text)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], completes: Sequence[bool], *, keep_text: bool = False
+    ) -> list[Encoded]:
+        self.characters += sum(map(len, texts))
+        return self.inner.encode_batch(texts, completes, keep_text=keep_text)
+
+
+def test_a_document_that_fits_is_tokenized_once() -> None:
+    counting = Counting(_load("bytes"))
+    documents = [Document(f"d{number}", "a b c " * number, 0, number) for number in range(1, 9)]
+    size = sum(len(document.text) for document in documents)
+    all_windows(documents, counting, 100)
+    assert counting.characters == size
+    for document in documents:
+        list(windows(document, counting, 100))
+    assert counting.characters == 2 * size
+
+
+def test_an_error_of_a_batch_names_the_first_document_that_is_refused() -> None:
+    class Refusing(Counting):
+        def encode_batch(
+            self, texts: Sequence[str], completes: Sequence[bool], *, keep_text: bool = False
+        ) -> list[Encoded]:
+            if bad := [text for text in texts if "bad" in text]:
+                raise XtokenError(f"its tokens do not rejoin {bad[-1]!r}")
+            return super().encode_batch(texts, completes, keep_text=keep_text)
+
+    documents = [Document(name, f"{name} text", 0, 0) for name in ("good", "bad1", "bad2")]
+    with pytest.raises(XtokenError, match=r"^document 'bad1': its tokens do not rejoin 'bad1 text'"):
+        all_windows(documents, Refusing(_load("bytes")), 8)
+
+
+_PIECES = [*" " * 8, "  ", "\n", "\n\n", "\t", "\r\n", "a", "The", "'s", "I'LL", "12", "345", "²", "é", "e\u0301", "ﬁ"]
+_PIECES += [
+    "中",
+    "日本",
+    "हि",
+    "👩‍👩‍👧",
+    "\u200b",
+    "\u00a0",
+    "\u3000",
+    "\x85",
+    "\x1c",
+    "\u180e",
+    " \u0301",
+    "▁",
+    "/",
+    "...",
+]
+_PIECES += ["!?", "<s>", "<|endoftext|>", "<tool_call>", "[multimodal]", "_", "-", "word", "ing"]
+
+
+class Whole(Counting):
+    """A tokenizer of which nothing is known: every piece is tokenized."""
+
+    def __init__(self, inner: TextTokenizer) -> None:
+        super().__init__(inner)
+        self.cuts_at_spaces = False
+
+
+@pytest.mark.parametrize("name", ["bytes", "smollm2", "gemma3", "llama2", "llama3", "qwen3", "gpt4o"])
+def test_windows_cut_out_of_a_slab_are_those_tokenized_alone(name: str, tokenizer_file: Callable[[str], Path]) -> None:
+    tokenizer = _load("bytes" if name == "bytes" else str(tokenizer_file(name)))
+    assert tokenizer.cuts_at_spaces == (name != "llama2")
+
+    @settings(max_examples=60, deadline=None, database=None)
+    @given(st.lists(st.sampled_from(_PIECES), min_size=1, max_size=60).map("".join), st.integers(8, 16))
+    def check(text: str, max_tokens: int) -> None:
+        document = Document("d", text, 0, 0)
+        alone = list(windows(document, Whole(tokenizer), max_tokens))
+        assert same(list(windows(document, tokenizer, max_tokens)), alone)
+
+    check()
+
+
+def test_prose_is_tokenized_once(tokenizer_file: Callable[[str], Path]) -> None:
+    """But for each document's last window, which may end with EOS."""
+    text = "some words and other words, then more of the same; " * 200
+    counting = Counting(_load(str(tokenizer_file("smollm2"))))
+    found = list(windows(Document("d", text, 0, 0), counting, 64))
+    assert len(found) > 20
+    assert counting.characters == len(text) + len(found[-1].encoded.text)

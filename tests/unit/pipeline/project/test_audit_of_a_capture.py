@@ -13,7 +13,8 @@ from pipeline.project import Audit, build_w, coverage, project
 from pipeline.project.mass import Mass, teacher_mass
 from pipeline.store import iter_capture
 from pipeline.tokens import TokenTable
-from schemas.config import PrecomputeConfig, ProjectConfig
+from schemas.capture_config import PrecomputeConfig
+from schemas.config import ProjectConfig
 from schemas.manifest import CaptureManifest, ProjectionManifest, read_manifest
 from schemas.progress import Silent
 from trainer.report.tables import figure_tables

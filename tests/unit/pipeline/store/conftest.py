@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.capture import precompute
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.progress import Silent
 
 TEXTS = {

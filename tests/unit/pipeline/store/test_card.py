@@ -26,7 +26,7 @@ from pipeline.store.card_plots import PLOTS
 from pipeline.store.card_stats import RowStats, quantile, read_stats
 from pipeline.store.seal import PLOTS as SEALED_PLOTS
 from pipeline.store.verify import verify
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import MANIFEST, CaptureManifest, content_hash, read_manifest
 from schemas.progress import Silent

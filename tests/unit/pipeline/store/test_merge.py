@@ -16,7 +16,8 @@ from pipeline.store.destination import Destination
 from pipeline.store.merge import merge
 from pipeline.store.seal import seal
 from pipeline.store.share import pull
-from schemas.config import AlignConfig, PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
+from schemas.config import AlignConfig
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import CaptureManifest, content_hash, read_manifest
 from schemas.progress import Silent

@@ -16,7 +16,7 @@ from pipeline.store import data_name, inspect, verify, write_parquet
 from pipeline.store.checks import CaptureCheck
 from pipeline.store.sampled import PackedDraws, decode_draws, encode_draws
 from pipeline.teachers.base import Draws
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import CaptureManifest, read_manifest
 from schemas.progress import Silent

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pipeline.teachers import open_teacher
 from pipeline.teachers.base import Teacher
 from pipeline.tokens import load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pipeline.teachers.draws import Sampler, counted, cut_draws, draw_row, join_
 from pipeline.teachers.fake_teacher import FakeTeacher
 from pipeline.teachers.logit_rows import RowReader, cut, draw, join
 from pipeline.tokens import load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import TeacherInfo
 

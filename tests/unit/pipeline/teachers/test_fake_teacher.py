@@ -9,7 +9,7 @@ import pytest
 from pipeline.teachers import open_teacher
 from pipeline.teachers.fake_teacher import FakeTeacher
 from pipeline.tokens import load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import TeacherInfo
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.teachers import hf_teacher, open_teacher
 from pipeline.teachers.base import TeacherRows
 from pipeline.tokens import TokenTable
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 
 VOCAB = 101

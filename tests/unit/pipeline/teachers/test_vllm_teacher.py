@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.teachers import open_teacher
 from pipeline.tokens import load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import TeacherInfo
 

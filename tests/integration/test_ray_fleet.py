@@ -1,0 +1,54 @@
+"""What --dry-run makes of a cluster: a real Ray with four GPUs that it only believes in."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.capture.dry_run import dry_run
+from pipeline.capture.fleet import Fleet, fleet_of_ray
+from schemas.capture_config import PrecomputeConfig
+from schemas.errors import XtokenError
+from schemas.progress import Silent
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster() -> Iterator[None]:
+    """Which this process is connected to: no run starts or leaves it."""
+    ray.init("local", num_cpus=8, num_gpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def config(**flags: object) -> PrecomputeConfig:
+    known: dict[str, object] = {"corpus": "c", "teacher": "bytes", "backend": "hf", "out": "o", "ray": "auto"}
+    return PrecomputeConfig.model_validate(known | flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fleet"),
+    [
+        ({"backend": "vllm", "tensor_parallel": 2}, Fleet(2, 2.0, 2.0)),
+        ({"gpus_per_worker": 0.5}, Fleet(8, 0.5, 4.0)),
+        ({"workers": 3}, Fleet(3, 1.0, 3.0)),
+        ({"workers": 3, "device": "cpu"}, Fleet(3, 0.0, 1.0)),
+        ({"workers": 3, "device": "cpu", "backend": "fake"}, Fleet(3, 0.0, 3.0)),
+    ],
+)
+def test_workers_and_gpus(flags: dict[str, object], fleet: Fleet) -> None:
+    assert fleet_of_ray(config(**flags)) == fleet
+
+
+def test_a_dry_run_asks_the_cluster_first(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    corpus = f"{folder}/corpus.txt"
+    with open(corpus, "w") as file:
+        file.write("some words\n" * 500)
+    flags = {"corpus": corpus, "out": f"{folder}/out", "backend": "fake", "k": 4, "shard_bytes": 100}
+    found = dry_run(config(**flags, gpus_per_worker=0.5, gpu_price=2.0), Silent())
+    assert (found["workers"], found["gpus"]) == (8, 4.0)
+    assert found["cost"] == pytest.approx(found["gpu_hours"] * 2, abs=0.01)
+    with pytest.raises(XtokenError, match="the largest node that is alive now has 4"):
+        dry_run(config(**flags, gpus_per_worker=5.0), Silent())
