@@ -269,7 +269,7 @@ def run_verify(config: VerifyConfig, bars: Bars) -> Figures:
     from pipeline.store import verify
 
     bars.start("verify", None, "bytes")
-    return {"verified": "every file is as its manifest says", **verify(config.path, bars.advance)}
+    return {"verified": "every file is as its manifest says", **verify(config.path, bars.advance, audit=config.audit)}
 
 
 @verb(PushConfig, "xtoken share push capture s3://team/capture --license corpus=cc-by-4.0,outputs=gemma", share_app)

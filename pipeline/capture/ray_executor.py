@@ -40,6 +40,7 @@ class _Member:
     slot: int
     call: Any
     seen: int = 0  # news that came from it
+    calls: int = 0  # that gave it leases
     node: str = ""
     place: str = ""
     opened: bool = False
@@ -261,7 +262,8 @@ class RayCrew:
             return
         leases = self._leases.grant(member.number)
         if leases:
-            member.actor.lease.remote(leases)
+            member.calls += 1
+            member.actor.lease.remote(member.calls, leases)
         nothing_left = not self._leases.waiting and all(one.fell is None for one in self._members)
         if member.opened and nothing_left and not self._leases.holds(member.number):
             # should a shard that another worker holds come back, a worker is started again

@@ -1,7 +1,7 @@
 """What runs inside a Ray actor: one worker in a thread of its own, and a mailbox that the driver empties.
 
 Calls may be lost with a connection and are made again then, so news is kept until the driver says that it has it, and a
-lease that comes twice counts once.
+call that comes twice counts once.
 """
 
 import pickle
@@ -91,14 +91,14 @@ class RayWorker:
         self._node = ray.get_runtime_context().get_node_id()
         self._mailbox = Mailbox()
         self._leases: queue.SimpleQueue[Lease | None] = queue.SimpleQueue()
-        self._given: set[Lease] = set()
+        self._calls: set[int] = set()
         threading.Thread(target=self._work, args=(version, job, slot), name="xtoken-worker", daemon=True).start()
 
-    def lease(self, leases: list[Lease]) -> None:
-        """Queue leases for the worker."""
-        for lease in leases:
-            if lease not in self._given:
-                self._given.add(lease)
+    def lease(self, call: int, leases: list[Lease]) -> None:
+        """Queue leases for the worker; each call has a number of its own."""
+        if call not in self._calls:
+            self._calls.add(call)
+            for lease in leases:
                 self._leases.put(lease)
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from pipeline.capture.plan import Plan, SliceReader, load_plan
 from pipeline.capture.settings import codec_info, sees_bos, settle_teacher
 from pipeline.capture.stages import Audit, Prepared, Stages, text_bytes
 from pipeline.capture.work import Lease, Say, Tell, tell_nobody
-from pipeline.corpus import Window, windows
+from pipeline.corpus import Window, all_windows
 from pipeline.store import Folder, Packed, Sample, capture_batch, encode, publish_part, write_parquet
 from pipeline.store.checks import CaptureCheck
 from pipeline.store.codes import Codes, read_codes
@@ -141,9 +141,7 @@ class CaptureWorker:
             XtokenError: the tokenizer refuses a document.
         """
         documents = self._reader.read(self._plan.shards[shard])
-        pieces = [
-            window for document in documents for window in windows(document, self._tokenizer, self._config.max_tokens)
-        ]
+        pieces = all_windows(documents, self._tokenizer, self._config.max_tokens)
         counts = Counter(documents=len(documents))
         if self._student is not None:
             counts.update(_student_counts(self._student, self._tokenizer.table, pieces))

@@ -2,6 +2,6 @@
 
 from pipeline.corpus.corpus import Corpus, Document
 from pipeline.corpus.listing import CorpusFile
-from pipeline.corpus.windows import Window, windows
+from pipeline.corpus.windows import Window, all_windows, windows
 
-__all__ = ["Corpus", "CorpusFile", "Document", "Window", "windows"]
+__all__ = ["Corpus", "CorpusFile", "Document", "Window", "all_windows", "windows"]

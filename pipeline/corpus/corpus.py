@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.corpus.listing import FORMATS, CorpusFile, list_files, reader_of, suffix_of
 from pipeline.corpus.readers import Fields, FileProblem, Problem, Row
-from schemas.config import CorpusConfig
+from schemas.capture_config import CorpusConfig
 from schemas.errors import XtokenError
 from schemas.remote import open_filesystem
 

@@ -3,7 +3,7 @@
 Shapes: T tokens of one text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ from schemas.errors import XtokenError
 
 # Characters tokenized at a time to find out where windows may end: bounds memory on long documents.
 _SLAB = 1 << 17
+# Characters of whole documents tokenized in one call: bounds memory, enough for the tokenizer's threads.
+_BATCH = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ def windows(document: Document, tokenizer: TextTokenizer, max_tokens: int) -> It
     """Windows of at most ``max_tokens`` tokens; their texts joined are the document.
 
     Windows end before whitespace; a run without any that is longer than a window is cut between
-    characters. Every window is tokenized by itself. The document is the one that the tokenizer sees:
+    characters. Every window has the tokens of its text by itself. The document is the one that the tokenizer sees:
     normalised, where the tokenizer normalises.
 
     Args:
@@ -47,46 +49,151 @@ def windows(document: Document, tokenizer: TextTokenizer, max_tokens: int) -> It
     Raises:
         XtokenError: the tokenizer's tokens do not rejoin the document (with the document's id).
     """
-    assert max_tokens >= 8
     try:
-        for number, (encoded, complete) in enumerate(_pieces(document.text, tokenizer, max_tokens)):
-            yield Window(f"{document.id}#{number}", encoded, complete)
+        text = tokenizer.normalise(document.text)
+        start, whole = _start(text, max_tokens)
+        yield from _windows(document, text, tokenizer.encode(start, complete=whole), tokenizer, max_tokens)
     except XtokenError as error:
         raise XtokenError(f"document {document.id!r}: {error}") from error
 
 
-def _pieces(raw: str, tokenizer: TextTokenizer, max_tokens: int) -> Iterator[tuple[Encoded, bool]]:
-    text = tokenizer.normalise(raw)
-    slab_size = max(_SLAB, 16 * max_tokens)
+def all_windows(documents: Iterable[Document], tokenizer: TextTokenizer, max_tokens: int) -> list[Window]:
+    """``windows`` of every document, one after the other, tokenized many documents at a time.
+
+    Raises:
+        XtokenError: as ``windows``, for the first document that does not rejoin.
+    """
+    found: list[Window] = []
+    for batch in _batches(documents):
+        try:
+            found += list(_batch_windows(batch, tokenizer, max_tokens))
+        except XtokenError:
+            # which document it was only one at a time tells
+            found += [window for document in batch for window in windows(document, tokenizer, max_tokens)]
+    return found
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Batches that end with the document that fills ``_BATCH`` characters."""
+    batch, size = list[Document](), 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _batch_windows(documents: Sequence[Document], tokenizer: TextTokenizer, max_tokens: int) -> Iterator[Window]:
+    texts = [tokenizer.normalise(document.text) for document in documents]
+    starts = [_start(text, max_tokens) for text in texts]
+    encoded = tokenizer.encode_batch([start for start, _ in starts], [whole for _, whole in starts])
+    for document, text, start in zip(documents, texts, encoded, strict=True):
+        yield from _windows(document, text, start, tokenizer, max_tokens)
+
+
+def _start(text: str, max_tokens: int) -> tuple[str, bool]:
+    """The first slab of a text, and whether it is all of it."""
+    size = _slab_size(max_tokens)
+    return text[:size], len(text) <= size
+
+
+def _slab_size(max_tokens: int) -> int:
+    return max(_SLAB, 16 * max_tokens)
+
+
+def _windows(
+    document: Document, text: str, start: Encoded, tokenizer: TextTokenizer, max_tokens: int
+) -> Iterator[Window]:
+    """Windows of a document whose normalised text and tokenized first slab are known."""
+    assert max_tokens >= 8
+    for number, (encoded, complete) in enumerate(_pieces(text, start, tokenizer, max_tokens)):
+        yield Window(f"{document.id}#{number}", encoded, complete)
+
+
+@dataclass(frozen=True, eq=False)
+class _Slab:
+    """A stretch of a text, tokenized.
+
+    Attributes:
+        text: characters from ``start`` of the whole text on.
+        char_ends: where its tokens end (``_char_ends``).
+        cuts: its tokens are exact and serve for pieces, too (``TextTokenizer.cuts_at_spaces``).
+    """
+
+    text: str
+    start: int
+    encoded: Encoded
+    char_ends: NDArray[np.int64]
+    cuts: bool
+
+    @classmethod
+    def of(cls, text: str, start: int, encoded: Encoded, tokenizer: TextTokenizer) -> "_Slab":
+        """Characters from ``start`` on that were tokenized as ``encoded``."""
+        exact = not encoded.snapped and encoded.text == text
+        return cls(text, start, encoded, _char_ends(encoded), exact and tokenizer.cuts_at_spaces)
+
+    def guess(self, done: int, max_tokens: int) -> int:
+        """Where ``max_tokens`` tokens from character ``done`` on end, were they tokenized as they are in the slab."""
+        last = int(np.searchsorted(self.char_ends, done, side="right")) + max_tokens - 1
+        return len(self.text) if last >= len(self.char_ends) else max(int(self.char_ends[last]), done + 1)
+
+    def piece(self, start: int, end: int) -> Encoded | None:
+        """What characters ``start:end`` are tokenized to by themselves, where the slab's tokens tell."""
+        if not (self.cuts and self._is_cut(start) and self._is_cut(end)):
+            return None
+        first, last = self._tokens_before(start), self._tokens_before(end)
+        if first is None or last is None:
+            return None
+        ends = self.encoded.ends[first:last] - (self.encoded.ends[first - 1] if first else 0)
+        return Encoded(self.text[start:end], self.encoded.ids[first:last].copy(), ends, snapped=False)
+
+    def _tokens_before(self, cut: int) -> int | None:
+        """Tokens that end at or before a cut, if one ends there."""
+        # a character is several tokens, perhaps, and those but the last end before character 1
+        count = int(np.searchsorted(self.char_ends, cut, side="right")) if cut else 0
+        return count if cut == 0 or (count and self.char_ends[count - 1] == cut) else None
+
+    def _is_cut(self, at: int) -> bool:
+        return at == 0 or (at < len(self.text) and self.text[at] == " " and not self.text[at - 1].isspace())
+
+
+def _pieces(text: str, first: Encoded, tokenizer: TextTokenizer, max_tokens: int) -> Iterator[tuple[Encoded, bool]]:
+    slab_size = _slab_size(max_tokens)
+    if 0 < len(text) <= slab_size and len(first.ids) <= max_tokens:
+        yield first, True
+        return
     start = 0
     while start < len(text):
-        slab = text[start : start + slab_size]
-        char_ends = _char_ends(tokenizer.encode(slab, complete=False))
+        part = text[start : start + slab_size]
+        # An EOS at the end of the first one moves no guess: it ends where the slab does.
+        encoded = tokenizer.encode(part, complete=False) if start else first
+        slab = _Slab.of(part, start, encoded, tokenizer)
         last = start + slab_size >= len(text)
         done = 0
-        while done < len(slab):
-            guess = _guess(char_ends, done, max_tokens, len(slab))
+        while done < len(part):
+            guess = slab.guess(done, max_tokens)
             # Unless nothing follows, the end of a slab is no place to cut: begin the next slab here.
-            if guess == len(slab) and done > 0 and not last:
+            if guess == len(part) and done > 0 and not last:
                 break
-            piece, size = _fit(text, start + done, guess - done, tokenizer, max_tokens)
+            piece, size = _fit(text, slab, done, guess - done, tokenizer, max_tokens)
             done += size
             yield piece, start + done == len(text)
         start += done
 
 
-def _guess(char_ends: NDArray[np.int64], done: int, max_tokens: int, size: int) -> int:
-    """Where ``max_tokens`` tokens from character ``done`` on end, were they tokenized as they are in the slab."""
-    last = int(np.searchsorted(char_ends, done, side="right")) + max_tokens - 1
-    return size if last >= len(char_ends) else max(int(char_ends[last]), done + 1)
-
-
-def _fit(text: str, start: int, size: int, tokenizer: TextTokenizer, max_tokens: int) -> tuple[Encoded, int]:
-    """The longest piece from ``start`` of at most ``size`` characters, cut at whitespace, that fits."""
+def _fit(
+    text: str, slab: _Slab, done: int, size: int, tokenizer: TextTokenizer, max_tokens: int
+) -> tuple[Encoded, int]:
+    """The longest piece from ``done`` in the slab of at most ``size`` characters, cut at whitespace, that fits."""
+    start = slab.start + done
     while True:
         size = _cut(text, start, start + size) - start
-        piece = text[start : start + size]
-        encoded = tokenizer.encode(piece, complete=start + size == len(text))
+        encoded = slab.piece(done, done + size)
+        if encoded is None:
+            encoded = tokenizer.encode(text[start : start + size], complete=start + size == len(text))
         if len(encoded.ids) <= max_tokens:
             return encoded, size
         assert size > 1, f"one character takes {len(encoded.ids)} tokens"

@@ -11,6 +11,8 @@ from pipeline.tokens.table import TokenTable
 class ByteTokenizer:
     """A ``TextTokenizer`` whose tokens are the bytes themselves."""
 
+    cuts_at_spaces = True
+
     def __init__(self) -> None:
         """Build the table of 256 tokens."""
         self.table = TokenTable.build(

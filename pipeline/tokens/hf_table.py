@@ -68,8 +68,8 @@ def read_spec(data: Mapping[str, Any], name: str) -> Spec:
 
 def _kind(data: Mapping[str, Any], model: Mapping[str, Any], name: str) -> Kind:
     model_type = model.get("type") or ("BPE" if "merges" in model else "unknown")
-    parts = {part["type"] for part in _flat(data.get("decoder"))} | {
-        part["type"] for part in _flat(data.get("pre_tokenizer"))
+    parts = {part["type"] for part in components(data.get("decoder"))} | {
+        part["type"] for part in components(data.get("pre_tokenizer"))
     }
     if model_type == "BPE" and ("ByteLevel" in parts or _normalises_to_bytes(data)):
         return "byte-level"
@@ -82,17 +82,17 @@ def _kind(data: Mapping[str, Any], model: Mapping[str, Any], name: str) -> Kind:
 
 
 def _normalises_to_bytes(data: Mapping[str, Any]) -> bool:
-    return any(part["type"] == "ByteLevel" for part in _flat(data.get("normalizer")))
+    return any(part["type"] == "ByteLevel" for part in components(data.get("normalizer")))
 
 
-def _flat(component: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+def components(component: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
     """A component, or the members of a Sequence of them, at any depth."""
     if component is None:
         return
     members = [component[key] for key in ("normalizers", "pretokenizers", "decoders") if key in component]
     if component.get("type") == "Sequence" and members:
         for member in members[0]:
-            yield from _flat(member)
+            yield from components(member)
     else:
         yield component
 
@@ -123,7 +123,7 @@ def text_normalizer(spec: Spec) -> str | None:
     """
     kept = [
         part
-        for part in _flat(spec.normalizer)
+        for part in components(spec.normalizer)
         if part["type"] not in ("Prepend", "ByteLevel")
         and not (part["type"] == "Replace" and part.get("content") == METASPACE)
     ]

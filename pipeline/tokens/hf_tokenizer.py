@@ -7,11 +7,9 @@ Shapes: T tokens of one text.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.tokens.interface import Encoded
 from pipeline.tokens.rejoin import METASPACE, Block, blocks, differing_block, dummy_space, map_ends
@@ -29,18 +27,23 @@ CANARY = (
 class HfTokenizer:
     """A ``TextTokenizer`` over a ``tokenizers.Tokenizer`` (special tokens off, no truncation, no padding)."""
 
-    def __init__(self, backend: Any, table: TokenTable, normalizer: Any | None) -> None:
+    def __init__(
+        self, backend: Any, table: TokenTable, normalizer: Any | None, *, cuts_at_spaces: bool = False
+    ) -> None:
         """Take over ``backend``.
 
         Args:
             backend: a ``tokenizers.Tokenizer`` that treats special tokens as text.
             table: its token bytes.
             normalizer: the part of its normaliser that changes text (``normalize_str``), or None.
+            cuts_at_spaces: see ``TextTokenizer``.
         """
         self.table = table
+        self.cuts_at_spaces = cuts_at_spaces
         self._backend = backend
         self._normalizer = normalizer
         self._pieces = table.pieces()
+        self._lengths = table.lengths
         self._missing = _missing_bytes(table)
 
     def normalise(self, text: str) -> str:
@@ -92,7 +95,7 @@ class HfTokenizer:
         space = dummy_space(joined, spelt)
         if space is not None:
             found = blocks(text, self._spelt) if spelt != text.encode() else None
-            return Encoded(text, _int32(ids), self._ends(ids, space, found), snapped=False)
+            return self._encoded(text, ids, space, found, snapped=False)
         normal = text if keep_text else self.normalise(text)
         if normal != text:
             return self._place(normal, self._ids(normal), keep_text=True)
@@ -103,13 +106,15 @@ class HfTokenizer:
         found = blocks(text, self._seen) if space is not None else differing_block(joined, text.encode())
         if space is None and not found[0].text and not found[-1].text:
             raise self._mismatch(joined, text)
-        return Encoded(text, _int32(ids), self._ends(ids, space or 0, found), snapped=True)
+        return self._encoded(text, ids, space or 0, found, snapped=True)
 
-    def _ends(self, ids: Sequence[int], space: int, found: list[Block] | None) -> NDArray[np.int32]:
-        """Byte ends; a dummy space (0 or 1 bytes) is taken off the first token."""
-        lengths = map(len, map(self._pieces.__getitem__, ids))
-        ends = np.fromiter(accumulate(lengths), dtype=np.int32, count=len(ids)) - np.int32(space)
-        return ends if found is None else map_ends(ends, found)
+    def _encoded(
+        self, text: str, tokens: list[int], space: int, found: list[Block] | None, *, snapped: bool
+    ) -> Encoded:
+        """Tokens with their byte ends; a dummy space (0 or 1 bytes) is taken off the first token."""
+        ids = np.array(tokens, dtype=np.int32)
+        ends = np.cumsum(self._lengths[ids], dtype=np.int32) - np.int32(space)
+        return Encoded(text, ids, ends if found is None else map_ends(ends, found), snapped)
 
     def _ids(self, text: str) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
@@ -139,7 +144,3 @@ def _missing_bytes(table: TokenTable) -> bytes:
         return b""
     known = table.by_bytes()
     return bytes(byte for byte in range(256) if bytes([byte]) not in known)
-
-
-def _int32(ids: Sequence[int]) -> NDArray[np.int32]:
-    return np.array(ids, dtype=np.int32)

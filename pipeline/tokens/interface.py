@@ -35,9 +35,15 @@ class Encoded:
 
 
 class TextTokenizer(Protocol):
-    """A tokenizer whose tokens are bytes of the text. It never adds BOS."""
+    """A tokenizer whose tokens are bytes of the text. It never adds BOS.
+
+    Attributes:
+        table: what its tokens mean.
+        cuts_at_spaces: a text cut before a space that follows no whitespace, where a token ends, has the tokens it had.
+    """
 
     table: TokenTable
+    cuts_at_spaces: bool
 
     def normalise(self, text: str) -> str:
         """The text as this tokenizer sees it where that is stable under repetition, else ``text`` itself."""

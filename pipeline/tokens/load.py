@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tokens.byte_tokenizer import ByteTokenizer
+from pipeline.tokens.cuts import keeps_tokens
 from pipeline.tokens.hf_table import Spec, build_table, read_spec, role_candidates, special_tokens, text_normalizer
 from pipeline.tokens.hf_tokenizer import HfTokenizer
 from pipeline.tokens.interface import TextTokenizer
@@ -62,7 +63,7 @@ def _assemble(name: str, path: Path, data: Mapping[str, Any], side: SideFiles) -
     _as_plain_text(backend, special_tokens(spec, side))
     in_text = frozenset(token for token in role_candidates(spec, side) if _text_produces(backend, token))
     table = build_table(spec, side, name, bos=_added_bos(backend), in_text=in_text)
-    tokenizer = HfTokenizer(backend, table, _normalizer(spec))
+    tokenizer = HfTokenizer(backend, table, _normalizer(spec), cuts_at_spaces=keeps_tokens(data))
     tokenizer.check()
     return tokenizer
 
