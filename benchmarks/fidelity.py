@@ -48,7 +48,7 @@ from benchmarks.fidelity_rows import DEFAULT, DRAWN, DROPPED, FLOORED, SETTINGS,
 from benchmarks.machine import machine
 from pipeline.corpus import Corpus, Document
 from pipeline.tokens import load_tokenizer
-from schemas.config import CorpusConfig
+from schemas.capture_config import CorpusConfig
 from trainer.losses.base import Loss
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,7 +23,8 @@ from pipeline.project.build import build_w
 from pipeline.project.projection import EXACT, Projection
 from pipeline.teachers.base import shows_bos
 from pipeline.tokens import TextTokenizer, load_tokenizer
-from schemas.config import LossOptions, PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
+from schemas.config import LossOptions
 from trainer.losses import open_loss
 from trainer.losses.base import Loss, LossSetup, ProjectionArrays, View, VocabArrays
 from trainer.samples import context_token

@@ -140,9 +140,11 @@ class _Quiet:
 
     def run(self, job: Any, shards: list[int], watch: Any) -> dict[int, str]:
         """One part, without attempts."""
+        from pipeline.capture.work import Event
+
         worker = job.open()
         for shard in shards:
-            watch.part(worker.run(shard, 1))
+            watch.see(Event("part", shard=shard, part=worker.run(shard, 1)))
         return {}
 
 

@@ -23,7 +23,7 @@ from pipeline.corpus import Corpus, windows
 from pipeline.teachers import hf_teacher, model_source
 from pipeline.teachers.logit_rows import top_k
 from pipeline.tokens import load_tokenizer
-from schemas.config import CorpusConfig, PrecomputeConfig
+from schemas.capture_config import CorpusConfig, PrecomputeConfig
 
 ENTRIES, DRAWS, WINDOW, BLOCK = 128, 200, 512, 64
 

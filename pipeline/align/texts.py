@@ -7,7 +7,7 @@ import pyarrow as pa
 from pipeline.capture.plan import SliceReader, load_plan
 from pipeline.corpus import Document
 from pipeline.store.files import Folder, StopRun
-from schemas.config import CorpusConfig
+from schemas.capture_config import CorpusConfig
 from schemas.errors import XtokenError
 
 

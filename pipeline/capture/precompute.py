@@ -118,7 +118,8 @@ def _executor(config: PrecomputeConfig) -> Executor:
     from pipeline.capture.ray_executor import RayExecutor
 
     gpus, parallel = config.gpus_per_worker, config.tensor_parallel
-    return RayExecutor(config.ray, config.workers, gpus, parallel, config.device, config.lease_seconds)
+    device = "cpu" if config.backend == "fake" else config.device
+    return RayExecutor(config.ray, config.workers, gpus, parallel, device, config.lease_seconds)
 
 
 def _forget(folder: Folder) -> None:

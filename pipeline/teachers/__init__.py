@@ -8,7 +8,7 @@ from schemas.errors import XtokenError
 if TYPE_CHECKING:
     from pipeline.teachers.base import Teacher
     from pipeline.tokens import TokenTable
-    from schemas.config import PrecomputeConfig
+    from schemas.capture_config import PrecomputeConfig
 
 
 class Backend(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.config import PrecomputeConfig, RowsConfig
+from schemas.capture_config import PrecomputeConfig, RowsConfig
 from schemas.errors import XtokenError
 from schemas.manifest import TeacherInfo, TokenizerInfo
 

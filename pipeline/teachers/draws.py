@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.teachers.base import Draws
-from schemas.config import RowsConfig
+from schemas.capture_config import RowsConfig
 from schemas.errors import XtokenError
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.teachers.base import Batch, Draws, TeacherRows, entries_asked, stream_batches
 from pipeline.teachers.draws import Sampler, counted, draw_row
 from pipeline.tokens import TokenTable
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import TeacherInfo, digest
 

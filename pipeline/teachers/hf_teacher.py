@@ -25,7 +25,7 @@ from pipeline.teachers.base import Batch, TeacherRows, check_prompt, entries_ask
 from pipeline.teachers.draws import Sampler
 from pipeline.teachers.logit_rows import RowReader, cut, join
 from pipeline.tokens import TokenTable
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import TeacherInfo
 

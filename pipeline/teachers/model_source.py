@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from pipeline.teachers.base import entries_asked, shows_bos
 from pipeline.tokens import TokenTable
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import digest
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pipeline.teachers import model_source
 from pipeline.teachers.vllm_parent import EndsWithParent, followed
 from pipeline.teachers.vllm_replies import Entries, TensorRows, flat_entries, read_entries
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 
 if find_spec("vllm") is None:

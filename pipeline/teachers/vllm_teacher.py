@@ -26,7 +26,7 @@ from pipeline.teachers.vllm_engine import (
 from pipeline.teachers.vllm_replies import Entries, read_entries
 from pipeline.teachers.vllm_rows import RULES, arrange
 from pipeline.tokens import TokenTable
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import TeacherInfo
 

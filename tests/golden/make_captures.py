@@ -115,7 +115,7 @@ def audit(name: str) -> None:
     from pipeline.capture.worker import open_tokenizer
     from pipeline.store import Folder
     from pipeline.teachers import open_teacher
-    from schemas.config import PrecomputeConfig
+    from schemas.capture_config import PrecomputeConfig
 
     flags = {flag[2:].replace("-", "_"): value for flag, value in zip(*[iter(RUNS[name][1:])] * 2, strict=True)}
     taus = {"temperatures": flags.pop("temperatures").split(",")} if "temperatures" in flags else {}

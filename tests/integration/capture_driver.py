@@ -1,11 +1,33 @@
-"""Runs precompute with the settings in a JSON file; the tests kill it."""
+"""Runs precompute with the settings in a JSON file, as ``xtoken precompute`` would; the tests kill it.
 
+The file holds ``config`` (a PrecomputeConfig) and ``job`` (fields of ``fault_jobs.FaultyJob``, or null).
+"""
+
+import json
 import sys
 from pathlib import Path
 
+from fault_jobs import FaultyJob
+
 from pipeline.capture import precompute
-from schemas.config import PrecomputeConfig
+from pipeline.capture.worker import CaptureJob
+from schemas.capture_config import PrecomputeConfig
+from schemas.errors import XtokenError
 from schemas.progress import Silent
 
+
+def main(path: str) -> int:
+    """The exit code."""
+    settings = json.loads(Path(path).read_text())
+    config = PrecomputeConfig.model_validate(settings["config"])
+    job = settings["job"]
+    try:
+        precompute(config, Silent(), make_job=CaptureJob if job is None else FaultyJob.maker(job))
+    except XtokenError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 if __name__ == "__main__":
-    precompute(PrecomputeConfig.model_validate_json(Path(sys.argv[1]).read_text()), Silent())
+    sys.exit(main(sys.argv[1]))

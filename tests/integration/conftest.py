@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_runs import Run, documents, settings, write_corpus
 from s3_server import S3Server, serve
+
+from schemas.capture_config import PrecomputeConfig
 
 
 def _forward(folder: Path, sequences: list[list[int]]) -> Iterator[Any]:
@@ -31,3 +34,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server, started by the first test that asks for it."""
     with serve(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> PrecomputeConfig:
+    """Settings of a capture of real text that was left alone; what faults do to others is compared with it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    corpus = write_corpus(folder / "corpus.jsonl", documents())
+    config = settings(corpus, tokenizer_file("smollm2"), folder / "undisturbed")
+    Run(config, folder).finish()
+    return config

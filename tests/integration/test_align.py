@@ -12,7 +12,8 @@ from pipeline.align import align
 from pipeline.capture import precompute
 from pipeline.project import project
 from pipeline.store.verify import verify
-from schemas.config import AlignConfig, PrecomputeConfig, ProjectConfig
+from schemas.capture_config import PrecomputeConfig
+from schemas.config import AlignConfig, ProjectConfig
 from schemas.errors import IncompleteRun, XtokenError
 from schemas.manifest import MANIFEST, CaptureManifest, TargetManifest, content_hash, read_manifest
 from schemas.progress import Silent

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from pipeline.teachers import open_teacher
 from pipeline.tokens import load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 
 TEXT = Path(__file__).resolve().parents[2] / "examples" / "data" / "moby-dick-held-out.jsonl"
 

@@ -17,7 +17,7 @@ from pipeline.capture import precompute
 from pipeline.store import iter_capture, load_vocab
 from pipeline.store.card import write_card
 from pipeline.store.unpack import unpack
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.manifest import CaptureManifest, read_manifest
 from schemas.progress import Silent
 from schemas.share_config import CardConfig

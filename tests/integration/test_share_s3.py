@@ -74,7 +74,7 @@ def teams(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def capture(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real capture of SmolLM2-135M over short pieces of prose, a part for each two."""
     from pipeline.capture import precompute
-    from schemas.config import PrecomputeConfig
+    from schemas.capture_config import PrecomputeConfig
     from schemas.progress import Silent
 
     folder = tmp_path_factory.mktemp("alpha")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.teachers import open_teacher
 from pipeline.teachers.base import TeacherRows
 from pipeline.tokens import TextTokenizer, load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 from schemas.manifest import TeacherInfo
 
 ROOT = Path(__file__).resolve().parents[2]

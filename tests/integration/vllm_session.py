@@ -19,7 +19,7 @@ from pipeline.teachers import vllm_engine
 from pipeline.teachers.base import TeacherRows
 from pipeline.teachers.vllm_replies import Entries, TensorRows
 from pipeline.tokens import load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 
 if TYPE_CHECKING:
     from pipeline.teachers.vllm_teacher import VllmTeacher

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.teachers import open_teacher
 from pipeline.tokens import load_tokenizer
-from schemas.config import PrecomputeConfig
+from schemas.capture_config import PrecomputeConfig
 
 
 def main(model: str, source: str, target: str) -> None:
