@@ -226,4 +226,3 @@ class _Advance:
 
     def tick(self) -> None:
         """See ``Watch``."""
-

@@ -238,10 +238,16 @@ class _Line:
                 yield self._connection.recv()
 
 
+def die_with_parent(number: int) -> None:
+    """Have Linux send this process a signal when the one that started it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
 def _die_with(parent: int) -> None:
     """Never outlive the driver, however it ends. Elsewhere than on Linux the closed pipe ends the worker instead."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent(signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)

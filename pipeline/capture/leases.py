@@ -105,10 +105,7 @@ class Leases:
         if not holder.opened or holder.overdue or self._clock() < self._quiet_until:
             return []
         found = []
-        # what is read ahead waits for its worker: towards the end every worker gets one shard at a time
-        while self._waiting and (
-            not holder.leases or (len(holder.leases) < self._ahead and len(self._waiting) >= len(self._holders))
-        ):
+        while self._waiting and (not holder.leases or self._more(holder)):
             lease = self._waiting.popleft()
             if lease.shard not in self._open:  # committed by somebody late
                 continue
@@ -117,6 +114,14 @@ class Leases:
             found.append(lease)
             self._tell("leased", worker, shard=lease.shard, attempt=lease.attempt)
         return found
+
+    def _more(self, holder: _Holder) -> bool:
+        """Whether a worker that has leases gets the next one, too."""
+        # a shard that did harm is alone with its worker: what dies with it the next time is not blamed
+        if any(lease.attempt > 1 for lease in (*holder.leases.values(), self._waiting[0])):
+            return False
+        # what is read ahead waits for its worker: towards the end every worker gets one shard at a time
+        return len(holder.leases) < self._ahead and len(self._waiting) >= len(self._holders)
 
     def gone(self, worker: int, kind: str, why: str = "") -> None:
         """A worker has ended; its shards wait again.

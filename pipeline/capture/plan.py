@@ -16,7 +16,7 @@ from pipeline.capture.settings import another_run
 from pipeline.corpus import Corpus, Document
 from pipeline.store import Folder, StopRun
 from schemas.capture_config import CorpusConfig
-from schemas.errors import VerificationError, XtokenError
+from schemas.errors import Unreachable, VerificationError, XtokenError
 from schemas.manifest import CorpusInfo, digest
 from schemas.progress import Progress
 
@@ -229,6 +229,9 @@ class SliceReader:
             while len(documents) < shard.documents and (document := stream.take()) is not None:
                 documents.append(document)
                 hasher.add(document)
+        except Unreachable:
+            self._stream = None
+            raise
         except (OSError, EOFError) as error:
             raise self._changed(shard, f"cannot be read ({error})") from error
         except XtokenError as error:

@@ -1,7 +1,9 @@
 """precompute: check, plan, run what is not committed yet, write the manifest."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -33,9 +35,10 @@ from pipeline.teachers import check_backend
 from pipeline.teachers.base import entries_asked
 from pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
 from schemas.capture_config import PrecomputeConfig
-from schemas.errors import IncompleteRun, VerificationError, XtokenError
+from schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError
 from schemas.manifest import MANIFEST, CaptureManifest, Part, provenance, read_manifest
 from schemas.progress import Progress
+from schemas.remote import patiently
 
 _NAMED = 5
 MakeJob = Callable[[PrecomputeConfig], Job]
@@ -147,7 +150,7 @@ def _work(run: _Run, executor: Executor | None, make_job: MakeJob, progress: Pro
     with Board(run.folder, run.plan, run.config, done, progress) as board:
         failed = _run(run, executor, make_job, missing, board, progress) if missing else {}
         board.enter("sealing")
-        manifest = _finish(run, failed) if run.config.cell is None else None
+        manifest = patiently(partial(_finish, run, failed)) if run.config.cell is None else None
         if failed:
             raise IncompleteRun(_incomplete(failed, len(run.plan.shards), run.config.out))
     return manifest
@@ -167,7 +170,8 @@ def _run(
 
 def _clean(run: _Run) -> None:
     """Remove what dead workers left; other cells' workers may be alive."""
-    clean(run.config.out, run.mine if run.config.cell is not None else None)
+    with suppress(Unreachable):  # the next run finds it; why this one ends is more important
+        clean(run.config.out, run.mine if run.config.cell is not None else None)
 
 
 def _finish(run: _Run, failed: dict[int, str]) -> CaptureManifest:
@@ -212,10 +216,10 @@ def _checked_commits(folder: Folder, plan: Plan) -> dict[int, Part]:
         VerificationError: a record without its file.
     """
     found = committed(folder.root)
-    present = set(folder.names("data"))
+    sizes = folder.sizes("data")
     for index, part in found.items():
         name = data_name(index)
-        size = folder.fs.size(folder.at(name)) if name.rsplit("/", 1)[-1] in present else None
+        size = sizes.get(name.rsplit("/", 1)[-1])
         if index >= len(plan.shards) or size != part.file_bytes:
             raise VerificationError(
                 f"{folder.url(name)} has {size} bytes, its commit record says {part.file_bytes}; remove "

@@ -6,12 +6,14 @@ call that comes twice counts once.
 
 import pickle
 import queue
+import signal
 import socket
 import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pipeline.capture.executor import die_with_parent
 from pipeline.capture.work import Job, Lease, News, Worker, portable
 from schemas.errors import XtokenError
 from schemas.manifest import code_version
@@ -88,6 +90,7 @@ class RayWorker:
     def __init__(self, version: str, job: bytes, slot: int) -> None:
         import ray
 
+        die_with_parent(signal.SIGKILL)  # a raylet that is killed leaves its workers, and what they hold of a GPU
         self._node = ray.get_runtime_context().get_node_id()
         self._mailbox = Mailbox()
         self._leases: queue.SimpleQueue[Lease | None] = queue.SimpleQueue()

@@ -204,7 +204,7 @@ class Stages:
             shard.told = now
             self._say(News("told", shard.lease.shard, done=shard.done))
 
-    def _fail(self, shard: _Shard, error: Exception) -> None:
+    def _fail(self, shard: _Shard, error: BaseException) -> None:
         if not shard.closed.is_set():
             shard.closed.set()
             self._say(News("failed", shard.lease.shard, error=portable(error)))
@@ -214,7 +214,7 @@ class Stages:
             self._say(News("begun", lease.shard))
             try:
                 prepared = self._steps.prepare(lease.shard)
-            except Exception as error:
+            except BaseException as error:  # a panic of the tokenizer's is no Exception
                 self._say(News("failed", lease.shard, error=portable(error)))
                 continue
             self._prepared.put(_Shard(lease, prepared))
@@ -230,7 +230,7 @@ class Stages:
                     self._publish(shard)
                 else:
                     shard.rows[index] = self._steps.sample(shard.prepared.pieces[index], rows)
-            except Exception as error:
+            except BaseException as error:
                 self._fail(shard, error)
 
     def _publish(self, shard: _Shard) -> None:

@@ -141,7 +141,7 @@ def _told(say: Say, lease: Lease, done: int) -> None:
     say(News("told", lease.shard, done=done))
 
 
-def portable(error: Exception) -> Exception:
+def portable(error: BaseException) -> Exception:
     """An error that can be sent: a user's error keeps its class, a defect becomes text with its traceback."""
     if isinstance(error, XtokenError):
         return type(error)(str(error))

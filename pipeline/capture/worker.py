@@ -33,6 +33,7 @@ from pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer
 from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import Part, TeacherInfo
+from schemas.remote import patiently
 from schemas.tables import capture
 
 _NO_GAPS = np.zeros(0, np.uint16)
@@ -67,7 +68,7 @@ class CaptureJob:
         config, folder = self.config, Folder(self.config.out)
         if config.device == "auto":
             pin_gpus(slot, config.tensor_parallel)
-        plan = load_plan(folder)
+        plan = patiently(partial(load_plan, folder))
         if plan is None:
             raise XtokenError(
                 f"{config.out} holds no plan as {socket.gethostname()} sees it; every machine with workers must see "
@@ -76,9 +77,9 @@ class CaptureJob:
         tokenizer = open_tokenizer(config)
         teacher = open_teacher(config, tokenizer.table)
         check_teacher(config, teacher.info)
-        settle_teacher(folder, teacher.info, teacher.settings)
+        patiently(partial(settle_teacher, folder, teacher.info, teacher.settings))
         student = load_tokenizer(config.student) if config.student is not None else None
-        codes = read_codes(read_table(folder.url(VOCAB_FILE)))
+        codes = read_codes(patiently(partial(read_table, folder.url(VOCAB_FILE))))
         worker = CaptureWorker(config, plan, tokenizer, teacher, student, codes)
         worker.audit = open_audit(config, folder, tokenizer, teacher, worker.context)
         return worker

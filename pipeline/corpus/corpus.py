@@ -15,7 +15,7 @@ from pipeline.corpus.listing import FORMATS, CorpusFile, list_files, reader_of, 
 from pipeline.corpus.readers import Fields, FileProblem, Problem, Row
 from schemas.capture_config import CorpusConfig
 from schemas.errors import XtokenError
-from schemas.remote import open_filesystem
+from schemas.remote import named_errors, open_filesystem
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Memory for checking ids: about 100 bytes each. Later ids are not checked.
@@ -97,7 +97,8 @@ class Corpus:
         last = start - 1
         unreadable = (OSError, EOFError, zlib.error, pa.ArrowException, _zstd_error())
         try:
-            with self._fs.open(file.path, "rb") as stream:
+            # a network that fails says nothing about the file
+            with named_errors(file.path), self._fs.open(file.path, "rb") as stream:
                 for row in reader_of(suffix)(stream, self._fields, start):
                     last = row.number
                     yield row

@@ -103,7 +103,11 @@ def test_only_what_a_dead_worker_had_begun_is_held_against_it():
     table.begins(1, 0)
     table.leases.gone(1, "died", "signal 9")
     table.opens(2)
-    assert table.granted(2) == [(2, 1), (1, 1), (0, 2)], "what was not begun comes first, as if untouched"
+    assert table.granted(2) == [(2, 1), (1, 1)], "what was not begun comes first, as if untouched"
+    assert table.granted(2) == [], "what was begun gets a worker of its own"
+    for shard in (2, 1):
+        table.commits(2, shard)
+    assert table.granted(2) == [(0, 2)]
     for worker in (2, 3):
         table.begins(worker, 0)
         table.leases.gone(worker, "died", "signal 9")

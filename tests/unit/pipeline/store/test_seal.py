@@ -17,7 +17,8 @@ def test_the_standard_tool_accepts_it(kept_capture):
     listed = {line.removesuffix(": OK") for line in done.stdout.splitlines()}
     assert listed == set(read_sums(Folder(str(kept_capture))))
     there = {str(path.relative_to(kept_capture)) for path in kept_capture.rglob("*") if path.is_file()}
-    assert there - listed == {SUMS_FILE, "run.json", "teacher.json"}  # these two stay with the run
+    # what lies beside stays with the run
+    assert there - listed == {SUMS_FILE, "run.json", "teacher.json", "status.json", "log.jsonl"}
 
 
 def test_sealing_again_changes_nothing(capture):
