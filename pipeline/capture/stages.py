@@ -52,8 +52,8 @@ class Prepared:
 class Steps(Protocol):
     """What the stages do, one method each."""
 
-    def prepare(self, shard: int) -> Prepared:
-        """Read and tokenize a shard."""
+    def prepare(self, shard: int) -> Prepared | Part:
+        """Read and tokenize a shard; what is committed already, by whomever, is not done again."""
         ...
 
     def sample(self, piece: Window, rows: TeacherRows | None) -> Sample:
@@ -217,7 +217,10 @@ class Stages:
             except BaseException as error:  # a panic of the tokenizer's is no Exception
                 self._say(News("failed", lease.shard, error=portable(error)))
                 continue
-            self._prepared.put(_Shard(lease, prepared))
+            if isinstance(prepared, Part):
+                self._say(News("part", lease.shard, part=prepared))
+            else:
+                self._prepared.put(_Shard(lease, prepared))
         self._prepared.put(None)
 
     def _publish_all(self) -> None:

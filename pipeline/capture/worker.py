@@ -24,6 +24,7 @@ from pipeline.corpus import Window, all_windows
 from pipeline.store import Folder, Packed, Sample, capture_batch, encode, publish_part, write_parquet
 from pipeline.store.checks import CaptureCheck
 from pipeline.store.codes import Codes, read_codes
+from pipeline.store.publish import read_commit
 from pipeline.store.reader import VOCAB_FILE, read_table
 from pipeline.store.sampled import PackedDraws, encode_draws
 from pipeline.store.writer import ROW_GROUP, group_rows
@@ -134,13 +135,16 @@ class CaptureWorker:
         """See ``pipeline.capture.work.Worker``; how the steps overlap is in ``pipeline.capture.stages``."""
         Stages(self, self._teacher, self.audit).serve(leases, say)
 
-    def prepare(self, shard: int) -> Prepared:
-        """Read and tokenize one shard.
+    def prepare(self, shard: int) -> Prepared | Part:
+        """Read and tokenize one shard, unless it is committed by now: another driver or an overdue worker may have.
 
         Raises:
             StopRun: the corpus changed.
             XtokenError: the tokenizer refuses a document.
         """
+        found = read_commit(Folder(self._config.out), shard)
+        if found is not None:
+            return found
         documents = self._reader.read(self._plan.shards[shard])
         pieces = all_windows(documents, self._tokenizer, self._config.max_tokens)
         counts = Counter(documents=len(documents))

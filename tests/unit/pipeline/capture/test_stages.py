@@ -31,6 +31,8 @@ class Toy:
     windows: int = 4
 
     def prepare(self, shard):
+        if self.bad.get(shard) == "committed":
+            return self.part(shard)
         if self.bad.get(shard) == "prepare":
             raise XtokenError(f"document of shard {shard} is bad")
         pieces = [piece() for _ in range(self.windows)]
@@ -50,8 +52,11 @@ class Toy:
             raise DiskFull("no room")
         assert samples == [(prepared.shard, index) for index in range(self.windows)]
         self.published.append(prepared.shard)
+        return self.part(prepared.shard)
+
+    def part(self, shard):
         numbers = dict.fromkeys(("samples", "tokens", "rows", "entries", "text_bytes", "file_bytes"), 1)
-        return Part(index=prepared.shard, sha256="0" * 64, **numbers)
+        return Part(index=shard, sha256="0" * 64, **numbers)
 
 
 @dataclass
@@ -101,6 +106,13 @@ def test_every_shard_is_published_whole_and_in_the_order_of_its_windows():
     assert said(news, "begun") == said(news, "part") == [3, 1, 2]
     assert said(news, "failed") == []
     assert [one.done for one in news if one.kind == "told"][:1] == [5]
+
+
+def test_what_somebody_committed_is_not_done_again():
+    toy, engine = Toy(bad={1: "committed"}), Engine()
+    assert sorted(said(serve(toy, engine, leases(0, 1, 2)), "part")) == [0, 1, 2]
+    assert toy.published == [0, 2]
+    assert 1 not in engine.seen
 
 
 def test_a_shard_without_rows_is_published_too():
