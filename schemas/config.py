@@ -1,4 +1,4 @@
-"""Configuration of every verb. The fields are the flags; the descriptions are the help.
+"""Configuration of the verbs after capture. The fields are the flags; the descriptions are the help.
 
 A field marked ``ARGUMENT`` is positional on the command line. Values that a user can get
 wrong are checked here, before anything expensive starts.
