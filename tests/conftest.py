@@ -20,7 +20,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES = pytest.StashKey[list[str]]()
+FIGURE = "figure"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -95,13 +95,22 @@ def tokenizer_file(demo_models: ModuleType) -> Callable[[str], Path]:
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """``figure(line)``: show a measured figure after the test run, passed or failed."""
-    return request.config.stash.setdefault(FIGURES, []).append
+    return lambda line: request.node.user_properties.append((FIGURE, line))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``-n``, integration tests run one after the other beside the unit tests: they need cores and ports."""
+    for item in items:
+        path = item.path.relative_to(ROOT / "tests")
+        item.add_marker(pytest.mark.xdist_group("integration" if path.parts[0] == "integration" else str(path)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what tests measured."""
-    lines = config.stash.get(FIGURES, [])
-    if lines:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    properties = [found for report in reports if report.when == "call" for found in report.user_properties]
+    told = [text for name, text in properties if name == FIGURE]
+    if told:
         terminalreporter.section("figures")
-        for line in lines:
-            terminalreporter.write_line(line)
+        for line in told:
+            terminalreporter.write_line(str(line))
