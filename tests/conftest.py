@@ -98,6 +98,7 @@ def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
     return lambda line: request.node.user_properties.append((FIGURE, line))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With ``-n``, integration tests run one after the other beside the unit tests: they need cores and ports."""
     for item in items:
