@@ -10,7 +10,7 @@ demo: setup models  ## capture a real teacher, train a real student, compare
 	$(BIN)/xtoken demo
 
 test: setup models  ## every test; real tokenizers, real models, real engines
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .
