@@ -33,6 +33,18 @@ def _compiled(function: _F) -> _F:
 
 
 @_compiled
+def _insert(
+    ids_K: NDArray[np.int32], sorted_K: NDArray[np.float32], count: int, token: np.int32, logprob: np.float32
+) -> None:
+    """Put one entry among the first ``count``, which are in order: falling, ties by lower id."""
+    at = count
+    while at > 0 and (sorted_K[at - 1] < logprob or (sorted_K[at - 1] == logprob and ids_K[at - 1] > token)):
+        sorted_K[at], ids_K[at] = sorted_K[at - 1], ids_K[at - 1]
+        at -= 1
+    sorted_K[at], ids_K[at] = logprob, token
+
+
+@_compiled
 def arrange(
     target_R: NDArray[np.int32],
     token_RK1: NDArray[np.int32],
@@ -81,13 +93,7 @@ def arrange(
                 return 5
             before = logprob
             mass += np.exp(np.float64(logprob))
-            at = column - 1
-            while at > 0 and (
-                sorted_RK[row, at - 1] < logprob or (sorted_RK[row, at - 1] == logprob and ids_RK[row, at - 1] > token)
-            ):
-                sorted_RK[row, at], ids_RK[row, at] = sorted_RK[row, at - 1], ids_RK[row, at - 1]
-                at -= 1
-            sorted_RK[row, at], ids_RK[row, at] = logprob, token
+            _insert(ids_RK[row], sorted_RK[row], column - 1, token, logprob)
         if mass > 1 + _SLACK:
             return 6
         for column in range(width - 1):
