@@ -171,6 +171,14 @@ class PrecomputeConfig(RowsConfig):
         return value
 
     @model_validator(mode="after")
+    def _a_price_is_for_a_plan(self) -> "PrecomputeConfig":
+        if self.gpu_price is not None and not self.dry_run:
+            raise ValueError(
+                f"gpu_price={self.gpu_price:g} is for the cost under --dry-run; say that too, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gpus_fit(self) -> "PrecomputeConfig":
         if self.gpus_per_worker is not None and self.ray is None:
             raise ValueError("gpus_per_worker is for Ray; say --ray too, or CUDA_VISIBLE_DEVICES without it")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fault_runs import Run, commits, events, orphans, same_as
+from fault_runs import Run, commits, events, orphans, running, same_as
 
 from schemas.capture_config import PrecomputeConfig
 
@@ -84,7 +84,7 @@ class Soak:
         job = {"folder": str(self._notes), "pace": PACE}
         run = Run(self._undisturbed.model_copy(update=more), self._folder, job)
         while True:
-            with driver(run) as process:
+            with running(run) as process:
                 while process.poll() is None and sum(self.found.kills.values()) < kills and time.monotonic() < until:
                     self._strike(process, out)
                 process.communicate(timeout=_PATIENCE)
@@ -136,18 +136,6 @@ class Soak:
         """Live worker processes; of those killed earlier none has its number again yet."""
         pids = sorted(int(path.name.split("-")[1]) for path in self._notes.glob("pid-*"))
         return [pid for pid in pids if alive(pid)]
-
-
-@contextmanager
-def driver(run: Run) -> Iterator["subprocess.Popen[bytes]"]:
-    """A driver whose group does not outlive the block."""
-    process = run.start()
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
 
 
 def alive(pid: int) -> bool:

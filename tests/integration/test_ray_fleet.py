@@ -47,7 +47,7 @@ def test_a_dry_run_asks_the_cluster_first(tmp_path: Path) -> None:
     with open(corpus, "w") as file:
         file.write("some words\n" * 500)
     flags = {"corpus": corpus, "out": f"{folder}/out", "backend": "fake", "k": 4, "shard_bytes": 100}
-    found = dry_run(config(**flags, gpus_per_worker=0.5, gpu_price=2.0), Silent())
+    found = dry_run(config(**flags, gpus_per_worker=0.5, gpu_price=2.0, dry_run=True), Silent())
     assert (found["workers"], found["gpus"]) == (8, 4.0)
     assert found["cost"] == pytest.approx(found["gpu_hours"] * 2, abs=0.01)
     with pytest.raises(XtokenError, match="the largest node that is alive now has 4"):

@@ -64,6 +64,7 @@ def test_a_wrong_value_names_the_flag_and_the_choices() -> None:
         (["precompute", "c", "--teacher", "t", "--out", "o", "--ray", "ray://h:1"], "ray job submit"),
         (["precompute", "c", "--teacher", "t", "--out", "o", "--ray", "somewhere"], "say local, auto or HOST:PORT"),
         (["precompute", "c", "--teacher", "t", "--out", "o", "--gpus-per-worker", "1"], "say --ray too"),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--gpu-price", "2"], "is for the cost under --dry-run"),
         (["precompute", "c", "--teacher", "t", "--out", "o", "--tensor-parallel", "2"], "needs --backend vllm"),
         (["precompute", "c", "--teacher", "t", "--out", "o", "--log", "s3://b/l"], "name a local one"),
         (["precompute", "c", "--teacher", "a/t", "--teacher", "b/t", "--out", "o"], "would both go to the folder t"),
