@@ -158,7 +158,9 @@ def test_a_connection_that_is_there_is_used_and_its_metrics_show_the_run(nodes, 
     assert found["xtoken_shards_total committed"] == 5
     assert found["xtoken_shards_total set_aside"] == 1
     assert found["xtoken_failures_total failed"] == 3
-    assert found["xtoken_worker_tokens_total 0"] + found["xtoken_worker_tokens_total 1"] == 5 * TOKENS
+    # One worker may be done with all of them before the other has started.
+    by_worker = [value for name, value in found.items() if name.startswith("xtoken_worker_tokens_total ")]
+    assert by_worker and sum(by_worker) == 5 * TOKENS
     assert found["xtoken_workers open"] == 0
 
 
