@@ -347,7 +347,7 @@ def run_demo(config: DemoConfig, bars: Bars) -> Figures:
         captures[name] = _step(say, run_precompute, PrecomputeConfig, flags, bars, several=True)
         if name == "train":
             _step(say, run_project, ProjectConfig, {"student": student, "teacher": capture, "out": f"{out}/w"}, bars)
-        flags = {"capture": capture, "student": student, "out": targets, "w": f"{out}/w", "losses": "p-kl"}
+        flags = {"captures": capture, "student": student, "out": targets, "w": f"{out}/w", "losses": "p-kl"}
         captures[name] |= {f"align_{k}": v for k, v in _step(say, run_align, AlignConfig, flags, bars).items()}
     measure = {"eval_text": f"{texts}/moby-dick-held-out.jsonl", "eval_targets": f"{out}/targets-held-out"}
     runs = {}
@@ -363,9 +363,9 @@ def _step(
 ) -> Figures:
     """Say the command that does the same, then do it."""
     names = {name: flag(name, field) for name, field in model.model_fields.items()}
-    words = [str(v) for k, v in flags.items() if k in ("corpus", "capture", "targets")]
+    words = [str(v) for k, v in flags.items() if k in ("corpus", "captures", "targets")]
     words += [
-        w for k, v in flags.items() if k not in ("corpus", "capture", "targets") for w in (f"--{names[k]}", str(v))
+        w for k, v in flags.items() if k not in ("corpus", "captures", "targets") for w in (f"--{names[k]}", str(v))
     ]
     if not bars.quiet:
         say(f"$ xtoken {run.__name__.removeprefix('run_')} {shlex.join(words)}", style="bold")

@@ -157,7 +157,7 @@ def _align(root: str, out: str) -> None:
     stage.LocalExecutor = _Quiet  # type: ignore[assignment,misc]
     codec = read_manifest(root, CaptureManifest).codec
     losses = ["p-kl", "alm"] if codec.name == "sampled" else ["p-kl", "h-kl", "uld", "alm", "byte-prefix"]
-    stage.align(AlignConfig(capture=root, student="bytes", out=f"{out}/targets", losses=losses), Silent())
+    stage.align(AlignConfig(captures=[root], student="bytes", out=f"{out}/targets", losses=losses), Silent())
 
 
 def _train(root: str, _out: str) -> None:

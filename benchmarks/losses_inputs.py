@@ -56,7 +56,7 @@ def prepare(root: Path, student: Path, teacher: Path) -> None:
         np.save(folder / "teacher.npy", logits_RU.numpy())
         align(
             AlignConfig(
-                capture=str(folder / "capture"), student=str(student), out=str(folder / "targets"), losses=losses
+                captures=[str(folder / "capture")], student=str(student), out=str(folder / "targets"), losses=losses
             ),
             Silent(),
         )

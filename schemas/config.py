@@ -59,9 +59,14 @@ class ProjectConfig(Config):
 class AlignConfig(Config):
     """Align a capture with a student's tokenizer and build targets through W."""
 
-    capture: str = argument("Capture folder or URL.")
+    captures: list[str] = Field(
+        description="Capture folder or URL; several of one corpus, separated by commas, for several teachers.",
+        json_schema_extra=ARGUMENT,
+    )
     student: str = Field(description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.")
-    out: str = Field(description="Folder for the targets; the same command on it resumes.")
+    out: str = Field(
+        description="Folder for the targets, of several captures one below it for each; the same command resumes."
+    )
     w: str | None = Field(None, description="Folder written by 'xtoken project'; built when left out.")
     corpus: str | None = Field(None, description="Corpus of a capture made with --no-text; its hash must be the same.")
     losses: list[str] = Field(
@@ -76,8 +81,17 @@ class AlignConfig(Config):
     unreached: Literal["prefix", "rest", "none"] = Field(
         "prefix", description="Mass of teacher tokens W does not reach: to the longest prefix, to REST, or dropped."
     )
-    workers: int = Field(1, ge=1, description="Worker processes.")
-    memory_limit: str = Field("1GB", description="Memory DuckDB may use per worker, such as 512MB or 2GB.")
+    on_bad: Literal["refuse", "set-aside"] = Field(
+        "refuse",
+        description="A part that cannot be read, or a sample that the student's tokenizer cannot represent: refuse (the "
+        "others are done, then the run ends with an error) or set-aside (finish the targets without it, and name it).",
+    )
+    workers: int = Field(1, ge=1, description="Worker processes, or Ray's workers of one CPU each.")
+    ray: str | None = Field(
+        None, description="Run on Ray: 'local', 'auto' (the cluster this machine is of), or HOST:PORT of its head."
+    )
+    lease_seconds: float = Field(1800.0, gt=0.0, description="Time a worker may take for one part under --ray.")
+    memory_limit: str = Field("1GB", description="Memory a worker may use for what it reads, such as 512MB or 2GB.")
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     @field_validator("memory_limit")
@@ -255,9 +269,40 @@ class EvalConfig(Config):
 
 
 class InspectConfig(Config):
-    """Say what a folder is: counts, bytes per token, three samples."""
+    """Say what a folder is: counts, bytes per token, three samples; or draw one sample as a page."""
 
     path: str = argument("Folder or URL of a capture, projection, targets or run.")
+    html: str | None = Field(
+        None,
+        description="Id of a sample: write one self-contained page with its text, teacher and student tokens, chunks, "
+        "surprise, and the teacher's rows beside the targets. 'worst' takes the sample that surprised the teacher most.",
+    )
+    capture: str | None = Field(None, description="With --html of targets: the capture they were aligned from.")
+    out: str | None = Field(None, description="With --html: the page; named after the sample when left out.")
+
+    @model_validator(mode="after")
+    def _a_page_is_asked_for(self) -> "InspectConfig":
+        for name, value in (("capture", self.capture), ("out", self.out)):
+            if value is not None and self.html is None:
+                raise ValueError(f"{name} goes with html; say --html SAMPLE too, or leave --{name} out")
+        return self
+
+
+class QueryConfig(Config):
+    """Ask a capture or targets with SQL, over views that name things as the documentation does.
+
+    Without SQL, list the views and their columns. See docs/query.md.
+    """
+
+    path: str = argument("Folder or URL of a capture or of targets.")
+    sql: str | None = Field(
+        None, description="A query in DuckDB's SQL; - reads it from standard input.", json_schema_extra=ARGUMENT
+    )
+    capture: str | None = Field(
+        None, description="With targets: the capture they were aligned from, for its views too."
+    )
+    out: str | None = Field(None, description="Write the rows here: .parquet, .csv or .json; shown when left out.")
+    memory_limit: str = Field("1GB", description="Memory DuckDB may use, such as 512MB or 2GB.")
 
 
 class VerifyConfig(Config):

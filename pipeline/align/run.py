@@ -50,7 +50,7 @@ def align(config: AlignConfig, progress: Progress) -> TargetManifest:
             tokenizers, or the output folder belongs to another run (the message names what differs).
         IncompleteRun: parts failed three times; the others are committed.
     """
-    capture = read_manifest(config.capture, CaptureManifest)
+    capture = read_manifest(config.captures[0], CaptureManifest)
     student = load_tokenizer(config.student).table
     _refuse_losses(config, student.info, capture)
     projection = _projection(config, student, capture)
@@ -62,7 +62,7 @@ def align(config: AlignConfig, progress: Progress) -> TargetManifest:
     _refuse_without_text(config, capture)
     files = write_tables(config.out, projection)
     files[STUDENT_VOCAB_FILE] = write_table(config.out, STUDENT_VOCAB_FILE, student.to_tables()[0])
-    job = AlignJob(config, projection, capture.codec, capture.tokenizer.eos_id)
+    job = AlignJob(config, config.captures[0], config.out, projection, capture.codec, capture.tokenizer.eos_id)
     parts = _run(job, capture, progress)
     manifest = TargetManifest(
         **provenance(),
@@ -103,8 +103,8 @@ def _refuse_losses(config: AlignConfig, student: TokenizerInfo, capture: Capture
         refused.append("p-kl with --merge mean")
     if refused:
         raise XtokenError(
-            f"{', '.join(refused)} at --tau {tau:g} needs the mass not kept at that temperature, and {config.capture} "
-            f"stores it at {', '.join(f'{known:g}' for known in capture.codec.temperatures)} only; capture again with "
+            f"{', '.join(refused)} at --tau {tau:g} needs the mass not kept at that temperature, and "
+            f"{config.captures[0]} stores it at {', '.join(f'{known:g}' for known in capture.codec.temperatures)} only; capture again with "
             f"--temperatures {tau:g}, or leave --tau out"
         )
 
@@ -114,7 +114,7 @@ def _refuse_without_rows(config: AlignConfig, capture: CaptureManifest) -> None:
     refused = [loss for loss in config.losses if loss not in _NEED_NO_ROWS]
     if refused and without_rows(capture.left_out):
         raise XtokenError(
-            f"{config.capture} is a subset without the teacher's rows, which --for {','.join(refused)} needs; take "
+            f"{config.captures[0]} is a subset without the teacher's rows, which --for {','.join(refused)} needs; take "
             f"--for {','.join(_NEED_NO_ROWS)}, or fetch the capture with rows among its --columns"
         )
 
@@ -132,7 +132,7 @@ def _refuse_biased(config: AlignConfig) -> None:
         reasons.append(f"--unreached {config.unreached} {what[config.unreached]} (prefix does not)")
     if reasons:
         raise XtokenError(
-            f"{config.capture} holds draws of teacher rows, and only what is linear in them is right in the mean: "
+            f"{config.captures[0]} holds draws of teacher rows, and only what is linear in them is right in the mean: "
             f"{'; '.join(reasons)}. Leave it out (ce, alm, p-kl, sparse-kl and byte-prefix remain), or capture with "
             "--codec topk"
         )
@@ -141,7 +141,7 @@ def _refuse_biased(config: AlignConfig) -> None:
 def _projection(config: AlignConfig, student: TokenTable, capture: CaptureManifest) -> Projection:
     """W from its folder, if it was built for these two tokenizers, or built now."""
     if config.w is None:
-        return build_w(student, load_vocab(config.capture))
+        return build_w(student, load_vocab(config.captures[0]))
     projection = read_projection(config.w)
     refuse_other_tokenizer("student", student.info, projection.student)
     refuse_other_tokenizer("teacher", capture.tokenizer, projection.teacher)
@@ -187,11 +187,11 @@ def _short(value: Any) -> str:
 def _refuse_without_text(config: AlignConfig, capture: CaptureManifest) -> None:
     """Look at one batch before any worker starts; with --corpus, look whether that is there."""
     if config.corpus is not None:
-        CorpusTexts(config.capture, config.corpus)
+        CorpusTexts(config.captures[0], config.corpus)
         return
     for part in capture.parts[:1]:
-        for batch in islice(read_part(config.capture, part.index, config.memory_limit, None), 1):
-            refuse_without_text(batch, config.capture)
+        for batch in islice(read_part(config.captures[0], part.index, config.memory_limit, None), 1):
+            refuse_without_text(batch, config.captures[0])
 
 
 def _run(job: AlignJob, capture: CaptureManifest, progress: Progress) -> list[Part]:

@@ -43,11 +43,15 @@ class AlignJob:
     """What a worker process needs; small enough to send, W is in arrays.
 
     Attributes:
+        capture: folder or URL of the one that is aligned.
+        out: folder or URL of its targets.
         codec: how the capture stored its rows.
         teacher_eos: the teacher's eos id.
     """
 
     config: AlignConfig
+    capture: str
+    out: str
     projection: Projection
     codec: CodecInfo
     teacher_eos: int | None
@@ -68,9 +72,9 @@ class AlignJob:
         tokenizer = load_tokenizer(config.student)
         refuse_other_tokenizer("student", tokenizer.table.info, self.projection.student)
         unreached: Unreached = config.unreached
-        teacher = load_vocab(config.capture) if "byte-prefix" in config.losses else None
+        teacher = load_vocab(self.capture) if "byte-prefix" in config.losses else None
         maps = Maps.of(self.projection, unreached, tokenizer.table, teacher)
-        texts = CorpusTexts(config.capture, config.corpus) if config.corpus else None
+        texts = CorpusTexts(self.capture, config.corpus) if config.corpus else None
         return AlignWorker(self, tokenizer, maps, Recipe(config.losses, config.merge, config.tau, self.codec), texts)
 
 
@@ -101,11 +105,11 @@ class AlignWorker(OneByOne):
         """
         del attempt, tell  # a part is done within seconds
         config = self.job.config
-        return publish_part(config.out, shard, partial(self._write, shard), TargetCheck(config.losses))
+        return publish_part(self.job.out, shard, partial(self._write, shard), TargetCheck(config.losses))
 
     def _write(self, shard: int, url: str) -> dict[str, int]:
         counts: Counter[str] = Counter(samples_skipped=0)
-        rows = group_rows(records(self.job.config.capture)[shard].samples)
+        rows = group_rows(records(self.job.capture)[shard].samples)
         write_parquet(url, targets(self.job.config.losses), self._batches(shard, counts), rows)
         return dict(counts)
 
@@ -113,9 +117,9 @@ class AlignWorker(OneByOne):
         config = self.job.config
         eos_id = self.tokenizer.table.info.eos_id
         texts = None if self.texts is None else self.texts.part(shard)
-        for read in read_part(config.capture, shard, config.memory_limit, self.job.teacher_eos):
+        for read in read_part(self.job.capture, shard, config.memory_limit, self.job.teacher_eos):
             batch = read if texts is None else texts.fill(read)
-            refuse_without_text(batch, config.capture)
+            refuse_without_text(batch, self.job.capture)
             _refuse_foreign_ids(batch, (row_columns(self.job.codec)[1], "teacher_ids"), self.maps.teacher_size)
             encoded = encode(self.tokenizer, batch)
             samples = join(batch, encoded, eos_id)

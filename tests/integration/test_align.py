@@ -43,7 +43,7 @@ def _precompute(teacher: str, root: Path, **options: Any) -> PrecomputeConfig:
 
 
 def _config(capture: Path, out: Path, **options: Any) -> AlignConfig:
-    return AlignConfig(capture=str(capture), out=str(out), **{"student": "bytes", **options})
+    return AlignConfig(captures=[str(capture)], out=str(out), **{"student": "bytes", **options})
 
 
 def _files(out: Path) -> dict[str, bytes]:

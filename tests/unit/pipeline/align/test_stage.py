@@ -118,7 +118,14 @@ def test_a_missing_part_is_named(capture: Path) -> None:
 
 def test_kept_ids_outside_the_vocabulary_are_refused(capture: Path, tmp_path: Path) -> None:
     projection = build_w(load_tokenizer("bytes").table, load_vocab(str(capture)))
-    job = AlignJob(AlignConfig(capture=str(capture), student="bytes", out=str(tmp_path)), projection, CODEC, None)
+    job = AlignJob(
+        AlignConfig(captures=[str(capture)], student="bytes", out=str(tmp_path)),
+        str(capture),
+        str(tmp_path),
+        projection,
+        CODEC,
+        None,
+    )
     worker = job.open()
     worker = replace(worker, maps=replace(worker.maps, teacher_size=10))
     with pytest.raises(XtokenError, match="has an id outside 0 to 9 in topk_ids"):

@@ -141,7 +141,7 @@ def test_other_documents_are_joined_in_order(kept_capture, others, tmp_path):
 def test_a_joined_capture_aligns(kept_capture, others, tmp_path):
     merged([kept_capture, others["one"]], tmp_path / "joined")
     config = AlignConfig(
-        capture=str(tmp_path / "joined"), student="bytes", out=str(tmp_path / "targets"), losses=["p-kl", "alm"]
+        captures=[str(tmp_path / "joined")], student="bytes", out=str(tmp_path / "targets"), losses=["p-kl", "alm"]
     )
     targets = align(config, Silent())
     assert sum(part.samples for part in targets.parts) == len(rows(kept_capture, others["one"]))

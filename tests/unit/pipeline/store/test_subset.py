@@ -224,7 +224,7 @@ def test_manifests_that_leave_out_what_cannot_be_are_refused(capture, left_out):
 
 
 def aligned(capture: Path, out: Path, losses: list[str]) -> TargetManifest:
-    return align(AlignConfig(capture=str(capture), student="bytes", out=str(out), losses=losses), Silent())
+    return align(AlignConfig(captures=[str(capture)], student="bytes", out=str(out), losses=losses), Silent())
 
 
 def target_rows(root: Path) -> dict[str, list[Any]]:

@@ -114,7 +114,7 @@ def test_the_vocabulary_comes_with_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", CAPTURES)
 def test_every_capture_aligns(name: str, tmp_path: Path) -> None:
-    config = AlignConfig(capture=str(GOLDEN / name), student="bytes", out=str(tmp_path / "t"), losses=["p-kl"])
+    config = AlignConfig(captures=[str(GOLDEN / name)], student="bytes", out=str(tmp_path / "t"), losses=["p-kl"])
     manifest = align(config, Silent())
     assert verify(str(tmp_path / "t"))["samples"] == TEXTS
     assert sum(part.tokens for part in manifest.parts) == 418  # the corpus's bytes; 'bytes' has no eos
