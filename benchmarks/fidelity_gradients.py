@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pipeline.align.chunks import cut
 from pipeline.align.kernels_prefix import prefix_entries
-from pipeline.align.kernels_targets import merged, pkl_targets, split_targets
+from pipeline.align.kernels_targets import merged, project_rows, split_targets
 from pipeline.align.prefix import PrefixMaps
 from pipeline.align.rows import Rows
+from pipeline.align.targets import Routes
 from pipeline.corpus import Document, windows
 from pipeline.project.build import build_w
 from pipeline.project.projection import EXACT, Projection
@@ -125,8 +126,9 @@ def targets(pair: Pair, loss: str, rows: Rows) -> dict[str, NDArray[Any]]:
     """Columns of one loss for rows that are one to a chunk, by the kernels of align."""
     found, row_C = pair.projection, np.arange(len(rows.rest))
     kept = (rows.offsets, rows.ids, rows.logprob)
+    routes = Routes.of(found.routes("prefix"), found.columns_by_kind())
     if loss == "p-kl":
-        columns = pkl_targets(row_C, *kept, rows.rest, found.routes("prefix"), found.columns_by_kind(), False)
+        columns = project_rows(row_C, *kept, rows.p, rows.rest, *routes, False, len(rows.ids))
         names = ("pkl_count", "pkl_ids", "pkl_logprob", "pkl_rest_logprob")
         return dict(zip(names, columns[:4], strict=True))
     if loss == "sparse-kl":

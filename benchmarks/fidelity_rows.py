@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.align.kernels_targets import normalised
+from pipeline.align.kernels_rows import normalised
 from pipeline.align.rows import Rows
 from pipeline.store import Packed, decode, encode
 from pipeline.teachers.base import TeacherRows
@@ -90,7 +90,7 @@ def kept_rows(head: TeacherRows, setting: Setting, size: int) -> Rows:
     back = decode(found.kept, found.topk_ids, found.topk_gap, found.rest_gap)
     rest_R = np.full(len(found.kept), -np.inf) if setting.family == "drop" else back.rest_logprob
     logprob_K, rest_R = normalised(back.offsets, back.logprob, rest_R)
-    return Rows(back.offsets, back.ids, logprob_K, rest_R)
+    return Rows.of(back.offsets, back.ids, logprob_K, rest_R)
 
 
 def points(family: str, count_R: NDArray[np.int64], seed: int, first_row: int) -> Iterator[NDArray[np.float64]]:
@@ -128,7 +128,7 @@ def rows_of(ids: list[NDArray[np.int64]], head: Rows | None = None) -> Rows:
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     rest_R = np.array([-np.inf if head is None or len(drawn) else head.rest[row] for row, drawn in enumerate(ids)])
     logprob_K, rest_R = normalised(offsets, np.concatenate(all_log), rest_R)
-    return Rows(offsets, np.concatenate(all_ids), logprob_K, rest_R)
+    return Rows.of(offsets, np.concatenate(all_ids), logprob_K, rest_R)
 
 
 def tail_counts(head: Rows, setting: Setting) -> NDArray[np.int64]:
@@ -180,4 +180,4 @@ def joined(parts: list[Rows]) -> Rows:
     ids, logprob, rest = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "logprob", "rest")
     )
-    return Rows(offsets, ids, logprob, rest)
+    return Rows.of(offsets, ids, logprob, rest)

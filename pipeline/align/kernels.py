@@ -1,22 +1,13 @@
 """The loops of align that no array expression says well, compiled by numba: chunks and rows.
 
 Shapes: S student tokens, T teacher tokens, C chunks, R teacher rows, K kept entries of all rows together. All
-logarithms are natural. A compiled function calls none of another file: numba's disk cache would not see it change.
+logarithms are natural.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
-
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def compiled(function: _F) -> _F:
-    """Compile on first call; kept on disk, so that worker processes start fast."""
-    return cast(_F, njit(cache=True)(function))
+from pipeline.compiled import compiled
 
 
 @compiled

@@ -7,26 +7,18 @@ natural. ``sql/`` says the same in plain SQL, which the tests compare with.
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.align.kernels import compiled
+from pipeline.compiled import compiled
 
-_TO_REST = -1
-# Columns of the mass table of ``pkl_targets``.
+# Columns of the mass table of ``project_rows``.
 MASS_CLASSES = ("exact", "pieces", "moved", "lost", "rest")
-_MOVED, _LOST, _REST = range(2, 5)
+_REST = 4
+# What becomes of a teacher token's mass: it stays, goes to the tokens of the map, to REST, or is left out.
+FATES = ("stays", "spread", "to rest", "left out")
+_STAYS, _SPREAD, _TO_REST = range(3)
+# Up to so many entries are merged and ordered without sorting, whose set-up costs more.
+_FEW = 128
 
 Targets = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]
-
-
-@compiled
-def _log_total(logprob_K: NDArray[np.float64], low: int, high: int, rest: float) -> float:
-    """log of the sum of a row's entries and REST: what normalises the row."""
-    top = rest
-    for at in range(low, high):
-        top = max(top, logprob_K[at])
-    total = np.exp(rest - top)
-    for at in range(low, high):
-        total += np.exp(logprob_K[at] - top)
-    return float(top + np.log(total))
 
 
 @compiled
@@ -36,31 +28,54 @@ def _log_add(a: float, b: float) -> float:
 
 
 @compiled
-def _log_complement(logprob: float) -> float:
-    """log(1 - e^logprob) for a log-probability, without cancellation at either end."""
-    if logprob > -np.log(2.0):
-        return float(np.log(-np.expm1(logprob)))
-    return float(np.log1p(-np.exp(logprob)))
-
-
-@compiled
 def _merge_sorted(
     ids: NDArray[np.int32], logprob: NDArray[np.float64]
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Join equal ids, then order by float32 log-probability descending and id ascending."""
-    order = np.argsort(ids, kind="mergesort")
     out_ids, out_log = np.empty(len(ids), np.int32), np.empty(len(ids), np.float64)
+    used = _joined_few(ids, logprob, out_ids, out_log) if len(ids) <= _FEW else _joined(ids, logprob, out_ids, out_log)
+    sorted_ids, sorted_log = np.empty(used, np.int32), np.empty(used, np.float32)
+    if used <= _FEW:
+        _ordered(out_ids[:used], out_log[:used], 0.0, sorted_ids, sorted_log)
+        return sorted_ids, sorted_log
+    # The order is that of the values stored, so that a reader can check it.
+    stored = out_log[:used].astype(np.float32)
+    by_id = np.argsort(out_ids[:used], kind="mergesort")
+    ranked = by_id[np.argsort(-stored[by_id], kind="mergesort")]
+    return out_ids[:used][ranked], stored[ranked]
+
+
+@compiled
+def _joined_few(
+    ids: NDArray[np.int32], logprob: NDArray[np.float64], out_ids: NDArray[np.int32], out_log: NDArray[np.float64]
+) -> int:
+    """Each id once, in the order of their first; looking through those there are is cheap for a row."""
     used = 0
-    for at in order:
+    for at in range(len(ids)):
+        place = 0
+        while place < used and out_ids[place] != ids[at]:
+            place += 1
+        if place < used:
+            out_log[place] = _log_add(out_log[place], logprob[at])
+        else:
+            out_ids[used], out_log[used] = ids[at], logprob[at]
+            used += 1
+    return used
+
+
+@compiled
+def _joined(
+    ids: NDArray[np.int32], logprob: NDArray[np.float64], out_ids: NDArray[np.int32], out_log: NDArray[np.float64]
+) -> int:
+    """``_joined_few`` of many, by sorting; ids come out ascending."""
+    used = 0
+    for at in np.argsort(ids, kind="mergesort"):
         if used and out_ids[used - 1] == ids[at]:
             out_log[used - 1] = _log_add(out_log[used - 1], logprob[at])
         else:
             out_ids[used], out_log[used] = ids[at], logprob[at]
             used += 1
-    # The order is that of the values stored, so that a reader can check it.
-    stored = out_log[:used].astype(np.float32)
-    ranked = np.argsort(-stored, kind="mergesort")
-    return out_ids[:used][ranked], stored[ranked]
+    return used
 
 
 @compiled
@@ -80,211 +95,195 @@ def merged(
 
 
 @compiled
-def normalised(
-    offsets_R: NDArray[np.int64], logprob_K: NDArray[np.float64], rest_R: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rows and REST over what each adds up to, which the codec's rounding moves from 1; [K] and [R]."""
-    out_K, out_R = logprob_K.copy(), rest_R.copy()
-    for row in range(len(rest_R)):
-        low, high = offsets_R[row], offsets_R[row + 1]
-        total = _log_total(logprob_K, low, high, rest_R[row])
-        out_K[low:high] -= total
-        out_R[row] -= total
-    return out_K, out_R
-
-
-@compiled
-def tempered(
-    offsets_R: NDArray[np.int64], logprob_K: NDArray[np.float64], rest_R: NDArray[np.float64], tau: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rows at a temperature: logprob / tau, scaled so that a row sums to 1 with its REST there.
-
-    Args:
-        offsets_R, logprob_K: rows at temperature 1.
-        rest_R: log of REST at ``tau``; NaN = unknown, the entries then sum to 1 alone.
-        tau: the temperature.
-
-    Returns:
-        Log-probabilities [K], and [R] what is taken from logprob / tau to get them.
-    """
-    out_K, shift_R = logprob_K / tau, np.empty(len(rest_R), np.float64)
-    for row in range(len(rest_R)):
-        low, high = offsets_R[row], offsets_R[row + 1]
-        shift_R[row] = _log_total(out_K, low, high, -np.inf)
-        if not np.isnan(rest_R[row]):
-            shift_R[row] -= _log_complement(rest_R[row])
-        out_K[low:high] -= shift_R[row]
-    return out_K, shift_R
-
-
-@compiled
-def mean_rows(
-    start_C: NDArray[np.int64],
-    end_C: NDArray[np.int64],
-    offsets_R: NDArray[np.int64],
-    ids_K: NDArray[np.int32],
-    logprob_K: NDArray[np.float64],
-    rest_R: NDArray[np.float64],
-    size: int,
-) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
-    """Mean log-probabilities of rows ``start_C:end_C`` over the union of their kept ids: one row per chunk.
-
-    A row that did not keep an id spreads its REST evenly over the ids it did not keep; without REST the id has no
-    probability there, hence none in the mean, and is left out.
-
-    Args:
-        start_C, end_C: rows of each chunk; a negative start gives an empty row.
-        offsets_R, ids_K, logprob_K, rest_R: rows, normalised with REST.
-        size: U, what the ids not kept are counted from.
-
-    Returns:
-        offsets int64 [C + 1], ids int32, log-probabilities float64 (not renormalised), and [C] the log of what they
-        leave to 1.
-    """
-    most = 0
-    for chunk in range(len(start_C)):
-        most += offsets_R[end_C[chunk]] - offsets_R[start_C[chunk]] if start_C[chunk] >= 0 else 0
-    offsets, rest_C = np.zeros(len(start_C) + 1, np.int64), np.zeros(len(start_C), np.float64)
-    out_ids, out_log = np.empty(most, np.int32), np.empty(most, np.float64)
-    used = 0
-    for chunk in range(len(start_C)):
-        if start_C[chunk] >= 0:
-            rows = offsets_R[start_C[chunk] : end_C[chunk] + 1]
-            low, high = rows[0], rows[-1]
-            floor_n = _floors(rows, rest_R[start_C[chunk] : end_C[chunk]], size)
-            ids, logprob = _mean_row(rows - low, ids_K[low:high], logprob_K[low:high], floor_n)
-            out_ids[used : used + len(ids)], out_log[used : used + len(ids)] = ids, logprob
-            used += len(ids)
-            rest_C[chunk] = _log_complement(min(0.0, _log_total(logprob, 0, len(ids), -np.inf)))
-        offsets[chunk + 1] = used
-    return offsets, out_ids[:used], out_log[:used], rest_C
-
-
-@compiled
-def _floors(offsets: NDArray[np.int64], rest_n: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """Log-probability of each id that a row did not keep; -inf where nothing is left for them."""
-    floor_n = np.full(len(rest_n), -np.inf, np.float64)
-    for row in range(len(rest_n)):
-        unkept = size - (offsets[row + 1] - offsets[row])
-        if unkept > 0:
-            floor_n[row] = rest_n[row] - np.log(unkept)
-    return floor_n
-
-
-@compiled
-def _mean_row(
-    offsets: NDArray[np.int64], ids: NDArray[np.int32], logprob: NDArray[np.float64], floor_n: NDArray[np.float64]
-) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """One chunk of ``mean_rows``: ids ascending, with their mean log-probability over the n rows."""
-    n = len(floor_n)
-    row_of = np.empty(len(ids), np.int64)
-    for row in range(n):
-        row_of[offsets[row] : offsets[row + 1]] = row
-    order = np.argsort(ids, kind="mergesort")
-    out_ids, out_log = np.empty(len(ids), np.int32), np.empty(len(ids), np.float64)
-    used = at = 0
-    while at < len(order):
-        token, total, row = ids[order[at]], 0.0, 0
-        while at < len(order) and ids[order[at]] == token:
-            # rows come in order: those passed over did not keep the token
-            while row < row_of[order[at]]:
-                total, row = total + floor_n[row], row + 1
-            total, row, at = total + logprob[order[at]], row + 1, at + 1
-        while row < n:
-            total, row = total + floor_n[row], row + 1
-        if total > -np.inf:
-            out_ids[used], out_log[used] = token, total / n
-            used += 1
-    return out_ids[:used], out_log[:used]
-
-
-@compiled
-def pkl_targets(
+def project_rows(
     row_C: NDArray[np.int64],
     offsets_R: NDArray[np.int64],
     ids_K: NDArray[np.int32],
     logprob_K: NDArray[np.float64],
+    p_K: NDArray[np.float64],
     rest_R: NDArray[np.float64],
-    route_U: NDArray[np.int32],
-    column_U: NDArray[np.int8],
+    fate_U: NDArray[np.int8],
+    mass_class_U: NDArray[np.int8],
+    offset_U: NDArray[np.int64],
+    to_M: NDArray[np.int32],
+    share_M: NDArray[np.float64],
     closed: bool,
+    most: int,
 ) -> Targets:
-    """P-KL's target of each chunk: unreached mass moved, equal ids merged, what was left out renormalised away.
+    """P-KL's target of each chunk: its row through a sparse map, equal ids merged, the most probable kept.
 
     Args:
         row_C: teacher row of each chunk, -1 = none (count 0, REST 1).
         offsets_R: entries of row r are ``offsets_R[r]:offsets_R[r + 1]``, [R + 1].
         ids_K: teacher ids.
-        logprob_K: nats; a row sums to 1 with REST, or alone where REST is unknown.
+        logprob_K, p_K: nats, and their probabilities; a row sums to 1 with REST, or alone where REST is unknown.
         rest_R: nats, log of the mass not kept; NaN = unknown.
-        route_U: where each teacher id goes: itself, another id, -1 REST, -2 left out and the row renormalised.
-        column_U: 0 an exact row reaches the id, 1 only pieces do, -1 unreached.
+        fate_U: of ``FATES``.
+        mass_class_U: index into ``MASS_CLASSES``.
+        offset_U, to_M, share_M: id u goes to ``to_M[offset_U[u]:offset_U[u + 1]]`` with these shares, if it is spread.
         closed: leave REST out (it is then -inf), as where REST is unknown (then NaN).
+        most: entries kept of a target; what the others have goes to REST, or is renormalised away without one.
 
     Returns:
-        count int32 [C], ids int32, log-probability float32, REST log-probability float32 [C], and the share of mass
-        per ``MASS_CLASSES`` (of the row before anything moves) as float64 [C, 5].
+        count int32 [C], ids int32, log-probability float32 (falling, then by id), REST log-probability float32 [C],
+        and the share of mass per ``MASS_CLASSES`` (of the row before anything moves) as float64 [C, 5].
     """
     chunks = len(row_C)
-    most = _entries(row_C, offsets_R)
+    all_, widest, highest = _projected(row_C, offsets_R, ids_K, fate_U, offset_U, to_M)
     count_C, rest_C = np.zeros(chunks, np.int32), np.zeros(chunks, np.float32)
-    out_ids, out_log = np.empty(most, np.int32), np.empty(most, np.float32)
+    out_ids, out_log = np.empty(all_, np.int32), np.empty(all_, np.float32)
     mass_C5 = np.zeros((chunks, 5), np.float64)
+    slot = np.full(highest + 1, -1, np.int32)
+    ids, p, logprob = np.empty(widest, np.int32), np.empty(widest, np.float64), np.empty(widest, np.float64)
     used = 0
     for chunk in range(chunks):
         row = row_C[chunk]
         if row < 0:
             continue
-        low, high, unknown = offsets_R[row], offsets_R[row + 1], np.isnan(rest_R[row])
-        ids, logprob, rest = _routed(
-            ids_K[low:high], logprob_K[low:high], rest_R[row], route_U, column_U, closed or unknown, mass_C5[chunk]
-        )
-        ids, stored = _merge_sorted(ids, logprob)
-        count_C[chunk], rest_C[chunk] = len(ids), np.nan if unknown and len(ids) else rest
-        out_ids[used : used + len(ids)], out_log[used : used + len(ids)] = ids, stored
-        used += len(ids)
+        unknown = np.isnan(rest_R[row])
+        rest = 0.0 if unknown else np.exp(rest_R[row])
+        mass_C5[chunk, _REST] = rest
+        found, to_rest = _spread(
+            offsets_R[row], offsets_R[row + 1], ids_K, logprob_K, p_K, fate_U, mass_class_U, offset_U, to_M, share_M,
+            slot, ids, p, logprob, mass_C5[chunk],
+        )  # fmt: skip
+        rest = 0.0 if closed or unknown else rest + to_rest
+        total = rest + p[:found].sum()
+        # All mass was left out: no target remains, and REST stands for it.
+        if not total > 0:
+            continue
+        kept = _ordered(ids[:found], logprob[:found], np.log(total), out_ids[used:], out_log[used:])
+        if kept > most:
+            rest, kept = _cut_off(out_log[used : used + kept], most, rest / total, closed or unknown), most
+            rest_C[chunk] = np.log(rest) if rest > 0 else -np.inf
+        elif to_rest > 0 or rest == 0:
+            rest_C[chunk] = np.log(rest / total) if rest > 0 else -np.inf
+        else:
+            rest_C[chunk] = rest_R[row] - np.log(total)
+        rest_C[chunk] = np.nan if unknown and kept else rest_C[chunk]
+        count_C[chunk] = kept
+        used += kept
     return count_C, out_ids[:used], out_log[:used], rest_C, mass_C5
 
 
 @compiled
-def _entries(row_C: NDArray[np.int64], offsets_R: NDArray[np.int64]) -> int:
-    """Entries of the rows of all chunks together."""
-    most = 0
+def _projected(
+    row_C: NDArray[np.int64],
+    offsets_R: NDArray[np.int64],
+    ids_K: NDArray[np.int32],
+    fate_U: NDArray[np.int8],
+    offset_U: NDArray[np.int64],
+    to_M: NDArray[np.int32],
+) -> tuple[int, int, int]:
+    """Entries of all chunks' rows after the map and before merging, of the widest row, and the largest id."""
+    all_, widest, highest = 0, 0, len(fate_U) - 1
     for row in row_C:
-        most += offsets_R[row + 1] - offsets_R[row] if row >= 0 else 0
-    return most
+        if row < 0:
+            continue
+        width = 0
+        for at in range(offsets_R[row], offsets_R[row + 1]):
+            token = ids_K[at]
+            width += offset_U[token + 1] - offset_U[token] if fate_U[token] == _SPREAD else 1
+        all_, widest = all_ + width, max(widest, width)
+    for to in to_M:
+        highest = max(highest, to)
+    return all_, widest, highest
 
 
 @compiled
-def _routed(
+def _spread(
+    low: int,
+    high: int,
     ids_K: NDArray[np.int32],
     logprob_K: NDArray[np.float64],
-    rest: float,
-    route_U: NDArray[np.int32],
-    column_U: NDArray[np.int8],
-    closed: bool,
+    p_K: NDArray[np.float64],
+    fate_U: NDArray[np.int8],
+    mass_class_U: NDArray[np.int8],
+    offset_U: NDArray[np.int64],
+    to_M: NDArray[np.int32],
+    share_M: NDArray[np.float64],
+    slot: NDArray[np.int32],
+    ids: NDArray[np.int32],
+    p: NDArray[np.float64],
+    logprob: NDArray[np.float64],
     mass_5: NDArray[np.float64],
-) -> tuple[NDArray[np.int32], NDArray[np.float64], float]:
-    """One row's entries after routing (ids may repeat), with the REST that goes with them; fills ``mass_5``."""
-    mass_5[_REST] = 0.0 if np.isnan(rest) else np.exp(rest)
-    if closed:
-        rest = -np.inf
-    ids, logprob = np.empty(len(ids_K), np.int32), np.empty(len(ids_K), np.float64)
-    used = 0
-    for at in range(len(ids_K)):
-        token, p = ids_K[at], logprob_K[at]
-        to = route_U[token]
-        mass_5[_LOST if to < 0 else column_U[token] if to == token else _MOVED] += np.exp(p)
-        if to >= 0:
-            ids[used], logprob[used] = to, p
-            used += 1
-        elif to == _TO_REST and not closed:
-            rest = _log_add(rest, p)
-    left = _log_total(logprob, 0, used, rest)
-    # All mass was left out: no target remains, and REST stands for it.
-    if left == -np.inf or np.isnan(left):
-        return ids[:0], logprob[:0], 0.0
-    return ids[:used], logprob[:used] - left, rest - left
+) -> tuple[int, float]:
+    """One row's entries through the map into ``ids``, ``p`` and ``logprob``, each id once, and ``mass_5``.
+
+    ``slot``, all -1 before and after, says where an id stands.
+
+    Returns:
+        how many ids there are, and the mass that goes to REST.
+    """
+    found, to_rest = 0, 0.0
+    for at in range(low, high):
+        token = ids_K[at]
+        mass_5[mass_class_U[token]] += p_K[at]
+        fate = fate_U[token]
+        if fate == _STAYS:
+            found = _put(token, p_K[at], logprob_K[at], found, slot, ids, p, logprob)
+        elif fate == _SPREAD:
+            for to in range(offset_U[token], offset_U[token + 1]):
+                share = share_M[to]
+                moved = logprob_K[at] if share == 1.0 else logprob_K[at] + np.log(share)
+                found = _put(to_M[to], p_K[at] * share, moved, found, slot, ids, p, logprob)
+        elif fate == _TO_REST:
+            to_rest += p_K[at]
+    for at in range(found):
+        slot[ids[at]] = -1
+    return found, to_rest
+
+
+@compiled
+def _put(
+    token: int,
+    share: float,
+    log_share: float,
+    found: int,
+    slot: NDArray[np.int32],
+    ids: NDArray[np.int32],
+    p: NDArray[np.float64],
+    logprob: NDArray[np.float64],
+) -> int:
+    """Add an entry to those of a row, or to the one of the same id; how many there are now."""
+    at = slot[token]
+    if at >= 0:
+        p[at], logprob[at] = p[at] + share, _log_add(logprob[at], log_share)
+        return found
+    slot[token] = found
+    ids[found], p[found], logprob[found] = token, share, log_share
+    return found + 1
+
+
+@compiled
+def _ordered(
+    ids: NDArray[np.int32],
+    logprob: NDArray[np.float64],
+    scale: float,
+    out_ids: NDArray[np.int32],
+    out_log: NDArray[np.float32],
+) -> int:
+    """Write ``logprob - scale`` as float32, falling, then by id: the order is that of the values stored.
+
+    By insertion: rows come in order, and few entries of one move.
+    """
+    for at in range(len(ids)):
+        value, place = np.float32(logprob[at] - scale), at
+        while place and (out_log[place - 1] < value or (out_log[place - 1] == value and out_ids[place - 1] > ids[at])):
+            out_log[place], out_ids[place] = out_log[place - 1], out_ids[place - 1]
+            place -= 1
+        out_log[place], out_ids[place] = value, ids[at]
+    return len(ids)
+
+
+@compiled
+def _cut_off(log_K: NDArray[np.float32], most: int, rest: float, closed: bool) -> float:
+    """REST with what lies beyond the first ``most`` entries; without REST these are scaled up to 1 instead."""
+    beyond = np.exp(log_K[most:].astype(np.float64)).sum()
+    if not closed:
+        return float(rest + beyond)
+    log_K[:most] -= np.float32(np.log1p(-beyond))
+    return 0.0
 
 
 @compiled
@@ -298,7 +297,7 @@ def split_targets(
     """Targets of H-KL, GOLD, ULD and the sparse KL: each chunk's row, split at the teacher ids that have a pair.
 
     Args:
-        row_C, offsets_R, ids_K, logprob_K: as in ``pkl_targets``.
+        row_C, offsets_R, ids_K, logprob_K: as in ``project_rows``.
         pair_U: the student id paired with each teacher id, or -1.
 
     Returns:
@@ -322,3 +321,12 @@ def split_targets(
         other[outside : outside + len(rank)] = rank
         inside, outside = inside + len(mine), outside + len(rank)
     return paired_C, ids[:inside], paired[:inside], other_C, other[:outside]
+
+
+@compiled
+def _entries(row_C: NDArray[np.int64], offsets_R: NDArray[np.int64]) -> int:
+    """Entries of the rows of all chunks together."""
+    most = 0
+    for row in row_C:
+        most += offsets_R[row + 1] - offsets_R[row] if row >= 0 else 0
+    return most

@@ -11,9 +11,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.align.chunks import Joined
-from pipeline.align.kernels_targets import mean_rows, normalised, tempered
+from pipeline.align.kernels import row_figures
+from pipeline.align.kernels_rows import mean_rows, tempered
 from pipeline.store import decode_tau_rest
 from pipeline.store.columns import flat, list_lengths
+from pipeline.store.kernels import level_table, whole_rows
 from pipeline.store.unpack import row_columns, unpack
 from schemas.errors import VerificationError
 from schemas.manifest import CodecInfo
@@ -28,12 +30,14 @@ class Recipe:
         merge: how a chunk's rows become one: first | last | mean.
         tau: temperature of the targets.
         codec: how the capture stored its rows.
+        entries: most entries of a P-KL target; None = all.
     """
 
     losses: Sequence[str]
     merge: str
     tau: float
     codec: CodecInfo
+    entries: int | None = None
 
     @property
     def rest_known(self) -> bool:
@@ -55,12 +59,21 @@ class Rows:
         ids: int32 [K], teacher ids.
         logprob: float64 [K], nats.
         rest: float64 [R], nats: log of REST; -inf = none, NaN = unknown.
+        p: float64 [K], probabilities of the entries.
     """
 
     offsets: NDArray[np.int64]
     ids: NDArray[np.int32]
     logprob: NDArray[np.float64]
     rest: NDArray[np.float64]
+    p: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls, offsets: NDArray[np.int64], ids: NDArray[np.int32], logprob: NDArray[np.float64], rest: NDArray[np.float64]
+    ) -> "Rows":
+        """Rows from their logarithms."""
+        return cls(offsets, ids, logprob, rest, np.exp(logprob))
 
 
 @dataclass(frozen=True)
@@ -68,15 +81,17 @@ class RowBatch:
     """All rows of a batch.
 
     Attributes:
-        plain: at temperature 1.
         rows: at the recipe's temperature.
+        entropy: float64 [R], nats, at temperature 1, REST as one cell (of draws: of the whole row); NaN = no entries.
+        top1: float64 [R], the largest probability at temperature 1 (of draws: the largest share); NaN = no entries.
         realised: float64 [R], nats: log-probability of the token in the text at the recipe's temperature.
         offset_N: int64 [N + 1]; sample n has rows ``offset_N[n]:offset_N[n + 1]``.
         first_N: int64 [N], tokens of a sample before its first row.
     """
 
-    plain: Rows
     rows: Rows
+    entropy: NDArray[np.float64]
+    top1: NDArray[np.float64]
     realised: NDArray[np.float64]
     offset_N: NDArray[np.int64]
     first_N: NDArray[np.int64]
@@ -91,21 +106,18 @@ class RowBatch:
         rows_N = list_lengths(batch, row_columns(recipe.codec)[0])
         first_N = batch["first_row"].to_numpy().astype(np.int64)
         _check_lengths(batch, rows_N, first_N, recipe)
-        found = unpack(batch, recipe.codec)
-        logprob_K, rest_R = found.logprob, found.rest_logprob
-        if not recipe.drawn:
-            logprob_K, rest_R = normalised(found.offsets, logprob_K, rest_R)
-        plain = Rows(found.offsets, found.ids, logprob_K, rest_R)
-        realised_R = flat(batch, "realised_logprob").astype(np.float64)
-        rows = plain
+        plain, entropy_R, top1_R = _drawn_rows(batch, recipe) if recipe.drawn else _kept_rows(batch, recipe)
+        rows, realised_R = plain, flat(batch, "realised_logprob").astype(np.float64)
         if recipe.tau != 1:
-            rest_R = _rest_at(batch, recipe, len(rest_R))
+            rest_R = _rest_at(batch, recipe, len(plain.rest))
             logprob_K, shift_R = tempered(plain.offsets, plain.logprob, rest_R, recipe.tau)
-            rows = Rows(plain.offsets, plain.ids, logprob_K, rest_R)
+            rows = Rows.of(plain.offsets, plain.ids, logprob_K, rest_R)
             # The scale comes from rounded entries, so the token may end up a step above certainty.
             realised_R = np.minimum(realised_R / recipe.tau - shift_R, 0.0)
         offset_N = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows_N)])
-        return cls(plain, rows, realised_R, offset_N, first_N)
+        unknown_R = np.diff(plain.offsets) == 0
+        entropy_R, top1_R = np.where(unknown_R, np.nan, entropy_R), np.where(unknown_R, np.nan, top1_R)
+        return cls(rows, entropy_R, top1_R, realised_R, offset_N, first_N)
 
     def spans(self, samples: Sequence[Joined]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of each chunk's teacher tokens, start and end [C]; start -1 where the first token has no row."""
@@ -121,6 +133,25 @@ class RowBatch:
         if sample.chunks.lead:
             no_row_C[0] = True
         return np.where(no_row_C, -1, start_C + shift), end_C + shift
+
+
+_Decoded = tuple[Rows, NDArray[np.float64], NDArray[np.float64]]
+
+
+def _kept_rows(batch: pa.RecordBatch, recipe: Recipe) -> _Decoded:
+    """Rows of codec ``topk`` over what they add up to, with entropy and largest probability [R]."""
+    kept, ids, gap, rest_gap = (flat(batch, name) for name in row_columns(recipe.codec))
+    step = recipe.codec.step
+    offsets, logprob_K, p_K, rest_R, entropy_R, top1_R = whole_rows(kept, gap, rest_gap, step, level_table(step))
+    return Rows(offsets, ids, logprob_K, rest_R, p_K), entropy_R, top1_R
+
+
+def _drawn_rows(batch: pa.RecordBatch, recipe: Recipe) -> _Decoded:
+    """Draws as shares, which are right in the mean; the entropy is that of whole rows."""
+    found = unpack(batch, recipe.codec)
+    _, top1_R = row_figures(found.offsets, found.logprob, found.rest_logprob)
+    rows = Rows.of(found.offsets, found.ids, found.logprob, found.rest_logprob)
+    return rows, flat(batch, "entropy").astype(np.float64), top1_R
 
 
 def merge_rows(
@@ -139,7 +170,7 @@ def merge_rows(
     if merge == "last":
         return rows, np.where(start_C < 0, -1, end_C - 1)
     found = mean_rows(start_C, end_C, rows.offsets, rows.ids, rows.logprob, rows.rest, size)
-    return Rows(*found), np.where(start_C < 0, -1, np.arange(len(start_C)))
+    return Rows.of(*found), np.where(start_C < 0, -1, np.arange(len(start_C)))
 
 
 def _rest_at(batch: pa.RecordBatch, recipe: Recipe, rows: int) -> NDArray[np.float64]:

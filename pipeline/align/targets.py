@@ -8,24 +8,50 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.align.chunks import Joined, chunks_per_sample
-from pipeline.align.kernels import realised, row_figures
-from pipeline.align.kernels_targets import MASS_CLASSES, pkl_targets, split_targets
+from pipeline.align.kernels import realised
+from pipeline.align.kernels_targets import FATES, MASS_CLASSES, project_rows, split_targets
 from pipeline.align.prefix import PrefixMaps, prefix_columns
 from pipeline.align.rows import Recipe, RowBatch, Rows, merge_rows
-from pipeline.project.projection import Projection, Unreached
+from pipeline.project.projection import TO_REST, Projection, Unreached
 from pipeline.store.columns import flat
 from pipeline.tokens import TokenTable
 from schemas.tables import target_columns, targets
 
 _PPM = 1_000_000
 Values = dict[str, NDArray[Any]]
+
+
+class Routes(NamedTuple):
+    """The sparse map that teacher rows go through, as ``project_rows`` takes it."""
+
+    fate_U: NDArray[np.int8]
+    mass_class_U: NDArray[np.int8]
+    offset_U: NDArray[np.int64]
+    to_M: NDArray[np.int32]
+    share_M: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, route_U: NDArray[np.int32], column_U: NDArray[np.int8]) -> "Routes":
+        """Routes of W: a token stays, or all its mass goes to one other token, to REST, or nowhere.
+
+        Args:
+            route_U: ``Projection.routes``.
+            column_U: ``Projection.columns_by_kind``.
+        """
+        stays_U, spread_U = route_U == np.arange(len(route_U)), route_U >= 0
+        fate_U = np.select([stays_U, spread_U, route_U == TO_REST], [0, 1, 2], 3).astype(np.int8)
+        class_U = np.select([stays_U, spread_U], [column_U, MASS_CLASSES.index("moved")], MASS_CLASSES.index("lost"))
+        moved_U = fate_U == FATES.index("spread")
+        offset_U = np.concatenate([np.zeros(1, np.int64), np.cumsum(moved_U)])
+        to_M = route_U[moved_U]
+        return cls(fate_U, class_U.astype(np.int8), offset_U, to_M, np.ones(len(to_M)))
 
 
 @dataclass(frozen=True)
@@ -35,7 +61,7 @@ class Maps:
     Attributes:
         student_size, teacher_size: tokens of each vocabulary.
         student_text: the student's tokens with bytes.
-        route_U, column_U: where unreached mass goes, and how rows reach each token.
+        routes: where each teacher token's mass goes.
         pair_U: the student token paired with it in H-KL's common set, or -1.
         matched_U: likewise in strict GOLD's.
         prefix: for byte-prefix, else None.
@@ -44,8 +70,7 @@ class Maps:
     student_size: int
     teacher_size: int
     student_text: int
-    route_U: NDArray[np.int32]
-    column_U: NDArray[np.int8]
+    routes: Routes
     pair_U: NDArray[np.int32]
     matched_U: NDArray[np.int32]
     prefix: PrefixMaps | None
@@ -59,8 +84,7 @@ class Maps:
             projection.student.size,
             projection.teacher.size,
             sum(bool(size) and role is None for size, role in zip(student.lengths.tolist(), student.role, strict=True)),
-            projection.routes(unreached),
-            projection.columns_by_kind(),
+            Routes.of(projection.routes(unreached), projection.columns_by_kind()),
             projection.common_student(),
             projection.matched_student(),
             None if teacher is None else PrefixMaps.of(student, teacher, projection),
@@ -165,12 +189,7 @@ def _confidence(source: _Source) -> tuple[NDArray[np.float32], NDArray[np.float3
 
     Of draws: the stored entropy of whole rows, and the largest share. Of rows that a subset left out: NaN.
     """
-    plain = source.rows.plain
-    entropy_R, top1_R = row_figures(plain.offsets, plain.logprob, plain.rest)
-    if source.recipe.drawn:
-        entropy_R = flat(source.batch, "entropy").astype(np.float64)
-    unknown_R = np.diff(plain.offsets) == 0
-    entropy_R, top1_R = np.where(unknown_R, np.nan, entropy_R), np.where(unknown_R, np.nan, top1_R)
+    entropy_R, top1_R = source.rows.entropy, source.rows.top1
     chunks_N = chunks_per_sample(source.samples)
     sample_C = np.repeat(np.arange(len(chunks_N)), chunks_N)[source.start_C >= 0]
     row_C = source.start_C[source.start_C >= 0]
@@ -200,9 +219,9 @@ def _pkl(source: _Source) -> tuple[Values, Mapping[str, int]]:
     would depend on which tokens were drawn, and renormalising without it divides by a draw."""
     rows, row_C = source.merged
     closed = source.recipe.merge == "mean"
-    count_C, ids_K, logprob_K, rest_C, mass_C5 = pkl_targets(
-        row_C, rows.offsets, rows.ids, rows.logprob, rows.rest, source.maps.route_U, source.maps.column_U, closed
-    )
+    kept = (rows.offsets, rows.ids, rows.logprob, rows.p, rows.rest)
+    most = source.recipe.entries or len(rows.ids)
+    count_C, ids_K, logprob_K, rest_C, mass_C5 = project_rows(row_C, *kept, *source.maps.routes, closed, most)
     if source.recipe.drawn:
         rest_C[count_C > 0] = -np.inf
     columns = {"pkl_count": count_C, "pkl_ids": ids_K, "pkl_logprob": logprob_K, "pkl_rest_logprob": rest_C}

@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.store.checks_sampled import check_draws
-from pipeline.store.codec import decode
 from pipeline.store.columns import any_per_sample, check_ids, refuse
 from pipeline.store.columns import flat as flat
 from pipeline.store.columns import list_lengths as list_lengths
@@ -124,7 +123,6 @@ def _check_topk(
         refuse(batch, list_lengths(batch, name) != rows_N, f"{name} has another length than its tokens")
     _check_temperatures(batch, rows_N, codec)
     entries_N = _check_entries(batch, rows_N, vocab_size, codec)
-    _check_mass(batch, rows_N, codec.step)
     return entries_N
 
 
@@ -157,26 +155,18 @@ def _check_entries(
     entries_N: NDArray[np.int64] = running_R[stops_N] - running_R[stops_N - rows_N]
     for name in ("topk_ids", "topk_gap"):
         refuse(batch, list_lengths(batch, name) != entries_N, f"{name} has not as many entries as kept says")
-    check_ids(batch, "topk_ids", entries_N, vocab_size)
-    key_K = np.repeat(np.arange(len(kept_R)) * np.int64(vocab_size), kept_R)
-    key_K += flat(batch, "topk_ids")
-    key_K.sort()
-    twice_R = np.zeros(len(kept_R), np.bool_)
-    twice_R[key_K[1:][key_K[1:] == key_K[:-1]] // vocab_size] = True
-    refuse(batch, any_per_sample(twice_R, rows_N), "an id stands twice in one row")
+    _check_rows(batch, rows_N, vocab_size, codec.step)
     return entries_N
 
 
-def _check_mass(batch: pa.RecordBatch, rows_N: NDArray[np.int64], step: float) -> None:
-    """Kept mass and REST add to one within half a step of quantisation."""
-    kept_R, rest_R = flat(batch, "kept"), flat(batch, "rest_gap")
-    rows = decode(kept_R, flat(batch, "topk_ids"), flat(batch, "topk_gap"), rest_R, step)
-    if not len(kept_R):
-        return
-    sum_R = np.add.reduceat(np.exp(rows.logprob), rows.offsets[:-1]) + np.exp(rows.rest_logprob)
-    low, high = np.exp(-step / 2) - _SUM_SLACK, np.exp(step / 2) + _SUM_SLACK
-    bad_R = (sum_R > high) | (sum_R < low)
-    refuse(batch, any_per_sample(bad_R, rows_N), "a row's kept probabilities and REST do not sum to 1")
+def _check_rows(batch: pa.RecordBatch, rows_N: NDArray[np.int64], vocab_size: int, step: float) -> None:
+    """Ids lie in the vocabulary, none twice in a row, and a row sums to one within half a step of quantisation."""
+    from pipeline.store.kernels import RULES, level_table, row_faults
+
+    kept, ids, gap, rest = (flat(batch, name) for name in ("kept", "topk_ids", "topk_gap", "rest_gap"))
+    fault_R = row_faults(kept, ids, gap, rest, vocab_size, step, _SUM_SLACK, level_table(step))
+    for fault, rule in enumerate(RULES[1:], 1):
+        refuse(batch, any_per_sample(fault_R == fault, rows_N), rule.format(vocab_size - 1))
 
 
 def _check_realised(batch: pa.RecordBatch, rows_N: NDArray[np.int64]) -> None:

@@ -115,10 +115,11 @@ def decode(
     step: float = STEP,
 ) -> Unpacked:
     """Restore ids and log-probabilities of rows (see ``Packed`` and ``Unpacked`` for shapes)."""
-    offsets, running = np.zeros(len(kept) + 1, np.int64), np.zeros(len(topk_gap) + 1, np.int64)
+    from pipeline.store.kernels import levels
+
+    offsets = np.zeros(len(kept) + 1, np.int64)
     np.cumsum(kept, out=offsets[1:])
-    np.cumsum(topk_gap, dtype=np.int64, out=running[1:])
-    level_K = running[1:] - np.repeat(running[offsets[:-1]], np.diff(offsets))
+    level_K = levels(kept, topk_gap)
     rest_R = np.where(rest_gap == NO_REST, -np.inf, -step * rest_gap.astype(np.float64))
     logprob_K: NDArray[np.float64] = level_K * np.float64(-step)
     return Unpacked(offsets, topk_ids, logprob_K, rest_R)

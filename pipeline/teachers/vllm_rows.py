@@ -3,14 +3,11 @@
 Shapes: R rows, K entries asked for, U width of the output head; column 0 of K + 1 is the realised token.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
-
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+from pipeline.compiled import compiled
+
 _SLACK = 1e-4  # nats: what float32 may leave above zero or out of order
 
 RULES = (
@@ -27,12 +24,7 @@ RULES = (
 """What ``arrange`` returns the index of."""
 
 
-def _compiled(function: _F) -> _F:
-    """Compile on first call; kept on disk. Other threads run meanwhile: they publish what this one reads."""
-    return cast(_F, njit(cache=True, nogil=True)(function))
-
-
-@_compiled
+@compiled
 def _insert(
     ids_K: NDArray[np.int32], sorted_K: NDArray[np.float32], count: int, token: np.int32, logprob: np.float32
 ) -> None:
@@ -44,7 +36,7 @@ def _insert(
     sorted_K[at], ids_K[at] = logprob, token
 
 
-@_compiled
+@compiled
 def arrange(
     target_R: NDArray[np.int32],
     token_RK1: NDArray[np.int32],

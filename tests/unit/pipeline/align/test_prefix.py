@@ -64,7 +64,7 @@ def columns_of(
     offsets = np.cumsum([0, *map(len, rows)])
     rest = np.array([1 - sum(row.values()) for row in rows])
     # what 1 - sum leaves of rounding is no REST
-    made = Rows(offsets, ids, np.log(p), np.where(rest > 1e-12, np.log(np.maximum(rest, 1e-300)), -np.inf))
+    made = Rows.of(offsets, ids, np.log(p), np.where(rest > 1e-12, np.log(np.maximum(rest, 1e-300)), -np.inf))
     ends = [np.array(values, np.int32) for values in (*mine, *chunks)]
     sample = Joined(0, Encoded(text, ends[0], ends[1], False), Chunks(ends[2], ends[3], False))
     batch = pa.RecordBatch.from_pydict({"text": [text], "teacher_ids": [theirs[0]], "teacher_end": [theirs[1]]})

@@ -18,10 +18,11 @@ import pytest
 
 from pipeline.align.checks import check_samples, check_targets
 from pipeline.align.chunks import Joined, join
+from pipeline.align.kernels_targets import project_rows
 from pipeline.align.queries import query
 from pipeline.align.rows import Recipe
 from pipeline.align.stage import encode, read_part
-from pipeline.align.targets import Maps, target_batch
+from pipeline.align.targets import Maps, Routes, target_batch
 from pipeline.capture import precompute
 from pipeline.project import Projection, build_w
 from pipeline.project.projection import EXACT, PIECES, TO_REST
@@ -386,11 +387,9 @@ def test_same_tokenizer_moves_nothing(capture: Path) -> None:
 
 
 def test_all_mass_left_out_leaves_no_target() -> None:
-    from pipeline.align.kernels_targets import pkl_targets
-
-    offsets, ids, logprob = np.array([0, 2]), np.array([1, 2], np.int32), np.log(np.array([0.5, 0.5]))
-    route, column = np.array([0, -2, -2], np.int32), np.array([0, -1, -1], np.int8)
-    rows = np.array([0, -1])
-    count, ids, _, rest, mass = pkl_targets(rows, offsets, ids, logprob, np.array([-np.inf]), route, column, False)
+    offsets, ids, p = np.array([0, 2]), np.array([1, 2], np.int32), np.array([0.5, 0.5])
+    routes = Routes.of(np.array([0, -2, -2], np.int32), np.array([0, -1, -1], np.int8))
+    kept = (offsets, ids, np.log(p), p, np.array([-np.inf]))
+    count, ids, _, rest, mass = project_rows(np.array([0, -1]), *kept, *routes, False, 2)
     assert (count.tolist(), ids.tolist(), rest.tolist()) == ([0, 0], [], [0.0, 0.0])
     assert mass.tolist() == [[0, 0, 0, 1.0, 0], [0, 0, 0, 0, 0]]
