@@ -139,6 +139,21 @@ def check_file(file: Any, name: str) -> pq.ParquetFile:
     return parquet
 
 
+def check_pages(file: Any, name: str, schema: pa.Schema, rows: int) -> None:
+    """A file that was just written lies there as it was meant: its columns, its rows, and the checksum of every page.
+
+    Raises:
+        VerificationError, pa.ArrowException, OSError: it does not.
+    """
+    parquet = open_parquet(file, name)
+    if not parquet.schema_arrow.equals(schema) or parquet.metadata.num_rows != rows:
+        raise VerificationError(f"{name} has {parquet.metadata.num_rows} rows of other columns than the {rows} written")
+    for group, chunks in enumerate(group_chunks(parquet, file, name)):
+        for chunk in chunks:
+            where = f"{name}, row group {group}, column {chunk.column[:100]}"
+            _check_pages(read_pages(file, chunk, where, checksums=True), chunk, where)
+
+
 def _filled(parquet: pq.ParquetFile, groups: Sequence[int]) -> list[int]:
     """Those with rows; of the others nothing is decoded, and their columns have no pages."""
     return [group for group in groups if parquet.metadata.row_group(group).num_rows]

@@ -4,6 +4,7 @@ Read by a small parser of our own (Thrift's compact protocol): pyarrow decodes w
 footer says, and ends the whole process on some footers when it is asked for a column's metadata.
 """
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ _DEPTH = 12
 _TAIL = 8
 # Field ids: of PageHeader its sizes and the structs whose field 1 counts values; of FileMetaData, RowGroup and
 # ColumnChunk the lists and structs on the way to ColumnMetaData.
-_UNCOMPRESSED, _COMPRESSED, _DATA, _DICTIONARY, _DATA_V2 = 2, 3, 5, 7, 8
+_UNCOMPRESSED, _COMPRESSED, _CRC, _DATA, _DICTIONARY, _DATA_V2 = 2, 3, 4, 5, 7, 8
 _GROUPS, _CHUNKS, _META = 4, 1, 3
 _TYPE, _PATH, _VALUES, _CHUNK_BYTES, _DATA_OFFSET, _DICTIONARY_OFFSET = 1, 3, 5, 7, 9, 11
 _MOST = 1 << 62
@@ -90,15 +91,16 @@ def _number(found: Struct, field: int, default: int | None = None) -> int:
     return value
 
 
-def read_pages(file: Any, chunk: Chunk, where: str) -> Pages:
+def read_pages(file: Any, chunk: Chunk, where: str, *, checksums: bool = False) -> Pages:
     """Walk the page headers of a column chunk.
 
     Args:
         file: open for reading bytes, seekable.
         where: names the column in messages.
+        checksums: read the pages too; each must have a checksum and be what it says.
 
     Raises:
-        VerificationError: the chunk does not lie in the file, or a header is none.
+        VerificationError: the chunk does not lie in the file, a header is none, or a page is another.
     """
     start, stop = chunk.start, chunk.start + chunk.size
     if stop > file.seek(0, 2):
@@ -112,10 +114,18 @@ def read_pages(file: Any, chunk: Chunk, where: str) -> Pages:
         except (ValueError, AttributeError) as error:
             raise VerificationError(f"{where}: the page at byte {start} has no size ({error})") from error
         values, longest = values + counts[_DATA] + counts[_DATA_V2], max(longest, uncompressed, compressed)
+        if checksums:
+            _check_crc(file.read(compressed) if file.seek(start + size) else b"", header.get(_CRC), where)
         start += size + compressed
     if start != stop:
         raise VerificationError(f"{where}: its pages end at byte {start}, the footer says {stop}")
     return Pages(values, longest)
+
+
+def _check_crc(page: bytes, recorded: Any, where: str) -> None:
+    """The checksum is a signed number of 32 bits over the page as it lies there."""
+    if not isinstance(recorded, int) or zlib.crc32(page) != recorded & 0xFFFFFFFF:
+        raise VerificationError(f"{where}: a page is not what its checksum says")
 
 
 def _read_header(file: Any, start: int, stop: int, where: str) -> tuple[Struct, int]:

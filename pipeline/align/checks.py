@@ -1,104 +1,141 @@
-"""What must hold in every batch of targets before it is written. A breach is a defect of ours, never the user's.
+"""What must hold in every part of targets before it is published, said in SQL (``sql/check``). A breach is a defect.
+
+What has an element per entry is too much to hold until a part is whole, so numpy and a kernel boil it down to figures
+per sample and per chunk first; SQL judges them.
 
 Shapes: N samples, C chunks and K entries of all samples of a batch together.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.align.chunks import Joined
+from pipeline.align.kernels_targets import masses
+from pipeline.align.queries import query
+from pipeline.align.rows import Recipe
 from pipeline.align.targets import Maps
 from pipeline.store.columns import flat, list_lengths
+from schemas.errors import VerificationError
+from schemas.tables import target_columns
 
-_SLACK = 1e-5  # float32 log-probabilities of one row, up to 255 entries
-_SUM_SLACK = 2e-3  # what a capture's realised log-probabilities may be above 0
-
-_STUDENT_IDS = ("student_ids", "hkl_common_ids", "gold_ids", "prefix_ids", "skl_ids")
-_WHOLE = ("pkl_count", "prefix_count", "skl_count")
-_PARTIAL = (
-    (("hkl_common_count", "hkl_common_logprob"), ("hkl_other_count", "hkl_other_logprob")),
-    (("gold_count", "gold_logprob"), ("gold_other_count", "gold_other_logprob")),
-    (("uld_count", "uld_logprob"),),
-    (("child_count", "child_logprob"),),
-)
-_DRAWN = tuple(((name, name.replace("count", "logprob")),) for name in _WHOLE)
-_LOGPROBS = ("factor_logprob", "alm_space_logprob")
-
-
-def check_samples(batch: pa.RecordBatch, samples: Sequence[Joined]) -> None:
-    """Chunks tile the sample from its first token, and both sides of each cover the same bytes."""
-    ends, stops = flat(batch, "teacher_end"), np.cumsum(list_lengths(batch, "teacher_end"))
-    for sample in samples:
-        start = stops[sample.at - 1] if sample.at else 0
-        theirs = _bytes_at(ends[start : stops[sample.at]], sample.chunks.teacher_end)
-        mine = _bytes_at(sample.encoded.ends, sample.chunks.student_end)
-        assert (mine == theirs).all(), f"chunks of sample {sample.at} cover other bytes on the two sides"
-        assert (np.diff(mine, prepend=np.int32(0)) >= 0).all(), f"chunks of sample {sample.at} do not tile it"
+# What a chunk's (byte-prefix: a token's) entries add up to: its name, counts and log-probabilities, and REST.
+_MASSES = {
+    "p-kl": (("pkl_mass", (("pkl_count", "pkl_logprob"),), "pkl_rest_logprob"),),
+    "h-kl": (
+        ("hkl_mass", (("hkl_common_count", "hkl_common_logprob"), ("hkl_other_count", "hkl_other_logprob")), None),
+    ),
+    "gold": (("gold_mass", (("gold_count", "gold_logprob"), ("gold_other_count", "gold_other_logprob")), None),),
+    "uld": (("uld_mass", (("uld_count", "uld_logprob"),), None),),
+    "byte-prefix": (
+        ("prefix_mass", (("prefix_count", "prefix_logprob"),), "prefix_rest_logprob"),
+        ("child_mass", (("child_count", "child_logprob"),), None),
+    ),
+    "sparse-kl": (("skl_mass", (("skl_count", "skl_logprob"),), "skl_rest_logprob"),),
+}
+_IDS = ("pkl_ids", "hkl_common_ids", "gold_ids", "prefix_ids", "child_low", "child_high", "skl_ids")
 
 
-def _bytes_at(end: NDArray[np.int32], cut_C: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Byte at which each chunk ends."""
-    assert not len(cut_C) or int(cut_C[-1]) <= len(end), "a chunk ends after its sample"
-    byte: NDArray[np.int32] = np.concatenate([np.zeros(1, np.int32), end])[cut_C]
-    return byte
+def summary_batch(
+    batch: pa.RecordBatch, samples: Sequence[Joined], found: pa.RecordBatch, losses: Sequence[str]
+) -> pa.Table:
+    """What ``Rules`` judges: columns of a batch of targets but the entries, and what these boil down to.
 
-
-def check_targets(batch: pa.RecordBatch, maps: Maps, tau: float, *, drawn: bool = False) -> None:
-    """Ids lie in their vocabularies, and every target's probabilities and REST sum to 1 (or at most 1) within 1e-5.
-
-    Of ``drawn`` rows all sum to at most 1: what no cell holds is left out.
+    Args:
+        batch: of ``CaptureParts.read``.
+        samples: those of the batch that are aligned.
+        found: their targets.
+        losses: that the targets serve.
     """
-    parts = (*_PARTIAL, *_DRAWN) if drawn else _PARTIAL
-    present = set(batch.schema.names)
-    for name in present.intersection(_STUDENT_IDS):
-        _check_ids(batch, name, maps.student_size)
-    if "pkl_ids" in present:
-        _check_ids(batch, "pkl_ids", maps.teacher_size)
-    for prefix in present.intersection(() if drawn else _WHOLE):
-        _check_whole(batch, prefix.removesuffix("_count"), tau)
-    for part in parts:
-        if part[0][0] in present:
-            mass = np.sum([_mass(batch, count, logprob) for count, logprob in part], axis=0)
-            assert (mass < 1 + _SLACK).all(), f"{part[0][1]} sums to more than 1"
-    for name in present.intersection(_LOGPROBS):
-        value_C = flat(batch, name)
-        assert (np.isnan(value_C) | (value_C <= _SUM_SLACK)).all(), f"{name} is no log-probability"
-    if "child_low" in present:
-        low_K, high_K = flat(batch, "child_low"), flat(batch, "child_high")
-        in_order = (low_K >= 0) & (low_K < high_K) & (high_K <= maps.student_text)
-        assert in_order.all(), f"a child range is empty or outside 0 to {maps.student_text}"
-    _check_confidence(batch)
+    whole = [name for name, axis in target_columns(losses) if axis in ("sample", "token", "chunk")]
+    columns: dict[str, Any] = {name: found[name] for name in whole}
+    at = pa.array([sample.at for sample in samples], pa.int64())
+    columns["teacher_byte"] = batch["teacher_end"].take(at)
+    for name in set(found.schema.names).intersection(_IDS):
+        columns[f"{name}_low"], columns[f"{name}_high"] = _extremes(found, name)
+    if "child_low" in columns or "child_low" in found.schema.names:
+        columns["child_narrowest"] = _least(found, "child_low", flat(found, "child_high") - flat(found, "child_low"))
+    for loss in losses:
+        for name, parts, rest in _MASSES.get(loss, ()):
+            columns[name] = _mass(found, parts, rest)
+    return pa.table(columns)
 
 
-def _check_whole(batch: pa.RecordBatch, prefix: str, tau: float) -> None:
-    """Entries and REST sum to 1; where REST is unknown, the entries alone."""
-    rest_C = flat(batch, f"{prefix}_rest_logprob").astype(np.float64)
-    unknown_C = np.isnan(rest_C)
-    assert tau != 1 or not unknown_C.any(), f"{prefix}_rest_logprob is NaN at temperature 1"
-    mass_C = _mass(batch, f"{prefix}_count", f"{prefix}_logprob") + np.where(unknown_C, 0.0, np.exp(rest_C))
-    assert (np.abs(mass_C - 1) < _SLACK).all(), f"{prefix}_logprob and REST do not sum to 1"
+def _extremes(found: pa.RecordBatch, name: str) -> tuple[pa.Array, pa.Array]:
+    """Smallest and largest of each sample's ids, [N]; null where it has none."""
+    values = flat(found, name)
+    low = _least(found, name, values)
+    return low, pc.negate(_least(found, name, -values.astype(np.int64)))
 
 
-def _check_confidence(batch: pa.RecordBatch) -> None:
-    entropy_N, top_N = (batch[name].to_numpy() for name in ("teacher_entropy", "teacher_top1"))
-    assert (np.isnan(entropy_N) == np.isnan(top_N)).all(), "entropy and top1 are of other samples"
-    assert (np.isnan(entropy_N) | (entropy_N >= -_SLACK)).all(), "a negative entropy"
-    assert (np.isnan(top_N) | ((top_N > 0) & (top_N < 1 + _SLACK))).all(), "top1 is no probability"
+def _least(found: pa.RecordBatch, name: str, values: NDArray[Any]) -> pa.Array:
+    """Smallest of each sample's ``values``, which are as many as its elements of column ``name``, [N]; or null."""
+    lengths_N = list_lengths(found, name)
+    starts_N = np.cumsum(lengths_N) - lengths_N
+    least_N = np.zeros(len(lengths_N), np.int64)
+    filled = lengths_N > 0
+    if filled.any():
+        least_N[filled] = np.minimum.reduceat(values, starts_N[filled])
+    return pa.array(least_N, mask=~filled)
 
 
-def _check_ids(batch: pa.RecordBatch, name: str, size: int) -> None:
-    ids = flat(batch, name)
-    assert not len(ids) or (ids.min() >= 0 and ids.max() < size), f"{name} outside 0 to {size - 1}"
+def _mass(found: pa.RecordBatch, parts: Sequence[tuple[str, str]], rest: str | None) -> pa.Array:
+    """What the entries of some columns, and REST where it is known, add up to; a list per sample."""
+    total_C = np.sum([masses(flat(found, count), flat(found, logprob)) for count, logprob in parts], axis=0)
+    if rest is not None:
+        total_C = total_C + np.nan_to_num(np.exp(flat(found, rest).astype(np.float64)))
+    offsets = np.concatenate([[0], np.cumsum(list_lengths(found, parts[0][0]))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(total_C))
 
 
-def _mass(batch: pa.RecordBatch, count: str, logprob: str) -> NDArray[np.float64]:
-    """Probability per chunk or token, [C]."""
-    count_C = flat(batch, count)
-    assert (count_C >= 0).all(), f"{count} is negative"
-    chunk_K = np.repeat(np.arange(len(count_C)), count_C)
-    p_K = np.exp(flat(batch, logprob).astype(np.float64))
-    mass: NDArray[np.float64] = np.bincount(chunk_K, weights=p_K, minlength=len(count_C)).astype(np.float64)
-    return mass
+@dataclass(frozen=True)
+class Rules:
+    """The rules of targets that were built of ``maps`` by ``recipe``; DuckDB may use ``memory_limit``."""
+
+    maps: Maps
+    recipe: Recipe
+    memory_limit: str = "1GB"
+
+    @cached_property
+    def _connection(self) -> Any:
+        import duckdb
+
+        return duckdb.connect(config={"memory_limit": self.memory_limit, "threads": 1, "temp_directory": ""})
+
+    def broken(self, built: pa.Table) -> Iterator[tuple[str, str]]:
+        """Samples and the rules that they break.
+
+        Args:
+            built: tables of ``summary_batch``, one after the other.
+        """
+        known = {
+            "student": self.maps.student_size,
+            "teacher": self.maps.teacher_size,
+            "text": self.maps.student_text,
+            "drawn": self.recipe.drawn,
+            "rest_unknown": self.recipe.tau != 1 and not self.recipe.rest_known,
+        }
+        texts = [query(f"check/{name}") for name in ("base", *(loss for loss in self.recipe.losses if loss != "ce"))]
+        joined = " UNION ALL ".join(f"({text})" for text in texts)
+        used = {name: value for name, value in known.items() if re.search(rf"\${name}\b", joined)}
+        self._connection.register("built", built)
+        try:
+            sql = f"SELECT sample_id, rule FROM ({joined}) WHERE rule IS NOT NULL ORDER BY ALL"
+            yield from self._connection.execute(sql, used).fetchall()
+        finally:
+            self._connection.unregister("built")
+
+    def check(self, built: pa.Table) -> None:
+        """Raise VerificationError for the first sample that breaks a rule."""
+        for sample_id, rule in self.broken(built):
+            raise VerificationError(
+                f"sample {sample_id!r}: {rule}. Nothing of its part was written; this is a defect of xtoken, please "
+                "report it with the sample"
+            )

@@ -94,7 +94,7 @@ def join(batch: pa.RecordBatch, encoded: Sequence[Encoded | None], eos_id: int |
     """Chunks of each sample of a capture batch that the student could encode.
 
     Args:
-        batch: columns of ``sql/read_part.sql``.
+        batch: columns of ``CaptureParts.read``.
         encoded: the student's tokens of each sample; None = skipped.
         eos_id: the student's eos.
     """

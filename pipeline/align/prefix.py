@@ -88,7 +88,7 @@ def prefix_columns(
     """The columns of byte-prefix, all samples one after the other.
 
     Args:
-        batch: columns of ``sql/read_part.sql``.
+        batch: columns of ``CaptureParts.read``.
         samples: those of the batch that are aligned.
         rows: the teacher's, at the targets' temperature.
         start_C: row of each chunk's first teacher token, -1 = none.

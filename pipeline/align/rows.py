@@ -98,7 +98,7 @@ class RowBatch:
 
     @classmethod
     def of(cls, batch: pa.RecordBatch, recipe: Recipe) -> "RowBatch":
-        """Decode a batch of ``sql/read_part.sql``.
+        """Decode a batch of ``CaptureParts.read``.
 
         Raises:
             VerificationError: lists of a sample do not fit each other.

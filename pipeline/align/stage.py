@@ -6,35 +6,32 @@ Memory stays bounded by the batch (32 samples) and by DuckDB's own limit, whatev
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.align.checks import check_samples, check_targets
+from pipeline.align.checks import Rules, summary_batch
 from pipeline.align.chunks import join
-from pipeline.align.queries import query
+from pipeline.align.parts import CaptureParts
 from pipeline.align.rows import Recipe
 from pipeline.align.targets import Maps, target_batch
 from pipeline.align.texts import CorpusTexts, refuse_without_text
 from pipeline.capture.work import OneByOne, Tell, tell_nobody
 from pipeline.project.projection import Projection, Unreached
-from pipeline.store.checks import CaptureCheck
-from pipeline.store.codes import restore_ids
 from pipeline.store.columns import flat
-from pipeline.store.files import Folder, StopRun
-from pipeline.store.left_out import LeftOut
-from pipeline.store.publish import publish_part
-from pipeline.store.reader import ids_of_codes, load_vocab, local_part, records
+from pipeline.store.publish import Figures, publish_part
+from pipeline.store.reader import load_vocab
 from pipeline.store.unpack import row_columns
-from pipeline.store.verify import TargetCheck
-from pipeline.store.writer import ROW_GROUP, group_rows, write_parquet
+from pipeline.store.writer import group_rows, write_parquet
 from pipeline.tokens import Encoded, TextTokenizer, load_tokenizer
 from schemas.config import AlignConfig
 from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import CaptureManifest, CodecInfo, Part, TokenizerInfo, read_manifest
+from schemas.limits import check_pages, reading
+from schemas.manifest import CodecInfo, Part, TokenizerInfo
+from schemas.remote import open_url
 from schemas.tables import targets
 
 
@@ -46,7 +43,6 @@ class AlignJob:
         capture: folder or URL of the one that is aligned.
         out: folder or URL of its targets.
         codec: how the capture stored its rows.
-        teacher_eos: the teacher's eos id.
     """
 
     config: AlignConfig
@@ -54,7 +50,6 @@ class AlignJob:
     out: str
     projection: Projection
     codec: CodecInfo
-    teacher_eos: int | None
 
     @property
     def ahead(self) -> int:
@@ -75,7 +70,10 @@ class AlignJob:
         teacher = load_vocab(self.capture) if "byte-prefix" in config.losses else None
         maps = Maps.of(self.projection, unreached, tokenizer.table, teacher)
         texts = CorpusTexts(self.capture, config.corpus) if config.corpus else None
-        return AlignWorker(self, tokenizer, maps, Recipe(config.losses, config.merge, config.tau, self.codec), texts)
+        recipe = Recipe(config.losses, config.merge, config.tau, self.codec, config.entries)
+        parts = CaptureParts(self.capture, config.memory_limit, len(config.losses))
+        rules = Rules(maps, recipe, config.memory_limit)
+        return AlignWorker(self, tokenizer, maps, recipe, rules, parts, texts)
 
 
 def refuse_other_tokenizer(side: str, found: TokenizerInfo, wanted: TokenizerInfo) -> None:
@@ -95,6 +93,8 @@ class AlignWorker(OneByOne):
     tokenizer: TextTokenizer
     maps: Maps
     recipe: Recipe
+    rules: Rules
+    parts: CaptureParts
     texts: CorpusTexts | None
 
     def run(self, shard: int, attempt: int, tell: Tell = tell_nobody) -> Part:
@@ -104,31 +104,69 @@ class AlignWorker(OneByOne):
             XtokenError: the capture part cannot be read within the memory limit, or holds no text.
         """
         del attempt, tell  # a part is done within seconds
-        config = self.job.config
-        return publish_part(self.job.out, shard, partial(self._write, shard), TargetCheck(config.losses))
+        written = _Written(targets(self.job.config.losses))
+        return publish_part(self.job.out, shard, partial(self._write, shard, written), written.check)
 
-    def _write(self, shard: int, url: str) -> dict[str, int]:
-        counts: Counter[str] = Counter(samples_skipped=0)
-        rows = group_rows(records(self.job.capture)[shard].samples)
-        write_parquet(url, targets(self.job.config.losses), self._batches(shard, counts), rows)
-        return dict(counts)
+    def _write(self, shard: int, written: "_Written", url: str) -> dict[str, int]:
+        written.forget()
+        rows = group_rows(self.parts.records[shard].samples)
+        write_parquet(url, written.schema, self._batches(shard, written), rows)
+        if written.built:
+            self.rules.check(pa.concat_tables(written.built))
+        return dict(written.counts)
 
-    def _batches(self, shard: int, counts: Counter[str]) -> Iterator[pa.RecordBatch]:
-        config = self.job.config
+    def _batches(self, shard: int, written: "_Written") -> Iterator[pa.RecordBatch]:
         eos_id = self.tokenizer.table.info.eos_id
         texts = None if self.texts is None else self.texts.part(shard)
-        for read in read_part(self.job.capture, shard, config.memory_limit, self.job.teacher_eos):
+        for read in self.parts.read(shard):
             batch = read if texts is None else texts.fill(read)
             refuse_without_text(batch, self.job.capture)
             _refuse_foreign_ids(batch, (row_columns(self.job.codec)[1], "teacher_ids"), self.maps.teacher_size)
-            encoded = encode(self.tokenizer, batch)
-            samples = join(batch, encoded, eos_id)
-            check_samples(batch, samples)
+            samples = join(batch, encode(self.tokenizer, batch), eos_id)
             found, figures = target_batch(batch, samples, self.maps, self.recipe)
-            check_targets(found, self.maps, config.tau, drawn=self.recipe.drawn)
-            counts.update(figures)
-            counts["samples_skipped"] += batch.num_rows - len(samples)
+            written.add(batch, found, figures, summary_batch(batch, samples, found, self.job.config.losses))
             yield found
+
+
+@dataclass
+class _Written:
+    """What a part holds, known from what was given to its writer.
+
+    Attributes:
+        schema: of the targets.
+        counts: for ``Part.counts``.
+        built: of ``summary_batch``, some 50 bytes per token.
+    """
+
+    schema: pa.Schema
+    counts: Counter[str] = field(default_factory=Counter)
+    built: list[pa.Table] = field(default_factory=list)
+
+    def forget(self) -> None:
+        """Begin again: storage may ask for a part twice."""
+        self.counts, self.built = Counter(samples_skipped=0), []
+
+    def add(self, batch: pa.RecordBatch, found: pa.RecordBatch, figures: Mapping[str, int], built: pa.Table) -> None:
+        """Take note of one batch."""
+        self.counts.update(figures)
+        self.counts["samples_skipped"] += batch.num_rows - found.num_rows
+        self.built.append(built)
+
+    def check(self, url: str) -> Figures:
+        """Every page of the file lies there as it was written.
+
+        Raises:
+            VerificationError: it does not.
+        """
+        samples = sum(table.num_rows for table in self.built)
+        with reading("the file", "build it again"), open_url(url) as file:
+            check_pages(file, "the file", self.schema, samples)
+        tokens = chunks = text_bytes = 0
+        for table in self.built:
+            tokens += pc.sum(pc.list_value_length(table["student_ids"])).as_py() or 0
+            chunks += pc.sum(pc.list_value_length(table["chunk_student_end"])).as_py() or 0
+            text_bytes += sum(ends[-1].as_py() if len(ends) else 0 for ends in table["student_end"])
+        return Figures(samples, tokens, chunks, chunks, text_bytes)
 
 
 def _refuse_foreign_ids(batch: pa.RecordBatch, names: Sequence[str], size: int) -> None:
@@ -140,37 +178,6 @@ def _refuse_foreign_ids(batch: pa.RecordBatch, names: Sequence[str], size: int) 
                 f"the part of sample {batch['sample_id'][0].as_py()!r} has an id outside 0 to {size - 1} in {name}; "
                 "'xtoken verify' on the capture lists what is damaged"
             )
-
-
-def read_part(capture: str, part: int, memory_limit: str, eos_id: int | None) -> Iterator[pa.RecordBatch]:
-    """Batches of ``sql/read_part.sql`` in file order, within a memory limit, with the teacher's ids in the place of
-    codes; what a subset left out is filled in.
-
-    Raises:
-        StopRun: the part needs more memory than the limit.
-        XtokenError: the part is missing or damaged.
-    """
-    import duckdb
-
-    manifest = read_manifest(capture, CaptureManifest)
-    left_out, check, id_of_code = LeftOut.of(manifest), CaptureCheck.of(manifest), ids_of_codes(capture)
-    limits: dict[str, Any] = {"memory_limit": memory_limit, "threads": 1, "temp_directory": ""}
-    try:
-        with local_part(Folder(capture), part) as path, duckdb.connect(config=limits) as connection:
-            check.file(path)
-            found: Any = connection.sql(query("read_part"), params={"path": path, "eos_id": eos_id})
-            for batch in found.to_arrow_reader(ROW_GROUP):
-                check.batch(batch)
-                yield left_out.fill(restore_ids(batch, id_of_code))
-    except duckdb.OutOfMemoryException as error:
-        raise StopRun(
-            f"part {part} of {capture} does not fit --memory-limit {memory_limit}; give more, or capture with a "
-            "smaller --shard-bytes"
-        ) from error
-    except duckdb.Error as error:
-        raise XtokenError(
-            f"part {part} of {capture} cannot be read ({error}); 'xtoken verify {capture}' lists what is damaged"
-        ) from error
 
 
 def encode(tokenizer: TextTokenizer, batch: pa.RecordBatch) -> list[Encoded | None]:

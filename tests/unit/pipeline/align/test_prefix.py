@@ -14,15 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.align.checks import check_samples, check_targets
+from pipeline.align.checks import Rules, summary_batch
 from pipeline.align.chunks import Chunks, Joined, join
+from pipeline.align.parts import with_teacher_eos
 from pipeline.align.prefix import PrefixMaps, prefix_columns
 from pipeline.align.queries import query
 from pipeline.align.rows import Recipe, Rows
 from pipeline.align.stage import encode
 from pipeline.align.targets import Maps, target_batch
 from pipeline.project import Projection, build_w
-from pipeline.store import Sample, capture_batch, write_parquet
+from pipeline.store import Sample, capture_batch, iter_parquet, write_parquet
 from pipeline.store import encode as pack
 from pipeline.store.codes import restore_ids
 from pipeline.teachers.base import TeacherRows
@@ -224,10 +225,8 @@ def capture_of(root: Path, teacher: TextTokenizer, k: int = 24, *, bos: bool = T
 
 def read_one(path: Path, teacher: TokenTable) -> pa.RecordBatch:
     """A part without a capture around it, whose codes are ids, as align reads it."""
-    params: dict[str, Any] = {"path": str(path), "eos_id": teacher.info.eos_id}
-    with duckdb.connect() as connection:
-        (batch,) = connection.sql(query("read_part"), params=params).to_arrow_reader(32)
-    return restore_ids(batch, np.arange(teacher.size, dtype=np.int32))
+    (batch,) = iter_parquet(str(path))
+    return with_teacher_eos(restore_ids(batch, np.arange(teacher.size, dtype=np.int32)), teacher.info.eos_id)
 
 
 Pair = tuple[pa.RecordBatch, list[Joined], pa.RecordBatch, TokenTable, TokenTable, Projection]
@@ -243,12 +242,11 @@ def pair(
     root = capture_of(tmp_path_factory.mktemp("made"), teacher, bos=request.param[0] != "smollm2")
     batch = read_one(root / "data" / "part-00000.parquet", teacher.table)
     samples = join(batch, encode(student, batch), student.table.info.eos_id)
-    check_samples(batch, samples)
     projection = build_w(student.table, teacher.table)
     maps = Maps.of(projection, "prefix", student.table, teacher.table)
     recipe = Recipe(["byte-prefix"], "first", 1.0, CodecInfo(k=24, min_p=0.0, step=1 / 32))
     targets, _ = target_batch(batch, samples, maps, recipe)
-    check_targets(targets, maps, 1.0)
+    Rules(maps, recipe).check(summary_batch(batch, samples, targets, recipe.losses))
     return batch, samples, targets, student.table, teacher.table, projection
 
 

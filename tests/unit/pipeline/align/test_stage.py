@@ -1,6 +1,8 @@
 """Reading parts and encoding for the student: the awkward tokenizers and the awkward storage."""
 
 import json
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.align.checks import check_samples, check_targets
-from pipeline.align.chunks import join
+from pipeline.align.checks import Rules, summary_batch
+from pipeline.align.chunks import Chunks, Joined, join
+from pipeline.align.parts import CaptureParts
 from pipeline.align.rows import Recipe, RowBatch
-from pipeline.align.stage import AlignJob, encode, read_part
+from pipeline.align.stage import AlignJob, encode
 from pipeline.align.targets import Maps, target_batch
 from pipeline.capture import precompute
 from pipeline.project import build_w
@@ -54,13 +57,13 @@ def nfkc(tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 def test_a_normalising_student_gets_coarser_chunks_never_wrong_ones(capture: Path, nfkc: str) -> None:
     student, teacher = load_tokenizer(nfkc), load_vocab(str(capture))
     maps = Maps.of(build_w(student.table, teacher), "prefix", student.table, teacher)
-    (batch,) = read_part(str(capture), 0, "1GB", teacher.info.eos_id)
+    (batch,) = CaptureParts(str(capture), "1GB").read(0)
     samples = join(batch, encode(student, batch), student.table.info.eos_id)
     assert len(samples) == batch.num_rows
     assert all(sample.encoded.snapped for sample in samples)
-    check_samples(batch, samples)
-    targets, counts = target_batch(batch, samples, maps, Recipe(LOSSES, "first", 1.0, CODEC))
-    check_targets(targets, maps, 1.0)
+    recipe = Recipe(LOSSES, "first", 1.0, CODEC)
+    targets, counts = target_batch(batch, samples, maps, recipe)
+    Rules(maps, recipe).check(summary_batch(batch, samples, targets, LOSSES))
     assert counts["snapped"] == len(samples)
     text = batch["text"][0].as_py().encode()
     ends = np.concatenate([[0], samples[0].encoded.ends])[samples[0].chunks.student_end]
@@ -108,12 +111,12 @@ def test_a_sample_the_student_cannot_encode_is_left_out_alone() -> None:
 
 def test_a_part_is_read_from_any_filesystem(capture: Path) -> None:
     fsspec.filesystem("memory").put(str(capture), "memory://elsewhere", recursive=True)
-    assert list(read_part("memory://elsewhere", 0, "1GB", 2)) == list(read_part(str(capture), 0, "1GB", 2))
+    assert list(CaptureParts("memory://elsewhere", "1GB").read(0)) == list(CaptureParts(str(capture), "1GB").read(0))
 
 
 def test_a_missing_part_is_named(capture: Path) -> None:
     with pytest.raises(XtokenError, match=r"part-00007.parquet cannot be read|part 7 of .* cannot be read"):
-        list(read_part(str(capture), 7, "1GB", 2))
+        list(CaptureParts(str(capture), "1GB").read(7))
 
 
 def test_kept_ids_outside_the_vocabulary_are_refused(capture: Path, tmp_path: Path) -> None:
@@ -124,7 +127,6 @@ def test_kept_ids_outside_the_vocabulary_are_refused(capture: Path, tmp_path: Pa
         str(tmp_path),
         projection,
         CODEC,
-        None,
     )
     worker = job.open()
     worker = replace(worker, maps=replace(worker.maps, teacher_size=10))
@@ -135,57 +137,101 @@ def test_kept_ids_outside_the_vocabulary_are_refused(capture: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["teacher_end", "rest_gap", "realised_logprob", "space_logprob", "teacher_ids"])
 def test_lists_that_do_not_fit_are_refused(capture: Path, name: str) -> None:
-    (batch,) = read_part(str(capture), 0, "1GB", 2)
+    (batch,) = CaptureParts(str(capture), "1GB").read(0)
     at = batch.schema.get_field_index(name)
     shorter = pa.array([values[:-1] for values in batch[name].to_pylist()], batch.schema.field(at).type)
     with pytest.raises(VerificationError, match=f"{name} has another length than its rows"):
         RowBatch.of(batch.set_column(at, batch.schema.field(at), shorter), Recipe(LOSSES, "first", 1.0, CODEC))
 
 
-BREACHES = {
-    "pkl_ids": (10**6, "pkl_ids outside"),
-    "gold_ids": (-1, "gold_ids outside"),
-    "prefix_logprob": (0.5, "prefix_logprob and REST do not sum to 1"),
-    "pkl_rest_logprob": (0.0, "pkl_logprob and REST do not sum to 1"),
-    "uld_logprob": (0.5, "uld_logprob sums to more than 1"),
-    "factor_logprob": (0.5, "factor_logprob is no log-probability"),
-    "alm_space_logprob": (0.5, "alm_space_logprob is no log-probability"),
-    "child_high": (10**6, "child range is empty or outside"),
-    "child_low": (10**6, "child range is empty or outside"),
-    "teacher_entropy": (-0.5, "negative entropy"),
-    "teacher_top1": (1.5, "top1 is no probability"),
+OUTSIDE = "has an id outside the student's vocabulary"
+# What is put in the place of a sample's first value of a column, or done to its list, and the rule that this breaks.
+BREACHES: dict[tuple[str, int], tuple[Any, str]] = {
+    ("student_ids", 0): (10**6, f"student_ids {OUTSIDE}"),
+    ("student_ids", 1): (-1, f"student_ids {OUTSIDE}"),
+    ("student_ids", 2): (lambda ids: ids[:-1], "student_end has another length than its tokens"),
+    ("student_end", 0): (lambda ends: [0, *ends[1:]], "two sides of a chunk cover different bytes"),
+    ("chunk_student_end", 0): (lambda ends: [ends[0] + 1, *ends[1:]], "two sides of a chunk cover different bytes"),
+    ("chunk_teacher_end", 0): (lambda ends: [ends[0] + 1, *ends[1:]], "two sides of a chunk cover different bytes"),
+    ("teacher_logprob", 0): (0.5, "teacher_logprob is no log-probability"),
+    ("pkl_ids", 0): (10**6, "pkl_ids has an id outside the teacher's vocabulary"),
+    ("gold_ids", 0): (-1, f"gold_ids {OUTSIDE}"),
+    ("hkl_common_ids", 0): (10**6, f"hkl_common_ids {OUTSIDE}"),
+    ("prefix_ids", 0): (10**6, f"prefix_ids {OUTSIDE}"),
+    ("prefix_logprob", 0): (0.5, "prefix_logprob and REST do not sum to 1"),
+    ("pkl_logprob", 0): (-30.0, "pkl_logprob and REST do not sum to 1"),
+    ("pkl_rest_logprob", 0): (0.0, "pkl_logprob and REST do not sum to 1"),
+    ("pkl_rest_logprob", 1): (0.5, "pkl_rest_logprob is no log-probability"),
+    ("pkl_rest_logprob", 2): (math.nan, "pkl_rest_logprob is NaN where REST is known"),
+    ("hkl_other_logprob", 0): (0.5, "hkl_common_logprob and hkl_other_logprob sum to more than 1"),
+    ("gold_other_logprob", 0): (0.5, "gold_logprob and gold_other_logprob sum to more than 1"),
+    ("uld_logprob", 0): (0.5, "uld_logprob sums to more than 1"),
+    ("factor_logprob", 0): (0.5, "factor_logprob is no log-probability"),
+    ("alm_space_logprob", 0): (0.5, "alm_space_logprob is no log-probability"),
+    ("child_high", 0): (10**6, "a child range is empty or outside the student's tokens"),
+    ("child_low", 0): (10**6, "a child range is empty or outside the student's tokens"),
+    ("child_logprob", 0): (0.5, "child_logprob sums to more than 1"),
+    ("teacher_entropy", 0): (-0.5, "teacher_entropy is negative"),
+    ("teacher_top1", 0): (1.5, "teacher_top1 is no probability"),
 }
+Checked = tuple[pa.RecordBatch, list[Joined], pa.RecordBatch, Rules]
 
 
 @pytest.fixture(scope="module")
-def checked(
-    tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[pa.RecordBatch, Maps]:
-    """Targets of llama2's rows for a byte student: some of everything, children included."""
+def checked(tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Checked:
+    """Targets of llama2's rows for SmolLM2's tokens: some of everything, children included."""
     root = tmp_path_factory.mktemp("checked")
     (root / "a.txt").write_text(TEXT * 3, encoding="utf-8")
     teacher_file = str(tokenizer_file("llama2"))
-    config = PrecomputeConfig(corpus=str(root / "a.txt"), teacher=teacher_file, out=str(root / "c"), backend="fake")
+    config = PrecomputeConfig(
+        corpus=str(root / "a.txt"), teacher=teacher_file, out=str(root / "c"), backend="fake", max_tokens=64
+    )
     precompute(config, Silent())
     student, teacher = load_tokenizer(str(tokenizer_file("smollm2"))), load_vocab(str(root / "c"))
     maps = Maps.of(build_w(student.table, teacher), "prefix", student.table, teacher)
-    (batch,) = read_part(str(root / "c"), 0, "1GB", teacher.info.eos_id)
+    (batch,) = CaptureParts(str(root / "c"), "1GB").read(0)
     samples = join(batch, encode(student, batch), student.table.info.eos_id)
-    targets, _ = target_batch(
-        batch, samples, maps, Recipe(LOSSES, "first", 1.0, CodecInfo(k=64, min_p=0.003, step=1 / 32))
-    )
-    check_targets(targets, maps, 1.0)
-    return targets, maps
+    recipe = Recipe(LOSSES, "first", 1.0, CodecInfo(k=64, min_p=0.003, step=1 / 32))
+    return batch, samples, target_batch(batch, samples, maps, recipe)[0], Rules(maps, recipe)
 
 
-@pytest.mark.parametrize("name", BREACHES)
-def test_every_rule_of_a_target_is_checked(checked: tuple[pa.RecordBatch, Maps], name: str) -> None:
-    targets, maps = checked
-    value, rule = BREACHES[name]
+def test_good_targets_break_no_rule(checked: Checked) -> None:
+    batch, samples, targets, rules = checked
+    assert list(rules.broken(summary_batch(batch, samples, targets, LOSSES))) == []
+
+
+@pytest.mark.parametrize("breach", BREACHES, ids=lambda breach: f"{breach[0]}-{breach[1]}")
+def test_every_rule_of_a_target_is_checked(checked: Checked, breach: tuple[str, int]) -> None:
+    batch, samples, targets, rules = checked
+    name, (change, rule) = breach[0], BREACHES[breach]
     values = targets[name].to_pylist()
     row = next(at for at, held in enumerate(values) if isinstance(held, float) or held)
-    values[row] = value if isinstance(values[row], float) else [value, *values[row][1:]]
+    if callable(change):
+        values[row] = change(values[row])
+    else:
+        values[row] = change if isinstance(values[row], float) else [change, *values[row][1:]]
     at = targets.schema.get_field_index(name)
     field = targets.schema.field(at)
-    with pytest.raises(AssertionError, match=rule):
-        check_targets(targets.set_column(at, field, pa.array(values, field.type)), maps, 1.0)
+    broken = summary_batch(batch, samples, targets.set_column(at, field, pa.array(values, field.type)), LOSSES)
+    named = targets["sample_id"][row].as_py()
+    assert any(rule in found for sample_id, found in rules.broken(broken) if sample_id == named)
+    with pytest.raises(VerificationError, match=re.escape(f"sample {named!r}: ")):
+        rules.check(broken)
+
+
+def test_a_boundary_that_was_missed_is_found(checked: Checked) -> None:
+    batch, samples, _, rules = checked
+    fewer = [replace(one, chunks=replace(one.chunks, **_all_but_last(one.chunks))) for one in samples]
+    found, _ = target_batch(batch, fewer, rules.maps, rules.recipe)
+    rule = "chunks stop before the last common boundary"
+    broken = list(rules.broken(summary_batch(batch, fewer, found, LOSSES)))
+    # an eos that closes both sides has no bytes: without it no boundary is missing
+    closed = {one.at for one in samples if batch["teacher_eos"][one.at].as_py()}
+    assert {name for name, said in broken if said == rule} == {
+        batch["sample_id"][one.at].as_py() for one in samples if one.at not in closed
+    }
+    assert len(closed) < len(samples)
+
+
+def _all_but_last(chunks: Chunks) -> dict[str, Any]:
+    return {"student_end": chunks.student_end[:-1], "teacher_end": chunks.teacher_end[:-1]}

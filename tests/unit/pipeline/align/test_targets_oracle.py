@@ -16,12 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.align.checks import check_samples, check_targets
+from pipeline.align.checks import Rules, summary_batch
 from pipeline.align.chunks import Joined, join
 from pipeline.align.kernels_targets import project_rows
+from pipeline.align.parts import CaptureParts
 from pipeline.align.queries import query
 from pipeline.align.rows import Recipe
-from pipeline.align.stage import encode, read_part
+from pipeline.align.stage import encode
 from pipeline.align.targets import Maps, Routes, target_batch
 from pipeline.capture import precompute
 from pipeline.project import Projection, build_w
@@ -29,6 +30,7 @@ from pipeline.project.projection import EXACT, PIECES, TO_REST
 from pipeline.store import load_vocab
 from pipeline.tokens import TextTokenizer, load_tokenizer
 from schemas.capture_config import PrecomputeConfig
+from schemas.errors import VerificationError
 from schemas.manifest import CaptureManifest, CodecInfo, TokenizerInfo, read_manifest
 from schemas.progress import Silent
 
@@ -95,12 +97,11 @@ def aligned(
 ) -> list[tuple[pa.RecordBatch, list[Joined], pa.RecordBatch, dict[str, int]]]:
     found = []
     made = made or recipe()
-    for batch in read_part(str(capture), 0, "1GB", projection.teacher.eos_id):
+    for batch in CaptureParts(str(capture), "1GB").read(0):
         samples = join(batch, encode(student, batch), student.table.info.eos_id)
-        check_samples(batch, samples)
         maps = Maps.of(projection, unreached, student.table)
         targets, counts = target_batch(batch, samples, maps, made)
-        check_targets(targets, maps, made.tau)
+        Rules(maps, made).check(summary_batch(batch, samples, targets, made.losses))
         found.append((batch, samples, targets, dict(counts)))
     return found
 
@@ -342,8 +343,9 @@ def test_p_kl_where_rest_is_unknown(capture: Path, tokenizer_file: Callable[[str
             assert row >= 0 or count == 0
             assert not count or sum(map(math.exp, values)) == pytest.approx(1, abs=1e-5)
         maps = Maps.of(projection, "rest", tokenizer.table)
-        with pytest.raises(AssertionError, match="NaN at temperature 1"):
-            check_targets(targets, maps, 1.0)
+        known = recipe(["p-kl"], tau=2.0)
+        with pytest.raises(VerificationError, match="pkl_rest_logprob is NaN where REST is known"):
+            Rules(maps, known).check(summary_batch(batch, samples, targets, ["p-kl"]))
 
 
 def test_real_w_on_real_text(capture: Path, tokenizer_file: Callable[[str], Path]) -> None:
