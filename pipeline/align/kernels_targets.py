@@ -36,7 +36,7 @@ def _merge_sorted(
     used = _joined_few(ids, logprob, out_ids, out_log) if len(ids) <= _FEW else _joined(ids, logprob, out_ids, out_log)
     sorted_ids, sorted_log = np.empty(used, np.int32), np.empty(used, np.float32)
     if used <= _FEW:
-        _ordered(out_ids[:used], out_log[:used], 0.0, sorted_ids, sorted_log)
+        _ordered(out_ids, out_log, 0, used, 0.0, sorted_ids, sorted_log, 0)
         return sorted_ids, sorted_log
     # The order is that of the values stored, so that a reader can check it.
     stored = out_log[:used].astype(np.float32)
@@ -127,7 +127,7 @@ def project_rows(
     Args:
         row_C: teacher row of each chunk, -1 = none (count 0, REST 1).
         offsets_R: entries of row r are ``offsets_R[r]:offsets_R[r + 1]``, [R + 1].
-        ids_K: teacher ids.
+        ids_K: teacher ids, each once in a row.
         logprob_K, p_K: nats, and their probabilities; a row sums to 1 with REST, or alone where REST is unknown.
         rest_R: nats, log of the mass not kept; NaN = unknown.
         fate_U: of ``FATES``.
@@ -155,16 +155,26 @@ def project_rows(
         unknown = np.isnan(rest_R[row])
         rest = 0.0 if unknown else np.exp(rest_R[row])
         mass_C5[chunk, _REST] = rest
-        found, to_rest = _spread(
-            offsets_R[row], offsets_R[row + 1], ids_K, logprob_K, p_K, fate_U, mass_class_U, offset_U, to_M, share_M,
-            slot, ids, p, logprob, mass_C5[chunk],
-        )  # fmt: skip
+        low, high, to_rest, kept_p = offsets_R[row], offsets_R[row + 1], 0.0, 0.0
+        stays = _all_stay(low, high, ids_K, fate_U)
+        if stays:  # most rows: nothing meets anything
+            for at in range(low, high):
+                mass_C5[chunk, mass_class_U[ids_K[at]]] += p_K[at]
+                kept_p += p_K[at]
+        else:
+            found, to_rest, kept_p = _spread(
+                low, high, ids_K, logprob_K, p_K, fate_U, mass_class_U, offset_U, to_M, share_M,
+                slot, ids, p, logprob, mass_C5[chunk],
+            )  # fmt: skip
         rest = 0.0 if closed or unknown else rest + to_rest
-        total = rest + p[:found].sum()
+        total = rest + kept_p
         # All mass was left out: no target remains, and REST stands for it.
         if not total > 0:
             continue
-        kept = _ordered(ids[:found], logprob[:found], np.log(total), out_ids[used:], out_log[used:])
+        if stays:
+            kept = _ordered(ids_K, logprob_K, low, high, np.log(total), out_ids, out_log, used)
+        else:
+            kept = _ordered(ids, logprob, 0, found, np.log(total), out_ids, out_log, used)
         if kept > most:
             rest, kept = _cut_off(out_log[used : used + kept], most, rest / total, closed or unknown), most
             rest_C[chunk] = np.log(rest) if rest > 0 else -np.inf
@@ -219,13 +229,13 @@ def _spread(
     p: NDArray[np.float64],
     logprob: NDArray[np.float64],
     mass_5: NDArray[np.float64],
-) -> tuple[int, float]:
+) -> tuple[int, float, float]:
     """One row's entries through the map into ``ids``, ``p`` and ``logprob``, each id once, and ``mass_5``.
 
     ``slot``, all -1 before and after, says where an id stands.
 
     Returns:
-        how many ids there are, and the mass that goes to REST.
+        how many ids there are, the mass that goes to REST, and that of the ids.
     """
     found, to_rest = 0, 0.0
     for at in range(low, high):
@@ -241,9 +251,19 @@ def _spread(
                 found = _put(to_M[to], p_K[at] * share, moved, found, slot, ids, p, logprob)
         elif fate == _TO_REST:
             to_rest += p_K[at]
+    kept_p = 0.0
     for at in range(found):
         slot[ids[at]] = -1
-    return found, to_rest
+        kept_p += p[at]
+    return found, to_rest, kept_p
+
+
+@compiled
+def _all_stay(low: int, high: int, ids_K: NDArray[np.int32], fate_U: NDArray[np.int8]) -> bool:
+    for at in range(low, high):
+        if fate_U[ids_K[at]] != _STAYS:
+            return False
+    return True
 
 
 @compiled
@@ -269,23 +289,29 @@ def _put(
 
 @compiled
 def _ordered(
-    ids: NDArray[np.int32],
-    logprob: NDArray[np.float64],
+    ids_K: NDArray[np.int32],
+    logprob_K: NDArray[np.float64],
+    low: int,
+    high: int,
     scale: float,
     out_ids: NDArray[np.int32],
     out_log: NDArray[np.float32],
+    base: int,
 ) -> int:
-    """Write ``logprob - scale`` as float32, falling, then by id: the order is that of the values stored.
+    """Write entries ``low:high`` from ``base`` on, ``logprob - scale`` as float32, falling, then by id; how many.
 
-    By insertion: rows come in order, and few entries of one move.
+    The order is that of the values stored, so that a reader can check it. By insertion: rows come in order, and few
+    entries of one move.
     """
-    for at in range(len(ids)):
-        value, place = np.float32(logprob[at] - scale), at
-        while place and (out_log[place - 1] < value or (out_log[place - 1] == value and out_ids[place - 1] > ids[at])):
+    for at in range(low, high):
+        value, token, place = np.float32(logprob_K[at] - scale), ids_K[at], base + at - low
+        while place > base and (
+            out_log[place - 1] < value or (out_log[place - 1] == value and out_ids[place - 1] > token)
+        ):
             out_log[place], out_ids[place] = out_log[place - 1], out_ids[place - 1]
             place -= 1
-        out_log[place], out_ids[place] = value, ids[at]
-    return len(ids)
+        out_log[place], out_ids[place] = value, token
+    return high - low
 
 
 @compiled
@@ -316,29 +342,50 @@ def split_targets(
         paired count int32 [C], student ids int32, log-probability float32 (descending, then by id); other count
         int32 [C], log-probability float32 (descending).
     """
-    most = _entries(row_C, offsets_R)
+    most, widest = _entries(row_C, offsets_R)
     paired_C, other_C = np.zeros(len(row_C), np.int32), np.zeros(len(row_C), np.int32)
     ids, paired, other = np.empty(most, np.int32), np.empty(most, np.float32), np.empty(most, np.float32)
+    mine, mine_log = np.empty(widest, np.int32), np.empty(widest, np.float64)
+    once, once_log = np.empty(widest, np.int32), np.empty(widest, np.float64)
     inside = outside = 0
     for chunk in range(len(row_C)):
         row = row_C[chunk]
         if row < 0:
             continue
-        low, high = offsets_R[row], offsets_R[row + 1]
-        pairs, p = pair_U[ids_K[low:high]], logprob_K[low:high]
-        mine, theirs = _merge_sorted(pairs[pairs >= 0], p[pairs >= 0])
-        rank = -np.sort(-p[pairs < 0])
-        paired_C[chunk], other_C[chunk] = len(mine), len(rank)
-        ids[inside : inside + len(mine)], paired[inside : inside + len(mine)] = mine, theirs
-        other[outside : outside + len(rank)] = rank
-        inside, outside = inside + len(mine), outside + len(rank)
+        found, first = 0, outside
+        for at in range(offsets_R[row], offsets_R[row + 1]):
+            pair = pair_U[ids_K[at]]
+            if pair >= 0:
+                mine[found], mine_log[found] = pair, logprob_K[at]
+                found += 1
+            else:
+                outside = _ranked(np.float32(logprob_K[at]), other, first, outside)
+        if found <= _FEW:
+            used = _joined_few(mine[:found], mine_log[:found], once, once_log)
+        else:
+            used = _joined(mine[:found], mine_log[:found], once, once_log)
+        _ordered(once, once_log, 0, used, 0.0, ids, paired, inside)
+        paired_C[chunk], other_C[chunk] = used, outside - first
+        inside += used
     return paired_C, ids[:inside], paired[:inside], other_C, other[:outside]
 
 
 @compiled
-def _entries(row_C: NDArray[np.int64], offsets_R: NDArray[np.int64]) -> int:
-    """Entries of the rows of all chunks together."""
-    most = 0
+def _ranked(value: np.float32, log_K: NDArray[np.float32], first: int, last: int) -> int:
+    """Put a value among ``first:last``, which fall; how many there are then, counted as ``last`` is."""
+    place = last
+    while place > first and log_K[place - 1] < value:
+        log_K[place] = log_K[place - 1]
+        place -= 1
+    log_K[place] = value
+    return last + 1
+
+
+@compiled
+def _entries(row_C: NDArray[np.int64], offsets_R: NDArray[np.int64]) -> tuple[int, int]:
+    """Entries of the rows of all chunks together, and of the widest."""
+    most, widest = 0, 0
     for row in row_C:
-        most += offsets_R[row + 1] - offsets_R[row] if row >= 0 else 0
-    return most
+        width = offsets_R[row + 1] - offsets_R[row] if row >= 0 else 0
+        most, widest = most + width, max(widest, width)
+    return most, widest
