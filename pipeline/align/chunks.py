@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.align.kernels import boundaries
-from pipeline.store.columns import flat, list_lengths
+from pipeline.align.kernels import boundaries_batch
 from pipeline.tokens import Encoded
 
 
@@ -52,33 +52,27 @@ def cut(
         student_eos: the last student token is its eos (zero bytes wide).
         teacher_eos: likewise for the teacher.
     """
-    student, teacher = _body(student_end_S, student_eos), _body(teacher_end_T, teacher_eos)
-    s_end, t_end = boundaries(student, teacher)
-    lead = (np.searchsorted(student, 0, side="right"), np.searchsorted(teacher, 0, side="right"))
-    has_lead = bool(lead[0] or lead[1])
-    if has_lead:
-        s_end, t_end = np.insert(s_end, 0, lead[0]), np.insert(t_end, 0, lead[1])
-    if student_eos and teacher_eos and _covered(s_end, student) and _covered(t_end, teacher):
-        s_end, t_end = np.append(s_end, len(student_end_S)), np.append(t_end, len(teacher_end_T))
-    chunks = Chunks(s_end.astype(np.int32), t_end.astype(np.int32), has_lead)
-    _check(chunks)
-    return chunks
+    sides = [np.asarray(end, np.int32) for end in (student_end_S, teacher_end_T)]
+    spans = [np.array([0, len(end)], np.int64) for end in sides]
+    (found,) = _cut_all(sides[0], spans[0], sides[1], spans[1], np.array([student_eos]), np.array([teacher_eos]))
+    return found
 
 
-def _body(end: NDArray[np.int32], eos: bool) -> NDArray[np.int32]:
-    assert not len(end) or (end[0] >= 0 and bool((np.diff(end) >= 0).all())), "byte ends must not decrease"
-    return end[: len(end) - int(eos)]
-
-
-def _covered(cuts: NDArray[np.int32], body: NDArray[np.int32]) -> bool:
-    return int(cuts[-1]) == len(body) if len(cuts) else not len(body)
-
-
-def _check(chunks: Chunks) -> None:
-    skip = int(chunks.lead)
-    for end in (chunks.student_end, chunks.teacher_end):
-        start = end[0] if chunks.lead else 0
-        assert (np.diff(end[skip:], prepend=start) > 0).all(), "chunks must advance on both sides"
+def _cut_all(
+    student_end_S: NDArray[np.int32],
+    student_offset_N: NDArray[np.int64],
+    teacher_end_T: NDArray[np.int32],
+    teacher_offset_N: NDArray[np.int64],
+    student_eos_N: NDArray[np.bool_],
+    teacher_eos_N: NDArray[np.bool_],
+) -> list[Chunks]:
+    """``cut`` of all samples of a batch; arguments as of ``boundaries_batch``."""
+    offset_N, s_end_C, t_end_C, lead_N, decreasing = boundaries_batch(
+        student_end_S, student_offset_N, teacher_end_T, teacher_offset_N, student_eos_N, teacher_eos_N
+    )
+    assert decreasing < 0, f"byte ends must not decrease, as those of sample {decreasing} of the batch do"
+    spans = zip(offset_N[:-1].tolist(), offset_N[1:].tolist(), lead_N.tolist(), strict=True)
+    return [Chunks(s_end_C[first:last], t_end_C[first:last], lead) for first, last, lead in spans]
 
 
 @dataclass(frozen=True)
@@ -98,15 +92,24 @@ def join(batch: pa.RecordBatch, encoded: Sequence[Encoded | None], eos_id: int |
         encoded: the student's tokens of each sample; None = skipped.
         eos_id: the student's eos.
     """
-    ends, stops = flat(batch, "teacher_end"), np.cumsum(list_lengths(batch, "teacher_end"))
-    teacher_eos = batch["teacher_eos"].to_pylist()
-    found = []
-    for at, (mine, theirs) in enumerate(zip(encoded, np.split(ends, stops[:-1]), strict=True)):
-        if mine is not None:
-            student_eos = bool(len(mine.ids)) and int(mine.ids[-1]) == eos_id
-            chunks = cut(mine.ends, theirs, student_eos=student_eos, teacher_eos=bool(teacher_eos[at]))
-            found.append(Joined(at, mine, chunks))
-    return found
+    known = [(at, mine) for at, mine in enumerate(encoded) if mine is not None]
+    if not known:
+        return []
+    at_N = np.array([at for at, _ in known])
+    theirs = batch["teacher_end"].take(pa.array(at_N))
+    found = _cut_all(
+        np.concatenate([mine.ends for _, mine in known]),
+        _offsets([len(mine.ends) for _, mine in known]),
+        theirs.flatten().to_numpy(),
+        _offsets(pc.list_value_length(theirs).to_numpy()),
+        np.array([bool(len(mine.ids)) and int(mine.ids[-1]) == eos_id for _, mine in known]),
+        batch["teacher_eos"].to_numpy(zero_copy_only=False)[at_N],
+    )
+    return [Joined(at, mine, chunks) for (at, mine), chunks in zip(known, found, strict=True)]
+
+
+def _offsets(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def chunks_per_sample(samples: Sequence[Joined]) -> NDArray[np.int64]:

@@ -41,6 +41,72 @@ def boundaries(
 
 
 @compiled
+def boundaries_batch(
+    student_end_S: NDArray[np.int32],
+    student_offset_N: NDArray[np.int64],
+    teacher_end_T: NDArray[np.int32],
+    teacher_offset_N: NDArray[np.int64],
+    student_eos_N: NDArray[np.bool_],
+    teacher_eos_N: NDArray[np.bool_],
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_], int]:
+    """Chunks of N samples, as ``chunks.cut`` describes them.
+
+    Args:
+        student_end_S, teacher_end_T: byte ends of all samples' tokens, one sample after the other.
+        student_offset_N, teacher_offset_N: where each sample's start, [N + 1].
+        student_eos_N, teacher_eos_N: whether a sample's last token is eos.
+
+    Returns:
+        int64 [N + 1], where each sample's chunks start; int32 [C] each, student and teacher tokens of the sample up to
+        the end of each chunk; bool [N], whether the first chunk holds only zero-width tokens; and the first sample
+        whose ends decrease, or -1.
+    """
+    samples = len(student_eos_N)
+    offset_N, lead_N = np.zeros(samples + 1, np.int64), np.zeros(samples, np.bool_)
+    most = min(len(student_end_S), len(teacher_end_T)) + 2 * samples
+    s_end_C, t_end_C = np.empty(most, np.int32), np.empty(most, np.int32)
+    found = 0
+    for n in range(samples):
+        mine = student_end_S[student_offset_N[n] : student_offset_N[n + 1]]
+        theirs = teacher_end_T[teacher_offset_N[n] : teacher_offset_N[n + 1]]
+        if _decreases(mine) or _decreases(theirs):
+            return offset_N, s_end_C[:found], t_end_C[:found], lead_N, n
+        first, s_all, t_all = found, len(mine) - student_eos_N[n], len(theirs) - teacher_eos_N[n]
+        s_lead, t_lead = _leading_zeros(mine, s_all), _leading_zeros(theirs, t_all)
+        if s_lead or t_lead:
+            s_end_C[found], t_end_C[found], lead_N[n] = s_lead, t_lead, True
+            found += 1
+        s_end, t_end = boundaries(mine[:s_all], theirs[:t_all])
+        s_end_C[found : found + len(s_end)], t_end_C[found : found + len(s_end)] = s_end, t_end
+        found += len(s_end)
+        s_last, t_last = (s_end_C[found - 1], t_end_C[found - 1]) if found > first else (0, 0)
+        if student_eos_N[n] and teacher_eos_N[n] and s_last == s_all and t_last == t_all:
+            s_end_C[found], t_end_C[found] = len(mine), len(theirs)
+            found += 1
+        offset_N[n + 1] = found
+    return offset_N, s_end_C[:found], t_end_C[:found], lead_N, -1
+
+
+@compiled
+def _decreases(end: NDArray[np.int32]) -> bool:
+    """Whether byte ends go back, or start below 0."""
+    before = 0
+    for value in end:
+        if value < before:
+            return True
+        before = value
+    return False
+
+
+@compiled
+def _leading_zeros(end: NDArray[np.int32], most: int) -> int:
+    found = 0
+    while found < most and end[found] == 0:
+        found += 1
+    return found
+
+
+@compiled
 def realised(
     realised_R: NDArray[np.float64], start_C: NDArray[np.int64], end_C: NDArray[np.int64]
 ) -> NDArray[np.float32]:
