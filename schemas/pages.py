@@ -66,7 +66,7 @@ def read_chunks(file: Any, name: str) -> list[list[Chunk]]:
     length = int.from_bytes(file.read(4), "little")
     file.seek(max(0, size - _TAIL - length))
     try:
-        footer, _ = _Compact(file.read(length)).parse()
+        footer, _ = Compact(file.read(length)).parse()
         return [[_chunk(chunk) for chunk in group.get(_CHUNKS, [])] for group in footer.get(_GROUPS, [])]
     except (IndexError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise VerificationError(f"{name}: its footer is damaged ({error}); fetch it again") from error
@@ -135,14 +135,14 @@ def _read_header(file: Any, start: int, stop: int, where: str) -> tuple[Struct, 
         file.seek(start)
         data = file.read(min(length, stop - start))
         try:
-            return _Compact(data).parse()
+            return Compact(data).parse()
         except IndexError as error:
             if len(data) == stop - start or length >= _LONGEST_HEADER:
                 raise VerificationError(f"{where}: no page header at byte {start}") from error
             length *= 16
 
 
-class _Compact:
+class Compact:
     """Parses one struct into a dictionary by field id; IndexError where the data is cut short or no struct."""
 
     def __init__(self, data: bytes) -> None:

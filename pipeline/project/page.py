@@ -3,12 +3,12 @@
 Shapes: A categories of the student (rows), B categories of the teacher and one for no row (columns).
 """
 
-import html
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.page.frame import document, escaped, facts, short
 from pipeline.project.categories import NUMERALS, label
 from pipeline.project.coverage import EMPTY, Audit
 from pipeline.project.page_style import STYLE
@@ -38,9 +38,9 @@ def coverage_page(audit: Audit, figures: dict[str, Any], rule: str) -> str:
         rule: how W was built.
     """
     student, teacher = audit.projection.student, audit.projection.teacher
-    title = f"{_short(student.name)} onto {_short(teacher.name)}"
+    title = f"{short(student.name)} onto {short(teacher.name)}"
     body = [
-        f"<header><h1>{_text(title)}</h1>{_headline(audit, figures, rule)}</header>",
+        f"<header><h1>{escaped(title)}</h1>{_headline(audit, figures, rule)}</header>",
         _section(
             "Where each kind of student token goes",
             "Rows: the student's tokens by kind. Columns: the teacher's, and <i>no row</i> for tokens without weight. "
@@ -65,12 +65,7 @@ def coverage_page(audit: Audit, figures: dict[str, Any], rule: str) -> str:
             _example_table(audit),
         ),
     ]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><main>'
-        + "\n".join(body)
-        + "</main></body></html>\n"
-    )
+    return document(title, "<main>" + "\n".join(body) + "</main>", STYLE)
 
 
 def weight_flow(audit: Audit) -> NDArray[np.float64]:
@@ -108,7 +103,7 @@ def literal(data: bytes) -> str:
 def _headline(audit: Audit, figures: dict[str, Any], rule: str) -> str:
     rows, advice = figures["rows"], figures["advice"]
     student, teacher = audit.projection.student, audit.projection.teacher
-    facts = [
+    found = [
         (f"{rows['exact']['share']:.1%}", f"of {student.size:,} student ids are exact"),
         (f"{rows['pieces']['share']:.1%}", "are spelt in pieces"),
         (f"{figures['columns']['moved']['share']:.1%}", f"of {teacher.size:,} teacher ids are reached by prefix only"),
@@ -116,13 +111,13 @@ def _headline(audit: Audit, figures: dict[str, Any], rule: str) -> str:
     ]
     if audit.mass is not None:
         mass = figures["columns"]["exact"]["mass"]
-        facts.insert(1, (f"{mass:.1%}", f"of the teacher's mass is on exact tokens ({audit.mass.rows:,} rows)"))
-    cards = "".join(f"<li><b>{number}</b> {_text(words)}</li>" for number, words in facts)
+        found.insert(1, (f"{mass:.1%}", f"of the teacher's mass is on exact tokens ({audit.mass.rows:,} rows)"))
     return (
-        f'<p class="advice">Advice: <b>{_text(advice["loss"])}</b> {_text(advice["reason"])}.</p>'
-        f'<ul class="facts">{cards}</ul>'
-        f"<p class=note>Student {_text(student.name)}, tokenizer {student.hash[:12]}. Teacher {_text(teacher.name)}, "
-        f"tokenizer {teacher.hash[:12]}. Rule {_text(rule)}, W {audit.projection.hash[:12]}.</p>"
+        f'<p class="advice">Advice: <b>{escaped(advice["loss"])}</b> {escaped(advice["reason"])}.</p>'
+        f"{facts(found)}"
+        f"<p class=note>Student {escaped(student.name)}, tokenizer {student.hash[:12]}. "
+        f"Teacher {escaped(teacher.name)}, tokenizer {teacher.hash[:12]}. "
+        f"Rule {escaped(rule)}, W {audit.projection.hash[:12]}.</p>"
     )
 
 
@@ -219,7 +214,7 @@ def _example_table(audit: Audit) -> str:
         for s in _examples(audit, code):
             spread = ", ".join(_entry(audit, at) for at in range(start[s], start[s + 1])) or "no row"
             kind = "empty" if audit.row_V[s] == EMPTY else KINDS[audit.row_V[s]]
-            rows.append([label(name), kind, f"<code>{_text(readable(audit.student, s))}</code>", spread])
+            rows.append([label(name), kind, f"<code>{escaped(readable(audit.student, s))}</code>", spread])
             name = ""
     return f'<div class="examples">{_table(["", "row", "student token", "teacher tokens"], rows)}</div>'
 
@@ -239,15 +234,4 @@ def _spread(ids: NDArray[np.int64], limit: int) -> list[int]:
 
 def _entry(audit: Audit, at: int) -> str:
     token, weight = int(audit.projection.teacher_id[at]), float(audit.projection.weight[at])
-    return f"<code>{_text(readable(audit.teacher, token))}</code>&nbsp;<small>{weight:.3f}</small>"
-
-
-def _short(name: str) -> str:
-    """The last part of a path or repository that is not just the file's name."""
-    parts = [part for part in name.split("/") if part and part != "tokenizer.json"]
-    return parts[-1] if parts else name
-
-
-def _text(value: str) -> str:
-    """Escaped, and isolated so that right-to-left text does not turn what stands beside it."""
-    return f"<bdi>{html.escape(value)}</bdi>" if not value.isascii() else html.escape(value)
+    return f"<code>{escaped(readable(audit.teacher, token))}</code>&nbsp;<small>{weight:.3f}</small>"

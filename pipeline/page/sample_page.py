@@ -1,0 +1,127 @@
+"""One sample as a page: text with the teacher's tokens above and the student's below, rows beside targets."""
+
+import math
+import re
+from typing import Any
+
+from pipeline.page.data import sample_data
+from pipeline.page.frame import asset, document, escaped, facts, short
+from pipeline.page.sample import Sample, load_sample
+from pipeline.page.visible import plain, visible
+from pipeline.store.files import Folder
+from schemas.config import InspectConfig
+from schemas.errors import XtokenError
+
+_LONGEST_NAME = 80
+# Bits of surprise at which the next colour begins; the script and the style sheet have one colour each.
+EDGES = (0.5, 1, 2, 4, 8, 16)
+
+
+def write_page(config: InspectConfig) -> dict[str, Any]:
+    """Draw the sample that ``config.html`` names; returns what was drawn and where the page lies.
+
+    Raises:
+        XtokenError: there is no such sample, or it cannot be drawn (see ``load_sample``), or written.
+    """
+    sample = load_sample(config)
+    page = sample_page(sample).encode()
+    out = config.out or file_name(sample.row["sample_id"])
+    folder, name = out.rpartition("/")[::2]
+    place = Folder(folder or ("/" if out.startswith("/") else "."))
+    if not name or (place.exists(name) and name in place.names() and name not in place.sizes()):
+        raise XtokenError(f"--out {out} is a folder; name the page in it, such as {out.rstrip('/')}/page.html")
+    place.make("")
+    place.replace(name, page)
+    return {**figures(sample), "page_bytes": len(page), "page": out}
+
+
+def file_name(sample_id: str) -> str:
+    """A name that any file system takes."""
+    return (re.sub(r"[^\w.-]+", "-", sample_id).strip(".-")[:_LONGEST_NAME] or "sample") + ".html"
+
+
+def figures(sample: Sample) -> dict[str, Any]:
+    """What the head of the page says, as numbers; what is not there is left out."""
+    row, targets = sample.row, sample.targets
+    size = row["teacher_end"][-1]
+    found = {"sample_id": row["sample_id"], "teacher": sample.manifest.teacher.model}
+    if targets is not None:
+        found["student"] = targets.manifest.student.name
+    found |= {"bytes": size, "teacher_tokens": len(row["teacher_ids"])}
+    if targets is not None:
+        chunks = len(targets.row["chunk_student_end"])
+        found |= {"student_tokens": len(targets.row["student_ids"]), "chunks": chunks}
+        found["one_to_one"] = round(_one_to_one(targets.row) / max(chunks, 1), 4)
+    if size and row["realised_logprob"]:
+        found["bits_per_byte"] = round(-math.fsum(row["realised_logprob"]) / math.log(2) / size, 4)
+    return found
+
+
+def _one_to_one(row: dict[str, Any]) -> int:
+    """Chunks of one token on either side."""
+    count, before = 0, (0, 0)
+    for ends in zip(row["chunk_student_end"], row["chunk_teacher_end"], strict=True):
+        count += ends == (before[0] + 1, before[1] + 1)
+        before = ends
+    return count
+
+
+def sample_page(sample: Sample) -> str:
+    """The whole page."""
+    shown = figures(sample)
+    # an id is a stranger's text like any other
+    name = plain(visible(shown["sample_id"].encode())).replace("·", " ")
+    student = f", student {short(shown['student'])}" if "student" in shown else ""
+    heading = (
+        f"<header><h1>{escaped(name)}</h1>"
+        f"<p class=note>Teacher {escaped(short(shown['teacher']))}{escaped(student)}.{escaped(_remarks(sample))}</p>"
+        f"{facts(_facts(shown))}</header>"
+    )
+    words = "tokens" if sample.targets is None else "chunks"
+    body = (
+        f"<main>{heading}"
+        '<section><h2>Bits per byte along the sample</h2><div id="strip"></div></section>'
+        f'<section><h2>Text</h2><p class=note id="how">{_how(sample)}</p>'
+        f'<div id="legend"></div><div id="flow" role="group" aria-label="{words} of the sample"></div></section>'
+        "<noscript><p>This page is drawn by the script in it; nothing is loaded.</p></noscript></main>"
+        '<aside id="dock" aria-label="rows and targets"></aside>'
+    )
+    data = {**sample_data(sample), "edges": EDGES, "bytes": shown["bytes"], "bpb": shown.get("bits_per_byte")}
+    script = f"(() => {{'use strict';\n{asset('sample.js')}{asset('sample_tables.js')}start();\n}})();"
+    return document(f"{name} - xtoken", body, asset("sample.css"), script=script, data=data)
+
+
+def _facts(shown: dict[str, Any]) -> list[tuple[str, str]]:
+    found = [(f"{shown['bytes']:,}", "bytes"), (f"{shown['teacher_tokens']:,}", "teacher tokens")]
+    if "student" in shown:
+        found += [(f"{shown['student_tokens']:,}", "student tokens"), (f"{shown['chunks']:,}", "chunks")]
+        found.append((f"{shown['one_to_one']:.1%}", "of chunks are 1-1"))
+    if "bits_per_byte" in shown:
+        found.append((f"{shown['bits_per_byte']:.3f}", "bits per byte"))
+    return found
+
+
+def _remarks(sample: Sample) -> str:
+    """What is not as usual."""
+    row, targets = sample.row, sample.targets
+    remarks = {
+        "The text was not stored; it is put together from the tokens' bytes.": row["text"] is None,
+        "The rows were left out of this subset.": sample.rows is None,
+        "Some ends were moved up to a safe byte.": row["snapped"],
+        f"Rows are {sample.manifest.codec.draws} draws each.": sample.manifest.codec.name == "sampled",
+    }
+    if targets is not None and targets.manifest.tau != 1:
+        remarks[f"Targets are at temperature {targets.manifest.tau:g}, rows at 1."] = True
+    return "".join(f" {words}" for words, true in remarks.items() if true)
+
+
+def _how(sample: Sample) -> str:
+    one = "token" if sample.targets is None else "chunk"
+    keys = f"Point at a token, or take the arrow keys: left and right go from {one} to {one}"
+    last = "Enter holds what is shown, Esc lets go."
+    if sample.targets is None:
+        return f"Each box is a token of the teacher, coloured by how it surprised. {keys}. {last}"
+    return (
+        "Each box is a chunk: the teacher's tokens above, coloured by how they surprised, the text, the student's "
+        f"tokens below. Strong borders are chunks of several tokens. {keys}, up and down within one. {last}"
+    )

@@ -1,0 +1,202 @@
+// The dock: the teacher's row at a token, and beside it what each loss makes of the chunk.
+const MOVED_TO = {"-1": "REST", "-2": "nowhere"};
+const MOST_OTHERS = 8;
+
+function percent(p) {
+  const v = 100 * p;
+  if (v === 0) return "0 %";
+  return `${v >= 99.995 ? v.toFixed(0) : v >= 10 ? v.toFixed(1) : v >= 1 ? v.toFixed(2) : v >= 0.001 ? v.toFixed(3) : v.toExponential(1)} %`;
+}
+
+const nats = (value) => (value === 0 ? "0" : `−${value.toFixed(3)}`);
+const piece = (side, place) => make("span", {class: "piece"}, ...shown((side === "t" ? data.teacher : data.student)[place][1]));
+const list = (places, side) => places.flatMap((place, i) => (i ? [" ", piece(side, place)] : [piece(side, place)]));
+
+// One row of a table: rank, what, a bar, probability, nats.
+function entry(rank, name, value, {kind = null, id = null} = {}) {
+  const p = value === null ? 0 : Math.exp(-value), bar = make("b", {"data-p": kind === "rest" ? null : p});
+  return make("tr", {class: kind, title: id === null ? null : `id ${id}`}, make("td", {}, String(rank)), make("td", {class: "name"}, ...name),
+    make("td", {class: "bar"}, bar), make("td", {class: "p"}, percent(p)), make("td", {class: "nats"}, value === null ? "−∞" : nats(value)));
+}
+
+function table(rows, what = "token") {
+  const head = ["", what, "", "p", "nats"].map((word, i) => make("th", {class: ["", "name", "bar", "", "nats"][i]}, word));
+  return make("div", {class: "scroll", tabindex: 0}, make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)));
+}
+
+// [place, nats] of each entry of gap-coded ones.
+function entries(places, gaps, unit) {
+  let level = 0;
+  return gaps.map((gap, i) => [places[i], (level += gap) * unit]);
+}
+
+function restRow(rest, unit) {
+  if (rest === "?") return entry("", ["REST is unknown at this temperature"], null, {kind: "rest"});
+  return entry("", ["REST", make("small", {}, rest === null ? " none" : " all others")], rest === null ? null : rest * unit, {kind: "rest"});
+}
+
+function destination(place) {
+  const to = data.moved?.[place];
+  if (to === undefined) return [];
+  return [make("small", {class: "moved"}, " → ", ...(to < 0 ? [MOVED_TO[to]] : [piece("t", to)]))];
+}
+
+const unseen = () => (data.draws ? "not drawn" : "not kept");
+
+function rowPane(k) {
+  const bits = surprise(k), title = ["Teacher's row at ", piece("t", data.t[k])];
+  if (bits === null) return pane("row", [...title, make("small", {}, "no row: nothing stood before it")]);
+  const row = data.rows?.[k - data.first], real = data.realised[k - data.first] * data.unit;
+  const rank = row ? row[0].indexOf(data.t[k]) : -1, place = !row ? "" : rank < 0 ? `, ${unseen()}` : `, rank ${rank + 1}`;
+  title.push(make("small", {}, `${bits.toFixed(2)} bits of surprise, ${percent(Math.exp(-real))}${place}`));
+  if (!row) return pane("row", [...title, make("small", {}, "the row was left out of this subset")]);
+  if (data.entropy) title.push(make("small", {}, `entropy ${(data.entropy[k - data.first] * data.unit).toFixed(2)} nats`));
+  const mark = () => make("small", {}, " ◂ in the text");
+  const rows = entries(row[0], row[1], data.step).map(([place, value], i) => {
+    const isReal = place === data.t[k], name = [piece("t", place), ...destination(place), ...(isReal ? [mark()] : [])];
+    return entry(i + 1, name, value, {kind: isReal ? "real" : null, id: data.teacher[place][0]});
+  });
+  if (!data.draws) rows.push(restRow(row[2], data.step));
+  if (rank < 0) {
+    const why = make("small", {}, ` ◂ in the text, ${unseen()}`);
+    rows.push(entry("", [piece("t", data.t[k]), why], real, {kind: "real", id: data.teacher[data.t[k]][0]}));
+  }
+  return pane("row", title, table(rows));
+}
+
+// The tokens of the chunk's own rows whose mass went to each token.
+function takers(chunk) {
+  const [from, to] = span(chunk, "t"), found = {};
+  const used = data.merge === "first" ? [from] : data.merge === "last" ? [to - 1] : Array.from({length: to - from}, (_, i) => from + i);
+  for (const k of used) {
+    for (const place of data.rows?.[k - data.first]?.[0] || []) {
+      if (data.moved[place] >= 0) (found[data.moved[place]] ||= new Set()).add(place);
+    }
+  }
+  return found;
+}
+
+function distribution(side, [places, gaps, rest], from = {}, real = null) {
+  const rows = entries(places, gaps, data.unit).map(([place, value], i) => {
+    const given = [...(from[place] || [])], more = given.length > MOST_OTHERS ? ` and ${given.length - MOST_OTHERS} more` : "";
+    const mark = given.length ? [make("small", {class: "moved"}, " takes ", ...list(given.slice(0, MOST_OTHERS), side), more)] : [];
+    const known = (side === "t" ? data.teacher : data.student)[place][0];
+    return entry(i + 1, [piece(side, place), ...mark], value, {kind: place === real ? "real" : null, id: known});
+  });
+  return [table([...rows, restRow(rest, data.unit)], side === "t" ? "teacher token" : "student token")];
+}
+
+function pairs([places, gaps, others, factor]) {
+  const rows = entries(places, gaps, data.unit).map(([place, value], i) =>
+    entry(i + 1, [piece("s", place)], value, {id: data.student[place][0]}));
+  return [table([...rows, ...unpaired(others), ...factorRow(factor)], "paired student token")];
+}
+
+// Probabilities that are compared as a sorted list, without tokens.
+function unpaired(gaps, word = "other") {
+  const found = entries([], gaps, data.unit).map(([, value]) => value);
+  const rows = found.slice(0, MOST_OTHERS).map((value, i) => entry(i + 1, [make("small", {}, word)], value, {kind: "rest"}));
+  const left = found.slice(MOST_OTHERS);
+  if (left.length) {
+    const mass = left.reduce((sum, value) => sum + Math.exp(-value), 0);
+    rows.push(entry("", [make("small", {}, `${count(left.length, "more")} together`.replace("mores", "more"))], -Math.log(mass), {kind: "rest"}));
+  }
+  return rows;
+}
+
+const factorRow = (factor) => (typeof factor === "number" ? [entry("", [make("small", {}, "factor: the chunk's other tokens")], factor * data.unit, {kind: "rest"})] : []);
+
+function alm(space, chunk) {
+  const likelihood = entry("", ["the chunk, as it stands in the text"], data.chunks[chunk][4] * data.unit);
+  const next = typeof space === "number" ? entry("", ["the next token starts with a space"], space * data.unit) : null;
+  const none = make("tr", {}, make("td"), make("td", {class: "name", colspan: 4}, make("small", {}, "whether a space comes next was not captured")));
+  return [table([likelihood, next || none], "likelihood of")];
+}
+
+function prefixes(chunk) {
+  const [from, to] = span(chunk, "s"), k = at.side === "s" ? at.k : from;
+  if (from === to) return [make("p", {}, "no student token")];
+  const choose = make("div", {class: "tabs"});
+  for (let one = from; to - from > 1 && one < to; one++) {
+    const button = make("button", {"aria-pressed": one === k}, piece("s", data.s[one]));
+    button.addEventListener("click", () => { tab = "byte-prefix"; show(chunk, "s", one); });
+    choose.append(button);
+  }
+  const found = data.targets["byte-prefix"][k];
+  if (!found[0].length && !found[3].length) return [choose, make("p", {}, "no target for ", piece("s", data.s[k]))];
+  const body = distribution("s", found, {}, data.s[k]), rows = found[3].map(([place, size, value]) =>
+    entry("", [make("small", {}, "child group from "), piece("s", place), make("small", {}, ` on, ${count(size, "token")}`)], value * data.unit, {kind: "rest"}));
+  body[0].querySelector("tbody").append(...rows);
+  return [choose, ...body];
+}
+
+const RENDER = {
+  "p-kl": (found, chunk) => distribution("t", found, takers(chunk)),
+  "sparse-kl": (found) => distribution("t", found),
+  "h-kl": (found) => pairs(found), gold: (found) => pairs(found),
+  uld: ([gaps, factor]) => [table([...unpaired(gaps, "kept entry"), ...factorRow(factor)], "sorted list")],
+  "byte-prefix": (_, chunk) => prefixes(chunk), alm,
+};
+
+// The loss that is shown: only byte-prefix says something of a student token of its own.
+const loss = () => (at.side === "s" && losses.includes("byte-prefix") ? "byte-prefix" : tab === "row" ? losses[0] : tab);
+
+// Which of the chunk's rows its target is made of.
+const FROM = {first: "the row of its first token", last: "the row of its last token", mean: "the mean of its rows"};
+
+function targetPane(chunk) {
+  const name = loss(), title = [make("span", {}, `${name} target`)];
+  if (data.chunks[chunk][4] === null) return pane("target", [...title, make("small", {}, "no row, so no target")]);
+  if (!["byte-prefix", "alm"].includes(name)) title.push(make("small", {}, `of the chunk, from ${FROM[data.merge]}`));
+  return pane("target", title, ...RENDER[name](data.targets[name][chunk], chunk));
+}
+
+function tabs() {
+  const made = make("div", {class: "tabs"}), row = make("button", {class: "narrow", "aria-pressed": tab === "row"}, "row");
+  row.addEventListener("click", () => choose("row"));
+  made.append(row);
+  for (const one of losses) {
+    const button = make("button", {"data-loss": one, "aria-pressed": tab !== "row" && one === loss()}, one);
+    button.addEventListener("click", () => choose(one));
+    made.append(button);
+  }
+  return made;
+}
+
+function choose(name) {
+  tab = name;
+  if (at.side === "s" && name !== "byte-prefix") show(at.chunk);
+  else drawDock();
+}
+
+function pane(name, title, ...inside) {
+  const isShown = !losses.length || (tab === "row") === (name === "row");
+  return make("div", {class: `pane ${name}${isShown ? " shown" : ""}`}, make("h3", {}, ...title), ...inside);
+}
+
+function about(chunk) {
+  const [, , , size, value] = data.chunks[chunk], start = data.chunks.slice(0, chunk).reduce((sum, one) => sum + one[3], 0);
+  const said = [make("b", {}, `${data.s ? "Chunk" : "Token"} ${(chunk + 1).toLocaleString("en")} of ${data.chunks.length.toLocaleString("en")}`)];
+  said.push(size ? `, bytes ${start.toLocaleString("en")} to ${(start + size).toLocaleString("en")}` : ", no bytes");
+  if (value !== null) said.push(`, ${nats(value * data.unit)} nats, ${(value * data.unit * BITS).toFixed(2)} bits`);
+  if (held) said.push(" ", make("span", {class: "held"}, "held, Esc lets go"));
+  return make("p", {}, ...said);
+}
+
+function drawDock() {
+  dock.classList.toggle("empty", !at);
+  if (!at) return dock.replaceChildren(make("p", {}, "Point at a token to see its row."));
+  const k = at.side === "t" ? at.k : span(at.chunk, "t")[0], parts = [rowPane(k)];
+  if (losses.length) parts.push(targetPane(at.chunk));
+  const head = make("div", {class: "head"}, about(at.chunk), ...(losses.length ? [tabs()] : []));
+  dock.replaceChildren(head, make("div", {class: losses.length ? "panes" : "panes single"}, ...parts));
+  drawBars();
+}
+
+// One scale for both tables: their longest bar. REST has none, it would be the longest of all.
+function drawBars() {
+  const bars = [...dock.querySelectorAll("b[data-p]")], most = Math.max(...bars.map((bar) => Number(bar.dataset.p)), 1e-12);
+  for (const bar of bars) bar.style.width = `${(100 * bar.dataset.p) / most}%`;
+  for (const bar of dock.querySelectorAll("td.bar b:not([data-p])")) bar.remove();
+  for (const head of dock.querySelectorAll("th.bar")) head.textContent = `0 to ${percent(most)}`;
+}

@@ -1,0 +1,71 @@
+"""A small capture of hostile and ordinary text, and its targets for every loss."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.align import align
+from pipeline.capture import precompute
+from pipeline.page.sample import Sample, load_sample
+from schemas.capture_config import PrecomputeConfig
+from schemas.config import AlignConfig, InspectConfig
+from schemas.progress import Silent
+
+TEXTS = {
+    "attack": "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> &lt; ",
+    "unseen": "a\u200bb\u202ec\u2066d\ufeffe\x00f\x1bg\u00a0h\u3164i\r\n\t\tj                k\u2028l 👩‍👩‍👧 ",
+    "scripts": "مرحبا بالعالم and שלום עולם, 日本語のテキスト。 Ελληνικά. ",
+    "code": "def f(x):\n    return x ** 2\n\n\nclass A:\n        pass\n",
+    "plain": "The quick brown fox jumps over the lazy dog, 12345 times. " * 4,
+    "worst": "zqxjk",
+}
+
+
+@pytest.fixture(scope="session")
+def capture(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Callable[[str], Path]) -> str:
+    """A finished capture with the fake teacher; read only."""
+    root = tmp_path_factory.mktemp("page")
+    (root / "corpus").mkdir()
+    for name, text in TEXTS.items():
+        (root / "corpus" / f"{name}.txt").write_text(text, newline="")
+    config = PrecomputeConfig(
+        corpus=str(root / "corpus"),
+        teacher=str(tokenizer_file("smollm2")),
+        out=str(root / "capture"),
+        backend="fake",
+        max_tokens=64,
+        shard_bytes=300,
+        k=16,
+        min_p=0.01,
+        student="bytes",
+    )
+    precompute(config, Silent())
+    return str(root / "capture")
+
+
+@pytest.fixture(scope="session")
+def targets(capture: str) -> str:
+    """Its targets for a student of bytes, for every loss that can be."""
+    out = f"{Path(capture).parent}/targets"
+    losses = ["p-kl", "h-kl", "gold", "uld", "alm", "byte-prefix", "ce"]
+    align(AlignConfig(captures=[capture], student="bytes", out=out, losses=losses), Silent())  # type: ignore[arg-type]
+    return out
+
+
+@pytest.fixture
+def damaged(targets: str, tmp_path: Path) -> Path:
+    """A copy of the targets that a test may change."""
+    return Path(shutil.copytree(targets, tmp_path / "targets"))
+
+
+@pytest.fixture(scope="session")
+def sample_of(capture: str, targets: str) -> Callable[..., Sample]:
+    """``sample_of(name, student=True)``: a sample loaded for its page, with targets or without."""
+
+    def load(name: str, student: bool = True) -> Sample:
+        config = InspectConfig(path=targets if student else capture, html=name, capture=capture if student else None)
+        return load_sample(config)
+
+    return load
