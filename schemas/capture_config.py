@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.fields import Config, argument
+from schemas.fields import Config, argument, ray_address
 
 
 class CorpusConfig(Config):
@@ -158,17 +158,7 @@ class PrecomputeConfig(RowsConfig):
             raise ValueError(f"{value!r} is no local file, and nothing can be appended to others; name a local one")
         return value
 
-    @field_validator("ray")
-    @classmethod
-    def _an_address(cls, value: str | None) -> str | None:
-        if value is not None and value.startswith("ray://"):
-            raise ValueError(
-                f"{value!r} is a client connection, which a run of days must not hang on; "
-                "submit the command to the cluster with 'ray job submit' and say --ray auto"
-            )
-        if value is not None and value not in ("local", "auto") and re.fullmatch(r"[^/:\s]+:\d+", value) is None:
-            raise ValueError(f"{value!r} is no address; say local, auto or HOST:PORT")
-        return value
+    _an_address = field_validator("ray")(ray_address)
 
     @model_validator(mode="after")
     def _a_price_is_for_a_plan(self) -> "PrecomputeConfig":

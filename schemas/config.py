@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from schemas.fields import ARGUMENT, Config, argument
+from schemas.fields import ARGUMENT, Config, argument, ray_address
 from schemas.tables import LOSSES
 
 RULES = ("pieces", "first-piece", "reverse", "random")
@@ -78,21 +78,28 @@ class AlignConfig(Config):
         "log-probabilities (p-kl, h-kl: NeMo-RL's way).",
     )
     tau: float = Field(1.0, gt=0.0, allow_inf_nan=False, description="Distillation temperature of teacher and student.")
+    entries: int | None = Field(
+        None, ge=1, description="p-kl: most entries of a chunk's target, the others go to REST; all when left out."
+    )
     unreached: Literal["prefix", "rest", "none"] = Field(
         "prefix", description="Mass of teacher tokens W does not reach: to the longest prefix, to REST, or dropped."
     )
     on_bad: Literal["refuse", "set-aside"] = Field(
         "refuse",
-        description="A part that cannot be read, or a sample that the student's tokenizer cannot represent: refuse (the "
-        "others are done, then the run ends with an error) or set-aside (finish the targets without it, and name it).",
+        description="A part that cannot be read, or a sample that the student's tokenizer cannot represent: refuse "
+        "(do the others, then end with an error) or set-aside (finish the targets without it, and name it).",
     )
     workers: int = Field(1, ge=1, description="Worker processes, or Ray's workers of one CPU each.")
     ray: str | None = Field(
         None, description="Run on Ray: 'local', 'auto' (the cluster this machine is of), or HOST:PORT of its head."
     )
-    lease_seconds: float = Field(1800.0, gt=0.0, description="Time a worker may take for one part under --ray.")
+    lease_seconds: float = Field(
+        1800.0, gt=0.0, allow_inf_nan=False, description="Time a worker may take for one part under --ray."
+    )
     memory_limit: str = Field("1GB", description="Memory a worker may use for what it reads, such as 512MB or 2GB.")
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    _an_address = field_validator("ray")(ray_address)
 
     @field_validator("memory_limit")
     @classmethod
@@ -275,7 +282,7 @@ class InspectConfig(Config):
     html: str | None = Field(
         None,
         description="Id of a sample: write one self-contained page with its text, teacher and student tokens, chunks, "
-        "surprise, and the teacher's rows beside the targets. 'worst' takes the sample that surprised the teacher most.",
+        "surprise, and the teacher's rows beside the targets. 'worst' is the sample that surprised the teacher most.",
     )
     capture: str | None = Field(None, description="With --html of targets: the capture they were aligned from.")
     out: str | None = Field(None, description="With --html: the page; named after the sample when left out.")

@@ -1,5 +1,6 @@
 """What every verb's configuration is made of."""
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,3 +17,15 @@ class Config(BaseModel):
     """What every verb's configuration is: closed, and never changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def ray_address(value: str | None) -> str | None:
+    """Check a value of ``--ray``; for ``field_validator``."""
+    if value is not None and value.startswith("ray://"):
+        raise ValueError(
+            f"{value!r} is a client connection, which a run of days must not hang on; "
+            "submit the command to the cluster with 'ray job submit' and say --ray auto"
+        )
+    if value is not None and value not in ("local", "auto") and re.fullmatch(r"[^/:\s]+:\d+", value) is None:
+        raise ValueError(f"{value!r} is no address; say local, auto or HOST:PORT")
+    return value

@@ -36,6 +36,8 @@ _Count = Annotated[int, Field(ge=0, le=1 << 53)]
 _Size = Annotated[int, Field(ge=0, le=_MOST_TOKENS)]
 _Nats = Annotated[float, Field(ge=0.0)]
 _Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# Version of targets whose manifest sets no part aside; the one after differs by that field only.
+WHOLE_TARGETS = 3
 # Fields of a capture's manifest that older versions did not have.
 _SINCE_3 = ("engine_settings", "audits")
 
@@ -229,7 +231,7 @@ class ProjectionManifest(_Manifest):
 
 
 class TargetManifest(_Manifest):
-    schema_version: int = SCHEMA_VERSIONS["targets"]
+    schema_version: int = WHOLE_TARGETS
     kind: Literal["targets"] = "targets"
     capture_hash: str = Field(description="content hash of the capture: run and parts")
     teacher: TeacherInfo
@@ -244,6 +246,23 @@ class TargetManifest(_Manifest):
         "topk", description="codec of the capture: draws serve linear losses only"
     )
     run_hash: str
+    set_aside: dict[int, str] = Field(
+        default_factory=dict, description="parts that could not be built, with their error"
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_its_version_has_it(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # whole targets stay readable for releases that do not know the field
+        found: dict[str, Any] = handler(self)
+        if not self.set_aside:
+            del found["set_aside"]
+        return found
+
+    @model_validator(mode="after")
+    def _version_knows_set_aside(self) -> "TargetManifest":
+        if self.set_aside and self.schema_version <= WHOLE_TARGETS:
+            raise ValueError(f"parts are set aside, which version {self.schema_version} does not know")
+        return self
 
 
 AnyManifest = CaptureManifest | ProjectionManifest | TargetManifest

@@ -1,6 +1,6 @@
 """Stage 6: chunks in bytes, and each loss's targets in the student's terms."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from schemas.config import AlignConfig
@@ -15,4 +15,11 @@ def align(config: "AlignConfig", progress: "Progress") -> "TargetManifest":
     return run(config, progress)
 
 
-__all__ = ["align"]
+def run_captures(config: "AlignConfig", progress: "Progress") -> "dict[str, Any]":
+    """See ``pipeline.align.several.run_captures``."""
+    from pipeline.align.several import run_captures as run
+
+    return run(config, progress)
+
+
+__all__ = ["align", "run_captures"]

@@ -260,7 +260,7 @@ def _spread(
 
 @compiled
 def _all_stay(low: int, high: int, ids_K: NDArray[np.int32], fate_U: NDArray[np.int8]) -> bool:
-    for at in range(low, high):
+    for at in range(low, high):  # noqa: SIM110 - numba compiles no generator
         if fate_U[ids_K[at]] != _STAYS:
             return False
     return True

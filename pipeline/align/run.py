@@ -1,26 +1,32 @@
-"""Align: a capture and a student become targets that a trainer reads without teacher or capture."""
+"""Align: a capture and a student become targets that a trainer reads without teacher or capture.
 
-import json
-from itertools import islice
+Part n of the targets is part n of the capture. Workers publish and commit parts by themselves, as at capture, so a
+run may die anywhere and the same command goes on with what is missing.
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from pipeline.align.stage import AlignJob, read_part, refuse_other_tokenizer
-from pipeline.align.texts import CorpusTexts, refuse_without_text
-from pipeline.capture.executor import LocalExecutor
-from pipeline.capture.work import Event
+from pipeline.align.claim import claim, run_settings
+from pipeline.align.refusals import refuse_losses, refuse_no_text
+from pipeline.align.skipped import SKIPPED_FILE, Skipped, note_skipped
+from pipeline.align.stage import AlignJob, refuse_other_tokenizer
+from pipeline.capture.executor import LocalExecutor, refuse_unshared
+from pipeline.capture.work import Event, Executor
 from pipeline.project.build import build_w
 from pipeline.project.files import read_projection, write_table, write_tables
 from pipeline.project.projection import Projection
 from pipeline.store import Folder, clean, committed, load_vocab
-from pipeline.store.left_out import without_rows
-from pipeline.store.seal import seal
+from pipeline.store.seal import SUMS_FILE, seal
 from pipeline.tokens import TokenTable, load_tokenizer
 from schemas.config import AlignConfig
-from schemas.errors import IncompleteRun, XtokenError
+from schemas.errors import IncompleteRun, Unreachable
 from schemas.manifest import (
     MANIFEST,
+    WHOLE_TARGETS,
     CaptureManifest,
-    Part,
     TargetManifest,
     TokenizerInfo,
     content_hash,
@@ -29,187 +35,180 @@ from schemas.manifest import (
     read_manifest,
 )
 from schemas.progress import Progress
+from schemas.remote import patiently
+from schemas.tables import SCHEMA_VERSIONS
 
-RUN_FILE = "align.json"
 STUDENT_VOCAB_FILE = "student_vocab.parquet"
-# Losses that have no meaning without the mass not kept.
-_NEED_REST = ("h-kl", "gold", "uld", "byte-prefix")
-# Losses that are served by the log-probability of the text alone (ALM's correction reads space_logprob).
-_NEED_NO_ROWS = ("ce", "alm")
-# Losses whose targets are no linear function of a row.
-_NOT_LINEAR = {"h-kl": "compares sorted lists", "gold": "compares sorted lists", "uld": "compares sorted lists"}
+_NAMED = 5
 
 
-def align(config: AlignConfig, progress: Progress) -> TargetManifest:
-    """Build the targets of every part of a capture; what is committed already is kept.
+@dataclass(frozen=True)
+class _Run:
+    """What a run has settled before any worker starts."""
+
+    config: AlignConfig
+    capture: CaptureManifest
+    projection: Projection
+    student: TokenizerInfo
+    settings: dict[str, Any]
+    files: dict[str, str]
+
+    @property
+    def job(self) -> AlignJob:
+        """What workers open."""
+        config, capture = self.config, self.capture
+        return AlignJob(config, config.captures[0], config.out, self.projection, capture.codec)
+
+
+def align(config: AlignConfig, progress: Progress, *, executor: Executor | None = None) -> TargetManifest:
+    """Build the targets of every part of one capture; the same command resumes, and a finished one does nothing.
 
     Shards that the capture set aside are left out here too; its manifest names them.
+
+    Args:
+        config: of one capture; what is done with bad parts and samples says ``on_bad``.
+        progress: told the capture's tokens.
+        executor: where workers run; left out: what the settings say.
+
+    Returns:
+        The manifest, also written to ``config.out``.
 
     Raises:
         XtokenError: the capture is not finished or has no text or not what a loss needs, W belongs to other
             tokenizers, or the output folder belongs to another run (the message names what differs).
-        IncompleteRun: parts failed three times; the others are committed.
+        VerificationError: the capture's vocabulary is not what its manifest says.
+        IncompleteRun: parts failed three times, the others are committed; under ``on_bad`` set-aside the manifest is
+            written without them. Or, under refuse, the student cannot represent samples.
     """
+    assert len(config.captures) == 1, "several captures are run one by one"
+    for root in (config.out, config.captures[0]):
+        refuse_unshared(root)
     capture = read_manifest(config.captures[0], CaptureManifest)
     student = load_tokenizer(config.student).table
-    _refuse_losses(config, student.info, capture)
+    refuse_losses(config, student.info, capture)
     projection = _projection(config, student, capture)
-    settings = _settings(config, capture, projection)
-    _claim(config.out, settings)
-    if Folder(config.out).exists(MANIFEST):
+    settings = run_settings(config, capture, projection)
+    claim(config.out, settings)
+    if (there := written(config.out)) is not None and not there.set_aside:
         seal(config.out)
-        return read_manifest(config.out, TargetManifest)
-    _refuse_without_text(config, capture)
+        return there
+    refuse_no_text(config, capture)
     files = write_tables(config.out, projection)
     files[STUDENT_VOCAB_FILE] = write_table(config.out, STUDENT_VOCAB_FILE, student.to_tables()[0])
-    job = AlignJob(config, config.captures[0], config.out, projection, capture.codec, capture.tokenizer.eos_id)
-    parts = _run(job, capture, progress)
-    manifest = TargetManifest(
-        **provenance(),
-        files=files,
-        parts=parts,
-        capture_hash=content_hash(capture),
-        teacher=capture.teacher,
-        teacher_tokenizer=capture.tokenizer,
-        student=student.info,
-        w_hash=projection.hash,
-        losses=config.losses,
-        unreached=config.unreached,
-        merge=config.merge,
-        tau=config.tau,
-        codec=capture.codec.name,
-        run_hash=digest(settings),
-    )
-    Folder(config.out).replace(MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
-    seal(config.out)
-    return manifest
+    run = _Run(config, capture, projection, student.info, settings, files)
+    failed = _work(run, executor, progress)
+    return patiently(partial(_finish, run, failed))
 
 
-def _refuse_losses(config: AlignConfig, student: TokenizerInfo, capture: CaptureManifest) -> None:
-    """Raise XtokenError for a loss that this pair or this capture cannot serve."""
-    teacher, tau = capture.tokenizer, config.tau
-    if "sparse-kl" in config.losses and student.hash != teacher.hash:
-        raise XtokenError(
-            f"sparse-kl compares rows of one vocabulary, but the student's tokenizer {student.name} "
-            f"({student.hash[:12]}) is not the teacher's, {teacher.name} ({teacher.hash[:12]}); take --for p-kl"
-        )
-    _refuse_without_rows(config, capture)
-    if capture.codec.name == "sampled":
-        _refuse_biased(config)
-    if tau in capture.codec.temperatures:
-        return
-    refused = [loss for loss in config.losses if loss in _NEED_REST]
-    if "p-kl" in config.losses and config.merge == "mean":
-        refused.append("p-kl with --merge mean")
-    if refused:
-        raise XtokenError(
-            f"{', '.join(refused)} at --tau {tau:g} needs the mass not kept at that temperature, and "
-            f"{config.captures[0]} stores it at {', '.join(f'{known:g}' for known in capture.codec.temperatures)} only; capture again with "
-            f"--temperatures {tau:g}, or leave --tau out"
-        )
-
-
-def _refuse_without_rows(config: AlignConfig, capture: CaptureManifest) -> None:
-    """Raise XtokenError for a loss that needs the distributions, where a subset left them out."""
-    refused = [loss for loss in config.losses if loss not in _NEED_NO_ROWS]
-    if refused and without_rows(capture.left_out):
-        raise XtokenError(
-            f"{config.captures[0]} is a subset without the teacher's rows, which --for {','.join(refused)} needs; take "
-            f"--for {','.join(_NEED_NO_ROWS)}, or fetch the capture with rows among its --columns"
-        )
-
-
-def _refuse_biased(config: AlignConfig) -> None:
-    """Raise XtokenError for what draws cannot serve: their shares are right in the mean, and so is only what is
-    linear in them."""
-    reasons = [f"--for {loss} {_NOT_LINEAR[loss]}" for loss in config.losses if loss in _NOT_LINEAR]
-    if config.tau != 1:
-        reasons.append(f"--tau {config.tau:g} takes powers of probabilities")
-    if config.merge == "mean":
-        reasons.append("--merge mean takes means of logarithms")
-    if "p-kl" in config.losses and config.unreached != "prefix":
-        what = {"none": "divides by what was drawn", "rest": "lets the student's REST depend on what was drawn"}
-        reasons.append(f"--unreached {config.unreached} {what[config.unreached]} (prefix does not)")
-    if reasons:
-        raise XtokenError(
-            f"{config.captures[0]} holds draws of teacher rows, and only what is linear in them is right in the mean: "
-            f"{'; '.join(reasons)}. Leave it out (ce, alm, p-kl, sparse-kl and byte-prefix remain), or capture with "
-            "--codec topk"
-        )
+def written(out: str) -> TargetManifest | None:
+    """The manifest of targets that lies there already, or None."""
+    return read_manifest(out, TargetManifest) if Folder(out).exists(MANIFEST) else None
 
 
 def _projection(config: AlignConfig, student: TokenTable, capture: CaptureManifest) -> Projection:
     """W from its folder, if it was built for these two tokenizers, or built now."""
+    teacher = load_vocab(config.captures[0])  # damage here would befall every part
     if config.w is None:
-        return build_w(student, load_vocab(config.captures[0]))
+        return build_w(student, teacher)
     projection = read_projection(config.w)
     refuse_other_tokenizer("student", student.info, projection.student)
     refuse_other_tokenizer("teacher", capture.tokenizer, projection.teacher)
     return projection
 
 
-def _settings(config: AlignConfig, capture: CaptureManifest, projection: Projection) -> dict[str, Any]:
-    """Everything that decides what the targets hold."""
-    return {
-        "capture": content_hash(capture),
-        "student": projection.student.hash,
-        "w": projection.hash,
-        "for": config.losses,
-        "unreached": config.unreached,
-        "merge": config.merge,
-        "tau": config.tau,
-    }
+def _executor(config: AlignConfig) -> Executor:
+    if config.ray is None:
+        return LocalExecutor(config.workers)
+    from pipeline.capture.ray_executor import RayExecutor
+
+    return RayExecutor(
+        config.ray, config.workers, 0.0, device="cpu", lease_seconds=config.lease_seconds, cpus_per_worker=1
+    )
 
 
-def _claim(root: str, settings: dict[str, Any]) -> None:
-    """Record whose run this folder is, or refuse when it is another's."""
-    folder = Folder(root)
-    folder.make("")
-    foreign = [name for name in folder.names() if not name.endswith(".tmp")]
-    if foreign and not folder.exists(RUN_FILE):
-        raise XtokenError(f"{root} holds {foreign[0]} and no {RUN_FILE}: no align run wrote it; give another --out")
-    if folder.create(RUN_FILE, json.dumps(settings, indent=1).encode() + b"\n"):
-        return
-    found = json.loads(folder.read(RUN_FILE))
-    differing = [name for name in settings if found.get(name) != settings[name]]
-    if differing:
-        listed = ", ".join(
-            f"{name}: {_short(found.get(name))} there, {_short(settings[name])} now" for name in differing
-        )
-        raise XtokenError(f"{root} belongs to another align run ({listed}); give another --out, or remove that folder")
-
-
-def _short(value: Any) -> str:
-    text = "+".join(value) if isinstance(value, list) else str(value)
-    return text[:12]
-
-
-def _refuse_without_text(config: AlignConfig, capture: CaptureManifest) -> None:
-    """Look at one batch before any worker starts; with --corpus, look whether that is there."""
-    if config.corpus is not None:
-        CorpusTexts(config.captures[0], config.corpus)
-        return
-    for part in capture.parts[:1]:
-        for batch in islice(read_part(config.captures[0], part.index, config.memory_limit, None), 1):
-            refuse_without_text(batch, config.captures[0])
-
-
-def _run(job: AlignJob, capture: CaptureManifest, progress: Progress) -> list[Part]:
-    """All parts, in order: those committed before and those built now."""
-    out = job.config.out
+def _work(run: _Run, executor: Executor | None, progress: Progress) -> dict[int, str]:
+    """Build every part that is not committed yet; those that failed three times, with their error."""
+    out = run.config.out
     clean(out)
     done = committed(out)
-    tokens = {part.index: part.tokens for part in capture.parts}
-    progress.start("align", sum(tokens.values()), "tokens", sum(tokens[index] for index in done))
+    tokens = {part.index: part.tokens for part in run.capture.parts}
     waiting = [index for index in tokens if index not in done]
-    failed = LocalExecutor(job.config.workers).run(job, waiting, _Advance(progress, tokens)) if waiting else {}
-    progress.finish()
+    if not waiting:
+        return {}
+    progress.start("align", sum(tokens.values()), "tokens", sum(tokens[index] for index in done))
+    try:
+        return (executor or _executor(run.config)).run(run.job, waiting, _Advance(progress, tokens))
+    finally:
+        progress.finish()
+        with suppress(Unreachable):  # the next run finds it; why this one ends is more important
+            clean(out)
+
+
+def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
+    """Write the manifest of everything that is committed and seal it, if nothing is wrong or that was asked for."""
+    config, there = run.config, written(run.config.out)
+    found = committed(config.out)
+    assert {*found, *failed} == {part.index for part in run.capture.parts}, "the executor lost a part"
+    parts = [found[index] for index in sorted(found)]
+    skipped = note_skipped(config.captures[0], run.capture, config.out, parts)
+    # who set parts aside before has accepted samples without targets, and a manifest must not fall behind its parts
+    if (failed or skipped.count) and config.on_bad == "refuse" and there is None:
+        raise IncompleteRun(_refusal(run, failed, skipped))
+    manifest = TargetManifest(
+        **provenance(),
+        schema_version=SCHEMA_VERSIONS["targets"] if failed else WHOLE_TARGETS,
+        files=run.files,
+        parts=parts,
+        capture_hash=content_hash(run.capture),
+        teacher=run.capture.teacher,
+        teacher_tokenizer=run.capture.tokenizer,
+        student=run.student,
+        w_hash=run.projection.hash,
+        losses=config.losses,
+        unreached=config.unreached,
+        merge=config.merge,
+        tau=config.tau,
+        codec=run.capture.codec.name,
+        run_hash=digest(run.settings),
+        set_aside=failed,
+    )
+    if there is None or (there.parts, there.set_aside) != (manifest.parts, manifest.set_aside):
+        folder = Folder(config.out)
+        folder.remove(SUMS_FILE)
+        folder.replace(MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
+    seal(config.out)
     if failed:
-        listed = "; ".join(f"part {index}: {error.splitlines()[-1]}" for index, error in failed.items())
-        raise IncompleteRun(f"{len(failed)} parts of {out} failed ({listed}); the same command resumes")
-    found = committed(out)
-    assert set(found) == set(tokens), "the executor lost a part"
-    return list(found.values())
+        raise IncompleteRun(
+            f"{_failed(run, failed)}\nthey are set aside, and the targets are finished without them: mend the capture "
+            "and run the same command again to try them once more"
+        )
+    return manifest
+
+
+def _refusal(run: _Run, failed: dict[int, str], skipped: Skipped) -> str:
+    said = [_failed(run, failed)] if failed else []
+    if skipped.count:
+        first = ", ".join([*map(repr, skipped.first), *(["..."] if skipped.count > len(skipped.first) else [])])
+        said.append(
+            f"the tokenizer of {run.config.student} cannot represent {skipped.count:,} samples ({first}), which "
+            f"{run.config.out}/{SKIPPED_FILE} names; all others are committed"
+        )
+    return "\n".join(
+        [*said, "the same command goes on, and with --on-bad set-aside it finishes the targets without them"]
+    )
+
+
+def _failed(run: _Run, failed: dict[int, str]) -> str:
+    """Which parts, and why, a line each."""
+    named = "\n".join(f"  {_reason(index, error)}" for index, error in list(failed.items())[:_NAMED])
+    more = f"\n  and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
+    total = len(run.capture.parts)
+    return f"{len(failed)} of {total} parts failed, the others are committed in {run.config.out}:\n{named}{more}"
+
+
+def _reason(index: int, error: str) -> str:
+    last = error.splitlines()[-1] if error else "it failed without a word"
+    return last if last.startswith(f"part {index} ") else f"part {index}: {last}"
 
 
 class _Advance:

@@ -18,11 +18,19 @@ from typing import Any, NoReturn
 
 from pipeline.capture.leases import ATTEMPTS, Leases
 from pipeline.capture.work import Job, Lease, News, Watch, portable
+from pipeline.store.files import Folder
 from schemas.errors import XtokenError
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 5.0
 _TICK_SECONDS = 1.0
+
+
+def refuse_unshared(root: str) -> None:
+    """Raise XtokenError for a folder that worker processes do not see."""
+    folder = Folder(root)
+    if not folder.local and "memory" in folder.fs.protocol:
+        raise XtokenError(f"{root}: worker processes do not share memory://; use a folder or an object store")
 
 
 class Terminated(SystemExit):

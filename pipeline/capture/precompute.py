@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.capture.audit import accepted_audits
 from pipeline.capture.board import Board
-from pipeline.capture.executor import LocalExecutor
+from pipeline.capture.executor import LocalExecutor, refuse_unshared
 from pipeline.capture.pilot import corpus_codes
 from pipeline.capture.plan import PLAN_FILE, Plan, check_files, settle_plan
 from pipeline.capture.settings import (
@@ -86,8 +86,7 @@ def precompute(
     """
     check_backend(config)
     folder = Folder(config.out)
-    if not folder.local and "memory" in folder.fs.protocol:
-        raise XtokenError(f"{config.out}: worker processes do not share memory://; use a folder or an object store")
+    refuse_unshared(config.out)
     tokenizer = open_tokenizer(config)
     settings = _checked_settings(config, tokenizer.table)
     fresh = settle_settings(folder, settings)

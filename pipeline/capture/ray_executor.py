@@ -9,7 +9,7 @@ import re
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.capture.executor import Terminated, sigterm_unwinds
@@ -79,6 +79,7 @@ class RayExecutor:
         tensor_parallel: GPUs that share one teacher; they are of one node.
         device: auto, cpu, cuda.
         lease_seconds: a worker without progress for so long loses its shards, and at twice that its life.
+        cpus_per_worker: None: without GPUs the CPUs are divided among the workers, with GPUs one each.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class RayExecutor:
         tensor_parallel: int = 1,
         device: str = "auto",
         lease_seconds: float = math.inf,
+        *,
+        cpus_per_worker: int | None = None,
     ) -> None:
         self._address = address
         self._workers = workers
@@ -96,6 +99,7 @@ class RayExecutor:
         self._tensor_parallel = tensor_parallel
         self._device = device
         self._lease_seconds = lease_seconds
+        self._cpus_per_worker = cpus_per_worker
 
     def run(self, job: Job, shards: Sequence[int], watch: Watch) -> dict[int, str]:
         """See ``Executor``. A shard that fails three times is set aside and the others go on.
@@ -108,6 +112,8 @@ class RayExecutor:
         # the outer one undoes what Ray does to SIGTERM when it is joined
         with sigterm_unwinds(), joined(self._address, self._workers or 1), sigterm_unwinds():
             share = share_of(alive(), self._workers, self._gpus_per_worker, self._tensor_parallel, self._device)
+            if self._cpus_per_worker is not None:
+                share = replace(share, cpus=self._cpus_per_worker)
             both = _Watches(watch, RayMetrics(len(shards)))
             leases = Leases(shards, job.ahead, both.see, self._lease_seconds)
             crew = RayCrew(job, share, self._workers, both, leases)
@@ -130,7 +136,8 @@ class RayCrew:
 
     def __init__(self, job: Job, share: Share, workers: int | None, watch: Watch, leases: Leases) -> None:
         self._ray = import_ray()
-        self._job = self._ray.cloudpickle.dumps(job)
+        # stored once: W may be megabytes, and every worker gets it
+        self._job = self._ray.put(self._ray.cloudpickle.dumps(job))
         self._share = share
         self._workers = workers
         self._watch = watch

@@ -105,17 +105,35 @@ def each_below(configs: Sequence[PrecomputeConfig]) -> list[PrecomputeConfig]:
     Raises:
         XtokenError: two of them would have the same name.
     """
+    names = names_below([config.teacher for config in configs], configs[0].out, "--teacher ")
+    return [
+        config.model_copy(update={"out": f"{config.out.rstrip('/')}/{name}"})
+        for config, name in zip(configs, names, strict=True)
+    ]
+
+
+def names_below(sources: Sequence[str], out: str, said: str = "") -> list[str]:
+    """A folder's name for each source, made of the last part of its id, path or URL.
+
+    Args:
+        sources: ids, paths or URLs.
+        out: where the folders will be.
+        said: what stands before a source on the command line.
+
+    Raises:
+        XtokenError: two of them would have the same name.
+    """
     names: dict[str, str] = {}
     found = []
-    for config in configs:
-        name = teacher_name(config.teacher)
+    for source in sources:
+        name = teacher_name(source)
         if name.casefold() in names:
             raise XtokenError(
-                f"--teacher {names[name.casefold()]} and --teacher {config.teacher} would both go to the folder "
-                f"{name} of {config.out}; run them by themselves, with an --out each"
+                f"{said}{names[name.casefold()]} and {said}{source} would both go to the folder "
+                f"{name} of {out}; run them by themselves, with an --out each"
             )
-        names[name.casefold()] = config.teacher
-        found.append(config.model_copy(update={"out": f"{config.out.rstrip('/')}/{name}"}))
+        names[name.casefold()] = source
+        found.append(name)
     return found
 
 

@@ -122,8 +122,7 @@ def _check_topk(
     for name in ("kept", "rest_gap"):
         refuse(batch, list_lengths(batch, name) != rows_N, f"{name} has another length than its tokens")
     _check_temperatures(batch, rows_N, codec)
-    entries_N = _check_entries(batch, rows_N, vocab_size, codec)
-    return entries_N
+    return _check_entries(batch, rows_N, vocab_size, codec)
 
 
 def _check_temperatures(batch: pa.RecordBatch, rows_N: NDArray[np.int64], codec: CodecInfo) -> None:

@@ -42,6 +42,7 @@ def target_figures(manifest: TargetManifest) -> dict[str, Any]:
         counts.update(part.counts)
     masses = {name.split("_")[1]: counts.pop(name) for name in list(counts) if name.startswith("mass_")}
     tokens = sum(part.tokens for part in manifest.parts)
+    aside = {f"part {index}": (why.splitlines() or [""])[-1] for index, why in manifest.set_aside.items()}
     return {
         "samples": sum(part.samples for part in manifest.parts),
         "student_tokens": tokens,
@@ -50,6 +51,7 @@ def target_figures(manifest: TargetManifest) -> dict[str, Any]:
         "losses": ",".join(manifest.losses),
         **counts,
         "teacher_mass": {name: ppm / 1e6 / max(counts["chunks_with_row"], 1) for name, ppm in masses.items()},
+        **({"set_aside": aside} if aside else {}),
     }
 
 

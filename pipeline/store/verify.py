@@ -61,8 +61,10 @@ def verify(root: str, progress: Callable[[int], None] | None = None, *, audit: b
     if problems:
         raise _damaged(root, problems)
     totals = {name: sum(getattr(part, name) for part in manifest.parts) for name in _TOTALS}
-    # Shards that failed at capture are no damage: the manifest owns up to them.
+    # Shards that failed are no damage: the manifest owns up to them.
     aside = {"set_aside": sorted(manifest.set_aside)} if isinstance(manifest, CaptureManifest) else {}
+    if isinstance(manifest, TargetManifest) and manifest.set_aside:
+        aside = {"set_aside": sorted(manifest.set_aside)}
     found = {"kind": manifest.kind, "parts": len(manifest.parts), "files": sorted(manifest.files), **totals, **aside}
     return found | shown
 

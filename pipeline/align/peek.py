@@ -1,0 +1,34 @@
+"""A few plain columns of a capture, read part by part without its vocabulary, before or after targets are built."""
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from pipeline.store import Folder, iter_parquet
+from pipeline.store.checks import CaptureCheck
+from pipeline.store.reader import local_part
+from schemas.manifest import CaptureManifest, Part
+from schemas.tables import CAPTURE
+
+
+def peek(root: str, manifest: CaptureManifest, part: Part, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Batches of these columns, null where a subset left them out.
+
+    Args:
+        root: folder or URL of a finished capture.
+        manifest: its manifest.
+        part: one of its parts.
+        columns: names of ``schemas.tables.CAPTURE``, none that holds codes.
+
+    Raises:
+        XtokenError: the part cannot be read.
+    """
+    schema = CaptureCheck.of(manifest).schema
+    stored = [name for name in columns if name in schema.names]
+    wanted = pa.schema([CAPTURE.field(name) for name in columns])
+    with local_part(Folder(root), part.index, part) as path:
+        for batch in iter_parquet(path, stored, schema=schema):
+            arrays = [
+                batch[field.name] if field.name in stored else pa.nulls(batch.num_rows, field.type) for field in wanted
+            ]
+            yield pa.RecordBatch.from_arrays(arrays, schema=wanted)
