@@ -26,6 +26,7 @@ from schemas.config import (
     EvalConfig,
     InspectConfig,
     ProjectConfig,
+    QueryConfig,
     TrainConfig,
     VerifyConfig,
 )
@@ -52,6 +53,7 @@ share_app = typer.Typer(
 app.add_typer(share_app, name="share")
 INTERRUPTED = 130
 ROWS = 40  # of a table that a terminal is shown
+LETTERS = 400  # of a text in a table that a terminal is shown
 Figures = dict[str, Any]
 F = TypeVar("F", bound=Figures | Iterator[Figures])
 Verb = Callable[[Any, Bars], Figures]
@@ -63,11 +65,21 @@ def _show(figures: Figures, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(figures, ensure_ascii=False, default=str) + "\n")
         return
-    shown = {name: value[:ROWS] if isinstance(value, list) else value for name, value in figures.items()}
+    shown = {name: _first_rows(value) if isinstance(value, list) else value for name, value in figures.items()}
     Console().print(*figure_tables(shown), sep="\n")
     for name, value in figures.items():
         if isinstance(value, list) and len(value) > ROWS:
             Console().print(f"{name.replace('_', ' ')}: {len(value) - ROWS} more, which --json has")
+
+
+def _first_rows(rows: list[Any]) -> list[Any]:
+    """What a terminal is shown of a table: some rows, and of long texts the beginning."""
+    return [
+        {name: f"{v[:LETTERS]} ..." if isinstance(v, str) and len(v) > LETTERS else v for name, v in row.items()}
+        if isinstance(row, dict)
+        else row
+        for row in rows[:ROWS]
+    ]
 
 
 def _guarded(work: Callable[[Bars], Figures | Iterator[Figures]], as_json: bool, quiet: bool) -> None:
@@ -179,13 +191,10 @@ def run_project(config: ProjectConfig, bars: Bars) -> Figures:
 
 @verb(AlignConfig, "xtoken align capture --student HuggingFaceTB/SmolLM2-135M --out targets --for p-kl,h-kl")
 def run_align(config: AlignConfig, bars: Bars) -> Figures:
-    """Align a capture with a student's tokenizer."""
-    from pipeline.align import align
-    from pipeline.store.figures import target_figures
+    """Align a capture, or several, with a student's tokenizer."""
+    from pipeline.align import run_captures
 
-    began = time.monotonic()
-    manifest = align(config, bars)
-    return target_figures(manifest) | {"seconds": round(time.monotonic() - began, 1), "out": config.out}
+    return run_captures(config, bars)
 
 
 @verb(TrainConfig, "xtoken train targets --student HuggingFaceTB/SmolLM2-135M --loss p-kl --out run")
@@ -257,10 +266,22 @@ def eval_samples(
 
 @verb(InspectConfig, "xtoken inspect capture")
 def run_inspect(config: InspectConfig, bars: Bars) -> Figures:  # noqa: ARG001
-    """Say what a folder is."""
+    """Say what a folder is, or draw a sample of it."""
+    if config.html is not None:
+        from pipeline.page.sample_page import write_page
+
+        return write_page(config)
     from pipeline.store import inspect
 
     return inspect(config.path)
+
+
+@verb(QueryConfig, "xtoken query targets 'FROM disagreements LIMIT 20'")
+def run_query(config: QueryConfig, bars: Bars) -> Figures:  # noqa: ARG001
+    """Ask a capture or targets."""
+    from pipeline.query import query
+
+    return query(config.model_copy(update={"sql": sys.stdin.read()}) if config.sql == "-" else config)
 
 
 @verb(VerifyConfig, "xtoken verify s3://team/capture")

@@ -4,12 +4,11 @@ A field marked ``ARGUMENT`` is positional on the command line. Values that a use
 wrong are checked here, before anything expensive starts.
 """
 
-import re
 from typing import Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from schemas.fields import ARGUMENT, Config, argument, ray_address
+from schemas.fields import ARGUMENT, Config, argument, memory_size, ray_address
 from schemas.tables import LOSSES
 
 RULES = ("pieces", "first-piece", "reverse", "random")
@@ -101,12 +100,7 @@ class AlignConfig(Config):
 
     _an_address = field_validator("ray")(ray_address)
 
-    @field_validator("memory_limit")
-    @classmethod
-    def _a_size(cls, value: str) -> str:
-        if re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", value) is None:
-            raise ValueError(f"{value!r} is no size; write it like 512MB or 2GB")
-        return value
+    _a_limit = field_validator("memory_limit")(memory_size)
 
     @field_validator("losses")
     @classmethod
@@ -308,8 +302,12 @@ class QueryConfig(Config):
     capture: str | None = Field(
         None, description="With targets: the capture they were aligned from, for its views too."
     )
-    out: str | None = Field(None, description="Write the rows here: .parquet, .csv or .json; shown when left out.")
+    out: str | None = Field(
+        None, description="Write the rows here: .parquet, .csv, .json or .jsonl; shown when left out."
+    )
     memory_limit: str = Field("1GB", description="Memory DuckDB may use, such as 512MB or 2GB.")
+
+    _a_limit = field_validator("memory_limit")(memory_size)
 
 
 class VerifyConfig(Config):

@@ -9,7 +9,10 @@ from typer.testing import CliRunner
 import cli
 
 RUNNER = CliRunner()
-VERBS = ("align", "demo", "estimate", "eval", "inspect", "losses", "precompute", "project", "status", "train", "verify")
+VERBS = (
+    *("align", "demo", "estimate", "eval", "inspect", "losses"),
+    *("precompute", "project", "query", "status", "train", "verify"),
+)
 SHARE_VERBS = ("card", "merge", "pull", "push", "verify")
 
 

@@ -1,0 +1,16 @@
+"""Questions about captures and targets, as documented views for DuckDB (docs/query.md)."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from schemas.config import QueryConfig
+
+
+def query(config: "QueryConfig") -> dict[str, Any]:
+    """See ``pipeline.query.run.query``; DuckDB is imported here and not with the package."""
+    from pipeline.query.run import query as run
+
+    return run(config)
+
+
+__all__ = ["query"]

@@ -1,0 +1,10 @@
+-- Rows whose entries are draws.
+-- Needs: sampled, rows
+SELECT
+    sample_id, text, teacher_ids, teacher_end, realised_logprob, space_logprob, first_row, complete, snapped,
+    CAST(drawn AS INTEGER[]) AS kept,
+    NULL::DOUBLE[] AS rest,
+    CAST(entropy AS DOUBLE[]) AS entropy,
+    draw_codes AS codes,
+    unpack_rows(drawn, draw_codes, draw_count) AS unpacked
+FROM capture._stored

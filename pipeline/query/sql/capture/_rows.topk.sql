@@ -1,0 +1,12 @@
+-- Rows whose entries are the most probable tokens.
+-- Needs: topk, rows
+SELECT
+    sample_id, text, teacher_ids, teacher_end, realised_logprob, space_logprob, first_row, complete, snapped,
+    CAST(kept AS INTEGER[]) AS kept,
+    list_transform(
+        rest_gap, lambda gap: CASE WHEN gap = 65535 THEN 0.0 ELSE exp(-CAST(gap AS DOUBLE) * getvariable('step')) END
+    ) AS rest,
+    NULL::DOUBLE[] AS entropy,
+    topk_codes AS codes,
+    unpack_rows(kept, topk_codes, topk_gap) AS unpacked
+FROM capture._stored

@@ -1,0 +1,7 @@
+-- Of a subset without the teacher's distributions.
+SELECT
+    sample_id, text, teacher_ids, teacher_end, realised_logprob, space_logprob, first_row, complete, snapped,
+    NULL::INTEGER[] AS kept,
+    NULL::DOUBLE[] AS rest,
+    NULL::DOUBLE[] AS entropy
+FROM capture._stored

@@ -1,0 +1,42 @@
+-- One row per teacher token, as it stands in the text.
+-- sample_id: the sample
+-- pos: number of the token in its sample, from 0
+-- teacher_id: the token
+-- bytes: its bytes in the vocabulary; none for specials
+-- token: its bytes as text, what is no UTF-8 written like \xe6
+-- start_byte: where it starts in the sample's text
+-- end_byte: where it ends
+-- logprob: nats; log-probability that the teacher gives it there; null for a token without a row
+-- surprise: the same in bits, positive
+-- kept: entries kept in its row; of draws, different tokens drawn
+-- rest: probability of all that the row did not keep; null for draws
+-- entropy: nats; of the whole row, null unless the capture holds draws
+-- space_probability: that a token starting with a space stands here; null where the engine did not say
+SELECT
+    t.sample_id,
+    t.pos,
+    t.teacher_id,
+    teacher_bytes_of(t.teacher_id) AS bytes,
+    teacher_text_of(t.teacher_id) AS token,
+    t.start_byte,
+    t.end_byte,
+    t.logprob,
+    -t.logprob / ln(2) AS surprise,
+    t.kept,
+    t.rest,
+    t.entropy,
+    exp(t.space_logprob) AS space_probability
+FROM (
+    SELECT
+        sample_id,
+        CAST(unnest(range(len(teacher_ids))) AS INTEGER) AS pos,
+        unnest(teacher_ids) AS teacher_id,
+        unnest(starts_of(teacher_end)) AS start_byte,
+        unnest(teacher_end) AS end_byte,
+        unnest(by_token(realised_logprob, first_row)) AS logprob,
+        unnest(by_token(kept, first_row)) AS kept,
+        unnest(by_token(rest, first_row)) AS rest,
+        unnest(by_token(entropy, first_row)) AS entropy,
+        unnest(by_token(space_logprob, first_row)) AS space_logprob
+    FROM capture._rows
+) AS t
