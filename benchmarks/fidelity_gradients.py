@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pipeline.align.chunks import cut
 from pipeline.align.kernels_prefix import prefix_entries
-from pipeline.align.kernels_targets import merged, project_rows, split_targets
+from pipeline.align.kernels_project import project_rows
+from pipeline.align.kernels_targets import merged, split_targets
 from pipeline.align.prefix import PrefixMaps
 from pipeline.align.rows import Rows
 from pipeline.align.targets import Routes

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from pipeline.align.chunks import Joined, chunks_per_sample
 from pipeline.align.kernels import realised
-from pipeline.align.kernels_targets import FATES, MASS_CLASSES, project_rows, split_targets
+from pipeline.align.kernels_project import FATES, MASS_CLASSES, project_rows
+from pipeline.align.kernels_targets import split_targets
 from pipeline.align.prefix import PrefixMaps, prefix_columns
 from pipeline.align.rows import Recipe, RowBatch, Rows, merge_rows
 from pipeline.project.projection import TO_REST, Projection, Unreached

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.align.kernels_targets import FATES, MASS_CLASSES, project_rows
+from pipeline.align.kernels_project import FATES, MASS_CLASSES, project_rows
 from pipeline.align.queries import query
 
 SIZE = 60

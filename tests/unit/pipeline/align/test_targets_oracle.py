@@ -18,7 +18,7 @@ import pytest
 
 from pipeline.align.checks import Rules, summary_batch
 from pipeline.align.chunks import Joined, join
-from pipeline.align.kernels_targets import project_rows
+from pipeline.align.kernels_project import project_rows
 from pipeline.align.parts import CaptureParts
 from pipeline.align.queries import query
 from pipeline.align.rows import Recipe
