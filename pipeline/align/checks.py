@@ -1,7 +1,7 @@
 """What must hold in every part of targets before it is published, said in SQL (``sql/check``). A breach is a defect.
 
-What has an element per entry is too much to hold until a part is whole, so numpy and a kernel boil it down to figures
-per sample and per chunk first; SQL judges them.
+What has an element per entry is too much to hold until a part is whole, so numpy and a kernel boil it down to extremes
+of each sample first; SQL judges them, and the bytes that chunks cover.
 
 Shapes: N samples, C chunks and K entries of all samples of a batch together.
 """
@@ -24,7 +24,6 @@ from pipeline.align.rows import Recipe
 from pipeline.align.targets import Maps
 from pipeline.store.columns import flat, list_lengths
 from schemas.errors import VerificationError
-from schemas.tables import target_columns
 
 # What a chunk's (byte-prefix: a token's) entries add up to: its name, counts and log-probabilities, and REST.
 _MASSES = {
@@ -40,13 +39,17 @@ _MASSES = {
     ),
     "sparse-kl": (("skl_mass", (("skl_count", "skl_logprob"),), "skl_rest_logprob"),),
 }
-_IDS = ("pkl_ids", "hkl_common_ids", "gold_ids", "prefix_ids", "child_low", "child_high", "skl_ids")
+# Columns of which the smallest and largest of each sample are judged, the largest, and those that are.
+_IDS = ("student_ids", "pkl_ids", "hkl_common_ids", "gold_ids", "prefix_ids", "child_low", "child_high", "skl_ids")
+_LOGPROBS = ("teacher_logprob", "factor_logprob", "alm_space_logprob")
+_AS_THEY_ARE = ("sample_id", "student_ids", "student_end", "chunk_student_end", "chunk_teacher_end")
+_CONFIDENCE = ("teacher_entropy", "teacher_top1")
 
 
 def summary_batch(
     batch: pa.RecordBatch, samples: Sequence[Joined], found: pa.RecordBatch, losses: Sequence[str]
 ) -> pa.Table:
-    """What ``Rules`` judges: columns of a batch of targets but the entries, and what these boil down to.
+    """What ``Rules`` judges, a row per sample: its tokens and chunks, and the extremes of everything else.
 
     Args:
         batch: of ``CaptureParts.read``.
@@ -54,45 +57,71 @@ def summary_batch(
         found: their targets.
         losses: that the targets serve.
     """
-    whole = [name for name, axis in target_columns(losses) if axis in ("sample", "token", "chunk")]
-    columns: dict[str, Any] = {name: found[name] for name in whole}
-    at = pa.array([sample.at for sample in samples], pa.int64())
-    columns["teacher_byte"] = batch["teacher_end"].take(at)
-    for name in set(found.schema.names).intersection(_IDS):
-        columns[f"{name}_low"], columns[f"{name}_high"] = _extremes(found, name)
-    if "child_low" in columns or "child_low" in found.schema.names:
-        columns["child_narrowest"] = _least(found, "child_low", flat(found, "child_high") - flat(found, "child_low"))
+    columns: dict[str, Any] = {name: found[name] for name in (*_AS_THEY_ARE, *_CONFIDENCE)}
+    columns["teacher_end"] = batch["teacher_end"].take(pa.array([sample.at for sample in samples], pa.int64()))
+    lead_N = np.array([sample.chunks.lead for sample in samples], np.int32)
+    columns["lead"] = pa.array(lead_N)
+    columns["student_end_step"] = _least_step(found, "student_end", np.zeros_like(lead_N))
+    for name in ("chunk_student_end", "chunk_teacher_end"):
+        columns[f"{name}_step"] = _least_step(found, name, lead_N)
+    present = set(found.schema.names)
+    for name in present.intersection(_IDS):
+        lengths_N, values = list_lengths(found, name), flat(found, name)
+        columns[f"{name}_low"] = _reduced(np.minimum, values, lengths_N)
+        columns[f"{name}_high"] = _reduced(np.maximum, values, lengths_N)
+    for name in present.intersection(_LOGPROBS):
+        columns[f"{name}_high"] = _greatest(flat(found, name), list_lengths(found, name))
+    if "child_low" in present:
+        width_K = flat(found, "child_high") - flat(found, "child_low")
+        columns["child_range_low"] = _reduced(np.minimum, width_K, list_lengths(found, "child_low"))
     for loss in losses:
         for name, parts, rest in _MASSES.get(loss, ()):
-            columns[name] = _mass(found, parts, rest)
+            columns.update(_masses(found, name, parts, rest))
     return pa.table(columns)
 
 
-def _extremes(found: pa.RecordBatch, name: str) -> tuple[pa.Array, pa.Array]:
-    """Smallest and largest of each sample's ids, [N]; null where it has none."""
-    values = flat(found, name)
-    low = _least(found, name, values)
-    return low, pc.negate(_least(found, name, -values.astype(np.int64)))
+def _reduced(by: np.ufunc, values: NDArray[Any], lengths_N: NDArray[np.int64]) -> pa.Array:
+    """One value for each sample's consecutive ``lengths_N`` ones, [N]; null where it has none."""
+    filled_N = lengths_N > 0
+    found_N = np.zeros(len(lengths_N), values.dtype)
+    if filled_N.any():
+        found_N[filled_N] = by.reduceat(values, (np.cumsum(lengths_N) - lengths_N)[filled_N])
+    return pa.array(found_N, mask=~filled_N)
 
 
-def _least(found: pa.RecordBatch, name: str, values: NDArray[Any]) -> pa.Array:
-    """Smallest of each sample's ``values``, which are as many as its elements of column ``name``, [N]; or null."""
-    lengths_N = list_lengths(found, name)
-    starts_N = np.cumsum(lengths_N) - lengths_N
-    least_N = np.zeros(len(lengths_N), np.int64)
-    filled = lengths_N > 0
-    if filled.any():
-        least_N[filled] = np.minimum.reduceat(values, starts_N[filled])
-    return pa.array(least_N, mask=~filled)
+def _greatest(values: NDArray[Any], lengths_N: NDArray[np.int64]) -> pa.Array:
+    """The largest number of each sample's values, [N]; null where it has none but NaN."""
+    found = _reduced(np.fmax, values, lengths_N)
+    return pc.if_else(pc.is_nan(found), pa.scalar(None, found.type), found)
 
 
-def _mass(found: pa.RecordBatch, parts: Sequence[tuple[str, str]], rest: str | None) -> pa.Array:
-    """What the entries of some columns, and REST where it is known, add up to; a list per sample."""
+def _least_step(found: pa.RecordBatch, name: str, spared_N: NDArray[np.int32]) -> pa.Array:
+    """The least that a list of ends goes up by, from 0 on, [N]; ``spared_N`` is added to the first step of each."""
+    lengths_N, values = list_lengths(found, name), flat(found, name)
+    step = np.diff(values, prepend=values[:0].dtype.type(0))
+    first_N, filled_N = np.cumsum(lengths_N) - lengths_N, lengths_N > 0
+    step[first_N[filled_N]] = values[first_N[filled_N]] + spared_N[filled_N]
+    return _reduced(np.minimum, step, lengths_N)
+
+
+def _masses(
+    found: pa.RecordBatch, name: str, parts: Sequence[tuple[str, str]], rest: str | None
+) -> dict[str, pa.Array]:
+    """Extremes of what the entries of some columns add up to with REST where it is known, of REST and of counts."""
+    lengths_N = list_lengths(found, parts[0][0])
     total_C = np.sum([masses(flat(found, count), flat(found, logprob)) for count, logprob in parts], axis=0)
+    columns = {}
     if rest is not None:
-        total_C = total_C + np.nan_to_num(np.exp(flat(found, rest).astype(np.float64)))
-    offsets = np.concatenate([[0], np.cumsum(list_lengths(found, parts[0][0]))]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(total_C))
+        rest_C = flat(found, rest)
+        unknown_C = np.isnan(rest_C)
+        total_C = total_C + np.where(unknown_C, 0.0, np.exp(rest_C.astype(np.float64)))
+        columns[f"{rest}_high"] = _greatest(rest_C, lengths_N)
+        columns[f"{rest}_unknown"] = _reduced(np.add, unknown_C.astype(np.int32), lengths_N)
+    for count, _ in parts:
+        columns[f"{count}_low"] = _reduced(np.minimum, flat(found, count), lengths_N)
+    columns[f"{name}_low"] = _reduced(np.minimum, total_C, lengths_N)
+    columns[f"{name}_high"] = _reduced(np.maximum, total_C, lengths_N)
+    return columns
 
 
 @dataclass(frozen=True)
