@@ -109,7 +109,7 @@ def _masses(
 ) -> dict[str, pa.Array]:
     """Extremes of what the entries of some columns add up to with REST where it is known, of REST and of counts."""
     lengths_N = list_lengths(found, parts[0][0])
-    total_C = np.sum([masses(flat(found, count), flat(found, logprob)) for count, logprob in parts], axis=0)
+    total_C = np.sum([masses(flat(found, count), np.exp(flat(found, logprob))) for count, logprob in parts], axis=0)
     columns = {}
     if rest is not None:
         rest_C = flat(found, rest)

@@ -71,13 +71,13 @@ def _joined(
 
 
 @compiled
-def masses(count_C: NDArray[np.int32], logprob_K: NDArray[np.float32]) -> NDArray[np.float64]:
+def masses(count_C: NDArray[np.int32], p_K: NDArray[np.float32]) -> NDArray[np.float64]:
     """What the probabilities of each target add up to, [C]."""
     mass_C = np.zeros(len(count_C), np.float64)
     at = 0
     for chunk in range(len(count_C)):
         for _ in range(count_C[chunk]):
-            mass_C[chunk] += np.exp(np.float64(logprob_K[at]))
+            mass_C[chunk] += p_K[at]
             at += 1
     return mass_C
 
