@@ -60,10 +60,10 @@ def bare(backend: Any, texts: Texts) -> int:
     return found
 
 
-def offsets(backend: Any, texts: list[list[str]]) -> int:
+def offsets(backend: Any, texts: Texts) -> int:
     """Tokens and the characters that each spans: what aligning on character offsets would read (see ``bare``)."""
     found = 0
-    for batch in texts:
+    for batch, _ in texts:
         found += sum(len(one.ids) for one in backend.encode_batch(batch, add_special_tokens=False) if one.offsets)
     return found
 
