@@ -125,13 +125,16 @@ def whole_rows(
             total += p_K[at]
             at += 1
         offsets[row + 1] = at
-        scale = np.log(total)
-        rest_R[row] = -np.inf if rest_gap_R[row] == _NO_REST else -(rest_gap_R[row] * step) - scale
-        if rest_R[row] > -np.inf:
-            entropy_R[row] = -np.exp(rest_R[row]) * rest_R[row]
+        scale, share, entropy = np.log(total), 1 / total, 0.0
         for entry in range(low, at):
             logprob_K[entry] -= scale
-            p_K[entry] /= total
-            entropy_R[row] -= p_K[entry] * logprob_K[entry]
-            top_R[row] = max(top_R[row], p_K[entry])
+            p_K[entry] *= share
+            entropy -= p_K[entry] * logprob_K[entry]
+        if rest_gap_R[row] == _NO_REST:
+            rest_R[row] = -np.inf
+        else:
+            rest_R[row] = -(rest_gap_R[row] * step) - scale
+            entropy -= np.exp(rest_R[row]) * rest_R[row]
+        entropy_R[row] = entropy
+        top_R[row] = p_K[low] if at > low else 0.0  # gaps are not negative: the first is the largest
     return offsets, logprob_K, p_K, rest_R, entropy_R, top_R
