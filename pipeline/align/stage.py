@@ -1,8 +1,8 @@
-"""One part of a capture to one part of targets: DuckDB reads, the student encodes, the kernels build.
+"""One part of a capture to one part of targets: read, tokenize, cut, project, write, prove.
 
 The kernels are fed Arrow batches rather than registered as DuckDB functions: a chunk's target needs the student's
-tokens, which come from Python anyway, so a function inside the query would add a second crossing and save none.
-Memory stays bounded by the batch (32 samples) and by DuckDB's own limit, whatever the corpus.
+tokens, which come from Python anyway, and a function inside a query measures slower. Memory stays bounded by the batch
+(at most 32 samples) and by DuckDB's own limit, whatever the corpus.
 """
 
 from collections import Counter
@@ -104,6 +104,7 @@ class AlignWorker(OneByOne):
 
         Raises:
             XtokenError: the capture part cannot be read within the memory limit, or holds no text.
+            VerificationError: the capture part is not the one recorded, or the targets break a rule.
         """
         del attempt, tell  # a part is done within seconds
         written = _Written(targets(self.job.config.losses))
