@@ -100,11 +100,16 @@ def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
     return lambda line: request.node.user_properties.append((FIGURE, line))
 
 
+# Integration tests that start no cluster, engine or server: they may run beside those that do.
+_LIGHT = ("test_align.py", "test_align_several.py", "test_page_browser.py", "test_readers.py", "test_interrupt.py")
+
+
 class _Scheduling(LoadScopeScheduling):
-    """Integration tests one after the other, since they need cores and ports; unit tests by file beside them."""
+    """Integration tests one after the other, since they need cores and ports; light ones and unit tests beside them."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "integration" if nodeid.startswith("tests/integration/") else nodeid.split("::", 1)[0]
+        file = nodeid.split("::", 1)[0]
+        return "integration" if file.startswith("tests/integration/") and not file.endswith(_LIGHT) else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:

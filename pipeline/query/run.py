@@ -117,18 +117,11 @@ def opened(config: QueryConfig, stack: ExitStack) -> Asked:
 
 
 def session(config: QueryConfig) -> Any:
-    """DuckDB in memory, to be closed.
-
-    Raises:
-        XtokenError: the memory limit is no size.
-    """
+    """DuckDB in memory, to be closed."""
     import duckdb
 
     settings = {**_SETTINGS, "memory_limit": config.memory_limit, "threads": len(os.sched_getaffinity(0))}
-    try:
-        return duckdb.connect(config=settings)
-    except duckdb.Error as error:
-        raise XtokenError(f"--memory-limit: {config.memory_limit!r} is no size; write it like 512MB or 2GB") from error
+    return duckdb.connect(config=settings)
 
 
 def prepare(connection: Any, asked: Asked, text: str) -> None:
