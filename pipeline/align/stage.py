@@ -63,8 +63,6 @@ class AlignJob:
             XtokenError: the tokenizer is no longer the one W was built for.
             VerificationError: the capture's vocabulary is damaged.
         """
-        # Arrow's own allocator keeps what it once had, some 90 MB; the system's gives it back.
-        pa.set_memory_pool(pa.system_memory_pool())
         config = self.config
         tokenizer = load_tokenizer(config.student)
         refuse_other_tokenizer("student", tokenizer.table.info, self.projection.student)
