@@ -6,11 +6,13 @@ up to who wrote it: files of their own are how they join what they know.
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import Thread
 from typing import Any
 
 from pipeline.query.folders import CaptureFolder, TargetsFolder, refuse_other_capture, register
@@ -31,6 +33,7 @@ _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
 _READING = ("SELECT", "EXPLAIN", "MULTI")  # MULTI is PIVOT
 _OF_DUCKDB = re.compile(r"[A-Z][\w ]* Error: ")
 _INTERRUPTED = "INTERRUPT Error"
+_MOMENT = 0.1  # seconds
 _LINES = 4  # of a message of DuckDB's; the rest is memory advice and hints of its own
 
 
@@ -81,13 +84,24 @@ def _answer(connection: Any, text: str, out: str | None) -> dict[str, Any]:
 
 def _interruptible(connection: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Do the work in a thread: DuckDB does not look for Ctrl-C while it runs, so whoever waits does."""
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(work)
-        try:
-            return running.result()
-        except KeyboardInterrupt:
+    outcome: Future[dict[str, Any]] = Future()
+    thread = Thread(target=_fulfil, args=(outcome, work), daemon=True)
+    try:
+        thread.start()
+        return outcome.result()
+    except KeyboardInterrupt:
+        time.sleep(_MOMENT)  # a thread that is only starting does not count as alive
+        while thread.is_alive():  # and a query that is only being planned does not hear it
             connection.interrupt()
-            raise
+            thread.join(_MOMENT)
+        raise
+
+
+def _fulfil(outcome: "Future[dict[str, Any]]", work: Callable[[], dict[str, Any]]) -> None:
+    try:
+        outcome.set_result(work())
+    except BaseException as error:
+        outcome.set_exception(error)
 
 
 def opened(config: QueryConfig, stack: ExitStack) -> Asked:

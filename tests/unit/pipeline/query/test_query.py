@@ -106,8 +106,10 @@ def test_memory_is_limited_and_nothing_spills(capture: Path, monkeypatch: pytest
         ask(capture, "SELECT 1", memory_limit="much")
 
 
-def test_ctrl_c_stops_a_query(capture: Path) -> None:
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+@pytest.mark.parametrize("seconds", [0.05, 0.15, 0.5])
+def test_ctrl_c_stops_a_query(capture: Path, seconds: float) -> None:
+    """Whether it runs already or is only being planned."""
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     endless = "SELECT count(*) FROM range(10000000) AS a, range(10000000) AS b WHERE a.range + b.range = 3.5"
     with pytest.raises(KeyboardInterrupt):
