@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.tokens.interface import Encoded
-from pipeline.tokens.kernels import NOT_REJOINED, rejoined_ends
 from pipeline.tokens.rejoin import METASPACE, Block, blocks, differing_block, dummy_space, map_ends
 from pipeline.tokens.table import TokenTable
 from schemas.errors import XtokenError
@@ -93,9 +91,6 @@ class HfTokenizer:
         return b"".join(map(self._pieces.__getitem__, ids))
 
     def _place(self, text: str, ids: list[int], *, keep_text: bool) -> Encoded:
-        encoded = self._rejoined(text, np.array(ids, dtype=np.int32))
-        if encoded is not None:
-            return encoded
         joined, spelt = self._joined(ids), self._spelt(text)
         space = dummy_space(joined, spelt)
         if space is not None:
@@ -105,14 +100,6 @@ class HfTokenizer:
         if normal != text:
             return self._place(normal, self._ids(normal), keep_text=True)
         return self._snap(text, ids, joined)
-
-    def _rejoined(self, text: str, ids_T: NDArray[np.int32]) -> Encoded | None:
-        """The tokens with their ends where they are the text's own bytes, as nearly always; else None."""
-        if self.table.info.kind == "metaspace" and METASPACE in text:
-            return None
-        raw = np.frombuffer(text.encode(), np.uint8)
-        space, end_T = rejoined_ends(ids_T, self.table.data, self.table.offsets, raw)
-        return None if space == NOT_REJOINED else Encoded(text, ids_T, end_T, snapped=False)
 
     def _snap(self, text: str, ids: list[int], joined: bytes) -> Encoded:
         space = dummy_space(joined, self._seen(text))
