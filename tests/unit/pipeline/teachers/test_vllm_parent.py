@@ -78,3 +78,9 @@ def test_the_dead_and_the_waiting_have_no_start() -> None:
         assert vllm_parent._started(process.pid) == ""
     assert vllm_parent._started(process.pid) == ""
     assert vllm_parent._started(os.getpid()) != ""
+
+
+def test_what_an_engines_worker_imports_holds_no_numba() -> None:
+    """vLLM looks at everything in every module when it starts on a CPU, and trips over what numba's hold."""
+    code = "import sys, pipeline.teachers.vllm_parent, pipeline.tokens; assert 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
