@@ -74,12 +74,11 @@ def _show(figures: Figures, as_json: bool) -> None:
 
 def _first_rows(rows: list[Any]) -> list[Any]:
     """What a terminal is shown of a table: some rows, and of long texts the beginning."""
-    return [
-        {name: f"{v[:LETTERS]} ..." if isinstance(v, str) and len(v) > LETTERS else v for name, v in row.items()}
-        if isinstance(row, dict)
-        else row
-        for row in rows[:ROWS]
-    ]
+    return [{k: _beginning(v) for k, v in row.items()} if isinstance(row, dict) else row for row in rows[:ROWS]]
+
+
+def _beginning(value: Any) -> Any:
+    return f"{value[:LETTERS]} ..." if isinstance(value, str) and len(value) > LETTERS else value
 
 
 def _guarded(work: Callable[[Bars], Figures | Iterator[Figures]], as_json: bool, quiet: bool) -> None:

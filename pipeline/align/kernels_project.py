@@ -99,7 +99,6 @@ def project_rows(
                 # a sum over another may come out a hair above 1
                 magnitude[at] = max(0.0, 0.0 - np.log(max(p[at], _TINY) / total))
                 key[at] = (np.int64(bits[at]) << 32) | ids[at]
-                slot[ids[at]] = -1
         kept = _sorted_by_key(key, found, most)
         for at in range(kept):
             bits[0] = np.uint32(key[at] >> 32)
@@ -167,7 +166,7 @@ def _spread(
 ) -> tuple[int, float, float]:
     """One row's entries through the map into ``ids`` and ``p``, each id once, and ``mass_5``.
 
-    ``slot``, all -1 before, says afterwards where an id stands.
+    ``slot``, all -1 before and after, says where an id stands.
 
     Returns:
         how many ids there are, the mass that goes to REST, and that of the ids.
@@ -187,6 +186,8 @@ def _spread(
                 sum_p += share
         elif fate == _TO_REST:
             to_rest += p_K[at]
+    for at in range(found):
+        slot[ids[at]] = -1
     return found, to_rest, sum_p
 
 
