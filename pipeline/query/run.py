@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -88,6 +88,9 @@ def _interruptible(connection: Any, work: Callable[[], dict[str, Any]]) -> dict[
     thread = Thread(target=_fulfil, args=(outcome, work), daemon=True)
     try:
         thread.start()
+        # A look every moment: a signal that another thread receives does not wake one that waits for a lock.
+        while not wait([outcome], timeout=_MOMENT).done:
+            pass
         return outcome.result()
     except KeyboardInterrupt:
         time.sleep(_MOMENT)  # a thread that is only starting does not count as alive
