@@ -23,17 +23,16 @@ from schemas.capture_config import CorpusConfig, EstimateConfig, PrecomputeConfi
 from schemas.config import (
     AlignConfig,
     DemoConfig,
-    EvalConfig,
     InspectConfig,
     ProjectConfig,
     QueryConfig,
-    TrainConfig,
     VerifyConfig,
 )
 from schemas.errors import PartlyDone, XtokenError
 from schemas.flags import build, build_each, command, flag, options
 from schemas.progress import Bars
 from schemas.share_config import CardConfig, MergeConfig, PullConfig, PushConfig
+from schemas.train_config import EvalConfig, TrainConfig
 from trainer.report.tables import figure_tables
 
 if TYPE_CHECKING:
@@ -202,7 +201,7 @@ def run_train(config: TrainConfig, bars: Bars) -> Figures:
     from pipeline.tokens import load_tokenizer
     from trainer.loop import train
 
-    tokenizer = load_tokenizer(config.tokenizer or config.student, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(config.tokenizer_source, trust_remote_code=config.trust_remote_code)
     samples = eval_samples(config.eval_text, tokenizer, config.max_tokens) if config.eval_text else []
     summary = train(config, tokenizer.table.info, samples, bars)
     return summary | ({"learned_w": _learned_w(config, summary["learned_w"])} if "learned_w" in summary else {})

@@ -26,10 +26,10 @@ from pipeline.project.projection import EXACT, Projection
 from pipeline.teachers.base import shows_bos
 from pipeline.tokens import TextTokenizer, load_tokenizer
 from schemas.capture_config import PrecomputeConfig
-from schemas.config import LossOptions
+from schemas.train_config import LossOptions
+from trainer.data.samples import context_token
 from trainer.losses import open_loss
 from trainer.losses.base import Loss, LossSetup, ProjectionArrays, View, VocabArrays
-from trainer.samples import context_token
 
 LOSSES = ("p-kl", "byte-prefix", "sparse-kl")
 TOKENS = 256  # teacher tokens of a window

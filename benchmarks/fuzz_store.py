@@ -164,12 +164,12 @@ def _train(root: str, _out: str) -> None:
     """Open targets, read every row group, build samples and score them with a tiny student."""
     import torch
 
+    from trainer.data.micro import split_micros
+    from trainer.data.samples import Layout, context_token, read_sample
+    from trainer.data.targets import Targets
     from trainer.losses import open_loss
     from trainer.losses.base import LossSetup
-    from trainer.micro import split_micros
-    from trainer.samples import Layout, context_token, read_sample
     from trainer.step import Student, measure
-    from trainer.targets import Targets
 
     targets = Targets(root)
     info = targets.manifest.student

@@ -39,16 +39,16 @@ from torch import Tensor
 from benchmarks.losses_dense import gradient, load_dense
 from benchmarks.losses_inputs import POSITIONS, K, prepare
 from benchmarks.machine import machine
-from schemas.config import LossOptions
 from schemas.tables import LOSSES
-from trainer.batches import Loader
+from schemas.train_config import LossOptions
+from trainer.data.batches import Loader
+from trainer.data.micro import Micro
+from trainer.data.samples import Layout, context_token
+from trainer.data.sources import Sources
+from trainer.data.targets import Targets
 from trainer.losses import open_loss
 from trainer.losses.base import Loss, LossSetup
-from trainer.micro import Micro
-from trainer.samples import Layout, context_token
-from trainer.sources import Sources
 from trainer.step import Student, write_gradient
-from trainer.targets import Targets
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

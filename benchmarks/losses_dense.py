@@ -24,10 +24,10 @@ from pipeline.align.prefix import PrefixMaps
 from pipeline.project.projection import Projection
 from pipeline.store import iter_capture, load_vocab
 from pipeline.tokens import TokenTable
-from schemas.config import LossOptions
+from schemas.train_config import LossOptions
+from trainer.data.micro import Micro
+from trainer.data.targets import Targets
 from trainer.losses.alm import binary_kl
-from trainer.micro import Micro
-from trainer.targets import Targets
 
 OPTIONS = LossOptions()
 EPS = 1e-6

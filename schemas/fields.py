@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 ARGUMENT: Any = {"argument": True}
+ARGUMENTS: Any = {"argument": True, "many": True}  # several words on the command line
 
 
 def argument(description: str) -> Any:

@@ -31,7 +31,7 @@ def options(model: type[BaseModel], repeat: str | None = None) -> list[inspect.P
     for name, field in model.model_fields.items():
         kind: Any = field.annotation
         default: Any = inspect.Parameter.empty if field.default is PydanticUndefined else field.default
-        if kind in LISTS:
+        if kind in LISTS and not _many(field):
             kind, default = str, default if default is inspect.Parameter.empty else ",".join(map(str, default))
         if name == repeat:
             kind = list[kind]
@@ -53,6 +53,11 @@ def _info(name: str, field: FieldInfo, repeat: str | None) -> Any:
     return typer.Option(shown, help=f"{field.description}{again}")
 
 
+def _many(field: FieldInfo) -> bool:
+    """Whether an argument takes several words."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("many"))
+
+
 def build(model: type[C], values: dict[str, Any]) -> C:
     """The configuration that words of the command line make; lists are still text.
 
@@ -62,7 +67,8 @@ def build(model: type[C], values: dict[str, Any]) -> C:
     given = dict(values)
     for name, field in model.model_fields.items():
         if field.annotation in LISTS and name in given:
-            given[name] = [item.strip() for item in str(given[name]).split(",") if item.strip()]
+            words = given[name] if isinstance(given[name], list) else [given[name]]
+            given[name] = [item.strip() for word in words for item in str(word).split(",") if item.strip()]
     try:
         return model(**given)
     except ValidationError as error:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.targets import Targets
 from trainer.losses.base import Loss
 from trainer.losses.pkl import PKL
-from trainer.targets import Targets
 
 
 def save_weights(losses: Sequence[Loss], folders: Sequence[Targets], root: Path) -> list[dict[str, Any]]:

@@ -9,24 +9,32 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from schemas.config import TrainConfig
 from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo
 from schemas.progress import Progress
-from trainer.batches import Loader, Position, StepBatch
+from schemas.train_config import TrainConfig
 from trainer.checkpoint import restore_checkpoint, save_checkpoint
+from trainer.data.batches import Loader, Position, StepBatch
+from trainer.data.samples import Layout, context_token
+from trainer.data.sources import Sources
+from trainer.data.targets import Targets
 from trainer.evaluate import EvalSample, held_out_targets, measure_student
 from trainer.learned_w import save_weights
 from trainer.losses import open_loss
 from trainer.losses.base import Loss, LossSetup
 from trainer.metrics import Metrics
-from trainer.model import check_context, check_width, head_width, load_student, pick_autocast, pick_device, save_student
 from trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from trainer.run import Run
-from trainer.samples import Layout, context_token
-from trainer.sources import Sources
 from trainer.step import Figures, Mixing, Student, run_step
-from trainer.targets import Targets
+from trainer.student.model import (
+    check_context,
+    check_width,
+    head_width,
+    load_student,
+    pick_autocast,
+    pick_device,
+    save_student,
+)
 
 
 @dataclass
@@ -103,7 +111,7 @@ def _to_the_end(training: _Training, held_out: _HeldOut, progress: Progress) -> 
     before = _evaluate(training, held_out, "before", progress)
     _train_steps(training, progress)
     after = _evaluate(training, held_out, "after", progress)
-    save_student(training.student.model, training.config.student, training.run.model)
+    save_student(training.student.model, training.config.source, training.run.model)
     summary = _summary(training) | {k: v for k, v in (("before", before), ("after", after)) if v}
     learned = save_weights(training.losses, training.loader.sources.folders, training.run.root)
     summary |= {"learned_w": learned} if learned else {}
@@ -120,9 +128,9 @@ def _start(config: TrainConfig, folders: list[Targets], tokenizer: TokenizerInfo
     for targets in folders:  # the sha256 of their side tables is checked before the model loads
         _ = targets.w, targets.vocab
     needed = max(targets.needed_width for targets in folders)
-    model = load_student(config.student, device, config.trust_remote_code)
-    check_width(model, needed, config.student)
-    check_context(model, config.max_tokens, config.student)
+    model = load_student(config.source, device, config.trust_remote_code)
+    check_width(model, needed, config.source)
+    check_context(model, config.max_tokens, config.source)
     model.train()
     torch.manual_seed(config.seed)
     vocabulary = min(tokenizer.size, head_width(model))

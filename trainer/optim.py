@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from schemas.config import TrainConfig
+from schemas.train_config import TrainConfig
 from trainer.losses.base import Loss
 
 FLOOR = 0.1  # share of the peak learning rate at the last step

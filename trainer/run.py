@@ -5,11 +5,11 @@ from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
 
-from schemas.config import TrainConfig
 from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo, digest, provenance
-from trainer.model import write_json
-from trainer.targets import Targets
+from schemas.train_config import TrainConfig
+from trainer.data.targets import Targets
+from trainer.student.model import write_json
 
 RUN, SUMMARY = "run.json", "summary.json"
 # Where files lie, where the model runs and how often it is saved may change between two starts of one run.

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.batches import StepBatch
+from trainer.data.batches import StepBatch
+from trainer.data.micro import Lesson, Micro
 from trainer.losses.base import FeatureLoss, Loss, View
 from trainer.losses.ce import cross_entropy_total
-from trainer.micro import Lesson, Micro
 
 # Log-probabilities held at once: 16 MB in float32, near a CPU's cache. A GPU wants fewer, larger launches: 128 MB.
 BLOCK_ELEMENTS = 1 << 22

@@ -7,7 +7,7 @@ logarithms are natural.
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.compiled import compiled
+from schemas.compiled import compiled
 
 
 @compiled

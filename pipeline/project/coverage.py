@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.project.categories import HOLE, NUMERALS, categories, label
+from pipeline.project.categories import HOLE, categories
 from pipeline.project.mass import Mass
 from pipeline.project.projection import EXACT, KINDS, PIECES, TO_REST, Projection
-from schemas.config import CATEGORIES
+from schemas.categories import CATEGORIES, NUMERALS, label
 
 if TYPE_CHECKING:
     from pipeline.tokens import TokenTable

@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.page.frame import document, escaped, facts, short
-from pipeline.project.categories import NUMERALS, label
 from pipeline.project.coverage import EMPTY, Audit
 from pipeline.project.page_style import STYLE
 from pipeline.project.projection import EXACT, KINDS, ROLE
-from schemas.config import CATEGORIES
+from schemas.categories import CATEGORIES, NUMERALS, label
 
 if TYPE_CHECKING:
     from pipeline.tokens import TokenTable

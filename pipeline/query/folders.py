@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.project.categories import category
 from pipeline.query.functions import Function, Lookup, Spell, row_functions
 from pipeline.store.checks import CaptureCheck, refuse_other_columns
 from pipeline.store.codes import inverse, read_codes
 from pipeline.store.files import Folder
 from pipeline.store.left_out import without_rows
 from pipeline.store.reader import VOCAB_FILE, load_vocab, local_part, read_side_table, records
+from schemas.categories import category
 from schemas.errors import VerificationError, XtokenError
 from schemas.limits import check_file, reading
 from schemas.manifest import CaptureManifest, Part, TargetManifest, content_hash, read_manifest

@@ -34,7 +34,7 @@ from schemas.config import AlignConfig
 from schemas.errors import IncompleteRun, VerificationError, XtokenError
 from schemas.manifest import MANIFEST, CaptureManifest, TargetManifest, read_manifest
 from schemas.progress import Silent
-from trainer.targets import Targets
+from trainer.data.targets import Targets
 
 KILLS = 6
 

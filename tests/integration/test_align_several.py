@@ -14,8 +14,8 @@ from pipeline.capture import precompute
 from pipeline.store import verify
 from schemas.capture_config import PrecomputeConfig
 from schemas.progress import Silent
-from trainer.sources import Sources
-from trainer.targets import Targets
+from trainer.data.sources import Sources
+from trainer.data.targets import Targets
 
 LONG = "a longer document, which small windows cut: " * 20
 

@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 import cli
 from pipeline.store import load_vocab
 from pipeline.tokens import TokenTable, load_tokenizer
-from schemas.config import LossOptions
-from trainer.batches import Loader
+from schemas.train_config import LossOptions
+from trainer.data.batches import Loader
+from trainer.data.samples import Layout, context_token
+from trainer.data.sources import Sources
+from trainer.data.targets import Targets
 from trainer.losses import open_loss
 from trainer.losses.base import LossSetup
-from trainer.model import load_student
-from trainer.samples import Layout, context_token
-from trainer.sources import Sources
 from trainer.step import Student, measure
-from trainer.targets import Targets
+from trainer.student.model import load_student
 
 TEXT = Path(cli.__file__).parent / "examples" / "data" / "moby-dick-held-out.jsonl"
 MIXED = "Zażółć gęślą jaźń; 1851 + 42 = 1893.\nfor x in range(10):\n    print(f'{x}')  # 🐋 鯨 кит"

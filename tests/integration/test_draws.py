@@ -24,12 +24,12 @@ from pipeline.project.files import read_projection
 from pipeline.store import iter_capture, load_vocab
 from pipeline.teachers.fake_teacher import FakeTeacher
 from pipeline.tokens import load_tokenizer
-from schemas.config import LossOptions
 from schemas.manifest import TeacherInfo
 from schemas.tables import target_columns
+from schemas.train_config import LossOptions
+from trainer.data.targets import Targets
 from trainer.losses import open_loss
 from trainer.losses.base import LossSetup, View
-from trainer.targets import Targets
 
 DOCUMENTS, DRAWS = 200, 12
 REPEATED = "\nthe mill waits for rain; 27 boats, and the river runs."

@@ -23,7 +23,7 @@ import pytest
 from s3_server import S3Server
 
 import cli
-from trainer.targets import Targets
+from trainer.data.targets import Targets
 
 ROOT = Path(cli.__file__).parent
 TEXT = ROOT / "examples" / "data" / "moby-dick-held-out.jsonl"

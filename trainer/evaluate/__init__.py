@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from schemas.config import EvalConfig
 from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo
 from schemas.progress import Progress
+from schemas.train_config import EvalConfig
 from trainer.evaluate.samples import EvalSample
 
 if TYPE_CHECKING:
+    from trainer.data.targets import Targets
     from trainer.step import Student
-    from trainer.targets import Targets
 
 __all__ = ["EvalSample", "evaluate", "held_out_targets", "measure_student"]
 
@@ -27,8 +27,8 @@ def evaluate(
     Raises:
         XtokenError: the model cannot be loaded, does not fit the tokenizer, or the targets do not fit either.
     """
-    from trainer.model import check_context, check_width, head_width, load_student, pick_autocast, pick_device
     from trainer.step import Student
+    from trainer.student.model import check_context, check_width, head_width, load_student, pick_autocast, pick_device
 
     device = pick_device(config.device)
     targets = held_out_targets(config.targets, tokenizer) if config.targets else None
@@ -51,7 +51,7 @@ def held_out_targets(root: str, tokenizer: TokenizerInfo) -> "Targets":
     Raises:
         XtokenError: they serve no P-KL at first rows and temperature 1, or another student's tokenizer.
     """
-    from trainer.targets import Targets
+    from trainer.data.targets import Targets
 
     targets = Targets(root)
     targets.require("p-kl")

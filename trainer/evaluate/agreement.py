@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo
 from schemas.progress import Progress
+from trainer.data.micro import Micro, split_micros
+from trainer.data.samples import Layout, context_token, read_sample
+from trainer.data.targets import RowGroup, Targets
 from trainer.evaluate.bits_per_byte import MICRO_TOKENS
 from trainer.losses.base import LossSetup, ProjectionArrays
 from trainer.losses.pkl import PKL
-from trainer.micro import Micro, split_micros
-from trainer.samples import Layout, context_token, read_sample
 from trainer.step import Block, Student, block_view, blocks
-from trainer.targets import RowGroup, Targets
 
 _TEACHER_COLUMNS = ("student_end", "teacher_logprob")
 

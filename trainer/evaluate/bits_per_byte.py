@@ -8,9 +8,9 @@ import numpy as np
 from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo
 from schemas.progress import Progress
+from trainer.data.micro import split_micros
+from trainer.data.samples import Sample, context_token
 from trainer.evaluate.samples import EvalSample
-from trainer.micro import split_micros
-from trainer.samples import Sample, context_token
 from trainer.step import Student, measure
 
 MICRO_TOKENS = 2048  # padded tokens per forward pass

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from schemas.config import LossOptions
 from schemas.tables import target_columns
+from schemas.train_config import LossOptions
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]

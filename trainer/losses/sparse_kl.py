@@ -16,7 +16,8 @@ differ by rest * (q given tail - p given tail): by at most 2 rest in L1 norm.
 
 Of draws (targets of codec ``sampled``) p are shares of draws and there is no REST. The gradient is linear in them,
 hence that of the whole row in the mean. The value is not: it is too high by the entropy that the shares lack in the
-mean, which does not depend on the student. ``reverse`` and ``drop`` are not linear; ``trainer.targets`` refuses them.
+mean, which does not depend on the student. ``reverse`` and ``drop`` are not linear; ``trainer.data.targets`` refuses
+them.
 
 Shapes: P positions, V student vocabulary, C chunks, K kept entries summed over chunks, E values read, M cells only
 partly counted as outside, N values in G groups, J ranges.

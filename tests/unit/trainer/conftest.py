@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from schemas.config import LossOptions
 from schemas.manifest import Part, TargetManifest, TeacherInfo, TokenizerInfo, part_name
 from schemas.tables import LOSSES, VOCAB, W, target_columns, targets
+from schemas.train_config import LossOptions
 from trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
 
 V, U = 24, 30

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from schemas.config import EvalConfig
 from schemas.errors import XtokenError
 from schemas.progress import Silent
+from schemas.train_config import EvalConfig
+from trainer.data.samples import Layout, read_sample
+from trainer.data.targets import Targets
 from trainer.evaluate import EvalSample, evaluate
 from trainer.evaluate.agreement import heaviest
 from trainer.losses import reference
 from trainer.losses.base import ProjectionArrays
 from trainer.losses.pkl import PKL
-from trainer.model import load_student
-from trainer.samples import Layout, read_sample
-from trainer.targets import Targets
+from trainer.student.model import load_student
 
 SAMPLES = [EvalSample(np.array([3, 4, 5, 6, 1], np.int32), 9, 2), EvalSample(np.array([7, 8], np.int32), 3, 1)]
 

@@ -17,16 +17,16 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 import trainer.loop as loop
-from schemas.config import EvalConfig, TrainConfig
 from schemas.errors import XtokenError
 from schemas.progress import Silent
+from schemas.train_config import EvalConfig, TrainConfig
+from trainer.data.targets import Targets
 from trainer.evaluate import EvalSample, evaluate
 from trainer.loop import train
 from trainer.losses import REGISTRY
 from trainer.metrics import Metrics
 from trainer.optim import build_optimizer, learning_rate
 from trainer.report.loss_plot import plot_losses
-from trainer.targets import Targets
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7]]
 HELD_OUT = [EvalSample(np.array([3, 4, 5, 6], np.int32), 9, 2), EvalSample(np.array([7, 8], np.int32), 3, 1)]

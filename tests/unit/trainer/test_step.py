@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import trainer.step as step_module
-from trainer.batches import Loader, StepBatch
+from trainer.data.batches import Loader, StepBatch
+from trainer.data.samples import Layout
+from trainer.data.sources import Sources
+from trainer.data.targets import Targets
 from trainer.losses import REGISTRY, open_loss
 from trainer.losses.base import Loss
-from trainer.model import load_student
-from trainer.samples import Layout
-from trainer.sources import Sources
 from trainer.step import Figures, Mixing, Student, run_step
-from trainer.targets import Targets
+from trainer.student.model import load_student
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10]]
 FIXED = Mixing("fixed", 0.7, 0.3)

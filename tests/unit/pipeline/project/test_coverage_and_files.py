@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from pipeline.project import Audit, build_w, coverage, project, read_projection
-from pipeline.project.categories import category
 from pipeline.project.coverage import advice
 from pipeline.project.mass import Mass
 from pipeline.project.projection import DROPPED, TO_REST
 from pipeline.tokens import TokenTable, load_tokenizer
-from schemas.config import CATEGORIES, ProjectConfig
+from schemas.categories import CATEGORIES, category
+from schemas.config import ProjectConfig
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import MANIFEST, ProjectionManifest, read_manifest
 from schemas.progress import Silent

@@ -13,7 +13,7 @@ from pipeline.project import Audit, build_w, coverage
 from pipeline.project.mass import Mass
 from pipeline.project.page import coverage_page, literal, weight_flow
 from pipeline.tokens import TokenTable
-from schemas.config import CATEGORIES
+from schemas.categories import CATEGORIES
 
 VOID = {"meta", "rect"}
 EVIL = [b"<script>alert(1)</script>", b'"><img src=x onerror=alert(1)>', b"&lt;", b"'", b"\xff<b>", "‮abc".encode()]

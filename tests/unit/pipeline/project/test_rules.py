@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.project import Projection, build_w
-from pipeline.project.categories import category
 from pipeline.project.pieces import Segmenter
 from pipeline.project.projection import EXACT, PIECES, RANDOM, REVERSE, ROLE, TO_REST
 from pipeline.tokens import TokenTable
+from schemas.categories import category
 from schemas.errors import XtokenError
 
 RULES = ("pieces", "first-piece", "reverse", "random", "masked:numerals", "masked:latin", "masked:specials")

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.project.categories import category
+from schemas.categories import category
 from schemas.errors import XtokenError
 
 from .conftest import TEXTS, ask

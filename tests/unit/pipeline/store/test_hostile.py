@@ -29,7 +29,7 @@ from schemas.limits import check_file, reading
 from schemas.manifest import CaptureManifest, Part, read_any_manifest, read_manifest
 from schemas.progress import Silent
 from schemas.share_config import PullConfig
-from trainer.targets import Targets
+from trainer.data.targets import Targets
 
 GOLDEN = fuzz_store.GOLDEN
 CASES = range(120)

@@ -16,10 +16,10 @@ from schemas.errors import XtokenError
 from schemas.manifest import CaptureManifest, TargetManifest, read_any_manifest, read_manifest
 from schemas.progress import Silent
 from schemas.tables import OLDEST_READ, SCHEMA_VERSIONS
+from trainer.data.samples import Layout, read_sample
+from trainer.data.targets import Targets
 from trainer.losses import open_loss
 from trainer.losses.base import LossSetup
-from trainer.samples import Layout, read_sample
-from trainer.targets import Targets
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "captures"
 CAPTURES = sorted(path.name for path in GOLDEN.glob("v*") if (path / "vocab.parquet").exists())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.config import LossOptions
+from schemas.train_config import LossOptions
 from trainer.losses.base import LossSetup, ProjectionArrays, View, VocabArrays
 
 V, U = 24, 30

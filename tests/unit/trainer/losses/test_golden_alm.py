@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.config import LossOptions
+from schemas.train_config import LossOptions
 from trainer.losses.alm import ALM, EPS
 from trainer.losses.base import LossSetup, ProjectionArrays, View, VocabArrays
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.config import LossOptions
+from schemas.train_config import LossOptions
 from trainer.losses import open_loss
 from trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.config import LossOptions
+from schemas.train_config import LossOptions
 from trainer.losses.base import Loss, LossSetup, ProjectionArrays, View, VocabArrays
 from trainer.losses.gold import GOLD
 from trainer.losses.uld import ULD

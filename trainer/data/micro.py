@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.samples import Sample, SampleTargets
 from trainer.losses.base import Array, Columns, Loss
-from trainer.samples import Sample, SampleTargets
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.errors import VerificationError
-from trainer.targets import Targets
+from trainer.data.targets import Targets
 
-GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "captures"
+GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "captures"
 
 
 @pytest.mark.parametrize("name", ["pkl_ids", "hkl_common_ids"])

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from schemas.errors import XtokenError
-from trainer.micro import Micro, split_micros
-from trainer.samples import Layout, Sample, read_sample
-from trainer.sources import OwnedGroup, Sources
+from trainer.data.micro import Micro, split_micros
+from trainer.data.samples import Layout, Sample, read_sample
+from trainer.data.sources import OwnedGroup, Sources
 
 WINDOW_SAMPLES = 1024
 

@@ -8,8 +8,8 @@ import fsspec
 import pytest
 
 from schemas.errors import VerificationError
-from trainer.sources import Sources
-from trainer.targets import RowGroup, Targets
+from trainer.data.sources import Sources
+from trainer.data.targets import RowGroup, Targets
 
 COLUMNS = ("student_ids", "chunk_student_end")
 LENGTHS = [[5, 9, 4], [7, 3], [6]]

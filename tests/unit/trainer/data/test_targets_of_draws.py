@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from schemas.config import LossOptions
 from schemas.errors import XtokenError
-from trainer.targets import Targets
+from schemas.train_config import LossOptions
+from trainer.data.targets import Targets
 
 LOSSES = ("p-kl", "sparse-kl", "byte-prefix", "alm")
 

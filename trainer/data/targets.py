@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from schemas.cache import Cache, cached
-from schemas.config import LossOptions
 from schemas.errors import VerificationError, XtokenError
 from schemas.limits import batches, check_footer, group_chunks, open_parquet, read_whole, reading
 from schemas.manifest import Part, TargetManifest, TokenizerInfo, content_hash, part_name, read_manifest
 from schemas.pages import Chunk
 from schemas.remote import in_parallel, is_local, open_url, read_footer
 from schemas.tables import VOCAB, W, targets
+from schemas.train_config import LossOptions
 from trainer.losses.base import Array, ProjectionArrays, VocabArrays
 
 W_FILE, VOCAB_FILE = "w.parquet", "student_vocab.parquet"

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from schemas.errors import VerificationError
 from schemas.manifest import TokenizerInfo
+from trainer.data.targets import RowGroup
 from trainer.losses.base import Array, Columns, Loss
-from trainer.targets import RowGroup
 
 BASE_COLUMNS = ("student_ids", "chunk_student_end")
 NORMALISED_WITHIN = 1e-3  # float32 log-probabilities of up to 256 cells sum to 1 far closer than this

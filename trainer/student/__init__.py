@@ -1,0 +1,1 @@
+"""The model that learns: loaded, built from scratch, adapted, and saved."""
