@@ -3,67 +3,45 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
 from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo
-from schemas.progress import Progress
+from schemas.progress import Progress, Silent
 from schemas.train_config import TrainConfig
-from trainer.checkpoint import restore_checkpoint, save_checkpoint
-from trainer.data.batches import Loader, Position, StepBatch
-from trainer.data.samples import Layout, context_token
-from trainer.data.sources import Sources
+from trainer.data.batches import StepBatch
 from trainer.data.targets import Targets
-from trainer.evaluate import EvalSample, held_out_targets, measure_student
-from trainer.learned_w import save_weights
-from trainer.losses import open_loss
-from trainer.losses.base import Loss, LossSetup
-from trainer.metrics import Metrics
-from trainer.optim import build_optimizer, learning_rate, set_learning_rate
+from trainer.diagnosis import diagnose
+from trainer.evaluate import EvalSample, held_out_targets
+from trainer.finish import HeldOut, evaluate_run, save_result, summary_of
+from trainer.optim import learning_rate, set_learning_rate
+from trainer.ranks import Ranks, open_ranks
 from trainer.run import Run
-from trainer.step import Figures, Mixing, Student, run_step
-from trainer.student.model import (
-    check_context,
-    check_width,
-    head_width,
-    load_student,
-    pick_autocast,
-    pick_device,
-    save_student,
-)
+from trainer.signals import Preempted, preemption
+from trainer.start import Training, open_targets, start
+from trainer.step import Figures, Mixing, StepCounts, count_step, run_step
+from trainer.student.model import pick_device
+from trainer.trackers import Trackers, require_trackers
+from trainer.watch import Verdict
 
-
-@dataclass
-class _Training:
-    """Everything a run holds while it goes; ``step``, ``tokens``, ``chunks`` count what is done, ``held`` samples per
-    teacher."""
-
-    config: TrainConfig
-    run: Run
-    student: Student
-    losses: tuple[Loss, ...]
-    optimizer: torch.optim.Optimizer
-    loader: Loader
-    metrics: Metrics
-    step: int
-    tokens: int
-    chunks: int
-    seconds: float
-    held: list[int]
-    damaged: list[str]
+AGREE_EVERY = 10  # steps between looks at the teacher's most probable token: they cost a search of every row
 
 
 @dataclass(frozen=True)
-class _HeldOut:
-    """What the student is measured on before and after."""
+class _Outside:
+    """What a run tells the world, and what the world tells it."""
 
-    tokenizer: TokenizerInfo
-    samples: Sequence[EvalSample]
-    targets: Targets | None
+    held_out: HeldOut
+    progress: Progress
+    trackers: Trackers | None
+    preempted: Preempted
+    shown: dict[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -71,213 +49,210 @@ def train(
 ) -> dict[str, Any]:
     """Train to the end, going on from ``config.out`` where the same run left checkpoints.
 
+    Under torchrun all ranks call it, and all return the same.
+
     Returns:
         ``steps``, ``epochs``, ``tokens``, ``chunks`` (of all teachers), ``cut_tokens`` (beyond max_tokens, never
         seen), ``seconds``, ``loss``, ``kd``, ``ce`` (nats, mean of the last ten steps), ``model`` (folder); with
         several teachers ``teachers``: each one's loss, samples and mean KD; with ``learn_w`` the file of each learned
-        W under ``learned_w``; with held-out data ``before`` and ``after`` (see ``measure_student``).
+        W under ``learned_w``; with held-out data ``before`` and ``after`` (see ``measure_student``). A run that
+        SIGTERM ended early says ``preempted``: it has saved, and the same command goes on.
 
     Raises:
-        XtokenError: targets, student, tokenizer and options do not fit each other, ``out`` holds another run, the
-            loss stopped being a number, or the disk is full. The last checkpoint stays.
+        XtokenError: targets, student, tokenizer and options do not fit each other, ``out`` holds another run, a loss
+            is no number or far above what is usual, or the disk is full. The last checkpoint stays.
     """
-    targets = _open_targets(config, student_tokenizer)
-    held_out = _HeldOut(student_tokenizer, eval_samples, _eval_targets(config, student_tokenizer))
-    run = Run(config, targets, student_tokenizer)
-    finished = run.summary()
-    if finished is not None:
-        return finished
-    try:
-        return _to_the_end(_start(config, targets, student_tokenizer, run), held_out, progress)
-    except (OSError, SafetensorError) as error:
-        if "No space left" not in str(error):
-            raise
-        raise XtokenError(f"the disk of {config.out} is full ({error}); make room and run the same command") from error
+    require_trackers(config)
+    with open_ranks(pick_device(config.device)) as ranks, preemption() as preempted:
+        folders = open_targets(config, student_tokenizer)
+        targets = held_out_targets(config.eval_targets, student_tokenizer) if config.eval_targets else None
+        run = _open_run(config, folders, student_tokenizer, ranks)
+        finished: dict[str, Any] | None = ranks.share(run.summary() if ranks.first else None)
+        if finished is not None:
+            return finished
+        held_out = HeldOut(student_tokenizer, eval_samples, targets)
+        try:
+            training = start(config, student_tokenizer, folders, run, ranks)
+            with ExitStack() as stack:
+                stack.callback(lambda: training.loader.close())
+                trackers = _open_trackers(training, stack)
+                progress = progress if ranks.first else Silent()
+                return _to_the_end(training, _Outside(held_out, progress, trackers, preempted))
+        except (OSError, SafetensorError) as error:
+            if "No space left" not in str(error):
+                raise
+            raise XtokenError(
+                f"the disk of {config.out} is full ({error}); make room and run the same command"
+            ) from error
 
 
-def _open_targets(config: TrainConfig, tokenizer: TokenizerInfo) -> list[Targets]:
-    """The target folders, each fit for its loss, its options and this student."""
-    folders = []
-    for root, loss in zip(config.targets, config.losses, strict=True):
-        targets = Targets(root)
-        targets.require(loss)
-        targets.require_options(loss, config)
-        targets.require_student(tokenizer)
-        folders.append(targets)
-    return folders
+def _open_run(config: TrainConfig, folders: Sequence[Targets], tokenizer: TokenizerInfo, ranks: Ranks) -> Run:
+    """The first rank makes the folder or refuses it; the others find it made."""
+    run = Run(config, folders, tokenizer, ranks.size) if ranks.first else None
+    ranks.wait()
+    return run or Run(config, folders, tokenizer, ranks.size)
 
 
-def _to_the_end(training: _Training, held_out: _HeldOut, progress: Progress) -> dict[str, Any]:
-    before = _evaluate(training, held_out, "before", progress)
-    _train_steps(training, progress)
-    after = _evaluate(training, held_out, "after", progress)
-    save_student(training.student.model, training.config.source, training.run.model)
-    summary = _summary(training) | {k: v for k, v in (("before", before), ("after", after)) if v}
-    learned = save_weights(training.losses, training.loader.sources.folders, training.run.root)
-    summary |= {"learned_w": learned} if learned else {}
-    training.run.finish(summary)
+def _open_trackers(training: Training, stack: ExitStack) -> Trackers | None:
+    config, run = training.config, training.run
+    if not training.ranks.first or not (config.tensorboard or config.wandb):
+        return None
+    settings = config.model_dump(mode="json")
+    trackers = Trackers(run.root, config.tensorboard, config.wandb, run.root.name, settings, training.counted.step)
+    stack.callback(trackers.close)
+    return trackers
+
+
+def _to_the_end(training: Training, outside: _Outside) -> dict[str, Any]:
+    config, counted = training.config, training.counted
+    _evaluate(training, outside, "before")
+    if config.rollback and counted.step == 0:
+        training.save()  # a rollback needs somewhere to go
+    outside.progress.start("train", config.steps, "steps", counted.step)
+    while training.counted.step < config.steps:
+        if not _train_step(training, outside):
+            training.save()
+            event = {"step": training.counted.step, "event": "preempted"}
+            training.metrics.write(event)
+            outside.progress.finish()
+            return summary_of(training) | {"preempted": training.counted.step, "steps_left": _left(training)}
+        step = training.counted.step
+        if step % config.save_every == 0 or step == config.steps:
+            training.save()
+        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+            _evaluate(training, outside, "step")
+    outside.progress.finish()
+    _evaluate(training, outside, "after")
+    summary = summary_of(training) | save_result(training)
+    if training.ranks.first:
+        training.run.finish(summary)
+    training.ranks.wait()
     return summary
 
 
-def _eval_targets(config: TrainConfig, tokenizer: TokenizerInfo) -> Targets | None:
-    return held_out_targets(config.eval_targets, tokenizer) if config.eval_targets else None
+def _left(training: Training) -> int:
+    return training.config.steps - training.counted.step
 
 
-def _start(config: TrainConfig, folders: list[Targets], tokenizer: TokenizerInfo, run: Run) -> _Training:
-    device = pick_device(config.device)
-    for targets in folders:  # the sha256 of their side tables is checked before the model loads
-        _ = targets.w, targets.vocab
-    needed = max(targets.needed_width for targets in folders)
-    model = load_student(config.source, device, config.trust_remote_code)
-    check_width(model, needed, config.source)
-    check_context(model, config.max_tokens, config.source)
-    model.train()
-    torch.manual_seed(config.seed)
-    vocabulary = min(tokenizer.size, head_width(model))
-    losses = tuple(
-        open_loss(name, _setup(config, targets, name, vocabulary, device))
-        for name, targets in zip(config.losses, folders, strict=True)
-    )
-    optimizer = build_optimizer(model, config, losses)
-    restored = restore_checkpoint(run.checkpoints, model, optimizer, losses)
-    state: dict[str, Any] = (
-        restored.state
-        if restored
-        else {"tokens": 0, "chunks": 0, "seconds": 0.0, "held": [0] * len(folders), "position": {}}
-    )
-    step = restored.step if restored else 0
-    weights = tuple(config.weights) or (1.0,) * len(folders)
-    layout = Layout(context_token(tokenizer), config.max_tokens, vocabulary, losses, weights, config.weighting)
-    loader = Loader(
-        Sources(folders),
-        layout,
-        step_tokens=config.step_tokens,
-        micro_tokens=config.micro_tokens,
-        seed=config.seed,
-        position=Position(**state.pop("position")),
-    )
-    student = Student(model, device, pick_autocast(config.autocast, device), vocabulary)
-    metrics = Metrics(run.metrics, step)
-    damaged = restored.damaged if restored else []
-    return _Training(config, run, student, losses, optimizer, loader, metrics, step, damaged=damaged, **state)
+def _evaluate(training: Training, outside: _Outside, when: str) -> None:
+    """Held-out figures ``before``, at a ``step`` or ``after``, once each however often a run resumes."""
+    if when == "before" and training.counted.step:
+        return
+    figures = evaluate_run(training, outside.held_out, when, outside.progress)
+    if figures and outside.trackers is not None:
+        outside.trackers.log(training.counted.step, {"held_out": figures})
+    if figures and when == "step":
+        outside.progress.start("train", training.config.steps, "steps", training.counted.step)
 
 
-def _setup(config: TrainConfig, targets: Targets, loss: str, vocabulary: int, device: torch.device) -> LossSetup:
-    manifest = targets.manifest
-    return LossSetup(
-        targets.w.within(vocabulary),
-        targets.vocab,
-        vocabulary,
-        manifest.teacher_tokenizer.size,
-        device,
-        config,
-        manifest.tau,
-        manifest.merge,
-        config.learn_w and loss == "p-kl",
-    )
-
-
-def _train_steps(training: _Training, progress: Progress) -> None:
-    config = training.config
-    progress.start("train", config.steps, "steps", training.step)
-    while training.step < config.steps:
-        line = _train_step(training)
-        training.metrics.write(line)
-        progress.advance(1, **{name: line[name] for name in ("loss", "kd", "ce", "tokens_per_s") if name in line})
-        if training.step % config.save_every == 0 or training.step == config.steps:
-            _save(training)
-    progress.finish()
-
-
-def _train_step(training: _Training) -> dict[str, Any]:
-    """One optimizer step; returns its line of metrics."""
+def _train_step(training: Training, outside: _Outside) -> bool:
+    """One optimizer step, or a rollback; False where SIGTERM asked a rank to stop before it."""
     config, began = training.config, time.monotonic()
-    batch, step = training.loader.step(), training.step + 1
+    if training.ranks.max(float(outside.preempted.asked)):
+        return False
+    batch = _draw(training)
+    counts = count_step(batch, training.ranks)
+    step = training.counted.step + 1
     training.optimizer.zero_grad(set_to_none=True)
     mixing = Mixing(config.mix, config.kd_weight, config.ce_weight)
-    figures = run_step(training.student, batch, training.losses, mixing)
-    norm = float(torch.nn.utils.clip_grad_norm_(training.student.model.parameters(), config.clip))
-    _check_finite(training, batch, figures, norm)
+    seed = config.seed * 1_000_003 + training.counted.drawn
+    agree = step % AGREE_EVERY == 0
+    figures = run_step(training.wrapped, batch, counts, mixing, training.ranks, seed=seed, agree=agree)
+    norm = _clip(training)
+    verdict = training.watch.look(figures.ce, figures.kd, norm)
+    if verdict is not None:
+        _turn_back(training, batch, verdict, seed)
+        return True
     lr = learning_rate(step, config)
     set_learning_rate(training.optimizer, lr / config.lr)
     training.optimizer.step()
-    seconds = time.monotonic() - began
-    training.step, training.seconds = step, training.seconds + seconds
-    training.tokens, training.chunks = training.tokens + batch.tokens, training.chunks + sum(batch.chunks)
-    training.held = [done + new for done, new in zip(training.held, batch.held, strict=True)]
-    losses = {name: value for name, value in asdict(figures).items() if value is not None and name != "teachers"}
-    if len(batch.held) > 1:
-        losses |= {"teacher_kd": list(figures.teachers), "teacher_samples": list(batch.held)}
-    return {
-        "step": step,
-        "epoch": batch.after.epoch,
-        "tokens": training.tokens,
-        "chunks": sum(batch.chunks),
-        "cut_tokens": batch.cut,
+    line = _count(training, batch, counts, figures, time.monotonic() - began) | {"lr": lr, "grad_norm": norm}
+    training.metrics.write(line)
+    _show(outside, line)
+    return True
+
+
+def _draw(training: Training) -> StepBatch:
+    """The next batch that no rollback left out."""
+    counted = training.counted
+    while True:
+        batch = training.loader.step()
+        counted.drawn += 1
+        if counted.drawn not in counted.left_out:
+            return batch
+
+
+def _clip(training: Training) -> float:
+    norm: Any = torch.nn.utils.clip_grad_norm_(training.student.model.parameters(), training.config.clip)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _turn_back(training: Training, batch: StepBatch, verdict: Verdict, seed: int) -> None:
+    """Go back to the last checkpoint and leave the batch out, while ``--rollback`` allows it.
+
+    Raises:
+        XtokenError: it does not; the error names the samples at fault.
+    """
+    counted, config = training.counted, training.config
+    training.optimizer.zero_grad(set_to_none=True)
+    diagnosis = diagnose(training, batch, verdict, seed)
+    if len(counted.left_out) >= config.rollback:
+        raise diagnosis.error()
+    left_out, step = [*counted.left_out, counted.drawn], counted.step + 1
+    if not training.restore(before=step):
+        raise diagnosis.error()
+    training.counted.left_out = left_out
+    training.metrics.back_to(training.counted.step)
+    event = {"event": "rollback", "from_step": step, "left_out": left_out[-1], "why": verdict.sentence}
+    training.metrics.write({"step": training.counted.step, **event})
+    training.save()
+
+
+def _count(
+    training: Training, batch: StepBatch, counts: StepCounts, figures: Figures, seconds: float
+) -> dict[str, Any]:
+    """Add a step to what is done; its line of metrics."""
+    counted, ranks = training.counted, training.ranks
+    counted.step, counted.seconds = counted.step + 1, counted.seconds + seconds
+    counted.tokens, counted.chunks = counted.tokens + counts.tokens, counted.chunks + sum(counts.chunks)
+    counted.held = [done + new for done, new in zip(counted.held, counts.held, strict=True)]
+    text_bytes = ranks.sum([sum(int(training.length_V[micro.label_P].sum()) for micro in batch.micros)])[0]
+    line: dict[str, Any] = {
+        "step": counted.step,
+        "epoch": max(place.epoch for place in training.loader.positions),
+        "tokens": counted.tokens,
+        "predicted": counts.predicted,
+        "chunks": sum(counts.chunks),
+        "cut_tokens": counts.cut,
+        "padding": 1 - counts.predicted / counts.padded,
         "seconds": seconds,
-        "tokens_per_s": batch.tokens / seconds,
-        "lr": lr,
-        "grad_norm": norm,
-        **losses,
+        "tokens_per_s": counts.tokens / seconds,
+        "bits_per_byte": figures.ce * counts.predicted / math.log(2) / max(1.0, text_bytes),
     }
+    found = asdict(figures)
+    line |= {name: found[name] for name in ("loss", "kd", "ce") if found[name] is not None}
+    if figures.agreement is not None:
+        line["top1_agreement"] = figures.agreement
+    if len(counts.held) > 1:
+        line |= {"teacher_kd": list(figures.teachers), "teacher_samples": list(counts.held)}
+    return line
 
 
-def _check_finite(training: _Training, batch: StepBatch, figures: Figures, norm: float) -> None:
-    if math.isfinite(figures.loss) and math.isfinite(norm):
-        return
-    ids = batch.sample_ids
-    more = f" and {len(ids) - 10} more" if len(ids) > 10 else ""
-    raise XtokenError(
-        f"step {training.step + 1}: loss {figures.loss}, KD {figures.kd}, CE {figures.ce}, gradient norm {norm} on "
-        f"samples {', '.join(ids[:10])}{more}; the last checkpoint stays, look at these samples or lower --lr"
-    )
+_SHOWN = {
+    "tokens_per_s": "tokens/s",
+    "loss": "loss",
+    "kd": "KD/chunk",
+    "ce": "CE",
+    "top1_agreement": "top-1",
+    "bits_per_byte": "bits/byte",
+    "grad_norm": "norm",
+}
 
 
-def _save(training: _Training) -> None:
-    state = {name: getattr(training, name) for name in ("tokens", "chunks", "seconds", "held")}
-    state["position"] = asdict(training.loader.position)
-    run, model, optimizer = training.run, training.student.model, training.optimizer
-    save_checkpoint(run.checkpoints, training.step, model, optimizer, training.losses, state, training.config.keep)
-
-
-def _evaluate(training: _Training, held_out: _HeldOut, when: str, progress: Progress) -> dict[str, float] | None:
-    """Figures ``before`` or ``after``, measured once per run; None without held-out data."""
-    if not held_out.samples and held_out.targets is None:
-        return None
-    figures = training.metrics.evaluation(when)
-    if figures is None and (when == "after" or training.step == 0):
-        max_tokens = training.config.max_tokens
-        figures = measure_student(
-            training.student, held_out.tokenizer, held_out.samples, held_out.targets, max_tokens, progress
-        )
-        training.metrics.write({"step": training.step, "eval": when, **figures})
-    return figures
-
-
-def _summary(training: _Training) -> dict[str, Any]:
-    last = [line for line in training.metrics.lines if "loss" in line][-10:]
-    summary: dict[str, Any] = {"steps": training.step, "epochs": last[-1]["epoch"], "model": str(training.run.model)}
-    summary |= {name: getattr(training, name) for name in ("tokens", "chunks", "seconds")}
-    summary |= {name: sum(line[name] for line in last) / len(last) for name in ("loss", "kd", "ce") if name in last[-1]}
-    if len(training.losses) > 1:
-        summary |= _teacher_summary(training, last)
-    summary["cut_tokens"] = sum(line.get("cut_tokens", 0) for line in training.metrics.lines)
-    return summary | ({"damaged_checkpoints": training.damaged} if training.damaged else {})
-
-
-def _teacher_summary(training: _Training, last: list[dict[str, Any]]) -> dict[str, Any]:
-    """What each teacher held and taught; how many samples they share."""
-    sources, config = training.loader.sources, training.config
-    rows = [
-        {
-            "teacher": folder.manifest.teacher.model,
-            "loss": loss,
-            "samples": held,
-            "samples_seen": seen,
-            "kd": sum(line["teacher_kd"][i] for line in last) / len(last),
-        }
-        for i, (folder, loss, held, seen) in enumerate(
-            zip(sources.folders, config.losses, sources.held, training.held, strict=True)
-        )
-    ]
-    return {"teachers": rows, "samples": sources.samples, "samples_of_all_teachers": sources.shared}
+def _show(outside: _Outside, line: dict[str, Any]) -> None:
+    """The progress line keeps its places: what a step does not have is what the last one had."""
+    outside.shown.update((label, line[name]) for name, label in _SHOWN.items() if name in line)
+    outside.progress.advance(1, **{label: outside.shown[label] for label in _SHOWN.values() if label in outside.shown})
+    if outside.trackers is not None:
+        plain = {name: value for name, value in line.items() if np.isscalar(value) and name != "step"}
+        outside.trackers.log(line["step"], plain)

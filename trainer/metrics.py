@@ -6,24 +6,32 @@ from typing import Any
 
 
 class Metrics:
-    """Appends lines to a file, first cutting what lies after step ``resumed``."""
+    """The lines of a run so far; only the rank that ``writes`` appends them to the file."""
 
-    def __init__(self, path: Path, resumed: int) -> None:
-        self.path = path
-        self.lines = [line for line in read_metrics(path) if line["step"] <= resumed]
-        temporary = path.with_name(f".{path.name}.tmp")
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self.lines = read_metrics(path)
+
+    def back_to(self, step: int) -> None:
+        """Cut what lies after ``step``: it will be written again."""
+        self.lines = [line for line in self.lines if line["step"] <= step]
+        if not self.writes:
+            return
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text("".join(map(_line, self.lines)))
-        temporary.replace(path)
+        temporary.replace(self.path)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line at once."""
         self.lines.append(line)
+        if not self.writes:
+            return
         with open(self.path, "a") as file:
             file.write(_line(line))
 
-    def evaluation(self, when: str) -> dict[str, float] | None:
-        """The figures of the evaluation ``before`` or ``after`` if it has been made."""
-        found = [line for line in self.lines if line.get("eval") == when]
+    def evaluation(self, when: str, step: int | None = None) -> dict[str, Any] | None:
+        """The figures of the evaluation ``before`` or ``after``, or of a ``step``, if it has been made."""
+        found = [line for line in self.lines if line.get("eval") == when and step in (None, line["step"])]
         return {k: v for k, v in found[-1].items() if k not in ("eval", "step")} if found else None
 
 

@@ -8,6 +8,7 @@ import torch
 
 from schemas.train_config import TrainConfig
 from trainer.losses.base import Loss
+from trainer.ranks import like
 
 FLOOR = 0.1  # share of the peak learning rate at the last step
 
@@ -21,7 +22,8 @@ def build_optimizer(model: Any, config: TrainConfig, losses: Sequence[Loss] = ()
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "peak": config.lr},
         *([{"params": learned, "weight_decay": 0.0, "peak": config.w_lr}] if learned else []),
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    # One kernel for all parameters, on a CPU too; the step count lies where the parameters do.
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def named_parameters(model: Any, losses: Sequence[Loss]) -> dict[str, torch.nn.Parameter]:
@@ -47,11 +49,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
 def optimizer_tensors(
     parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
-    """AdamW's state as tensors named ``<state>:<parameter>``."""
+    """AdamW's state as tensors named ``<state>:<parameter>``, sharded as the parameters are."""
     tensors = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}:{name}"] = value.detach().cpu().contiguous()
+            tensors[f"{key}:{name}"] = value
     return tensors
 
 
@@ -63,4 +65,9 @@ def restore_optimizer(
         key, _, parameter_name = name.partition(":")
         parameter = parameters[parameter_name]
         # AdamW keeps its step count on the CPU.
-        optimizer.state[parameter][key] = tensor.clone() if key == "step" else tensor.to(parameter.device)
+        optimizer.state[parameter][key] = _placed(key, tensor, parameter)
+
+
+def _placed(key: str, tensor: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """As AdamW keeps it: the step count whole, the rest sharded as the parameter; never a view of a mapped file."""
+    return (tensor.to(parameter.device) if key == "step" else like(parameter, tensor)).clone()

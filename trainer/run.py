@@ -1,5 +1,6 @@
 """The folder of a run: run.json says what it is, so that a rerun resumes it and another run is refused."""
 
+import json
 from collections.abc import Sequence
 from json import JSONDecodeError, loads
 from pathlib import Path
@@ -9,31 +10,43 @@ from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo, digest, provenance
 from schemas.train_config import TrainConfig
 from trainer.data.targets import Targets
-from trainer.student.model import write_json
 
 RUN, SUMMARY = "run.json", "summary.json"
-# Where files lie, where the model runs and how often it is saved may change between two starts of one run.
-_FREE = ("targets", "out", "device", "save_every", "keep")
+# Where files lie, where and how the model runs, what is saved and shown: all may change between two starts of a run.
+_FREE = (
+    *("targets", "out", "device", "decoders", "parallel", "activation_checkpointing", "compile", "kernel"),
+    *("save_every", "keep", "keep_every", "spike", "rollback", "eval_every", "completions", "tensorboard", "wandb"),
+)
 
 
 class Run:
     """``config.out``, opened: new, or the same run as before.
 
+    Attributes:
+        streams: shares of the data (see ``TrainConfig.streams``), as the run began with.
+
     Raises:
         XtokenError: the folder is a URL, or holds something else.
     """
 
-    def __init__(self, config: TrainConfig, targets: Sequence[Targets], tokenizer: TokenizerInfo) -> None:
+    def __init__(self, config: TrainConfig, targets: Sequence[Targets], tokenizer: TokenizerInfo, ranks: int) -> None:
         if "://" in config.out:
             raise XtokenError(f"out={config.out!r} is a URL; training writes to a local folder, copy it from there")
         self.root = Path(config.out)
         self.checkpoints = self.root / "checkpoints"
         self.model, self.metrics = self.root / "model", self.root / "metrics.jsonl"
-        identity = _identity(config, targets, tokenizer)
         found = self._read(RUN)
+        begun = found is not None and self._begun()
+        self.streams = config.streams or (_streams(found) if found is not None and begun else 0) or ranks
+        if self.streams % ranks:
+            raise XtokenError(
+                f"{self.streams} streams cannot be dealt to {ranks} ranks evenly; start a divisor of {self.streams} "
+                "processes, or another run with --streams a multiple of the ranks"
+            )
+        identity = _identity(config, targets, tokenizer, self.streams)
         if found is None and self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             raise XtokenError(f"{self.root} exists and is no training run; use another --out")
-        if found is None or not self._begun():
+        if found is None or not begun:
             self._create(identity, config, targets)
         else:
             self._same(found, identity)
@@ -73,6 +86,24 @@ class Run:
         return value
 
 
-def _identity(config: TrainConfig, targets: Sequence[Targets], tokenizer: TokenizerInfo) -> dict[str, Any]:
+def _streams(found: dict[str, Any]) -> int:
+    value = found.get("identity", {}).get("streams")
+    return value if isinstance(value, int) else 0
+
+
+def _identity(
+    config: TrainConfig, targets: Sequence[Targets], tokenizer: TokenizerInfo, streams: int
+) -> dict[str, Any]:
     options = {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE}
-    return options | {"targets_hash": [one.hash for one in targets], "tokenizer_hash": tokenizer.hash}
+    return options | {
+        "targets_hash": [one.hash for one in targets],
+        "tokenizer_hash": tokenizer.hash,
+        "streams": streams,
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)

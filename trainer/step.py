@@ -1,39 +1,40 @@
 """Forward, loss and backward of one optimizer step.
 
-The logits of a micro-batch are scored in blocks of positions: float32 log-probabilities and everything the losses
-build from them exist for one block at a time, and the gradient of the logits is written block by block before one
-backward pass through the model. Peak memory is the logits and their gradient plus one block. A block holds whole
-chunks, so one grows beyond its size only for a chunk that is longer.
+The head is folded into the loss: logits are made for a block of positions, scored, and turned at once into the
+gradient of the hidden states and of the head. Logits of all tokens exist at no time, and no block is made twice.
+Peak memory is the model's activations, one block, and one gradient as large as the head.
 
-All sums are divided by the predicted tokens and valid chunks of the whole step, so the objective does not depend on
-how a step is split into micro-batches.
+All sums are divided by the predicted tokens and valid chunks of the whole step, on all ranks, so the objective does
+not depend on how a step is split into micro-batches, nor on how many ranks share it.
 
-Shapes: B samples, L padded inputs, P predicting positions, C chunks, V ids of the tokenizer, M >= V model width,
-F features, D teachers.
+Shapes: B rows, L inputs of a row, P predicting positions, C chunks, H width of the hidden states, M width of the
+head, V <= M ids of the tokenizer, F features, D teachers.
 """
 
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.blocks import Block, block_view, collects, spans, tensor, view
 from trainer.data.batches import StepBatch
 from trainer.data.micro import Lesson, Micro
-from trainer.losses.base import FeatureLoss, Loss, View
+from trainer.losses.base import FeatureLoss, Loss
 from trainer.losses.ce import cross_entropy_total
+from trainer.ranks import Ranks
+from trainer.student.head import Head, find_head
 
-# Log-probabilities held at once: 16 MB in float32, near a CPU's cache. A GPU wants fewer, larger launches: 128 MB.
-BLOCK_ELEMENTS = 1 << 22
-GPU_BLOCK_ELEMENTS = 1 << 25
+A = ParamSpec("A")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """How KD and CE become one objective (see ``schemas.config.TrainConfig.mix``)."""
+    """How KD and CE become one objective (see ``schemas.train_config.TrainConfig.mix``)."""
 
     mode: str
     kd_weight: float
@@ -49,19 +50,21 @@ class Mixing:
 
 @dataclass(frozen=True)
 class Figures:
-    """One step in nats.
+    """One step of all ranks, in nats.
 
     Attributes:
         loss: the objective.
         kd: sum over teachers of the weighted mean per valid chunk; None without a distillation loss.
         ce: mean per predicted token.
         teachers: per teacher, the mean per valid chunk without weights.
+        agreement: share of the first teacher's chunks on whose first token both sides agree; None if not asked.
     """
 
     loss: float
     kd: float | None
     ce: float
     teachers: tuple[float, ...] = ()
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,110 +79,45 @@ class Student:
     device: torch.device
     autocast: torch.dtype | None
     vocabulary: int
+    head: Head = field(default=None)  # type: ignore[assignment]
 
-    def logits(self, micro: Micro) -> Tensor:
-        """[B, L, M] logits."""
-        inputs = torch.from_numpy(micro.input_BL).to(self.device)
-        length_B = torch.from_numpy(micro.length_B).to(self.device)
-        mask = torch.arange(inputs.shape[1], device=self.device)[None, :] < length_B[:, None]
-        with self._precision():
-            logits: Tensor = self.model(input_ids=inputs, attention_mask=mask.long(), use_cache=False).logits
-        return logits
+    def __post_init__(self) -> None:
+        if self.head is None:
+            object.__setattr__(self, "head", find_head(self.model))
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def states(self, micro: Micro) -> Tensor:
+        """[P, H] hidden states of the predicting positions, or their logits [P, M] where the head is not folded."""
+        inputs, positions = tensor(micro.input_BL, self.device), tensor(micro.position_BL, self.device)
+        with self.precision():
+            states_BLH = self.head.states(inputs, positions)
+        return states_BLH.flatten(0, 1).index_select(0, tensor(micro.place_P, self.device))
+
+    def blocks(self, micro: Micro, losses: Sequence[Loss] = ()) -> Iterator[Block]:
+        """The micro-batch's predicting positions, scored; for whoever needs no gradient, under ``no_grad``."""
+        states_PH = self.states(micro)
+        weight_VH, bias_V = self.columns()
+        for low, high in spans(micro, self.vocabulary, losses, states_PH.is_cuda):
+            yield Block(low, high, self.rows(states_PH[low:high], weight_VH, bias_V))
+
+    def columns(self) -> tuple[Tensor | None, Tensor | None]:
+        """The head's rows in use, [V, H] and [V], in the dtype of the forward pass."""
+        weight, bias = self.head.weight_MH, self.head.bias_M
+        return tuple(  # type: ignore[return-value]
+            None if part is None else part[: self.vocabulary].to(self.autocast or part.dtype) for part in (weight, bias)
+        )
+
+    def rows(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> Tensor:
+        """[P, V] logits, at least float32."""
+        if weight_VH is not None:
+            states_PH = states_PH.to(weight_VH.dtype)
+        rows_PV = self.head.logits(states_PH, weight_VH, bias_V)[:, : self.vocabulary]
+        return rows_PV.to(torch.promote_types(rows_PV.dtype, torch.float32))
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast, if the student has one."""
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
-
-
-@dataclass(frozen=True)
-class Block:
-    """Positions ``low`` to ``high`` of a micro-batch; ``rows`` are their logits [high - low, V] as a leaf."""
-
-    low: int
-    high: int
-    rows: Tensor
-    _logp: dict[float, Tensor] = field(default_factory=dict)
-
-    def logp(self, temperature: float = 1.0) -> Tensor:
-        """Log-softmax of the logits over the temperature."""
-        if temperature not in self._logp:
-            scaled = self.rows if temperature == 1 else self.rows / temperature
-            self._logp[temperature] = torch.log_softmax(scaled, dim=-1)
-        return self._logp[temperature]
-
-
-def blocks(
-    logits_BLM: Tensor, micro: Micro, vocabulary: int, losses: Sequence[Loss] = (), gradient: bool = False
-) -> Iterator[Block]:
-    """The blocks of a micro-batch's predicting positions; chunks of ``losses`` are not torn."""
-    flat = logits_BLM.detach().reshape(-1, logits_BLM.shape[-1])
-    size = max(1, (GPU_BLOCK_ELEMENTS if flat.is_cuda else BLOCK_ELEMENTS) // vocabulary)
-    # A loss of features takes its chunks from all positions together.
-    whole = [lesson for lesson, loss in zip(micro.lessons, losses, strict=False) if not isinstance(loss, FeatureLoss)]
-    low = 0
-    while low < len(micro.place_P):
-        high = _whole_chunks(whole, low, min(low + size, len(micro.place_P)))
-        place = torch.from_numpy(micro.place_P[low:high]).to(flat.device)
-        rows = flat[place][:, :vocabulary]
-        yield Block(low, high, rows.to(torch.promote_types(rows.dtype, torch.float32)).requires_grad_(gradient))
-        low = high
-
-
-def _whole_chunks(lessons: Sequence[Lesson], low: int, high: int) -> int:
-    """The nearest position to ``high``, before it if possible, at which no teacher's chunk is torn."""
-    end = high
-    while end > low and (torn := [start for lesson in lessons if (start := _torn(lesson, end)[0]) < end]):
-        end = min(torn)
-    if end > low:
-        return end
-    while torn := [stop for lesson in lessons if (stop := _torn(lesson, high)[1]) > high]:
-        high = max(torn)
-    return high
-
-
-def _torn(lesson: Lesson, at: int) -> tuple[int, int]:
-    """Start and stop of the chunk that holds the positions before and after ``at``; ``at`` twice if there is none."""
-    chunk = int(np.searchsorted(lesson.first_C, at)) - 1
-    if chunk < 0:
-        return at, at
-    first = int(lesson.first_C[chunk])
-    stop = first + int(lesson.length_C[chunk])
-    return (first, stop) if stop > at else (at, at)
-
-
-def block_view(block: Block, micro: Micro, lesson: Lesson, loss: Loss) -> View:
-    """What ``loss`` sees of a block; its columns are checked."""
-    return _view(block.logp(loss.temperature), micro, lesson, loss, block.low, block.high)
-
-
-def _view(logp_PV: Tensor, micro: Micro, lesson: Lesson, loss: Loss, low: int, high: int) -> View:
-    device, (first, last) = logp_PV.device, lesson.chunks(low, high)
-    arrays = lesson.slice(low, high)
-    loss.check(arrays)
-    next_C = lesson.next_C[first:last]
-    spans = (lesson.first_C[first:last] - low, lesson.length_C[first:last], np.where(next_C >= 0, next_C - low, -1))
-    label_P = torch.from_numpy(micro.label_P[low:high]).to(device)
-    first_C, length_C, following_C = (torch.from_numpy(span).to(device) for span in spans)
-    columns = {name: torch.from_numpy(np.array(array)).to(device) for name, array in arrays.items()}
-    return View(logp_PV, label_P, first_C, length_C, following_C, columns)
-
-
-def _weigh(terms: Tensor, weight: Any, loss: Loss) -> tuple[Tensor, Tensor]:
-    """Weighted and plain sum of a loss's terms, temperature squared included."""
-    weights = torch.from_numpy(weight).to(terms.device, terms.dtype)
-    return (terms * weights).sum() * loss.temperature**2, terms.sum() * loss.temperature**2
-
-
-def _block_terms(block: Block, micro: Micro, lesson: Lesson, loss: Loss) -> tuple[Tensor, Tensor] | None:
-    first, last = lesson.chunks(block.low, block.high)
-    if loss.per == "chunk":
-        if first == last:
-            return None
-        weight = lesson.weight_B[lesson.sample_C[first:last]]
-    else:
-        weight = lesson.weight_B[micro.sample_P[block.low : block.high]]
-    return _weigh(loss.terms(block_view(block, micro, lesson, loss)), weight, loss)
 
 
 @dataclass(frozen=True)
@@ -191,68 +129,240 @@ class _Features:
     grad_PF: Tensor
 
 
-def _collect(student: Student, logits: Tensor, micro: Micro, losses: Sequence[Loss]) -> dict[int, _Features]:
-    """First pass over the blocks for losses of features, without gradient through the logits."""
-    wanted = {i: loss for i, loss in enumerate(losses) if isinstance(loss, FeatureLoss) and len(_first(micro, i))}
-    if not wanted:
-        return {}
-    pieces: dict[int, list[Tensor]] = {i: [] for i in wanted}
-    with torch.no_grad():
-        for block in blocks(logits, micro, student.vocabulary, losses):
-            label_P = torch.from_numpy(micro.label_P[block.low : block.high]).to(logits.device)
-            for i, loss in wanted.items():
-                pieces[i].append(loss.features(block.logp(loss.temperature), label_P))
-    found = {}
-    for i, loss in wanted.items():
-        lesson, leaf = micro.lessons[i], torch.cat(pieces[i]).requires_grad_()
-        with torch.enable_grad():
-            view = _view(leaf.new_zeros(0, 0), micro, lesson, loss, 0, len(micro.place_P))
-            weighted, plain = _weigh(loss.terms_of(leaf, view), lesson.weight_B[lesson.sample_C], loss)
-            (grad_PF,) = torch.autograd.grad(weighted, leaf)
-        found[i] = _Features(float(weighted.detach()), float(plain.detach()), grad_PF)
-    return found
+class Objective(torch.nn.Module):
+    """A student with its losses as one module, which DDP and FSDP can wrap.
+
+    It runs a function of itself: FSDP holds all weights outside the layers only while its module runs.
+    """
+
+    def __init__(self, student: Student, losses: Sequence[Loss], liger: bool = False) -> None:
+        super().__init__()
+        self.student, self.losses, self.liger = student, tuple(losses), liger
+        self.model = student.model
+        self.learned = torch.nn.ParameterList([p for loss in losses for p in loss.parameters()])
+
+    def forward(self, work: "Callable[Concatenate[Objective, A], T]", *args: A.args, **options: A.kwargs) -> T:
+        """``work(self, ...)``."""
+        return work(self, *args, **options)
 
 
-def _first(micro: Micro, teacher: int) -> Any:
-    return micro.lessons[teacher].first_C
+def score(objective: Objective, micro: Micro, factors: Sequence[float], agree: bool = False) -> tuple[Tensor, Tensor]:
+    """sum_i factors_i * term_i (CE first, then teachers) with its gradient, and what it is made of without.
+
+    The second is float64 [3 + 2 D]: the sum of CE, the weighted sums of KD, the plain sums of KD, agreeing chunks,
+    compared chunks (of the first teacher, if ``agree``).
+    """
+    states_PH = objective.student.states(micro)
+    if objective.liger and any(factors):
+        return _liger(objective, micro, states_PH, factors)
+    return score_states(objective, micro, states_PH, factors, agree)
 
 
-def measure(student: Student, micro: Micro, losses: Sequence[Loss]) -> Tensor:
-    """float64 [1 + 2 D], without gradient: the sum of CE, the weighted sums of KD, the plain sums of KD."""
-    with torch.no_grad():
-        logits = student.logits(micro)
-        collected = _collect(student, logits, micro, losses)
-        sums = _collected_sums(collected, len(losses))
-        for block in blocks(logits, micro, student.vocabulary, losses):
-            sums += _score(block, micro, losses, collected)[0].cpu()
-    return sums
+def score_states(
+    objective: Objective, micro: Micro, states_PH: Tensor, factors: Sequence[float], agree: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``score`` from hidden states on, [P, H], or from logits where the head is not folded."""
+    head = objective.student.head
+    inputs = (states_PH, head.weight_MH, head.bias_M, *objective.learned)
+    value, sums = _Folded.apply(objective, micro, tuple(factors), agree, *inputs)  # type: ignore[no-untyped-call]
+    return value, sums
 
 
-def _collected_sums(collected: dict[int, _Features], teachers: int) -> Tensor:
-    sums = torch.zeros(1 + 2 * teachers, dtype=torch.float64)
-    for i, features in collected.items():
-        sums[1 + i], sums[1 + teachers + i] = features.weighted, features.plain
-    return sums
+def _liger(objective: Objective, micro: Micro, states_PH: Tensor, factors: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """CE alone by Liger's fused kernel."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    weight_VH, bias_V = objective.student.columns()
+    assert weight_VH is not None
+    label_P = tensor(micro.label_P, states_PH.device)
+    softcap = objective.student.head.softcap
+    states_PH = states_PH.to(weight_VH.dtype)
+    ce = liger_fused_linear_cross_entropy(states_PH, weight_VH, label_P, bias=bias_V, reduction="sum", softcap=softcap)
+    sums = torch.zeros(3 + 2 * len(objective.losses), dtype=torch.float64)
+    sums[0] = float(ce.detach())
+    return ce * factors[0], sums
 
 
-def _score(
-    block: Block, micro: Micro, losses: Sequence[Loss], collected: dict[int, _Features]
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Sums of a block as in ``measure`` and, per teacher, what its weighted term's gradient is taken of."""
-    label_P = torch.from_numpy(micro.label_P[block.low : block.high]).to(block.rows.device)
-    ce = cross_entropy_total(block.logp(), label_P)
-    sums = torch.zeros(1 + 2 * len(losses), dtype=torch.float64, device=block.rows.device)
-    sums[0] = ce.detach()
-    terms: list[Tensor | None] = [ce]
-    for i, (lesson, loss) in enumerate(zip(micro.lessons, losses, strict=True)):
-        if isinstance(loss, FeatureLoss):
-            terms.append(_linearised(block, loss, label_P, collected[i]) if i in collected else None)
-        elif (found := _block_terms(block, micro, lesson, loss)) is not None:
-            sums[1 + i], sums[1 + len(losses) + i] = found[0].detach(), found[1].detach()
-            terms.append(found[0])
+class _Folded(torch.autograd.Function):
+    """The objective from hidden states and head; its gradient is made in the forward pass, block by block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        objective: Objective,
+        micro: Micro,
+        factors: tuple[float, ...],
+        agree: bool,
+        states_PH: Tensor,
+        weight_MH: Tensor | None,
+        bias_M: Tensor | None,
+        *learned: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        scorer = _Scorer(objective, micro, factors, agree)
+        wanted = any(factors) and any(ctx.needs_input_grad)
+        grads = _Gradients(states_PH, weight_MH, bias_M, learned, ctx.needs_input_grad[4:]) if wanted else None
+        sums = scorer.run(states_PH, grads)
+        ctx.grads, ctx.inputs = grads, (states_PH, weight_MH, bias_M, *learned)
+        terms = sums[: len(factors)].tolist()
+        total = sum(factor * term for factor, term in zip(factors, terms, strict=True))
+        ctx.mark_non_differentiable(sums)
+        return states_PH.new_tensor(total, dtype=torch.float32), sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        if ctx.grads is None:
+            zeros = [None if one is None else torch.zeros_like(one) for one in ctx.inputs]
+            return (None, None, None, None, *zeros)
+        return (None, None, None, None, *ctx.grads.scaled(float(grad)))
+
+
+class _Gradients:
+    """Gradients of a micro-batch as they are made: of the states, of the head in float32 or more, of the learned."""
+
+    def __init__(
+        self,
+        states_PH: Tensor,
+        weight_MH: Tensor | None,
+        bias_M: Tensor | None,
+        learned: Sequence[Tensor],
+        needed: Sequence[bool],
+    ) -> None:
+        self.states_PH = torch.zeros_like(states_PH)
+        self.like = (weight_MH, bias_M)
+        self.weight_MH = _zeros(weight_MH) if needed[1] else None
+        self.bias_M = _zeros(bias_M) if needed[2] else None
+        self.learned = [torch.zeros_like(one) for one in learned]
+
+    def add(self, block: Block, rows_grad: Tensor, states_PH: Tensor, head_VH: Tensor | None) -> None:
+        """The gradient of a block's logits (of the head's linear map, where it is folded)."""
+        if head_VH is None:
+            self.states_PH[block.low : block.high, : rows_grad.shape[1]] = rows_grad.to(self.states_PH.dtype)
+            return
+        rows_grad, size = rows_grad.to(head_VH.dtype), len(head_VH)
+        states_PH = states_PH[block.low : block.high].to(head_VH.dtype)
+        self.states_PH[block.low : block.high] = (rows_grad @ head_VH).to(self.states_PH.dtype)
+        if self.weight_MH is not None and self.weight_MH.dtype == rows_grad.dtype:
+            self.weight_MH[:size].addmm_(rows_grad.t(), states_PH)
+        elif self.weight_MH is not None:
+            self.weight_MH[:size] += rows_grad.t() @ states_PH
+        if self.bias_M is not None:
+            self.bias_M[:size] += rows_grad.sum(0)
+
+    def scaled(self, factor: float) -> list[Tensor | None]:
+        """As backward returns them."""
+        found = [self.states_PH, self.weight_MH, self.bias_M, *self.learned]
+        if factor != 1:
+            found = [None if one is None else one.mul_(factor) for one in found]
+        for at, like in enumerate(self.like, start=1):
+            if found[at] is not None and like is not None:
+                found[at] = found[at].to(like.dtype)  # type: ignore[union-attr]
+        return found
+
+
+def _zeros(like: Tensor | None) -> Tensor | None:
+    return None if like is None else torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+class _Scorer:
+    """One micro-batch through the head and the losses, block by block."""
+
+    def __init__(self, objective: Objective, micro: Micro, factors: Sequence[float], agree: bool) -> None:
+        self.student, self.losses, self.micro = objective.student, objective.losses, micro
+        self.factors, self.agree, self.learned = factors, agree, list(objective.learned)
+        self.sums = torch.zeros(3 + 2 * len(self.losses), dtype=torch.float64, device=self.student.device)
+
+    def run(self, states_PH: Tensor, grads: _Gradients | None) -> Tensor:
+        """The sums of ``score``; gradients are added to ``grads``."""
+        weight_VH, bias_V = self.student.columns()
+        collected = self._collect(states_PH, weight_VH, bias_V)
+        for low, high in spans(self.micro, self.student.vocabulary, self.losses, states_PH.is_cuda):
+            linear_PV = self._linear(states_PH[low:high], weight_VH, bias_V)
+            with torch.set_grad_enabled(grads is not None):
+                leaf = linear_PV.requires_grad_(grads is not None)
+                block = Block(low, high, self._rows(leaf))
+                total = self._total(block, collected)
+                if grads is not None and total is not None:
+                    found = torch.autograd.grad(total, [leaf, *self.learned], allow_unused=True)
+                    if found[0] is not None:
+                        grads.add(block, found[0], states_PH, weight_VH)
+                    for kept, one in zip(grads.learned, found[1:], strict=True):
+                        if one is not None:
+                            kept.add_(one)
+        return self.sums
+
+    def _linear(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> Tensor:
+        """What the head's matrix makes, before scale and cap, at least float32."""
+        if weight_VH is None:
+            rows_PV = states_PH[:, : self.student.vocabulary]
         else:
-            terms.append(None)
-    return sums, terms
+            rows_PV = torch.nn.functional.linear(states_PH.to(weight_VH.dtype), weight_VH, bias_V)
+        wide = rows_PV.to(torch.promote_types(rows_PV.dtype, torch.float32))
+        return wide.detach()
+
+    def _rows(self, linear_PV: Tensor) -> Tensor:
+        return self.student.head.bend(linear_PV)
+
+    def _collect(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> dict[int, _Features]:
+        """First pass over the blocks for losses that need the features of all positions, without gradient."""
+        wanted = {i: loss for i, loss in enumerate(self.losses) if isinstance(loss, FeatureLoss) and collects(loss)}
+        wanted = {i: loss for i, loss in wanted.items() if len(self.micro.lessons[i].first_C)}
+        if not wanted:
+            return {}
+        pieces: dict[int, list[Tensor]] = {i: [] for i in wanted}
+        with torch.no_grad():
+            for low, high in spans(self.micro, self.student.vocabulary, self.losses, states_PH.is_cuda):
+                block = Block(low, high, self._rows(self._linear(states_PH[low:high], weight_VH, bias_V)))
+                label_P = tensor(self.micro.label_P[low:high], states_PH.device)
+                for i, loss in wanted.items():
+                    pieces[i].append(loss.features(block.logp(loss.temperature), label_P))
+        return {i: self._features(i, loss, torch.cat(pieces[i])) for i, loss in wanted.items()}
+
+    def _features(self, i: int, loss: FeatureLoss, feature_PF: Tensor) -> _Features:
+        lesson, leaf = self.micro.lessons[i], feature_PF.requires_grad_()
+        with torch.enable_grad():
+            seen = view(leaf.new_zeros(0, 0), self.micro, lesson, loss, (0, len(self.micro.place_P)))
+            weighted, plain = _weigh(loss.terms_of(leaf, seen), lesson.weight_B[lesson.sample_C], loss)
+            (grad_PF,) = torch.autograd.grad(weighted, leaf)
+        self.sums[1 + i], self.sums[1 + len(self.losses) + i] = weighted.detach(), plain.detach()
+        return _Features(float(weighted.detach()), float(plain.detach()), grad_PF)
+
+    def _total(self, block: Block, collected: dict[int, _Features]) -> Tensor | None:
+        """Add a block's sums; what its gradient is taken of."""
+        label_P = tensor(self.micro.label_P[block.low : block.high], block.rows.device)
+        ce = cross_entropy_total(block.logp(), label_P)
+        self.sums[0] += ce.detach()
+        terms: list[Tensor | None] = [ce]
+        for i, (lesson, loss) in enumerate(zip(self.micro.lessons, self.losses, strict=True)):
+            if isinstance(loss, FeatureLoss) and collects(loss):
+                terms.append(_linearised(block, loss, label_P, collected[i]) if i in collected else None)
+            else:
+                terms.append(self._term(i, block, lesson, loss))
+        used = [f * term for f, term in zip(self.factors, terms, strict=True) if term is not None and f]
+        return torch.stack(used).sum() if used else None
+
+    def _term(self, i: int, block: Block, lesson: Lesson, loss: Loss) -> Tensor | None:
+        first, last = lesson.chunks(block.low, block.high)
+        if loss.per == "chunk" and first == last:
+            return None
+        seen = block_view(block, self.micro, lesson, loss)
+        if self.agree and i == 0 and first < last:
+            self._compare(loss.agrees(seen))
+        owner = lesson.sample_C[first:last] if loss.per == "chunk" else self.micro.sample_P[block.low : block.high]
+        weighted, plain = _weigh(loss.terms(seen), lesson.weight_B[owner], loss)
+        self.sums[1 + i] += weighted.detach()
+        self.sums[1 + len(self.losses) + i] += plain.detach()
+        return weighted
+
+    def _compare(self, agrees_C: Tensor | None) -> None:
+        if agrees_C is not None:
+            self.sums[-2] += agrees_C.sum()
+            self.sums[-1] += len(agrees_C)
+
+
+def _weigh(terms: Tensor, weight: Any, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Weighted and plain sum of a loss's terms, temperature squared included."""
+    weights = tensor(weight, terms.device).to(terms.dtype)
+    return (terms * weights).sum() * loss.temperature**2, terms.sum() * loss.temperature**2
 
 
 def _linearised(block: Block, loss: FeatureLoss, label_P: Tensor, collected: _Features) -> Tensor:
@@ -261,71 +371,106 @@ def _linearised(block: Block, loss: FeatureLoss, label_P: Tensor, collected: _Fe
     return (features * collected.grad_PF[block.low : block.high]).sum()
 
 
-def backward(student: Student, micro: Micro, losses: Sequence[Loss], factors: Sequence[float]) -> Tensor:
-    """Add the gradient of sum_i factors_i * term_i to the model (CE first, then teachers); sums as ``measure``."""
-    logits_BLM = student.logits(micro)
-    grad_BLM = torch.zeros_like(logits_BLM)
-    sums = write_gradient(student, logits_BLM, grad_BLM, micro, losses, factors)
-    logits_BLM.backward(grad_BLM)  # type: ignore[no-untyped-call]
-    return sums
+@dataclass(frozen=True)
+class StepCounts:
+    """Denominators and counts of a step over all ranks."""
+
+    predicted: int
+    chunks: tuple[int, ...]
+    held: tuple[int, ...]
+    tokens: int
+    padded: int
+    cut: int
 
 
-def write_gradient(
-    student: Student,
-    logits_BLM: Tensor,
-    grad_BLM: Tensor,
-    micro: Micro,
-    losses: Sequence[Loss],
-    factors: Sequence[float],
-) -> Tensor:
-    """Write the gradient by the logits into ``grad_BLM``, block by block; see ``backward``."""
-    flat = grad_BLM.view(-1, grad_BLM.shape[-1])
-    collected = _collect(student, logits_BLM, micro, losses)
-    sums = _collected_sums(collected, len(losses))
-    for block in blocks(logits_BLM, micro, student.vocabulary, losses, gradient=True):
-        found, terms = _score(block, micro, losses, collected)
-        weighted = [factor * term for factor, term in zip(factors, terms, strict=True) if term is not None and factor]
-        sums += found.cpu()
-        if not weighted:
-            continue
-        torch.autograd.backward(torch.stack(weighted).sum())
-        place = torch.from_numpy(micro.place_P[block.low : block.high]).to(flat.device)
-        assert block.rows.grad is not None
-        flat[place, : block.rows.shape[1]] = block.rows.grad.to(flat.dtype)
-    return sums
+def count_step(batch: StepBatch, ranks: Ranks) -> StepCounts:
+    """Add up what the ranks hold of a step."""
+    plain = [batch.predicted, batch.tokens, batch.padded, batch.cut]
+    found = [int(value) for value in ranks.sum([*plain, *batch.chunks, *batch.held])]
+    predicted, tokens, padded, cut = found[: len(plain)]
+    chunks, held = found[len(plain) : len(plain) + len(batch.chunks)], found[len(plain) + len(batch.chunks) :]
+    return StepCounts(predicted, tuple(chunks), tuple(held), tokens, padded, cut)
 
 
-def run_step(student: Student, batch: StepBatch, losses: Sequence[Loss], mixing: Mixing) -> Figures:
-    """Gradient of one optimizer step, left in the parameters' ``grad``.
+def run_step(
+    objective: Any,
+    batch: StepBatch,
+    counts: StepCounts,
+    mixing: Mixing,
+    ranks: Ranks,
+    *,
+    seed: int = 0,
+    agree: bool = False,
+) -> Figures:
+    """Gradient of one optimizer step, left in the parameters' ``grad``; every rank returns the same figures.
 
     Dynamic mixing needs KD and CE of the whole step before any gradient: it pays one more forward pass.
+
+    Args:
+        objective: an ``Objective``, or DDP or FSDP around one.
+        seed: of dropout in this step; a micro-batch's numbers depend on it and on its first sample alone.
     """
-    kd_weight, ce_weight = _weights(student, batch, losses, mixing)
-    factors = [ce_weight / max(1, batch.predicted), *(kd_weight / max(1, chunks) for chunks in batch.chunks)]
-    sums = torch.zeros(1 + 2 * len(losses), dtype=torch.float64)
-    for micro in batch.micros:
-        sums += backward(student, micro, losses, factors)
-    return _figures(sums, batch, losses, kd_weight, ce_weight)
+    losses = _losses(objective)
+    passes = int(ranks.max(len(batch.micros)))
+    kd_weight, ce_weight = _weights(objective, batch, counts, mixing, ranks, passes, seed)
+    factors = [ce_weight / max(1, counts.predicted), *(kd_weight / max(1, chunks) for chunks in counts.chunks)]
+    sums = torch.zeros(3 + 2 * len(losses), dtype=torch.float64)
+    for at in range(passes):
+        micro, counted = _turn(batch, at)
+        ranks.synchronise(objective, at == passes - 1)
+        seed_all(seed, micro)
+        # DDP and FSDP average over ranks; the factors already divide by the step of all of them.
+        value, found = objective(score, micro, [factor * ranks.size * counted for factor in factors], agree)
+        value.backward()
+        sums += found.cpu() * counted
+    return _figures(ranks.sum(sums.tolist()), counts, losses, kd_weight, ce_weight)
+
+
+def seed_all(seed: int, micro: Micro) -> None:
+    """Dropout depends on the step and the samples, not on what ran before or on which rank."""
+    torch.manual_seed((seed << 32) + zlib.crc32(micro.sample_ids[0].encode()))
+
+
+def _turn(batch: StepBatch, at: int) -> tuple[Micro, int]:
+    """The micro-batch of a turn, counted 1, or where another rank has more of them the first again, counted 0."""
+    return (batch.micros[at], 1) if at < len(batch.micros) else (batch.micros[0], 0)
+
+
+def _losses(objective: Any) -> tuple[Loss, ...]:
+    found: tuple[Loss, ...] = getattr(objective, "module", objective).losses
+    return found
 
 
 def _distils(losses: Sequence[Loss]) -> bool:
     return any(loss.columns.names for loss in losses)
 
 
-def _weights(student: Student, batch: StepBatch, losses: Sequence[Loss], mixing: Mixing) -> tuple[float, float]:
+def _weights(
+    objective: Any, batch: StepBatch, counts: StepCounts, mixing: Mixing, ranks: Ranks, passes: int, seed: int
+) -> tuple[float, float]:
+    losses = _losses(objective)
     if not _distils(losses):
         return 0.0, 1.0
     if mixing.mode == "fixed":
         return mixing.weights(0.0, 0.0)
-    sums = torch.stack([measure(student, micro, losses) for micro in batch.micros]).sum(0)
-    figures = _figures(sums, batch, losses, 1.0, 1.0)
+    sums = torch.zeros(3 + 2 * len(losses), dtype=torch.float64)
+    nothing = (0.0,) * (1 + len(losses))
+    with torch.no_grad():
+        for at in range(passes):
+            micro, counted = _turn(batch, at)
+            seed_all(seed, micro)
+            sums += objective(score, micro, nothing)[1].cpu() * counted
+    figures = _figures(ranks.sum(sums.tolist()), counts, losses, 1.0, 1.0)
     return mixing.weights(figures.kd or 0.0, figures.ce)
 
 
-def _figures(sums: Tensor, batch: StepBatch, losses: Sequence[Loss], kd_weight: float, ce_weight: float) -> Figures:
-    ce, *terms = sums.tolist()
-    ce /= max(1, batch.predicted)
-    means = [value / max(1, chunks) for value, chunks in zip(terms, batch.chunks * 2, strict=True)]
+def _figures(
+    sums: Sequence[float], counts: StepCounts, losses: Sequence[Loss], kd_weight: float, ce_weight: float
+) -> Figures:
+    ce, *terms, agreed, compared = sums
+    ce /= max(1, counts.predicted)
+    means = [value / max(1, chunks) for value, chunks in zip(terms, counts.chunks * 2, strict=True)]
     kd = sum(means[: len(losses)])
     teachers = tuple(means[len(losses) :]) if _distils(losses) else ()
-    return Figures(kd_weight * kd + ce_weight * ce, kd if _distils(losses) else None, ce, teachers)
+    agreement = agreed / compared if compared else None
+    return Figures(kd_weight * kd + ce_weight * ce, kd if _distils(losses) else None, ce, teachers, agreement)

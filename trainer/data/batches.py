@@ -1,38 +1,39 @@
-"""From stored targets to optimizer steps: order by seed and epoch, bounded memory, exact resume.
+"""From stored targets to optimizer steps: read ahead in threads, bounded memory, exact resume.
 
-Order: the row groups of all parts are shuffled; as many as hold ``WINDOW_SAMPLES`` are decoded together and their
-samples shuffled among each other. Each row group is thus read once per epoch and memory stays bounded, at the price
-that samples of distant windows never meet in one step. Steps run on over the end of an epoch.
+What a step is made of follows from the plan alone (see ``trainer.data.plan``). The caller's thread cuts steps, which
+takes a look at sizes only; decoding row groups and laying samples out are tasks of a pool, so an error of theirs is
+raised where the step is asked for, and nothing runs on behind the caller's back but what it has begun.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-
-import numpy as np
+from types import TracebackType
 
 from schemas.errors import XtokenError
 from trainer.data.micro import Micro, split_micros
-from trainer.data.samples import Layout, Sample, read_sample
+from trainer.data.plan import Plan, Position
+from trainer.data.samples import Layout, Sample, read_samples
 from trainer.data.sources import OwnedGroup, Sources
+from trainer.data.stream import Share, Stream, result_of
 
-WINDOW_SAMPLES = 1024
+__all__ = ["Loader", "Position", "StepBatch"]
 
-
-@dataclass(frozen=True)
-class Position:
-    """Where a loader stands: samples already taken from an epoch."""
-
-    epoch: int = 0
-    taken: int = 0
+# Steps laid out before they are asked for: one that is ready while the next is made.
+STEPS_AHEAD = 2
+CLOSE_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One optimizer step: its micro-batches and denominators, and where the loader stands after it.
+    """One optimizer step: its micro-batches and denominators, and where the streams stand after it.
 
     Attributes:
         tokens: student tokens. predicted: those that count for CE. cut: tokens beyond ``Layout.max_tokens``.
+        padded: inputs of all forward passes, filling included.
         chunks: valid chunks per teacher. held: samples per teacher.
+        positions: of each of the loader's streams.
     """
 
     micros: list[Micro]
@@ -41,7 +42,8 @@ class StepBatch:
     chunks: tuple[int, ...]
     held: tuple[int, ...]
     cut: int
-    after: Position
+    positions: tuple[Position, ...]
+    padded: int
 
     @property
     def sample_ids(self) -> list[str]:
@@ -49,16 +51,32 @@ class StepBatch:
         return [sample_id for micro in self.micros for sample_id in micro.sample_ids]
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A step whose samples are chosen, and the micro-batches of each stream in the making."""
+
+    shares: list[Share]
+    micros: "list[Future[list[Micro]]]"
+
+
 class Loader:
-    """Endless optimizer steps over target folders.
+    """Endless optimizer steps over target folders, for one rank. Use it as a context manager, or ``close`` it.
 
     Args:
         sources: the folders.
         layout: how samples become inputs.
-        step_tokens: student tokens per step, at least one sample, and no sample twice in a step.
-        micro_tokens: padded inputs per forward pass.
+        step_tokens: student tokens per step of all streams together; each stream gives at least one sample, and no
+            more samples than its epoch has.
+        micro_tokens: inputs per forward pass, filling included.
         seed: seed of the order.
-        position: where to go on.
+        streams: how many streams the samples are dealt to.
+        mine: the streams that this rank reads.
+        positions: where each of ``mine`` goes on.
+        packing: lay several samples into a row of at most ``layout.max_tokens`` inputs.
+        threads: decode and lay out in so many threads.
+
+    Raises:
+        XtokenError: fewer samples than streams.
     """
 
     def __init__(
@@ -69,71 +87,90 @@ class Loader:
         step_tokens: int,
         micro_tokens: int,
         seed: int,
-        position: Position = Position(),
+        streams: int = 1,
+        mine: Sequence[int] = (0,),
+        positions: Sequence[Position] | None = None,
+        packing: bool = False,
+        threads: int = 1,
     ) -> None:
         self.sources, self.layout = sources, layout
-        self.step_tokens, self.micro_tokens, self.seed = step_tokens, micro_tokens, seed
-        self.position = position
-        self._samples = self._from(position)
-        self._next: tuple[Sample, Position] | None = None
+        self._share_tokens, self._micro_tokens = max(1, step_tokens // streams), micro_tokens
+        self._pack_tokens = layout.max_tokens if packing else None
+        self.positions = tuple(positions or (Position() for _ in mine))
+        assert len(self.positions) == len(mine), f"{len(self.positions)} positions for {len(mine)} streams"
+        plan = Plan(sources, seed, streams)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._streams = [
+            Stream(plan, stream, position, self._size, self._decode, 2 * threads)
+            for stream, position in zip(mine, self.positions, strict=True)
+        ]
+        self._ahead: deque[_Begun] = deque()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Begin nothing more, and wait (not for ever) for what runs."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        begun = [micros for begun in self._ahead for micros in begun.micros]
+        begun += [unit for stream in self._streams for unit in stream.begun]
+        # one that was cancelled before it ran never tells a waiter
+        wait([future for future in begun if not future.cancelled()], timeout=CLOSE_SECONDS)
 
     def step(self) -> StepBatch:
-        """The next optimizer step."""
-        samples: list[Sample] = []
-        tokens = 0
-        while len(samples) < self.sources.samples:
-            self._next = self._next or next(self._samples)
-            sample, after = self._next
-            size = self._size(sample)
-            if samples and tokens + size > self.step_tokens:
-                break
-            samples.append(sample)
-            tokens, self.position, self._next = tokens + size, after, None
-        micros = split_micros(samples, self.micro_tokens, self.layout.losses)
-        if not micros:
-            ids = ", ".join(sample.sample_id for sample in samples[:5])
-            raise XtokenError(f"samples {ids} hold no token that the student can predict; align a longer text")
-        return StepBatch(
-            micros,
-            tokens,
-            sum(len(micro.label_P) for micro in micros),
-            tuple(sum(len(m.lessons[i].first_C) for m in micros) for i in range(len(self.layout.losses))),
-            tuple(sum(s.targets[i] is not None for s in samples) for i in range(len(self.layout.losses))),
-            sum(sample.cut for sample in samples),
-            self.position,
-        )
+        """This rank's part of the next optimizer step.
+
+        Raises:
+            XtokenError, VerificationError: a row group cannot be read, or its samples hold nothing to predict.
+        """
+        while len(self._ahead) < STEPS_AHEAD and self._can_begin():
+            self._ahead.append(self._begin())
+        begun = self._ahead[0]
+        micros = [result_of(micros) for micros in begun.micros]
+        self._ahead.popleft()
+        for share, found in zip(begun.shares, micros, strict=True):
+            if not found:
+                ids = ", ".join(sample.sample_id for sample in share.samples[:5])
+                raise XtokenError(f"samples {ids} hold no token that the student can predict; align a longer text")
+        batch = self._batch(begun.shares, [micro for found in micros for micro in found])
+        self.positions = batch.positions
+        return batch
+
+    def _can_begin(self) -> bool:
+        return not self._ahead or all(stream.ready(self._share_tokens) for stream in self._streams)
+
+    def _begin(self) -> _Begun:
+        shares = [stream.share(self._share_tokens) for stream in self._streams]
+        return _Begun(shares, [self._pool.submit(self._lay_out, share.samples) for share in shares])
+
+    def _lay_out(self, samples: list[Sample]) -> list[Micro]:
+        return split_micros(samples, self._micro_tokens, self.layout.losses, self._pack_tokens)
+
+    def _decode(self, unit: OwnedGroup) -> "Future[list[Sample]]":
+        return self._pool.submit(_read_unit, self.sources, unit, self.layout)
 
     def _size(self, sample: Sample) -> int:
         return len(sample.sequence) - (self.layout.context is not None)
 
-    def _from(self, position: Position) -> Iterator[tuple[Sample, Position]]:
-        """Samples from a position on, each with the position after it."""
-        epoch, skip = position.epoch, position.taken
-        while True:
-            taken = 0
-            for window in self._windows(epoch):
-                rows = sum(len(group.rows) for group in window)
-                if taken + rows > skip:
-                    for offset, sample in self._window_samples(window, epoch, max(0, skip - taken)):
-                        yield sample, Position(epoch, taken + offset + 1)
-                taken += rows
-            epoch, skip = epoch + 1, 0
+    def _batch(self, shares: Sequence[Share], micros: list[Micro]) -> StepBatch:
+        samples = [sample for share in shares for sample in share.samples]
+        teachers = range(len(self.layout.losses))
+        return StepBatch(
+            micros,
+            sum(share.tokens for share in shares),
+            sum(len(micro.label_P) for micro in micros),
+            tuple(sum(len(micro.lessons[i].first_C) for micro in micros) for i in teachers),
+            tuple(sum(sample.targets[i] is not None for sample in samples) for i in teachers),
+            sum(sample.cut for sample in samples),
+            tuple(share.position for share in shares),
+            sum(micro.input_BL.size for micro in micros),
+        )
 
-    def _windows(self, epoch: int) -> list[list[OwnedGroup]]:
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sources.groups))
-        windows: list[list[OwnedGroup]] = [[]]
-        for group in (self.sources.groups[i] for i in order):
-            if sum(len(one.rows) for one in windows[-1]) >= WINDOW_SAMPLES:
-                windows.append([])
-            windows[-1].append(group)
-        return windows
 
-    def _window_samples(self, window: list[OwnedGroup], epoch: int, skip: int) -> Iterator[tuple[int, Sample]]:
-        samples = [
-            read_sample(stored, self.layout) for group in window for stored in self.sources.read(group, self.layout)
-        ]
-        first = window[0]
-        seed = [self.seed, epoch, first.ref.part, first.ref.group, *([first.source] if first.source else [])]
-        order = np.random.default_rng(seed).permutation(len(samples))
-        for offset in range(skip, len(samples)):
-            yield offset, samples[order[offset]]
+def _read_unit(sources: Sources, unit: OwnedGroup, layout: Layout) -> list[Sample]:
+    return read_samples(list(sources.read(unit, layout)), layout)

@@ -84,6 +84,11 @@ class Sources:
             everywhere &= index.find(self._indices[0].keys) >= 0
         return int(everywhere.sum())
 
+    def tokens(self, group: OwnedGroup) -> int:
+        """About how many tokens the group's samples have, by the mean of its part."""
+        part = self.folders[group.source].part(group.ref.part)
+        return part.tokens * len(group.rows) // max(1, part.samples)
+
     def read(self, group: OwnedGroup, layout: Layout) -> Iterator[list[Stored | None]]:
         """For each owned sample, where every folder stores it; decoded columns are those the layout asks for."""
         decoded = self.folders[group.source].read(group.ref, layout.columns(group.source))

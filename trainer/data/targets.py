@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from schemas.cache import Cache, cached
 from schemas.errors import VerificationError, XtokenError
-from schemas.limits import batches, check_footer, group_chunks, open_parquet, read_whole, reading
+from schemas.limits import batches, check_footer, check_group, group_chunks, open_parquet, read_whole, reading
 from schemas.manifest import Part, TargetManifest, TokenizerInfo, content_hash, part_name, read_manifest
 from schemas.pages import Chunk
 from schemas.remote import in_parallel, is_local, open_url, read_footer
@@ -56,6 +57,14 @@ class RowGroup:
         offsets, values = self.lists[name]
         return values[offsets[row] : offsets[row + 1]]
 
+    def row(self, row: int) -> "RowGroup":
+        """One row as a row group of its own; views."""
+        lists = {
+            name: (offsets[row : row + 2] - offsets[row], values[offsets[row] : offsets[row + 1]])
+            for name, (offsets, values) in self.lists.items()
+        }
+        return RowGroup(self.ref, [self.sample_ids[row]], lists)
+
 
 class Targets:
     """A target folder or URL, opened: manifest read and row groups counted, nothing decoded.
@@ -71,6 +80,7 @@ class Targets:
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
         self._footers: dict[int, tuple[Any, list[list[Chunk]]]] = {}
+        self._lock = Lock()  # held for a look at the dictionary only
         self.manifest = read_manifest(root, TargetManifest)
         self.hash = content_hash(self.manifest)
         if sum(part.samples for part in self.manifest.parts) == 0:
@@ -78,6 +88,7 @@ class Targets:
         self.groups = [ref for refs in in_parallel(self._groups_of, self.manifest.parts, root) for ref in refs]
         self.samples = sum(ref.rows for ref in self.groups)
         self.stream = False
+        self._schema = targets(self.manifest.losses)
         self._parts = {part.index: part for part in self.manifest.parts}
         share_cache([self])
 
@@ -85,6 +96,10 @@ class Targets:
     def remote_bytes(self) -> int:
         """What the cache must hold to keep all parts."""
         return 0 if is_local(self.root) else sum(part.file_bytes for part in self.manifest.parts)
+
+    def part(self, index: int) -> Part:
+        """What the manifest says of a part."""
+        return self._parts[index]
 
     def _path(self, part: int) -> str:
         return f"{self.root}/data/{part_name(part)}"
@@ -117,24 +132,29 @@ class Targets:
             # nothing hashes a streamed file as a whole: pages that carry a checksum are at least checked against it
             checked = {"page_checksum_verification": True, "pre_buffer": True} if self.stream else {}
             parquet, chunks = self._footer(ref.part, file, path, checked)
-            schema = self._columns(parquet.schema_arrow, names, path)
-            read = batches(parquet, file, path, columns=names, groups=[ref.group], chunks=chunks)
-            found = [batch.select(names) for batch in read]
-            table = pa.Table.from_batches(found, schema)
+            self._check_columns(parquet.schema_arrow, names, path)
+            most = check_group(chunks[ref.group], file, ref.group, path, names)
+            if ref.rows <= most:  # row groups are read in parallel, not their columns
+                table = parquet.read_row_group(ref.group, columns=names, use_threads=False)
+                table.column("sample_id").validate(full=True)  # strings that are no UTF-8
+            else:
+                read = batches(parquet, file, path, columns=names, groups=[ref.group], chunks=chunks)
+                table = pa.Table.from_batches([batch.select(names) for batch in read])
             ids = table.column("sample_id").to_pylist()
-            self._check_ids(table, path)
+            lists = {name: _list_arrays(table.column(name)) for name in columns}
+            self._check_ids(lists, path)
         if len(ids) != ref.rows:
             raise VerificationError(f"{path} has {len(ids)} rows in group {ref.group}, not {ref.rows}; {_FETCH}")
-        return RowGroup(ref, ids, {name: _list_arrays(table.column(name)) for name in columns})
+        return RowGroup(ref, ids, lists)
 
-    def _check_ids(self, table: pa.Table, path: str) -> None:
+    def _check_ids(self, lists: Mapping[str, tuple[NDArray[np.int32], Array]], path: str) -> None:
         """Ids index arrays, on a GPU without a look at their bounds: they must lie in their vocabulary."""
         # of student_ids the reader of samples says which sample is wrong
-        names = [name for name in table.column_names if name.endswith(_INDICES) and name != "student_ids"]
+        names = [name for name in lists if name.endswith(_INDICES) and name != "student_ids"]
         sizes = dict.fromkeys(names, self.manifest.student.size)
         sizes |= {name: self.manifest.teacher_tokenizer.size for name in ("pkl_ids",) if name in sizes}
         for name, size in sizes.items():
-            _, values = _list_arrays(table.column(name))
+            _, values = lists[name]
             # the end of a range of tokens may stand behind the last
             if len(values) and not (values.min() >= 0 and values.max() < size + (name == "child_high")):
                 raise VerificationError(f"{path} has {name} outside 0 to {size - 1}; {_FETCH}")
@@ -143,32 +163,37 @@ class Targets:
         self, part: int, file: Any, path: str, options: dict[str, bool]
     ) -> tuple[pq.ParquetFile, list[list[Chunk]]]:
         """A part opened, and its column chunks. Row groups are read one by one, so the last parts' footers are kept."""
-        metadata, chunks = self._footers.pop(part, (None, None))
+        with self._lock:
+            metadata, chunks = self._footers.pop(part, (None, None))
         if metadata is None or chunks is None:
             parquet = open_parquet(file, path, **options)
             chunks = group_chunks(parquet, file, path)
         else:
             parquet = pq.ParquetFile(file, metadata=metadata, **options)
-        self._footers[part] = (parquet.metadata, chunks)
-        if len(self._footers) > _FOOTERS:
-            del self._footers[next(iter(self._footers))]
+        with self._lock:
+            self._footers[part] = (parquet.metadata, chunks)
+            if len(self._footers) > _FOOTERS:
+                del self._footers[next(iter(self._footers))]
         return parquet, chunks
 
-    def _columns(self, found: pa.Schema, names: list[str], path: str) -> pa.Schema:
+    def _check_columns(self, found: pa.Schema, names: list[str], path: str) -> None:
         missing = [name for name in names if found.get_field_index(name) < 0]
         if missing:
             raise VerificationError(f"{path} lacks the columns {', '.join(missing)}; write the targets again")
-        wanted = targets(self.manifest.losses)
-        other = [name for name in names if name not in wanted.names or not found.field(name).equals(wanted.field(name))]
+        other = [
+            name
+            for name in names
+            if name not in self._schema.names or not found.field(name).equals(self._schema.field(name))
+        ]
         if other:
             raise VerificationError(f"{path} holds {other[0]} as {found.field(other[0])}; {_FETCH}")
-        return pa.schema([found.field(name) for name in names])
 
     def _open(self, part: int, stack: ExitStack) -> Any:
         url, record = self._path(part), self._parts[part]
         if self.stream:
             return stack.enter_context(open_url(url))
-        return stack.enter_context(open_url(stack.enter_context(cached(url, record.sha256, record.file_bytes))))
+        # read by Arrow itself, without a lock that other threads wait for
+        return stack.enter_context(pa.OSFile(stack.enter_context(cached(url, record.sha256, record.file_bytes))))
 
     def require(self, loss: str) -> None:
         """Refuse a loss these targets have no columns for.
@@ -298,10 +323,12 @@ def share_cache(folders: Sequence[Targets]) -> None:
 
 
 def _list_arrays(column: pa.ChunkedArray) -> tuple[NDArray[np.int32], Array]:
-    array = column.combine_chunks()
+    """Offsets [rows + 1] from 0 and values; views of what was decoded."""
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if not pa.types.is_list(array.type):
         return np.arange(len(array) + 1, dtype=np.int32), array.to_numpy(zero_copy_only=False)
-    return array.offsets.to_numpy(), array.values.to_numpy(zero_copy_only=False)
+    offsets = array.offsets.to_numpy()
+    return offsets - offsets[0], array.flatten().to_numpy(zero_copy_only=False)
 
 
 def _numpy(table: pa.Table, name: str) -> Array:

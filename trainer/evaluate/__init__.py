@@ -1,7 +1,7 @@
-"""Figures about a model: bits per byte on held-out text, nearness to the teacher on held-out targets."""
+"""Figures about a model: bits per byte of held-out text, nearness to the teacher on held-out targets, tasks."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo
@@ -17,27 +17,51 @@ __all__ = ["EvalSample", "evaluate", "held_out_targets", "measure_student"]
 
 
 def evaluate(
-    config: EvalConfig, tokenizer: TokenizerInfo, samples: Sequence[EvalSample], progress: Progress
-) -> dict[str, float]:
-    """Measure ``config.model`` on ``samples`` and, when given, ``config.targets``.
+    config: EvalConfig,
+    tokenizer: TokenizerInfo,
+    samples: Sequence[EvalSample],
+    progress: Progress,
+    rows: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Measure ``config.model``, loaded once, on ``samples``, ``config.targets`` and ``config.tasks``.
+
+    Args:
+        samples: ``config.text``, tokenized.
+        rows: see ``measure_student``.
 
     Returns:
-        See ``measure_student``.
+        See ``measure_student``; with tasks also ``tasks``, see ``trainer.evaluate.tasks.open_tasks``.
 
     Raises:
-        XtokenError: the model cannot be loaded, does not fit the tokenizer, or the targets do not fit either.
+        XtokenError: the model cannot be loaded or does not fit the tokenizer, nor the targets, or see ``open_tasks``.
     """
+    from trainer.evaluate.tasks import open_tasks
+
+    if config.text is not None and not samples:
+        raise XtokenError(f"the held-out text {config.text} holds no tokens; give a longer one")
+    targets = held_out_targets(config.targets, tokenizer) if config.targets else None
+    score_tasks = open_tasks(config) if config.tasks else None
+    student = _load(config, tokenizer, samples, targets)
+    figures: dict[str, Any] = {}
+    if samples or targets is not None:
+        figures |= measure_student(student, tokenizer, samples, targets, config.max_tokens, progress, rows)
+    if score_tasks is not None:
+        figures["tasks"] = score_tasks(student, progress)
+    return figures
+
+
+def _load(
+    config: EvalConfig, tokenizer: TokenizerInfo, samples: Sequence[EvalSample], targets: "Targets | None"
+) -> "Student":
     from trainer.step import Student
     from trainer.student.model import check_context, check_width, head_width, load_student, pick_autocast, pick_device
 
     device = pick_device(config.device)
-    targets = held_out_targets(config.targets, tokenizer) if config.targets else None
     model = load_student(config.model, device, config.trust_remote_code)
     check_width(model, _needed_width(samples, targets), config.model)
-    check_context(model, config.max_tokens, config.model)
-    vocabulary = min(tokenizer.size, head_width(model))
-    student = Student(model, device, pick_autocast("auto", device), vocabulary)
-    return measure_student(student, tokenizer, samples, targets, config.max_tokens, progress)
+    if samples or targets is not None:
+        check_context(model, config.max_tokens, config.model)
+    return Student(model, device, pick_autocast("auto", device), min(tokenizer.size, head_width(model)))
 
 
 def _needed_width(samples: Sequence[EvalSample], targets: "Targets | None") -> int:
@@ -71,12 +95,17 @@ def measure_student(
     targets: "Targets | None",
     max_tokens: int,
     progress: Progress,
-) -> dict[str, float]:
+    rows: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Figures of a loaded student.
 
+    Args:
+        rows: gets one row per held-out sample: ``id``, ``source``, ``bits`` and ``bytes``.
+
     Returns:
-        With samples ``bits_per_byte`` over predicted tokens and ``bytes``; with targets ``kl`` (mean P-KL per chunk,
-        nats), ``top1_agreement`` (share), ``chunks`` and ``teacher_bits_per_byte``.
+        With samples ``bits_per_byte`` over predicted tokens and ``bytes``, by ``by_source`` where sources are known;
+        with targets ``kl`` (mean P-KL per chunk, nats), ``top1_agreement`` (share) and ``chunks``, these by
+        ``by_category`` of the chunk's text, and ``teacher_bits_per_byte``.
 
     Raises:
         XtokenError: there is nothing to measure on.
@@ -88,10 +117,12 @@ def measure_student(
         raise XtokenError("the held-out text holds no tokens; give a longer one")
     training = student.model.training
     student.model.eval()
-    figures: dict[str, float] = {}
-    if samples:
-        figures |= bits_per_byte(student, tokenizer, samples, progress)
-    if targets is not None:
-        figures |= agreement(student, tokenizer, targets, max_tokens, progress)
-    student.model.train(training)
+    figures: dict[str, Any] = {}
+    try:
+        if samples:
+            figures |= bits_per_byte(student, tokenizer, samples, progress, rows)
+        if targets is not None:
+            figures |= agreement(student, tokenizer, targets, max_tokens, progress)
+    finally:
+        student.model.train(training)
     return figures

@@ -1,103 +1,107 @@
 """How near a student is to its teacher on held-out targets.
 
-Shapes: C chunks, V student vocabulary, K entries summed over chunks.
+Shapes: C chunks, V student vocabulary, G categories of text and one for holes.
 """
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from schemas.categories import CATEGORIES
 from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo
 from schemas.progress import Progress
+from trainer.blocks import block_view
 from trainer.data.micro import Micro, split_micros
 from trainer.data.samples import Layout, context_token, read_sample
 from trainer.data.targets import RowGroup, Targets
-from trainer.evaluate.bits_per_byte import MICRO_TOKENS
-from trainer.losses.base import LossSetup, ProjectionArrays
+from trainer.evaluate.bits_per_byte import micro_tokens
+from trainer.evaluate.spelling import token_bytes
+from trainer.losses.base import LossSetup
 from trainer.losses.pkl import PKL
-from trainer.step import Block, Student, block_view, blocks
+from trainer.step import Student
 
 _TEACHER_COLUMNS = ("student_end", "teacher_logprob")
 
 
 class _Tally:
-    """Sums over chunks and, for the teacher, over the bytes of chunks that have rows."""
+    """Sums over chunks by the category of their text; for the teacher, over the bytes of chunks that have rows."""
 
     def __init__(self) -> None:
-        self.kl, self.agreed, self.chunks = 0.0, 0, 0
+        groups = len(CATEGORIES) + 1
+        self.kl_G, self.agreed_G = np.zeros(groups), np.zeros(groups, np.int64)
+        self.chunks_G = np.zeros(groups, np.int64)
         self.teacher_nats, self.teacher_bytes = 0.0, 0
 
-    def figures(self) -> dict[str, float]:
-        if not self.chunks:
+    def add(self, kl_C: torch.Tensor, agreed_C: torch.Tensor, group_C: torch.Tensor) -> None:
+        """Count chunks."""
+        group, groups = group_C.cpu().numpy(), len(self.kl_G)
+        self.kl_G += np.bincount(group, kl_C.cpu().double().numpy(), groups)
+        self.agreed_G += np.bincount(group[agreed_C.cpu().numpy()], minlength=groups)
+        self.chunks_G += np.bincount(group, minlength=groups)
+
+    def figures(self) -> dict[str, Any]:
+        """See ``agreement``."""
+        if not self.chunks_G.any():
             raise XtokenError("the held-out targets hold no chunk that the student predicts; align a longer text")
-        figures = {
-            "kl": self.kl / self.chunks,
-            "top1_agreement": self.agreed / self.chunks,
-            "chunks": float(self.chunks),
-        }
+        figures = self._of(slice(None))
         if self.teacher_bytes:
             figures["teacher_bits_per_byte"] = self.teacher_nats / math.log(2) / self.teacher_bytes
-        return figures
+        by_category = {name: self._of(slice(i, i + 1)) for i, name in enumerate(CATEGORIES) if self.chunks_G[i]}
+        return {**figures, "by_category": by_category}
+
+    def _of(self, groups: slice) -> dict[str, Any]:
+        chunks = int(self.chunks_G[groups].sum())
+        return {
+            "kl": float(self.kl_G[groups].sum()) / chunks,
+            "top1_agreement": int(self.agreed_G[groups].sum()) / chunks,
+            "chunks": chunks,
+        }
 
 
 def agreement(
     student: Student, tokenizer: TokenizerInfo, targets: Targets, max_tokens: int, progress: Progress
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """KL to the teacher and top-1 agreement over all chunks, and the teacher's own bits per byte.
 
     They agree on a chunk where the teacher token with the largest weight in the W row of the student's most probable
     token is the target's most probable one.
 
+    Returns:
+        ``kl`` (mean P-KL per chunk, nats), ``top1_agreement`` (share), ``chunks``, and these by the category of the
+        chunk's first student token under ``by_category`` (see ``schemas.categories``); ``teacher_bits_per_byte``.
+
     Raises:
         XtokenError: no chunk can be compared.
     """
-    size = student.vocabulary
+    size, device = student.vocabulary, student.device
     teacher_size = targets.manifest.teacher_tokenizer.size
-    setup = LossSetup(targets.w.within(size), targets.vocab, size, teacher_size, student.device)
-    loss, heaviest_V = PKL(setup), torch.as_tensor(heaviest(setup.w, size), device=student.device)
+    setup = LossSetup(targets.w.within(size), targets.vocab, size, teacher_size, device)
+    loss, group_V = PKL(setup), torch.as_tensor(token_bytes(targets).categories(), device=device)
     layout = Layout(context_token(tokenizer), max_tokens, size, (loss,))
     tally = _Tally()
     progress.start("agreement", targets.samples, "samples")
     with torch.no_grad():
-        for group, micros in _micros(targets, layout):
+        for group, micros in _micros(targets, layout, micro_tokens(student)):
             _add_teacher(tally, group)
             for micro in micros:
-                for block in blocks(student.logits(micro), micro, student.vocabulary, layout.losses):
-                    _add_block(tally, block, micro, loss, heaviest_V)
+                for block in student.blocks(micro, layout.losses):
+                    view = block_view(block, micro, micro.lessons[0], loss)
+                    if len(view.first_C):
+                        tally.add(loss.terms(view), loss.agrees(view), group_V[view.label_P[view.first_C]])
             progress.advance(group.ref.rows)
     progress.finish()
     return tally.figures()
 
 
-def heaviest(w: ProjectionArrays, size: int) -> NDArray[np.int64]:
-    """int64 [V]: for each student token the teacher token of the largest weight (lower id on a tie), or -1."""
-    order = np.lexsort((w.teacher_id, -w.weight, w.student_id))
-    first = order[np.flatnonzero(np.diff(w.student_id[order], prepend=-1))]
-    best_V = np.full(size, -1, np.int64)
-    best_V[w.student_id[first]] = w.teacher_id[first]
-    return best_V
-
-
-def _micros(targets: Targets, layout: Layout) -> Iterator[tuple[RowGroup, list[Micro]]]:
+def _micros(targets: Targets, layout: Layout, size: int) -> Iterator[tuple[RowGroup, list[Micro]]]:
     for ref in targets.groups:
         group = targets.read(ref, (*layout.columns(0), *_TEACHER_COLUMNS))
         samples = [read_sample([(group, row)], layout) for row in range(ref.rows)]
-        yield group, split_micros(samples, MICRO_TOKENS, layout.losses)
-
-
-def _add_block(tally: _Tally, block: Block, micro: Micro, loss: PKL, heaviest_V: torch.Tensor) -> None:
-    view = block_view(block, micro, micro.lessons[0], loss)
-    if not len(view.first_C):
-        return
-    count_C = view.columns["pkl_count"]
-    first_C = view.columns["pkl_ids"][count_C.cumsum(0) - count_C].long()
-    tally.kl += float(loss.terms(view).sum())
-    tally.agreed += int((heaviest_V[view.first_rows.argmax(dim=1)] == first_C).sum())
-    tally.chunks += len(first_C)
+        yield group, split_micros(samples, size, layout.losses)
 
 
 def _add_teacher(tally: _Tally, group: RowGroup) -> None:

@@ -39,6 +39,8 @@ class ALM(FeatureLoss):
         options = setup.options
         self.mode, self.tau_b, self.threshold = options.alm, options.alm_tau, options.alm_threshold
         self.outcome, self.merge = "outcome" in options.debias, "merge" in options.debias
+        # Joined chunks can be as long as a sample, and the token after a chunk may lie in the next block.
+        self.local = not (self.outcome or self.merge)
         self.space_V = torch.as_tensor(setup.vocab.space_V[: setup.student_size], dtype=torch.float32)
         self.space_V = self.space_V.to(setup.device)
         if self.outcome and not self.space_V.any():

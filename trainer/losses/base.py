@@ -76,11 +76,13 @@ class VocabArrays:
 
     Attributes:
         space_V: bool, the token's bytes start with a space.
+        length_V: int32, bytes of text that the token stands for; 0 for specials.
         order: int32, text tokens in order of (bytes, id): what ``child_low`` and ``child_high`` count in.
     """
 
     space_V: NDArray[np.bool_]
     order: NDArray[np.int32]
+    length_V: NDArray[np.int32]
 
     @classmethod
     def of(cls, token_bytes: Sequence[bytes], is_text: Sequence[bool]) -> "VocabArrays":
@@ -88,7 +90,8 @@ class VocabArrays:
         text = [i for i, (data, keep) in enumerate(zip(token_bytes, is_text, strict=True)) if keep and data]
         space = np.zeros(len(token_bytes), np.bool_)
         space[[i for i in text if token_bytes[i].startswith(b" ")]] = True
-        return cls(space, np.array(sorted(text, key=lambda i: (token_bytes[i], i)), np.int32))
+        length = np.array([len(data) * keep for data, keep in zip(token_bytes, is_text, strict=True)], np.int32)
+        return cls(space, np.array(sorted(text, key=lambda i: (token_bytes[i], i)), np.int32), length)
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,13 @@ class Loss(ABC):
         """Join consecutive chunks of a sample: new student ends and chunk columns (here: none are joined)."""
         return end_C, arrays
 
+    def agrees(self, view: View) -> Tensor | None:  # noqa: ARG002 - for those that can say
+        """Bool [C]: student and teacher hold the same token for the most probable at the chunk's first position.
+
+        None where the targets do not say.
+        """
+        return None
+
     @abstractmethod
     def terms(self, view: View) -> Tensor:
         """The loss in nats, [C] or [P] as ``per`` says, without the factor temperature squared."""
@@ -179,8 +189,11 @@ class Loss(ABC):
 class FeatureLoss(Loss):
     """A loss of few numbers per position, whose chunks may be longer than the positions that fit memory at once.
 
-    The step collects the features of a whole micro-batch first, then takes the gradient through them block by block.
+    The step collects the features of a whole micro-batch first, then takes the gradient through them block by block;
+    unless ``local``, where a block of whole chunks holds all that they need and is scored like any other loss's.
     """
+
+    local: bool = False
 
     @abstractmethod
     def features(self, logp_PV: Tensor, label_P: Tensor) -> Tensor:

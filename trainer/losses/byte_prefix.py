@@ -55,6 +55,13 @@ class BytePrefix(Loss):
         has_root: NDArray[np.bool_] = np.append(arrays["prefix_count"], 0)[start_C] > 0
         return has_root
 
+    def agrees(self, view: View) -> Tensor:
+        """The student's most probable token is the target's, of the chunks that have one."""
+        count_P = view.columns["prefix_count"]
+        first_C = view.first_C[count_P[view.first_C] > 0]
+        start_P = count_P.cumsum(0) - count_P
+        return view.logp_PV.detach().argmax(dim=1)[first_C] == view.columns["prefix_ids"][start_P[first_C]]
+
     def terms(self, view: View) -> Tensor:
         """See ``Loss.terms``; positions without a target are 0."""
         columns, width = view.columns, view.logp_PV.shape[1]

@@ -51,6 +51,20 @@ class HKL(Loss):
                 f"student id {bad} in hkl_common_ids is not common in w.parquet; write the targets again"
             )
 
+    def agrees(self, view: View) -> Tensor:
+        """The student's most probable token is the pair of the teacher's, of chunks whose teacher's is in a pair."""
+        count_C, other_C = view.columns["hkl_common_count"], view.columns["hkl_other_count"]
+        chunk_K, logp_K = owners(count_C), view.columns["hkl_common_logprob"]
+        low_C = logp_K.new_full((len(count_C),), -torch.inf)
+        best_C = low_C.scatter_reduce(0, chunk_K, logp_K, "amax")
+        start_C = (other_C.cumsum(0) - other_C).long()
+        known_C = other_C > 0
+        low_C[known_C] = view.columns["hkl_other_logprob"][start_C[known_C]]
+        student_C = view.logp_PV.detach().argmax(dim=1)[view.first_C]
+        match_K = (logp_K == best_C[chunk_K]) & (view.columns["hkl_common_ids"] == student_C[chunk_K])
+        match_C = torch.zeros_like(count_C).index_add(0, chunk_K, match_K.to(count_C.dtype)) > 0
+        return match_C[best_C > low_C]
+
     def terms(self, view: View) -> Tensor:
         """H-KL of each chunk, [C] nats."""
         logp_CV = chunk_means(view) if self.mean else first_rows(view)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from schemas.errors import VerificationError
-from trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
+from trainer.losses.base import Arrays, Columns, Loss, LossSetup, ProjectionArrays, View, owners
 from trainer.losses.sparse_kl import NOTHING, group_logsumexp, kept_and_rest, ranges, sparse_kl
 
 ROW_SUM_ROUNDING = 1e-6  # float32 weights of a row sum to 1 within this
@@ -48,6 +48,7 @@ class PKL(Loss):
         self.start_U = self.degree_U.cumsum(0) - self.degree_U
         self.student_N = torch.as_tensor(setup.w.student_id.astype(np.int64), device=setup.device)
         self.weight_N = torch.tensor(setup.w.weight, device=setup.device)
+        self.heaviest_V = torch.as_tensor(heaviest(setup.w, setup.student_size), device=setup.device)
         self.theta = torch.nn.Parameter(self.weight_N.log()) if setup.learn_w else None
         self.size_V = torch.bincount(self.student_N, minlength=setup.student_size)
         self.row_V = self.size_V.cumsum(0) - self.size_V
@@ -79,6 +80,15 @@ class PKL(Loss):
         logp_K, rest_logp_C = view.columns["pkl_logprob"], view.columns["pkl_rest_logprob"]
         return sparse_kl(logp_K, logq_K, chunk_K, rest_logp_C, rest_logq_C, self.kl)
 
+    def agrees(self, view: View) -> Tensor:
+        """The teacher token of the largest weight in the W row of the student's token is the teacher's.
+
+        The first of a chunk's entries is its most probable.
+        """
+        count_C = view.columns["pkl_count"]
+        first_C = view.columns["pkl_ids"][count_C.cumsum(0) - count_C].long()
+        return self.heaviest_V[view.logp_PV.detach().argmax(dim=1)[view.first_C]] == first_C
+
     def parameters(self) -> list[torch.nn.Parameter]:
         """theta [N], with ``learn_w``."""
         return [] if self.theta is None else [self.theta]
@@ -97,6 +107,15 @@ class PKL(Loss):
         row_X, w_X = ranges(self.row_V[student_R], self.size_V[student_R])
         logsum_R = group_logsumexp(self.theta[w_X], row_X, len(student_R))
         return (self.theta[w_E] - logsum_R[row_E]).to(dtype)
+
+
+def heaviest(w: ProjectionArrays, size: int) -> NDArray[np.int64]:
+    """int64 [V]: for each student token the teacher token of the largest weight (lower id on a tie), or -1."""
+    order = np.lexsort((w.teacher_id, -w.weight, w.student_id))
+    first = order[np.flatnonzero(np.diff(w.student_id[order], prepend=-1))]
+    best_V = np.full(size, -1, np.int64)
+    best_V[w.student_id[first]] = w.teacher_id[first]
+    return best_V
 
 
 def _through_w(logp_PV: Tensor, place_E: Tensor, logw_E: Tensor) -> tuple[Tensor, Tensor]:

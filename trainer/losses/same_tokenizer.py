@@ -34,6 +34,12 @@ class SameTokenizer(Loss):
                 f"id {int(ids[outside][0])} in skl_ids is none of the student's {self.size}; write the targets again"
             )
 
+    def agrees(self, view: View) -> Tensor:
+        """The student's most probable token is the teacher's; the first of a chunk's entries is its most probable."""
+        count_C = view.columns["skl_count"]
+        first_C = view.columns["skl_ids"][count_C.cumsum(0) - count_C]
+        return view.logp_PV.detach().argmax(dim=1)[view.first_C] == first_C
+
     def terms(self, view: View) -> Tensor:
         """KL of each chunk at its first position, [C] nats."""
         chunk_K = owners(view.columns["skl_count"])

@@ -1,9 +1,9 @@
-"""Loading the student and saving the result, both as Hugging Face folders."""
+"""The student: loaded, built from random weights, made ready to train, and saved as a Hugging Face folder."""
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,10 @@ import torch
 from safetensors import SafetensorError
 
 from schemas.errors import XtokenError
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
+from schemas.manifest import TokenizerInfo
+from schemas.train_config import TrainConfig
+from trainer.student.scratch import build_student
+from trainer.student.tokenizer_files import copy_tokenizer
 
 
 def pick_device(name: str) -> torch.device:
@@ -46,6 +39,19 @@ def pick_autocast(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast, or None; ``auto`` is bfloat16 on GPU and none elsewhere."""
     wanted = name == "bfloat16" or (name == "auto" and device.type == "cuda")
     return torch.bfloat16 if wanted else None
+
+
+def open_student(config: TrainConfig, device: torch.device, tokenizer: TokenizerInfo) -> Any:
+    """The model that ``config`` trains, in float32 on ``device``: loaded, or random by ``config.seed``.
+
+    The caller's random state stays as it is.
+
+    Raises:
+        XtokenError: it cannot be loaded, or config.json does not describe a model for this tokenizer.
+    """
+    if config.from_scratch is None:
+        return load_student(str(config.student), device, config.trust_remote_code)
+    return build_student(Path(config.from_scratch), tokenizer, config.seed, config.trust_remote_code).to(device)
 
 
 def load_student(source: str, device: torch.device, trust_remote_code: bool) -> Any:
@@ -107,18 +113,85 @@ def check_context(model: Any, inputs: int, source: str) -> None:
         )
 
 
-def save_student(model: Any, source: str, out: Path) -> None:
-    """Write ``model`` and the tokenizer files of ``source`` as a Hugging Face folder, whole or not at all."""
+def decoder_layers(model: Any) -> torch.nn.ModuleList:
+    """The model's repeated blocks: its list of modules that holds most parameters.
+
+    Raises:
+        XtokenError: it has no such list.
+    """
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
+    if not lists:
+        raise XtokenError(
+            f"{type(model).__name__} has no list of layers; it can neither be compiled nor sharded by them"
+        )
+    return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
+
+
+def prepare(model: Any, activation_checkpointing: bool, compile: bool) -> Any:  # noqa: A002
+    """Make ``model`` ready to train, in place; names of parameters stay.
+
+    Call it after ``add_adapters`` and before the model is wrapped or sharded.
+
+    Raises:
+        XtokenError: the model cannot recompute activations, or nothing can be compiled here.
+    """
+    model.train()
+    if activation_checkpointing:
+        _recompute_activations(model)
+    if compile:
+        _check_compiler(next(model.parameters()).device)
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)
+    return model
+
+
+def _recompute_activations(model: Any) -> None:
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise XtokenError(
+            f"{type(model).__name__} cannot recompute its activations; leave --activation-checkpointing out"
+        ) from error
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Compile something small: what is missing shows here, not deep in the first step."""
+    try:
+        torch.compile(torch.nn.Softplus())(torch.ones(8, device=device))
+    except Exception as error:  # the compiler's errors share no base
+        needs = "a C++ compiler such as g++" if device.type == "cpu" else "Triton and a C compiler"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise XtokenError(
+            f"--compile does not work here ({reason}); it needs {needs}: install it, or leave --compile out"
+        ) from error
+
+
+def save_student(model: Any, tokenizer: str, out: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write ``model`` and the files of ``tokenizer`` as a Hugging Face folder, whole or not at all.
+
+    Args:
+        model: what ``open_student`` returned.
+        tokenizer: id, folder, tokenizer.json or ``bytes``, for which the files are made.
+        out: the folder.
+        state: its weights by name, whole and under the names of the plain model; its own when left out. Sharded models
+            and models with adapters need it (see ``adapters.merged``).
+    """
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    _mend_generation(model.generation_config)
     with _no_progress_bars():
-        model.save_pretrained(temporary)
-    folder = _tokenizer_folder(source)
-    for name in TOKENIZER_FILES:
-        if folder is not None and (folder / name).is_file():
-            shutil.copyfile(folder / name, temporary / name)
+        model.save_pretrained(temporary, state_dict=None if state is None else dict(state))
+    copy_tokenizer(tokenizer, temporary)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
+
+
+def _mend_generation(generation: Any) -> None:
+    """Published models may set a temperature but not that they sample: transformers loads such, but refuses to save."""
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
 
 
 @contextmanager
@@ -134,14 +207,6 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _tokenizer_folder(source: str) -> Path | None:
-    if os.path.isdir(source):
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source, allow_patterns=list(TOKENIZER_FILES)))
 
 
 def write_json(path: Path, value: Any) -> None:

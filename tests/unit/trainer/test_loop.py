@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 import trainer.loop as loop
+import trainer.start as start
 from schemas.errors import XtokenError
 from schemas.progress import Silent
 from schemas.train_config import EvalConfig, TrainConfig
@@ -45,11 +47,11 @@ class Deadly:
     def __init__(self, real: Callable[..., Any], calls: int) -> None:
         self.real, self.left = real, calls
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         self.left -= 1
         if self.left == 0:
             raise Stop
-        return self.real(*args)
+        return self.real(*args, **options)
 
 
 @pytest.fixture
@@ -130,7 +132,7 @@ def test_a_finished_run_returns_its_summary(
     assert summary["steps"] == 3
     assert summary["before"].keys() == {"bits_per_byte", "bytes"}
     assert summary["after"]["bits_per_byte"] != summary["before"]["bits_per_byte"]
-    monkeypatch.setattr(loop, "load_student", lambda *_: pytest.fail("loads a model for nothing"))
+    monkeypatch.setattr(start, "open_student", lambda *_: pytest.fail("loads a model for nothing"))
     assert train(config, student_info, HELD_OUT, Silent()) == summary
 
 
@@ -173,7 +175,7 @@ def test_what_does_not_fit_is_refused_before_the_model_loads(
     student_info: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loop, "load_student", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(start, "open_student", lambda *_: pytest.fail("too late"))
     only = make_targets([[5, 5]], name="only", losses=("p-kl",))
     with pytest.raises(XtokenError, match=r"no columns for loss 'h-kl'.*xtoken align .* --for p-kl,h-kl"):
         train(configure(targets=[only], loss="h-kl"), student_info, [], Silent())
@@ -210,31 +212,56 @@ def test_a_loss_that_is_no_number_stops_the_run(
 ) -> None:
     config, real, calls = configure(save_every=2), loop.run_step, []
 
-    def poisoned(student: Any, *args: Any) -> Any:
+    def poisoned(objective: Any, *args: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             with torch.no_grad():
-                next(student.model.parameters()).fill_(math.nan)
-        return real(student, *args)
+                next(objective.model.parameters()).fill_(math.nan)
+        return real(objective, *args, **options)
 
     monkeypatch.setattr(loop, "run_step", poisoned)
-    with pytest.raises(XtokenError, match=r"step 4: loss nan.*doc[0-9]#[0-9].*last checkpoint stays"):
+    with pytest.raises(XtokenError, match=r"step 4: KD is nan.*last checkpoint stays.*the weights are at fault"):
         train(config, student_info, [], Silent())
     assert [p.name for p in Path(config.out, "checkpoints").iterdir()] == ["step-000002"]
     monkeypatch.setattr(loop, "run_step", real)
     assert train(config, student_info, [], Silent())["steps"] == 12
 
 
+@pytest.mark.parametrize("rollback", [1, 2])
+def test_a_rollback_leaves_the_step_out(
+    configure: Callable[..., TrainConfig], student_info: Any, monkeypatch: pytest.MonkeyPatch, rollback: int
+) -> None:
+    """The fifth batch breaks the loss: the run goes back to step 4, leaves it out, and is a run without this batch."""
+    config, real = configure(save_every=2, rollback=rollback), loop.run_step
+    seen: list[list[str]] = []
+
+    def poisoned(objective: Any, batch: Any, *args: Any, **options: Any) -> Any:
+        seen.append(batch.sample_ids)
+        figures = real(objective, batch, *args, **options)
+        return replace(figures, ce=math.inf) if batch.sample_ids in seen[4:5] else figures
+
+    monkeypatch.setattr(loop, "run_step", poisoned)
+    summary = train(config, student_info, [], Silent())
+    assert summary["steps"] == 12
+    lines = steps_of(config.out)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    (event,) = [line for line in lines if "event" in line]
+    assert (event["step"], event["event"], event["from_step"], event["left_out"]) == (4, "rollback", 5, 5)
+    assert json.loads(Path(config.out, "diagnosis.json").read_text())["step"] == 5
+    assert seen[5] != seen[4], "the step at fault is not taken again"
+
+
 def test_a_torn_last_line_of_metrics_is_dropped(
     configure: Callable[..., TrainConfig], student_info: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, real = configure(save_every=2, steps=4), loop._save
-    monkeypatch.setattr(loop, "_save", lambda training: real(training) if training.step == 2 else 1 / 0)
+    config, real = configure(save_every=2, steps=4), start.Training.save
+    only_two = lambda training: real(training) if training.counted.step == 2 else 1 / 0  # noqa: E731
+    monkeypatch.setattr(start.Training, "save", only_two)
     with pytest.raises(ZeroDivisionError):
         train(config, student_info, [], Silent())
     with open(f"{config.out}/metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
-    monkeypatch.setattr(loop, "_save", real)
+    monkeypatch.setattr(start.Training, "save", real)
     train(config, student_info, [], Silent())
     assert [line["step"] for line in steps_of(config.out)] == [1, 2, 3, 4]
 

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-import trainer.step as step_module
+import trainer.blocks as blocks_module
+from trainer.blocks import spans, view
 from trainer.data.batches import Loader, StepBatch
 from trainer.data.samples import Layout
 from trainer.data.sources import Sources
 from trainer.data.targets import Targets
 from trainer.losses import REGISTRY, open_loss
 from trainer.losses.base import Loss
-from trainer.step import Figures, Mixing, Student, run_step
+from trainer.ranks import Ranks
+from trainer.step import Figures, Mixing, Objective, Student, count_step, run_step
 from trainer.student.model import load_student
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10]]
@@ -39,11 +41,18 @@ def batch_of(roots: Sequence[str], losses: Sequence[Loss], micro_tokens: int, **
     return Loader(sources, layout, step_tokens=200, micro_tokens=micro_tokens, seed=0).step()
 
 
+def step_of(
+    student: Student, batch: StepBatch, losses: Sequence[Loss], mixing: Mixing, whole: StepBatch | None = None
+) -> Figures:
+    counts = count_step(whole or batch, Ranks())
+    return run_step(Objective(student, losses), batch, counts, mixing, Ranks())
+
+
 def gradients(
     student: Student, batch: StepBatch, losses: Sequence[Loss], mixing: Mixing
 ) -> tuple[Figures, list[torch.Tensor]]:
     student.model.zero_grad(set_to_none=True)
-    figures = run_step(student, batch, losses, mixing)
+    figures = step_of(student, batch, losses, mixing)
     return figures, [p.grad.clone() for p in student.model.parameters()]
 
 
@@ -63,7 +72,7 @@ def test_micro_batches_and_blocks_do_not_matter(
     assert len(whole.micros) == 1
     assert len(split.micros) > 4
     figures, grads = gradients(student, whole, losses, mixing)
-    monkeypatch.setattr(step_module, "BLOCK_ELEMENTS", 24 * 3)
+    monkeypatch.setattr(blocks_module, "BLOCK_ELEMENTS", 24 * 3)
     figures_split, grads_split = gradients(student, split, losses, mixing)
     assert figures_split.loss == pytest.approx(figures.loss, rel=ROUNDING)
     assert (figures.kd is None) == (name == "ce")
@@ -87,7 +96,9 @@ def test_ranks_do_not_matter(make_targets: Callable[..., str], student_dir: str,
 
 def logits_of(student: Student, batch: StepBatch) -> torch.Tensor:
     (micro,) = batch.micros
-    return student.logits(micro).reshape(-1, 32)[torch.from_numpy(micro.place_P)][:, :24]
+    ids, positions = torch.from_numpy(micro.input_BL), torch.from_numpy(micro.position_BL)
+    logits = student.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    return logits.reshape(-1, 32)[torch.from_numpy(micro.place_P)][:, :24]
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "ce"])
@@ -95,15 +106,15 @@ def test_gradient_is_that_of_the_definition(
     make_targets: Callable[..., str], student_dir: str, pair: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """kd_weight * KD / chunks + ce_weight * CE / tokens, by autograd through everything at once."""
-    monkeypatch.setattr(step_module, "BLOCK_ELEMENTS", 24 * 5)
+    monkeypatch.setattr(blocks_module, "BLOCK_ELEMENTS", 24 * 5)
     root, student, loss = make_targets(LENGTHS, losses=(name,)), student_of(student_dir), loss_of(pair, name)
     batch = batch_of([root], [loss], 1000)
     figures, grads = gradients(student, batch, [loss], FIXED)
     (micro,) = batch.micros
     student.model.zero_grad(set_to_none=True)
     logp = logits_of(student, batch).log_softmax(-1)
-    view = step_module._view(logp, micro, micro.lessons[0], loss, 0, len(micro.label_P))
-    kd = loss.terms(view).sum() / len(view.first_C)
+    seen = view(logp, micro, micro.lessons[0], loss, (0, len(micro.label_P)))
+    kd = loss.terms(seen).sum() / len(seen.first_C)
     ce = -logp[torch.arange(len(micro.label_P)), torch.from_numpy(micro.label_P)].mean()
     (0.7 * kd + 0.3 * ce).backward()
     assert figures.kd == pytest.approx(float(kd.detach()), rel=1e-9)
@@ -126,8 +137,8 @@ def test_temperature_scales_logits_and_terms(
     (micro,) = batch.micros
     with torch.no_grad():
         logits = logits_of(student, batch)
-        view = step_module._view((logits / 2).log_softmax(-1), micro, micro.lessons[0], cold, 0, len(micro.label_P))
-        kd = 4 * cold.terms(view).sum() / len(view.first_C)
+        seen = view((logits / 2).log_softmax(-1), micro, micro.lessons[0], cold, (0, len(micro.label_P)))
+        kd = 4 * cold.terms(seen).sum() / len(seen.first_C)
         ce = torch.nn.functional.cross_entropy(logits, torch.from_numpy(micro.label_P))
     assert figures.kd == pytest.approx(float(kd), rel=1e-9)
     assert figures.ce == pytest.approx(float(ce), rel=1e-9)
@@ -143,14 +154,14 @@ def test_several_teachers_add_up(
     student, losses = student_of(student_dir), [loss_of(pair, name) for name in names]
     batch = batch_of(roots, losses, 1000, weights=(1.0, 2.0, 3.0), weighting=weighting)
     assert batch.held == (8, 5, 8)
-    monkeypatch.setattr(step_module, "BLOCK_ELEMENTS", 24 * 4)
+    monkeypatch.setattr(blocks_module, "BLOCK_ELEMENTS", 24 * 4)
     figures, grads = gradients(student, batch, losses, FIXED)
     (micro,) = batch.micros
     student.model.zero_grad(set_to_none=True)
     logp = logits_of(student, batch).log_softmax(-1)
     total, kd = -0.3 * logp[torch.arange(len(micro.label_P)), torch.from_numpy(micro.label_P)].mean(), 0.0
     for lesson, loss, chunks, plain in zip(micro.lessons, losses, batch.chunks, figures.teachers, strict=True):
-        terms = loss.terms(step_module._view(logp, micro, lesson, loss, 0, len(micro.label_P)))
+        terms = loss.terms(view(logp, micro, lesson, loss, (0, len(micro.label_P))))
         owner = micro.sample_P if loss.per == "token" else lesson.sample_C
         mean = (terms * torch.from_numpy(lesson.weight_B[owner])).sum() / chunks
         total, kd = total + 0.7 * mean, kd + float(mean.detach())
@@ -170,12 +181,12 @@ def test_learned_w_gets_the_gradient_of_the_definition(
     (theta,) = loss.parameters()
     batch = batch_of([root], [loss], 1000)
     (micro,) = batch.micros
-    view = step_module._view(
-        logits_of(student, batch).detach().log_softmax(-1), micro, micro.lessons[0], loss, 0, len(micro.label_P)
+    seen = view(
+        logits_of(student, batch).detach().log_softmax(-1), micro, micro.lessons[0], loss, (0, len(micro.label_P))
     )
-    (expected,) = torch.autograd.grad(loss.terms(view).sum() / len(view.first_C) * 0.7, theta)
-    monkeypatch.setattr(step_module, "BLOCK_ELEMENTS", 24 * 3)
-    run_step(student, batch_of([root], [loss], 13), [loss], FIXED)
+    (expected,) = torch.autograd.grad(loss.terms(seen).sum() / len(seen.first_C) * 0.7, theta)
+    monkeypatch.setattr(blocks_module, "BLOCK_ELEMENTS", 24 * 3)
+    step_of(student, batch_of([root], [loss], 13), [loss], FIXED)
     assert float(expected.abs().sum()) > 0
     torch.testing.assert_close(theta.grad, expected, rtol=1e-4, atol=1e-7)
 
@@ -187,13 +198,13 @@ def test_blocks_do_not_tear_chunks(
     (micro,) = batch_of([make_targets(LENGTHS)], [loss], 1000).micros
     (lesson,) = micro.lessons
     for size in range(1, 9):
-        monkeypatch.setattr(step_module, "BLOCK_ELEMENTS", 24 * size)
-        spans = [(b.low, b.high) for b in step_module.blocks(torch.zeros(8, 12, 32), micro, 24, [loss])]
-        assert [low for low, _ in spans] == [0, *(high for _, high in spans[:-1])]
-        assert spans[-1][1] == len(micro.label_P)
+        monkeypatch.setattr(blocks_module, "BLOCK_ELEMENTS", 24 * size)
+        found = list(spans(micro, 24, [loss], on_gpu=False))
+        assert [low for low, _ in found] == [0, *(high for _, high in found[:-1])]
+        assert found[-1][1] == len(micro.label_P)
         for first, length in zip(lesson.first_C, lesson.length_C, strict=True):
-            assert any(low <= first and first + length <= high for low, high in spans)
-        assert all(high - low <= max(size, 2) for low, high in spans), "no chunk here is longer than 2"
+            assert any(low <= first and first + length <= high for low, high in found)
+        assert all(high - low <= max(size, 2) for low, high in found), "no chunk here is longer than 2"
 
 
 def test_dynamic_mixing_scales_kd_to_ce(make_targets: Callable[..., str], student_dir: str, pair: Any) -> None:

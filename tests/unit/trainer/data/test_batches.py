@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import trainer.data.batches as batches
 from schemas.errors import VerificationError, XtokenError
+from trainer.data import plan
 from trainer.data.batches import Loader, Position
 from trainer.data.micro import split_micros
 from trainer.data.samples import Layout, Sample, SampleTargets, context_token, read_sample
@@ -42,9 +42,8 @@ def layout(context: int | None = 0, max_tokens: int = 32, loss: Loss = PKL) -> L
 
 
 def loader(root: str, seed: int = 0, position: Position | None = None, **options: Any) -> Loader:
-    position = position or Position()
     sizes = {"step_tokens": 20, "micro_tokens": 16} | options
-    return Loader(Sources([Targets(root)]), layout(), seed=seed, position=position, **sizes)
+    return Loader(Sources([Targets(root)]), layout(), seed=seed, positions=position and (position,), **sizes)
 
 
 def epoch_ids(steps: list[Any]) -> list[str]:
@@ -55,7 +54,7 @@ def epoch_ids(steps: list[Any]) -> list[str]:
 def test_every_sample_once_an_epoch(
     make_targets: Callable[..., str], monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
-    monkeypatch.setattr(batches, "WINDOW_SAMPLES", window)
+    monkeypatch.setattr(plan, "WINDOW_SAMPLES", window)
     one_by_one = loader(make_targets(LENGTHS), step_tokens=1)
     ids = epoch_ids([one_by_one.step() for _ in range(2 * TOTAL)])
     assert len(set(ids[:TOTAL])) == TOTAL
@@ -75,18 +74,18 @@ def test_resume_from_every_position(
     make_targets: Callable[..., str], monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
     """Over more than two epochs, whatever step it stops after."""
-    monkeypatch.setattr(batches, "WINDOW_SAMPLES", window)
+    monkeypatch.setattr(plan, "WINDOW_SAMPLES", window)
     root = make_targets(LENGTHS)
     whole = loader(root)
     steps = [whole.step() for _ in range(16)]
-    assert steps[-1].after.epoch >= 1
+    assert steps[-1].positions[0].epoch >= 1
     for done in range(16):
-        position = steps[done - 1].after if done else Position()
+        position = steps[done - 1].positions[0] if done else Position()
         again = loader(root, position=position)
         for step in steps[done:]:
             resumed = again.step()
             assert resumed.sample_ids == step.sample_ids
-            assert resumed.after == step.after
+            assert resumed.positions == again.positions == step.positions
             np.testing.assert_array_equal(resumed.micros[0].input_BL, step.micros[0].input_BL)
 
 
@@ -98,7 +97,8 @@ def test_steps_and_micro_batches_keep_their_sizes(make_targets: Callable[..., st
         assert step.predicted == sum(len(micro.label_P) for micro in step.micros) == step.tokens
         for micro in step.micros:
             assert micro.input_BL.size <= 24
-            assert list(micro.length_B) == sorted(micro.length_B, reverse=True)
+            length_B = np.bincount(micro.sample_P)
+            assert list(length_B) == sorted(length_B, reverse=True)
 
 
 def test_a_sample_longer_than_a_step_stands_alone(make_targets: Callable[..., str]) -> None:
@@ -111,7 +111,7 @@ def test_a_sample_longer_than_a_step_stands_alone(make_targets: Callable[..., st
 def test_a_step_holds_no_sample_twice(make_targets: Callable[..., str]) -> None:
     stream = loader(make_targets([[5, 6]]), step_tokens=1000)
     assert sorted(stream.step().sample_ids) == ["doc0#0", "doc0#1"]
-    assert stream.step().after == Position(1, 2)
+    assert stream.step().positions == (Position(1, 2),)
 
 
 def read_first(root: str, shape: Layout) -> tuple[Sample, Any]:
@@ -167,6 +167,7 @@ def test_micro_batch_places_and_chunks() -> None:
     (micro,) = split_micros([short, long], 64, [PKL])
     assert micro.sample_ids == ("long", "short")
     np.testing.assert_array_equal(micro.input_BL, [[0, 3, 4, 5], [0, 7, 0, 0]])
+    np.testing.assert_array_equal(micro.position_BL, [[0, 1, 2, 3], [0, 1, 0, 1]])
     np.testing.assert_array_equal(micro.place_P, [0, 1, 2, 3, 4, 5])
     np.testing.assert_array_equal(micro.label_P, [3, 4, 5, 6, 7, 8])
     np.testing.assert_array_equal(micro.sample_P, [0, 0, 0, 0, 1, 1])

@@ -89,7 +89,7 @@ def test_the_same_id_with_other_tokens_is_another_sample(make_targets: Callable[
 
 
 def loader(roots: list[str], position: Position, **options: Any) -> Loader:
-    return Loader(sources(roots), layout(**options), step_tokens=20, micro_tokens=16, seed=3, position=position)
+    return Loader(sources(roots), layout(**options), step_tokens=20, micro_tokens=16, seed=3, positions=(position,))
 
 
 def test_every_sample_once_an_epoch_and_resume(two: list[str]) -> None:
@@ -97,9 +97,9 @@ def test_every_sample_once_an_epoch_and_resume(two: list[str]) -> None:
     steps = [whole.step() for _ in range(14)]
     first_epoch = [name for step in steps for name in step.sample_ids][:8]
     assert sorted(first_epoch) == [*(f"doc0#{i}" for i in range(5)), *(f"doc1#{i}" for i in range(3))]
-    assert steps[-1].after.epoch >= 1
+    assert steps[-1].positions[0].epoch >= 1
     for done in range(14):
-        again = loader(two, steps[done - 1].after if done else Position())
+        again = loader(two, steps[done - 1].positions[0] if done else Position())
         assert again.step().sample_ids == steps[done].sample_ids
 
 

@@ -1,0 +1,192 @@
+"""Students of several families: saved whole, usable by strangers, ready to train."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from schemas.errors import XtokenError
+from schemas.manifest import TokenizerInfo
+from schemas.train_config import TrainConfig
+from trainer.student.model import decoder_layers, head_width, load_student, open_student, prepare, save_student
+
+CPU = torch.device("cpu")
+FAMILIES = ("untied", "tied", "gemma3", "gpt2", "mamba")
+TEXT = "Héllo\n\x00 wörld  日本\U0001f600<s>"
+# Recomputed activations are the same numbers; only sums of gradients may be taken in another order.
+RECOMPUTED_WITHIN = 1e-6
+# A compiled layer fuses and reorders float32 arithmetic.
+COMPILED_WITHIN = 1e-4
+
+
+def gradients(model: Any, ids: torch.Tensor, used: int = 256) -> dict[str, torch.Tensor]:
+    """Gradients of the cross-entropy over the first ``used`` columns."""
+    model.zero_grad()
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1, :used]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_student_is_a_whole_folder(
+    scratch: Callable[..., Any], family: str, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """Loaded again by us and by transformers it gives the same logits, and generates with its own tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = scratch(family).eval()
+    save_student(model, "bytes", tmp_path / "model")
+    ours, theirs = (
+        load_student(str(tmp_path / "model"), CPU, False),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+    )
+    with torch.no_grad():
+        logits = [one.eval()(input_ids=ids, use_cache=False).logits for one in (model, ours, theirs)]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    text_ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    assert text_ids[0].tolist() == list(TEXT.encode())
+    assert tokenizer.decode(text_ids[0]) == TEXT
+    drawn = theirs.generate(text_ids, max_new_tokens=8, do_sample=True, temperature=9.0)
+    assert drawn.shape == (1, len(TEXT.encode()) + 8)
+    assert int(drawn.max()) < 256, "columns that nothing trains are not drawn"
+
+
+def test_the_bytes_tokenizer_on_disk_is_ours(scratch: Callable[..., Any], tmp_path: Path) -> None:
+    """Its hash is that of 'bytes', so that a saved student fits targets that were aligned for 'bytes'."""
+    from pipeline.tokens import load_tokenizer
+
+    save_student(scratch("tied"), "bytes", tmp_path / "model")
+    ours, written = (load_tokenizer(source).table.info for source in ("bytes", str(tmp_path / "model")))
+    assert written.hash == ours.hash
+    assert "--tokenizer bytes" in (tmp_path / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_columns_get_no_gradient(scratch: Callable[..., Any], family: str, ids: torch.Tensor) -> None:
+    model = scratch(family)
+    gradients(model, ids)
+    assert head_width(model) == 264
+    head = model.get_output_embeddings().weight.grad
+    assert not head[256:].any()
+    assert head[:256].any()
+
+
+def test_tokenizer_files_come_from_a_folder_or_a_file(
+    scratch: Callable[..., Any], smollm2_dir: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.json"
+    other.write_bytes((smollm2_dir / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_text("not this one")
+    for source, name in ((smollm2_dir, "a"), (other, "b")):
+        save_student(scratch("tied"), str(source), tmp_path / name)
+        assert (tmp_path / name / "tokenizer.json").read_bytes() == other.read_bytes()
+        assert not (tmp_path / name / "README.md").exists()
+
+
+def test_a_failed_save_leaves_the_old_folder(
+    scratch: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = scratch("tied"), tmp_path / "model"
+    save_student(model, "bytes", out)
+    before = (out / "model.safetensors").read_bytes()
+    torch.nn.init.zeros_(model.get_input_embeddings().weight)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("trainer.student.model.copy_tokenizer", full)
+    with pytest.raises(OSError, match="No space"):
+        save_student(model, "bytes", out)
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_published_generation_settings_do_not_stop_a_save(scratch: Callable[..., Any], tmp_path: Path) -> None:
+    """A temperature without do_sample loads, but transformers refuses to write it."""
+    model = scratch("tied")
+    model.generation_config.temperature = 0.6
+    save_student(model, "bytes", tmp_path / "model")
+    written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert (written["temperature"], written["do_sample"]) == (0.6, True)
+
+
+def test_a_folder_is_opened_in_float32(
+    configure: Callable[..., TrainConfig],
+    scratch: Callable[..., Any],
+    bytes_info: TokenizerInfo,
+    ids: torch.Tensor,
+    tmp_path: Path,
+) -> None:
+    """Stored in bfloat16, trained in float32."""
+    save_student(scratch("gemma3").to(torch.bfloat16), "bytes", tmp_path / "stored")
+    config = configure({}, from_scratch=None, student=str(tmp_path / "stored"))
+    model = open_student(config, CPU, bytes_info)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(grad.isfinite().all() for grad in gradients(model, ids).values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_activations_give_the_same_gradients(
+    scratch: Callable[..., Any], family: str, ids: torch.Tensor
+) -> None:
+    plain, recomputed = scratch(family), prepare(scratch(family), activation_checkpointing=True, compile=False)
+    expected, found = gradients(plain.train(), ids), gradients(recomputed, ids)
+    assert recomputed.is_gradient_checkpointing
+    for name, grad in expected.items():
+        assert (found[name] - grad).norm() <= RECOMPUTED_WITHIN * grad.norm(), name
+
+
+def test_layers_are_run_again_in_the_backward_pass(scratch: Callable[..., Any], ids: torch.Tensor) -> None:
+    """The flag does something: each layer's attention runs twice."""
+    calls = {False: 0, True: 0}
+    for flag in calls:
+        model = prepare(scratch("untied"), activation_checkpointing=flag, compile=False)
+        hook = model.model.layers[0].self_attn.register_forward_hook(
+            lambda *_, flag=flag: calls.__setitem__(flag, calls[flag] + 1)
+        )
+        gradients(model, ids)
+        hook.remove()
+    assert calls == {False: 1, True: 2}
+
+
+def test_a_model_that_cannot_recompute_is_refused(scratch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = scratch("untied")
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(XtokenError, match="leave --activation-checkpointing out"):
+        prepare(model, activation_checkpointing=True, compile=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_found(scratch: Callable[..., Any], family: str) -> None:
+    layers = decoder_layers(scratch(family))
+    assert len(layers) == 2
+    with pytest.raises(XtokenError, match="no list of layers"):
+        decoder_layers(layers[0].__class__.__base__())
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_give_the_same_gradients(
+    scratch: Callable[..., Any], ids: torch.Tensor, recompute: bool
+) -> None:
+    """At two lengths, so that shapes are dynamic; names stay those of the plain model."""
+    plain, compiled = scratch("gemma3").train(), prepare(scratch("gemma3"), recompute, compile=True)
+    for length in (12, 7):
+        expected, found = gradients(plain, ids[:, :length]), gradients(compiled, ids[:, :length])
+        assert expected.keys() == found.keys()
+        for name, grad in expected.items():
+            assert (found[name] - grad).norm() <= COMPILED_WITHIN * grad.norm(), (name, length)
+
+
+def test_no_compiler_is_said_before_training(scratch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.config as inductor
+    from torch._inductor.utils import fresh_cache
+
+    torch.compiler.reset()
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    with fresh_cache(), pytest.raises(XtokenError, match="needs a C\\+\\+ compiler"):
+        prepare(scratch("untied"), activation_checkpointing=False, compile=True)

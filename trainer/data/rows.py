@@ -1,0 +1,227 @@
+"""All rows of a row group at once: checked, cut to the layout, and handed out per sample as views.
+
+Shapes: R rows, S student tokens, C chunks, K entries, each counted over the whole row group; "x_R" of R + 1 numbers
+are offsets.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.errors import VerificationError
+from trainer.data.layout import SCORE_COLUMNS, Layout, SampleTargets, running
+from trainer.data.targets import RowGroup
+from trainer.losses.base import Array, Columns, Loss
+
+NORMALISED_WITHIN = 1e-3  # float32 log-probabilities of up to 256 cells sum to 1 far closer than this
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A row group's chunks.
+
+    Attributes:
+        token_R, chunk_R: where each row's tokens and chunks begin.
+        owner_C: the row of each chunk. start_C, end_C: its first token and the one after its last, counted in its row.
+        columns: the loss's.
+    """
+
+    token_R: Ints
+    chunk_R: Ints
+    owner_C: Ints
+    start_C: Ints
+    end_C: Ints
+    columns: Mapping[str, Array]
+
+    @classmethod
+    def of(cls, token_R: Array, chunk_R: Array, end_C: Array, columns: Mapping[str, Array]) -> "_Rows":
+        """From offsets and ends."""
+        chunks_R, end_C = np.diff(chunk_R), end_C.astype(np.int64)
+        start_C = np.zeros(len(end_C), np.int64)
+        start_C[1:] = end_C[:-1]
+        start_C[chunk_R[:-1][chunks_R > 0]] = 0
+        owner_C = np.repeat(np.arange(len(chunks_R)), chunks_R)
+        return cls(token_R.astype(np.int64), chunk_R.astype(np.int64), owner_C, start_C, end_C, columns)
+
+
+@dataclass(frozen=True)
+class GroupTargets:
+    """What one teacher says about the samples of a row group.
+
+    Attributes:
+        first_C, length_C, next_C: as in ``SampleTargets``, valid chunks only; chunk_R: the rows' offsets in them.
+        columns: values; bounds: where each row's begin and end.
+        score_R: see ``SampleTargets``.
+    """
+
+    first_C: Ints
+    length_C: Ints
+    next_C: Ints
+    chunk_R: list[int]
+    columns: Mapping[str, Array]
+    bounds: Mapping[str, tuple[list[int], list[int]]]
+    score_R: list[float]
+
+    def row(self, row: int) -> SampleTargets:
+        """One sample's; views."""
+        low, high = self.chunk_R[row], self.chunk_R[row + 1]
+        columns = {
+            name: values[self.bounds[name][0][row] : self.bounds[name][1][row]] for name, values in self.columns.items()
+        }
+        return SampleTargets(
+            self.first_C[low:high], self.length_C[low:high], self.next_C[low:high], columns, self.score_R[row]
+        )
+
+
+def group_targets(group: RowGroup, loss: Loss, layout: Layout) -> GroupTargets:
+    """Check and cut the rows of a row group.
+
+    Raises:
+        VerificationError: a row's lists do not fit each other, or hold an id outside the vocabulary.
+    """
+    columns = {name: group.lists[name][1] for name in loss.columns.names}
+    rows = _Rows.of(group.lists["student_ids"][0], *group.lists["chunk_student_end"], columns)
+    _check(group, rows, loss.columns, layout.vocabulary)
+    score_R = [_score(group, row, layout.weighting) for row in range(len(group.sample_ids))]
+    if type(loss).regroup is not Loss.regroup:
+        rows = _regrouped(rows, loss)
+    return _cut(rows, loss, layout, score_R)
+
+
+def _cut(rows: _Rows, loss: Loss, layout: Layout, score_R: list[float]) -> GroupTargets:
+    start_C, end_C, owner_C, shift = rows.start_C, rows.end_C, rows.owner_C, layout.shift
+    kept_R = np.minimum(np.diff(rows.token_R), layout.max_tokens)
+    kept_C = kept_R[owner_C]
+    has_target_C = loss.valid(start_C + rows.token_R[owner_C], rows.columns)
+    valid_C = (end_C > start_C) & (end_C <= kept_C) & (start_C + shift >= 0) & has_target_C
+    next_C = np.where(end_C < kept_C, end_C + shift, -1)
+    chosen: slice | Bools = slice(None) if valid_C.all() else valid_C
+    valid_R = running(valid_C)[rows.chunk_R]
+    low_R = np.minimum(rows.token_R[:-1] - shift, rows.token_R[1:])  # without context the first is not predicted
+    high_R = np.maximum(low_R, rows.token_R[:-1] + kept_R)
+    columns, bounds = dict[str, Array](), dict[str, tuple[list[int], list[int]]]()
+    for name in loss.columns.chunk:
+        columns[name], bounds[name] = rows.columns[name][chosen], (valid_R[:-1].tolist(), valid_R[1:].tolist())
+    for name in loss.columns.token:
+        columns[name], bounds[name] = rows.columns[name], (low_R.tolist(), high_R.tolist())
+    for count_name, names in loss.columns.entries.items():
+        values = {name: rows.columns[name] for name in names}
+        entry_S = running(rows.columns[count_name])
+        if count_name in loss.columns.chunk:
+            values, begin_R, stop_R = _entries_of_chunks(values, entry_S, rows.chunk_R, valid_C, valid_R)
+        else:
+            begin_R, stop_R = entry_S[low_R], entry_S[high_R]
+        columns |= values
+        bounds |= dict.fromkeys(names, (begin_R.tolist(), stop_R.tolist()))
+    return GroupTargets(
+        (start_C + shift)[chosen],
+        (end_C - start_C)[chosen],
+        next_C[chosen],
+        valid_R.tolist(),
+        columns,
+        bounds,
+        score_R,
+    )
+
+
+def _entries_of_chunks(
+    values: Mapping[str, Array], entry_C: Ints, chunk_R: Ints, valid_C: Bools, valid_R: Ints
+) -> tuple[dict[str, Array], Ints, Ints]:
+    """Entries of valid chunks, and where each row's begin and end; copied only if others stand among them.
+
+    Args:
+        entry_C: offsets of the chunks' entries. valid_R: offsets of the rows' valid chunks.
+    """
+    count_C = np.diff(entry_C)
+    kept_R = running(count_C * valid_C)[chunk_R]
+    at = np.flatnonzero(valid_C)
+    some_R = valid_R[1:] > valid_R[:-1]
+    begin_R, stop_R = np.zeros((2, len(some_R)), np.int64)
+    begin_R[some_R] = entry_C[at[valid_R[:-1][some_R]]]
+    stop_R[some_R] = entry_C[at[valid_R[1:][some_R] - 1] + 1]
+    if (stop_R - begin_R == np.diff(kept_R)).all():
+        return dict(values), begin_R, stop_R
+    chosen_K = np.repeat(valid_C, count_C)
+    return {name: array[chosen_K] for name, array in values.items()}, kept_R[:-1], kept_R[1:]
+
+
+def _regrouped(rows: _Rows, loss: Loss) -> _Rows:
+    """Rows whose chunks the loss joins, row by row: such columns are short."""
+    assert set(loss.columns.names) == set(loss.columns.chunk), "joined chunks have one value each"
+    found = []
+    for low, high in zip(rows.chunk_R[:-1].tolist(), rows.chunk_R[1:].tolist(), strict=True):
+        found.append(loss.regroup(rows.end_C[low:high], {name: rows.columns[name][low:high] for name in rows.columns}))
+    columns = {name: np.concatenate([arrays[name] for _, arrays in found]) for name in rows.columns}
+    chunk_R = running(np.array([len(end_C) for end_C, _ in found], np.int64))
+    return _Rows.of(rows.token_R, chunk_R, np.concatenate([end_C for end_C, _ in found]), columns)
+
+
+def _check(group: RowGroup, rows: _Rows, spec: Columns, vocabulary: int) -> None:
+    ids_S = group.lists["student_ids"][1]
+    if len(ids_S) and (ids_S.min() < 0 or ids_S.max() >= vocabulary):
+        _refuse(group, rows.token_R, (ids_S < 0) | (ids_S >= vocabulary))
+    length_C = np.diff(rows.token_R)[rows.owner_C]
+    _refuse(group, rows.chunk_R, (rows.end_C < rows.start_C) | (rows.end_C > length_C))
+    for names, offset_R in ((spec.chunk, rows.chunk_R), (spec.token, rows.token_R)):
+        for name in names:
+            _refuse_lengths(group, name, offset_R)
+    for count_name, names in spec.entries.items():
+        offset_R = rows.chunk_R if count_name in spec.chunk else rows.token_R
+        count = rows.columns[count_name]
+        _refuse(group, offset_R, count < 0)
+        for name in names:
+            _refuse_lengths(group, name, running(count)[offset_R])
+    for name in rows.columns:
+        if name.endswith("_rest_logprob"):
+            offset_R = rows.chunk_R if name in spec.chunk else rows.token_R
+            _refuse(group, offset_R, ~_normalised(rows.columns, name))
+
+
+def _refuse_lengths(group: RowGroup, name: str, offset_R: Ints) -> None:
+    """Refuse a column unless its lists are as long as the offsets say."""
+    wrong_R = np.diff(group.lists[name][0]) != np.diff(offset_R)
+    _refuse(group, np.arange(len(offset_R)), wrong_R)
+
+
+def _refuse(group: RowGroup, offset_R: Ints, wrong: Bools) -> None:
+    """Refuse the row that the first wrong item belongs to."""
+    if not wrong.any():
+        return
+    row = int(np.searchsorted(offset_R, np.argmax(wrong), side="right")) - 1
+    raise VerificationError(
+        f"sample {group.sample_ids[row]!r} in part {group.ref.part} of the targets contradicts itself; "
+        "run 'xtoken verify' on the targets and write them again"
+    )
+
+
+def _normalised(columns: Mapping[str, Array], rest_name: str) -> Bools:
+    """Entries and REST (if known) sum to 1 wherever there are entries; without that a KL could fall below zero."""
+    prefix = rest_name.removesuffix("rest_logprob")
+    filled = columns[prefix + "count"] > 0
+    first_F = running(columns[prefix + "count"])[:-1][filled]
+    right = np.ones(len(filled), np.bool_)
+    if len(first_F):
+        # float32 sums of at most some hundred cells are off by 1e-5; what overflows is not normalised
+        with np.errstate(over="ignore", invalid="ignore"):
+            kept_F = np.add.reduceat(np.exp(columns[prefix + "logprob"]), first_F)
+            rest_F = np.exp(np.nan_to_num(columns[rest_name][filled], nan=-np.inf))
+            right[filled] = np.abs(kept_F + rest_F - 1) < NORMALISED_WITHIN
+    return right
+
+
+def _score(group: RowGroup, row: int, weighting: str) -> float:
+    """Higher = more trusted. CE is per student token, so that teachers of other tokenizers compare."""
+    if weighting == "static":
+        return 0.0
+    (name,) = SCORE_COLUMNS[weighting]
+    value = group.values(name, row).astype(np.float64)
+    if weighting == "ce":
+        known_C = ~np.isnan(value)
+        tokens = np.diff(group.values("chunk_student_end", row), prepend=0)[known_C].sum()
+        return float(value[known_C].sum() / tokens) if tokens else math.nan
+    return float(-value[0] if weighting == "entropy" else value[0])

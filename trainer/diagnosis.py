@@ -1,0 +1,81 @@
+"""What is wrong with a step, sample by sample."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from trainer.data.batches import StepBatch
+from trainer.data.micro import Lesson, Micro
+from trainer.run import write_json
+from trainer.step import score, seed_all
+from trainer.watch import Diagnosis, SampleScore, Verdict
+
+if TYPE_CHECKING:
+    from trainer.start import Training
+
+DIAGNOSIS = "diagnosis.json"
+
+
+def diagnose(training: "Training", batch: StepBatch, verdict: Verdict, seed: int) -> Diagnosis:
+    """Score every sample of the step alone, on the weights that it began with; all ranks must call it.
+
+    The first rank leaves the whole list in the run's diagnosis.json.
+    """
+    ranks = training.ranks
+    alone = [one for micro in batch.micros for one in single_samples(micro)]
+    found = []
+    for at in range(int(ranks.max(len(alone)))):  # a sharded model runs on all ranks or none
+        micro = alone[min(at, len(alone) - 1)]
+        seed_all(seed, micro)
+        row = _score(training, micro)
+        found += [row] if at < len(alone) else []
+    scores = [one for part in ranks.gather(found) for one in part]
+    diagnosis = Diagnosis(training.counted.step + 1, verdict, scores)
+    if ranks.first:
+        write_json(training.run.root / DIAGNOSIS, diagnosis.record())
+    return diagnosis
+
+
+def _score(training: "Training", micro: Micro) -> SampleScore:
+    teachers = len(micro.lessons)
+    with torch.no_grad():
+        sums = training.wrapped(score, micro, (0.0,) * (1 + teachers))[1].tolist()
+    chunks = [len(lesson.first_C) for lesson in micro.lessons]
+    plain = sums[1 + teachers : 1 + 2 * teachers]
+    kd = tuple(value / count if count else None for value, count in zip(plain, chunks, strict=True))
+    tokens = len(micro.label_P)
+    return SampleScore(micro.sample_ids[0], tokens, sums[0] / max(1, tokens), kd)
+
+
+def single_samples(micro: Micro) -> Iterator[Micro]:
+    """Each sample of a micro-batch as one of its own."""
+    for number, sample_id in enumerate(micro.sample_ids):
+        low, high = np.searchsorted(micro.sample_P, [number, number + 1]).tolist()
+        if low < high:
+            inputs = micro.input_BL.reshape(-1)[micro.place_P[low:high]][None]
+            length = np.arange(high - low, dtype=np.int64)
+            yield Micro(
+                sample_ids=(sample_id,),
+                input_BL=inputs,
+                position_BL=length[None],
+                place_P=length,
+                label_P=micro.label_P[low:high],
+                sample_P=np.zeros(high - low, np.int64),
+                lessons=tuple(_lesson(lesson, number, low, high) for lesson in micro.lessons),
+            )
+
+
+def _lesson(lesson: Lesson, number: int, low: int, high: int) -> Lesson:
+    first, last = lesson.chunks(low, high)
+    next_C = lesson.next_C[first:last]
+    return Lesson(
+        lesson.first_C[first:last] - low,
+        lesson.length_C[first:last],
+        np.where(next_C >= 0, next_C - low, -1),
+        np.zeros(last - first, np.int64),
+        lesson.weight_B[number : number + 1],
+        lesson.slice(low, high),
+        lesson.spec,
+    )

@@ -1,0 +1,134 @@
+"""What a student writes after the beginning of held-out samples: the first thing that people look at.
+
+Shapes: B samples of one prompt length, L tokens of the prompt.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from schemas.manifest import TokenizerInfo
+from trainer.data.samples import context_token
+from trainer.evaluate.samples import EvalSample
+from trainer.evaluate.spelling import Spelling
+from trainer.step import Student
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 48
+_BATCH = 8
+_ENDS = ("eos", "eot")
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """The first ``length`` tokens of a sample."""
+
+    sample: EvalSample
+    length: int
+
+
+def complete(
+    student: Student, tokenizer: TokenizerInfo, spelling: Spelling, samples: Sequence[EvalSample], count: int
+) -> list[dict[str, str]]:
+    """Greedy continuations of ``count`` samples taken evenly from all that have two tokens or more.
+
+    A prompt is a sample's first 32 tokens, of a shorter one the first half, and ends with a whole character if it
+    can. The student goes on for at most 48 tokens, within its context, and stops at the end of text. The same model
+    writes the same again.
+
+    Returns:
+        ``id``, ``prompt``, ``completion`` and ``text`` (how the sample itself goes on, as many tokens at most) of
+        each, in the order of the samples. Specials are shown by their role.
+    """
+    long_enough = [sample for sample in samples if len(sample.ids) > 1]
+    chosen = np.linspace(0, len(long_enough) - 1, min(count, len(long_enough)), dtype=int).tolist()
+    prompts = [_Prompt(long_enough[i], _prompt_length(long_enough[i], spelling)) for i in chosen]
+    written: dict[int, list[int]] = {}
+    training = student.model.training
+    student.model.eval()
+    for batch in _batches(prompts):
+        written |= zip(batch, _continued(student, tokenizer, spelling, [prompts[i] for i in batch]), strict=True)
+    student.model.train(training)
+    return [_row(prompt, written[i], spelling) for i, prompt in enumerate(prompts)]
+
+
+def _row(prompt: _Prompt, written: list[int], spelling: Spelling) -> dict[str, str]:
+    ids, length = prompt.sample.ids.tolist(), prompt.length
+    return {
+        "id": prompt.sample.id,
+        "prompt": spelling.text(ids[:length]),
+        "completion": spelling.text(written),
+        "text": spelling.text(ids[length : length + NEW_TOKENS]),
+    }
+
+
+def _prompt_length(sample: EvalSample, spelling: Spelling) -> int:
+    longest = min(PROMPT_TOKENS, len(sample.ids) // 2)
+    pieces = [spelling.bytes_V[i] for i in sample.ids[:longest].tolist()]
+    # a character is at most four tokens of a byte each
+    for length in range(longest, max(0, longest - 4), -1):
+        if _whole(b"".join(pieces[:length])):
+            return length
+    return longest
+
+
+def _whole(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _batches(prompts: Sequence[_Prompt]) -> Iterator[list[int]]:
+    """Indices of prompts of one length, a few at a time: no padding, so no sample sees another."""
+    for length in sorted({prompt.length for prompt in prompts}):
+        same = [i for i, prompt in enumerate(prompts) if prompt.length == length]
+        yield from (same[start : start + _BATCH] for start in range(0, len(same), _BATCH))
+
+
+def _continued(
+    student: Student, tokenizer: TokenizerInfo, spelling: Spelling, prompts: Sequence[_Prompt]
+) -> list[list[int]]:
+    """What follows each prompt, up to and with the token that ends the text."""
+    context = context_token(tokenizer)
+    before = [] if context is None else [context]
+    ids_BL = torch.tensor([before + prompt.sample.ids[: prompt.length].tolist() for prompt in prompts])
+    room = getattr(student.model.config, "max_position_embeddings", None) or ids_BL.shape[1] + NEW_TOKENS
+    ends = torch.tensor([i for i in spelling.ids(*_ENDS) if i < student.vocabulary], dtype=torch.long)
+    written = _greedy(student, ids_BL, ends, min(NEW_TOKENS, room - ids_BL.shape[1]))
+    return [_until_end(row, set(ends.tolist())) for row in written.tolist()]
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+    return ids[:stop]
+
+
+def _greedy(student: Student, ids_BL: Tensor, ends: Tensor, count: int) -> Tensor:
+    """[B, at most ``count``] most probable tokens, one after the other, until every row has ended.
+
+    Not ``model.generate``: that mixes in what a model's generation_config asks for, and may emit the head's padding.
+    """
+    written: list[Tensor] = []
+    inputs, cache = ids_BL.to(student.device), None
+    ended_B = torch.zeros(len(ids_BL), dtype=torch.bool)
+    while len(written) < count and not ended_B.all():
+        found = _forward(student, inputs, cache)
+        token_B = found.logits[:, -1, : student.vocabulary].argmax(dim=-1, keepdim=True)
+        written.append(token_B.cpu())
+        ended_B |= torch.isin(written[-1][:, 0], ends)
+        cache = getattr(found, "past_key_values", None)
+        # a model that gives no cache of keys and values reads everything again
+        inputs = torch.cat([inputs, token_B], dim=1) if cache is None else token_B
+    return torch.cat(written, dim=1) if written else torch.zeros(len(ids_BL), 0, dtype=torch.long)
+
+
+@torch.no_grad()
+def _forward(student: Student, inputs: Tensor, cache: object) -> Any:
+    """The model's output for ``inputs`` behind what ``cache`` holds."""
+    with student.precision():
+        return student.model(input_ids=inputs, past_key_values=cache, use_cache=True)

@@ -1,0 +1,132 @@
+"""What a run measures on the way and leaves at its end."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from schemas.manifest import TokenizerInfo
+from schemas.progress import Progress, Silent
+from schemas.train_config import TrainConfig
+from trainer.data.targets import Targets
+from trainer.evaluate import EvalSample, measure_student
+from trainer.evaluate.completions import complete
+from trainer.evaluate.spelling import token_bytes
+from trainer.learned_w import save_weights
+from trainer.ranks import gathered
+from trainer.step import Objective
+from trainer.student.adapters import merged, save_adapter
+from trainer.student.model import save_student
+
+if TYPE_CHECKING:
+    from trainer.start import Training
+
+COMPLETIONS, HELD_OUT, ADAPTER = "completions.jsonl", "held-out.jsonl", "adapter"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the student is measured on before, meanwhile and after."""
+
+    tokenizer: TokenizerInfo
+    samples: Sequence[EvalSample]
+    targets: Targets | None
+
+
+def evaluate_run(training: "Training", held_out: HeldOut, when: str, progress: Progress) -> dict[str, Any] | None:
+    """Figures on held-out data, made once for each ``when`` and step; None where there is none.
+
+    Every rank measures the same: a sharded model runs on all or none.
+    """
+    if not held_out.samples and held_out.targets is None:
+        return None
+    step = training.counted.step
+    known = training.metrics.evaluation(when, step if when == "step" else None)
+    if known is not None:
+        return known
+    progress = progress if training.ranks.first else Silent()
+    figures, rows, written = training.inside(_measure, held_out, training.config, when != "step", progress)
+    if training.ranks.first and when != "step":
+        _replace(training, HELD_OUT, when, rows)
+        _replace(training, COMPLETIONS, when, written)
+    training.metrics.write({"step": step, "eval": when, **figures})
+    return figures
+
+
+Rows = list[dict[str, Any]]
+
+
+def _measure(
+    objective: Objective, held_out: HeldOut, config: TrainConfig, complete_too: bool, progress: Progress
+) -> tuple[dict[str, Any], Rows, Rows]:
+    student, samples = objective.student, held_out.samples
+    rows: Rows = []
+    figures = measure_student(student, held_out.tokenizer, samples, held_out.targets, config.max_tokens, progress, rows)
+    written: Rows = []
+    if complete_too and config.completions and samples:
+        spelling = token_bytes(Targets(config.targets[0]))
+        written = list(complete(student, held_out.tokenizer, spelling, samples, config.completions))
+    return figures, rows, written
+
+
+def _replace(training: "Training", name: str, when: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Write the rows of ``when`` behind those of other times, whole or not at all."""
+    path = training.run.root / name
+    old = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in old if json.loads(line)["when"] != when]
+    lines = [*kept, *(json.dumps({"when": when, **row}, ensure_ascii=False) for row in rows)]
+    temporary = path.with_name(f".{name}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines))
+    temporary.replace(path)
+
+
+def save_result(training: "Training") -> dict[str, Any]:
+    """Write the trained model, with adapters merged and beside it, and what losses learned."""
+    config, run, model = training.config, training.run, training.student.model
+    adapted = config.lora is not None
+    state = gathered(model.state_dict(), training.ranks.first)
+    if not training.ranks.first:
+        return {}
+    save_student(model, config.tokenizer_source, run.model, merged(model, state) if adapted else state)
+    found: dict[str, Any] = {"model": str(run.model)}
+    if adapted:
+        save_adapter(model, run.root / ADAPTER, state)
+        found["adapter"] = str(run.root / ADAPTER)
+    learned = save_weights(training.objective.losses, training.sources.folders, run.root)
+    return found | ({"learned_w": learned} if learned else {})
+
+
+def summary_of(training: "Training") -> dict[str, Any]:
+    """The figures of a run as far as it got; see ``trainer.loop.train``."""
+    counted, metrics = training.counted, training.metrics
+    last = [line for line in metrics.lines if "loss" in line][-10:]
+    summary: dict[str, Any] = {"steps": counted.step, "epochs": last[-1]["epoch"] if last else 0}
+    summary |= {name: getattr(counted, name) for name in ("tokens", "chunks", "seconds")}
+    if last:
+        means = ("loss", "kd", "ce")
+        summary |= {name: sum(line[name] for line in last) / len(last) for name in means if name in last[-1]}
+        if len(training.objective.losses) > 1:
+            summary |= _teacher_summary(training, last)
+    summary["cut_tokens"] = sum(line.get("cut_tokens", 0) for line in metrics.lines)
+    summary |= {"left_out": len(counted.left_out)} if counted.left_out else {}
+    summary |= {"damaged_checkpoints": training.damaged} if training.damaged else {}
+    evaluations = {when: metrics.evaluation(when) for when in ("before", "after")}
+    return summary | {when: figures for when, figures in evaluations.items() if figures}
+
+
+def _teacher_summary(training: "Training", last: list[dict[str, Any]]) -> dict[str, Any]:
+    """What each teacher held and taught; how many samples they share."""
+    sources, config = training.sources, training.config
+    rows = [
+        {
+            "teacher": folder.manifest.teacher.model,
+            "loss": loss,
+            "samples": held,
+            "samples_seen": seen,
+            "kd": sum(line["teacher_kd"][i] for line in last) / len(last),
+        }
+        for i, (folder, loss, held, seen) in enumerate(
+            zip(sources.folders, config.losses, sources.held, training.counted.held, strict=True)
+        )
+    ]
+    return {"teachers": rows, "samples": sources.samples, "samples_of_all_teachers": sources.shared}

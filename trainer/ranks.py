@@ -1,0 +1,164 @@
+"""The processes that train together: what they add up, and how the model is shared among them.
+
+``torchrun`` starts them; without it there is one. Every collective is called by all ranks in the same order.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from schemas.errors import XtokenError
+from trainer.student.model import decoder_layers
+
+# A rank that reads from a slow store, or saves, keeps the others waiting; one that is gone must not for ever.
+_PATIENCE = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among ``size``."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - frozen
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element by element over all ranks, in float64."""
+        return self._reduce(values, "SUM")
+
+    def max(self, value: float) -> float:
+        """The largest of all ranks."""
+        return self._reduce([value], "MAX")[0]
+
+    def _reduce(self, values: Sequence[float], name: str) -> list[float]:
+        if self.size == 1:
+            return list(values)
+        import torch.distributed as dist
+
+        found = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(found, getattr(dist.ReduceOp, name))
+        return [float(value) for value in found.tolist()]
+
+    def share(self, value: Any) -> Any:
+        """What the first rank holds, on every rank; for plain values."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank holds, on every rank; for plain values."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def synchronise(self, objective: Any, now: bool) -> None:
+        """Whether the next backward pass adds up gradients over ranks; only the last of a step needs to."""
+        if self.size == 1:
+            return
+        if hasattr(objective, "set_requires_gradient_sync"):
+            objective.set_requires_gradient_sync(now)
+        else:
+            objective.require_backward_grad_sync = now
+
+
+@contextmanager
+def open_ranks(device: torch.device) -> Iterator[Ranks]:
+    """The ranks that torchrun started, each with its own GPU if ``device`` is a GPU; one rank without torchrun.
+
+    Raises:
+        XtokenError: torchrun started more processes here than there are GPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks(device=device)
+        return
+    import torch.distributed as dist
+
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise XtokenError(
+                f"torchrun started process {local} on a machine of {torch.cuda.device_count()} GPUs; "
+                "use --nproc-per-node gpu"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        yield Ranks(rank, size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(objective: Any, ranks: Ranks, autocast: torch.dtype | None) -> Any:
+    """FSDP2: each decoder layer, and then the rest, sharded over all ranks; masters and sums of gradients in float32.
+
+    Must come before the optimizer is built.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    policy = MixedPrecisionPolicy(param_dtype=autocast, reduce_dtype=torch.float32)
+    for layer in decoder_layers(objective.model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(objective, mesh=mesh, mp_policy=policy)
+
+
+def replicate(objective: Any) -> Any:
+    """DDP: the whole model on every rank."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, of sharded ones put together; nothing where not ``keep``. All ranks must call it."""
+    found = {}
+    for name, one in tensors.items():
+        whole = one.full_tensor() if hasattr(one, "full_tensor") else one
+        if keep:
+            found[name] = whole.detach().cpu().contiguous()
+    return found
+
+
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Put a whole tensor into one that may be sharded."""
+    with torch.no_grad():
+        parameter.copy_(like(parameter, whole))
+
+
+def like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor, sharded as another is."""
+    if not hasattr(parameter, "device_mesh"):
+        return whole.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]

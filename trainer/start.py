@@ -1,0 +1,256 @@
+"""What a run holds while it goes, built in an order that fails early: targets, run folder, model, checkpoint."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from schemas.errors import XtokenError
+from schemas.manifest import TokenizerInfo
+from schemas.train_config import TrainConfig
+from trainer.checkpoint import Policy, Restored, restore_checkpoint, save_checkpoint
+from trainer.data.batches import Loader, Position
+from trainer.data.samples import Layout, context_token
+from trainer.data.sources import Sources
+from trainer.data.targets import Targets
+from trainer.losses import open_loss
+from trainer.losses.base import LossSetup
+from trainer.metrics import Metrics
+from trainer.optim import build_optimizer, named_parameters, optimizer_tensors, restore_optimizer
+from trainer.ranks import Ranks, fill, gathered, replicate, shard
+from trainer.run import Run
+from trainer.step import Objective, Student
+from trainer.student.adapters import add_adapters
+from trainer.student.head import find_head, pick_packing
+from trainer.student.model import check_context, check_width, head_width, open_student, pick_autocast, prepare
+from trainer.watch import Watch
+
+T = TypeVar("T")
+
+
+@dataclass
+class Counted:
+    """What is done so far; with the loader's positions, all that a checkpoint holds beside tensors.
+
+    Attributes:
+        step: optimizer steps. drawn: batches taken for them; more than steps where some were left out.
+        tokens, chunks: of all teachers. seconds: of training. held: samples per teacher.
+        left_out: the numbers of batches that a rollback left out.
+    """
+
+    held: list[int]
+    step: int = 0
+    drawn: int = 0
+    tokens: int = 0
+    chunks: int = 0
+    seconds: float = 0.0
+    left_out: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Training:
+    """A run on this rank; ``objective`` is the student with its losses, ``wrapped`` what DDP or FSDP made of it."""
+
+    config: TrainConfig
+    ranks: Ranks
+    run: Run
+    student: Student
+    objective: Objective
+    wrapped: Any
+    optimizer: torch.optim.Optimizer
+    sources: Sources
+    layout: Layout
+    packing: bool
+    watch: Watch
+    metrics: Metrics
+    length_V: NDArray[np.int32]
+    counted: Counted
+    loader: Loader = field(init=False)
+    damaged: list[str] = field(default_factory=list)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights exist only while the wrapped module runs."""
+        return self.ranks.size > 1 and self.config.parallel == "fsdp"
+
+    def inside(self, work: Callable[..., T], *args: Any) -> T:
+        """``work(objective, ...)`` where all weights exist; all ranks of a sharded model must call it."""
+        found: T = (self.wrapped if self.sharded else self.objective)(work, *args)
+        return found
+
+    def save(self) -> None:
+        """Write a checkpoint; all ranks must call it."""
+        tensors = {"model": gathered(self._weights(), self.ranks.first)}
+        tensors["optimizer"] = gathered(optimizer_tensors(self._named(), self.optimizer), self.ranks.first)
+        state = vars(self.counted) | {"watch": self.watch.state(), "positions": self._positions()}
+        if self.ranks.first:
+            policy = Policy(self.config.keep, self.config.keep_every)
+            save_checkpoint(self.run.checkpoints, self.counted.step, tensors, state, policy)
+
+    def restore(self, before: int | None = None) -> bool:
+        """Go on from the newest checkpoint (before a step); whether there is one. All ranks must call it."""
+        found = restore_checkpoint(self.run.checkpoints, before) if self.ranks.first else None
+        restored: Restored | None = self.ranks.share(found)
+        if restored is None:
+            return False
+        weights = self._weights()
+        stored = restored.tensors("model")
+        if {name: one.shape for name, one in stored.items()} != {name: one.shape for name, one in weights.items()}:
+            raise XtokenError(f"{restored.folder} holds another model's weights; use another --out")
+        for name, tensor in weights.items():
+            fill(tensor, stored[name])
+        restore_optimizer(self._named(), self.optimizer, restored.tensors("optimizer"))
+        state = dict(restored.state)
+        positions = {int(stream): Position(*place) for stream, place in state.pop("positions").items()}
+        self.watch.restore(state.pop("watch"))
+        vars(self.counted).update(state)
+        self.damaged += restored.damaged
+        self.loader.close()
+        self.loader = open_loader(self, [positions[stream] for stream in self.mine])
+        return True
+
+    @property
+    def mine(self) -> list[int]:
+        """The streams of this rank."""
+        return list(range(self.ranks.rank, self.run.streams, self.ranks.size))
+
+    def _positions(self) -> dict[str, list[int]]:
+        here = dict(zip(self.mine, self.loader.positions, strict=True))
+        everywhere = [one for part in self.ranks.gather(here) for one in part.items()]
+        return {str(stream): [place.epoch, place.taken] for stream, place in sorted(everywhere)}
+
+    def _named(self) -> dict[str, torch.nn.Parameter]:
+        named = named_parameters(self.student.model, self.objective.losses)
+        return {name: one for name, one in named.items() if one.requires_grad}
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What training changes: parameters (tied ones once), persistent buffers, and what losses learn."""
+        model = self.student.model
+        persistent = model.state_dict().keys()
+        return self._named() | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def open_targets(config: TrainConfig, tokenizer: TokenizerInfo) -> list[Targets]:
+    """The target folders, each fit for its loss, its options and this student.
+
+    Raises:
+        XtokenError: one is not.
+    """
+    folders = []
+    for root, loss in zip(config.targets, config.losses, strict=True):
+        targets = Targets(root)
+        targets.require(loss)
+        targets.require_options(loss, config)
+        targets.require_student(tokenizer)
+        folders.append(targets)
+    return folders
+
+
+def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets], run: Run, ranks: Ranks) -> Training:
+    """Build a run from its beginning, or from its last checkpoint.
+
+    Raises:
+        XtokenError: model, targets and options do not fit each other.
+    """
+    for targets in folders:  # the sha256 of their side tables is checked before the model loads
+        _ = targets.w, targets.vocab
+    needed = max(targets.needed_width for targets in folders)
+    model = open_student(config, ranks.device, tokenizer)
+    check_width(model, needed, config.source)
+    check_context(model, config.max_tokens, config.source)
+    vocabulary = min(tokenizer.size, head_width(model))
+    head = find_head(model)
+    packing = pick_packing(head, config.batching, config.source)
+    if config.lora is not None:
+        model = add_adapters(model, config.lora, config.lora_alpha or 2.0 * config.lora)
+    prepare(model, config.activation_checkpointing, config.compile)
+    losses = tuple(
+        open_loss(name, _setup(config, targets, name, vocabulary, ranks.device))
+        for name, targets in zip(config.losses, folders, strict=True)
+    )
+    student = Student(model, ranks.device, pick_autocast(config.autocast, ranks.device), vocabulary, head)
+    objective = Objective(student, losses, _liger(config, ranks.device))
+    wrapped = _wrap(objective, config, ranks, student.autocast)
+    optimizer = build_optimizer(model, config, losses)
+    weights = tuple(config.weights) or (1.0,) * len(folders)
+    layout = Layout(context_token(tokenizer), config.max_tokens, vocabulary, losses, weights, config.weighting)
+    made: dict[str, Any] = {"sources": Sources(folders), "layout": layout, "packing": packing}
+    counted = Counted([0] * len(folders))
+    metrics = Metrics(run.metrics, ranks.first)
+    length_V = folders[0].vocab.length_V
+    training = Training(
+        **(made | {"config": config, "ranks": ranks, "run": run, "student": student, "objective": objective}),
+        wrapped=wrapped,
+        optimizer=optimizer,
+        watch=Watch(config.spike),
+        metrics=metrics,
+        length_V=length_V,
+        counted=counted,
+    )
+    training.loader = open_loader(training, None)
+    training.restore()
+    metrics.back_to(counted.step)
+    return training
+
+
+def open_loader(training: Training, positions: Sequence[Position] | None) -> Loader:
+    """This rank's share of the data, from the beginning or from positions of its streams."""
+    config = training.config
+    return Loader(
+        training.sources,
+        training.layout,
+        step_tokens=config.step_tokens,
+        micro_tokens=config.micro_tokens,
+        seed=config.seed,
+        streams=training.run.streams,
+        mine=training.mine,
+        positions=positions,
+        packing=training.packing,
+        threads=config.decoders,
+    )
+
+
+def _wrap(objective: Objective, config: TrainConfig, ranks: Ranks, autocast: torch.dtype | None) -> Any:
+    if ranks.size == 1:
+        return objective
+    return shard(objective, ranks, autocast) if config.parallel == "fsdp" else replicate(objective)
+
+
+def _liger(config: TrainConfig, device: torch.device) -> bool:
+    """Whether Liger's kernel computes the loss: CE alone, on CUDA."""
+    if config.kernel == "eager":
+        return False
+    fits = set(config.losses) == {"ce"} and device.type == "cuda"
+    if config.kernel == "liger" and not fits:
+        raise XtokenError(
+            f"--kernel liger computes --loss ce on CUDA, and this is {','.join(config.loss)} on {device.type}; "
+            "use --kernel auto"
+        )
+    if not fits:
+        return False
+    try:
+        import liger_kernel.transformers.functional  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError as error:
+        if config.kernel == "liger":
+            raise XtokenError("--kernel liger needs liger-kernel; install it: pip install 'xtoken[liger]'") from error
+        return False
+    return True
+
+
+def _setup(config: TrainConfig, targets: Targets, loss: str, vocabulary: int, device: torch.device) -> LossSetup:
+    manifest = targets.manifest
+    return LossSetup(
+        targets.w.within(vocabulary),
+        targets.vocab,
+        vocabulary,
+        manifest.teacher_tokenizer.size,
+        device,
+        config,
+        manifest.tau,
+        manifest.merge,
+        config.learn_w and loss == "p-kl",
+    )

@@ -1,0 +1,146 @@
+"""The output head apart from the model, so that logits exist for a few positions at a time.
+
+Shapes: B rows, L inputs of a row, P positions, H width of the hidden states, M width of the head, V columns in use.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from schemas.errors import XtokenError
+
+# Logits made in another order differ by rounding; another formula is off by far more than this share of the largest.
+_ROUNDING = 1e-4
+_PROBE = (5, 7, 3)  # lengths of the samples that a probe packs into one row
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model's hidden states become logits: linear, times ``scale``, then ``softcap * tanh(x / softcap)``.
+
+    Attributes:
+        folded: whether that is all the model does; else the model makes its logits itself, whole.
+        positions: whether the model takes position ids.
+    """
+
+    model: Any
+    folded: bool
+    positions: bool
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def weight_MH(self) -> Tensor | None:
+        """The head's matrix as it stands now (a sharded model holds it only while it runs); None if not folded."""
+        return self.model.get_output_embeddings().weight if self.folded else None
+
+    @property
+    def bias_M(self) -> Tensor | None:
+        """The head's bias, if it has one and is folded."""
+        return getattr(self.model.get_output_embeddings(), "bias", None) if self.folded else None
+
+    def states(self, input_BL: Tensor, position_BL: Tensor) -> Tensor:
+        """[B, L, H] what the head sees, or [B, L, M] logits of a model whose head is not folded."""
+        options = {"position_ids": position_BL} if self.positions else {}
+        if not self.folded:
+            logits: Tensor = self.model(input_ids=input_BL, use_cache=False, **options).logits
+            return logits
+        states: Tensor = self.model.base_model(input_ids=input_BL, use_cache=False, **options)[0]
+        return states
+
+    def logits(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> Tensor:
+        """[P, V] logits in the dtype of the states."""
+        if weight_VH is None:
+            return states_PH
+        return self.bend(torch.nn.functional.linear(states_PH, weight_VH, bias_V))
+
+    def bend(self, linear_PV: Tensor) -> Tensor:
+        """Scale and cap of what the head's matrix made; nothing where the head is not folded."""
+        if self.scale != 1:
+            linear_PV = linear_PV * self.scale
+        return linear_PV if self.softcap is None else torch.tanh(linear_PV / self.softcap) * self.softcap
+
+
+def find_head(model: Any) -> Head:
+    """The head of a causal language model, found by comparing it with the model's own logits on a few tokens."""
+    positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    whole = Head(model, folded=False, positions=positions)
+    if model.base_model is model or model.get_output_embeddings() is None:
+        return whole
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    scales = [getattr(config, "logit_scale", None) or 1.0, 1 / (getattr(config, "logits_scaling", None) or 1.0), 1.0]
+    for scale in dict.fromkeys(scales):
+        head = Head(model, folded=True, positions=positions, scale=scale, softcap=cap)
+        if _same_logits(head, whole):
+            return head
+    return whole
+
+
+def packing_changes_nothing(head: Head) -> bool:
+    """Whether samples in one row, told apart by position ids, get the states that they get alone."""
+    if not head.positions:
+        return False
+    samples = [_tokens(head.model, length, seed) for seed, length in enumerate(_PROBE)]
+    with _quiet(head.model), torch.no_grad():
+        alone = [head.states(ids[None], _count(ids)[None])[0] for ids in samples]
+        packed = head.states(torch.cat(samples)[None], torch.cat([_count(ids) for ids in samples])[None])[0]
+    return _close(packed, torch.cat(alone))
+
+
+def pick_packing(head: Head, batching: str, source: str) -> bool:
+    """Whether to pack, as ``--batching`` says.
+
+    Raises:
+        XtokenError: packing was asked for, and it would let this model's samples see each other.
+    """
+    if batching == "pad":
+        return False
+    harmless = packing_changes_nothing(head)
+    if batching == "pack" and not harmless:
+        raise XtokenError(
+            f"--batching pack: samples of one row would see each other in {source} (a probe of a few tokens gave other "
+            "states than each sample alone); use --batching pad or auto"
+        )
+    return harmless
+
+
+def _same_logits(head: Head, whole: Head) -> bool:
+    ids = _tokens(head.model, 6, 0)[None]
+    positions = _count(ids[0])[None]
+    with _quiet(head.model), torch.no_grad():
+        ours = head.logits(head.states(ids, positions), head.weight_MH, head.bias_M)
+        return _close(ours, whole.states(ids, positions))
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    if found.shape != wanted.shape:
+        return False
+    limit = _ROUNDING * float(wanted.abs().max())
+    return bool(((found - wanted).abs() <= limit).all())
+
+
+def _tokens(model: Any, length: int, seed: int) -> Tensor:
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(rows, (length,), generator=torch.Generator().manual_seed(seed))
+    return ids.to(model.get_input_embeddings().weight.device)
+
+
+def _count(ids: Tensor) -> Tensor:
+    return torch.arange(len(ids), device=ids.device)
+
+
+class _quiet:  # noqa: N801 - used as a function
+    """The model without dropout."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.training = model, model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.train(self.training)

@@ -1,0 +1,71 @@
+"""The files that make a model folder complete: its tokenizer's."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+_BYTES_README = """# A student of bytes
+
+Token ids are the bytes of UTF-8 text, 0 to 255; there is no BOS, EOS or padding token, and ids above 255 were never
+trained. `tokenizer.json` says this to other programs:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = (auto.from_pretrained(".") for auto in (AutoTokenizer, AutoModelForCausalLM))
+ids = tokenizer("In the beginning", return_tensors="pt").input_ids  # = list("In the beginning".encode())
+print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0]))
+```
+
+To xtoken it is the tokenizer `bytes`: `xtoken eval . --tokenizer bytes --text held-out.jsonl`.
+"""
+
+
+def copy_tokenizer(source: str, out: Path) -> None:
+    """Put the tokenizer files of a folder, a tokenizer.json, a Hugging Face id, or ``bytes`` into ``out``."""
+    if source == "bytes":
+        _write_bytes_tokenizer(out)
+        return
+    folder, main = _located(source)
+    for name in TOKENIZER_FILES:
+        file = main if name == "tokenizer.json" and main is not None else folder / name
+        if file.is_file():
+            shutil.copyfile(file, out / name)
+
+
+def _located(source: str) -> tuple[Path, Path | None]:
+    """The folder and, if ``source`` is a file, that file."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path.parent, path
+    if os.path.isdir(path):
+        return path, None
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=list(TOKENIZER_FILES))), None
+
+
+def _write_bytes_tokenizer(out: Path) -> None:
+    """A tokenizer.json whose ids are bytes: the usual byte-level alphabet in the order of bytes, without merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+    tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in letters.items()}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(out / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (out / "README.md").write_text(_BYTES_README)
