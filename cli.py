@@ -32,8 +32,8 @@ from schemas.errors import PartlyDone, XtokenError
 from schemas.flags import build, build_each, command, flag, options
 from schemas.progress import Bars
 from schemas.share_config import CardConfig, MergeConfig, PullConfig, PushConfig
-from schemas.train_config import EvalConfig, TrainConfig
-from trainer.report.tables import figure_tables
+from schemas.train_config import EvalConfig, ReportConfig, TrainConfig
+from trainer.report.tables import shown
 
 if TYPE_CHECKING:
     from pipeline.tokens import TextTokenizer
@@ -51,8 +51,7 @@ share_app = typer.Typer(
 )
 app.add_typer(share_app, name="share")
 INTERRUPTED = 130
-ROWS = 40  # of a table that a terminal is shown
-LETTERS = 400  # of a text in a table that a terminal is shown
+RANK = os.environ.get("RANK", "0")  # under torchrun one process speaks for all
 Figures = dict[str, Any]
 F = TypeVar("F", bound=Figures | Iterator[Figures])
 Verb = Callable[[Any, Bars], Figures]
@@ -61,28 +60,17 @@ Anyhow = Callable[[Any, Bars], Figures | Iterator[Figures]]
 
 def _show(figures: Figures, as_json: bool) -> None:
     """Print figures: one JSON object, or tables."""
+    if RANK != "0":
+        return
     if as_json:
         sys.stdout.write(json.dumps(figures, ensure_ascii=False, default=str) + "\n")
         return
-    shown = {name: _first_rows(value) if isinstance(value, list) else value for name, value in figures.items()}
-    Console().print(*figure_tables(shown), sep="\n")
-    for name, value in figures.items():
-        if isinstance(value, list) and len(value) > ROWS:
-            Console().print(f"{name.replace('_', ' ')}: {len(value) - ROWS} more, which --json has")
-
-
-def _first_rows(rows: list[Any]) -> list[Any]:
-    """What a terminal is shown of a table: some rows, and of long texts the beginning."""
-    return [{k: _beginning(v) for k, v in row.items()} if isinstance(row, dict) else row for row in rows[:ROWS]]
-
-
-def _beginning(value: Any) -> Any:
-    return f"{value[:LETTERS]} ..." if isinstance(value, str) and len(value) > LETTERS else value
+    Console().print(*shown(figures), sep="\n")
 
 
 def _guarded(work: Callable[[Bars], Figures | Iterator[Figures]], as_json: bool, quiet: bool) -> None:
     """Run a verb; turn the user's errors into a message and an exit code."""
-    bars = Bars(quiet or as_json)
+    bars = Bars(quiet or as_json or RANK != "0")
     try:
         found = work(bars)
         for figures in [found] if isinstance(found, dict) else found:
@@ -258,8 +246,16 @@ def eval_samples(
         for window in windows(document, tokenizer, max_tokens):
             encoded = window.encoded
             ends = encoded.ends
-            samples.append(EvalSample(encoded.ids, int(ends[-1]), int(ends[0])))
+            samples.append(EvalSample(encoded.ids, int(ends[-1]), int(ends[0]), window.sample_id, document.source))
     return samples
+
+
+@verb(ReportConfig, "xtoken report run-p-kl run-ce --out report.html")
+def run_report(config: ReportConfig, bars: Bars) -> Figures:  # noqa: ARG001
+    """Draw runs as a page."""
+    from trainer.report.page import write_report
+
+    return write_report(config)
 
 
 @verb(InspectConfig, "xtoken inspect capture")

@@ -169,6 +169,8 @@ class TrainConfig(LossOptions):
             raise ValueError("--from-scratch has no tokenizer of its own; give --tokenizer ID, FOLDER or 'bytes'")
         if self.from_scratch is not None and self.lora is not None:
             raise ValueError("--lora adapts trained weights, and --from-scratch has none; leave one of them out")
+        if self.learn_w and self.parallel == "fsdp":
+            raise ValueError("--learn-w goes with --parallel ddp; W is no part of the model that fsdp shards")
         if self.lora_alpha is not None and self.lora is None:
             raise ValueError("--lora-alpha goes with --lora RANK; give it, or leave --lora-alpha out")
         return self

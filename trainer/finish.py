@@ -84,7 +84,8 @@ def save_result(training: "Training") -> dict[str, Any]:
     """Write the trained model, with adapters merged and beside it, and what losses learned."""
     config, run, model = training.config, training.run, training.student.model
     adapted = config.lora is not None
-    state = gathered(model.state_dict(), training.ranks.first)
+    once = dict(model.named_parameters()) | dict(model.named_buffers())  # tied ones under one name
+    state = gathered({name: one for name, one in model.state_dict().items() if name in once}, training.ranks.first)
     if not training.ranks.first:
         return {}
     save_student(model, config.tokenizer_source, run.model, merged(model, state) if adapted else state)

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -26,6 +25,7 @@ from trainer.run import Run
 from trainer.signals import Preempted, preemption
 from trainer.start import Training, open_targets, start
 from trainer.step import Figures, Mixing, StepCounts, count_step, run_step
+from trainer.student.adapters import require_adapters
 from trainer.student.model import pick_device
 from trainer.trackers import Trackers, require_trackers
 from trainer.watch import Verdict
@@ -63,6 +63,8 @@ def train(
             is no number or far above what is usual, or the disk is full. The last checkpoint stays.
     """
     require_trackers(config)
+    if config.lora is not None:
+        require_adapters()
     with open_ranks(pick_device(config.device)) as ranks, preemption() as preempted:
         folders = open_targets(config, student_tokenizer)
         targets = held_out_targets(config.eval_targets, student_tokenizer) if config.eval_targets else None
@@ -254,5 +256,4 @@ def _show(outside: _Outside, line: dict[str, Any]) -> None:
     outside.shown.update((label, line[name]) for name, label in _SHOWN.items() if name in line)
     outside.progress.advance(1, **{label: outside.shown[label] for label in _SHOWN.values() if label in outside.shown})
     if outside.trackers is not None:
-        plain = {name: value for name, value in line.items() if np.isscalar(value) and name != "step"}
-        outside.trackers.log(line["step"], plain)
+        outside.trackers.log(line["step"], {"train": {k: v for k, v in line.items() if k != "step"}})

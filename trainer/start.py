@@ -166,7 +166,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     head = find_head(model)
     packing = pick_packing(head, config.batching, config.source)
     if config.lora is not None:
-        model = add_adapters(model, config.lora, config.lora_alpha or 2.0 * config.lora)
+        model = add_adapters(model, config.lora, config.lora_alpha, config.seed)
     prepare(model, config.activation_checkpointing, config.compile)
     losses = tuple(
         open_loss(name, _setup(config, targets, name, vocabulary, ranks.device))
@@ -233,7 +233,7 @@ def _liger(config: TrainConfig, device: torch.device) -> bool:
     if not fits:
         return False
     try:
-        import liger_kernel.transformers.functional  # type: ignore[import-not-found]  # noqa: F401
+        import liger_kernel.transformers.functional  # noqa: F401
     except ImportError as error:
         if config.kernel == "liger":
             raise XtokenError("--kernel liger needs liger-kernel; install it: pip install 'xtoken[liger]'") from error

@@ -14,7 +14,8 @@ head, V <= M ids of the tokenizer, F features, D teachers.
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -79,11 +80,12 @@ class Student:
     device: torch.device
     autocast: torch.dtype | None
     vocabulary: int
-    head: Head = field(default=None)  # type: ignore[assignment]
+    found: Head | None = None
 
-    def __post_init__(self) -> None:
-        if self.head is None:
-            object.__setattr__(self, "head", find_head(self.model))
+    @cached_property
+    def head(self) -> Head:
+        """The model's head, looked for once."""
+        return self.found or find_head(self.model)
 
     def states(self, micro: Micro) -> Tensor:
         """[P, H] hidden states of the predicting positions, or their logits [P, M] where the head is not folded."""

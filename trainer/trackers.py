@@ -124,12 +124,21 @@ class _TensorBoard:
     name = "TensorBoard"
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
+        self._folder = str(folder)
+        self._begin(resumed_step)
+
+    def _begin(self, last: int) -> None:
+        """Go on after step ``last``; what later steps left is dropped."""
         from torch.utils.tensorboard import SummaryWriter
 
         writer: Any = SummaryWriter
-        self._writer = writer(str(folder), purge_step=resumed_step + 1)
+        self._last, self._writer = last, writer(self._folder, purge_step=last + 1)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
+        if step < self._last:  # the run went back to a checkpoint
+            self._writer.close()
+            self._begin(step - 1)
+        self._last = step
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
         # A kill must not take figures of steps that a checkpoint holds: they would not be made again.

@@ -40,6 +40,14 @@ class Document:
     file: int
     record: int
 
+    @property
+    def source(self) -> str:
+        """The id up to its last '/', so that ids like book/language/page group by book and language.
+
+        An id without one counts up to its first '#' or ':', as in corpus.jsonl:12; as in the views of 'xtoken query'.
+        """
+        return self.id.rpartition("/")[0] or re.split("[#:]", self.id, maxsplit=1)[0]
+
 
 class Corpus:
     """Documents of a file, a folder, or a saved Hugging Face dataset, local or at any fsspec URL.

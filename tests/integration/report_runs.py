@@ -73,6 +73,7 @@ def metrics(rng: np.random.Generator, loss: str, steps: int, bits: float, *, fin
         kd = 0.35 + 1.1 * np.exp(-step / 80) + rng.normal(0, 0.05)
         line = {"step": step, "epoch": step // 150, "tokens": tokens, "seconds": 2.0 + rng.normal(0, 0.1)}
         line |= {"tokens_per_s": 2000 + rng.normal(0, 100), "lr": 5e-5 * min(1.0, step / 20), "chunks": 3000}
+        line |= {"top1_agreement": 0.6 + step / 9000} if step % 10 == 0 and loss != "ce" else {}
         line |= {"grad_norm": float(np.exp(rng.normal(0.3, 0.3))), "padding": 0.08, "ce": ce}
         yield line | ({"loss": ce} if loss == "ce" else {"kd": kd, "loss": kd + 0.1 * ce})
         if held_out and step % 100 == 0 and step < steps:

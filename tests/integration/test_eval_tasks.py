@@ -138,7 +138,7 @@ def test_tasks_of_ones_own(
         assert rows[name, "acc"] == {**row, "stderr": pytest.approx(stderr)}
         assert rows[name, "acc_norm"]["value"] == pytest.approx(np.mean(normed))
     assert rows["tiny_group", "acc"]["value"] == pytest.approx(np.mean(right))
-    assert (rows["tiny_group", "acc"]["n"], rows["tiny_group", "acc"]["shots"]) == (12, None)
+    assert rows["tiny_group", "acc"]["n"] == 12
     assert rows["tiny_words", "exact_match"]["value"] == pytest.approx(2 / 6)
 
 

@@ -30,14 +30,15 @@ class Runs:
     def __init__(self, forks: Nursery, folder: Path, config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
         self.forks, self.folder, self.config, self.tokenizer = forks, folder, config, tokenizer
 
-    def start(self, name: str, save_every: int = SAVE_EVERY, **fault: Any) -> Child:
+    def start(self, name: str, fault: dict[str, Any] | None = None, **options: Any) -> Child:
         """Start the run ``name``, or start it again."""
-        config = self.config | {"out": str(self.out(name)), "save_every": save_every}
-        return self.forks.start({"config": config, "tokenizer": self.tokenizer, "log": str(self.log(name)), **fault})
+        config = self.config | {"out": str(self.out(name))} | options
+        job = {"config": config, "tokenizer": self.tokenizer, "log": str(self.log(name))}
+        return self.forks.start(job | (fault or {}))
 
-    def finish(self, name: str) -> None:
+    def finish(self, name: str, **options: Any) -> None:
         """Run to the end without a fault."""
-        assert self.start(name).end() == 0, self.log(name).read_text()
+        assert self.start(name, **options).end() == 0, self.log(name).read_text()
 
     def out(self, name: str) -> Path:
         return self.folder / name
@@ -129,6 +130,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         max_tokens=32,
         warmup=3,
         lr=1e-2,
+        save_every=SAVE_EVERY,
         keep=2,
         eval_every=7,
         completions=0,
@@ -139,14 +141,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         yield made
 
 
-def kill(runs: Runs, name: str, moments: random.Random) -> bool:
+def kill(runs: Runs, name: str, moments: random.Random, **options: Any) -> bool:
     """Start ``name`` and kill -9 it, after a random step by the clock or within a checkpoint; whether that ended it."""
     if moments.random() < 0.5:
-        return runs.start(name, die=[moments.randint(1, 3), moments.randint(1, 16)]).end() == -signal.SIGKILL
+        fault = {"die": [moments.randint(1, 3), moments.randint(1, 16)]}
+        return runs.start(name, fault, **options).end() == -signal.SIGKILL
     # at a point of the work rather than of the clock alone: how fast this machine is must not decide what is hit;
     # a step that an earlier start has passed is a moment while the program starts
     step, delay = moments.randrange(STEPS), moments.uniform(0, 0.05)
-    child = runs.start(name)
+    child = runs.start(name, **options)
     child.wait_for(lambda: runs.steps(name) >= step)
     time.sleep(delay)
     child.send(signal.SIGKILL)
@@ -175,6 +178,20 @@ def test_kill_9_at_twenty_random_moments(runs: Runs, figure: Callable[[str], Non
     )
 
 
+def test_kill_9_of_a_run_that_goes_back(runs: Runs, figure: Callable[[str], None]) -> None:
+    """A nervous run, which often leaves a step out: killed at random, it leaves out the same ones."""
+    moments = random.Random(20261124)
+    nervous = {"spike": 0.5, "rollback": 100}
+    runs.finish("nervous", **nervous)
+    back = [line["left_out"] for line in metrics(runs.out("nervous")) if line.get("event") == "rollback"]
+    assert back, "it has to go back to show anything"
+    kills = sum(kill(runs, "nervous-killed", moments, **nervous) for _ in range(6))
+    assert kills
+    runs.finish("nervous-killed", **nervous)
+    same_as(runs.out("nervous"), runs.out("nervous-killed"))
+    figure(f"train: {kills} x kill -9 of a run that leaves out batches {back}, same bits")
+
+
 def test_sigterm_saves_and_the_rerun_goes_on(runs: Runs) -> None:
     """Three times at a random step, no checkpoint being due: each ends with exit code 0 and loses no step."""
     moments = random.Random(20261123)
@@ -196,7 +213,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(runs: Runs) -> None:
     checkpoint = next((runs.out("quiet") / "checkpoints").glob("step-*"))
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
     for checkpoints, saved in ((0.3, []), (2.7, [SAVE_EVERY, 2 * SAVE_EVERY]), (0.9, [SAVE_EVERY, 2 * SAVE_EVERY])):
-        assert runs.start("full", room=int(checkpoints * size)).end() == 2
+        assert runs.start("full", {"room": int(checkpoints * size)}).end() == 2
         assert "No space left on device); earlier checkpoints stay, make room" in runs.log("full").read_text()
         assert runs.saved("full") == saved
         assert not runs.torn("full"), "what was begun takes no room"

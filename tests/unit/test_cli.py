@@ -11,7 +11,7 @@ import cli
 RUNNER = CliRunner()
 VERBS = (
     *("align", "demo", "estimate", "eval", "inspect", "losses"),
-    *("precompute", "project", "query", "status", "train", "verify"),
+    *("precompute", "project", "query", "report", "status", "train", "verify"),
 )
 SHARE_VERBS = ("card", "merge", "pull", "push", "verify")
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeVar
 
 from schemas.errors import XtokenError
 from trainer.data.micro import Micro, split_micros
@@ -23,6 +24,7 @@ __all__ = ["Loader", "Position", "StepBatch"]
 # Steps laid out before they are asked for: one that is ready while the next is made.
 STEPS_AHEAD = 2
 CLOSE_SECONDS = 10
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,8 @@ class Loader:
     def close(self) -> None:
         """Begin nothing more, and wait (not for ever) for what runs."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        begun = [micros for begun in self._ahead for micros in begun.micros]
-        begun += [unit for stream in self._streams for unit in stream.begun]
-        # one that was cancelled before it ran never tells a waiter
-        wait([future for future in begun if not future.cancelled()], timeout=CLOSE_SECONDS)
+        _settle([micros for begun in self._ahead for micros in begun.micros])
+        _settle([unit for stream in self._streams for unit in stream.begun])
 
     def step(self) -> StepBatch:
         """This rank's part of the next optimizer step.
@@ -170,6 +170,11 @@ class Loader:
             tuple(share.position for share in shares),
             sum(micro.input_BL.size for micro in micros),
         )
+
+
+def _settle(begun: "list[Future[T]]") -> None:
+    # one that was cancelled before it ran never tells a waiter
+    wait([future for future in begun if not future.cancelled()], timeout=CLOSE_SECONDS)
 
 
 def _read_unit(sources: Sources, unit: OwnedGroup, layout: Layout) -> list[Sample]:

@@ -116,7 +116,8 @@ class Plan:
         for group in self.sources.groups:
             if len(group.rows):
                 parts.setdefault((group.source, group.ref.part), []).append(group)
-        order = [list(parts.values())[at] for at in rng.permutation(len(parts))]
+        stored = list(parts.values())
+        order = [stored[at] for at in rng.permutation(len(stored))]
         dealt: list[list[OwnedGroup]] = [[] for _ in range(self.streams)]
         least = [(0, stream) for stream in range(self.streams)]
         for low in range(0, len(order), RUN_PARTS):

@@ -92,7 +92,8 @@ class Stream:
         """
         samples: list[Sample] = []
         taken, limit, predicts = 0, 1, False
-        while len(samples) < limit:
+        # an epoch's worth may straddle two epochs and hold the same samples twice, so all are seen only after two
+        while len(samples) < (limit if predicts else 2 * limit):
             window = self._filled()
             sample = self._samples[self._at]
             size = self._size(sample)

@@ -68,7 +68,7 @@ def load(config: EvalConfig) -> list[Any]:
 
 
 def _manager(config: EvalConfig) -> TaskManager:
-    """Knows lm-eval's tasks and those of ``task_path``; of the latter alone where that will do, which is seconds less."""
+    """lm-eval's tasks and those of ``task_path``; the latter alone where they will do, which saves seconds."""
     if config.task_path is not None:
         own = TaskManager(include_path=config.task_path, include_defaults=False)
         if set(config.tasks) <= set(own.all_subtasks):

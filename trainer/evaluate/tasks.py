@@ -24,7 +24,7 @@ def open_tasks(config: EvalConfig) -> Scorer:
     Returns:
         What scores a student: one row per task (group) and metric, with ``task``, ``metric`` (lm-eval's filter behind
         a comma, where it has one), ``value``, ``stderr`` (None where lm-eval knows none), ``n`` questions and
-        ``shots`` (a task that says 0 of its own keeps 0; None for a group).
+        ``shots`` (a task that says 0 of its own keeps 0).
 
     Raises:
         XtokenError: lm-eval is not installed, a task is unknown or cannot be loaded, or the model has no Hugging Face

@@ -22,7 +22,7 @@ _Row = dict[str, Spread]
 
 
 def breakdown_section(groups: Sequence[Group]) -> Html:
-    """Tables by source and by category of the next token, numerals first; empty where no run has them."""
+    """Tables by source and by category of a chunk's first token, numerals first; empty where no run has them."""
     tables = []
     for kind, name, title, less, percent in _BREAKDOWNS:
         drawn = _breakdown(groups, kind, name, less=less, percent=percent)
@@ -154,7 +154,8 @@ def events_table(groups: Sequence[Group]) -> Html:
 
 
 def _details(details: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {shortened(value)}" for name, value in details.items())
+    plain = ((name, value if isinstance(value, str) else shortened(value)) for name, value in details.items())
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plain)
 
 
 def foot_section(groups: Sequence[Group]) -> Html:

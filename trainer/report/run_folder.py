@@ -19,8 +19,9 @@ from schemas.tables import LOSSES
 
 RUN, SUMMARY, METRICS = "run.json", "summary.json", "metrics.jsonl"
 HELD_OUT, COMPLETIONS = "held-out.jsonl", "completions.jsonl"
-CURVES = ("seconds", "tokens_per_s", "lr", "grad_norm", "padding", "loss", "kd", "ce")
+CURVES = ("tokens_per_s", "lr", "grad_norm", "loss", "kd", "ce", "top1_agreement")
 _LAST = 10  # steps whose mean is a run's final loss, as in summary.json
+_LARGEST = 1e60  # beyond what float32 holds; squares of it are still numbers
 _WINDOW = re.compile(r"#\d+$")
 
 
@@ -224,15 +225,13 @@ def _evaluation(line: dict[str, Any], where: str) -> Evaluation:
 
 def _documents(path: Path) -> dict[str, tuple[float, float]]:
     """Windows of a document count as one: they are not independent of each other."""
-    windows: dict[str, tuple[float, float]] = {}
+    found: dict[str, tuple[float, float]] = {}
     for line, where in _lines(path):
         if _text(line.get("when"), f"{where}, when") == "after":
-            name = _text(line.get("id"), f"{where}, id")
-            windows[name] = (number(line.get("bits"), f"{where}, bits"), number(line.get("bytes"), f"{where}, bytes"))
-    found: dict[str, tuple[float, float]] = {}
-    for name, (bits, size) in windows.items():
-        before = found.get(_WINDOW.sub("", name), (0.0, 0.0))
-        found[_WINDOW.sub("", name)] = (before[0] + bits, before[1] + size)
+            name = _WINDOW.sub("", _text(line.get("id"), f"{where}, id"))
+            bits, size = (number(line.get(part), f"{where}, {part}") for part in ("bits", "bytes"))
+            before = found.get(name, (0.0, 0.0))
+            found[name] = (before[0] + bits, before[1] + size)
     return {name: (bits, size) for name, (bits, size) in found.items() if size > 0 and math.isfinite(bits + size)}
 
 
@@ -241,7 +240,7 @@ def _completions(path: Path) -> Iterator[Completion]:
         when, sample, prompt, completion, text = (
             _text(line.get(name, ""), f"{where}, {name}") for name in ("when", "id", "prompt", "completion", "text")
         )
-        yield Completion(when, sample, prompt, completion, text.removeprefix(prompt))
+        yield Completion(when, sample, prompt, completion, text)
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -294,9 +293,11 @@ def number(value: Any, where: str) -> float:
     """
     if value is None:
         return math.nan
-    if type(value) is float or (type(value) is int and abs(value) < 1 << 1000):
+    if type(value) is float and not math.isfinite(value):
+        return value
+    if type(value) in (int, float) and abs(value) <= _LARGEST:
         return float(value)
-    raise _wrong(where, value, "a number")
+    raise _wrong(where, value, f"a number of at most {_LARGEST:g}")
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:

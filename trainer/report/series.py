@@ -18,7 +18,12 @@ _SHARE = 50  # a running mean covers one step in so many
 Values = NDArray[np.float64]
 
 # name, title, unit
-TRAINED = (("kd", "KD", "nats per chunk"), ("ce", "CE", "nats per token"), ("loss", "objective", "nats"))
+TRAINED = (
+    ("kd", "KD", "nats per chunk"),
+    ("ce", "CE", "nats per token"),
+    ("loss", "objective", "nats"),
+    ("top1_agreement", "top-1 agreement in training", "share of chunks"),
+)
 HELD_OUT = (
     ("bits_per_byte", "held-out text", "bits per byte"),
     ("kl", "held-out KL to the teacher", "nats per chunk"),
@@ -119,7 +124,8 @@ def _trained(group: Group, at: int, name: str, over: str, window: int) -> Curve 
     for run in group.runs:
         if name in run.curves:
             rows_K, values_K = run.curves[name]
-            lines.append((_axis(run, over)[rows_K], smooth(values_K, window)))
+            apart = int(np.median(np.diff(rows_K))) if len(rows_K) > 1 else 1  # steps between two values
+            lines.append((_axis(run, over)[rows_K], smooth(values_K, window // apart | 1)))
     return _curve(at, lines)
 
 

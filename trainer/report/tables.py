@@ -9,6 +9,24 @@ from rich.table import Table
 from schemas.progress import brief
 
 _SHORT = 24
+_ROWS = 40  # of a table that a terminal is shown
+_LETTERS = 400  # of a text in a table that a terminal is shown
+
+
+def shown(figures: dict[str, Any]) -> list[Table | str]:
+    """What a terminal is shown of figures: tables, of long ones the first rows and how many more there are."""
+    short = {name: _first_rows(value) if isinstance(value, list) else value for name, value in figures.items()}
+    long = {name: len(value) - _ROWS for name, value in figures.items() if isinstance(value, list)}
+    more = [f"{name.replace('_', ' ')}: {rows} more, which --json has" for name, rows in long.items() if rows > 0]
+    return [*figure_tables(short), *more]
+
+
+def _first_rows(rows: list[Any]) -> list[Any]:
+    return [{k: _beginning(v) for k, v in row.items()} if isinstance(row, dict) else row for row in rows[:_ROWS]]
+
+
+def _beginning(value: Any) -> Any:
+    return f"{value[:_LETTERS]} ..." if isinstance(value, str) and len(value) > _LETTERS else value
 
 
 def figure_tables(figures: dict[str, Any]) -> list[Table]:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from schemas.errors import XtokenError
+from trainer.student.model import readable_like
 
 _NAME = "default"
 _BASE = ".base_layer."
@@ -123,5 +124,6 @@ def save_adapter(model: Any, out: Path, state: Mapping[str, Tensor] | None = Non
     temporary.mkdir(parents=True)
     model.peft_config[_NAME].save_pretrained(temporary)
     save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    readable_like(temporary / "adapter_config.json", temporary)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)

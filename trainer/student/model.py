@@ -182,8 +182,15 @@ def save_student(model: Any, tokenizer: str, out: Path, state: Mapping[str, torc
     with _no_progress_bars():
         model.save_pretrained(temporary, state_dict=None if state is None else dict(state))
     copy_tokenizer(tokenizer, temporary)
+    readable_like(temporary / "config.json", temporary)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
+
+
+def readable_like(example: Path, folder: Path) -> None:
+    """Give the weights in ``folder`` the permissions of ``example``: safetensors lets nobody else read its files."""
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(example, path)
 
 
 def _mend_generation(generation: Any) -> None:

@@ -82,6 +82,15 @@ def test_tensorboard_drops_what_a_resumed_run_repeats(tmp_path: Path) -> None:
     assert found["eval/bits_per_byte"] == [(4, 2.0), (5, 2.0)]
 
 
+def test_tensorboard_follows_a_rollback(tmp_path: Path) -> None:
+    """One start that goes back from step 4 to 2."""
+    trackers = Trackers(tmp_path, True, None, "run", {}, 0)
+    for step, loss in ((1, 1), (2, 2), (3, 3), (4, 99), (2, 12), (3, 13)):
+        trackers.log(step, {"loss": float(loss)})
+    trackers.close()
+    assert points(tmp_path)["loss"] == [(1, 1.0), (2, 12.0), (3, 13.0)]
+
+
 @pytest.mark.usefixtures("_offline")
 def test_wandb_goes_on_as_the_same_run(tmp_path: Path) -> None:
     """Two starts, one id; steps that go back are kept, since the axis is ours."""

@@ -88,15 +88,16 @@ def test_the_same_id_with_other_tokens_is_another_sample(make_targets: Callable[
     assert (found.samples, found.held, found.shared) == (4, [2, 2], 0)
 
 
-def loader(roots: list[str], position: Position, **options: Any) -> Loader:
-    return Loader(sources(roots), layout(**options), step_tokens=20, micro_tokens=16, seed=3, positions=(position,))
+def loader(roots: list[str], position: Position = Position(), step_tokens: int = 20) -> Loader:  # noqa: B008 - frozen
+    return Loader(sources(roots), layout(), step_tokens=step_tokens, micro_tokens=16, seed=3, positions=(position,))
 
 
 def test_every_sample_once_an_epoch_and_resume(two: list[str]) -> None:
-    whole = loader(two, Position())
-    steps = [whole.step() for _ in range(14)]
-    first_epoch = [name for step in steps for name in step.sample_ids][:8]
+    one_by_one = loader(two, step_tokens=1)
+    first_epoch = [name for _ in range(8) for name in one_by_one.step().sample_ids]
     assert sorted(first_epoch) == [*(f"doc0#{i}" for i in range(5)), *(f"doc1#{i}" for i in range(3))]
+    whole = loader(two)
+    steps = [whole.step() for _ in range(14)]
     assert steps[-1].positions[0].epoch >= 1
     for done in range(14):
         again = loader(two, steps[done - 1].positions[0] if done else Position())

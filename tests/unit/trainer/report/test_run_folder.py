@@ -113,6 +113,7 @@ HOSTILE = {
         '{"step": 1, "loss": {}}\n',
         '{"step": 1, "loss": 1, "tokens": [1]}\n',
         '{"step": 1, "loss": ' + "9" * 400 + "}\n",
+        '{"step": 1, "loss": 1e308}\n',
         '{"step": 1, "eval": 7}\n',
         '{"step": 1, "eval": "after", "kl": "x"}\n',
         '{"step": 1, "eval": "after", "by_source": []}\n',

@@ -30,6 +30,7 @@ def test_panels_keep_losses_apart(tmp_path: Path) -> None:
     groups = read(*(write_run(tmp_path / loss, loss, steps=30) for loss in ("p-kl", "alm", "ce")))
     titles = [panel.title for panel in panels(groups, "tokens")]
     assert titles[:5] == ["KD, p-kl", "KD, alm", "CE", "objective, p-kl", "objective, alm"]
+    assert titles[5:8] == ["top-1 agreement in training", "held-out text", "held-out KL to the teacher"]
     assert titles[-3:] == ["speed", "gradient norm", "learning rate"]
     ce = next(panel for panel in panels(groups, "seconds") if panel.title == "CE")
     assert [curve.group for curve in ce.curves] == [0, 1, 2]

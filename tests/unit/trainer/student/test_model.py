@@ -51,8 +51,8 @@ def test_saved_student_is_a_whole_folder(
     text_ids = tokenizer(TEXT, return_tensors="pt").input_ids
     assert text_ids[0].tolist() == list(TEXT.encode())
     assert tokenizer.decode(text_ids[0]) == TEXT
-    drawn = theirs.generate(text_ids, max_new_tokens=8, do_sample=True, temperature=9.0)
-    assert drawn.shape == (1, len(TEXT.encode()) + 8)
+    drawn = theirs.generate(text_ids, max_new_tokens=8, do_sample=True, temperature=9.0, num_return_sequences=64)
+    assert drawn.shape == (64, len(TEXT.encode()) + 8)
     assert int(drawn.max()) < 256, "columns that nothing trains are not drawn"
 
 
@@ -86,6 +86,25 @@ def test_tokenizer_files_come_from_a_folder_or_a_file(
         save_student(scratch("tied"), str(source), tmp_path / name)
         assert (tmp_path / name / "tokenizer.json").read_bytes() == other.read_bytes()
         assert not (tmp_path / name / "README.md").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gathered_state_is_saved(scratch: Callable[..., Any], family: str, tmp_path: Path) -> None:
+    """What the ranks of a sharded model gather holds tied weights under one name only."""
+    model = scratch(family)
+    state = {name: value + 1 for name, value in model.named_parameters()}
+    save_student(model, "bytes", tmp_path / "model", state)
+    loaded = dict(load_student(str(tmp_path / "model"), CPU, False).named_parameters())
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+def test_others_may_read_the_weights(scratch: Callable[..., Any], tmp_path: Path) -> None:
+    """As far as they may read any file that is made here."""
+    save_student(scratch("tied"), "bytes", tmp_path / "model")
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in (*(tmp_path / "model").iterdir(), tmp_path / "plain")}
+    assert len(modes) == 1
 
 
 def test_a_failed_save_leaves_the_old_folder(

@@ -1,0 +1,155 @@
+"""One rank and two, DDP and FSDP2, on gloo: the same steps, the same curve, the same weights."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 8
+# Sums of gradients in another order: float32 rounding, which eight steps of AdamW at 1e-2 spread over the weights.
+CURVE, WEIGHTS = 1e-5, 1e-4
+LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7], [20, 2, 8, 6]]
+ONE: tuple[str, ...] = ()
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def toys() -> ModuleType:
+    """The toy vocabularies of the trainer's unit tests."""
+    path = ROOT / "tests" / "unit" / "trainer" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("trainer_toys", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``job(name, **options)``: write a job's file."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder, toy = tmp_path_factory.mktemp("ranks"), toys()
+    targets = toy.write_targets(folder / "targets", toy.Pair(), LENGTHS, losses=("p-kl",))
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=toy.V + 8, attention_dropout=0.1, tie_word_embeddings=True, **sizes)
+    )
+    model.save_pretrained(folder / "student")
+    base = {
+        "targets": [targets],
+        "student": str(folder / "student"),
+        "tokenizer": "bytes",
+        "device": "cpu",
+        "steps": STEPS,
+        "step_tokens": 60,
+        "micro_tokens": 24,
+        "max_tokens": 24,
+        "warmup": 2,
+        "lr": 1e-2,
+        "streams": 2,
+        "save_every": 4,
+        "mix": "dynamic",
+        "decoders": 1,
+        "betas": [0.9, 0.95],
+    }
+
+    def write(name: str, **options: Any) -> Path:
+        config = base | {"out": str(folder / name)} | options
+        path = folder / f"{name}.json"
+        answer = str(folder / f"{name}.answer")
+        path.write_text(
+            json.dumps({"config": config, "tokenizer": json.loads(toy.STUDENT.model_dump_json()), "answer": answer})
+        )
+        return path
+
+    return write
+
+
+def begin(path: Path, ranks: tuple[str, ...]) -> "subprocess.Popen[str]":
+    command = [sys.executable, *ranks, str(ROOT / "tests" / "integration" / "train_ranks.py"), str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(path: Path, ranks: tuple[str, ...]) -> Path:
+    """Run a job to its end; its folder."""
+    process = begin(path, ranks)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-4000:]
+    return Path(json.loads(path.read_text())["config"]["out"])
+
+
+def curve(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def same_curve(one: Path, other: Path) -> float:
+    """All counts are equal and all figures near; the largest relative difference of one."""
+    first, second = curve(one), curve(other)
+    assert [line["step"] for line in first] == [line["step"] for line in second] == list(range(1, STEPS + 1))
+    apart = 0.0
+    for line, twin in zip(first, second, strict=True):
+        for name in ("tokens", "predicted", "chunks", "cut_tokens", "padding", "lr"):
+            assert line[name] == twin[name], name
+        for name in ("loss", "kd", "ce", "bits_per_byte", "grad_norm"):
+            assert twin[name] == pytest.approx(line[name], rel=CURVE), name
+            apart = max(apart, abs(twin[name] / line[name] - 1))
+    weights, theirs = (load_file(out / "model" / "model.safetensors") for out in (one, other))
+    assert weights.keys() == theirs.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(theirs[name], value, rtol=WEIGHTS, atol=WEIGHTS)
+    return apart
+
+
+@pytest.fixture(scope="module")
+def alone(job: Callable[..., Path]) -> Path:
+    """The run of one rank."""
+    return run(job("alone"), ONE)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_take_the_steps_of_one(
+    job: Callable[..., Path], alone: Path, parallel: str, figure: Callable[[str], None]
+) -> None:
+    other = run(job(parallel, parallel=parallel), TWO)
+    apart = same_curve(alone, other)
+    figure(f"{parallel} of two ranks against one, {STEPS} steps: figures differ by at most {apart:.1e}")
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(job: Callable[..., Path], alone: Path) -> None:
+    """SIGTERM ends a run of one rank; two go on from its checkpoint, sharded."""
+    path = job("preempted", parallel="fsdp", save_every=100)
+    process, metrics = begin(path, ONE), Path(json.loads(path.read_text())["config"]["out"], "metrics.jsonl")
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, said[-4000:]
+    assert json.loads(path.with_suffix(".answer").read_text()).get("preempted", STEPS) >= 2
+    same_curve(alone, run(path, TWO))
+
+
+def test_streams_that_ranks_cannot_share_are_refused(job: Callable[..., Path]) -> None:
+    process = begin(job("three", streams=3), TWO)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "3 streams cannot be dealt to 2 ranks evenly" in said
