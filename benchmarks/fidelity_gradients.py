@@ -67,7 +67,7 @@ class Pair:
     prefix: PrefixMaps
 
     @property
-    def head_VH(self) -> Tensor:  # noqa: N802
+    def head_VH(self) -> Tensor:
         """The student's output matrix."""
         return self.student.get_output_embeddings().weight.detach()
 

@@ -183,7 +183,7 @@ class Live:
         return total / chunks
 
 
-def _memory(options: argparse.Namespace, name: str) -> int:
+def _memory(name: str) -> int:
     """Largest resident bytes of a process that takes three such steps."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step", *sys.argv[1:], "--memory-of", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -242,7 +242,7 @@ def main() -> None:
     names = options.steps.split(",")
     found = _times(bench, names, options.turns)
     for name in names:
-        found[name]["bytes"] = _memory(options, name)
+        found[name]["bytes"] = _memory(name)
     result = {"machine": machine(), "tokens": bench.tokens, "threads": options.threads, "steps": found}
     text = _table(result)
     print(text)
@@ -257,8 +257,8 @@ def _table(result: dict[str, Any]) -> str:
     lines = [
         "# A whole training step",
         "",
-        f"{machine_line()}; {result['threads']} threads. SmolLM2-135M as student, Gemma-3-270m as teacher, {tokens} student",
-        "tokens per step, float32; median of interleaved turns (`python -m benchmarks.step`, see there what each step does).",
+        f"{machine_line()}; {result['threads']} threads. SmolLM2-135M as student, Gemma-3-270m as teacher, {tokens}",
+        "student tokens per step, float32; medians of turns; `python -m benchmarks.step` says what each is.",
         "",
         "| step | seconds | tokens/s | time / plain | memory MiB | memory / plain | first value (nats) |",
         "|---|---|---|---|---|---|---|",

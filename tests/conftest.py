@@ -101,7 +101,10 @@ def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 # Integration tests that start no cluster, engine or server: they may run beside those that do.
-_LIGHT = ("test_align.py", "test_align_several.py", "test_page_browser.py", "test_readers.py", "test_interrupt.py")
+_LIGHT = (
+    *("test_align.py", "test_align_several.py", "test_page_browser.py", "test_readers.py", "test_interrupt.py"),
+    *("test_eval_tasks.py", "test_ranks.py", "test_report_browser.py", "test_train_kill.py"),
+)
 
 
 class _Scheduling(LoadScopeScheduling):

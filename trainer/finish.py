@@ -72,9 +72,9 @@ def _measure(
 def _replace(training: "Training", name: str, when: str, rows: Iterable[dict[str, Any]]) -> None:
     """Write the rows of ``when`` behind those of other times, whole or not at all."""
     path = training.run.root / name
-    old = path.read_text().splitlines() if path.exists() else []
+    old = path.read_text().split("\n")[:-1] if path.exists() else []
     kept = [line for line in old if json.loads(line)["when"] != when]
-    lines = [*kept, *(json.dumps({"when": when, **row}, ensure_ascii=False) for row in rows)]
+    lines = [*kept, *(json.dumps({"when": when, **row}) for row in rows)]
     temporary = path.with_name(f".{name}.tmp")
     temporary.write_text("".join(f"{line}\n" for line in lines))
     temporary.replace(path)

@@ -90,9 +90,9 @@ def train(
 
 def _open_run(config: TrainConfig, folders: Sequence[Targets], tokenizer: TokenizerInfo, ranks: Ranks) -> Run:
     """The first rank makes the folder or refuses it; the others find it made."""
-    run = Run(config, folders, tokenizer, ranks.size) if ranks.first else None
+    run = Run(config, folders, tokenizer, ranks) if ranks.first else None
     ranks.wait()
-    return run or Run(config, folders, tokenizer, ranks.size)
+    return run or Run(config, folders, tokenizer, ranks)
 
 
 def _open_trackers(training: Training, stack: ExitStack) -> Trackers | None:
@@ -119,10 +119,10 @@ def _to_the_end(training: Training, outside: _Outside) -> dict[str, Any]:
             outside.progress.finish()
             return summary_of(training) | {"preempted": training.counted.step, "steps_left": _left(training)}
         step = training.counted.step
-        if step % config.save_every == 0 or step == config.steps:
-            training.save()
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
             _evaluate(training, outside, "step")
+        if step % config.save_every == 0 or step == config.steps:  # last: what it counts as done must be done
+            training.save()
     outside.progress.finish()
     _evaluate(training, outside, "after")
     summary = summary_of(training) | save_result(training)
@@ -204,7 +204,7 @@ def _turn_back(training: Training, batch: StepBatch, verdict: Verdict, seed: int
     if not training.restore(before=step):
         raise diagnosis.error()
     training.counted.left_out = left_out
-    training.metrics.back_to(training.counted.step)
+    training.metrics.back_to(training.counted.step, left_out)
     event = {"event": "rollback", "from_step": step, "left_out": left_out[-1], "why": verdict.sentence}
     training.metrics.write({"step": training.counted.step, **event})
     training.save()

@@ -1,6 +1,7 @@
 """metrics.jsonl: one line per optimizer step and one per evaluation, each step once however often a run resumes."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ class Metrics:
         self.path, self.writes = path, writes
         self.lines = read_metrics(path)
 
-    def back_to(self, step: int) -> None:
-        """Cut what lies after ``step``: it will be written again."""
-        self.lines = [line for line in self.lines if line["step"] <= step]
+    def back_to(self, step: int, left_out: Sequence[int]) -> None:
+        """Cut what lies after ``step``, and rollbacks that no checkpoint counts: they will be written again."""
+        counts = (None, *left_out)
+        self.lines = [line for line in self.lines if line["step"] <= step and line.get("left_out") in counts]
         if not self.writes:
             return
         temporary = self.path.with_name(f".{self.path.name}.tmp")

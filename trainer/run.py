@@ -10,6 +10,7 @@ from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo, digest, provenance
 from schemas.train_config import TrainConfig
 from trainer.data.targets import Targets
+from trainer.ranks import Ranks, device_name
 
 RUN, SUMMARY = "run.json", "summary.json"
 # Where files lie, where and how the model runs, what is saved and shown: all may change between two starts of a run.
@@ -29,7 +30,7 @@ class Run:
         XtokenError: the folder is a URL, or holds something else.
     """
 
-    def __init__(self, config: TrainConfig, targets: Sequence[Targets], tokenizer: TokenizerInfo, ranks: int) -> None:
+    def __init__(self, config: TrainConfig, targets: Sequence[Targets], tokenizer: TokenizerInfo, ranks: Ranks) -> None:
         if "://" in config.out:
             raise XtokenError(f"out={config.out!r} is a URL; training writes to a local folder, copy it from there")
         self.root = Path(config.out)
@@ -37,17 +38,17 @@ class Run:
         self.model, self.metrics = self.root / "model", self.root / "metrics.jsonl"
         found = self._read(RUN)
         begun = found is not None and self._begun()
-        self.streams = config.streams or (_streams(found) if found is not None and begun else 0) or ranks
-        if self.streams % ranks:
+        self.streams = config.streams or (_streams(found) if found is not None and begun else 0) or ranks.size
+        if self.streams % ranks.size:
             raise XtokenError(
-                f"{self.streams} streams cannot be dealt to {ranks} ranks evenly; start a divisor of {self.streams} "
-                "processes, or another run with --streams a multiple of the ranks"
+                f"{self.streams} streams cannot be dealt to {ranks.size} ranks evenly; start a divisor of "
+                f"{self.streams} processes, or another run with --streams a multiple of the ranks"
             )
         identity = _identity(config, targets, tokenizer, self.streams)
         if found is None and self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             raise XtokenError(f"{self.root} exists and is no training run; use another --out")
         if found is None or not begun:
-            self._create(identity, config, targets)
+            self._create(identity, config, targets, ranks)
         else:
             self._same(found, identity)
 
@@ -56,9 +57,14 @@ class Run:
         measured = self.metrics.exists() and self.metrics.stat().st_size > 0
         return measured or any(self.checkpoints.glob("*step-*")) or (self.root / SUMMARY).exists()
 
-    def _create(self, identity: dict[str, Any], config: TrainConfig, targets: Sequence[Targets]) -> None:
+    def _create(self, identity: dict[str, Any], config: TrainConfig, targets: Sequence[Targets], ranks: Ranks) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        made = {"identity": identity, "run_hash": digest(identity), "targets": [one.root for one in targets]}
+        made: dict[str, Any] = {
+            "identity": identity,
+            "run_hash": digest(identity),
+            "targets": [one.root for one in targets],
+        }
+        made |= {"device": device_name(ranks.device), "ranks": ranks.size}
         write_json(self.root / RUN, {**made, "config": config.model_dump(mode="json"), **provenance()})
 
     def _same(self, found: dict[str, Any], identity: dict[str, Any]) -> None:

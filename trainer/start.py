@@ -98,9 +98,7 @@ class Training:
         if restored is None:
             return False
         weights = self._weights()
-        stored = restored.tensors("model")
-        if {name: one.shape for name, one in stored.items()} != {name: one.shape for name, one in weights.items()}:
-            raise XtokenError(f"{restored.folder} holds another model's weights; use another --out")
+        stored = restored.tensors("model", like=weights)
         for name, tensor in weights.items():
             fill(tensor, stored[name])
         restore_optimizer(self._named(), self.optimizer, restored.tensors("optimizer"))
@@ -193,7 +191,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     )
     training.loader = open_loader(training, None)
     training.restore()
-    metrics.back_to(counted.step)
+    metrics.back_to(counted.step, counted.left_out)
     return training
 
 

@@ -13,10 +13,11 @@ from trainer.data.batches import Loader, StepBatch
 from trainer.data.samples import Layout
 from trainer.data.sources import Sources
 from trainer.data.targets import Targets
+from trainer.diagnosis import single_samples
 from trainer.losses import REGISTRY, open_loss
 from trainer.losses.base import Loss
 from trainer.ranks import Ranks
-from trainer.step import Figures, Mixing, Objective, Student, count_step, run_step
+from trainer.step import Figures, Mixing, Objective, Student, count_step, run_step, score
 from trainer.student.model import load_student
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10]]
@@ -255,3 +256,128 @@ def test_autocast_stays_near_float32(make_targets: Callable[..., str], student_d
     (loss32, grad32), (loss16, grad16) = found
     assert loss16 == pytest.approx(loss32, rel=0.02)
     assert torch.cosine_similarity(grad32, grad16, dim=0) > 0.99
+
+
+def packed_model(family: str) -> Any:
+    """A tiny random model of another family; its attention tells packed samples apart in its own way."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    auto: Any = AutoModelForCausalLM
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "vocab_size": 32,
+        "pad_token_id": None,
+        "logits_scaling": 8.0,
+    }
+    return auto.from_config(AutoConfig.for_model(family, bos_token_id=0, eos_token_id=1, sliding_window=4, **sizes))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ALL)
+def test_packing_changes_no_loss(
+    make_targets: Callable[..., str], pair: Any, monkeypatch: pytest.MonkeyPatch, name: str, family: str
+) -> None:
+    """Several samples in a row, blocks that cut through them: figures and gradients are those of one sample per row."""
+    monkeypatch.setattr(blocks_module, "BLOCK_ELEMENTS", 24 * 5)
+    root, losses = make_targets(LENGTHS, losses=(name,)), [loss_of(pair, name)]
+    student = Student(packed_model(family).double(), torch.device("cpu"), None, 24)
+    layout = Layout(0, 32, 24, tuple(losses))
+    found = []
+    for packing in (False, True):
+        with Loader(
+            Sources([Targets(root)]), layout, step_tokens=200, micro_tokens=64, seed=0, packing=packing
+        ) as loader:
+            batch = loader.step()
+        rows = [len(micro.input_BL) for micro in batch.micros]
+        assert packing == (sum(rows) < len(batch.sample_ids))
+        found.append(gradients(student, batch, losses, FIXED))
+    (padded, grads), (packed, packed_grads) = found
+    assert packed.loss == pytest.approx(padded.loss, rel=1e-9)
+    assert packed.ce == pytest.approx(padded.ce, rel=1e-9)
+    for one, other in zip(grads, packed_grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)  # norms take float32
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_scale_and_cap_of_a_head_get_their_gradient(
+    make_targets: Callable[..., str], pair: Any, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """A folded head that bends its logits, against autograd through the model's own."""
+    monkeypatch.setattr(blocks_module, "BLOCK_ELEMENTS", 24 * 5)
+    root, loss = make_targets(LENGTHS), loss_of(pair, "p-kl")
+    student = Student(packed_model(family).double(), torch.device("cpu"), None, 24)
+    assert student.head.folded
+    assert (student.head.scale, student.head.softcap) != (1.0, None)
+    batch = batch_of([root], [loss], 1000)
+    figures, grads = gradients(student, batch, [loss], FIXED)
+    (micro,) = batch.micros
+    student.model.zero_grad(set_to_none=True)
+    logp = logits_of(student, batch).log_softmax(-1)
+    seen = view(logp, micro, micro.lessons[0], loss, (0, len(micro.label_P)))
+    ce = -logp[torch.arange(len(micro.label_P)), torch.from_numpy(micro.label_P)].mean()
+    (0.7 * loss.terms(seen).sum() / len(seen.first_C) + 0.3 * ce).backward()
+    assert figures.ce == pytest.approx(float(ce.detach()), rel=1e-9)
+    for one, parameter in zip(grads, student.model.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-6, atol=1e-10)
+
+
+def test_samples_of_a_step_are_scored_alone(make_targets: Callable[..., str], student_dir: str, pair: Any) -> None:
+    """What a diagnosis says of each sample adds up to the step's figures, packed or not."""
+    root, student, loss = make_targets(LENGTHS), student_of(student_dir), loss_of(pair, "p-kl")
+    objective = Objective(student, [loss])
+    with Loader(
+        Sources([Targets(root)]), Layout(0, 32, 24, (loss,)), step_tokens=200, micro_tokens=64, seed=0, packing=True
+    ) as loader:
+        batch = loader.step()
+    figures, _ = gradients(student, batch, [loss], FIXED)
+    alone = [one for micro in batch.micros for one in single_samples(micro)]
+    assert [one.sample_ids[0] for one in alone] == batch.sample_ids
+    with torch.no_grad():
+        sums = sum(score(objective, one, (0.0, 0.0))[1] for one in alone)
+    assert isinstance(sums, torch.Tensor)
+    assert float(sums[0]) / batch.predicted == pytest.approx(figures.ce, rel=1e-9)
+    assert float(sums[2]) / batch.chunks[0] == pytest.approx(figures.kd, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["p-kl", "h-kl", "byte-prefix", "sparse-kl"])
+def test_agreement_counts_equal_first_tokens(
+    make_targets: Callable[..., str], student_dir: str, pair: Any, name: str
+) -> None:
+    """Against a search of each chunk's own entries for the largest."""
+    root, student, loss = make_targets(LENGTHS, losses=(name,)), student_of(student_dir), loss_of(pair, name)
+    batch = batch_of([root], [loss], 1000)
+    (micro,) = batch.micros
+    with torch.no_grad():
+        logp = logits_of(student, batch).log_softmax(-1)
+        sums = score(Objective(student, [loss]), micro, (0.0, 0.0), agree=True)[1]
+    said = [_said(name, micro.lessons[0].columns, chunk, int(first)) for chunk, first in _firsts(micro)]
+    mine = [int(logp[int(first)].argmax()) for _, first in _firsts(micro)]
+    if name == "p-kl":
+        mine = [int(pair.weight_VU[token].argmax()) if pair.weight_VU[token].any() else -1 for token in mine]
+    known = [(a, b) for a, b in zip(mine, said, strict=True) if b is not None]
+    assert sums[-2:].tolist() == [sum(a == b for a, b in known), len(known)]
+
+
+def _firsts(micro: Any) -> list[tuple[int, Any]]:
+    return list(enumerate(micro.lessons[0].first_C))
+
+
+def _said(name: str, columns: Any, chunk: int, position: int) -> int | None:
+    """The teacher's most probable token of a chunk, where the columns tell."""
+    stem = {"p-kl": "pkl", "h-kl": "hkl_common", "byte-prefix": "prefix", "sparse-kl": "skl"}[name]
+    at = position if name == "byte-prefix" else chunk
+    count = columns[f"{stem}_count"].astype(int)
+    entries = slice(count[:at].sum(), count[: at + 1].sum())
+    ids, logprob = columns[f"{stem}_ids"][entries], columns[f"{stem}_logprob"][entries]
+    if not len(ids):
+        return None
+    if name == "h-kl":
+        others = columns["hkl_other_count"].astype(int)
+        rest = columns["hkl_other_logprob"][others[:at].sum() : others[: at + 1].sum()]
+        if len(rest) and rest.max() >= logprob.max():
+            return None
+    return int(ids[logprob.argmax()])

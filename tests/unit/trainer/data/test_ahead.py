@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -79,6 +80,16 @@ def test_resume_anywhere_with_any_threads(root: str, packing: bool, streams: int
         threads = 1 + 2 * (done % 2)
         again = steps_of(root, 4, threads=threads, positions=whole[done - 1].positions, **options)
         assert same(again[: STEPS - done], whole[done : done + 4]), done
+
+
+def test_a_url_is_read_by_several_threads(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XTOKEN_CACHE", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    memory.put(root, "/ahead-targets", recursive=True)
+    try:
+        assert same(steps_of("memory://ahead-targets", STEPS, threads=3), steps_of(root, STEPS))
+    finally:
+        memory.rm("/ahead-targets", recursive=True)
 
 
 def test_the_comparison_sees_a_difference(root: str) -> None:
