@@ -66,11 +66,13 @@ class Sources:
         self.shared = self._shared()
 
     def _owned(self, source: int) -> Iterator[OwnedGroup]:
-        for number, ref in enumerate(self.folders[source].groups):
-            own = np.ones(ref.rows, np.bool_)
+        refs = self.folders[source].groups
+        every = np.arange(max((ref.rows for ref in refs), default=0))  # shared: there may be millions of row groups
+        for number, ref in enumerate(refs):
+            rows = every[: ref.rows]
             for earlier in self._indices[:source]:
-                own &= earlier.find(self._keys(source, number)) < 0
-            yield OwnedGroup(source, number, ref, np.flatnonzero(own))
+                rows = rows[earlier.find(self._keys(source, number)[rows]) < 0]
+            yield OwnedGroup(source, number, ref, rows)
 
     def _keys(self, source: int, number: int) -> NDArray[np.uint64]:
         start = int(self._indices[source].starts[number])

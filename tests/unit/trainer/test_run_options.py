@@ -1,0 +1,142 @@
+"""What a run leaves and takes beside the loop itself: evaluations, trackers, adapters, kernels, streams."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from schemas.errors import XtokenError
+from schemas.progress import Silent
+from schemas.train_config import TrainConfig
+from trainer.evaluate import EvalSample
+from trainer.loop import train
+from trainer.metrics import Metrics
+
+LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7]]
+# A line separator of Unicode in an id must not tear a line of JSON.
+HELD_OUT = [
+    EvalSample(np.array([3, 4, 5, 6], np.int32), 9, 2, "book/one\u2028#0", "book"),
+    EvalSample(np.array([7, 8, 9], np.int32), 5, 1, "code/two#0", "code"),
+]
+
+
+@pytest.fixture
+def configure(make_targets: Callable[..., str], student_dir: str, tmp_path: Path) -> Callable[..., TrainConfig]:
+    root = make_targets(LENGTHS)
+    sizes = {"steps": 6, "step_tokens": 24, "micro_tokens": 14, "max_tokens": 32, "warmup": 2, "save_every": 5}
+    base = {"targets": [root], "student": student_dir, "out": str(tmp_path / "run"), "device": "cpu", "lr": 1e-2}
+    return lambda **options: TrainConfig(**{**base, **sizes, **options})
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def test_held_out_figures_rows_and_completions(configure: Callable[..., TrainConfig], student_info: Any) -> None:
+    config = configure(eval_every=2, completions=2, eval_targets=configure().targets[0])
+    summary = train(config, student_info, HELD_OUT, Silent())
+    root = Path(config.out)
+    found = [(line["step"], line["eval"]) for line in lines_of(root / "metrics.jsonl") if "eval" in line]
+    assert found == [(0, "before"), (2, "step"), (4, "step"), (6, "after")]
+    assert summary["after"]["by_source"].keys() == {"book", "code"}
+    assert sum(row["chunks"] for row in summary["after"]["by_category"].values()) == summary["after"]["chunks"]
+    rows = lines_of(root / "held-out.jsonl")
+    assert [(row["when"], row["id"]) for row in rows] == [
+        (when, sample.id) for when in ("before", "after") for sample in HELD_OUT
+    ]
+    bits = sum(row["bits"] for row in rows if row["when"] == "after")
+    assert bits / summary["after"]["bytes"] == pytest.approx(summary["after"]["bits_per_byte"])
+    written = lines_of(root / "completions.jsonl")
+    assert [row["when"] for row in written] == ["before"] * 2 + ["after"] * 2
+
+
+def test_agreement_is_looked_at_every_tenth_step(configure: Callable[..., TrainConfig], student_info: Any) -> None:
+    config = configure(steps=21)
+    train(config, student_info, [], Silent())
+    found = {line["step"]: line.get("top1_agreement") for line in lines_of(Path(config.out, "metrics.jsonl"))}
+    assert [step for step, share in found.items() if share is not None] == [10, 20]
+    assert all(0 <= found[step] <= 1 for step in (10, 20))
+
+
+def test_tensorboard_gets_the_figures(configure: Callable[..., TrainConfig], student_info: Any) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = configure(tensorboard=True)
+    train(config, student_info, HELD_OUT, Silent())
+    events = accumulator.EventAccumulator(str(Path(config.out, "tensorboard")))
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    expected = [line for line in lines_of(Path(config.out, "metrics.jsonl")) if "loss" in line]
+    assert [step for step, _ in losses] == [line["step"] for line in expected]
+    np.testing.assert_allclose([value for _, value in losses], [line["loss"] for line in expected], rtol=1e-6)
+    assert "held_out/by_source/book/bits_per_byte" in events.Tags()["scalars"]
+
+
+def test_adapters_train_and_resume(
+    configure: Callable[..., TrainConfig], student_info: Any, student_dir: str, tmp_path: Path
+) -> None:
+    """Only adapters change and are saved; the merged model is the one that was measured; a restart changes nothing."""
+    pytest.importorskip("peft")
+    config = configure(lora=2, eval_targets=configure().targets[0])
+    summary = train(config, student_info, [], Silent())
+    kept = load_file(Path(config.out) / "checkpoints" / "step-000006" / "model.safetensors")
+    assert kept
+    assert all(".lora_" in name for name in kept)
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (student_dir, summary["model"]))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("proj" in name for name in changed)
+    assert (Path(summary["adapter"]) / "adapter_model.safetensors").exists()
+    again = configure(lora=2, eval_targets=configure().targets[0], out=str(tmp_path / "again"), save_every=3)
+    Path(config.out, "summary.json").unlink()
+    assert train(config, student_info, [], Silent())["after"] == summary["after"], "from the last checkpoint"
+    assert train(again, student_info, [], Silent())["after"] == summary["after"]
+
+
+def test_streams_belong_to_the_run(configure: Callable[..., TrainConfig], student_info: Any) -> None:
+    config = configure(streams=2, steps=3)
+    assert train(config, student_info, [], Silent())["steps"] == 3
+    assert json.loads(Path(config.out, "run.json").read_text())["identity"]["streams"] == 2
+    with pytest.raises(XtokenError, match="streams=2 there, 3 now"):
+        train(configure(streams=3, steps=3), student_info, [], Silent())
+    assert train(configure(steps=3), student_info, [], Silent())["steps"] == 3, "it goes on as it began"
+
+
+@pytest.mark.parametrize(("loss", "said"), [("p-kl", "this is p-kl on cpu"), ("ce", "this is ce on cpu")])
+def test_a_kernel_that_does_not_fit_is_refused(
+    configure: Callable[..., TrainConfig], student_info: Any, loss: str, said: str
+) -> None:
+    with pytest.raises(XtokenError, match=f"--kernel liger computes --loss ce on CUDA, and {said}; use --kernel auto"):
+        train(configure(kernel="liger", loss=[loss]), student_info, [], Silent())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"student": None}, "give --student ID or FOLDER, or --from-scratch config.json"),
+        ({"from_scratch": "c.json"}, "not both"),
+        ({"student": None, "from_scratch": "c.json"}, "has no tokenizer of its own"),
+        ({"student": None, "from_scratch": "c.json", "tokenizer": "bytes", "lora": 4}, "--lora adapts trained weights"),
+        ({"lora_alpha": 2.0}, "--lora-alpha goes with --lora"),
+        ({"learn_w": True, "parallel": "fsdp"}, "--learn-w goes with --parallel ddp"),
+    ],
+)
+def test_options_that_contradict_each_other(
+    configure: Callable[..., TrainConfig], options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValidationError, match=said):
+        configure(**options)
+
+
+def test_only_the_first_rank_writes_metrics(tmp_path: Path) -> None:
+    other = Metrics(tmp_path / "metrics.jsonl", writes=False)
+    other.back_to(0, [])
+    other.write({"step": 1})
+    assert other.lines == [{"step": 1}]
+    assert not (tmp_path / "metrics.jsonl").exists()
