@@ -169,7 +169,7 @@ def _train(root: str, _out: str) -> None:
     from trainer.data.targets import Targets
     from trainer.losses import open_loss
     from trainer.losses.base import LossSetup
-    from trainer.step import Student, measure
+    from trainer.step import measure
 
     targets = Targets(root)
     info = targets.manifest.student
@@ -182,18 +182,21 @@ def _train(root: str, _out: str) -> None:
             read = targets.read(group, layout.columns(0))
             samples = [read_sample([(read, row)], layout) for row in range(group.rows)]
             for micro in split_micros(samples, 2048, [loss]):
-                measure(Student(_model(info.size), torch.device("cpu"), None, info.size), micro, [loss])
+                measure(_student(info.size), micro, [loss])
 
 
-def _model(size: int) -> Callable[..., Any]:
+def _student(size: int) -> Any:
+    """Flat logits, whatever it reads."""
     import torch
 
-    class Logits:
-        def __call__(self, input_ids: Any, **_: Any) -> Any:
-            self.logits = torch.zeros(*input_ids.shape, size)
-            return self
+    from trainer.step import Student
+    from trainer.student.head import Head
 
-    return Logits()
+    class Flat(Head):
+        def states(self, input_BL: Any, position_BL: Any) -> Any:  # noqa: ARG002
+            return torch.zeros(*input_BL.shape, size)
+
+    return Student(None, torch.device("cpu"), None, size, Flat(None, folded=False, positions=False))
 
 
 def _pull(root: str, out: str) -> None:

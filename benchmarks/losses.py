@@ -3,7 +3,7 @@
     python -m benchmarks.losses                       # all losses; writes benchmarks/results/losses.json and .md
     python -m benchmarks.losses --only p-kl --profile # where one loss spends its time
 
-Ours is what ``trainer.step.write_gradient`` does for a micro-batch: blocks, loss terms, backward, CE included. Dense is
+Ours is what ``trainer.step.score_states`` does for a micro-batch: blocks, loss terms, backward, CE included. Dense is
 ``losses_dense.gradient``: one autograd pass. Both start from the same logits and end with the gradient by them.
 
 Time: the median of five passes of each side after one, each begun when the machine is idle; passes during which other
@@ -48,7 +48,8 @@ from trainer.data.sources import Sources
 from trainer.data.targets import Targets
 from trainer.losses import open_loss
 from trainer.losses.base import Loss, LossSetup
-from trainer.step import Student, write_gradient
+from trainer.step import Objective, Student, score_states
+from trainer.student.head import Head
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -171,12 +172,15 @@ def _lesson(inputs: Path, name: str, vocabulary: int) -> tuple[Micro, tuple[Loss
 
 
 def _ours(logits_PV: Tensor, micro: Micro, losses: tuple[Loss, ...], factors: tuple[float, float]) -> Pass:
-    student = Student(None, torch.device("cpu"), None, logits_PV.shape[1])
-    logits_BLV = logits_PV[None]
-    grad_BLV = torch.full_like(logits_BLV, 1.0)
+    head = Head(model=None, folded=False, positions=False)
+    student = Student(None, torch.device("cpu"), None, logits_PV.shape[1], head)
+    objective = Objective(student, losses)
+    leaf_PV = logits_PV.clone().requires_grad_()
 
     def run() -> tuple[float, float]:
-        sums = write_gradient(student, logits_BLV, grad_BLV, micro, losses, factors)
+        leaf_PV.grad = None
+        value, sums = score_states(objective, micro, leaf_PV, factors)
+        value.backward()
         return float(sums[0]), float(sums[1])
 
     return run

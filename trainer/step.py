@@ -185,6 +185,12 @@ def _liger(objective: Objective, micro: Micro, states_PH: Tensor, factors: Seque
     return ce * factors[0], sums
 
 
+def measure(student: Student, micro: Micro, losses: Sequence[Loss]) -> Tensor:
+    """The sums of ``score``, without gradient."""
+    with torch.no_grad():
+        return score(Objective(student, losses), micro, (0.0,) * (1 + len(losses)))[1]
+
+
 class _Folded(torch.autograd.Function):
     """The objective from hidden states and head; its gradient is made in the forward pass, block by block."""
 

@@ -16,7 +16,7 @@ from schemas.manifest import TokenizerInfo
 from schemas.progress import Progress
 from trainer.blocks import block_view
 from trainer.data.micro import Micro, split_micros
-from trainer.data.samples import Layout, context_token, read_sample
+from trainer.data.samples import Layout, context_token, read_sampless
 from trainer.data.targets import RowGroup, Targets
 from trainer.evaluate.bits_per_byte import micro_tokens
 from trainer.evaluate.spelling import token_bytes
@@ -100,7 +100,7 @@ def agreement(
 def _micros(targets: Targets, layout: Layout, size: int) -> Iterator[tuple[RowGroup, list[Micro]]]:
     for ref in targets.groups:
         group = targets.read(ref, (*layout.columns(0), *_TEACHER_COLUMNS))
-        samples = [read_sample([(group, row)], layout) for row in range(ref.rows)]
+        samples = read_samples([[(group, row)] for row in range(ref.rows)], layout)
         yield group, split_micros(samples, size, layout.losses)
 
 
