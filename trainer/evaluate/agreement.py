@@ -16,7 +16,7 @@ from schemas.manifest import TokenizerInfo
 from schemas.progress import Progress
 from trainer.blocks import block_view
 from trainer.data.micro import Micro, split_micros
-from trainer.data.samples import Layout, context_token, read_sampless
+from trainer.data.samples import Layout, context_token, read_samples
 from trainer.data.targets import RowGroup, Targets
 from trainer.evaluate.bits_per_byte import micro_tokens
 from trainer.evaluate.spelling import token_bytes

@@ -55,7 +55,7 @@ def flat_logits(rows_BTV: Any, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def setup_of(w: ProjectionArrays, sizes: tuple[int, int], run: Any, **options: Any) -> LossSetup:
     """A loss over chunk means at the run's temperature and direction."""
-    vocab = VocabArrays(np.zeros(sizes[0], np.bool_), np.zeros(0, np.int32))
+    vocab = VocabArrays(np.zeros(sizes[0], np.bool_), np.zeros(0, np.int32), np.zeros(sizes[0], np.int32))
     chosen = LossOptions(kl="reverse" if run["reverse_kl"] else "forward", **options)
     return LossSetup(w, vocab, *sizes, torch.device("cpu"), chosen, tau=run["temperature"], merge="mean")
 

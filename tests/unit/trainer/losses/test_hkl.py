@@ -101,7 +101,7 @@ def test_chunks_of_one_token_take_the_rows_as_they_are(pair: Any, make_view: Any
 def small_setup(common: list[int], size: int) -> LossSetup:
     ids, yes = np.array(common, np.int32), np.ones(len(common), np.bool_)
     w = ProjectionArrays(ids, ids, np.ones(len(ids), np.float32), yes, yes)
-    vocab = VocabArrays(np.zeros(size, np.bool_), np.zeros(0, np.int32))
+    vocab = VocabArrays(np.zeros(size, np.bool_), np.zeros(0, np.int32), np.zeros(size, np.int32))
     return LossSetup(w, vocab, size, size, torch.device("cpu"))
 
 

@@ -96,7 +96,7 @@ def test_by_hand(make_view: Any) -> None:
     """
     rows, columns, none = np.array([0, 1, 1], np.int32), np.array([0, 1, 2], np.int32), np.zeros(3, np.bool_)
     w = ProjectionArrays(rows, columns, np.array([1, 0.75, 0.25], np.float32), none, none)
-    vocab = VocabArrays(np.zeros(3, np.bool_), np.zeros(0, np.int32))
+    vocab = VocabArrays(np.zeros(3, np.bool_), np.zeros(0, np.int32), np.zeros(3, np.int32))
     z = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
     chunk = (np.array([0, 1], np.int32), np.log([0.6, 0.3]), np.log(0.1))
     loss = open_loss("p-kl", LossSetup(w, vocab, 3, 3, torch.device("cpu")))
@@ -260,7 +260,7 @@ def test_full_cover_without_student_rest_stays_finite(make_view: Any) -> None:
     n = 4
     ids, ones = np.arange(n, dtype=np.int32), np.ones(n, np.bool_)
     eye = ProjectionArrays(ids, ids, np.ones(n, np.float32), ones, ones)
-    setup = LossSetup(eye, VocabArrays(np.zeros(n, np.bool_), ids), n, n, torch.device("cpu"))
+    setup = LossSetup(eye, VocabArrays(np.zeros(n, np.bool_), ids, ids), n, n, torch.device("cpu"))
     z = torch.zeros(1, n, requires_grad=True)
     chunk = (ids, np.log(np.full(n, 0.2)), float(np.log(0.2)))
     terms = open_loss("p-kl", setup).terms(one_chunk(make_view, z, chunk))
