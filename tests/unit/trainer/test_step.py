@@ -39,7 +39,8 @@ def loss_of(pair: Any, name: str) -> Loss:
 def batch_of(roots: Sequence[str], losses: Sequence[Loss], micro_tokens: int, **options: Any) -> StepBatch:
     layout = Layout(0, 32, 24, tuple(losses), **({"weights": (1.0,) * len(losses)} | options))
     sources = Sources([Targets(root) for root in roots])
-    return Loader(sources, layout, step_tokens=200, micro_tokens=micro_tokens, seed=0).step()
+    with Loader(sources, layout, step_tokens=200, micro_tokens=micro_tokens, seed=0) as loader:
+        return loader.step()
 
 
 def step_of(

@@ -25,6 +25,7 @@ LENGTHS = [[9, 12, 5, 7, 11, 6], [6, 8, 10], [13, 4, 9, 9, 3, 7, 8], [5] * 6]
 TOTAL = sum(map(len, LENGTHS))
 STEPS = 20
 DEADLINE = 20.0
+OTHERS: set[threading.Thread] = set()
 
 
 class Reads(Loss):
@@ -151,8 +152,15 @@ def spy(root: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
     found.go.set()
 
 
-def loader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+@pytest.fixture(autouse=True)
+def _threads_of_others() -> None:
+    """Loaders that other tests left to the garbage collector may still have theirs."""
+    OTHERS.clear()
+    OTHERS.update(loader_threads())
+
+
+def loader_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("loader")} - OTHERS
 
 
 def wait_for_no_threads() -> None:
