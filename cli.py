@@ -190,7 +190,10 @@ def run_train(config: TrainConfig, bars: Bars) -> Figures:
     from trainer.loop import train
 
     tokenizer = load_tokenizer(config.tokenizer_source, trust_remote_code=config.trust_remote_code)
-    samples = eval_samples(config.eval_text, tokenizer, config.max_tokens) if config.eval_text else []
+    samples = []
+    if config.eval_text:
+        corpus = CorpusConfig(corpus=config.eval_text, id_field=config.eval_id_field)
+        samples = eval_samples(corpus, tokenizer, config.max_tokens)
     summary = train(config, tokenizer.table.info, samples, bars)
     return summary | ({"learned_w": _learned_w(config, summary["learned_w"])} if "learned_w" in summary else {})
 
@@ -229,20 +232,19 @@ def run_eval(config: EvalConfig, bars: Bars) -> Figures:
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     samples = []
     if config.text:
-        samples = eval_samples(config.text, tokenizer, config.max_tokens, config.text_field, config.limit)
+        names = {"text_field": config.text_field, "id_field": config.id_field}
+        corpus = CorpusConfig(corpus=config.text, limit=config.limit, **names)
+        samples = eval_samples(corpus, tokenizer, config.max_tokens)
     return dict(evaluate(config, tokenizer.table.info, samples, bars))
 
 
-def eval_samples(
-    text: str, tokenizer: "TextTokenizer", max_tokens: int, text_field: str = "text", limit: int | None = None
-) -> "list[EvalSample]":
+def eval_samples(config: CorpusConfig, tokenizer: "TextTokenizer", max_tokens: int) -> "list[EvalSample]":
     """Tokenize a held-out corpus for the evaluator, windows cut as at capture."""
     from pipeline.corpus import Corpus, windows
     from trainer.evaluate import EvalSample
 
-    corpus = Corpus(CorpusConfig(corpus=text, text_field=text_field, limit=limit))
     samples = []
-    for document in corpus.documents():
+    for document in Corpus(config).documents():
         for window in windows(document, tokenizer, max_tokens):
             encoded = window.encoded
             ends = encoded.ends

@@ -50,8 +50,8 @@ SWEEPS = {
             "from_scratch": "examples/configs/llama2-tokenizer-llama-5m.json",
             "tokenizer": str(TOKENIZERS / "llama2"),
             "steps": 200,
-            "step_tokens": 768,
-            "micro_tokens": 768,
+            "step_tokens": 512,
+            "micro_tokens": 512,
             "lr": 2e-3,
             "warmup": 20,
         },
@@ -106,9 +106,17 @@ def train(work: Path, name: str, sweep: Sweep, job: tuple[str, str, int]) -> Non
     """One run."""
     loss, mix, seed = job
     out = work / name / f"{loss}-{mix}-{seed}"
-    flags: dict[str, Any] = {**sweep.train, "loss": loss, "mix": mix, "seed": seed, "out": out, "max_tokens": 256}
+    flags: dict[str, Any] = {
+        **sweep.train,
+        "loss": loss,
+        "mix": mix,
+        "seed": seed,
+        "out": out,
+        "max_tokens": 512,
+        "eval_id_field": "id",
+    }
     flags |= {"eval_text": work / "data" / "held-out.jsonl", "eval_targets": work / f"targets-{name}-held-out"}
-    flags |= {"eval_every": 50, "save_every": 100, "keep": 1, "decoders": 1, "device": "cpu"}
+    flags |= {"eval_every": 100, "save_every": 100, "keep": 1, "decoders": 1, "device": "cpu"}
     words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     began = time.monotonic()
     call(["train", str(work / f"targets-{name}-train"), *words], 2 // sweep.jobs)

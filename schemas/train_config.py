@@ -137,6 +137,10 @@ class TrainConfig(LossOptions):
     tensorboard: bool = Field(False, description="Also write events for TensorBoard into OUT/tensorboard.")
     wandb: str | None = Field(None, description="Also log to this project of Weights & Biases.")
     eval_text: str | None = Field(None, description="Held-out text or corpus file: bits per byte before and after.")
+    eval_id_field: str | None = Field(
+        None,
+        description="Field of --eval-text that holds the document's id, whose part before the last '/' is its source.",
+    )
     eval_targets: str | None = Field(
         None, description="Held-out targets: KL to the teacher and agreement before and after."
     )
@@ -215,6 +219,9 @@ class EvalConfig(Config):
         None, ge=0, description="Examples shown per question of --tasks; the task's own when left out."
     )
     text_field: str = Field("text", description="Field or column that holds the text.")
+    id_field: str | None = Field(
+        None, description="Field that holds the document's id, whose part before the last '/' is its source."
+    )
     limit: int | None = Field(None, ge=1, description="Read only the first N documents.")
     max_tokens: int = Field(1024, ge=8, description="Longest window in tokens.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
