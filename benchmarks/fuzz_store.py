@@ -169,7 +169,7 @@ def _train(root: str, _out: str) -> None:
     from trainer.data.targets import Targets
     from trainer.losses import open_loss
     from trainer.losses.base import LossSetup
-    from trainer.step import measure
+    from trainer.objective import measure
 
     targets = Targets(root)
     info = targets.manifest.student
@@ -189,7 +189,7 @@ def _student(size: int) -> Any:
     """Flat logits, whatever it reads."""
     import torch
 
-    from trainer.step import Student
+    from trainer.objective import Student
     from trainer.student.head import Head
 
     class Flat(Head):

@@ -37,8 +37,9 @@ from trainer.data.sources import Sources
 from trainer.data.targets import Targets
 from trainer.losses import open_loss
 from trainer.losses.base import Loss, LossSetup
+from trainer.objective import Objective, Student
 from trainer.ranks import Ranks
-from trainer.step import Mixing, Objective, Student, count_step, run_step
+from trainer.step import Mixing, count_step, run_step
 from trainer.student.head import find_head
 from trainer.student.model import load_student
 

@@ -113,7 +113,7 @@ class TrainConfig(LossOptions):
     weight_decay: float = Field(0.01, ge=0.0, description="AdamW weight decay on matrices.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
     clip: float = Field(1.0, gt=0.0, description="Largest gradient norm.")
-    seed: int = Field(0, description="Seed of the sample order, of dropout and of random weights.")
+    seed: int = Field(0, ge=0, description="Seed of the sample order, of dropout and of random weights.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     autocast: Literal["auto", "none", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, none on CPU.")
     save_every: int = Field(50, ge=1, description="Steps between checkpoints.")

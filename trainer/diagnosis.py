@@ -8,8 +8,9 @@ import torch
 
 from trainer.data.batches import StepBatch
 from trainer.data.micro import Lesson, Micro
+from trainer.objective import score
 from trainer.run import write_json
-from trainer.step import score, seed_all
+from trainer.step import seed_all
 from trainer.watch import Diagnosis, SampleScore, Verdict
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 DIAGNOSIS = "diagnosis.json"
 
 
-def diagnose(training: "Training", batch: StepBatch, verdict: Verdict, seed: int) -> Diagnosis:
+def diagnose(training: "Training", batch: StepBatch, verdict: Verdict, seed: str) -> Diagnosis:
     """Score every sample of the step alone, on the weights that it began with; all ranks must call it.
 
     The first rank leaves the whole list in the run's diagnosis.json.

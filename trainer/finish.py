@@ -13,8 +13,8 @@ from trainer.evaluate import EvalSample, measure_student
 from trainer.evaluate.completions import complete
 from trainer.evaluate.spelling import token_bytes
 from trainer.learned_w import save_weights
+from trainer.objective import Objective
 from trainer.ranks import gathered
-from trainer.step import Objective
 from trainer.student.adapters import merged, save_adapter
 from trainer.student.model import save_student
 

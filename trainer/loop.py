@@ -157,7 +157,7 @@ def _train_step(training: Training, outside: _Outside) -> bool:
     step = training.counted.step + 1
     training.optimizer.zero_grad(set_to_none=True)
     mixing = Mixing(config.mix, config.kd_weight, config.ce_weight)
-    seed = config.seed * 1_000_003 + training.counted.drawn
+    seed = f"{config.seed}/{training.counted.drawn}"
     agree = step % AGREE_EVERY == 0
     figures = run_step(training.wrapped, batch, counts, mixing, training.ranks, seed=seed, agree=agree)
     norm = _clip(training)
@@ -189,7 +189,7 @@ def _clip(training: Training) -> float:
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-def _turn_back(training: Training, batch: StepBatch, verdict: Verdict, seed: int) -> None:
+def _turn_back(training: Training, batch: StepBatch, verdict: Verdict, seed: str) -> None:
     """Go back to the last checkpoint and leave the batch out, while ``--rollback`` allows it.
 
     Raises:

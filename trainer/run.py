@@ -47,10 +47,10 @@ class Run:
         identity = _identity(config, targets, tokenizer, self.streams)
         if found is None and self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             raise XtokenError(f"{self.root} exists and is no training run; use another --out")
-        if found is None or not begun:
-            self._create(identity, config, targets, ranks)
-        else:
+        if found is not None and begun:
             self._same(found, identity)
+        elif ranks.first:
+            self._create(identity, config, targets, ranks)
 
     def _begun(self) -> bool:
         """Whether the run got as far as measuring or training: a failed start must not bind the folder."""

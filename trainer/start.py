@@ -20,10 +20,10 @@ from trainer.data.targets import Targets
 from trainer.losses import open_loss
 from trainer.losses.base import LossSetup
 from trainer.metrics import Metrics
+from trainer.objective import Objective, Student
 from trainer.optim import build_optimizer, named_parameters, optimizer_tensors, restore_optimizer
 from trainer.ranks import Ranks, fill, gathered, replicate, shard
 from trainer.run import Run
-from trainer.step import Objective, Student
 from trainer.student.adapters import add_adapters
 from trainer.student.head import find_head, pick_packing
 from trainer.student.model import check_context, check_width, head_width, open_student, pick_autocast, prepare

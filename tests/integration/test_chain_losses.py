@@ -24,7 +24,7 @@ from trainer.data.sources import Sources
 from trainer.data.targets import Targets
 from trainer.losses import open_loss
 from trainer.losses.base import LossSetup
-from trainer.step import Student, measure
+from trainer.objective import Student, measure
 from trainer.student.model import load_student
 
 TEXT = Path(cli.__file__).parent / "examples" / "data" / "moby-dick-held-out.jsonl"

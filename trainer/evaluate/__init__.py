@@ -11,7 +11,7 @@ from trainer.evaluate.samples import EvalSample
 
 if TYPE_CHECKING:
     from trainer.data.targets import Targets
-    from trainer.step import Student
+    from trainer.objective import Student
 
 __all__ = ["EvalSample", "evaluate", "held_out_targets", "measure_student"]
 
@@ -53,7 +53,7 @@ def evaluate(
 def _load(
     config: EvalConfig, tokenizer: TokenizerInfo, samples: Sequence[EvalSample], targets: "Targets | None"
 ) -> "Student":
-    from trainer.step import Student
+    from trainer.objective import Student
     from trainer.student.model import check_context, check_width, head_width, load_student, pick_autocast, pick_device
 
     device = pick_device(config.device)

@@ -22,7 +22,7 @@ from trainer.evaluate.bits_per_byte import micro_tokens
 from trainer.evaluate.spelling import token_bytes
 from trainer.losses.base import LossSetup
 from trainer.losses.pkl import PKL
-from trainer.step import Student
+from trainer.objective import Student
 
 _TEACHER_COLUMNS = ("student_end", "teacher_logprob")
 

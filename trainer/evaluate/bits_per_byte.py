@@ -17,7 +17,7 @@ from schemas.progress import Progress
 from trainer.data.micro import Micro, split_micros
 from trainer.data.samples import Sample, context_token
 from trainer.evaluate.samples import EvalSample
-from trainer.step import Student
+from trainer.objective import Student
 
 _MICRO_TOKENS = 2048  # padded inputs per forward pass
 _LOGITS = 1 << 28  # of one forward pass, of a model that makes them whole: 1 GiB in float32

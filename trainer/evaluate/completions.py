@@ -15,7 +15,7 @@ from schemas.manifest import TokenizerInfo
 from trainer.data.samples import context_token
 from trainer.evaluate.samples import EvalSample
 from trainer.evaluate.spelling import Spelling
-from trainer.step import Student
+from trainer.objective import Student
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
 _BATCH = 8

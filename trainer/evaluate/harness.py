@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from schemas.errors import XtokenError
 from schemas.progress import Progress
 from schemas.train_config import EvalConfig
-from trainer.step import Student
+from trainer.objective import Student
 
 _CPU_BATCH = 4
 _BOOTSTRAPS = 1000  # resamples for the stderr of metrics that are no means; drawn in this process

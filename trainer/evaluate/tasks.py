@@ -10,7 +10,7 @@ from schemas.progress import Progress
 from schemas.train_config import EvalConfig
 
 if TYPE_CHECKING:
-    from trainer.step import Student
+    from trainer.objective import Student
 
 Scorer = Callable[["Student", Progress], list[dict[str, Any]]]
 

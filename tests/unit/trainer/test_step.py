@@ -16,8 +16,9 @@ from trainer.data.targets import Targets
 from trainer.diagnosis import single_samples
 from trainer.losses import REGISTRY, open_loss
 from trainer.losses.base import Loss
+from trainer.objective import Objective, Student, score
 from trainer.ranks import Ranks
-from trainer.step import Figures, Mixing, Objective, Student, count_step, run_step, score
+from trainer.step import Figures, Mixing, count_step, run_step
 from trainer.student.model import load_student
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10]]

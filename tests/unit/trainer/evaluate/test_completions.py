@@ -11,7 +11,7 @@ from schemas.manifest import TokenizerInfo
 from trainer.evaluate import EvalSample
 from trainer.evaluate.completions import complete
 from trainer.evaluate.spelling import Spelling
-from trainer.step import Student
+from trainer.objective import Student
 from trainer.student.model import load_student
 
 V = 24

@@ -166,7 +166,7 @@ def test_heaviest_takes_the_larger_weight_then_the_lower_id() -> None:
 
 def test_training_mode_is_given_back(student_dir: str, student_info: Any) -> None:
     from trainer.evaluate import measure_student
-    from trainer.step import Student
+    from trainer.objective import Student
 
     for mode in (True, False):
         model = load_student(student_dir, torch.device("cpu"), False).train(mode)

@@ -1,0 +1,338 @@
+"""A student with its losses as one module: from a micro-batch to sums and gradients, the head folded into the loss.
+
+Logits are made for a block of positions, scored, and turned at once into the gradient of the hidden states and of the
+head. Logits of all tokens exist at no time. Peak memory is the model's activations, one block, and one gradient as
+large as the head.
+
+Shapes: B rows, L inputs of a row, P predicting positions, C chunks, H width of the hidden states, M width of the
+head, V <= M ids of the tokenizer, F features, D teachers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from trainer.blocks import Block, block_view, collects, spans, tensor, view
+from trainer.data.micro import Lesson, Micro
+from trainer.losses.base import FeatureLoss, Loss
+from trainer.losses.ce import cross_entropy_total
+from trainer.student.head import Head, find_head
+
+A = ParamSpec("A")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model and how it is run.
+
+    ``vocabulary`` columns of the head count: the ids of the tokenizer. More are padding and are cut before the
+    softmax; a head that lacks some (special tokens only, which no sample holds) sets a smaller number.
+    """
+
+    model: Any
+    device: torch.device
+    autocast: torch.dtype | None
+    vocabulary: int
+    found: Head | None = None
+
+    @cached_property
+    def head(self) -> Head:
+        """The model's head, looked for once."""
+        return self.found or find_head(self.model)
+
+    def states(self, micro: Micro) -> Tensor:
+        """[P, H] hidden states of the predicting positions, or their logits [P, M] where the head is not folded."""
+        inputs, positions = tensor(micro.input_BL, self.device), tensor(micro.position_BL, self.device)
+        with self.precision():
+            states_BLH = self.head.states(inputs, positions)
+        return states_BLH.flatten(0, 1).index_select(0, tensor(micro.place_P, self.device))
+
+    def blocks(self, micro: Micro, losses: Sequence[Loss] = ()) -> Iterator[Block]:
+        """The micro-batch's predicting positions, scored; for whoever needs no gradient, under ``no_grad``."""
+        states_PH = self.states(micro)
+        weight_VH, bias_V = self.columns()
+        for low, high in spans(micro, self.vocabulary, losses, states_PH.is_cuda):
+            yield Block(low, high, self.rows(states_PH[low:high], weight_VH, bias_V))
+
+    def columns(self) -> tuple[Tensor | None, Tensor | None]:
+        """The head's rows in use, [V, H] and [V], in the dtype of the forward pass."""
+        weight, bias = self.head.weight_MH, self.head.bias_M
+        return tuple(  # type: ignore[return-value]
+            None if part is None else part[: self.vocabulary].to(self.autocast or part.dtype) for part in (weight, bias)
+        )
+
+    def rows(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> Tensor:
+        """[P, V] logits, at least float32."""
+        if weight_VH is not None:
+            states_PH = states_PH.to(weight_VH.dtype)
+        rows_PV = self.head.logits(states_PH, weight_VH, bias_V)[:, : self.vocabulary]
+        return rows_PV.to(torch.promote_types(rows_PV.dtype, torch.float32))
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast, if the student has one."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+
+@dataclass(frozen=True)
+class _Features:
+    """The features of a whole micro-batch: the loss's sums and, per position, the gradient of the weighted one."""
+
+    weighted: float
+    plain: float
+    grad_PF: Tensor
+
+
+class Objective(torch.nn.Module):
+    """A student with its losses as one module, which DDP and FSDP can wrap.
+
+    It runs a function of itself: FSDP holds all weights outside the layers only while its module runs.
+    """
+
+    def __init__(self, student: Student, losses: Sequence[Loss], liger: bool = False) -> None:
+        super().__init__()
+        self.student, self.losses, self.liger = student, tuple(losses), liger
+        self.model = student.model
+        self.learned = torch.nn.ParameterList([p for loss in losses for p in loss.parameters()])
+
+    def forward(self, work: "Callable[Concatenate[Objective, A], T]", *args: A.args, **options: A.kwargs) -> T:
+        """``work(self, ...)``."""
+        return work(self, *args, **options)
+
+
+def score(objective: Objective, micro: Micro, factors: Sequence[float], agree: bool = False) -> tuple[Tensor, Tensor]:
+    """sum_i factors_i * term_i (CE first, then teachers) with its gradient, and what it is made of without.
+
+    The second is float64 [3 + 2 D]: the sum of CE, the weighted sums of KD, the plain sums of KD, agreeing chunks,
+    compared chunks (of the first teacher, if ``agree``).
+    """
+    states_PH = objective.student.states(micro)
+    if objective.liger and any(factors):
+        return _liger(objective, micro, states_PH, factors)
+    return score_states(objective, micro, states_PH, factors, agree)
+
+
+def score_states(
+    objective: Objective, micro: Micro, states_PH: Tensor, factors: Sequence[float], agree: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``score`` from hidden states on, [P, H], or from logits where the head is not folded."""
+    head = objective.student.head
+    inputs = (states_PH, head.weight_MH, head.bias_M, *objective.learned)
+    value, sums = _Folded.apply(objective, micro, tuple(factors), agree, *inputs)  # type: ignore[no-untyped-call]
+    return value, sums
+
+
+def _liger(objective: Objective, micro: Micro, states_PH: Tensor, factors: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """CE alone by Liger's fused kernel."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    weight_VH, bias_V = objective.student.columns()
+    assert weight_VH is not None
+    label_P = tensor(micro.label_P, states_PH.device)
+    softcap = objective.student.head.softcap
+    states_PH = states_PH.to(weight_VH.dtype)
+    ce = liger_fused_linear_cross_entropy(states_PH, weight_VH, label_P, bias=bias_V, reduction="sum", softcap=softcap)
+    sums = torch.zeros(3 + 2 * len(objective.losses), dtype=torch.float64)
+    sums[0] = float(ce.detach())
+    return ce * factors[0], sums
+
+
+def measure(student: Student, micro: Micro, losses: Sequence[Loss]) -> Tensor:
+    """The sums of ``score``, without gradient."""
+    with torch.no_grad():
+        return score(Objective(student, losses), micro, (0.0,) * (1 + len(losses)))[1]
+
+
+class _Folded(torch.autograd.Function):
+    """The objective from hidden states and head; its gradient is made in the forward pass, block by block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        objective: Objective,
+        micro: Micro,
+        factors: tuple[float, ...],
+        agree: bool,
+        states_PH: Tensor,
+        weight_MH: Tensor | None,
+        bias_M: Tensor | None,
+        *learned: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        scorer = _Scorer(objective, micro, factors, agree)
+        wanted = any(factors) and any(ctx.needs_input_grad)
+        grads = _Gradients(states_PH, weight_MH, bias_M, learned, ctx.needs_input_grad[4:]) if wanted else None
+        sums = scorer.run(states_PH, grads)
+        ctx.grads, ctx.inputs = grads, (states_PH, weight_MH, bias_M, *learned)
+        terms = sums[: len(factors)].tolist()
+        total = sum(factor * term for factor, term in zip(factors, terms, strict=True))
+        ctx.mark_non_differentiable(sums)
+        return states_PH.new_tensor(total, dtype=torch.float32), sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        if ctx.grads is None:
+            zeros = [None if one is None else torch.zeros_like(one) for one in ctx.inputs]
+            return (None, None, None, None, *zeros)
+        return (None, None, None, None, *ctx.grads.scaled(float(grad)))
+
+
+class _Gradients:
+    """Gradients of a micro-batch as they are made: of the states, of the head in float32 or more, of the learned."""
+
+    def __init__(
+        self,
+        states_PH: Tensor,
+        weight_MH: Tensor | None,
+        bias_M: Tensor | None,
+        learned: Sequence[Tensor],
+        needed: Sequence[bool],
+    ) -> None:
+        self.states_PH = torch.zeros_like(states_PH)
+        self.like = (weight_MH, bias_M)
+        self.weight_MH = _zeros(weight_MH) if needed[1] else None
+        self.bias_M = _zeros(bias_M) if needed[2] else None
+        self.learned = [torch.zeros_like(one) for one in learned]
+
+    def add(self, block: Block, rows_grad: Tensor, states_PH: Tensor, head_VH: Tensor | None) -> None:
+        """The gradient of a block's logits (of the head's linear map, where it is folded)."""
+        if head_VH is None:
+            self.states_PH[block.low : block.high, : rows_grad.shape[1]] = rows_grad.to(self.states_PH.dtype)
+            return
+        rows_grad, size = rows_grad.to(head_VH.dtype), len(head_VH)
+        states_PH = states_PH[block.low : block.high].to(head_VH.dtype)
+        self.states_PH[block.low : block.high] = (rows_grad @ head_VH).to(self.states_PH.dtype)
+        if self.weight_MH is not None and self.weight_MH.dtype == rows_grad.dtype:
+            self.weight_MH[:size].addmm_(rows_grad.t(), states_PH)
+        elif self.weight_MH is not None:
+            self.weight_MH[:size] += rows_grad.t() @ states_PH
+        if self.bias_M is not None:
+            self.bias_M[:size] += rows_grad.sum(0)
+
+    def scaled(self, factor: float) -> list[Tensor | None]:
+        """As backward returns them."""
+        found = [self.states_PH, self.weight_MH, self.bias_M, *self.learned]
+        if factor != 1:
+            found = [None if one is None else one.mul_(factor) for one in found]
+        for at, like in enumerate(self.like, start=1):
+            if found[at] is not None and like is not None:
+                found[at] = found[at].to(like.dtype)  # type: ignore[union-attr]
+        return found
+
+
+def _zeros(like: Tensor | None) -> Tensor | None:
+    return None if like is None else torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+class _Scorer:
+    """One micro-batch through the head and the losses, block by block."""
+
+    def __init__(self, objective: Objective, micro: Micro, factors: Sequence[float], agree: bool) -> None:
+        self.student, self.losses, self.micro = objective.student, objective.losses, micro
+        self.factors, self.agree, self.learned = factors, agree, list(objective.learned)
+        self.sums = torch.zeros(3 + 2 * len(self.losses), dtype=torch.float64, device=self.student.device)
+
+    def run(self, states_PH: Tensor, grads: _Gradients | None) -> Tensor:
+        """The sums of ``score``; gradients are added to ``grads``."""
+        weight_VH, bias_V = self.student.columns()
+        collected = self._collect(states_PH, weight_VH, bias_V)
+        for low, high in spans(self.micro, self.student.vocabulary, self.losses, states_PH.is_cuda):
+            linear_PV = self._linear(states_PH[low:high], weight_VH, bias_V)
+            with torch.set_grad_enabled(grads is not None):
+                leaf = linear_PV.requires_grad_(grads is not None)
+                block = Block(low, high, self._rows(leaf))
+                total = self._total(block, collected)
+                if grads is not None and total is not None:
+                    found = torch.autograd.grad(total, [leaf, *self.learned], allow_unused=True)
+                    if found[0] is not None:
+                        grads.add(block, found[0], states_PH, weight_VH)
+                    for kept, one in zip(grads.learned, found[1:], strict=True):
+                        if one is not None:
+                            kept.add_(one)
+        return self.sums
+
+    def _linear(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> Tensor:
+        """What the head's matrix makes, before scale and cap, at least float32."""
+        if weight_VH is None:
+            rows_PV = states_PH[:, : self.student.vocabulary]
+        else:
+            rows_PV = torch.nn.functional.linear(states_PH.to(weight_VH.dtype), weight_VH, bias_V)
+        wide = rows_PV.to(torch.promote_types(rows_PV.dtype, torch.float32))
+        return wide.detach()
+
+    def _rows(self, linear_PV: Tensor) -> Tensor:
+        return self.student.head.bend(linear_PV)
+
+    def _collect(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> dict[int, _Features]:
+        """First pass over the blocks for losses that need the features of all positions, without gradient."""
+        wanted = {i: loss for i, loss in enumerate(self.losses) if isinstance(loss, FeatureLoss) and collects(loss)}
+        wanted = {i: loss for i, loss in wanted.items() if len(self.micro.lessons[i].first_C)}
+        if not wanted:
+            return {}
+        pieces: dict[int, list[Tensor]] = {i: [] for i in wanted}
+        with torch.no_grad():
+            for low, high in spans(self.micro, self.student.vocabulary, self.losses, states_PH.is_cuda):
+                block = Block(low, high, self._rows(self._linear(states_PH[low:high], weight_VH, bias_V)))
+                label_P = tensor(self.micro.label_P[low:high], states_PH.device)
+                for i, loss in wanted.items():
+                    pieces[i].append(loss.features(block.logp(loss.temperature), label_P))
+        return {i: self._features(i, loss, torch.cat(pieces[i])) for i, loss in wanted.items()}
+
+    def _features(self, i: int, loss: FeatureLoss, feature_PF: Tensor) -> _Features:
+        lesson, leaf = self.micro.lessons[i], feature_PF.requires_grad_()
+        with torch.enable_grad():
+            seen = view(leaf.new_zeros(0, 0), self.micro, lesson, loss, (0, len(self.micro.place_P)))
+            weighted, plain = _weigh(loss.terms_of(leaf, seen), lesson.weight_B[lesson.sample_C], loss)
+            (grad_PF,) = torch.autograd.grad(weighted, leaf)
+        self.sums[1 + i], self.sums[1 + len(self.losses) + i] = weighted.detach(), plain.detach()
+        return _Features(float(weighted.detach()), float(plain.detach()), grad_PF)
+
+    def _total(self, block: Block, collected: dict[int, _Features]) -> Tensor | None:
+        """Add a block's sums; what its gradient is taken of."""
+        label_P = tensor(self.micro.label_P[block.low : block.high], block.rows.device)
+        ce = cross_entropy_total(block.logp(), label_P)
+        self.sums[0] += ce.detach()
+        terms: list[Tensor | None] = [ce]
+        for i, (lesson, loss) in enumerate(zip(self.micro.lessons, self.losses, strict=True)):
+            if isinstance(loss, FeatureLoss) and collects(loss):
+                terms.append(_linearised(block, loss, label_P, collected[i]) if i in collected else None)
+            else:
+                terms.append(self._term(i, block, lesson, loss))
+        used = [f * term for f, term in zip(self.factors, terms, strict=True) if term is not None and f]
+        return torch.stack(used).sum() if used else None
+
+    def _term(self, i: int, block: Block, lesson: Lesson, loss: Loss) -> Tensor | None:
+        first, last = lesson.chunks(block.low, block.high)
+        if loss.per == "chunk" and first == last:
+            return None
+        seen = block_view(block, self.micro, lesson, loss)
+        if self.agree and i == 0 and first < last:
+            self._compare(loss.agrees(seen))
+        owner = lesson.sample_C[first:last] if loss.per == "chunk" else self.micro.sample_P[block.low : block.high]
+        weighted, plain = _weigh(loss.terms(seen), lesson.weight_B[owner], loss)
+        self.sums[1 + i] += weighted.detach()
+        self.sums[1 + len(self.losses) + i] += plain.detach()
+        return weighted
+
+    def _compare(self, agrees_C: Tensor | None) -> None:
+        if agrees_C is not None:
+            self.sums[-2] += agrees_C.sum()
+            self.sums[-1] += len(agrees_C)
+
+
+def _weigh(terms: Tensor, weight: Any, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Weighted and plain sum of a loss's terms, temperature squared included."""
+    weights = tensor(weight, terms.device).to(terms.dtype)
+    return (terms * weights).sum() * loss.temperature**2, terms.sum() * loss.temperature**2
+
+
+def _linearised(block: Block, loss: FeatureLoss, label_P: Tensor, collected: _Features) -> Tensor:
+    """A sum whose gradient is that of the loss: its features times the gradient taken by them."""
+    features = loss.features(block.logp(loss.temperature), label_P)
+    return (features * collected.grad_PF[block.low : block.high]).sum()
