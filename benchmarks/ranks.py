@@ -64,7 +64,7 @@ def main() -> None:
         "# One rank and two",
         "",
         f"{machine_line()}. SmolLM2-135M, P-KL, {options.steps} steps of {options.step_tokens} tokens, two streams,",
-        "gloo: `python -m benchmarks.ranks`. Largest relative difference of any step's figure to the run of one process.",
+        "gloo: `python -m benchmarks.ranks`. Largest relative difference of a step's figure to one process.",
         "",
         "| | " + " | ".join(FIGURES) + " |",
         "|---|" + "---|" * len(FIGURES),
