@@ -150,6 +150,8 @@ def write(work: Path, name: str, prepared: dict[str, Any], jobs: list[tuple[str,
     """The page, and its table in results/."""
     runs = [str(work / name / f"{loss}-{mix}-{seed}") for loss, mix, seed in jobs]
     page = call(["report", *runs, "--out", str(work / f"{name}.html")], 2)
+    for figures in prepared.values():
+        figures.pop("out", None)  # a folder of this machine
     found = {"machine": machine(), "prepared": prepared, "results": page["results"]}
     (RESULTS / f"students-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     columns = list(dict.fromkeys(key for row in page["results"] for key in row))
