@@ -1,6 +1,5 @@
 """One rank and two, DDP and FSDP2, on gloo: the same steps, the same curve, the same weights."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -9,12 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from toys import toys
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
@@ -23,18 +22,6 @@ CURVE, WEIGHTS = 1e-5, 1e-4
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7], [20, 2, 8, 6]]
 ONE: tuple[str, ...] = ()
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def toys() -> ModuleType:
-    """The toy vocabularies of the trainer's unit tests."""
-    path = ROOT / "tests" / "unit" / "trainer" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("trainer_toys", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

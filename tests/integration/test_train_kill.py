@@ -1,10 +1,8 @@
 """Training that is killed, preempted or out of disk at any moment: run again, it ends in the bits of a quiet run."""
 
-import importlib.util
 import json
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +10,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from train_kill import ROOT, Child, Nursery, nursery
+from toys import toys
+from train_kill import Child, Nursery, nursery
 
 from schemas.train_config import TrainConfig
 
@@ -87,18 +86,6 @@ def same_as(quiet: Path, out: Path) -> None:
     assert "model/model.safetensors" in files[0]
     for name, data in files[0].items():
         assert data == files[1][name], name
-
-
-def toys() -> ModuleType:
-    """The toy vocabularies and target folders of the unit tests."""
-    path = ROOT / "tests" / "unit" / "trainer" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("xtoken_toys", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_student(folder: Path, toy: ModuleType) -> str:
