@@ -31,13 +31,14 @@ MODELS, TOKENIZERS = Path(".cache/models"), Path(".cache/tokenizers")
 
 @dataclass(frozen=True)
 class Sweep:
-    """A student with its teacher; ``train`` are flags of every run."""
+    """A student with its teacher; ``train`` are flags of every run, ``held_out`` takes every so many of those texts."""
 
     teacher: str
     tokenizer: str
     seeds: tuple[int, ...]
     train: dict[str, Any]
     jobs: int
+    held_out: int = 1
     mixes: tuple[str, ...] = ("fixed", "dynamic")
 
 
@@ -69,7 +70,8 @@ SWEEPS = {
             "lr": 2e-5,
             "warmup": 20,
         },
-        jobs=1,
+        jobs=2,
+        held_out=3,  # a student of this size reads all of them for longer than it trains
     ),
 }
 
@@ -86,14 +88,22 @@ def call(words: list[str], threads: int) -> dict[str, Any]:
     return figures
 
 
+def held_out(work: Path, name: str) -> Path:
+    """Texts that the students of a sweep are judged by."""
+    return work / "data" / f"held-out-{name}.jsonl"
+
+
 def prepare(work: Path, name: str, sweep: Sweep) -> dict[str, Any]:
     """Texts, captures and targets; counts of the capture that trains."""
     write_corpus(work / "data")
+    texts = {"train": work / "data" / "train.jsonl", "held-out": held_out(work, name)}
+    lines = (work / "data" / "held-out.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    texts["held-out"].write_text("".join(lines[:: sweep.held_out]), encoding="utf-8")
     found: dict[str, Any] = {}
     for kind, losses in (("train", ",".join(LOSSES)), ("held-out", "p-kl")):
         capture, targets = work / f"capture-{Path(sweep.teacher).name}-{kind}", work / f"targets-{name}-{kind}"
         if not (capture / "manifest.json").exists():
-            words = ["precompute", str(work / "data" / f"{kind}.jsonl"), "--id-field", "id", "--teacher", sweep.teacher]
+            words = ["precompute", str(texts[kind]), "--id-field", "id", "--teacher", sweep.teacher]
             call(
                 [*words, "--backend", "vllm", "--max-tokens", "256", "--shard-bytes", "60000", "--out", str(capture)], 2
             )
@@ -115,7 +125,7 @@ def train(work: Path, name: str, sweep: Sweep, job: tuple[str, str, int]) -> Non
         "max_tokens": 512,
         "eval_id_field": "id",
     }
-    flags |= {"eval_text": work / "data" / "held-out.jsonl", "eval_targets": work / f"targets-{name}-held-out"}
+    flags |= {"eval_text": held_out(work, name), "eval_targets": work / f"targets-{name}-held-out"}
     flags |= {"eval_every": 100, "save_every": 100, "keep": 1, "decoders": 1, "device": "cpu"}
     words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     began = time.monotonic()

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from schemas.manifest import TokenizerInfo
 from schemas.progress import Progress, Silent
-from schemas.train_config import TrainConfig
 from trainer.data.targets import Targets
 from trainer.evaluate import EvalSample, measure_student
 from trainer.evaluate.completions import complete
@@ -36,7 +35,8 @@ class HeldOut:
 def evaluate_run(training: "Training", held_out: HeldOut, when: str, progress: Progress) -> dict[str, Any] | None:
     """Figures on held-out data, made once for each ``when`` and step; None where there is none.
 
-    Every rank measures the same: a sharded model runs on all or none.
+    Ranks share the data and return the same. Completions are written by all of them: a sharded model runs on all or
+    none.
     """
     if not held_out.samples and held_out.targets is None:
         return None
@@ -45,7 +45,7 @@ def evaluate_run(training: "Training", held_out: HeldOut, when: str, progress: P
     if known is not None:
         return known
     progress = progress if training.ranks.first else Silent()
-    figures, rows, written = training.inside(_measure, held_out, training.config, when != "step", progress)
+    figures, rows, written = training.inside(_measure, held_out, training, when != "step", progress)
     if training.ranks.first and when != "step":
         _replace(training, HELD_OUT, when, rows)
         _replace(training, COMPLETIONS, when, written)
@@ -57,11 +57,12 @@ Rows = list[dict[str, Any]]
 
 
 def _measure(
-    objective: Objective, held_out: HeldOut, config: TrainConfig, complete_too: bool, progress: Progress
+    objective: Objective, held_out: HeldOut, training: "Training", complete_too: bool, progress: Progress
 ) -> tuple[dict[str, Any], Rows, Rows]:
-    student, samples = objective.student, held_out.samples
+    student, samples, config = objective.student, held_out.samples, training.config
     rows: Rows = []
-    figures = measure_student(student, held_out.tokenizer, samples, held_out.targets, config.max_tokens, progress, rows)
+    on = (samples, held_out.targets, config.max_tokens)
+    figures = measure_student(student, held_out.tokenizer, *on, progress, rows, training.ranks)
     written: Rows = []
     if complete_too and config.completions and samples:
         spelling = token_bytes(Targets(config.targets[0]))

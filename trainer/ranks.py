@@ -87,6 +87,9 @@ class Ranks:
             objective.require_backward_grad_sync = now
 
 
+ALONE = Ranks()
+
+
 @contextmanager
 def open_ranks(device: torch.device) -> Iterator[Ranks]:
     """The ranks that torchrun started, each with its own GPU if ``device`` is a GPU; one rank without torchrun.

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
 # Sums of gradients in another order: float32 rounding, which eight steps of AdamW at 1e-2 spread over the weights.
 CURVE, WEIGHTS = 1e-5, 1e-4
+HELD_OUT = [1500, 900, 1400]  # tokens: three forward passes, so that one of two ranks is idle in the last
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7], [20, 2, 8, 6]]
 ONE: tuple[str, ...] = ()
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -31,6 +32,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     folder, toy = tmp_path_factory.mktemp("ranks"), toys()
     targets = toy.write_targets(folder / "targets", toy.Pair(), LENGTHS, losses=("p-kl",))
+    held_out = toy.write_targets(folder / "held-out", toy.Pair(), LENGTHS[:3], losses=("p-kl",))
     torch.manual_seed(3)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(
@@ -53,15 +55,17 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         "mix": "dynamic",
         "decoders": 1,
         "betas": [0.9, 0.95],
+        "eval_targets": str(held_out),
+        "completions": 0,
     }
 
     def write(name: str, **options: Any) -> Path:
         config = base | {"out": str(folder / name)} | options
         path = folder / f"{name}.json"
         answer = str(folder / f"{name}.answer")
-        path.write_text(
-            json.dumps({"config": config, "tokenizer": json.loads(toy.STUDENT.model_dump_json()), "answer": answer})
-        )
+        texts = [[3 + at * at % 17 for at in range(length)] for length in HELD_OUT]
+        tokenizer = json.loads(toy.STUDENT.model_dump_json())
+        path.write_text(json.dumps({"config": config, "tokenizer": tokenizer, "held_out": texts, "answer": answer}))
         return path
 
     return write
@@ -84,6 +88,17 @@ def run(path: Path, ranks: tuple[str, ...]) -> Path:
 def curve(out: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
+
+
+def same_held_out(one: Path, other: Path) -> None:
+    """What ranks measured together, before and after."""
+    first, second = (json.loads((out / "summary.json").read_text()) for out in (one, other))
+    for when in ("before", "after"):
+        figures, theirs = first[when], second[when]
+        assert figures["chunks"] == theirs["chunks"] > 0
+        assert figures["bytes"] == theirs["bytes"] == sum(HELD_OUT)
+        for name in ("bits_per_byte", "kl", "teacher_bits_per_byte"):
+            assert theirs[name] == pytest.approx(figures[name], rel=WEIGHTS), name
 
 
 def same_curve(one: Path, other: Path) -> float:
@@ -116,7 +131,18 @@ def test_two_ranks_take_the_steps_of_one(
 ) -> None:
     other = run(job(parallel, parallel=parallel), TWO)
     apart = same_curve(alone, other)
+    same_held_out(alone, other)
     figure(f"{parallel} of two ranks against one, {STEPS} steps: figures differ by at most {apart:.1e}")
+
+
+def test_adapters_and_recomputed_activations_are_sharded(job: Callable[..., Path]) -> None:
+    options = {"lora": 4, "activation_checkpointing": True}
+    one, two = run(job("adapted", **options), ONE), run(job("adapted-fsdp", parallel="fsdp", **options), TWO)
+    same_curve(one, two)
+    weights, theirs = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (one, two))
+    assert weights.keys() == theirs.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(theirs[name], value, rtol=WEIGHTS, atol=WEIGHTS)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(job: Callable[..., Path], alone: Path) -> None:

@@ -12,6 +12,7 @@ from trainer.evaluate.samples import EvalSample
 if TYPE_CHECKING:
     from trainer.data.targets import Targets
     from trainer.objective import Student
+    from trainer.ranks import Ranks
 
 __all__ = ["EvalSample", "evaluate", "held_out_targets", "measure_student"]
 
@@ -96,11 +97,13 @@ def measure_student(
     max_tokens: int,
     progress: Progress,
     rows: list[dict[str, Any]] | None = None,
+    ranks: "Ranks | None" = None,
 ) -> dict[str, Any]:
     """Figures of a loaded student.
 
     Args:
         rows: gets one row per held-out sample: ``id``, ``source``, ``bits`` and ``bytes``.
+        ranks: measure it together; all must call this, and all return the same.
 
     Returns:
         With samples ``bits_per_byte`` over predicted tokens and ``bytes``, by ``by_source`` where sources are known;
@@ -112,17 +115,18 @@ def measure_student(
     """
     from trainer.evaluate.agreement import agreement
     from trainer.evaluate.bits_per_byte import bits_per_byte
+    from trainer.ranks import Ranks
 
     if not samples and targets is None:
         raise XtokenError("the held-out text holds no tokens; give a longer one")
-    training = student.model.training
+    ranks, training = ranks or Ranks(), student.model.training
     student.model.eval()
     figures: dict[str, Any] = {}
     try:
         if samples:
-            figures |= bits_per_byte(student, tokenizer, samples, progress, rows)
+            figures |= bits_per_byte(student, tokenizer, samples, progress, rows, ranks)
         if targets is not None:
-            figures |= agreement(student, tokenizer, targets, max_tokens, progress)
+            figures |= agreement(student, tokenizer, targets, max_tokens, progress, ranks)
     finally:
         student.model.train(training)
     return figures

@@ -20,9 +20,11 @@ from trainer.data.samples import Layout, context_token, read_samples
 from trainer.data.targets import RowGroup, Targets
 from trainer.evaluate.bits_per_byte import micro_tokens
 from trainer.evaluate.spelling import token_bytes
+from trainer.evaluate.together import together
 from trainer.losses.base import LossSetup
 from trainer.losses.pkl import PKL
 from trainer.objective import Student
+from trainer.ranks import ALONE, Ranks
 
 _TEACHER_COLUMNS = ("student_end", "teacher_logprob")
 
@@ -42,6 +44,16 @@ class _Tally:
         self.kl_G += np.bincount(group, kl_C.cpu().double().numpy(), groups)
         self.agreed_G += np.bincount(group[agreed_C.cpu().numpy()], minlength=groups)
         self.chunks_G += np.bincount(group, minlength=groups)
+
+    def shared(self, ranks: Ranks) -> "_Tally":
+        """The sums of all ranks."""
+        total, groups = _Tally(), len(self.kl_G)
+        plain = [self.teacher_nats, self.teacher_bytes]
+        found = ranks.sum([*self.kl_G.tolist(), *self.agreed_G.tolist(), *self.chunks_G.tolist(), *plain])
+        total.kl_G = np.array(found[:groups])
+        total.agreed_G, total.chunks_G = np.array(found[groups : 3 * groups], np.int64).reshape(2, groups)
+        total.teacher_nats, total.teacher_bytes = found[-2], int(found[-1])
+        return total
 
     def figures(self) -> dict[str, Any]:
         """See ``agreement``."""
@@ -63,12 +75,20 @@ class _Tally:
 
 
 def agreement(
-    student: Student, tokenizer: TokenizerInfo, targets: Targets, max_tokens: int, progress: Progress
+    student: Student,
+    tokenizer: TokenizerInfo,
+    targets: Targets,
+    max_tokens: int,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """KL to the teacher and top-1 agreement over all chunks, and the teacher's own bits per byte.
 
     They agree on a chunk where the teacher token with the largest weight in the W row of the student's most probable
     token is the target's most probable one.
+
+    Args:
+        ranks: share the row groups out; all must call this, and all return the same.
 
     Returns:
         ``kl`` (mean P-KL per chunk, nats), ``top1_agreement`` (share), ``chunks``, and these by the category of the
@@ -82,26 +102,25 @@ def agreement(
     setup = LossSetup(targets.w.within(size), targets.vocab, size, teacher_size, device)
     loss, group_V = PKL(setup), torch.as_tensor(token_bytes(targets).categories(), device=device)
     layout = Layout(context_token(tokenizer), max_tokens, size, (loss,))
-    tally = _Tally()
-    progress.start("agreement", targets.samples, "samples")
-    with torch.no_grad():
-        for group, micros in _micros(targets, layout, micro_tokens(student)):
+    tally, mine = _Tally(), targets.groups[ranks.rank :: ranks.size]
+
+    def micros() -> Iterator[Micro]:
+        for ref in mine:
+            group = targets.read(ref, (*layout.columns(0), *_TEACHER_COLUMNS))
             _add_teacher(tally, group)
-            for micro in micros:
-                for block in student.blocks(micro, layout.losses):
-                    view = block_view(block, micro, micro.lessons[0], loss)
-                    if len(view.first_C):
-                        tally.add(loss.terms(view), loss.agrees(view), group_V[view.label_P[view.first_C]])
-            progress.advance(group.ref.rows)
+            samples = read_samples([[(group, row)] for row in range(ref.rows)], layout)
+            yield from split_micros(samples, micro_tokens(student), layout.losses)
+            progress.advance(ref.rows)
+
+    progress.start("agreement", sum(ref.rows for ref in mine), "samples")
+    with torch.no_grad():
+        for micro in together(student, micros(), ranks):
+            for block in student.blocks(micro, layout.losses):
+                view = block_view(block, micro, micro.lessons[0], loss)
+                if len(view.first_C):
+                    tally.add(loss.terms(view), loss.agrees(view), group_V[view.label_P[view.first_C]])
     progress.finish()
-    return tally.figures()
-
-
-def _micros(targets: Targets, layout: Layout, size: int) -> Iterator[tuple[RowGroup, list[Micro]]]:
-    for ref in targets.groups:
-        group = targets.read(ref, (*layout.columns(0), *_TEACHER_COLUMNS))
-        samples = read_samples([[(group, row)] for row in range(ref.rows)], layout)
-        yield group, split_micros(samples, size, layout.losses)
+    return tally.shared(ranks).figures()
 
 
 def _add_teacher(tally: _Tally, group: RowGroup) -> None:

@@ -17,7 +17,9 @@ from schemas.progress import Progress
 from trainer.data.micro import Micro, split_micros
 from trainer.data.samples import Sample, context_token
 from trainer.evaluate.samples import EvalSample
+from trainer.evaluate.together import together
 from trainer.objective import Student
+from trainer.ranks import ALONE, Ranks
 
 _MICRO_TOKENS = 2048  # padded inputs per forward pass
 _LOGITS = 1 << 28  # of one forward pass, of a model that makes them whole: 1 GiB in float32
@@ -34,6 +36,7 @@ def bits_per_byte(
     samples: Sequence[EvalSample],
     progress: Progress,
     rows: list[dict[str, Any]] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Bits the student needs per byte of text, over the tokens it predicts.
 
@@ -42,6 +45,7 @@ def bits_per_byte(
 
     Args:
         rows: gets ``id``, ``source``, ``bits`` and ``bytes`` of every sample with a predicted token, in order.
+        ranks: share the samples out; all must call this, and all return the same.
 
     Returns:
         ``bits_per_byte`` and ``bytes``; where samples name their source, the same for each under ``by_source``.
@@ -56,7 +60,7 @@ def bits_per_byte(
     micros = split_micros(sequences, micro_tokens(student), ())
     if not micros or bytes_N.sum() <= 0:
         raise XtokenError("the held-out text holds no token that the model predicts; give a longer one")
-    bits_N = _bits(student, micros, len(samples), progress)
+    bits_N = _bits(student, micros, len(samples), progress, ranks)
     if rows is not None:
         predicted = np.flatnonzero([sequence.inputs > 0 for sequence in sequences]).tolist()
         rows += [
@@ -66,16 +70,18 @@ def bits_per_byte(
     return _figure(bits_N, bytes_N) | _by_source(samples, bits_N, bytes_N)
 
 
-def _bits(student: Student, micros: Sequence[Micro], samples: int, progress: Progress) -> NDArray[np.float64]:
+def _bits(
+    student: Student, micros: Sequence[Micro], samples: int, progress: Progress, ranks: Ranks
+) -> NDArray[np.float64]:
     """[N] bits over each sample's predicted tokens; ``sample_ids`` of the micro-batches count them."""
-    bits_N = np.zeros(samples)
-    progress.start("bits per byte", sum(len(micro.label_P) for micro in micros), "tokens")
+    bits_N, mine = np.zeros(samples), micros[ranks.rank :: ranks.size]
+    progress.start("bits per byte", sum(len(micro.label_P) for micro in mine), "tokens")
     with torch.no_grad():
-        for micro in micros:
+        for micro in together(student, mine, ranks):
             bits_N[[int(name) for name in micro.sample_ids]] = _nats(student, micro) / math.log(2)
             progress.advance(len(micro.label_P))
     progress.finish()
-    return bits_N
+    return np.array(ranks.sum(bits_N.tolist()))
 
 
 def _nats(student: Student, micro: Micro) -> NDArray[np.float64]:
