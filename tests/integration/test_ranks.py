@@ -27,7 +27,7 @@ TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``job(name, **options)``: write a job's file."""
+    """``job(name, poison, **options)``: write a job's file."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder, toy = tmp_path_factory.mktemp("ranks"), toys()
@@ -59,13 +59,17 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         "completions": 0,
     }
 
-    def write(name: str, **options: Any) -> Path:
+    def write(name: str, poison: int = 0, **options: Any) -> Path:
         config = base | {"out": str(folder / name)} | options
         path = folder / f"{name}.json"
         answer = str(folder / f"{name}.answer")
         texts = [[3 + at * at % 17 for at in range(length)] for length in HELD_OUT]
         tokenizer = json.loads(toy.STUDENT.model_dump_json())
-        path.write_text(json.dumps({"config": config, "tokenizer": tokenizer, "held_out": texts, "answer": answer}))
+        path.write_text(
+            json.dumps(
+                {"config": config, "tokenizer": tokenizer, "held_out": texts, "answer": answer, "poison": poison}
+            )
+        )
         return path
 
     return write
@@ -143,6 +147,21 @@ def test_adapters_and_recomputed_activations_are_sharded(job: Callable[..., Path
     assert weights.keys() == theirs.keys()
     for name, value in weights.items():
         torch.testing.assert_close(theirs[name], value, rtol=WEIGHTS, atol=WEIGHTS)
+
+
+def test_ranks_go_back_together(job: Callable[..., Path]) -> None:
+    """The sixth batch has no loss: the run goes back to step 4 and leaves the batch out."""
+    one, two = (
+        run(job(name, poison=6, rollback=1, parallel="fsdp"), ranks) for name, ranks in (("back", ONE), ("back-2", TWO))
+    )
+    same_curve(one, two)
+    for out in (one, two):
+        (event,) = (
+            line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "event" in line
+        )
+        assert (event["event"], event["step"], event["from_step"], event["left_out"]) == ("rollback", 4, 6, 6)
+    worst, theirs = (json.loads((out / "diagnosis.json").read_text()) for out in (one, two))
+    assert sorted(row["id"] for row in worst["samples"]) == sorted(row["id"] for row in theirs["samples"])
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(job: Callable[..., Path], alone: Path) -> None:

@@ -1,12 +1,15 @@
 """One rank of a training run, as torchrun starts it: reads a job (config, tokenizer, held_out, answer) from a file.
 
-The first rank writes what ``train`` returned to ``answer``.
+The first rank writes what ``train`` returned to ``answer``. With ``poison``, the step of this number has no loss.
 """
 
 import json
+import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +17,22 @@ import torch
 from schemas.manifest import TokenizerInfo
 from schemas.progress import Silent
 from schemas.train_config import TrainConfig
+from trainer import loop
 from trainer.evaluate import EvalSample
-from trainer.loop import train
+from trainer.step import Figures
+
+
+def poison(at: int) -> None:
+    """Call number ``at`` of ``run_step`` on this rank gives a CE that is no number."""
+    real, calls = loop.run_step, 0
+
+    def poisoned(*args: Any, **options: Any) -> Figures:
+        nonlocal calls
+        calls += 1
+        figures = real(*args, **options)
+        return replace(figures, ce=math.nan) if calls == at else figures
+
+    loop.run_step = poisoned
 
 
 def main() -> None:
@@ -23,7 +40,9 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     held_out = [EvalSample(np.array(ids, np.int32), len(ids), 1, str(i)) for i, ids in enumerate(job["held_out"])]
-    summary = train(TrainConfig(**job["config"]), TokenizerInfo(**job["tokenizer"]), held_out, Silent())
+    if job["poison"]:
+        poison(job["poison"])
+    summary = loop.train(TrainConfig(**job["config"]), TokenizerInfo(**job["tokenizer"]), held_out, Silent())
     if os.environ.get("RANK", "0") == "0":
         Path(job["answer"]).write_text(json.dumps(summary))
 
