@@ -55,6 +55,7 @@ SWEEPS = {
             "micro_tokens": 512,
             "lr": 2e-3,
             "warmup": 20,
+            "eval_every": 100,
         },
         jobs=2,
     ),
@@ -126,7 +127,7 @@ def train(work: Path, name: str, sweep: Sweep, job: tuple[str, str, int]) -> Non
         "eval_id_field": "id",
     }
     flags |= {"eval_text": held_out(work, name), "eval_targets": work / f"targets-{name}-held-out"}
-    flags |= {"eval_every": 100, "save_every": 100, "keep": 1, "decoders": 1, "device": "cpu"}
+    flags |= {"save_every": 100, "keep": 1, "decoders": 1, "device": "cpu"}
     words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     began = time.monotonic()
     call(["train", str(work / f"targets-{name}-train"), *words], 2 // sweep.jobs)

@@ -81,7 +81,7 @@ class TrainConfig(LossOptions):
     kd_weight: float = Field(1.0, ge=0.0, description="Weight of KD under --mix fixed.")
     ce_weight: float = Field(0.1, ge=0.0, description="Weight of CE under --mix fixed.")
     steps: int = Field(100, ge=1, description="Optimizer steps.")
-    step_tokens: int = Field(4096, ge=1, description="Student tokens per optimizer step (at least one sample).")
+    step_tokens: int = Field(4096, ge=1, description="Student tokens per optimizer step, to the nearest sample.")
     micro_tokens: int = Field(1024, ge=1, description="Padded student tokens per forward pass; the rest accumulates.")
     batching: Literal["auto", "pack", "pad"] = Field(
         "auto",

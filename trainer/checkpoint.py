@@ -26,7 +26,7 @@ from torch import Tensor
 from schemas.errors import VerificationError, XtokenError
 from schemas.manifest import digest
 
-FORMAT = 2  # 1 also held a random state, and the loader's position in another form
+FORMAT = 3  # before it, steps were cut elsewhere and had medians without sizes
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
 _DTYPES = {

@@ -161,7 +161,7 @@ def _train_step(training: Training, outside: _Outside) -> bool:
     agree = step % AGREE_EVERY == 0
     figures = run_step(training.wrapped, batch, counts, mixing, training.ranks, seed=seed, agree=agree)
     norm = _clip(training)
-    verdict = training.watch.look(figures.ce, figures.kd, norm)
+    verdict = training.watch.look(figures.ce, figures.kd, norm, counts.predicted, sum(counts.chunks))
     if verdict is not None:
         _turn_back(training, batch, verdict, seed)
         return True

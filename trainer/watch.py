@@ -2,6 +2,7 @@
 
 A term is bad when it is no number, or when it lies further above its median of the last steps than chance takes it.
 Medians, since one outlier must not widen what counts as usual; only above, since a term that falls is no fault.
+A step of few tokens, such as the last of an epoch, is a mean of little and may lie further off.
 """
 
 import math
@@ -51,39 +52,45 @@ class Watch:
 
     def __init__(self, spike: float) -> None:
         self.spike = spike
-        self._seen: dict[str, deque[float]] = {"kd": deque(maxlen=WINDOW), "ce": deque(maxlen=WINDOW)}
+        self._seen: dict[str, deque[tuple[float, int]]] = {term: deque(maxlen=WINDOW) for term in ("kd", "ce")}
 
-    def look(self, ce: float, kd: float | None, grad_norm: float) -> Verdict | None:
-        """Judge a step (nats; gradient norm before clipping); one that passes becomes part of what is usual."""
-        terms = ({} if kd is None else {"kd": kd}) | {"ce": ce}
-        for term, value in (terms | {"grad_norm": grad_norm}).items():
+    def look(self, ce: float, kd: float | None, grad_norm: float, tokens: int = 1, chunks: int = 1) -> Verdict | None:
+        """Judge a step (nats; gradient norm before clipping); one that passes becomes part of what is usual.
+
+        Args:
+            tokens, chunks: what CE and KD are means of; left out where they are alike in all steps.
+        """
+        terms = ({} if kd is None else {"kd": (kd, chunks)}) | {"ce": (ce, tokens)}
+        values = {term: value for term, (value, _) in terms.items()} | {"grad_norm": grad_norm}
+        for term, value in values.items():
             if not math.isfinite(value):
                 return Verdict(term, value)
-        spikes = [verdict for term, value in terms.items() if (verdict := self._spike(term, value)) is not None]
+        spikes = [verdict for term, found in terms.items() if (verdict := self._spike(term, *found)) is not None]
         if spikes:
             return max(spikes, key=lambda verdict: verdict.deviations or 0.0)
-        for term, value in terms.items():
-            self._seen[term].append(value)
+        for term, found in terms.items():
+            self._seen[term].append(found)
         return None
 
-    def _spike(self, term: str, value: float) -> Verdict | None:
-        seen = self._seen[term]
+    def _spike(self, term: str, value: float, size: int) -> Verdict | None:
+        seen = [one for one, _ in self._seen[term]]
         if not self.spike or len(seen) < LEAST:
             return None
-        usual = median(seen)
+        usual, usual_size = median(seen), median(count for _, count in self._seen[term])
         deviation = max(_NORMAL * median(abs(one - usual) for one in seen), _SHARE * abs(usual), _NATS)
+        deviation *= max(1.0, math.sqrt(usual_size / max(1, size)))  # that of a mean of so few
         deviations = (value - usual) / deviation
         return Verdict(term, value, usual, deviations, len(seen)) if deviations > self.spike else None
 
-    def state(self) -> dict[str, list[float]]:
+    def state(self) -> dict[str, list[list[float]]]:
         """Plain JSON for a checkpoint."""
-        return {term: list(values) for term, values in self._seen.items()}
+        return {term: [[value, size] for value, size in seen] for term, seen in self._seen.items()}
 
-    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
+    def restore(self, state: Mapping[str, Sequence[Sequence[float]]]) -> None:
         """Go on from ``state()``, exactly."""
-        for term, values in self._seen.items():
-            values.clear()
-            values.extend(state[term])
+        for term, seen in self._seen.items():
+            seen.clear()
+            seen.extend((value, int(size)) for value, size in state[term])
 
 
 @dataclass(frozen=True)

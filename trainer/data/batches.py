@@ -67,8 +67,8 @@ class Loader:
     Args:
         sources: the folders.
         layout: how samples become inputs.
-        step_tokens: student tokens per step of all streams together; each stream gives at least one sample, and no
-            more samples than its epoch has.
+        step_tokens: student tokens per step of all streams together, each stream's part to the nearest sample; at
+            least one, and no more samples than its epoch has.
         micro_tokens: inputs per forward pass, filling included.
         seed: seed of the order.
         streams: how many streams the samples are dealt to.

@@ -85,7 +85,9 @@ class Stream:
         return self._next.units
 
     def share(self, tokens: int) -> Share:
-        """At least one sample that predicts something, as many as ``tokens`` hold, no more than an epoch has.
+        """Samples of ``tokens`` tokens to the nearest, at least one that predicts something, no more than an epoch has.
+
+        To the nearest and not below: behind one that fills a share, a sample of two tokens would be a step of its own.
 
         Raises:
             Exception: whatever the decoding of a row group raised.
@@ -94,10 +96,12 @@ class Stream:
         taken, limit, predicts = 0, 1, False
         # an epoch's worth may straddle two epochs and hold the same samples twice, so all are seen only after two
         while len(samples) < (limit if predicts else 2 * limit):
+            if predicts and taken >= tokens:
+                break
             window = self._filled()
             sample = self._samples[self._at]
             size = self._size(sample)
-            if predicts and taken + size > tokens:
+            if predicts and tokens - taken <= taken + size - tokens:
                 break
             limit = max(limit, window.share) if samples else window.share
             samples.append(sample)

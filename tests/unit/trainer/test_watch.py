@@ -94,6 +94,18 @@ def test_a_term_that_stands_still_may_move_by_its_size() -> None:
     assert watch.look(14.1, None, 1.0) is not None
 
 
+def test_a_mean_of_few_may_lie_further_off() -> None:
+    """Steps of 400 tokens with a spread of 0.1: one of 4 tokens may lie ten times as far off, one of 1600 no nearer."""
+    watch, spread = Watch(20.0), [2.9, 3.0, 3.1]
+    for step in range(WINDOW):
+        watch.look(spread[step % 3], None, 1.0, 400)
+    deviation = 1.4826 * 0.1
+    for tokens, wider in ((1600, 1), (400, 1), (4, 10)):
+        assert watch.look(3 + 20.1 * wider * deviation, None, 1.0, tokens) is not None
+        assert watch.look(3 + 19.9 * wider * deviation, None, 1.0, tokens) is None
+        watch.restore({"kd": [], "ce": [[spread[step % 3], 400] for step in range(WINDOW)]})
+
+
 def test_off() -> None:
     assert noisy(WINDOW, spike=0.0).look(1e9, 1e9, 1e9) is None
 

@@ -93,7 +93,7 @@ def test_steps_and_micro_batches_keep_their_sizes(make_targets: Callable[..., st
     stream = loader(make_targets(LENGTHS), step_tokens=30, micro_tokens=24)
     for _ in range(10):
         step = stream.step()
-        assert step.tokens <= 30
+        assert abs(step.tokens - 30) <= max(map(max, LENGTHS)) / 2
         assert step.predicted == sum(len(micro.label_P) for micro in step.micros) == step.tokens
         for micro in step.micros:
             assert micro.input_BL.size <= 24
