@@ -104,6 +104,7 @@ def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
 _LIGHT = (
     *("test_align.py", "test_align_several.py", "test_page_browser.py", "test_readers.py", "test_interrupt.py"),
     *("test_eval_tasks.py", "test_ranks.py", "test_report_browser.py", "test_train_kill.py"),
+    *("test_chain.py", "test_chain_losses.py", "test_several_teachers.py"),
 )
 
 

@@ -111,17 +111,14 @@ def _to_the_end(training: Training, outside: _Outside) -> dict[str, Any]:
     if config.rollback and counted.step == 0:
         training.save()  # a rollback needs somewhere to go
     outside.progress.start("train", config.steps, "steps", counted.step)
-    while training.counted.step < config.steps:
-        if not _train_step(training, outside):
-            training.save()
-            event = {"step": training.counted.step, "event": "preempted"}
-            training.metrics.write(event)
-            outside.progress.finish()
-            return summary_of(training) | {"preempted": training.counted.step, "steps_left": _left(training)}
-        step = training.counted.step
-        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+    while counted.step < config.steps:
+        if training.ranks.max(float(outside.preempted.asked)):
+            return _preempted(training, outside)
+        # behind the save of this step, which a grace period that ends in an evaluation would cost
+        if config.eval_every and counted.step and counted.step % config.eval_every == 0:
             _evaluate(training, outside, "step")
-        if step % config.save_every == 0 or step == config.steps:  # last: what it counts as done must be done
+        _train_step(training, outside)
+        if counted.step % config.save_every == 0 or counted.step == config.steps:
             training.save()
     outside.progress.finish()
     _evaluate(training, outside, "after")
@@ -132,8 +129,13 @@ def _to_the_end(training: Training, outside: _Outside) -> dict[str, Any]:
     return summary
 
 
-def _left(training: Training) -> int:
-    return training.config.steps - training.counted.step
+def _preempted(training: Training, outside: _Outside) -> dict[str, Any]:
+    """Save, so that the same command goes on from here."""
+    step = training.counted.step
+    training.save()
+    training.metrics.write({"step": step, "event": "preempted"})
+    outside.progress.finish()
+    return summary_of(training) | {"preempted": step, "steps_left": training.config.steps - step}
 
 
 def _evaluate(training: Training, outside: _Outside, when: str) -> None:
@@ -147,11 +149,9 @@ def _evaluate(training: Training, outside: _Outside, when: str) -> None:
         outside.progress.start("train", training.config.steps, "steps", training.counted.step)
 
 
-def _train_step(training: Training, outside: _Outside) -> bool:
-    """One optimizer step, or a rollback; False where SIGTERM asked a rank to stop before it."""
+def _train_step(training: Training, outside: _Outside) -> None:
+    """One optimizer step, or a rollback."""
     config, began = training.config, time.monotonic()
-    if training.ranks.max(float(outside.preempted.asked)):
-        return False
     batch = _draw(training)
     counts = count_step(batch, training.ranks)
     step = training.counted.step + 1
@@ -164,14 +164,13 @@ def _train_step(training: Training, outside: _Outside) -> bool:
     verdict = training.watch.look(figures.ce, figures.kd, norm, counts.predicted, sum(counts.chunks))
     if verdict is not None:
         _turn_back(training, batch, verdict, seed)
-        return True
+        return
     lr = learning_rate(step, config)
     set_learning_rate(training.optimizer, lr / config.lr)
     training.optimizer.step()
     line = _count(training, batch, counts, figures, time.monotonic() - began) | {"lr": lr, "grad_norm": norm}
     training.metrics.write(line)
     _show(outside, line)
-    return True
 
 
 def _draw(training: Training) -> StepBatch:
