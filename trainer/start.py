@@ -84,8 +84,9 @@ class Training:
 
     def save(self) -> None:
         """Write a checkpoint; all ranks must call it."""
-        tensors = {"model": gathered(self._weights(), self.ranks.first)}
-        tensors["optimizer"] = gathered(optimizer_tensors(self._named(), self.optimizer), self.ranks.first)
+        tensors = {"model": self._weights(), "optimizer": optimizer_tensors(self._named(), self.optimizer)}
+        if self.sharded:  # whole ones leave their device one at a time, as they are written
+            tensors = {group: gathered(members, self.ranks.first) for group, members in tensors.items()}
         state = vars(self.counted) | {"watch": self.watch.state(), "positions": self._positions()}
         if self.ranks.first:
             policy = Policy(self.config.keep, self.config.keep_every)
