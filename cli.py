@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -20,14 +21,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from schemas.capture_config import CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
-from schemas.config import (
-    AlignConfig,
-    DemoConfig,
-    InspectConfig,
-    ProjectConfig,
-    QueryConfig,
-    VerifyConfig,
-)
+from schemas.config import AlignConfig, DemoConfig, InspectConfig, ProjectConfig, QueryConfig, VerifyConfig
 from schemas.errors import PartlyDone, XtokenError
 from schemas.flags import build, build_each, command, flag, options
 from schemas.progress import Bars
@@ -56,6 +50,18 @@ Figures = dict[str, Any]
 F = TypeVar("F", bound=Figures | Iterator[Figures])
 Verb = Callable[[Any, Bars], Figures]
 Anyhow = Callable[[Any, Bars], Figures | Iterator[Figures]]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"xtoken {version('xtoken')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _before(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None: ...
 
 
 def _show(figures: Figures, as_json: bool) -> None:
@@ -333,6 +339,7 @@ def run_estimate(config: EstimateConfig, bars: Bars) -> Figures:
 
 
 HERE = Path(__file__).resolve().parent
+_BARE = ("corpus", "captures", "targets", "runs")  # arguments that no flag names
 
 
 @verb(DemoConfig, "xtoken demo --out demo-run")
@@ -348,19 +355,12 @@ def run_demo(config: DemoConfig, bars: Bars) -> Figures:
             raise XtokenError(
                 f"{source} does not exist: 'make demo' in a clone of the repository prepares what the demo needs"
             )
-    out = config.out
-    say = Console(stderr=True, highlight=False, soft_wrap=True).print
+    out, say = config.out, Console(stderr=True, highlight=False, soft_wrap=True).print
     captures = {}
-    for name, text, tokens in (("train", "moby-dick.jsonl", 512), ("held-out", "moby-dick-held-out.jsonl", 512)):
+    for name, text in (("train", "moby-dick.jsonl"), ("held-out", "moby-dick-held-out.jsonl")):
         capture, targets = f"{out}/capture-{name}", f"{out}/targets-{name}"
-        flags = {
-            "corpus": f"{texts}/{text}",
-            "id_field": "id",
-            "teacher": teacher,
-            "out": capture,
-            "max_tokens": tokens,
-            "shard_bytes": 1 << 15,
-        }
+        flags: Figures = {"corpus": f"{texts}/{text}", "id_field": "id", "teacher": teacher, "out": capture}
+        flags |= {"max_tokens": 512, "shard_bytes": 1 << 15}
         captures[name] = _step(say, run_precompute, PrecomputeConfig, flags, bars, several=True)
         if name == "train":
             _step(say, run_project, ProjectConfig, {"student": student, "teacher": capture, "out": f"{out}/w"}, bars)
@@ -372,18 +372,19 @@ def run_demo(config: DemoConfig, bars: Bars) -> Figures:
         flags = {"targets": f"{out}/targets-train", "student": student, "out": f"{out}/run-{loss}", "loss": loss}
         flags |= {"steps": config.steps, "step_tokens": 512, "micro_tokens": 512, "warmup": 5, **weights, **measure}
         runs[loss] = _step(say, run_train, TrainConfig, flags, bars)
-    return demo_figures(out, captures, runs, time.monotonic() - began)
+    folders = [f"{out}/run-{loss}" for loss in runs]
+    page = _step(say, run_report, ReportConfig, {"runs": folders, "out": f"{out}/report.html"}, bars)["page"]
+    return demo_figures(page, captures, runs, time.monotonic() - began)
 
 
 def _step(
     say: Callable[..., None], run: Verb, model: type[BaseModel], flags: Figures, bars: Bars, *, several: bool = False
 ) -> Figures:
     """Say the command that does the same, then do it."""
-    names = {name: flag(name, field) for name, field in model.model_fields.items()}
-    words = [str(v) for k, v in flags.items() if k in ("corpus", "captures", "targets")]
-    words += [
-        w for k, v in flags.items() if k not in ("corpus", "captures", "targets") for w in (f"--{names[k]}", str(v))
-    ]
+    words = []
+    for key, value in flags.items():
+        words += [] if key in _BARE else [f"--{flag(key, model.model_fields[key])}"]
+        words += value if isinstance(value, list) else [str(value)]
     if not bars.quiet:
         say(f"$ xtoken {run.__name__.removeprefix('run_')} {shlex.join(words)}", style="bold")
     config = build(model, flags)

@@ -101,3 +101,9 @@ def test_json_errors_are_json() -> None:
     result = RUNNER.invoke(cli.app, ["verify", "/does/not/exist", "--json"])
     assert result.exit_code == 2
     assert json.loads(result.stdout)["kind"] == "XtokenError"
+
+
+def test_version_is_the_installed_one() -> None:
+    from importlib.metadata import version
+
+    assert RUNNER.invoke(cli.app, ["--version"]).stdout == f"xtoken {version('xtoken')}\n"

@@ -2,13 +2,10 @@
 
 from typing import Any
 
-from trainer.report.loss_plot import plot_losses
 
-
-def demo_figures(out: str, captures: dict[str, Any], runs: dict[str, Any], seconds: float) -> dict[str, Any]:
+def demo_figures(page: str, captures: dict[str, Any], runs: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The demo's figures: one row per model on the held-out chapter."""
     train = captures["train"]
-    plot_losses({loss: f"{out}/run-{loss}" for loss in runs}, f"{out}/loss.png")
     names = ("bits_per_byte", "kl", "top1_agreement")
     before = runs["ce"]["before"]
     rows = [{"model": "teacher", "bits_per_byte": before["teacher_bits_per_byte"]}]
@@ -23,6 +20,6 @@ def demo_figures(out: str, captures: dict[str, Any], runs: dict[str, Any], secon
         "share_of_1_1_chunks": train["align_share_of_1_1_chunks"],
         "training_steps": runs["ce"]["steps"],
         "minutes": seconds / 60,
-        "plot": f"{out}/loss.png",
+        "page": page,
         "held_out": rows,
     }

@@ -28,7 +28,6 @@ from trainer.loop import train
 from trainer.losses import REGISTRY
 from trainer.metrics import Metrics
 from trainer.optim import build_optimizer, learning_rate
-from trainer.report.loss_plot import plot_losses
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7]]
 HELD_OUT = [EvalSample(np.array([3, 4, 5, 6], np.int32), 9, 2), EvalSample(np.array([7, 8], np.int32), 3, 1)]
@@ -280,18 +279,6 @@ def test_learning_rate_and_decay_groups(configure: Callable[..., TrainConfig]) -
     assert [p.dim() for p in matrices["params"]] == [2]
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.01, 0.0)
     assert len(vectors["params"]) == 3
-
-
-def test_plot(configure: Callable[..., TrainConfig], student_info: Any, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    runs = {}
-    for loss in ("p-kl", "ce"):
-        runs[loss] = str(tmp_path / loss)
-        train(configure(loss=loss, steps=3, out=runs[loss]), student_info, [], Silent())
-    plot_losses(runs, str(tmp_path / "plots" / "loss.png"))
-    assert (tmp_path / "plots" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    with pytest.raises(XtokenError, match=r"no metrics\.jsonl"):
-        plot_losses({"none": str(tmp_path / "nowhere")}, str(tmp_path / "x.png"))
 
 
 @pytest.mark.parametrize("loss", ["p-kl", "h-kl"])
