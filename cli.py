@@ -58,10 +58,11 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+VERSION_FLAG = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]
+
+
 @app.callback()
-def _before(
-    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-) -> None: ...
+def _before(_: VERSION_FLAG = False) -> None: ...
 
 
 def _show(figures: Figures, as_json: bool) -> None:
@@ -102,7 +103,8 @@ def _complain(error: XtokenError, as_json: bool) -> None:
         _show({"error": str(error), "kind": type(error).__name__, **figures}, as_json)
     elif figures:
         _show(figures, as_json)
-    Console(stderr=True, soft_wrap=True).print("[red]error:[/red]", end=" ")
+    where = "" if RANK == "0" else f" of rank {RANK}"
+    Console(stderr=True, soft_wrap=True).print(f"[red]error{where}:[/red]", end=" ")
     sys.stderr.write(f"{error}\n")
 
 
