@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from schemas.errors import XtokenError
 from schemas.progress import Silent
 from schemas.train_config import TrainConfig
+from trainer import loop
 from trainer.evaluate import EvalSample
 from trainer.loop import train
 from trainer.metrics import Metrics
@@ -54,6 +55,27 @@ def test_held_out_figures_rows_and_completions(configure: Callable[..., TrainCon
     assert bits / summary["after"]["bytes"] == pytest.approx(summary["after"]["bits_per_byte"])
     written = lines_of(root / "completions.jsonl")
     assert [row["when"] for row in written] == ["before"] * 2 + ["after"] * 2
+
+
+def test_an_evaluation_that_a_kill_cost_is_made_on_resume(
+    configure: Callable[..., TrainConfig], student_info: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of a step is there before the step is evaluated."""
+    config, real = configure(eval_every=2, save_every=2, completions=0), loop.evaluate_run
+
+    def killed(training: Any, held_out: Any, when: str, progress: Any) -> Any:
+        if when == "step":
+            raise KeyboardInterrupt
+        return real(training, held_out, when, progress)
+
+    monkeypatch.setattr(loop, "evaluate_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, student_info, HELD_OUT, Silent())
+    assert [path.name for path in Path(config.out, "checkpoints").iterdir()] == ["step-000002"]
+    monkeypatch.setattr(loop, "evaluate_run", real)
+    train(config, student_info, HELD_OUT, Silent())
+    found = [(line["step"], line["eval"]) for line in lines_of(Path(config.out, "metrics.jsonl")) if "eval" in line]
+    assert found == [(0, "before"), (2, "step"), (4, "step"), (6, "after")]
 
 
 def test_agreement_is_looked_at_every_tenth_step(configure: Callable[..., TrainConfig], student_info: Any) -> None:
