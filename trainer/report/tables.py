@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -37,25 +38,53 @@ def figure_tables(figures: dict[str, Any]) -> list[Table]:
         if isinstance(value, dict) and value and all(isinstance(row, dict) for row in value.values()):
             value = [{key: name.replace("_", " "), **row} for name, row in value.items()]
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            nested.append(_rows_table(value))
+            nested += _rows_tables(value)
         else:
             plain.add_row(key.replace("_", " "), _cell(value))
     return [plain, *nested]
 
 
-def _rows_table(rows: list[dict[str, Any]]) -> Table:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+def _rows_tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """The rows, in as many tables as the terminal is too narrow for; each begins with the first column."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if not names:
+        return []
+    first, *others = names
+    taken = {name: _least_width(rows, name) + 1 for name in names}
+    parts, room = [[first]], Console().width - 1 - taken[first]
+    for name in others:
+        if taken[name] > room and len(parts[-1]) > 1:
+            parts.append([first])
+            room = Console().width - 1 - taken[first]
+        parts[-1].append(name)
+        room -= taken[name]
+    return [_rows_table(rows, columns) for columns in parts]
+
+
+def _rows_table(rows: list[dict[str, Any]], columns: list[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0)
     for name in columns:
-        cells = [_cell(row.get(name, "")) for row in rows]
-        numeric = all(isinstance(row.get(name, 0), int | float) for row in rows)
-        # Only long columns may wrap, or they squeeze the short ones to nothing.
-        longest = max(len(line) for cell in cells for line in cell.split("\n"))
+        numeric = _is_numeric(rows, name)
         justify: Any = "right" if numeric else "left"
-        table.add_column(name.replace("_", " "), justify=justify, no_wrap=not numeric and longest <= _SHORT)
+        # Only long columns may wrap, or they squeeze the short ones to nothing.
+        short = not numeric and _longest(rows, name) <= _SHORT
+        table.add_column(name.replace("_", " "), justify=justify, no_wrap=short, min_width=_least_width(rows, name))
     for row in rows:
         table.add_row(*(_cell(row.get(name, "")) for name in columns))
     return table
+
+
+def _is_numeric(rows: list[dict[str, Any]], name: str) -> bool:
+    return all(isinstance(row.get(name, 0), int | float) for row in rows)
+
+
+def _longest(rows: list[dict[str, Any]], name: str) -> int:
+    return max(len(line) for row in rows for line in _cell(row.get(name, "")).split("\n"))
+
+
+def _least_width(rows: list[dict[str, Any]], name: str) -> int:
+    """Letters that a column needs: a number is never cut, a long text may wrap."""
+    return max(min(_longest(rows, name), _SHORT), *map(len, name.split("_")))
 
 
 def _cell(value: Any) -> str:
