@@ -354,9 +354,7 @@ def run_demo(config: DemoConfig, bars: Bars) -> Figures:
     teacher, student = config.teacher or f"{models}/gemma-3-270m", config.student or f"{models}/smollm2-135m"
     for source in (teacher, student, texts):
         if source.startswith((models, texts)) and not Path(source).is_dir():
-            raise XtokenError(
-                f"{source} does not exist: 'make demo' in a clone of the repository prepares what the demo needs"
-            )
+            raise XtokenError(f"{source} does not exist: 'make demo' in a clone of the repository prepares it")
     out, say = config.out, Console(stderr=True, highlight=False, soft_wrap=True).print
     captures = {}
     for name, text in (("train", "moby-dick.jsonl"), ("held-out", "moby-dick-held-out.jsonl")):
