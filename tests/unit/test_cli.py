@@ -107,3 +107,23 @@ def test_version_is_the_installed_one() -> None:
     from importlib.metadata import version
 
     assert RUNNER.invoke(cli.app, ["--version"]).stdout == f"xtoken {version('xtoken')}\n"
+
+
+def test_what_the_demo_says_is_a_command_that_does_the_same() -> None:
+    """Arguments without names, lists of them, and flags whose name is not their field's."""
+    from schemas.config import AlignConfig
+    from schemas.progress import Bars
+    from schemas.train_config import ReportConfig
+
+    said, done = [], []
+
+    def run_it(config: object, _bars: Bars) -> cli.Figures:
+        done.append(config)
+        return {}
+
+    say = lambda text, **_: said.append(text)  # noqa: E731
+    cli._step(say, run_it, ReportConfig, {"runs": ["a b", "c"], "out": "r.html"}, Bars(False))
+    align = {"captures": "x", "student": "s", "out": "t", "losses": "p-kl"}
+    cli._step(say, run_it, AlignConfig, align, Bars(False))
+    assert said == ["$ xtoken it 'a b' c --out r.html", "$ xtoken it x --student s --out t --for p-kl"]
+    assert done == [cli.build(ReportConfig, {"runs": ["a b", "c"], "out": "r.html"}), cli.build(AlignConfig, align)]

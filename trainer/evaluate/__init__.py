@@ -115,11 +115,11 @@ def measure_student(
     """
     from trainer.evaluate.agreement import agreement
     from trainer.evaluate.bits_per_byte import bits_per_byte
-    from trainer.ranks import Ranks
+    from trainer.ranks import ALONE
 
     if not samples and targets is None:
         raise XtokenError("the held-out text holds no tokens; give a longer one")
-    ranks, training = ranks or Ranks(), student.model.training
+    ranks, training = ranks or ALONE, student.model.training
     student.model.eval()
     figures: dict[str, Any] = {}
     try:

@@ -64,11 +64,9 @@ def _rows_tables(rows: list[dict[str, Any]]) -> list[Table]:
 def _rows_table(rows: list[dict[str, Any]], columns: list[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0)
     for name in columns:
-        numeric = _is_numeric(rows, name)
-        justify: Any = "right" if numeric else "left"
-        # Only long columns may wrap, or they squeeze the short ones to nothing.
-        short = not numeric and _longest(rows, name) <= _SHORT
-        table.add_column(name.replace("_", " "), justify=justify, no_wrap=short, min_width=_least_width(rows, name))
+        justify: Any = "right" if _is_numeric(rows, name) else "left"
+        width = _least_width(rows, name)
+        table.add_column(name.replace("_", " "), justify=justify, no_wrap=_is_short(rows, name), min_width=width)
     for row in rows:
         table.add_row(*(_cell(row.get(name, "")) for name in columns))
     return table
@@ -78,13 +76,19 @@ def _is_numeric(rows: list[dict[str, Any]], name: str) -> bool:
     return all(isinstance(row.get(name, 0), int | float) for row in rows)
 
 
+def _is_short(rows: list[dict[str, Any]], name: str) -> bool:
+    """Only long texts, and the titles of numbers, may wrap, or they squeeze the short ones to nothing."""
+    return not _is_numeric(rows, name) and _longest(rows, name) <= _SHORT
+
+
 def _longest(rows: list[dict[str, Any]], name: str) -> int:
     return max(len(line) for row in rows for line in _cell(row.get(name, "")).split("\n"))
 
 
 def _least_width(rows: list[dict[str, Any]], name: str) -> int:
     """Letters that a column needs: a number is never cut, a long text may wrap."""
-    return max(min(_longest(rows, name), _SHORT), *map(len, name.split("_")))
+    words = [name] if _is_short(rows, name) else name.split("_")
+    return max(min(_longest(rows, name), _SHORT), *map(len, words))
 
 
 def _cell(value: Any) -> str:
