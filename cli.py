@@ -194,10 +194,11 @@ def run_align(config: AlignConfig, bars: Bars) -> Figures:
 @verb(TrainConfig, "xtoken train targets --student HuggingFaceTB/SmolLM2-135M --loss p-kl --out run")
 def run_train(config: TrainConfig, bars: Bars) -> Figures:
     """Train a student from targets alone."""
-    from pipeline.tokens import load_tokenizer
+    from pipeline.tokens import load_tokenizer, refuse_long_prefix
     from trainer.loop import train
 
     tokenizer = load_tokenizer(config.tokenizer_source, trust_remote_code=config.trust_remote_code)
+    refuse_long_prefix(tokenizer)
     samples = []
     if config.eval_text:
         corpus = CorpusConfig(corpus=config.eval_text, id_field=config.eval_id_field)
@@ -234,10 +235,11 @@ def run_losses(as_json: JSON_FLAG = False, quiet: QUIET_FLAG = False) -> None:
 @verb(EvalConfig, "xtoken eval run/model --text held-out.jsonl --targets held-out-targets")
 def run_eval(config: EvalConfig, bars: Bars) -> Figures:
     """Measure a model."""
-    from pipeline.tokens import load_tokenizer
+    from pipeline.tokens import load_tokenizer, refuse_long_prefix
     from trainer.evaluate import evaluate
 
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
+    refuse_long_prefix(tokenizer)
     samples = []
     if config.text:
         names = {"text_field": config.text_field, "id_field": config.id_field}

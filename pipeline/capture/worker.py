@@ -30,7 +30,7 @@ from pipeline.store.sampled import PackedDraws, encode_draws
 from pipeline.store.writer import ROW_GROUP, group_rows
 from pipeline.teachers import open_teacher
 from pipeline.teachers.base import Teacher, TeacherRows, entries_asked
-from pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer
+from pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
 from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
 from schemas.manifest import Part, TeacherInfo
@@ -87,8 +87,15 @@ class CaptureJob:
 
 
 def open_tokenizer(config: PrecomputeConfig) -> TextTokenizer:
-    """The teacher's tokenizer."""
-    return load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    """The teacher's tokenizer.
+
+    Raises:
+        XtokenError: it cannot be loaded, or puts more in front of a text than the teacher would be shown.
+    """
+    tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    if config.bos != "never":
+        refuse_long_prefix(tokenizer, ", or show the teacher none of them with --bos never")
+    return tokenizer
 
 
 def check_teacher(config: PrecomputeConfig, info: TeacherInfo) -> None:

@@ -11,6 +11,7 @@ from pipeline.tokens.table import TokenTable
 class ByteTokenizer:
     """A ``TextTokenizer`` whose tokens are the bytes themselves."""
 
+    prefix: tuple[int, ...] = ()
     cuts_at_spaces = True
 
     def __init__(self) -> None:
@@ -27,6 +28,10 @@ class ByteTokenizer:
     def normalise(self, text: str) -> str:
         """Bytes are taken as they are."""
         return text
+
+    def token_name(self, token_id: int) -> str:
+        """The byte as <0xHH>."""
+        return f"<0x{token_id:02X}>"
 
     def encode(self, text: str, *, complete: bool, keep_text: bool = False) -> Encoded:  # noqa: ARG002
         """See ``TextTokenizer.encode``; there is no EOS to add and nothing to normalise."""

@@ -10,8 +10,8 @@ no merge crossed it, and merges left and right of it never compete.
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.tokens.hf_table import components
 from pipeline.tokens.rejoin import METASPACE
+from pipeline.tokens.spec import components
 
 _PATTERNS = frozenset(
     {

@@ -7,113 +7,17 @@ and special tokens have no bytes.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.tokens.rejoin import METASPACE
 from pipeline.tokens.roles import SideFiles, assign_roles, declared_tokens
-from pipeline.tokens.table import Kind, TokenTable
-from schemas.errors import XtokenError
+from pipeline.tokens.spec import Spec, components
+from pipeline.tokens.table import TokenTable
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SUPPORTED = "supported are byte-level BPE, metaspace BPE or Unigram with byte fallback, and 'bytes'"
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What tokenizer.json says, as far as token bytes depend on it."""
-
-    kind: Kind
-    vocab: dict[str, int]  # token -> id, added tokens included
-    model_vocab: dict[str, int]
-    added: dict[str, bool]  # added token -> special
-    merges: list[tuple[str, str]]
-    unk_token: str | None
-    normalizer: Mapping[str, Any] | None
-
-    @cached_property
-    def names(self) -> dict[int, str]:
-        """Token of every id that has one."""
-        return {token_id: token for token, token_id in self.vocab.items()}
-
-
-def read_spec(data: Mapping[str, Any], name: str) -> Spec:
-    """Pick what is needed from a parsed tokenizer.json.
-
-    Raises:
-        XtokenError: the file is no tokenizer.json or of a family whose tokens have no exact bytes.
-    """
-    model = data.get("model")
-    if not isinstance(model, Mapping) or "vocab" not in model:
-        raise XtokenError(f"tokenizer {name!r}: the file has no model with a vocabulary; give a tokenizer.json")
-    kind = _kind(data, model, name)
-    model_vocab = _model_vocab(model)
-    added = data.get("added_tokens") or []
-    vocab = {**model_vocab, **{token["content"]: token["id"] for token in added}}
-    return Spec(
-        kind=kind,
-        vocab=vocab,
-        model_vocab=model_vocab,
-        added={token["content"]: bool(token["special"]) for token in added},
-        merges=[_pair(merge) for merge in model.get("merges") or []],
-        unk_token=_unk_token(model),
-        normalizer=data.get("normalizer"),
-    )
-
-
-def _kind(data: Mapping[str, Any], model: Mapping[str, Any], name: str) -> Kind:
-    model_type = model.get("type") or ("BPE" if "merges" in model else "unknown")
-    parts = {part["type"] for part in components(data.get("decoder"))} | {
-        part["type"] for part in components(data.get("pre_tokenizer"))
-    }
-    if model_type == "BPE" and ("ByteLevel" in parts or _normalises_to_bytes(data)):
-        return "byte-level"
-    if model_type in ("BPE", "Unigram") and model.get("byte_fallback"):
-        return "metaspace"
-    raise XtokenError(
-        f"tokenizer {name!r} is {model_type}{'' if model.get('byte_fallback') else ' without byte fallback'}, "
-        f"whose tokens cannot be joined back to the bytes of a text; {_SUPPORTED}"
-    )
-
-
-def _normalises_to_bytes(data: Mapping[str, Any]) -> bool:
-    return any(part["type"] == "ByteLevel" for part in components(data.get("normalizer")))
-
-
-def components(component: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """A component, or the members of a Sequence of them, at any depth."""
-    if component is None:
-        return
-    members = [component[key] for key in ("normalizers", "pretokenizers", "decoders") if key in component]
-    if component.get("type") == "Sequence" and members:
-        for member in members[0]:
-            yield from components(member)
-    else:
-        yield component
-
-
-def _model_vocab(model: Mapping[str, Any]) -> dict[str, int]:
-    vocab = model["vocab"]
-    if isinstance(vocab, Mapping):
-        return dict(vocab)
-    return {token: token_id for token_id, (token, _) in enumerate(vocab)}
-
-
-def _unk_token(model: Mapping[str, Any]) -> str | None:
-    if model.get("unk_token") is not None:
-        return str(model["unk_token"])
-    unk_id = model.get("unk_id")
-    return None if unk_id is None else str(model["vocab"][unk_id][0])
-
-
-def _pair(merge: str | list[str]) -> tuple[str, str]:
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right
 
 
 def text_normalizer(spec: Spec) -> str | None:

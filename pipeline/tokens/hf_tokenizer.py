@@ -6,11 +6,13 @@ tokens. Ends are sums of token bytes, and every text is checked to be what the t
 Shapes: T tokens of one text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from pipeline.tokens.added import Added, place, stretch_ends
 from pipeline.tokens.interface import Encoded
 from pipeline.tokens.rejoin import METASPACE, Block, blocks, differing_block, dummy_space, map_ends
 from pipeline.tokens.table import TokenTable
@@ -28,7 +30,14 @@ class HfTokenizer:
     """A ``TextTokenizer`` over a ``tokenizers.Tokenizer`` (special tokens off, no truncation, no padding)."""
 
     def __init__(
-        self, backend: Any, table: TokenTable, normalizer: Any | None, *, cuts_at_spaces: bool = False
+        self,
+        backend: Any,
+        table: TokenTable,
+        normalizer: Any | None,
+        added: Mapping[int, Added],
+        *,
+        prefix: tuple[int, ...] = (),
+        cuts_at_spaces: bool = False,
     ) -> None:
         """Take over ``backend``.
 
@@ -36,12 +45,15 @@ class HfTokenizer:
             backend: a ``tokenizers.Tokenizer`` that treats special tokens as text.
             table: its token bytes.
             normalizer: the part of its normaliser that changes text (``normalize_str``), or None.
-            cuts_at_spaces: see ``TextTokenizer``.
+            added: its added tokens, which may eat or bring blanks.
+            prefix, cuts_at_spaces: see ``TextTokenizer``.
         """
         self.table = table
+        self.prefix = prefix
         self.cuts_at_spaces = cuts_at_spaces
         self._backend = backend
         self._normalizer = normalizer
+        self._added = {token: one for token, one in added.items() if one.content.replace(METASPACE, " ").strip()}
         self._pieces = table.pieces()
         self._lengths = table.lengths
         self._missing = _missing_bytes(table)
@@ -50,6 +62,10 @@ class HfTokenizer:
         """The tokenizer's own normalisation where repeating it changes nothing, else ``text`` itself."""
         once = self._normal(text)
         return once if once == text or self._normal(once) == once else text
+
+    def token_name(self, token_id: int) -> str:
+        """See ``TextTokenizer.token_name``."""
+        return str(self._backend.id_to_token(token_id))
 
     def encode(self, text: str, *, complete: bool, keep_text: bool = False) -> Encoded:
         """See ``TextTokenizer.encode``."""
@@ -71,10 +87,10 @@ class HfTokenizer:
         Raises:
             XtokenError: its tokens do not rejoin and the tokenizer's normaliser does not explain why.
         """
-        encoded = self.encode(CANARY, complete=False)
-        joined = self._joined(encoded.ids.tolist())
-        if encoded.snapped and dummy_space(joined, self._seen(CANARY)) is None:
-            raise self._mismatch(joined, CANARY)
+        ids = self._ids(CANARY)
+        joined = self._joined(ids)
+        if dummy_space(joined, self._spelt(CANARY)) is None and self._placed(CANARY, ids) is None:
+            raise self._mismatch(joined, CANARY, ids)
 
     def _normal(self, text: str) -> str:
         return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
@@ -102,11 +118,28 @@ class HfTokenizer:
         return self._snap(text, ids, joined)
 
     def _snap(self, text: str, ids: list[int], joined: bytes) -> Encoded:
-        space = dummy_space(joined, self._seen(text))
-        found = blocks(text, self._seen) if space is not None else differing_block(joined, text.encode())
-        if space is None and not found[0].text and not found[-1].text:
-            raise self._mismatch(joined, text)
-        return self._encoded(text, ids, space or 0, found, snapped=True)
+        """Tokens that do not rejoin the text: ends as exact as can be told, all others at the end of what changed."""
+        ends = self._placed(text, ids)
+        if ends is not None:
+            return Encoded(text, np.array(ids, dtype=np.int32), ends, snapped=True)
+        space = int(joined[:1] == b" " and not text.startswith(" "))
+        found = differing_block(joined[space:], text.encode())
+        if not found[0].text and not found[-1].text:
+            raise self._mismatch(joined, text, ids)
+        return self._encoded(text, ids, space, found, snapped=True)
+
+    def _placed(self, text: str, ids: Sequence[int]) -> NDArray[np.int32] | None:
+        return place(text, ids, self._added, self._stretch)
+
+    def _stretch(self, text: str, ids: Sequence[int]) -> NDArray[np.int32] | None:
+        """Ends of the tokens of a text without added ones, see ``place``."""
+        seen = self._seen(text)
+        if not len(ids):
+            return None if seen else np.zeros(0, np.int32)
+        ends = stretch_ends([self._pieces[token] for token in ids], seen)
+        if ends is None or seen == text.encode():
+            return ends
+        return map_ends(ends, blocks(text, self._seen))
 
     def _encoded(
         self, text: str, tokens: list[int], space: int, found: list[Block] | None, *, snapped: bool
@@ -128,14 +161,28 @@ class HfTokenizer:
         ids = np.append(encoded.ids, np.int32(eos))
         return Encoded(encoded.text, ids, np.append(ends, np.int32(size)), encoded.snapped)
 
-    def _mismatch(self, joined: bytes, text: str) -> XtokenError:
-        raw = text.encode()
+    def _mismatch(self, joined: bytes, text: str, ids: Sequence[int]) -> XtokenError:
+        raw, name = text.encode(), self.table.info.name
+        unk = self.table.id_of("unk")
+        if unk is not None and unk in ids and (lacking := _lacking_bytes(self.table, raw)):
+            named = ", ".join(f"<0x{byte:02X}>" for byte in lacking[:8]) + (", ..." if len(lacking) > 8 else "")
+            return XtokenError(
+                f"tokenizer {name!r}: its vocabulary has no token for the byte {named} of the text that starts "
+                f"{text[:40]!r}, which it makes its unknown token; byte fallback needs all of <0x00> to <0xFF>. Use "
+                "the tokenizer.json that belongs to the model"
+            )
         at = next((i for i, (a, b) in enumerate(zip(joined, raw, strict=False)) if a != b), min(len(joined), len(raw)))
         return XtokenError(
-            f"tokenizer {self.table.info.name!r}: its tokens do not rejoin the text that starts {text[:40]!r}; at "
+            f"tokenizer {name!r}: its tokens do not rejoin the text that starts {text[:40]!r}; at "
             f"byte {at} the tokens have {joined[at : at + 20]!r} and the text {raw[at : at + 20]!r}. A tokenizer that "
             "drops or rewrites text has no byte ends: use the tokenizer.json that belongs to the model, or another one"
         )
+
+
+def _lacking_bytes(table: TokenTable, data: bytes) -> list[int]:
+    """Bytes of ``data`` beyond ASCII, or ASCII ones, that no token spells alone."""
+    known = table.by_bytes()
+    return [byte for byte in sorted(set(data)) if bytes([byte]) not in known]
 
 
 def _missing_bytes(table: TokenTable) -> bytes:

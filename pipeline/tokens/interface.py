@@ -25,7 +25,7 @@ class Encoded:
         text: the text that ``ends`` refers to; the normalised one where the tokenizer normalises.
         ids: int32 [T].
         ends: int32 [T], byte of ``text.encode()`` at which each token ends; the last is its length.
-        snapped: the tokens do not rejoin the text; ends inside a changed block were moved up to its end.
+        snapped: the tokens do not rejoin the text; ends that are not known were moved up to the next that is.
     """
 
     text: str
@@ -39,14 +39,20 @@ class TextTokenizer(Protocol):
 
     Attributes:
         table: what its tokens mean.
+        prefix: ids that it puts in front of a text for a model: none, BOS, or several.
         cuts_at_spaces: a text cut before a space that follows no whitespace, where a token ends, has the tokens it had.
     """
 
     table: TokenTable
+    prefix: tuple[int, ...]
     cuts_at_spaces: bool
 
     def normalise(self, text: str) -> str:
         """The text as this tokenizer sees it where that is stable under repetition, else ``text`` itself."""
+        ...
+
+    def token_name(self, token_id: int) -> str:
+        """A token as its files spell it, control tokens included."""
         ...
 
     def encode(self, text: str, *, complete: bool, keep_text: bool = False) -> Encoded:

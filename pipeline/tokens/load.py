@@ -11,10 +11,11 @@ from typing import Any
 
 from pipeline.tokens.byte_tokenizer import ByteTokenizer
 from pipeline.tokens.cuts import keeps_tokens
-from pipeline.tokens.hf_table import Spec, build_table, read_spec, role_candidates, special_tokens, text_normalizer
+from pipeline.tokens.hf_table import build_table, role_candidates, special_tokens, text_normalizer
 from pipeline.tokens.hf_tokenizer import HfTokenizer
 from pipeline.tokens.interface import TextTokenizer
 from pipeline.tokens.roles import SideFiles
+from pipeline.tokens.spec import Spec, read_spec, without_control_tokens
 from schemas.errors import XtokenError
 
 _FILE = "tokenizer.json"
@@ -22,7 +23,7 @@ _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "config.json"
 _CONVERT = (
     "convert it once: transformers.AutoTokenizer.from_pretrained(SOURCE).save_pretrained(FOLDER) writes tokenizer.json"
 )
-_FOREIGN = ("*.gguf", "tokenizer.model", "*.model", "*.tiktoken", "vocab.txt", "vocab.json")
+_FOREIGN = ("*.gguf", "tokenizer.model", "*.model", "*.tiktoken", "tekken.json", "vocab.txt", "vocab.json")
 
 
 def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> TextTokenizer:
@@ -52,20 +53,57 @@ def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_cod
     return _assemble(name, path, data, SideFiles(*(side.get(name, {}) for name in _SIDE_FILES)))
 
 
+def refuse_long_prefix(tokenizer: TextTokenizer, also: str = "") -> None:
+    """Refuse a tokenizer that puts several tokens in front of a text: a model is shown one before a sample.
+
+    Args:
+        tokenizer: the model's.
+        also: another way out, for the message.
+
+    Raises:
+        XtokenError: it does; the message names them.
+    """
+    if len(tokenizer.prefix) > 1:
+        named = " ".join(map(tokenizer.token_name, tokenizer.prefix))
+        raise XtokenError(
+            f"tokenizer {tokenizer.table.info.name!r}: its post-processor puts {len(tokenizer.prefix)} tokens in front "
+            f"of every text ({named}), but one at most, BOS, can be shown before a sample, and behind that one alone "
+            "the model does not predict as it was trained. Give a copy of the tokenizer whose post_processor adds "
+            f"one{also}"
+        )
+
+
 def _assemble(name: str, path: Path, data: Mapping[str, Any], side: SideFiles) -> HfTokenizer:
     from tokenizers import Tokenizer
 
     spec = read_spec(data, name)
+    specials = special_tokens(spec, side)
+    changed = without_control_tokens(data, spec, frozenset([*specials, *filter(None, [spec.unk_token])]))
     try:
-        backend = Tokenizer.from_file(str(path))
+        backend = Tokenizer.from_file(str(path)) if changed is None else Tokenizer.from_str(json.dumps(changed))
     except Exception as error:  # the library raises bare Exception
         raise XtokenError(f"tokenizer {name!r}: {path} cannot be loaded ({error}); fetch the file again") from error
-    _as_plain_text(backend, special_tokens(spec, side))
+    _refuse_moved_ids(backend, spec if changed is None else read_spec(changed, name), name)
+    _as_plain_text(backend, specials if changed is None else [])
     in_text = frozenset(token for token in role_candidates(spec, side) if _text_produces(backend, token))
-    table = build_table(spec, side, name, bos=_added_bos(backend), in_text=in_text)
-    tokenizer = HfTokenizer(backend, table, _normalizer(spec), cuts_at_spaces=keeps_tokens(data))
+    prefix = _prefix(backend)
+    table = build_table(spec, side, name, bos=prefix[0] if prefix else None, in_text=in_text)
+    tokenizer = HfTokenizer(
+        backend, table, _normalizer(spec), spec.added_ids, prefix=prefix, cuts_at_spaces=keeps_tokens(data)
+    )
     tokenizer.check()
     return tokenizer
+
+
+def _refuse_moved_ids(backend: Any, spec: Spec, name: str) -> None:
+    """The library numbers added tokens by itself: as the vocabulary does, or behind it in the order of the file."""
+    for token_id, token in spec.added_ids.items():
+        if backend.token_to_id(token.content) != token_id:
+            raise XtokenError(
+                f"tokenizer {name!r}: its added token {token.content!r} has id {token_id}, but it is loaded as "
+                f"{backend.token_to_id(token.content)}: added tokens that the vocabulary has keep their id there, and "
+                "the others follow on behind it. Fetch tokenizer.json again, or correct the id"
+            )
 
 
 def _as_plain_text(backend: Any, specials: list[str]) -> None:
@@ -82,12 +120,12 @@ def _text_produces(backend: Any, token: str) -> bool:
     return backend.token_to_id(token) in backend.encode(token, add_special_tokens=False).ids
 
 
-def _added_bos(backend: Any) -> int | None:
-    """The id that the post-processor puts in front of a text, if it does."""
+def _prefix(backend: Any) -> tuple[int, ...]:
+    """The ids that the post-processor puts in front of a text: BOS, or several."""
     plain = backend.encode("a", add_special_tokens=False).ids
     full = backend.encode("a", add_special_tokens=True).ids
-    starts = len(full) > len(plain) and full[: len(plain)] != plain
-    return int(full[0]) if starts else None
+    starts = (at for at in range(len(full) - len(plain) + 1) if full[at : at + len(plain)] == plain)
+    return tuple(full[: next(starts, 0)])
 
 
 def _normalizer(spec: Spec) -> Any | None:

@@ -37,13 +37,21 @@ def blocks(text: str, flatten: Flatten) -> list[Block]:
     """Blocks whose ``seen`` rejoin ``flatten(text)``; as small as the tokenizer's normaliser allows.
 
     Words first; a changed word is cut further into characters with their combining marks where
-    that gives the same result. If not even words normalise independently, the text is one block.
+    that gives the same result. If not even words normalise independently, what differs is one block.
     """
     found = [block for word in _WORDS.findall(text) for block in _word_blocks(word, flatten)]
     seen = flatten(text)
     if b"".join(block.seen for block in found) == seen:
         return found
-    return [Block(seen, text.encode())]
+    return _trimmed(seen, text.encode())
+
+
+def _trimmed(seen: bytes, text: bytes) -> list[Block]:
+    """What a normaliser took from both ends of a text, else what differs, as one changed block."""
+    at = text.find(seen)
+    if at < 0:
+        return differing_block(seen, text)
+    return [Block(b"", text[:at]), Block(seen, seen), Block(b"", text[at + len(seen) :])]
 
 
 def _word_blocks(word: str, flatten: Flatten) -> list[Block]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from pipeline.tokens import load_tokenizer
+from pipeline.tokens import load_tokenizer, refuse_long_prefix
 from schemas.errors import XtokenError
 
 
@@ -165,3 +165,103 @@ def test_a_hub_id_without_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         load_tokenizer("nobody/nothing")
     with pytest.raises(XtokenError, match="check the id"):
         load_tokenizer("no body")
+
+
+def control_unigram(text: str = "") -> Tokenizer:
+    """Unigram as converted from SentencePiece: its control tokens stand in its vocabulary with the best of scores."""
+    letters = [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz/"]
+    vocab = [(token, 0.0) for token in ("<unk>", "<s>", "</s>")]
+    vocab += [("▁", -2.0), *letters, *((f"<0x{byte:02X}>", -20.0) for byte in range(256))]
+    tokenizer = Tokenizer(models.Unigram([*vocab, *([(text, -1.0)] if text else [])], 0, byte_fallback=True))
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def test_control_tokens_of_a_unigram_vocabulary_are_not_found_in_text(tmp_path: Path) -> None:
+    tokenizer = control_unigram()
+    side = {"bos_token": "<s>", "eos_token": "</s>"}
+    loaded = load_tokenizer(saved(tmp_path, tokenizer, tokenizer_config=side))
+    assert [loaded.table.id_of(role) for role in ("unk", "bos", "eos")] == [0, 1, 2]
+    assert (loaded.prefix, loaded.table.info.adds_bos, loaded.table.size) == ((1,), True, tokenizer.get_vocab_size())
+    for text in ("a <s>b</s> <unk>", "<s>", "the 中 </s>", "x<tool>y"):
+        encoded = loaded.encode(text, complete=False)
+        assert not set(encoded.ids.tolist()) & {0, 1, 2}
+        spelt = b"".join(loaded.table.token(token) for token in encoded.ids.tolist())
+        assert spelt == b" " + text.encode()
+        assert encoded.ends[-1] == len(text.encode())
+    plain = "the 中 boats"
+    wanted = tokenizer.encode(plain, add_special_tokens=False).ids
+    assert loaded.encode(plain, complete=False).ids.tolist() == wanted
+
+
+def test_a_byte_that_the_vocabulary_lacks_is_named(tmp_path: Path) -> None:
+    data = json.loads(control_unigram().to_str())
+    data["model"]["vocab"] = [["<0x??>" if token == "<0xE4>" else token, s] for token, s in data["model"]["vocab"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(XtokenError, match=r"no token for the byte <0xE4> .*byte fallback needs all"):
+        load_tokenizer(str(tmp_path))
+
+
+def _edit(data: dict[str, Any], path: list[Any], value: Any) -> None:
+    for step in path[:-1]:
+        data = data[step]
+    if value is None:
+        del data[path[-1]]
+    else:
+        data[path[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["decoder"], "ByteLevel", "'decoder' of tokenizer.json is 'ByteLevel'"),
+        (["pre_tokenizer"], ["ByteLevel"], "'pre_tokenizer'"),
+        (["normalizer"], {"type": "Sequence", "normalizers": "NFC"}, "'normalizers' of 'normalizer'"),
+        (["normalizer"], {"type": "Sequence", "normalizers": ["NFC"]}, r"normalizer\.normalizers\[0\]"),
+        (["added_tokens", 0, "id"], None, "added token 0, '<|a|>',.*whole number"),
+        (["added_tokens", 0, "id"], -1, "added token 0, '<|a|>',.*whole number"),
+        (["added_tokens", 0, "special"], None, "added token 0, '<|a|>',.*true or false"),
+        (["added_tokens", 0, "content"], None, 'added token 0 .*"content"'),
+        (["added_tokens", 0], "<|a|>", "added token 0"),
+        (["added_tokens"], "<|a|>", "'added_tokens'"),
+        (["added_tokens", 0, "id"], 200_000_000, r"id of '<\|a\|>' .*200000000.*beyond the 257 tokens"),
+        (["added_tokens", 0, "id"], 300, r"'<\|a\|>' has id 300, but it is loaded as 256"),
+        (["model", "merges", 0], "   ", "merge 0 of tokenizer.json is '   '"),
+        (["model", "merges", 0], ["a"], "merge 0"),
+        (["model", "merges"], "a b", "'merges'"),
+        (["model", "vocab", "a"], "7", "id of 'a' in the vocabulary"),
+        (["model", "vocab"], ["a"], "entry 0 of the vocabulary"),
+        (["model", "vocab"], 7, "the vocabulary of tokenizer.json is '7'"),
+    ],
+)
+def test_a_damaged_entry_is_named(tmp_path: Path, path: list[Any], value: Any, message: str) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<|a|>"])
+    data = json.loads(tokenizer.to_str())
+    if "merges" in path:
+        data["model"]["merges"] = [["a", "b"]]
+    _edit(data, path, value)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(XtokenError, match=message):
+        load_tokenizer(str(tmp_path))
+
+
+def test_several_tokens_in_front_are_refused_by_name(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["[gMASK]", "<sop>"])
+    specials = [("[gMASK]", 256), ("<sop>", 257)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=specials)
+    loaded = load_tokenizer(saved(tmp_path, tokenizer))
+    assert loaded.prefix == (256, 257)
+    with pytest.raises(XtokenError, match=r"2 tokens in front of every text \(\[gMASK\] <sop>\).* or do this$"):
+        refuse_long_prefix(loaded, ", or do this")
+
+
+def test_tekken_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(XtokenError, match=r"holds only tekken\.json, but tokenizer\.json is needed; convert"):
+        load_tokenizer(str(tmp_path))

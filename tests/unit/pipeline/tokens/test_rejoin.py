@@ -37,8 +37,13 @@ def test_jamo_compose_across_clusters_into_one_block() -> None:
     assert blocks("\u1112\u1161\u11ab!", nfkc) == [Block("한!".encode(), "\u1112\u1161\u11ab!".encode())]
 
 
-def test_words_that_depend_on_each_other_are_one_block() -> None:
-    assert blocks(" a b ", squeezed) == [Block(b"a b", b" a b ")]
+def test_what_is_taken_from_both_ends_changes_nothing_between() -> None:
+    assert blocks(" a b ", squeezed) == [Block(b"", b" "), Block(b"a b", b"a b"), Block(b"", b" ")]
+
+
+def test_words_that_depend_on_each_other_differ_in_one_block() -> None:
+    found = blocks("ab xy cd", lambda text: text.replace(" xy ", "").encode())
+    assert found == [Block(b"ab", b"ab"), Block(b"", b" xy "), Block(b"cd", b"cd")]
 
 
 def test_ends_inside_a_changed_block_move_up() -> None:
