@@ -81,6 +81,7 @@ def prefix_columns(
     samples: Sequence[Joined],
     rows: Rows,
     start_C: NDArray[np.int64],
+    root_C: NDArray[np.int64],
     maps: PrefixMaps,
     *,
     roots_only: bool = False,
@@ -92,11 +93,13 @@ def prefix_columns(
         samples: those of the batch that are aligned.
         rows: the teacher's, at the targets' temperature.
         start_C: row of each chunk's first teacher token, -1 = none.
+        root_C: the row that stands for it where the student begins a chunk (``Shifted.row_C``).
         maps: of the pair.
         roots_only: rows are draws. Interior targets would be ratios of them and child groups depend on which tokens
             were drawn, so there are none; roots hold no REST, whose share of the student depends on that too.
     """
     row_S, token_S, before_S = _boundaries(batch, samples, start_C, maps)
+    _take_roots(row_S, samples, start_C, root_C)
     if roots_only:
         row_S[before_S > 0] = -1
     teacher, student = maps.teacher, maps.student
@@ -136,6 +139,22 @@ def prefix_columns(
         "child_high": high_K,
         "child_logprob": mass_K,
     }
+
+
+def _take_roots(
+    row_S: NDArray[np.int64], samples: Sequence[Joined], start_C: NDArray[np.int64], root_C: NDArray[np.int64]
+) -> None:
+    """Give the first student token of each chunk the row of ``root_C``."""
+    chunks_N = chunks_per_sample(samples)
+    tokens_N = np.array([len(sample.encoded.ids) for sample in samples], np.int64)
+    base_C = np.repeat(np.cumsum(tokens_N) - tokens_N, chunks_N)
+    first_C = np.concatenate([np.zeros(0, np.int64), *(_starts(sample.chunks.student_end) for sample in samples)])
+    moved_C = root_C != start_C
+    row_S[(base_C + first_C)[moved_C]] = root_C[moved_C]
+
+
+def _starts(end_C: NDArray[np.int32]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), end_C[:-1].astype(np.int64)])[: len(end_C)]
 
 
 def _boundaries(

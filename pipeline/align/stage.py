@@ -67,8 +67,8 @@ class AlignJob:
         tokenizer = load_tokenizer(config.student)
         refuse_other_tokenizer("student", tokenizer.table.info, self.projection.student)
         unreached: Unreached = config.unreached
-        teacher = load_vocab(self.capture) if "byte-prefix" in config.losses else None
-        maps = Maps.of(self.projection, unreached, tokenizer.table, teacher)
+        teacher = load_vocab(self.capture)
+        maps = Maps.of(self.projection, unreached, tokenizer.table, teacher, prefix="byte-prefix" in config.losses)
         texts = CorpusTexts(self.capture, config.corpus) if config.corpus else None
         recipe = Recipe(config.losses, config.merge, config.tau, self.codec, config.entries)
         parts = CaptureParts(self.capture, config.memory_limit, len(config.losses))

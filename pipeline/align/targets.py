@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.align.blanks import Blanks, Shifted
 from pipeline.align.chunks import Joined, chunks_per_sample
 from pipeline.align.kernels import realised
 from pipeline.align.kernels_project import FATES, MASS_CLASSES, project_rows
@@ -21,7 +22,7 @@ from pipeline.align.kernels_targets import split_targets
 from pipeline.align.prefix import PrefixMaps, prefix_columns
 from pipeline.align.rows import Recipe, RowBatch, Rows, merge_rows
 from pipeline.project.projection import TO_REST, Projection, Unreached
-from pipeline.store.columns import flat
+from pipeline.store.columns import flat, list_lengths
 from pipeline.tokens import TokenTable
 from schemas.tables import target_columns, targets
 
@@ -66,6 +67,7 @@ class Maps:
         pair_U: the student token paired with it in H-KL's common set, or -1.
         matched_U: likewise in strict GOLD's.
         prefix: for byte-prefix, else None.
+        blanks: both vocabularies where the teacher's is known, else None.
     """
 
     student_size: int
@@ -75,12 +77,27 @@ class Maps:
     pair_U: NDArray[np.int32]
     matched_U: NDArray[np.int32]
     prefix: PrefixMaps | None
+    blanks: Blanks | None = None
 
     @classmethod
     def of(
-        cls, projection: Projection, unreached: Unreached, student: TokenTable, teacher: TokenTable | None = None
+        cls,
+        projection: Projection,
+        unreached: Unreached,
+        student: TokenTable,
+        teacher: TokenTable | None = None,
+        *,
+        prefix: bool = True,
     ) -> "Maps":
-        """Maps of one projection under one policy for unreached teacher tokens; ``teacher`` is for byte-prefix."""
+        """Maps of one projection under one policy for unreached teacher tokens.
+
+        Args:
+            projection: W.
+            unreached: what becomes of teacher tokens that no row of W reaches.
+            student: its tokens.
+            teacher: its tokens; without them no row is shifted and there are no maps for byte-prefix.
+            prefix: make the maps for byte-prefix.
+        """
         return cls(
             projection.student.size,
             projection.teacher.size,
@@ -88,7 +105,8 @@ class Maps:
             Routes.of(projection.routes(unreached), projection.columns_by_kind()),
             projection.common_student(),
             projection.matched_student(),
-            None if teacher is None else PrefixMaps.of(student, teacher, projection),
+            PrefixMaps.of(student, teacher, projection) if teacher is not None and prefix else None,
+            None if teacher is None else Blanks(student, teacher),
         )
 
 
@@ -105,9 +123,29 @@ class _Source:
     end_C: NDArray[np.int64]
 
     @cached_property
-    def merged(self) -> tuple[Rows, NDArray[np.int64]]:
-        """Rows, and which is each chunk's."""
+    def shifted(self) -> Shifted:
+        """Rows, with those of chunks that one side begins with a blank of its own shifted."""
+        rows = self.rows.rows
+        if self.maps.blanks is None:
+            return Shifted(rows, self.start_C, 0)
+        return self.maps.blanks.shift(self.batch, self.samples, rows, self.start_C)
+
+    @cached_property
+    def plain(self) -> tuple[Rows, NDArray[np.int64]]:
+        """Rows as the teacher gave them, and which is each chunk's."""
         return merge_rows(self.rows.rows, self.start_C, self.end_C, self.recipe.merge, self.maps.teacher_size)
+
+    @cached_property
+    def merged(self) -> tuple[Rows, NDArray[np.int64]]:
+        """Rows in the student's terms, and which is each chunk's; a mean has no shifted rows, and leaves them out."""
+        rows, row_C = self.plain
+        shifted = self.shifted
+        if not shifted.chunks:
+            return rows, row_C
+        moved_C = shifted.row_C != self.start_C
+        if self.recipe.merge == "mean":
+            return rows, np.where(moved_C, -1, row_C)
+        return shifted.rows, np.where(moved_C & (row_C == self.start_C), shifted.row_C, row_C)
 
     def split(self, pair_U: NDArray[np.int32]) -> tuple[NDArray[Any], ...]:
         """``split_targets`` of every chunk."""
@@ -120,10 +158,12 @@ def target_batch(
 ) -> tuple[pa.RecordBatch, Counter[str]]:
     """Rows of ``schemas.tables.targets`` for these samples, and counts for ``Part.counts``.
 
-    Counts: ``chunks`` with bytes or eos, ``chunks_1_1`` among them, ``chunks_with_row``, ``snapped`` samples; under
-    ALM ``space_chunks``, those with a number in alm_space_logprob; under P-KL ``mass_*_ppm``: teacher mass in
-    millionths of a chunk that is exact, reached by pieces only, moved, lost, and not kept (rest); divide by 1e6 times
-    ``chunks_with_row`` for shares. Where REST is unknown the shares are those of what was kept.
+    Counts: ``chunks`` with bytes or eos, ``chunks_1_1`` among them, ``chunks_with_row``, ``chunks_shifted``, which one
+    side begins with a blank of its own; ``snapped`` samples of the student and ``teacher_snapped`` ones, ``ends_moved``
+    and ``teacher_ends_moved``, tokens whose own end is not known; under ALM ``space_chunks``, those with a number in
+    alm_space_logprob; under P-KL ``mass_*_ppm``: teacher mass in millionths of a chunk that is exact, reached by pieces
+    only, moved, lost, and not kept (rest); divide by 1e6 times ``chunks_with_row`` for shares. Where REST is unknown
+    the shares are those of what was kept.
 
     Raises:
         VerificationError: lists of a sample do not fit each other.
@@ -207,8 +247,26 @@ def _counts(source: _Source) -> Counter[str]:
         chunks=sum(len(sample.chunks.student_end) - int(sample.chunks.lead) for sample in samples),
         chunks_1_1=sum(sample.chunks.one_to_one for sample in samples),
         chunks_with_row=int((source.start_C >= 0).sum()),
+        chunks_shifted=source.shifted.chunks,
         snapped=sum(sample.encoded.snapped for sample in samples),
+        **_precision(source),
     )
+
+
+def _precision(source: _Source) -> dict[str, int]:
+    """Where either side's ends are not exact; nothing where the vocabularies are not at hand."""
+    blanks, batch = source.maps.blanks, source.batch
+    if blanks is None:
+        return {}
+    mine, theirs = blanks.student, blanks.teacher
+    at_N = [sample.at for sample in source.samples]
+    stops = np.cumsum(list_lengths(batch, "teacher_ids"))[:-1]
+    ids, ends = (np.split(flat(batch, name), stops) for name in ("teacher_ids", "teacher_end"))
+    return {
+        "ends_moved": sum(mine.moved_ends(one.encoded.ids, one.encoded.ends) for one in source.samples),
+        "teacher_snapped": sum(batch["snapped"][at].as_py() for at in at_N),
+        "teacher_ends_moved": sum(theirs.moved_ends(ids[at], ends[at]) for at in at_N),
+    }
 
 
 def _ce(source: _Source) -> tuple[Values, Mapping[str, int]]:  # noqa: ARG001
@@ -242,7 +300,10 @@ def _gold(source: _Source) -> tuple[Values, Mapping[str, int]]:
 
 
 def _uld(source: _Source) -> tuple[Values, Mapping[str, int]]:
-    _, _, _, count_C, logprob_K = source.split(np.full(source.maps.teacher_size, -1, np.int32))
+    # probabilities by size alone: whose they are does not matter, so no row is shifted
+    rows, row_C = source.plain
+    none_U = np.full(source.maps.teacher_size, -1, np.int32)
+    _, _, _, count_C, logprob_K = split_targets(row_C, rows.offsets, rows.ids, rows.logprob, none_U)
     return {"uld_count": count_C, "uld_logprob": logprob_K, "factor_logprob": _factor(source)}, {}
 
 
@@ -270,8 +331,16 @@ def _alm(source: _Source) -> tuple[Values, Mapping[str, int]]:
 
 def _prefix(source: _Source) -> tuple[Values, Mapping[str, int]]:
     assert source.maps.prefix is not None, "byte-prefix needs both vocabularies"
-    rows, drawn = source.rows.rows, source.recipe.drawn
-    return prefix_columns(source.batch, source.samples, rows, source.start_C, source.maps.prefix, roots_only=drawn), {}
+    columns = prefix_columns(
+        source.batch,
+        source.samples,
+        source.shifted.rows,
+        source.start_C,
+        source.shifted.row_C,
+        source.maps.prefix,
+        roots_only=source.recipe.drawn,
+    )
+    return columns, {}
 
 
 def _skl(source: _Source) -> tuple[Values, Mapping[str, int]]:

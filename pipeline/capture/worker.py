@@ -166,7 +166,10 @@ class CaptureWorker:
         Raises:
             StopRun: there is no room to write.
         """
-        counts = {**prepared.counts, "snapped": sum(sample.snapped for sample in samples)}
+        moved = sum(
+            self._tokenizer.table.moved_ends(one.teacher_ids, one.teacher_end) for one in samples if one.snapped
+        )
+        counts = {**prepared.counts, "snapped": sum(sample.snapped for sample in samples), "ends_moved": moved}
         schema = capture(self._codec.temperatures, self._codec.name)
         write = partial(_write, samples, schema, self._codes, counts)
         check = CaptureCheck(self._tokenizer.table.size, self._codec)

@@ -29,6 +29,7 @@ def capture_figures(manifest: CaptureManifest) -> dict[str, Any]:
         "bytes_per_token": file_bytes / max(tokens, 1),
         "bad_documents": dict(manifest.corpus.bad),
         "snapped_samples": counts["snapped"],
+        **({"ends_moved": counts["ends_moved"]} if counts["snapped"] and "ends_moved" in counts else {}),
         **student,
         **({"audits": audits_line(manifest.audits)} if manifest.audits else {}),
         "teacher": f"{manifest.teacher.model} ({manifest.teacher.backend})",

@@ -6,6 +6,7 @@ Shapes: V tokens, M merges.
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
@@ -109,6 +110,16 @@ class TokenTable:
         filled = self.lengths > 0
         starts[filled] = self.data[self.offsets[:-1][filled]] == _SPACE
         return starts
+
+    @cached_property
+    def _spells_something(self) -> NDArray[np.bool_]:
+        """bool [V]: the token has bytes, and is not a lone blank, which may be a dummy space."""
+        return (self.lengths > 1) | ((self.lengths == 1) & ~self.starts_with_space())
+
+    def moved_ends(self, ids_T: NDArray[np.int32], end_T: NDArray[np.int32]) -> int:
+        """Tokens of a text whose own end is not known: they have bytes, and end where the token before them does."""
+        width_T = np.diff(end_T, prepend=np.int32(0))
+        return int(((width_T == 0) & self._spells_something[ids_T]).sum())
 
     def to_tables(self) -> tuple[pa.Table, pa.Table]:
         """The VOCAB and MERGES tables of ``schemas.tables``."""

@@ -1,0 +1,183 @@
+"""Chunks that one side begins with a blank of its own: the first of a text, and those behind an added token.
+
+A capture is written with rows made by hand; whose mass lands where is then read off the targets.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.align.blanks import shifted_row
+from pipeline.align.checks import Rules, summary_batch
+from pipeline.align.chunks import join
+from pipeline.align.rows import Recipe, Rows
+from pipeline.align.stage import encode
+from pipeline.align.targets import Maps, target_batch
+from pipeline.project.build import build_w
+from pipeline.store import Sample, capture_batch
+from pipeline.store.codec import STEP
+from pipeline.store.codec import encode as pack
+from pipeline.teachers.base import TeacherRows
+from pipeline.tokens import TextTokenizer, load_tokenizer
+from schemas.manifest import CodecInfo
+from schemas.tables import capture
+
+LOSSES = ["p-kl", "h-kl", "gold", "uld", "alm", "byte-prefix"]
+CODEC = CodecInfo(k=8, min_p=0.0, step=STEP)
+Dist = dict[bytes, float]
+
+
+def made(teacher: TextTokenizer, text: str, dists: dict[int, Dist]) -> pa.RecordBatch:
+    """A capture's batch of one text seen behind BOS: row n is ``dists[n]``, a token of the text else."""
+    encoded = teacher.encode(text, complete=False)
+    known, size = teacher.table.by_bytes(), len(encoded.ids)
+    ids, logprob = np.zeros((size, 3), np.int32), np.zeros((size, 3), np.float32)
+    for row in range(size):
+        others = [token for token in range(1000, 1010) if token not in encoded.ids]
+        dist = dists.get(row)
+        if dist is None:
+            ids[row], logprob[row] = [encoded.ids[row], *others[:2]], [-1e-6, -20, -21]
+        else:
+            ids[row], logprob[row] = [known[piece] for piece in dist], [math.log(p) for p in dist.values()]
+    realised = np.full(size, -1.0, np.float32)
+    rows = TeacherRows(ids, logprob, realised, np.ones(size, np.int32), None, np.full(size, -2.0, np.float32))
+    packed = pack(rows, k=8, min_p=0.0, vocab_size=teacher.table.size, step=STEP, temperatures=[])
+    sample = Sample(
+        sample_id="a#0",
+        text=text,
+        teacher_ids=encoded.ids,
+        teacher_end=encoded.ends,
+        packed=packed,
+        realised_logprob=realised,
+        space_logprob=rows.space_logprob,
+        first_row=0,
+        complete=False,
+        snapped=encoded.snapped,
+    )
+    batch = capture_batch([sample], capture(CODEC.temperatures, CODEC.name), None)
+    at = batch.schema.get_field_index("topk_codes")
+    if at >= 0:
+        batch = batch.rename_columns(["topk_ids" if name == "topk_codes" else name for name in batch.schema.names])
+    return batch.append_column("teacher_eos", pa.array([False]))
+
+
+@pytest.fixture(scope="module", params=["gemma3-llama2", "llama2-gemma3"])
+def pair(request: pytest.FixtureRequest, tokenizer_file: Callable[[str], Path]) -> list[TextTokenizer]:
+    """Teacher and student; Llama 2 puts a dummy space in front."""
+    return [_load(tokenizer_file(name)) for name in request.param.split("-")]
+
+
+@cache
+def _load(path: Path) -> TextTokenizer:
+    return load_tokenizer(str(path))
+
+
+@cache
+def _maps(teacher: TextTokenizer, student: TextTokenizer) -> Maps:
+    return Maps.of(build_w(student.table, teacher.table), "prefix", student.table, teacher.table)
+
+
+def target_of(found: pa.RecordBatch, prefix: str, index: int) -> dict[int, float]:
+    """id -> log-probability of the target of one chunk or token."""
+    counts = found[f"{prefix}_count"][0].as_py()
+    start = sum(counts[:index])
+    span = slice(start, start + counts[index])
+    ids, values = (found[f"{prefix}_{name}"][0].as_py()[span] for name in ("ids", "logprob"))
+    return dict(zip(ids, values, strict=True))
+
+
+def build(pair: list[TextTokenizer], batch: pa.RecordBatch, merge: str = "first") -> tuple[pa.RecordBatch, Any]:
+    teacher, student = pair
+    samples = join(batch, encode(student, batch), student.table.info.eos_id)
+    maps = _maps(teacher, student)
+    recipe = Recipe(LOSSES, merge, 1.0, CODEC)
+    found, counts = target_batch(batch, samples, maps, recipe)
+    Rules(maps, recipe).check(summary_batch(batch, samples, found, LOSSES))
+    return found, counts
+
+
+def first_rows(teacher: TextTokenizer) -> tuple[Dist, bytes]:
+    """A row for the start of "In 1998", and what stands in the text's place in the teacher's vocabulary."""
+    if teacher.table.info.name == "llama2":
+        return {b" The": 0.5, b" In": 0.25, b"In": 0.125}, b"In"
+    return {b"The": 0.5, b"In": 0.25, b" In": 0.125}, b" In"
+
+
+def test_the_first_chunk_has_its_mass_where_the_student_can_put_it(pair: list[TextTokenizer]) -> None:
+    teacher = pair[0]
+    dist, shifted = first_rows(teacher)
+    found, counts = build(pair, made(teacher, "In 1998", {0: dist}))
+    assert counts["chunks_shifted"] == 1
+    realised = found["student_ids"][0].as_py()[0]
+    wanted = teacher.table.by_bytes()[shifted]
+    other = teacher.table.by_bytes()[b" The" if shifted == b" In" else b"The"]
+    target = target_of(found, "pkl", 0)
+    assert math.exp(target[wanted]) == pytest.approx(0.25, rel=0.02)
+    assert math.exp(target[other]) == pytest.approx(0.5, rel=0.02)
+    assert len(target) == 2
+    rest = found["pkl_rest_logprob"][0].as_py()[0]
+    assert math.exp(rest) == pytest.approx(0.25, rel=0.05)  # what was not kept, and the token without a counterpart
+    for prefix in ("hkl_common", "gold", "prefix"):
+        names = {"hkl_common": ("hkl_common_count", "hkl_common_ids", "hkl_common_logprob")}.get(prefix)
+        column = target_of(found, prefix, 0) if names is None else by_names(found, names)
+        assert math.exp(column[realised]) == pytest.approx(0.25, rel=0.02)
+    # what compares no tokens is as the teacher said it
+    assert found["uld_count"][0].as_py()[0] == 3
+    assert found["teacher_logprob"][0].as_py()[0] == pytest.approx(-1.0)
+
+
+def by_names(found: pa.RecordBatch, names: tuple[str, str, str]) -> dict[int, float]:
+    count, ids, values = (found[name][0].as_py() for name in names)
+    return dict(zip(ids[: count[0]], values[: count[0]], strict=True))
+
+
+def test_a_mean_leaves_the_chunk_out(pair: list[TextTokenizer]) -> None:
+    dist, _ = first_rows(pair[0])
+    found, counts = build(pair, made(pair[0], "In 1998", {0: dist}), "mean")
+    assert (counts["chunks_shifted"], found["pkl_count"][0].as_py()[0]) == (1, 0)
+    assert found["pkl_count"][0].as_py()[1] > 0
+
+
+def test_texts_whose_sides_begin_alike_are_not_touched(pair: list[TextTokenizer]) -> None:
+    # a blank in the text, or a character that the dummy space cannot join: it is a token of its own then
+    for text in (" In 1998", "\n1998"):
+        _, counts = build(pair, made(pair[0], text, {}))
+        assert counts["chunks_shifted"] == 0
+    _, counts = build([pair[0], pair[0]], made(pair[0], "In 1998", {}))
+    assert counts["chunks_shifted"] == 0
+
+
+def test_a_blank_behind_an_added_token(tokenizer_file: Callable[[str], Path], tmp_path: Path) -> None:
+    source = tokenizer_file("llama2")
+    data = json.loads(source.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    data["added_tokens"].append({"id": len(data["model"]["vocab"]), "content": "<|im|>", **flags})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text((source.parent / "tokenizer_config.json").read_text())
+    marked, plain = _load(tmp_path), _load(source)
+    _, counts = build([marked, plain], made(marked, "In<|im|>user\n<|im|> x", {}))
+    # "user" only: both begin the text alike, and " x" has its own blank
+    assert (counts["chunks_shifted"], counts["teacher_snapped"], counts["teacher_ends_moved"]) == (1, 1, 0)
+
+
+def test_ids_that_meet_are_joined_and_the_lost_go_to_rest() -> None:
+    to_U = np.array([3, 3, -1, -1], np.int32)
+    p = np.array([0.1, 0.2, 0.3, 0.15])
+    rows = Rows(np.array([0, 4]), np.arange(4, dtype=np.int32), np.log(p), np.log([0.25]), p)
+    ids, logprob, rest = shifted_row(rows, 0, to_U)
+    assert ids.tolist() == [3]
+    assert np.exp(logprob) == pytest.approx([0.3])
+    assert np.exp(rest) == pytest.approx(0.7)
+    unknown = Rows(rows.offsets, rows.ids, rows.logprob, np.array([np.nan]), p)
+    _, logprob, rest = shifted_row(unknown, 0, to_U)
+    assert np.exp(logprob) == pytest.approx([1.0])
+    assert np.isnan(rest)
+    ids, _, rest = shifted_row(rows, 0, np.full(4, -1, np.int32))
+    assert (len(ids), np.exp(rest)) == (0, pytest.approx(1.0))
