@@ -11,11 +11,12 @@ from itertools import islice
 
 import pyarrow as pa
 
+from pipeline.corpus.damage import check_head, problem_of
 from pipeline.corpus.listing import FORMATS, CorpusFile, list_files, reader_of, suffix_of
 from pipeline.corpus.readers import Fields, FileProblem, Problem, Row
 from schemas.capture_config import CorpusConfig
-from schemas.errors import XtokenError
-from schemas.remote import named_errors, open_filesystem
+from schemas.errors import Unreachable, XtokenError
+from schemas.remote import may_pass, named_errors, open_filesystem
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Memory for checking ids: about 100 bytes each. Later ids are not checked.
@@ -107,6 +108,7 @@ class Corpus:
         try:
             # a network that fails says nothing about the file
             with named_errors(file.path), self._fs.open(file.path, "rb") as stream:
+                check_head(stream, suffix)
                 for row in reader_of(suffix)(stream, self._fields, start):
                     last = row.number
                     yield row
@@ -117,9 +119,11 @@ class Corpus:
                 f"{file.path} was listed, but is gone; bring it back or start a new run without it"
             ) from error
         except unreadable as error:
-            where = f"after record {last}" if last >= start else "from the start"
-            detail = f"unreadable {where} ({type(error).__name__}: {error})"
-            self._bad(file.name, Problem("unreadable file", detail, "fetch or write the file again"))
+            if isinstance(error, OSError) and error.errno is not None:
+                # of the disk, or a right that is missing: it says nothing about the file either
+                kind = Unreachable if may_pass(error) else XtokenError
+                raise kind(f"{file.path} cannot be read ({error.strerror}); check its rights and its disk") from error
+            self._bad(file.name, problem_of(error, last if last >= start else None))
 
     def _document(self, index: int, row: Row) -> Document | None:
         file = self.files[index]
