@@ -20,7 +20,7 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
-from schemas.capture_config import CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
+from schemas.capture_config import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
 from schemas.config import AlignConfig, DemoConfig, InspectConfig, ProjectConfig, QueryConfig, VerifyConfig
 from schemas.errors import PartlyDone, XtokenError
 from schemas.flags import build, build_each, command, flag, options
@@ -200,7 +200,7 @@ def run_train(config: TrainConfig, bars: Bars) -> Figures:
     tokenizer = load_tokenizer(config.tokenizer_source, trust_remote_code=config.trust_remote_code)
     samples = []
     if config.eval_text:
-        corpus = CorpusConfig(corpus=config.eval_text, id_field=config.eval_id_field)
+        corpus = CorpusConfig(corpus=config.eval_text, id_field=config.eval_id_field, split=[ONLY])
         samples = eval_samples(corpus, tokenizer, config.max_tokens)
     summary = train(config, tokenizer.table.info, samples, bars)
     return summary | ({"learned_w": _learned_w(config, summary["learned_w"])} if "learned_w" in summary else {})
@@ -241,7 +241,7 @@ def run_eval(config: EvalConfig, bars: Bars) -> Figures:
     samples = []
     if config.text:
         names = {"text_field": config.text_field, "id_field": config.id_field}
-        corpus = CorpusConfig(corpus=config.text, limit=config.limit, **names)
+        corpus = CorpusConfig(corpus=config.text, limit=config.limit, split=[ONLY], **names)
         samples = eval_samples(corpus, tokenizer, config.max_tokens)
     return dict(evaluate(config, tokenizer.table.info, samples, bars))
 

@@ -67,6 +67,7 @@ def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
     return {
         "dry_run": "nothing was written",
         "plan": "there" if plan is not None else "would be made",
+        **pilot.pool.listing.figures,
         "shards": len(work.sizes),
         "shards_done": len(work.done),
         "shards_left": len(work.sizes) - len(work.done),

@@ -275,6 +275,7 @@ def _text_batches(found: Sequence[Window], schema: pa.Schema, *, text: bool) -> 
 def _corpus_figures(pool: Pool, tokens: Ratio) -> dict[str, Any]:
     total = tokens.value * pool.text_bytes
     return {
+        **pool.listing.figures,
         "documents": pool.documents,
         "text_bytes": pool.text_bytes,
         "tokens": round(total),

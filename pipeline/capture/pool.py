@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipeline.corpus import Corpus, Document
+from pipeline.corpus import Corpus, Document, Listing
 from schemas.capture_config import CorpusConfig
 from schemas.errors import XtokenError
 from schemas.progress import Progress
@@ -26,16 +26,21 @@ class Pool:
     Attributes:
         documents, text_bytes: of the whole corpus.
         sizes: bytes of text of each part that a capture with this ``shard_bytes`` has.
-        files: names and sizes, in order.
+        listing: the files.
         pieces: documents, or pieces of long ones; all of the corpus if ``whole``.
     """
 
     documents: int
     text_bytes: int
     sizes: list[int]
-    files: list[tuple[str, int]]
+    listing: Listing
     pieces: list[Document]
     whole: bool
+
+    @property
+    def files(self) -> list[tuple[str, int]]:
+        """Names and sizes, in order."""
+        return [(file.name, file.size) for file in self.listing.files]
 
     @property
     def shards(self) -> int:
@@ -100,7 +105,7 @@ def take_pool(config: CorpusConfig, shard_bytes: int, size: int, progress: Progr
     """
     corpus = Corpus(config)
     picker, documents, sizes, full = _Picker(size), 0, list[int](), True
-    progress.start("read", None, "bytes")
+    progress.start(corpus.listing.label("read"), None, "bytes")
     for document in corpus.documents():
         text_bytes = len(document.text.encode())
         picker.add(document, text_bytes)
@@ -115,8 +120,7 @@ def take_pool(config: CorpusConfig, shard_bytes: int, size: int, progress: Progr
         raise XtokenError(
             f"{config.corpus} has no usable document (bad: {dict(corpus.bad)}); check --text-field and the path"
         )
-    files = [(file.name, file.size) for file in corpus.files]
-    return Pool(documents, picker.text_bytes, sizes, files, picker.pieces, picker.all is not None)
+    return Pool(documents, picker.text_bytes, sizes, corpus.listing, picker.pieces, picker.all is not None)
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:

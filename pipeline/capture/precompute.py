@@ -158,7 +158,7 @@ def _work(run: _Run, executor: Executor | None, make_job: MakeJob, progress: Pro
 def _run(
     run: _Run, executor: Executor | None, make_job: MakeJob, missing: list[int], board: Board, progress: Progress
 ) -> dict[int, str]:
-    check_files(run.config.out, run.plan, run.config)
+    board.log_corpus(check_files(run.config.out, run.plan, run.config))
     progress.start("precompute", board.text_bytes, "bytes", board.text_bytes_done)
     try:
         return (executor or _executor(run.config)).run(make_job(run.config), missing, board)

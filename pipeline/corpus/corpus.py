@@ -5,7 +5,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -55,12 +55,17 @@ class Corpus:
 
     Attributes:
         files: what is read, in order.
+        listing: that, and what is not read.
         bad: documents skipped (or, for lone surrogates, mended) so far under ``on_bad="skip"``, by
             reason; what several passes meet is counted by each. A file that cannot be read counts once.
     """
 
-    def __init__(self, config: CorpusConfig) -> None:
+    def __init__(self, config: CorpusConfig, planned: Collection[str] = ()) -> None:
         """List the files; nothing is read yet.
+
+        Args:
+            config: which documents.
+            planned: names of files that a plan of them has.
 
         Raises:
             XtokenError: there is no corpus, or nothing in it can be read.
@@ -68,7 +73,8 @@ class Corpus:
         self._config = config
         self._fields = Fields(config.text_field, config.id_field)
         self._fs, root = open_filesystem(config.corpus)
-        self.files = list_files(self._fs, root, config.corpus)
+        self.listing = list_files(self._fs, root, config.corpus, config.split, planned)
+        self.files = self.listing.files
         self.bad: Counter[str] = Counter()
         if len(self.files) == 1 and suffix_of(self.files[0].name) is None:
             raise XtokenError(
