@@ -24,6 +24,7 @@ from schemas.capture_config import ONLY, CorpusConfig, EstimateConfig, Precomput
 from schemas.config import AlignConfig, DemoConfig, InspectConfig, ProjectConfig, QueryConfig, VerifyConfig
 from schemas.errors import PartlyDone, XtokenError
 from schemas.flags import build, build_each, command, flag, options
+from schemas.places import refuse_inside
 from schemas.progress import Bars
 from schemas.share_config import CardConfig, MergeConfig, PullConfig, PushConfig
 from schemas.train_config import EvalConfig, ReportConfig, TrainConfig
@@ -197,6 +198,8 @@ def run_train(config: TrainConfig, bars: Bars) -> Figures:
     from pipeline.tokens import load_tokenizer
     from trainer.loop import train
 
+    if config.eval_text:
+        refuse_inside("--out", config.out, config.eval_text)
     tokenizer = load_tokenizer(config.tokenizer_source, trust_remote_code=config.trust_remote_code)
     samples = []
     if config.eval_text:

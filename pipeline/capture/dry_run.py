@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.capture.estimate import Pilot, take_pilot
 from pipeline.capture.fleet import Fleet, fleet_here, fleet_of_ray
 from pipeline.capture.plan import check_files, load_plan, settle_plan
+from pipeline.capture.precompute import refuse_places
 from pipeline.capture.run_log import log_path
 from pipeline.capture.settings import check_settings, run_settings
 from pipeline.capture.status import committed_indices, duration
@@ -52,6 +53,7 @@ def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
     Raises:
         XtokenError: what would stop the run before its first shard: input, settings, folder, teacher or cluster.
     """
+    refuse_places(config)
     folder = Folder(config.out)
     _check_settings(config, folder)
     if (plan := load_plan(folder)) is not None:

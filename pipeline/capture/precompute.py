@@ -37,10 +37,12 @@ from pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
 from schemas.capture_config import PrecomputeConfig
 from schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError
 from schemas.manifest import MANIFEST, CaptureManifest, Part, provenance, read_manifest
+from schemas.places import refuse_inside
 from schemas.progress import Progress
 from schemas.remote import patiently
 
 _NAMED = 5
+_OWN = ("data", "commits")  # folders below --out
 MakeJob = Callable[[PrecomputeConfig], Job]
 
 
@@ -84,6 +86,7 @@ def precompute(
             to write.
         IncompleteRun: some shards failed three times; the others are committed.
     """
+    refuse_places(config)
     check_backend(config)
     folder = Folder(config.out)
     refuse_unshared(config.out)
@@ -100,6 +103,19 @@ def precompute(
         if fresh and config.cell is None and not committed(config.out):
             _forget(folder)
         raise
+
+
+def refuse_places(config: PrecomputeConfig) -> None:
+    """Refuse to write where the corpus lies.
+
+    Raises:
+        XtokenError: ``out`` or the log lies inside the corpus, or the corpus where ``out`` has files of its own.
+    """
+    refuse_inside("--out", config.out, config.corpus)
+    if config.log is not None:
+        refuse_inside("--log", config.log, config.corpus)
+    for name in _OWN:
+        refuse_inside("corpus", config.corpus, f"{config.out.rstrip('/')}/{name}", "the capture's own files go there")
 
 
 def _settle(
