@@ -25,7 +25,7 @@ class CorpusConfig(Config):
     """Which documents are read, and what happens to bad ones."""
 
     corpus: str = argument(
-        "File, folder or fsspec URL: .jsonl[.zst|.gz], .parquet, .txt, .md, or a saved Hugging Face dataset."
+        "File, folder or fsspec URL: .jsonl[.zst|.gz], .parquet, .arrow, .txt, .md, or a saved Hugging Face dataset."
     )
     text_field: str = Field("text", description="Field or column that holds the text.")
     id_field: str | None = Field(None, description="Field with a unique document id; else file name and record number.")
@@ -57,6 +57,11 @@ class RowsConfig(CorpusConfig):
 
     teacher: str = Field(description="Hugging Face id or folder of the teacher.")
     backend: Literal["hf", "vllm", "fake"] = Field("hf", description="Engine that runs the teacher.")
+    on_rendered: Literal["stop", "text"] = Field(
+        "stop",
+        description="Text that looks rendered by a chat template, by the teacher's control tokens in it, stops the run "
+        "or is taken as text.",
+    )
     codec: Literal["topk", "sampled"] = Field(
         "topk", description="topk serves every loss; sampled (full rows: hf) is unbiased for p-kl, sparse-kl, the root."
     )

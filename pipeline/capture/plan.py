@@ -6,12 +6,14 @@ so that a corpus that changes under a run stops it.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.capture.rendered import Look
 from pipeline.capture.settings import another_run
 from pipeline.corpus import Corpus, Document, Listing
 from pipeline.store import Folder, StopRun
@@ -80,17 +82,24 @@ class _Hasher:
         return self._sha256.hexdigest()
 
 
-def make_plan(config: CorpusConfig, shard_bytes: int, progress: Progress) -> Plan:
+def make_plan(config: CorpusConfig, shard_bytes: int, progress: Progress, look: Look | None = None) -> Plan:
     """Read the corpus once and cut it into shards that close at ``shard_bytes`` of text.
 
+    Args:
+        config: the corpus.
+        shard_bytes: as above.
+        progress: told the bytes of text read.
+        look: shown every document.
+
     Raises:
-        XtokenError: the corpus is missing, empty, or has a bad document under ``--on-bad stop``.
+        XtokenError: the corpus is missing, empty, has a bad document under ``--on-bad stop``, or looks rendered.
     """
     corpus = Corpus(config)
     files = [(file.name, file.size) for file in corpus.files]
     whole, shards = _Hasher(), []
     progress.start(corpus.listing.label("plan"), None, "bytes")
-    for shard in _cut(corpus, shard_bytes, whole):
+    documents = corpus.documents() if look is None else look.over(corpus.documents())
+    for shard in _cut(documents, shard_bytes, whole):
         shards.append(shard)
         progress.advance(shard.text_bytes, documents=whole.documents)
     progress.finish()
@@ -103,7 +112,7 @@ def make_plan(config: CorpusConfig, shard_bytes: int, progress: Progress) -> Pla
         hash=whole.hexdigest(),
         documents=whole.documents,
         text_bytes=whole.text_bytes,
-        bad=dict(sorted(corpus.bad.items())),
+        bad=dict(sorted((corpus.bad + Counter(look.counts if look is not None else {})).items())),
         options=_options(config),
     )
     return Plan(corpus=info, files=files, shard_bytes=shard_bytes, shards=shards)
@@ -115,10 +124,10 @@ def _options(config: CorpusConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in _OPTIONS} | late
 
 
-def _cut(corpus: Corpus, shard_bytes: int, whole: _Hasher) -> Iterator[Shard]:
+def _cut(documents: Iterator[Document], shard_bytes: int, whole: _Hasher) -> Iterator[Shard]:
     index, part = 0, _Hasher()
     first: Document | None = None
-    for document in corpus.documents():
+    for document in documents:
         first = first or document
         whole.add(document)
         part.add(document)
@@ -156,15 +165,17 @@ def load_plan(folder: Folder) -> Plan | None:
         ) from error
 
 
-def settle_plan(folder: Folder, config: CorpusConfig, shard_bytes: int, progress: Progress) -> Plan:
+def settle_plan(
+    folder: Folder, config: CorpusConfig, shard_bytes: int, progress: Progress, look: Look | None = None
+) -> Plan:
     """The folder's plan, made and written on the first run, checked against the options on later ones.
 
     Raises:
-        XtokenError: the corpus options or the shard size are not those of the plan.
+        XtokenError: as ``make_plan``; or the corpus options or the shard size are not those of the plan.
     """
     plan = load_plan(folder)
     if plan is None:
-        plan = make_plan(config, shard_bytes, progress)
+        plan = make_plan(config, shard_bytes, progress, look)
         folder.create(PLAN_FILE, plan.model_dump_json(indent=1).encode() + b"\n")
         return plan
     _check_options(folder, plan, config, shard_bytes)

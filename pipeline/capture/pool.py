@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from pipeline.capture.rendered import Look
 from pipeline.corpus import Corpus, Document, Listing
 from schemas.capture_config import CorpusConfig
 from schemas.errors import XtokenError
@@ -91,7 +92,7 @@ def _piece(document: Document, place: float, text_bytes: int) -> Document:
     return Document(f"{document.id}@{start}", text[start : start + size], document.file, document.record)
 
 
-def take_pool(config: CorpusConfig, shard_bytes: int, size: int, progress: Progress) -> Pool:
+def take_pool(config: CorpusConfig, shard_bytes: int, size: int, progress: Progress, look: Look | None = None) -> Pool:
     """Read a corpus once.
 
     Args:
@@ -99,14 +100,15 @@ def take_pool(config: CorpusConfig, shard_bytes: int, size: int, progress: Progr
         shard_bytes: text of a part, as for the plan of a capture.
         size: bytes of text up to which the whole corpus is kept; of a larger one, that much to twice as much.
         progress: told the bytes of text read.
+        look: shown every document.
 
     Raises:
-        XtokenError: the corpus is missing, empty, or has a bad document under ``--on-bad stop``.
+        XtokenError: the corpus is missing, empty, has a bad document under ``--on-bad stop``, or looks rendered.
     """
     corpus = Corpus(config)
     picker, documents, sizes, full = _Picker(size), 0, list[int](), True
     progress.start(corpus.listing.label("read"), None, "bytes")
-    for document in corpus.documents():
+    for document in corpus.documents() if look is None else look.over(corpus.documents()):
         text_bytes = len(document.text.encode())
         picker.add(document, text_bytes)
         documents += 1

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from pipeline.capture.audit import accepted_audits
 from pipeline.capture.board import Board
 from pipeline.capture.executor import LocalExecutor, refuse_unshared
-from pipeline.capture.pilot import corpus_codes
+from pipeline.capture.pilot import corpus_codes, look_at_some
 from pipeline.capture.plan import PLAN_FILE, Plan, check_files, settle_plan
+from pipeline.capture.rendered import Look
 from pipeline.capture.settings import (
     RUN_FILE,
     TEACHER_FILE,
@@ -123,8 +124,12 @@ def _settle(
 ) -> _Run:
     """Plan and token tables, made by the first run and checked by the later ones; a refused audit stays refused."""
     accepted_audits(config, folder)
-    plan = settle_plan(folder, config, config.shard_bytes, progress)
+    look = Look.of(config, tokenizer)
+    plan = settle_plan(folder, config, config.shard_bytes, progress, look)
     if not folder.exists(VOCAB_FILE):
+        if look.documents == 0:
+            # the plan was made before, perhaps for a teacher of other control tokens
+            look_at_some(config, plan, look)
         write_vocab(folder, tokenizer.table, corpus_codes(config, plan, tokenizer))
     files = check_vocab(folder, tokenizer.table)
     return _Run(config, folder, tokenizer.table, settings, plan, files)

@@ -12,6 +12,7 @@ class ByteTokenizer:
     """A ``TextTokenizer`` whose tokens are the bytes themselves."""
 
     cuts_at_spaces = True
+    controls: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         """Build the table of 256 tokens."""

@@ -40,6 +40,8 @@ class HfTokenizer:
         """
         self.table = table
         self.cuts_at_spaces = cuts_at_spaces
+        controls = (token_id for token_id, role in enumerate(table.role) if role not in (None, "hole"))
+        self.controls = frozenset(filter(None, map(backend.id_to_token, controls)))
         self._backend = backend
         self._normalizer = normalizer
         self._pieces = table.pieces()

@@ -40,10 +40,12 @@ class TextTokenizer(Protocol):
     Attributes:
         table: what its tokens mean.
         cuts_at_spaces: a text cut before a space that follows no whitespace, where a token ends, has the tokens it had.
+        controls: how its control tokens are written; in a text, these are text.
     """
 
     table: TokenTable
     cuts_at_spaces: bool
+    controls: frozenset[str]
 
     def normalise(self, text: str) -> str:
         """The text as this tokenizer sees it where that is stable under repetition, else ``text`` itself."""
