@@ -20,10 +20,11 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
-from schemas.capture_config import CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
+from schemas.capture_config import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
 from schemas.config import AlignConfig, DemoConfig, InspectConfig, ProjectConfig, QueryConfig, VerifyConfig
 from schemas.errors import PartlyDone, XtokenError
 from schemas.flags import build, build_each, command, flag, options
+from schemas.inside import refuse_inside
 from schemas.progress import Bars
 from schemas.share_config import CardConfig, MergeConfig, PullConfig, PushConfig
 from schemas.train_config import EvalConfig, ReportConfig, TrainConfig
@@ -197,11 +198,13 @@ def run_train(config: TrainConfig, bars: Bars) -> Figures:
     from pipeline.tokens import load_tokenizer, refuse_long_prefix
     from trainer.loop import train
 
+    if config.eval_text:
+        refuse_inside("--out", config.out, config.eval_text)
     tokenizer = load_tokenizer(config.tokenizer_source, trust_remote_code=config.trust_remote_code)
     refuse_long_prefix(tokenizer)
     samples = []
     if config.eval_text:
-        corpus = CorpusConfig(corpus=config.eval_text, id_field=config.eval_id_field)
+        corpus = CorpusConfig(corpus=config.eval_text, id_field=config.eval_id_field, split=[ONLY])
         samples = eval_samples(corpus, tokenizer, config.max_tokens)
     summary = train(config, tokenizer.table.info, samples, bars)
     return summary | ({"learned_w": _learned_w(config, summary["learned_w"])} if "learned_w" in summary else {})
@@ -243,7 +246,7 @@ def run_eval(config: EvalConfig, bars: Bars) -> Figures:
     samples = []
     if config.text:
         names = {"text_field": config.text_field, "id_field": config.id_field}
-        corpus = CorpusConfig(corpus=config.text, limit=config.limit, **names)
+        corpus = CorpusConfig(corpus=config.text, limit=config.limit, split=[ONLY], **names)
         samples = eval_samples(corpus, tokenizer, config.max_tokens)
     return dict(evaluate(config, tokenizer.table.info, samples, bars))
 

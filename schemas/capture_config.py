@@ -7,19 +7,49 @@ from pydantic import Field, field_validator, model_validator
 
 from schemas.fields import Config, argument, ray_address
 
+TRAIN, ALL, ONLY = "train", "all", "only"
+# Words for splits, as Hugging Face's datasets finds them in names of files.
+_SPLITS = {
+    TRAIN: ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def split_named(word: str) -> str | None:
+    """The split that a word means; None if it means none."""
+    return next((split for split, words in _SPLITS.items() if word in words), None)
+
 
 class CorpusConfig(Config):
     """Which documents are read, and what happens to bad ones."""
 
     corpus: str = argument(
-        "File, folder or fsspec URL: .jsonl[.zst|.gz], .parquet, .txt, .md, or a saved Hugging Face dataset."
+        "File, folder or fsspec URL: .jsonl[.zst|.gz], .parquet, .arrow, .txt, .md, or a saved Hugging Face dataset."
     )
     text_field: str = Field("text", description="Field or column that holds the text.")
     id_field: str | None = Field(None, description="Field with a unique document id; else file name and record number.")
+    split: list[str] = Field(
+        default=[TRAIN],
+        description="Files of a folder that are read: train (and those that name no split), validation, test, all; "
+        "only: whichever split there is, if it is one.",
+    )
     limit: int | None = Field(None, ge=1, description="Read only the first N documents.")
     on_bad: Literal["stop", "skip"] = Field(
         "stop", description="A bad document stops the run, or is counted and skipped."
     )
+
+    @field_validator("split")
+    @classmethod
+    def _known_splits(cls, value: list[str]) -> list[str]:
+        known = [*_SPLITS, ALL, ONLY]
+        found = [split_named(word) or word for word in value]
+        for word in found or [""]:
+            if word not in known:
+                raise ValueError(
+                    f"{word!r} is none of {', '.join(known)}; any other file or folder is read by its name"
+                )
+        return sorted(set(found), key=known.index)
 
 
 class RowsConfig(CorpusConfig):
@@ -27,6 +57,11 @@ class RowsConfig(CorpusConfig):
 
     teacher: str = Field(description="Hugging Face id or folder of the teacher.")
     backend: Literal["hf", "vllm", "fake"] = Field("hf", description="Engine that runs the teacher.")
+    on_rendered: Literal["stop", "text"] = Field(
+        "stop",
+        description="Text that looks rendered by a chat template, by the teacher's control tokens in it, stops the run "
+        "or is taken as text.",
+    )
     codec: Literal["topk", "sampled"] = Field(
         "topk", description="topk serves every loss; sampled (full rows: hf) is unbiased for p-kl, sparse-kl, the root."
     )

@@ -4,6 +4,7 @@ Credentials and endpoints are those of fsspec and its clients: nothing of them p
 """
 
 import errno
+import gzip
 import io
 import os
 import random
@@ -25,6 +26,7 @@ from schemas.limits import FOOTER_BYTES
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_ONCE = 16  # small requests wait for the network, not for us
 _TAIL = 1 << 16  # bytes that hold nearly every Parquet footer
+_LOCAL = ("", "file", "local")  # protocols of this machine's own files
 # Packages that reach servers; their errors are no defect of ours.
 _CLIENTS = {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google"}
 _CLIENTS |= {"httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "requests", "s3fs", "urllib3"}
@@ -95,7 +97,7 @@ def named_errors(url: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not protocol(url) or not _of_network(error):
+        if protocol(url) in _LOCAL or not _of_network(error):
             raise
         way_out = _WAY_OUT.get(protocol(url), "check the URL, and credentials as fsspec's client of it takes them")
         kind = Unreachable if may_pass(error) else XtokenError
@@ -162,7 +164,7 @@ def patiently(
 
 
 def _of_network(error: Exception) -> bool:
-    if isinstance(error, XtokenError | FileNotFoundError | FileExistsError):
+    if isinstance(error, XtokenError | FileNotFoundError | FileExistsError | gzip.BadGzipFile):
         return False
     if {base.__module__.split(".")[0] for base in type(error).__mro__} & _CLIENTS:
         return True

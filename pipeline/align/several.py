@@ -21,6 +21,7 @@ from pipeline.store.figures import target_figures
 from pipeline.tokens import load_tokenizer
 from schemas.config import AlignConfig
 from schemas.errors import IncompleteRun, PartlyDone, XtokenError
+from schemas.inside import refuse_inside
 from schemas.manifest import CaptureManifest, TargetManifest, content_hash, read_manifest
 from schemas.progress import Progress
 
@@ -55,6 +56,8 @@ def run_captures(config: AlignConfig, progress: Progress) -> dict[str, Any]:
     """
     if not config.captures:
         raise XtokenError("no capture named; 'xtoken precompute' writes one")
+    if config.corpus is not None:
+        refuse_inside("--out", config.out, config.corpus)
     if len(config.captures) == 1:
         outcome = _outcome(config, progress)
         if outcome.error is None:

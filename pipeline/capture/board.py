@@ -21,6 +21,7 @@ from pipeline.capture.rate import Rate
 from pipeline.capture.run_log import RunLog, log_path, utc_now
 from pipeline.capture.settings import read_teacher
 from pipeline.capture.work import Event
+from pipeline.corpus import Listing
 from pipeline.store import Folder
 from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
@@ -91,6 +92,10 @@ class Board:
         self._over = threading.Event()
         self._beat = threading.Thread(target=self._live_on, name="xtoken-heartbeat", daemon=True)
         self._log.write("run", **self._who(), plan=plan.hash, shards=len(self._sizes), done=len(self._done))
+
+    def log_corpus(self, listing: Listing) -> None:
+        """Log which files are read, and how many are left out, by what they are."""
+        self._log.write("corpus", **listing.figures)
 
     def see(self, event: Event) -> None:
         """See ``Watch``."""

@@ -9,11 +9,13 @@ from typing import Any
 from pipeline.capture.estimate import Pilot, take_pilot
 from pipeline.capture.fleet import Fleet, fleet_here, fleet_of_ray
 from pipeline.capture.plan import check_files, load_plan, settle_plan
+from pipeline.capture.precompute import refuse_places
 from pipeline.capture.run_log import log_path
 from pipeline.capture.settings import check_settings, run_settings
 from pipeline.capture.status import committed_indices, duration
 from pipeline.capture.worker import open_tokenizer
 from pipeline.store import Folder
+from pipeline.store.figures import bos_figure
 from pipeline.teachers import check_backend
 from pipeline.tokens import load_tokenizer
 from schemas.capture_config import EstimateConfig, PrecomputeConfig
@@ -52,8 +54,9 @@ def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
     Raises:
         XtokenError: what would stop the run before its first shard: input, settings, folder, teacher or cluster.
     """
+    refuse_places(config)
     folder = Folder(config.out)
-    _check_settings(config, folder)
+    bos = _check_settings(config, folder)
     if (plan := load_plan(folder)) is not None:
         settle_plan(folder, config, config.shard_bytes, progress)
         check_files(config.out, plan, config)
@@ -67,6 +70,8 @@ def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
     return {
         "dry_run": "nothing was written",
         "plan": "there" if plan is not None else "would be made",
+        **pilot.pool.listing.figures,
+        **bos,
         "shards": len(work.sizes),
         "shards_done": len(work.done),
         "shards_left": len(work.sizes) - len(work.done),
@@ -76,12 +81,14 @@ def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _check_settings(config: PrecomputeConfig, folder: Folder) -> None:
-    """Refuse what precompute refuses, without leaving the record of settings that it leaves."""
+def _check_settings(config: PrecomputeConfig, folder: Folder) -> dict[str, str]:
+    """Refuse what precompute refuses, without leaving the record of settings that it leaves; a word about BOS."""
     check_backend(config)
     table = open_tokenizer(config).table
     student = load_tokenizer(config.student).table if config.student is not None else None
-    check_settings(folder, run_settings(config, table, student))
+    settings = run_settings(config, table, student)
+    check_settings(folder, settings)
+    return bos_figure(table.info, shown=settings["bos"])
 
 
 def _disk(folder: Folder, work: _Work, pilot: Pilot) -> dict[str, Any]:

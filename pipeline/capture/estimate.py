@@ -22,6 +22,7 @@ from pipeline.capture.fleet import fleet_here
 from pipeline.capture.plan import Plan
 from pipeline.capture.pool import POOL, Pool, Ratio, evenly, ratio, take_pool
 from pipeline.capture.precompute import write_vocab
+from pipeline.capture.rendered import Look
 from pipeline.capture.settings import codec_info
 from pipeline.capture.worker import CaptureWorker, check_teacher, open_tokenizer, sample_batches
 from pipeline.corpus import Window, windows
@@ -136,7 +137,8 @@ def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pil
     if entries_asked(config) > tokenizer.table.size:
         size = tokenizer.table.size
         raise XtokenError(f"--k {config.k} is more than the vocabulary's {size} tokens; use --k {size}")
-    pool = take_pool(config, config.shard_bytes, max(POOL, _WIDEST * tokens), progress)
+    look = Look.of(config, tokenizer)
+    pool = take_pool(config, config.shard_bytes, max(POOL, _WIDEST * tokens), progress, look)
     pieces = [list(windows(piece, tokenizer, config.max_tokens)) for piece in pool.pieces]
     chosen = _choose([window for piece in pieces for window in piece], tokens)
     began = time.monotonic()
@@ -275,6 +277,7 @@ def _text_batches(found: Sequence[Window], schema: pa.Schema, *, text: bool) -> 
 def _corpus_figures(pool: Pool, tokens: Ratio) -> dict[str, Any]:
     total = tokens.value * pool.text_bytes
     return {
+        **pool.listing.figures,
         "documents": pool.documents,
         "text_bytes": pool.text_bytes,
         "tokens": round(total),

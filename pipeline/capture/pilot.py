@@ -1,11 +1,15 @@
 """Which tokens the corpus uses most, from a look at a few of its shards: what the codes of a capture follow from."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.capture.plan import Plan, SliceReader
+from pipeline.capture.rendered import Look
+from pipeline.corpus import Document
 from pipeline.store.codes import Codes, codes_by_use
 from pipeline.tokens import TextTokenizer
 from schemas.capture_config import CorpusConfig
@@ -24,17 +28,32 @@ def corpus_codes(config: CorpusConfig, plan: Plan, tokenizer: TextTokenizer) -> 
     Raises:
         StopRun: the corpus is not the planned one any more.
     """
-    reader = SliceReader(config, plan)
-    stride = -(-len(plan.shards) // _SHARDS) if plan.shards else 1
-    found = (_tokens(texts, tokenizer) for texts in _texts(reader, plan, stride))
+    found = (_tokens(texts, tokenizer) for texts in _texts(_some_shards(config, plan)))
     return codes_by_use(found, tokenizer.table.size)
 
 
-def _texts(reader: SliceReader, plan: Plan, stride: int) -> Iterator[list[str]]:
-    """Batches of documents from the beginnings of evenly spaced shards."""
-    for shard in plan.shards[::stride]:
+def look_at_some(config: CorpusConfig, plan: Plan, look: Look) -> None:
+    """Look at the documents of a few shards of a plan that was made without this look.
+
+    Raises:
+        StopRun: the corpus is not the planned one any more.
+        XtokenError: they look rendered.
+    """
+    deque(look.over(chain.from_iterable(_some_shards(config, plan))), maxlen=0)
+
+
+def _some_shards(config: CorpusConfig, plan: Plan) -> Iterator[list[Document]]:
+    """The documents of evenly spaced shards."""
+    reader = SliceReader(config, plan)
+    stride = -(-len(plan.shards) // _SHARDS) if plan.shards else 1
+    yield from map(reader.read, plan.shards[::stride])
+
+
+def _texts(shards: Iterable[list[Document]]) -> Iterator[list[str]]:
+    """Batches of documents from the beginnings of shards."""
+    for documents in shards:
         size, batch = 0, list[str]()
-        for document in reader.read(shard):
+        for document in documents:
             if size >= _SHARD_BYTES:
                 break
             # of a long document its beginning: cut at a character, wherever that is in a word

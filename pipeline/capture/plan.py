@@ -6,14 +6,16 @@ so that a corpus that changes under a run stops it.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.capture.rendered import Look
 from pipeline.capture.settings import another_run
-from pipeline.corpus import Corpus, Document
+from pipeline.corpus import Corpus, Document, Listing
 from pipeline.store import Folder, StopRun
 from schemas.capture_config import CorpusConfig
 from schemas.errors import Unreachable, VerificationError, XtokenError
@@ -23,6 +25,7 @@ from schemas.progress import Progress
 PLAN_FILE = "plan.json"
 # What decides which documents there are, in which order and under which ids.
 _OPTIONS = ("text_field", "id_field", "limit", "on_bad")
+_SPLIT = CorpusConfig.model_fields["split"].default
 
 
 class Shard(BaseModel):
@@ -45,6 +48,11 @@ class Plan(BaseModel):
     files: list[tuple[str, int]]
     shard_bytes: int
     shards: list[Shard]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the files, in order."""
+        return [name for name, _ in self.files]
 
     @property
     def hash(self) -> str:
@@ -74,17 +82,24 @@ class _Hasher:
         return self._sha256.hexdigest()
 
 
-def make_plan(config: CorpusConfig, shard_bytes: int, progress: Progress) -> Plan:
+def make_plan(config: CorpusConfig, shard_bytes: int, progress: Progress, look: Look | None = None) -> Plan:
     """Read the corpus once and cut it into shards that close at ``shard_bytes`` of text.
 
+    Args:
+        config: the corpus.
+        shard_bytes: as above.
+        progress: told the bytes of text read.
+        look: shown every document.
+
     Raises:
-        XtokenError: the corpus is missing, empty, or has a bad document under ``--on-bad stop``.
+        XtokenError: the corpus is missing, empty, has a bad document under ``--on-bad stop``, or looks rendered.
     """
     corpus = Corpus(config)
     files = [(file.name, file.size) for file in corpus.files]
     whole, shards = _Hasher(), []
-    progress.start("plan", None, "bytes")
-    for shard in _cut(corpus, shard_bytes, whole):
+    progress.start(corpus.listing.label("plan"), None, "bytes")
+    documents = corpus.documents() if look is None else look.over(corpus.documents())
+    for shard in _cut(documents, shard_bytes, whole):
         shards.append(shard)
         progress.advance(shard.text_bytes, documents=whole.documents)
     progress.finish()
@@ -97,20 +112,22 @@ def make_plan(config: CorpusConfig, shard_bytes: int, progress: Progress) -> Pla
         hash=whole.hexdigest(),
         documents=whole.documents,
         text_bytes=whole.text_bytes,
-        bad=dict(sorted(corpus.bad.items())),
+        bad=dict(sorted((corpus.bad + Counter(look.counts if look is not None else {})).items())),
         options=_options(config),
     )
     return Plan(corpus=info, files=files, shard_bytes=shard_bytes, shards=shards)
 
 
 def _options(config: CorpusConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _OPTIONS}
+    """Options as plans record them: one that came later is there only where it says something."""
+    late = {} if config.split == _SPLIT else {"split": config.split}
+    return {name: getattr(config, name) for name in _OPTIONS} | late
 
 
-def _cut(corpus: Corpus, shard_bytes: int, whole: _Hasher) -> Iterator[Shard]:
+def _cut(documents: Iterator[Document], shard_bytes: int, whole: _Hasher) -> Iterator[Shard]:
     index, part = 0, _Hasher()
     first: Document | None = None
-    for document in corpus.documents():
+    for document in documents:
         first = first or document
         whole.add(document)
         part.add(document)
@@ -148,39 +165,43 @@ def load_plan(folder: Folder) -> Plan | None:
         ) from error
 
 
-def settle_plan(folder: Folder, config: CorpusConfig, shard_bytes: int, progress: Progress) -> Plan:
+def settle_plan(
+    folder: Folder, config: CorpusConfig, shard_bytes: int, progress: Progress, look: Look | None = None
+) -> Plan:
     """The folder's plan, made and written on the first run, checked against the options on later ones.
 
     Raises:
-        XtokenError: the corpus options or the shard size are not those of the plan.
+        XtokenError: as ``make_plan``; or the corpus options or the shard size are not those of the plan.
     """
     plan = load_plan(folder)
     if plan is None:
-        plan = make_plan(config, shard_bytes, progress)
+        plan = make_plan(config, shard_bytes, progress, look)
         folder.create(PLAN_FILE, plan.model_dump_json(indent=1).encode() + b"\n")
         return plan
     _check_options(folder, plan, config, shard_bytes)
     return plan
 
 
-def check_files(root: str, plan: Plan, config: CorpusConfig) -> None:
-    """Compare the corpus's files with the planned ones, by name and size.
+def check_files(root: str, plan: Plan, config: CorpusConfig) -> Listing:
+    """The corpus's files, which must be the planned ones, by name and size.
 
     Raises:
         XtokenError: the corpus is gone, or files were added, removed or changed.
     """
-    found = [(file.name, file.size) for file in Corpus(config).files]
+    listing = Corpus(config, plan.names).listing
+    found = [(file.name, file.size) for file in listing.files]
     changed = sorted({name for name, _ in set(found) ^ set(plan.files)})
     if changed:
         raise XtokenError(
             f"file {changed[0]!r} of {config.corpus} was added, removed or changed since {root} was planned "
             f"({len(changed)} such files); restore the corpus or capture into a new folder"
         )
+    return listing
 
 
 def _check_options(folder: Folder, plan: Plan, config: CorpusConfig, shard_bytes: int) -> None:
-    asked = {**_options(config), "shard_bytes": shard_bytes}
-    had = {**plan.corpus.options, "shard_bytes": plan.shard_bytes}
+    asked = {**_options(config), "split": config.split, "shard_bytes": shard_bytes}
+    had = {"split": _SPLIT, **plan.corpus.options, "shard_bytes": plan.shard_bytes}
     differ = [f"{name}: {had.get(name)!r} there, {asked[name]!r} now" for name in asked if had.get(name) != asked[name]]
     if differ:
         raise another_run(folder, differ)
@@ -210,10 +231,10 @@ class SliceReader:
 
     def __init__(self, config: CorpusConfig, plan: Plan) -> None:
         # a limit counts from the corpus's beginning, and the plan has applied it
-        self._corpus = Corpus(config.model_copy(update={"limit": None}))
+        self._corpus = Corpus(config.model_copy(update={"limit": None}), plan.names)
         self._plan = plan
         self._stream: _Stream | None = None
-        if [file.name for file in self._corpus.files] != [name for name, _ in plan.files]:
+        if [file.name for file in self._corpus.files] != plan.names:
             raise StopRun(f"files of {config.corpus} were added or removed since it was planned; restore the corpus")
 
     def read(self, shard: Shard) -> list[Document]:

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipeline.corpus import Corpus, Document
+from pipeline.capture.rendered import Look
+from pipeline.corpus import Corpus, Document, Listing
 from schemas.capture_config import CorpusConfig
 from schemas.errors import XtokenError
 from schemas.progress import Progress
@@ -26,16 +27,21 @@ class Pool:
     Attributes:
         documents, text_bytes: of the whole corpus.
         sizes: bytes of text of each part that a capture with this ``shard_bytes`` has.
-        files: names and sizes, in order.
+        listing: the files.
         pieces: documents, or pieces of long ones; all of the corpus if ``whole``.
     """
 
     documents: int
     text_bytes: int
     sizes: list[int]
-    files: list[tuple[str, int]]
+    listing: Listing
     pieces: list[Document]
     whole: bool
+
+    @property
+    def files(self) -> list[tuple[str, int]]:
+        """Names and sizes, in order."""
+        return [(file.name, file.size) for file in self.listing.files]
 
     @property
     def shards(self) -> int:
@@ -86,7 +92,7 @@ def _piece(document: Document, place: float, text_bytes: int) -> Document:
     return Document(f"{document.id}@{start}", text[start : start + size], document.file, document.record)
 
 
-def take_pool(config: CorpusConfig, shard_bytes: int, size: int, progress: Progress) -> Pool:
+def take_pool(config: CorpusConfig, shard_bytes: int, size: int, progress: Progress, look: Look | None = None) -> Pool:
     """Read a corpus once.
 
     Args:
@@ -94,14 +100,15 @@ def take_pool(config: CorpusConfig, shard_bytes: int, size: int, progress: Progr
         shard_bytes: text of a part, as for the plan of a capture.
         size: bytes of text up to which the whole corpus is kept; of a larger one, that much to twice as much.
         progress: told the bytes of text read.
+        look: shown every document.
 
     Raises:
-        XtokenError: the corpus is missing, empty, or has a bad document under ``--on-bad stop``.
+        XtokenError: the corpus is missing, empty, has a bad document under ``--on-bad stop``, or looks rendered.
     """
     corpus = Corpus(config)
     picker, documents, sizes, full = _Picker(size), 0, list[int](), True
-    progress.start("read", None, "bytes")
-    for document in corpus.documents():
+    progress.start(corpus.listing.label("read"), None, "bytes")
+    for document in corpus.documents() if look is None else look.over(corpus.documents()):
         text_bytes = len(document.text.encode())
         picker.add(document, text_bytes)
         documents += 1
@@ -115,8 +122,7 @@ def take_pool(config: CorpusConfig, shard_bytes: int, size: int, progress: Progr
         raise XtokenError(
             f"{config.corpus} has no usable document (bad: {dict(corpus.bad)}); check --text-field and the path"
         )
-    files = [(file.name, file.size) for file in corpus.files]
-    return Pool(documents, picker.text_bytes, sizes, files, picker.pieces, picker.all is not None)
+    return Pool(documents, picker.text_bytes, sizes, corpus.listing, picker.pieces, picker.all is not None)
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:

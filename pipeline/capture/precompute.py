@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from pipeline.capture.audit import accepted_audits
 from pipeline.capture.board import Board
 from pipeline.capture.executor import LocalExecutor, refuse_unshared
-from pipeline.capture.pilot import corpus_codes
+from pipeline.capture.pilot import corpus_codes, look_at_some
 from pipeline.capture.plan import PLAN_FILE, Plan, check_files, settle_plan
+from pipeline.capture.rendered import Look
 from pipeline.capture.settings import (
     RUN_FILE,
     TEACHER_FILE,
@@ -36,11 +37,13 @@ from pipeline.teachers.base import entries_asked
 from pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
 from schemas.capture_config import PrecomputeConfig
 from schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError
+from schemas.inside import refuse_inside
 from schemas.manifest import MANIFEST, CaptureManifest, Part, provenance, read_manifest
 from schemas.progress import Progress
 from schemas.remote import patiently
 
 _NAMED = 5
+_OWN = ("data", "commits")  # folders below --out
 MakeJob = Callable[[PrecomputeConfig], Job]
 
 
@@ -84,6 +87,7 @@ def precompute(
             to write.
         IncompleteRun: some shards failed three times; the others are committed.
     """
+    refuse_places(config)
     check_backend(config)
     folder = Folder(config.out)
     refuse_unshared(config.out)
@@ -102,13 +106,30 @@ def precompute(
         raise
 
 
+def refuse_places(config: PrecomputeConfig) -> None:
+    """Refuse to write where the corpus lies.
+
+    Raises:
+        XtokenError: ``out`` or the log lies inside the corpus, or the corpus where ``out`` has files of its own.
+    """
+    refuse_inside("--out", config.out, config.corpus)
+    if config.log is not None:
+        refuse_inside("--log", config.log, config.corpus)
+    for name in _OWN:
+        refuse_inside("corpus", config.corpus, f"{config.out.rstrip('/')}/{name}", "the capture's own files go there")
+
+
 def _settle(
     config: PrecomputeConfig, folder: Folder, tokenizer: TextTokenizer, settings: dict[str, Any], progress: Progress
 ) -> _Run:
     """Plan and token tables, made by the first run and checked by the later ones; a refused audit stays refused."""
     accepted_audits(config, folder)
-    plan = settle_plan(folder, config, config.shard_bytes, progress)
+    look = Look.of(config, tokenizer)
+    plan = settle_plan(folder, config, config.shard_bytes, progress, look)
     if not folder.exists(VOCAB_FILE):
+        if look.documents == 0:
+            # the plan was made before, perhaps for a teacher of other control tokens
+            look_at_some(config, plan, look)
         write_vocab(folder, tokenizer.table, corpus_codes(config, plan, tokenizer))
     files = check_vocab(folder, tokenizer.table)
     return _Run(config, folder, tokenizer.table, settings, plan, files)
@@ -158,7 +179,7 @@ def _work(run: _Run, executor: Executor | None, make_job: MakeJob, progress: Pro
 def _run(
     run: _Run, executor: Executor | None, make_job: MakeJob, missing: list[int], board: Board, progress: Progress
 ) -> dict[int, str]:
-    check_files(run.config.out, run.plan, run.config)
+    board.log_corpus(check_files(run.config.out, run.plan, run.config))
     progress.start("precompute", board.text_bytes, "bytes", board.text_bytes_done)
     try:
         return (executor or _executor(run.config)).run(make_job(run.config), missing, board)

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +17,7 @@ from pipeline.capture.dry_run import dry_run
 from pipeline.capture.plan import PLAN_FILE, load_plan
 from pipeline.capture.precompute import precompute
 from pipeline.capture.status import read_status
+from pipeline.corpus import Corpus
 from pipeline.store import Folder, StopRun
 from pipeline.store.figures import capture_figures
 from schemas.capture_config import PrecomputeConfig
@@ -76,8 +78,17 @@ def _run_one(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
         **(_cell_figures(config, run) if manifest is None else capture_figures(manifest)),
         **(run_figures(run) if run is not None else {}),
         "seconds": round(time.monotonic() - began, 1),
+        **_files(config),
         "out": config.out,
     }
+
+
+def _files(config: PrecomputeConfig) -> dict[str, Any]:
+    """What is read and what is not; nothing where a finished capture outlived its corpus."""
+    plan = load_plan(Folder(config.out))
+    with suppress(XtokenError):
+        return Corpus(config, plan.names if plan is not None else ()).listing.figures
+    return {}
 
 
 def _own_status(config: PrecomputeConfig) -> RunStatus | None:

@@ -5,17 +5,18 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import pyarrow as pa
 
+from pipeline.corpus.damage import check_head, problem_of
 from pipeline.corpus.listing import FORMATS, CorpusFile, list_files, reader_of, suffix_of
 from pipeline.corpus.readers import Fields, FileProblem, Problem, Row
 from schemas.capture_config import CorpusConfig
-from schemas.errors import XtokenError
-from schemas.remote import named_errors, open_filesystem
+from schemas.errors import Unreachable, XtokenError
+from schemas.remote import may_pass, named_errors, open_filesystem
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Memory for checking ids: about 100 bytes each. Later ids are not checked.
@@ -54,12 +55,17 @@ class Corpus:
 
     Attributes:
         files: what is read, in order.
+        listing: that, and what is not read.
         bad: documents skipped (or, for lone surrogates, mended) so far under ``on_bad="skip"``, by
             reason; what several passes meet is counted by each. A file that cannot be read counts once.
     """
 
-    def __init__(self, config: CorpusConfig) -> None:
+    def __init__(self, config: CorpusConfig, planned: Collection[str] = ()) -> None:
         """List the files; nothing is read yet.
+
+        Args:
+            config: which documents.
+            planned: names of files that a plan of them has.
 
         Raises:
             XtokenError: there is no corpus, or nothing in it can be read.
@@ -67,7 +73,8 @@ class Corpus:
         self._config = config
         self._fields = Fields(config.text_field, config.id_field)
         self._fs, root = open_filesystem(config.corpus)
-        self.files = list_files(self._fs, root, config.corpus)
+        self.listing = list_files(self._fs, root, config.corpus, config.split, planned)
+        self.files = self.listing.files
         self.bad: Counter[str] = Counter()
         if len(self.files) == 1 and suffix_of(self.files[0].name) is None:
             raise XtokenError(
@@ -107,6 +114,7 @@ class Corpus:
         try:
             # a network that fails says nothing about the file
             with named_errors(file.path), self._fs.open(file.path, "rb") as stream:
+                check_head(stream, suffix)
                 for row in reader_of(suffix)(stream, self._fields, start):
                     last = row.number
                     yield row
@@ -117,9 +125,11 @@ class Corpus:
                 f"{file.path} was listed, but is gone; bring it back or start a new run without it"
             ) from error
         except unreadable as error:
-            where = f"after record {last}" if last >= start else "from the start"
-            detail = f"unreadable {where} ({type(error).__name__}: {error})"
-            self._bad(file.name, Problem("unreadable file", detail, "fetch or write the file again"))
+            if isinstance(error, OSError) and error.errno is not None:
+                # of the disk, or a right that is missing: it says nothing about the file either
+                kind = Unreachable if may_pass(error) else XtokenError
+                raise kind(f"{file.path} cannot be read ({error.strerror}); check its rights and its disk") from error
+            self._bad(file.name, problem_of(error, last if last >= start else None))
 
     def _document(self, index: int, row: Row) -> Document | None:
         file = self.files[index]

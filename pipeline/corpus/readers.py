@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
+from pipeline.corpus.chat import CHAT_WAY_OUT, chat_columns, is_conversation
+
 BOM = b"\xef\xbb\xbf"
 # Packed bytes at a time: small, since their contents are held at once.
 _ZST_READ = 1 << 14
+# The longest window that the zstd command packs with (--long=31). It takes as much memory as a frame really fills.
+_ZST_WINDOW = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def _json_row(number: int, data: bytes, fields: Fields) -> Row:
         return Row(number, problem=Problem("invalid JSON", detail, "write one JSON object per line"))
     for name in (fields.text, fields.id):
         if name is not None and name not in value:
-            return Row(number, problem=missing_field(name, list(value)))
+            return Row(number, problem=missing_field(name, list(value), fields))
     return make_row(number, value[fields.text], None if fields.id is None else value[fields.id], fields)
 
 
@@ -116,7 +120,7 @@ def _unpacked(file: IO[bytes]) -> Iterator[bytes]:
     frame = None
     while data := file.read(_ZST_READ):
         while data:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=_ZST_WINDOW).decompressobj()
             yield frame.decompress(data)
             data = frame.unused_data
             frame = None if frame.eof else frame
@@ -137,17 +141,29 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield last
 
 
-def missing_field(name: str, available: list[str]) -> Problem:
+def missing_field(name: str, available: list[str], fields: Fields) -> Problem:
     """A record, or a whole table, without a field that was asked for."""
     shown = ", ".join(repr(field) for field in available[:8]) or "none"
-    return Problem("missing field", f"has no field {name!r}; it has {shown}", "choose --text-field or --id-field")
+    detail, chat = f"has no field {name!r}; it has {shown}", chat_columns(available)
+    if name == fields.text and chat:
+        return Problem(
+            "chat data", f"{detail}, and {' and '.join(map(repr, chat))} look like a conversation", CHAT_WAY_OUT
+        )
+    return Problem("missing field", detail, "choose --text-field or --id-field")
+
+
+def no_text(name: str, kind: str, *, chat: bool) -> Problem:
+    """A text field that holds something else: values of ``kind``, or conversations."""
+    if chat:
+        return Problem("chat data", f"field {name!r} holds a conversation ({kind}), not text", CHAT_WAY_OUT)
+    fix = "choose a field that holds text with --text-field"
+    return Problem("field is not text", f"field {name!r} holds {kind}, not text", fix)
 
 
 def make_row(number: int, text: Any, document_id: Any, fields: Fields) -> Row:
     """A row of two values as found, checked for their types."""
     if not isinstance(text, str):
-        kind, fix = _type_name(text), "choose a field that holds text with --text-field"
-        return Row(number, problem=Problem("field is not text", f"field {fields.text!r} holds {kind}, not text", fix))
+        return Row(number, problem=no_text(fields.text, _type_name(text), chat=is_conversation(text)))
     if fields.id is None:
         return Row(number, text)
     if isinstance(document_id, bool) or not isinstance(document_id, str | int) or document_id == "":

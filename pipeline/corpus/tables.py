@@ -7,9 +7,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.readers import Fields, FileProblem, Problem, Row, make_row, missing_field
+from pipeline.corpus.chat import has_message_keys
+from pipeline.corpus.readers import Fields, FileProblem, Problem, Row, make_row, missing_field, no_text
 
 _BATCH_ROWS = 256
+_ARROW_FILE = b"ARROW1"  # what Arrow's file format begins with; a stream begins with a length
 
 
 def read_parquet(file: IO[bytes], fields: Fields, start: int) -> Iterator[Row]:
@@ -28,14 +30,20 @@ def read_parquet(file: IO[bytes], fields: Fields, start: int) -> Iterator[Row]:
 
 
 def read_arrow(file: IO[bytes], fields: Fields, start: int) -> Iterator[Row]:
-    """An Arrow IPC stream, batch by batch."""
+    """Arrow's stream, as of a saved dataset, or its file format (Feather V2), batch by batch."""
     number = 0
-    with pa.ipc.open_stream(file) as stream:
-        _columns(stream.schema, fields)
-        for batch in stream:
-            if number + batch.num_rows > start:
-                yield from _rows(batch, number, fields, start)
-            number += batch.num_rows
+    for batch in _batches(file, fields):
+        if number + batch.num_rows > start:
+            yield from _rows(batch, number, fields, start)
+        number += batch.num_rows
+
+
+def _batches(file: IO[bytes], fields: Fields) -> Iterator[pa.RecordBatch]:
+    is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+    file.seek(0)
+    with pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file) as source:
+        _columns(source.schema, fields)
+        yield from map(source.get_batch, range(source.num_record_batches)) if is_file else source
 
 
 def _columns(schema: pa.Schema, fields: Fields) -> list[str]:
@@ -47,12 +55,18 @@ def _columns(schema: pa.Schema, fields: Fields) -> list[str]:
     wanted = [name for name in (fields.text, fields.id) if name is not None]
     for name in wanted:
         if name not in schema.names:
-            raise FileProblem(missing_field(name, schema.names))
+            raise FileProblem(missing_field(name, schema.names, fields))
     kind = schema.field(fields.text).type
     if not _is_text(kind):
-        fix = "choose a column of strings with --text-field"
-        raise FileProblem(Problem("field is not text", f"column {fields.text!r} has type {kind}, not string", fix))
+        raise FileProblem(no_text(fields.text, f"values of type {kind}", chat=_is_conversation(kind)))
     return wanted
+
+
+def _is_conversation(kind: pa.DataType) -> bool:
+    """Whether values are messages, or lists of messages."""
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return pa.types.is_struct(kind) and has_message_keys([kind.field(at).name for at in range(kind.num_fields)])
 
 
 def _is_text(kind: pa.DataType) -> bool:

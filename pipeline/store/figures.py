@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from schemas.manifest import AuditRecord, CaptureManifest, TargetManifest
+from schemas.manifest import AuditRecord, CaptureManifest, TargetManifest, TokenizerInfo
 
 _NAMED = 3
 # Which of several figures is the worst one.
@@ -31,9 +31,18 @@ def capture_figures(manifest: CaptureManifest) -> dict[str, Any]:
         "snapped_samples": counts["snapped"],
         **({"ends_moved": counts["ends_moved"]} if counts["snapped"] and "ends_moved" in counts else {}),
         **student,
+        **bos_figure(manifest.tokenizer, shown=manifest.bos),
         **({"audits": audits_line(manifest.audits)} if manifest.audits else {}),
         "teacher": f"{manifest.teacher.model} ({manifest.teacher.backend})",
     }
+
+
+def bos_figure(tokenizer: TokenizerInfo, *, shown: bool) -> dict[str, str]:
+    """A word about a teacher that is not shown the BOS its files declare; nothing where it is, or has none."""
+    if shown or tokenizer.bos_id is None:
+        return {}
+    why = "left out by --bos never" if tokenizer.adds_bos else "declared, but the tokenizer's post-processor adds none"
+    return {"bos": f"BOS (id {tokenizer.bos_id}) is {why}: the teacher sees none; --bos always shows it"}
 
 
 def target_figures(manifest: TargetManifest) -> dict[str, Any]:

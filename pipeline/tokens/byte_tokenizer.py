@@ -16,6 +16,7 @@ class ByteTokenizer:
 
     def __init__(self) -> None:
         """Build the table of 256 tokens."""
+        self.controls: dict[int, str] = {}
         self.table = TokenTable.build(
             [bytes([byte]) for byte in range(256)],
             [None] * 256,
@@ -28,10 +29,6 @@ class ByteTokenizer:
     def normalise(self, text: str) -> str:
         """Bytes are taken as they are."""
         return text
-
-    def token_name(self, token_id: int) -> str:
-        """The byte as <0xHH>."""
-        return f"<0x{token_id:02X}>"
 
     def encode(self, text: str, *, complete: bool, keep_text: bool = False) -> Encoded:  # noqa: ARG002
         """See ``TextTokenizer.encode``; there is no EOS to add and nothing to normalise."""

@@ -36,6 +36,7 @@ class HfTokenizer:
         normalizer: Any | None,
         added: Mapping[int, Added],
         *,
+        controls: Mapping[int, str],
         prefix: tuple[int, ...] = (),
         cuts_at_spaces: bool = False,
     ) -> None:
@@ -46,11 +47,12 @@ class HfTokenizer:
             table: its token bytes.
             normalizer: the part of its normaliser that changes text (``normalize_str``), or None.
             added: its added tokens, which may eat or bring blanks.
-            prefix, cuts_at_spaces: see ``TextTokenizer``.
+            controls, prefix, cuts_at_spaces: see ``TextTokenizer``.
         """
         self.table = table
         self.prefix = prefix
         self.cuts_at_spaces = cuts_at_spaces
+        self.controls = controls
         self._backend = backend
         self._normalizer = normalizer
         self._added = {token: one for token, one in added.items() if one.content.replace(METASPACE, " ").strip()}
@@ -62,10 +64,6 @@ class HfTokenizer:
         """The tokenizer's own normalisation where repeating it changes nothing, else ``text`` itself."""
         once = self._normal(text)
         return once if once == text or self._normal(once) == once else text
-
-    def token_name(self, token_id: int) -> str:
-        """See ``TextTokenizer.token_name``."""
-        return str(self._backend.id_to_token(token_id))
 
     def encode(self, text: str, *, complete: bool, keep_text: bool = False) -> Encoded:
         """See ``TextTokenizer.encode``."""

@@ -3,7 +3,7 @@
 Shapes: T tokens of one text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,18 +41,16 @@ class TextTokenizer(Protocol):
         table: what its tokens mean.
         prefix: ids that it puts in front of a text for a model: none, BOS, or several.
         cuts_at_spaces: a text cut before a space that follows no whitespace, where a token ends, has the tokens it had.
+        controls: id -> how its files spell it, of all control tokens; in a text, that is text.
     """
 
     table: TokenTable
     prefix: tuple[int, ...]
     cuts_at_spaces: bool
+    controls: Mapping[int, str]
 
     def normalise(self, text: str) -> str:
         """The text as this tokenizer sees it where that is stable under repetition, else ``text`` itself."""
-        ...
-
-    def token_name(self, token_id: int) -> str:
-        """A token as its files spell it, control tokens included."""
         ...
 
     def encode(self, text: str, *, complete: bool, keep_text: bool = False) -> Encoded:

@@ -64,7 +64,7 @@ def refuse_long_prefix(tokenizer: TextTokenizer, also: str = "") -> None:
         XtokenError: it does; the message names them.
     """
     if len(tokenizer.prefix) > 1:
-        named = " ".join(map(tokenizer.token_name, tokenizer.prefix))
+        named = " ".join(map(tokenizer.controls.__getitem__, tokenizer.prefix))
         raise XtokenError(
             f"tokenizer {tokenizer.table.info.name!r}: its post-processor puts {len(tokenizer.prefix)} tokens in front "
             f"of every text ({named}), but one at most, BOS, can be shown before a sample, and behind that one alone "
@@ -89,7 +89,13 @@ def _assemble(name: str, path: Path, data: Mapping[str, Any], side: SideFiles) -
     prefix = _prefix(backend)
     table = build_table(spec, side, name, bos=prefix[0] if prefix else None, in_text=in_text)
     tokenizer = HfTokenizer(
-        backend, table, _normalizer(spec), spec.added_ids, prefix=prefix, cuts_at_spaces=keeps_tokens(data)
+        backend,
+        table,
+        _normalizer(spec),
+        spec.added_ids,
+        controls={at: spec.names[at] for at, role in enumerate(table.role) if role not in (None, "hole")},
+        prefix=prefix,
+        cuts_at_spaces=keeps_tokens(data),
     )
     tokenizer.check()
     return tokenizer

@@ -1,5 +1,6 @@
 """What networks and servers raise comes out with the URL and the way out; hf:// URLs mean what the hub means."""
 
+import gzip
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -145,6 +146,9 @@ def test_what_callers_understand_and_our_defects_pass() -> None:
     assert raised(damaged, "s3://bucket/name") is damaged
     local = PermissionError(13, "denied")
     assert raised(local, "/some/path") is local
+    assert raised(local, "file:///some/path") is local
+    junk = gzip.BadGzipFile("Not a gzipped file (b'ju')")
+    assert raised(junk, "s3://bucket/name") is junk
 
 
 def test_a_client_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

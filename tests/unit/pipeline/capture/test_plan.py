@@ -138,6 +138,32 @@ def test_settled_once_then_compared(corpus, tmp_path):
         load_plan(folder)
 
 
+def test_a_plan_of_other_rules_keeps_its_files(corpus, tmp_path):
+    """A release before splits read cards and tests as documents: its captures go on with them."""
+    whole = plan_of(corpus, split=["all"])
+    assert whole.corpus.options["split"] == ["all"]
+    (corpus / "b.jsonl").rename(corpus / "b-test.jsonl")
+    files = [(name.replace("b.", "b-test."), size) for name, size in whole.files]
+    options = {name: value for name, value in whole.corpus.options.items() if name != "split"}
+    old = whole.model_copy(update={"files": files, "corpus": whole.corpus.model_copy(update={"options": options})})
+    assert check_files("out", old, config_of(corpus)).left_out == {}
+    assert SliceReader(config_of(corpus), old).read(old.shards[0])
+    new = plan_of(corpus)
+    assert "b-test.jsonl" not in new.names
+    assert "split" not in new.corpus.options
+    assert check_files("out", new, config_of(corpus)).left_out == {"split test": 1}
+    with pytest.raises(XtokenError, match=r"'b-test\.jsonl'.*was added"):
+        check_files("out", new, config_of(corpus, split=["all"]))
+
+
+def test_a_plan_of_another_split_is_another_run(corpus, tmp_path):
+    folder = Folder(str(tmp_path / "out"))
+    folder.make("")
+    settle_plan(folder, config_of(corpus), 700, Silent())
+    with pytest.raises(XtokenError, match=r"split: \['train'\] there, \['all'\] now"):
+        settle_plan(folder, config_of(corpus, split=["all"]), 700, Silent())
+
+
 def test_nothing_usable(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(XtokenError, match="no usable document"):

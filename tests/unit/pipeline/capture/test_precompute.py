@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.capture import precompute
+from pipeline.capture.dry_run import dry_run
 from pipeline.capture.work import Event, Lease
 from pipeline.store import DiskFull, committed, data_name, verify
 from schemas.capture_config import PrecomputeConfig
@@ -64,6 +65,21 @@ class Poisoned:
 
         job.open().serve((Lease(shard) for shard in shards if shard != 2), say)
         return {2: "it tastes bad"}
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_nothing_is_written_where_the_corpus_lies(config, tmp_path, dry):
+    def refused(**changes):
+        changed = config.model_copy(update={"dry_run": dry, **changes})
+        with pytest.raises(XtokenError) as error:
+            (dry_run if dry else precompute)(changed, Silent())
+        return str(error.value)
+
+    assert "--out" in refused(corpus=str(tmp_path))
+    assert "--log" in refused(corpus=str(tmp_path), out=str(tmp_path) + "-out", log=str(tmp_path / "log.jsonl"))
+    assert "--log" in refused(log=config.corpus)
+    assert "the capture's own files" in refused(corpus=f"{config.out}/data/a.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
 def files(out: str) -> dict[str, bytes]:

@@ -148,7 +148,10 @@ def test_saved_hugging_face_datasets(tmp_path: Path) -> None:
     assert [d.text for d in documents] == NFC
     assert documents[2].id == "data-00001-of-00002.arrow:0"
     DatasetDict({"train": dataset, "test": dataset.select([3, 1])}).save_to_disk(tmp_path / "two")
-    found = [(d.id, d.text) for d in read(tmp_path / "two")]
+    assert [d.text for d in read(tmp_path / "two")] == NFC
+    assert corpus(tmp_path / "two").listing.left_out == {"split test": 1}
+    assert [d.text for d in read(tmp_path / "two" / "test")] == [NFC[3], NFC[1]]
+    found = [(d.id, d.text) for d in read(tmp_path / "two", split=["all"])]
     assert [text for _, text in found] == [*NFC, NFC[3], NFC[1]]
     assert found[4][0] == "test/data-00000-of-00001.arrow:0"
     (tmp_path / "one" / "state.json").write_text("{}")

@@ -164,7 +164,7 @@ class Counting:
 
     def __init__(self, inner: TextTokenizer) -> None:
         self.table, self.normalise, self.inner = inner.table, inner.normalise, inner
-        self.cuts_at_spaces, self.prefix, self.token_name = inner.cuts_at_spaces, inner.prefix, inner.token_name
+        self.cuts_at_spaces, self.prefix, self.controls = inner.cuts_at_spaces, inner.prefix, inner.controls
         self.characters = 0
 
     def encode(self, text: str, *, complete: bool, keep_text: bool = False) -> Encoded:

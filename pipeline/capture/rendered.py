@@ -1,0 +1,109 @@
+"""Text that a chat template seems to have written: its marks reach a teacher as pieces of text, not as its tokens."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+
+from pipeline.corpus import Document
+from pipeline.tokens import TextTokenizer
+from schemas.capture_config import RowsConfig
+from schemas.errors import XtokenError
+
+# How nearly all control tokens are written: in brackets, by first characters.
+_USUAL = {"<": r"[^<>\s]{1,64}>", "[": r"[^\[\]\s]{1,64}\]"}
+# Tokens that no chat template writes, and texts hold for other reasons.
+_WORDS = {"<unk>", "<pad>", "<mask>", "[UNK]", "[PAD]", "[MASK]", "[CLS]", "[SEP]"}
+_HTML = {"<s>", "</s>"}  # struck-out text, unless the document begins with BOS
+_SEVERAL = 2  # in a document: fewer are a mention
+_SHARE = 0.01  # of the documents: fewer are about chat templates
+_ENOUGH = 1000  # such documents, if they are half of all so far: no need to read on
+_NAMED = 4
+REASON = "control tokens as text"
+
+
+class Look:
+    """Counts documents that hold several control tokens of a teacher as text.
+
+    Attributes:
+        documents: that were looked at.
+        rendered: those of them that look as if a chat template wrote them.
+    """
+
+    @classmethod
+    def of(cls, config: RowsConfig, tokenizer: TextTokenizer) -> "Look":
+        """For a run's teacher."""
+        return cls(config.teacher, tokenizer.controls.values(), refuse=config.on_rendered == "stop")
+
+    def __init__(self, teacher: str, controls: Collection[str], *, refuse: bool) -> None:
+        """Begin.
+
+        Args:
+            teacher: its name.
+            controls: how its control tokens are spelt (``TextTokenizer.controls``).
+            refuse: whether ``check`` refuses.
+        """
+        self._teacher, self._refuse = teacher, refuse
+        self._controls = frozenset(controls) - _WORDS
+        self._pattern = _pattern(self._controls)
+        self._found: Counter[str] = Counter()
+        self._first = ""
+        self.documents = self.rendered = 0
+
+    def over(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The documents, each looked at on its way.
+
+        Raises:
+            XtokenError: as ``check``, at the end or as soon as there is no doubt.
+        """
+        for document in documents:
+            self._add(document)
+            if self.rendered >= _ENOUGH and 2 * self.rendered >= self.documents:
+                self.check()
+            yield document
+        self.check()
+
+    def _add(self, document: Document) -> None:
+        self.documents += 1
+        found = [token for token in self._pattern.findall(document.text) if token in self._controls]
+        if not document.text.lstrip().startswith("<s>"):
+            found = [token for token in found if token not in _HTML]
+        if len(found) < _SEVERAL:
+            return
+        self._first = self._first or document.id
+        self.rendered += 1
+        self._found.update(list(dict.fromkeys(found)))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Such documents by reason, as a plan records what is the matter with documents."""
+        return {REASON: self.rendered} if self.rendered else {}
+
+    def check(self) -> None:
+        """Refuse what looks rendered.
+
+        Raises:
+            XtokenError: so many documents do that they are no mention; the message names the share and the tokens.
+        """
+        if not self._refuse or self.rendered == 0 or self.rendered < _SHARE * self.documents:
+            return
+        tokens = ", ".join(token for token, _ in self._found.most_common(_NAMED))
+        raise XtokenError(
+            f"{self.rendered:,} of {self.documents:,} documents ({self.rendered / self.documents:.0%}) hold control "
+            f"tokens of {self._teacher} as text ({tokens}; the first is {self._first!r}), as if a chat template had "
+            "rendered them: the teacher would read such marks as pieces of text. Write conversations without them, "
+            "such as 'User: ... Assistant: ...', or say --on-rendered text if they are meant as text"
+        )
+
+
+def _pattern(controls: Collection[str]) -> re.Pattern[str]:
+    """What finds all control tokens in a text, and a little more; nothing where there are none."""
+    shapes, others = [], set(controls)
+    for bracket, rest in _USUAL.items():
+        usual = {token for token in controls if re.fullmatch(re.escape(bracket) + rest, token)}
+        others -= usual
+        if usual:
+            seconds = "".join(sorted({re.escape(token[1]) for token in usual}))
+            shapes.append(f"{re.escape(bracket)}(?=[{seconds}]){rest}")
+    # of those that begin alike, the longest
+    shapes = [*map(re.escape, sorted(others, key=len, reverse=True)), *shapes]
+    return re.compile("|".join(shapes) or "(?!)")

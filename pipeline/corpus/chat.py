@@ -1,0 +1,37 @@
+"""Conversations where text is asked for: said as such, with the way out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+# Keys of a message, as hubs have them: OpenAI's, ShareGPT's, and others'.
+_KEYS = {"role", "content", "from", "value", "speaker", "user", "assistant", "human", "gpt", "bot"}
+_COLUMNS = {"messages", "conversation", "conversations", "dialog", "dialogue", "dialogues", "chat", "turns", "chosen"}
+_ANSWERS = {"prompt": ("completion", "response", "chosen"), "instruction": ("output", "response", "completion")}
+_ANSWERS |= {"question": ("answer", "response"), "query": ("response", "answer"), "inputs": ("targets",)}
+CHAT_WAY_OUT = (
+    "chat data are not supported yet: write each conversation as one text field of plain text, such as "
+    "'User: ... Assistant: ...', without the control tokens of a chat template, and name it with --text-field"
+)
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a JSON value is a message, or a list of messages."""
+    if isinstance(value, list):
+        return bool(value) and is_conversation(value[0])
+    return isinstance(value, dict) and has_message_keys(list(value))
+
+
+def has_message_keys(keys: Sequence[str]) -> bool:
+    """Whether fields of these names make a message: who says, and what."""
+    return len(_KEYS.intersection(key.lower() for key in keys)) >= 2 or list(keys) in (["role"], ["from"])
+
+
+def chat_columns(names: Sequence[str]) -> list[str]:
+    """Which of a record's fields hold a conversation, by their names; none if nothing looks so."""
+    lower = {name.lower(): name for name in names}
+    found = [lower[name] for name in lower if name in _COLUMNS]
+    for prompt, answers in _ANSWERS.items():
+        answer = next((name for name in answers if name in lower), None)
+        if prompt in lower and answer is not None:
+            found += [lower[prompt], lower[answer]]
+    return list(dict.fromkeys(found))
