@@ -95,7 +95,7 @@ def test_every_kind_of_tensor_comes_back(tmp_path: Path) -> None:
 
 def test_a_tensor_that_no_checkpoint_holds_is_refused() -> None:
     refuse_dtypes({"weight": torch.zeros(2), "turn": torch.zeros(2, dtype=torch.complex64)})
-    with pytest.raises(XtokenError, match="turn of the student is torch.complex128, which safetensors cannot hold"):
+    with pytest.raises(XtokenError, match=r"turn of the student is torch\.complex128, which safetensors cannot hold"):
         refuse_dtypes({"weight": torch.zeros(2), "turn": torch.zeros(2, dtype=torch.complex128)})
 
 
