@@ -162,6 +162,8 @@ def open_targets(config: TrainConfig, tokenizer: TokenizerInfo) -> list[Targets]
         targets.require(loss)
         targets.require_options(loss, config)
         targets.require_student(tokenizer)
+        if config.student is not None:
+            targets.require_head(config.student)
         folders.append(targets)
     return folders
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.align.claim import RUN_FILE
 from pipeline.align.joined import MOST_CAPTURES, compare, refuse_nothing_in_common
-from pipeline.align.refusals import refuse_losses
+from pipeline.align.refusals import refuse_losses, refuse_narrow_student
 from pipeline.align.run import align, written
 from pipeline.align.skipped import SKIPPED_FILE
 from pipeline.capture.executor import refuse_unshared
@@ -115,11 +115,12 @@ def each_below(config: AlignConfig) -> list[AlignConfig]:
 
 def _captures(configs: list[AlignConfig]) -> dict[str, CaptureManifest]:
     """All manifests, none of which the student or a loss refuses."""
-    student = load_tokenizer(configs[0].student).table.info
+    student = load_tokenizer(configs[0].student).table
+    refuse_narrow_student(configs[0], student)
     found = {config.captures[0]: read_manifest(config.captures[0], CaptureManifest) for config in configs}
     for config in configs:
         refuse_unshared(config.captures[0])
-        refuse_losses(config, student, found[config.captures[0]])
+        refuse_losses(config, student.info, found[config.captures[0]])
     return found
 
 

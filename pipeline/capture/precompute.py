@@ -36,6 +36,7 @@ from pipeline.teachers.base import entries_asked
 from pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
 from schemas.capture_config import PrecomputeConfig
 from schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError
+from schemas.heads import refuse_narrow_head, stated_rows
 from schemas.manifest import MANIFEST, CaptureManifest, Part, provenance, read_manifest
 from schemas.progress import Progress
 from schemas.remote import patiently
@@ -133,6 +134,9 @@ def _forget(folder: Folder) -> None:
 def _checked_settings(config: PrecomputeConfig, table: TokenTable) -> dict[str, Any]:
     if entries_asked(config) > table.size:
         raise XtokenError(f"--k {config.k} is more than the vocabulary's {table.size} tokens; use --k {table.size}")
+    if config.backend != "fake":  # which has no head
+        rows = stated_rows(config.teacher, config.revision)
+        refuse_narrow_head(config.teacher, rows, table.role, table.pieces())
     student = load_tokenizer(config.student).table if config.student is not None else None
     return run_settings(config, table, student)
 
