@@ -193,7 +193,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
         for name, targets in zip(config.losses, folders, strict=True)
     )
     student = Student(model, ranks.device, pick_autocast(config.autocast, ranks.device), vocabulary, head)
-    objective = Objective(student, losses, _liger(config, ranks.device))
+    objective = Objective(student, losses, use_liger(config, ranks.device, head.folded))
     wrapped = _wrap(objective, config, ranks, student.autocast)
     optimizer = build_optimizer(model, config, losses)
     weights = tuple(config.weights) or (1.0,) * len(folders)
@@ -243,8 +243,12 @@ def _wrap(objective: Objective, config: TrainConfig, ranks: Ranks, autocast: tor
     return shard(objective, ranks, autocast) if config.parallel == "fsdp" else replicate(objective)
 
 
-def _liger(config: TrainConfig, device: torch.device) -> bool:
-    """Whether Liger's kernel computes the loss: CE alone, on CUDA."""
+def use_liger(config: TrainConfig, device: torch.device, folded: bool) -> bool:
+    """Whether Liger's kernel computes the loss: CE alone, on CUDA, of a head that is ``folded`` into it.
+
+    Raises:
+        XtokenError: it was asked for and cannot.
+    """
     if config.kernel == "eager":
         return False
     fits = set(config.losses) == {"ce"} and device.type == "cuda"
@@ -253,7 +257,12 @@ def _liger(config: TrainConfig, device: torch.device) -> bool:
             f"--kernel liger computes --loss ce on CUDA, and this is {','.join(config.loss)} on {device.type}; "
             "use --kernel auto"
         )
-    if not fits:
+    if config.kernel == "liger" and not folded:
+        raise XtokenError(
+            f"--kernel liger needs the matrix of the head, and {config.source} makes its logits in a way of its own; "
+            "use --kernel auto"
+        )
+    if not fits or not folded:
         return False
     try:
         import liger_kernel.transformers.functional  # noqa: F401
