@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from schemas.devices import auto_device
 from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo
 from schemas.train_config import TrainConfig
@@ -24,10 +25,10 @@ def pick_device(name: str) -> torch.device:
     """``auto`` is the first GPU if there is one.
 
     Raises:
-        XtokenError: the device does not exist here.
+        XtokenError: the device does not exist here, or see ``auto_device``.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(auto_device())
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
