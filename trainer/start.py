@@ -181,6 +181,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     check_width(model, needed, config.source)
     check_context(model, config.max_tokens, config.source)
     notes = mend_settings(model)
+    notes += [note for targets, loss in zip(folders, config.losses, strict=True) if (note := targets.lacking(loss))]
     files = rehearse_save(model, config.tokenizer_source, run.rehearsal) if ranks.first else None
     vocabulary = min(tokenizer.size, head_width(model))
     head = find_head(model)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from schemas.cache import Cache, cached
 from schemas.errors import VerificationError, XtokenError
 from schemas.heads import needed_rows, refuse_narrow_head, stated_rows
+from schemas.lacking import lacking_columns, lacking_note
 from schemas.limits import batches, check_footer, check_group, group_chunks, open_parquet, read_whole, reading
 from schemas.manifest import Part, TargetManifest, TokenizerInfo, content_hash, part_name, read_manifest
 from schemas.pages import Chunk
@@ -261,6 +262,14 @@ class Targets:
                 f"aligned for, {expected.name!r} ({expected.hash[:12]}); run 'xtoken align' for this student, or "
                 "give a student of that tokenizer"
             )
+
+    def lacking(self, loss: str) -> str | None:
+        """What ``loss`` misses of the teacher's rows at this temperature, by the first row group; None if little."""
+        names = lacking_columns(loss, self.manifest.tau, self.manifest.merge)
+        if not names:
+            return None
+        group = self.read(self.groups[0], tuple(names))
+        return lacking_note(self.root, [loss], self.manifest.tau, {name: group.lists[name][1] for name in names})
 
     @cached_property
     def w(self) -> ProjectionArrays:

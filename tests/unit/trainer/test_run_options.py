@@ -208,3 +208,18 @@ def test_a_model_that_could_not_be_written_is_written_by_the_same_command(
         assert Path(config.out, "metrics.jsonl").read_bytes() == before
         shutil.rmtree(summary["model"])
         assert train(config, student_info, [], Silent())["model"] == summary["model"]
+
+
+@pytest.mark.parametrize(("loss", "tau", "said"), [("uld", 2.0, True), ("p-kl", 2.0, False), ("uld", 1.0, False)])
+def test_what_sorted_lists_lose_at_another_temperature_is_said(
+    configure: Callable[..., TrainConfig],
+    make_targets: Callable[..., str],
+    student_info: Any,
+    loss: str,
+    tau: float,
+    said: bool,
+) -> None:
+    root = make_targets(LENGTHS, name="hot", losses=(loss,), tau=tau)
+    notes = train(configure(targets=[root], loss=[loss], steps=1), student_info, [], Silent()).get("notes", [])
+    assert len(notes) == said
+    assert all(f"of the teacher's probability, which {loss} takes for 0" in note for note in notes)
