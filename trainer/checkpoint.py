@@ -40,6 +40,12 @@ _DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 
 
@@ -77,6 +83,15 @@ class Restored:
         if like is not None and _kinds(found) != _kinds(like):
             raise XtokenError(f"{self.folder} holds another model's weights; use another --out")
         return found
+
+
+def refuse_dtypes(tensors: Mapping[str, Tensor]) -> None:
+    """Raise XtokenError for a tensor that no checkpoint can hold, before hours of training depend on one."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise XtokenError(
+                f"{name} of the student is {tensor.dtype}, which safetensors cannot hold; change its code"
+            )
 
 
 def save_checkpoint(

@@ -5,6 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+from torch import Tensor
+
+from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo
 from schemas.progress import Progress, Silent
 from trainer.data.targets import Targets
@@ -82,14 +86,30 @@ def _replace(training: "Training", name: str, when: str, rows: Iterable[dict[str
 
 
 def save_result(training: "Training") -> dict[str, Any]:
-    """Write the trained model, with adapters merged and beside it, and what losses learned."""
-    config, run, model = training.config, training.run, training.student.model
-    adapted = config.lora is not None
+    """Write the trained model, with adapters merged and beside it, and what losses learned.
+
+    Raises:
+        XtokenError: that failed; the last checkpoint holds the weights, and the same command writes them.
+    """
+    model = training.student.model
     once = dict(model.named_parameters()) | dict(model.named_buffers())  # tied ones under one name
     state = gathered({name: one for name, one in model.state_dict().items() if name in once}, training.ranks.first)
     if not training.ranks.first:
         return {}
-    save_student(model, config.tokenizer_source, run.model, merged(model, state) if adapted else state)
+    try:
+        return _write_result(training, state)
+    except (OSError, SafetensorError, XtokenError) as error:
+        raise XtokenError(
+            f"the trained model could not be written ({error}). Its weights are in {training.run.checkpoints}; mend "
+            "this and run the same command again, which writes the model without training"
+        ) from error
+
+
+def _write_result(training: "Training", state: dict[str, Tensor]) -> dict[str, Any]:
+    config, run, model = training.config, training.run, training.student.model
+    adapted = config.lora is not None
+    tokenizer = training.tokenizer_files or config.tokenizer_source
+    save_student(model, tokenizer, run.model, merged(model, state) if adapted else state)
     found: dict[str, Any] = {"model": str(run.model)}
     if adapted:
         save_adapter(model, run.root / ADAPTER, state)
@@ -112,6 +132,7 @@ def summary_of(training: "Training") -> dict[str, Any]:
     summary["cut_tokens"] = sum(line.get("cut_tokens", 0) for line in metrics.lines)
     summary |= {"left_out": len(counted.left_out)} if counted.left_out else {}
     summary |= {"damaged_checkpoints": training.damaged} if training.damaged else {}
+    summary |= {"notes": training.notes} if training.notes else {}
     evaluations = {when: metrics.evaluation(when) for when in ("before", "after")}
     return summary | {when: figures for when, figures in evaluations.items() if figures}
 

@@ -1,10 +1,13 @@
 """Training a student from stored targets: no teacher, no capture, no text."""
 
+import logging
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +22,10 @@ from trainer.data.targets import Targets
 from trainer.diagnosis import diagnose
 from trainer.evaluate import EvalSample, held_out_targets
 from trainer.finish import HeldOut, evaluate_run, save_result, summary_of
+from trainer.lock import only_trainer
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.ranks import Ranks, open_ranks
-from trainer.run import Run
+from trainer.run import Run, refuse_foreign
 from trainer.signals import Preempted, preemption
 from trainer.start import Training, open_targets, start
 from trainer.step import Figures, Mixing, StepCounts, count_step, run_step
@@ -30,6 +34,8 @@ from trainer.student.model import pick_device
 from trainer.trackers import Trackers, require_trackers
 from trainer.watch import Verdict
 
+_LOG = logging.getLogger("xtoken")
+_FULL = ("No space left", "Disk quota exceeded")
 AGREE_EVERY = 10  # steps between looks at the teacher's most probable token: they cost a search of every row
 
 
@@ -65,34 +71,57 @@ def train(
     require_trackers(config)
     if config.lora is not None:
         require_adapters()
-    with open_ranks(pick_device(config.device)) as ranks, preemption() as preempted:
+    with open_ranks(pick_device(config.device)) as ranks, preemption() as preempted, ExitStack() as stack:
         folders = open_targets(config, student_tokenizer)
         targets = held_out_targets(config.eval_targets, student_tokenizer) if config.eval_targets else None
-        run = _open_run(config, folders, student_tokenizer, ranks)
+        run, notes = _open_run(config, folders, student_tokenizer, ranks, stack)
         finished: dict[str, Any] | None = ranks.share(run.summary() if ranks.first else None)
         if finished is not None:
             return finished
         held_out = HeldOut(student_tokenizer, eval_samples, targets)
         try:
+            if ranks.first:
+                stack.callback(shutil.rmtree, run.rehearsal, ignore_errors=True)
             training = start(config, student_tokenizer, folders, run, ranks)
-            with ExitStack() as stack:
-                stack.callback(lambda: training.loader.close())
-                trackers = _open_trackers(training, stack)
-                progress = progress if ranks.first else Silent()
-                return _to_the_end(training, _Outside(held_out, progress, trackers, preempted))
+            stack.callback(lambda: training.loader.close())
+            training.notes[:0] = notes
+            if ranks.first:
+                for note in training.notes:
+                    _LOG.warning("%s", note)
+            trackers = _open_trackers(training, stack)
+            progress = progress if ranks.first else Silent()
+            return _to_the_end(training, _Outside(held_out, progress, trackers, preempted))
         except (OSError, SafetensorError) as error:
-            if "No space left" not in str(error):
+            if not any(reason in str(error) for reason in _FULL):
                 raise
             raise XtokenError(
                 f"the disk of {config.out} is full ({error}); make room and run the same command"
             ) from error
 
 
-def _open_run(config: TrainConfig, folders: Sequence[Targets], tokenizer: TokenizerInfo, ranks: Ranks) -> Run:
-    """The first rank makes the folder or refuses it; the others find it made."""
-    run = Run(config, folders, tokenizer, ranks) if ranks.first else None
-    ranks.wait()
-    return run or Run(config, folders, tokenizer, ranks)
+def _open_run(
+    config: TrainConfig, folders: Sequence[Targets], tokenizer: TokenizerInfo, ranks: Ranks, stack: ExitStack
+) -> tuple[Run, list[str]]:
+    """The first rank takes the folder until ``stack`` ends, or refuses it for all; the others find it made.
+
+    Returns:
+        The run, and what the user should know of its folder.
+    """
+    notes: list[str] = []
+    refusal: XtokenError | None = None
+    run: Run | None = None
+    if ranks.first:
+        try:
+            refuse_foreign(config.out)
+            note = stack.enter_context(only_trainer(Path(config.out)))
+            notes += [note] if note else []
+            run = Run(config, folders, tokenizer, ranks)
+        except XtokenError as error:
+            refusal = error
+    refusal = ranks.share(refusal)
+    if refusal is not None:
+        raise refusal
+    return run or Run(config, folders, tokenizer, ranks), notes
 
 
 def _open_trackers(training: Training, stack: ExitStack) -> Trackers | None:

@@ -130,15 +130,26 @@ def score_states(
 
 
 def _liger(objective: Objective, micro: Micro, states_PH: Tensor, factors: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """CE alone by Liger's fused kernel."""
+    """CE alone by Liger's fused kernel, which knows the head's cap but not its scale: that goes into what it is given.
+
+    Its sum of the head's gradient over chunks is in float32, as that of our own blocks.
+    """
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
+    head = objective.student.head
     weight_VH, bias_V = objective.student.columns()
-    assert weight_VH is not None
-    label_P = tensor(micro.label_P, states_PH.device)
-    softcap = objective.student.head.softcap
-    states_PH = states_PH.to(weight_VH.dtype)
-    ce = liger_fused_linear_cross_entropy(states_PH, weight_VH, label_P, bias=bias_V, reduction="sum", softcap=softcap)
+    assert weight_VH is not None, "trainer.start asks for a folded head"
+    if head.scale != 1:
+        states_PH, bias_V = states_PH * head.scale, None if bias_V is None else bias_V * head.scale
+    ce = liger_fused_linear_cross_entropy(
+        states_PH.to(weight_VH.dtype),
+        weight_VH,
+        tensor(micro.label_P, states_PH.device),
+        bias=bias_V,
+        reduction="sum",
+        softcap=head.softcap,
+        accum_dtype=torch.float32,
+    )
     sums = torch.zeros(3 + 2 * len(objective.losses), dtype=torch.float64)
     sums[0] = float(ce.detach())
     return ce * factors[0], sums

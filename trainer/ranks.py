@@ -146,12 +146,19 @@ def replicate(objective: Any) -> Any:
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, of sharded ones put together; nothing where not ``keep``. All ranks must call it."""
-    found = {}
+    """Whole tensors on the CPU, of sharded ones put together; nothing where not ``keep``. All ranks must call it.
+
+    No two share memory, which safetensors would refuse to write.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for name, one in tensors.items():
         whole = one.full_tensor() if hasattr(one, "full_tensor") else one
         if keep:
-            found[name] = whole.detach().cpu().contiguous()
+            here = whole.detach().cpu().contiguous()
+            memory = here.untyped_storage().data_ptr()
+            found[name] = here.clone() if memory in seen else here
+            seen.add(memory)
     return found
 
 

@@ -10,6 +10,7 @@ from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo, digest, provenance
 from schemas.train_config import TrainConfig
 from trainer.data.targets import Targets
+from trainer.lock import LOCK
 from trainer.ranks import Ranks, device_name
 
 RUN, SUMMARY = "run.json", "summary.json"
@@ -18,6 +19,17 @@ _FREE = (
     *("targets", "out", "device", "decoders", "parallel", "activation_checkpointing", "compile", "kernel"),
     *("save_every", "keep", "keep_every", "spike", "rollback", "eval_every", "completions", "tensorboard", "wandb"),
 )
+
+
+def refuse_foreign(out: str) -> None:
+    """Raise XtokenError where ``out`` is no local folder, or one that holds something else than a run."""
+    if "://" in out:
+        raise XtokenError(f"out={out!r} is a URL; training writes to a local folder, copy it from there")
+    root = Path(out)
+    if not root.exists() or (root / RUN).exists():
+        return
+    if not root.is_dir() or any(path.name != LOCK for path in root.iterdir()):
+        raise XtokenError(f"{root} exists and is no training run; use another --out")
 
 
 class Run:
@@ -31,11 +43,11 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig, targets: Sequence[Targets], tokenizer: TokenizerInfo, ranks: Ranks) -> None:
-        if "://" in config.out:
-            raise XtokenError(f"out={config.out!r} is a URL; training writes to a local folder, copy it from there")
+        refuse_foreign(config.out)
         self.root = Path(config.out)
         self.checkpoints = self.root / "checkpoints"
         self.model, self.metrics = self.root / "model", self.root / "metrics.jsonl"
+        self.rehearsal = self.root / ".model.rehearsal"
         found = self._read(RUN)
         begun = found is not None and self._begun()
         self.streams = config.streams or (_streams(found) if found is not None and begun else 0) or ranks.size
@@ -45,8 +57,6 @@ class Run:
                 f"{self.streams} processes, or another run with --streams a multiple of the ranks"
             )
         identity = _identity(config, targets, tokenizer, self.streams)
-        if found is None and self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            raise XtokenError(f"{self.root} exists and is no training run; use another --out")
         if found is not None and begun:
             self._same(found, identity)
         elif ranks.first:
@@ -75,7 +85,9 @@ class Run:
             raise XtokenError(f"{self.root} holds another run: {changes}; use another --out, or the same options")
 
     def summary(self) -> dict[str, Any] | None:
-        """What the finished run returned, or None while it is not finished."""
+        """What the finished run returned; None while it is not finished, or its model is gone and can be written."""
+        if not self.model.exists() and any(self.checkpoints.glob("step-*")):
+            return None
         return self._read(SUMMARY)
 
     def finish(self, summary: dict[str, Any]) -> None:

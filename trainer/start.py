@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo
 from schemas.train_config import TrainConfig
-from trainer.checkpoint import Policy, Restored, restore_checkpoint, save_checkpoint
+from trainer.checkpoint import Policy, Restored, refuse_dtypes, restore_checkpoint, save_checkpoint
 from trainer.data.batches import Loader, Position
 from trainer.data.samples import Layout, context_token
 from trainer.data.sources import Sources
@@ -26,7 +27,16 @@ from trainer.ranks import Ranks, fill, gathered, replicate, shard
 from trainer.run import Run
 from trainer.student.adapters import add_adapters
 from trainer.student.head import find_head, pick_packing
-from trainer.student.model import check_context, check_width, head_width, open_student, pick_autocast, prepare
+from trainer.student.model import (
+    check_context,
+    check_width,
+    head_width,
+    open_student,
+    pick_autocast,
+    prepare,
+    rehearse_save,
+)
+from trainer.student.writable import mend_settings
 from trainer.watch import Watch
 
 T = TypeVar("T")
@@ -53,7 +63,12 @@ class Counted:
 
 @dataclass
 class Training:
-    """A run on this rank; ``objective`` is the student with its losses, ``wrapped`` what DDP or FSDP made of it."""
+    """A run on this rank; ``objective`` is the student with its losses, ``wrapped`` what DDP or FSDP made of it.
+
+    Attributes:
+        notes: what the user should know of this run, a sentence each.
+        tokenizer_files: see ``rehearse_save``; None on ranks that do not write.
+    """
 
     config: TrainConfig
     ranks: Ranks
@@ -69,6 +84,8 @@ class Training:
     metrics: Metrics
     length_V: NDArray[np.int32]
     counted: Counted
+    notes: list[str]
+    tokenizer_files: Path | None
     loader: Loader = field(init=False)
     damaged: list[str] = field(default_factory=list)
 
@@ -145,6 +162,8 @@ def open_targets(config: TrainConfig, tokenizer: TokenizerInfo) -> list[Targets]
         targets.require(loss)
         targets.require_options(loss, config)
         targets.require_student(tokenizer)
+        if config.student is not None:
+            targets.require_head(config.student)
         folders.append(targets)
     return folders
 
@@ -161,6 +180,9 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     model = open_student(config, ranks.device, tokenizer)
     check_width(model, needed, config.source)
     check_context(model, config.max_tokens, config.source)
+    notes = mend_settings(model)
+    notes += [note for targets, loss in zip(folders, config.losses, strict=True) if (note := targets.lacking(loss))]
+    files = rehearse_save(model, config.tokenizer_source, run.rehearsal) if ranks.first else None
     vocabulary = min(tokenizer.size, head_width(model))
     head = find_head(model)
     packing = pick_packing(head, config.batching, config.source)
@@ -172,7 +194,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
         for name, targets in zip(config.losses, folders, strict=True)
     )
     student = Student(model, ranks.device, pick_autocast(config.autocast, ranks.device), vocabulary, head)
-    objective = Objective(student, losses, _liger(config, ranks.device))
+    objective = Objective(student, losses, use_liger(config, ranks.device, head.folded))
     wrapped = _wrap(objective, config, ranks, student.autocast)
     optimizer = build_optimizer(model, config, losses)
     weights = tuple(config.weights) or (1.0,) * len(folders)
@@ -189,7 +211,10 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
         metrics=metrics,
         length_V=length_V,
         counted=counted,
+        notes=notes,
+        tokenizer_files=files,
     )
+    refuse_dtypes(training._weights())
     training.loader = open_loader(training, None)
     training.restore()
     metrics.back_to(counted.step, counted.left_out)
@@ -219,8 +244,12 @@ def _wrap(objective: Objective, config: TrainConfig, ranks: Ranks, autocast: tor
     return shard(objective, ranks, autocast) if config.parallel == "fsdp" else replicate(objective)
 
 
-def _liger(config: TrainConfig, device: torch.device) -> bool:
-    """Whether Liger's kernel computes the loss: CE alone, on CUDA."""
+def use_liger(config: TrainConfig, device: torch.device, folded: bool) -> bool:
+    """Whether Liger's kernel computes the loss: CE alone, on CUDA, of a head that is ``folded`` into it.
+
+    Raises:
+        XtokenError: it was asked for and cannot.
+    """
     if config.kernel == "eager":
         return False
     fits = set(config.losses) == {"ce"} and device.type == "cuda"
@@ -229,7 +258,12 @@ def _liger(config: TrainConfig, device: torch.device) -> bool:
             f"--kernel liger computes --loss ce on CUDA, and this is {','.join(config.loss)} on {device.type}; "
             "use --kernel auto"
         )
-    if not fits:
+    if config.kernel == "liger" and not folded:
+        raise XtokenError(
+            f"--kernel liger needs the matrix of the head, and {config.source} makes its logits in a way of its own; "
+            "use --kernel auto"
+        )
+    if not fits or not folded:
         return False
     try:
         import liger_kernel.transformers.functional  # noqa: F401

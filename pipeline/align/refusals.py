@@ -6,8 +6,10 @@ from pipeline.align.peek import peek
 from pipeline.align.texts import CorpusTexts, refuse_without_text
 from pipeline.store import StopRun
 from pipeline.store.left_out import without_rows
+from pipeline.tokens import TokenTable
 from schemas.config import AlignConfig
 from schemas.errors import XtokenError
+from schemas.heads import refuse_narrow_head, stated_rows
 from schemas.manifest import CaptureManifest, TokenizerInfo
 
 # Losses that have no meaning without the mass not kept.
@@ -41,6 +43,12 @@ def refuse_losses(config: AlignConfig, student: TokenizerInfo, capture: CaptureM
             f"{config.captures[0]} stores it at {stored} only; capture again with "
             f"--temperatures {tau:g}, or leave --tau out"
         )
+
+
+def refuse_narrow_student(config: AlignConfig, student: TokenTable) -> None:
+    """Raise XtokenError where the config.json beside the student's tokenizer is of a model that lacks its tokens."""
+    if config.student != "bytes":
+        refuse_narrow_head(config.student, stated_rows(config.student), student.role, student.pieces())
 
 
 def _refuse_without_rows(config: AlignConfig, capture: CaptureManifest) -> None:

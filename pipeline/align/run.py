@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.align.claim import claim, run_settings
-from pipeline.align.refusals import refuse_losses, refuse_no_text
+from pipeline.align.refusals import refuse_losses, refuse_narrow_student, refuse_no_text
 from pipeline.align.skipped import SKIPPED_FILE, Skipped, note_skipped
 from pipeline.align.stage import AlignJob, refuse_other_tokenizer
 from pipeline.capture.executor import LocalExecutor, refuse_unshared
@@ -88,6 +88,7 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
         refuse_unshared(root)
     capture = read_manifest(config.captures[0], CaptureManifest)
     student = load_tokenizer(config.student).table
+    refuse_narrow_student(config, student)
     refuse_losses(config, student.info, capture)
     projection = _projection(config, student, capture)
     settings = run_settings(config, capture, projection)

@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,20 +12,23 @@ from typing import Any
 
 from pipeline.align.claim import RUN_FILE
 from pipeline.align.joined import MOST_CAPTURES, compare, refuse_nothing_in_common
-from pipeline.align.refusals import refuse_losses
+from pipeline.align.refusals import refuse_losses, refuse_narrow_student
 from pipeline.align.run import align, written
 from pipeline.align.skipped import SKIPPED_FILE
 from pipeline.capture.executor import refuse_unshared
 from pipeline.capture.several import names_below
-from pipeline.store import DiskFull, Folder
+from pipeline.store import DiskFull, Folder, iter_parquet
+from pipeline.store.columns import flat
 from pipeline.store.figures import target_figures
 from pipeline.tokens import load_tokenizer
 from schemas.config import AlignConfig
 from schemas.errors import IncompleteRun, PartlyDone, XtokenError
 from schemas.inside import refuse_inside
-from schemas.manifest import CaptureManifest, TargetManifest, content_hash, read_manifest
+from schemas.lacking import lacking_columns, lacking_note
+from schemas.manifest import CaptureManifest, TargetManifest, content_hash, part_name, read_manifest
 from schemas.progress import Progress
 
+_LOG = logging.getLogger("xtoken")
 JOIN_FILE = "join.json"
 # Of a capture's figures, those that a table of captures shows, and those it shows where they are not 0.
 _COLUMNS = ("samples", "student_tokens", "seconds")
@@ -118,11 +122,12 @@ def each_below(config: AlignConfig) -> list[AlignConfig]:
 
 def _captures(configs: list[AlignConfig]) -> dict[str, CaptureManifest]:
     """All manifests, none of which the student or a loss refuses."""
-    student = load_tokenizer(configs[0].student).table.info
+    student = load_tokenizer(configs[0].student).table
+    refuse_narrow_student(configs[0], student)
     found = {config.captures[0]: read_manifest(config.captures[0], CaptureManifest) for config in configs}
     for config in configs:
         refuse_unshared(config.captures[0])
-        refuse_losses(config, student, found[config.captures[0]])
+        refuse_losses(config, student.info, found[config.captures[0]])
     return found
 
 
@@ -158,8 +163,25 @@ def _outcome(config: AlignConfig, progress: Progress) -> _Outcome:
 
 def _figures(config: AlignConfig, manifest: TargetManifest, seconds: float) -> dict[str, Any]:
     found = target_figures(manifest)
-    named = {"skipped": f"{config.out.rstrip('/')}/{SKIPPED_FILE}"} if found.get("samples_skipped") else {}
+    named: dict[str, Any] = (
+        {"skipped": f"{config.out.rstrip('/')}/{SKIPPED_FILE}"} if found.get("samples_skipped") else {}
+    )
+    if note := lacking(config.out, manifest):
+        _LOG.warning("%s", note)
+        named["notes"] = [note]
     return found | named | {"seconds": round(seconds, 1), "out": config.out}
+
+
+def lacking(out: str, manifest: TargetManifest) -> str | None:
+    """What losses miss of the teacher's rows at this temperature, by the first batch of the targets."""
+    asked = {loss: lacking_columns(loss, manifest.tau, manifest.merge) for loss in manifest.losses}
+    losses = [loss for loss, names in asked.items() if names]
+    filled = [part.index for part in manifest.parts if part.samples]
+    if not losses or not filled:
+        return None
+    columns = asked[losses[0]]
+    batch = next(iter_parquet(Folder(out).url(f"data/{part_name(filled[0])}"), columns))
+    return lacking_note(out, losses, manifest.tau, {name: flat(batch, name) for name in columns})
 
 
 def _row(outcome: _Outcome, join: dict[str, Any]) -> dict[str, Any]:

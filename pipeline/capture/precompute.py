@@ -1,5 +1,6 @@
 """precompute: check, plan, run what is not committed yet, write the manifest."""
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from pipeline.capture.work import Executor, Job
 from pipeline.capture.worker import CaptureJob, open_tokenizer
 from pipeline.store import Folder, clean, committed, data_name, read_table
 from pipeline.store.codes import Codes, with_codes
+from pipeline.store.figures import bos_figure
 from pipeline.store.reader import MERGES_FILE, VOCAB_FILE
 from pipeline.store.seal import SUMS_FILE, seal
 from pipeline.teachers import check_backend
@@ -37,11 +39,13 @@ from pipeline.teachers.base import entries_asked
 from pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
 from schemas.capture_config import PrecomputeConfig
 from schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError
+from schemas.heads import refuse_narrow_head, stated_rows
 from schemas.inside import refuse_inside
 from schemas.manifest import MANIFEST, CaptureManifest, Part, provenance, read_manifest
 from schemas.progress import Progress
 from schemas.remote import patiently
 
+_LOG = logging.getLogger("xtoken")
 _NAMED = 5
 _OWN = ("data", "commits")  # folders below --out
 MakeJob = Callable[[PrecomputeConfig], Job]
@@ -93,6 +97,8 @@ def precompute(
     refuse_unshared(config.out)
     tokenizer = open_tokenizer(config)
     settings = _checked_settings(config, tokenizer.table)
+    for word in bos_figure(tokenizer.table.info, shown=settings["bos"]).values():
+        _LOG.warning("%s", word)
     fresh = settle_settings(folder, settings)
     try:
         run = _settle(config, folder, tokenizer, settings, progress)
@@ -154,6 +160,9 @@ def _forget(folder: Folder) -> None:
 def _checked_settings(config: PrecomputeConfig, table: TokenTable) -> dict[str, Any]:
     if entries_asked(config) > table.size:
         raise XtokenError(f"--k {config.k} is more than the vocabulary's {table.size} tokens; use --k {table.size}")
+    if config.backend != "fake":  # which has no head
+        rows = stated_rows(config.teacher, config.revision)
+        refuse_narrow_head(config.teacher, rows, table.role, table.pieces())
     student = load_tokenizer(config.student).table if config.student is not None else None
     return run_settings(config, table, student)
 

@@ -26,6 +26,7 @@ from pipeline.teachers.draws import Sampler
 from pipeline.teachers.logit_rows import RowReader, cut, join
 from pipeline.tokens import TokenTable
 from schemas.capture_config import PrecomputeConfig
+from schemas.devices import auto_device
 from schemas.errors import XtokenError
 from schemas.manifest import TeacherInfo
 
@@ -326,7 +327,7 @@ def _info(
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(auto_device())
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from schemas.cache import Cache, cached
 from schemas.errors import VerificationError, XtokenError
+from schemas.heads import needed_rows, refuse_narrow_head, stated_rows
+from schemas.lacking import lacking_columns, lacking_note
 from schemas.limits import batches, check_footer, check_group, group_chunks, open_parquet, read_whole, reading
 from schemas.manifest import Part, TargetManifest, TokenizerInfo, content_hash, part_name, read_manifest
 from schemas.pages import Chunk
@@ -32,7 +34,6 @@ _SIDE_TABLES = {W_FILE: W, VOCAB_FILE: VOCAB}
 _FOOTERS = 64
 _INDICES = ("_ids", "child_low", "child_high")
 _FETCH = "fetch the targets again"
-_UNTRAINED_ROLES = ("pad", "unk", "special", "hole")
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,14 @@ class Targets:
                 "give a student of that tokenizer"
             )
 
+    def lacking(self, loss: str) -> str | None:
+        """What ``loss`` misses of the teacher's rows at this temperature, by the first row group; None if little."""
+        names = lacking_columns(loss, self.manifest.tau, self.manifest.merge)
+        if not names:
+            return None
+        group = self.read(self.groups[0], tuple(names))
+        return lacking_note(self.root, [loss], self.manifest.tau, {name: group.lists[name][1] for name in names})
+
     @cached_property
     def w(self) -> ProjectionArrays:
         """W, its sha256 checked."""
@@ -291,9 +300,18 @@ class Targets:
     @cached_property
     def needed_width(self) -> int:
         """Least width of a student's output head: one more than the highest id that text, bos or eos can have."""
+        return needed_rows(self._side_table(VOCAB_FILE).column("role").to_pylist())
+
+    def require_head(self, source: str) -> None:
+        """Refuse a student whose config.json says that its head lacks tokens of text, before anything is loaded.
+
+        Raises:
+            XtokenError: see ``schemas.heads.refuse_narrow_head``.
+        """
         table = self._side_table(VOCAB_FILE)
-        used = [i for i, role in enumerate(table.column("role").to_pylist()) if role not in _UNTRAINED_ROLES]
-        return max(used, default=-1) + 1
+        refuse_narrow_head(
+            source, stated_rows(source), table.column("role").to_pylist(), table.column("bytes").to_pylist()
+        )
 
     def _side_table(self, name: str) -> pa.Table:
         path, expected = f"{self.root}/{name}", str(self.manifest.files.get(name))

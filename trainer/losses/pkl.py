@@ -11,7 +11,19 @@ How a chunk becomes one distribution (``merge`` of the targets):
 
 Stored per chunk: teacher ids that W reaches, their log-probabilities and REST, unreached mass already moved. Only the
 columns of W that a chunk keeps are touched; nothing of size chunks x teacher vocabulary exists. See
-``trainer.losses.sparse_kl`` for the divergence, REST, and how far a truncated row can be from the whole one.
+``trainer.losses.sparse_kl`` for the divergence and REST.
+
+How far the value can lie above that of the whole row. Under ``--unreached rest`` never: the stored row is the whole one
+with cells put together. Under ``prefix`` an unkept token may belong, by its prefix, to a kept cell, and stands in REST
+instead. Let m_c be such mass of cell c, m their sum, p_c the whole row's cells. With H the entropy of the stored cells
+before and after m_c is put where it belongs,
+
+    stored - whole <= H(after) - H(before) + sum_c m_c log(q_c / q_rest)
+                   <= m (1 + log(rest / q_rest)) + sum_c m_c log(q_c / p_c),
+
+the first since putting cells together lowers a KL, the second since -a log(a + d) + a log a <= 0 for each kept cell and
+(rest - m) log(rest / (rest - m)) <= m. Under ``none`` REST holds a share e that the whole row leaves out; the KL is
+convex in p, so stored <= (1 - e) whole + e log(1 / q_rest).
 
 ``learn_w``: the nonzero pattern of W is fixed, log W[s, t] = log_softmax over the row of theta[s, t]. A row of one
 entry stays 1.

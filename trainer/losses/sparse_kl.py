@@ -12,7 +12,8 @@ What the bucket costs, against the whole row: by the chain rule of KL
 
 so the bucket never overstates the full KL, is exact where the student shares the tail out as the teacher does, and is
 off by at most rest * max over the tail of log((p_t / rest) / (q_t / q_rest)). With respect to log q the two gradients
-differ by rest * (q given tail - p given tail): by at most 2 rest in L1 norm.
+differ by rest * (q given tail - p given tail): by at most 2 rest in L1 norm. All of that where what is not kept lies
+outside the kept cells; ``trainer.losses.pkl`` says what else there is.
 
 Of draws (targets of codec ``sampled``) p are shares of draws and there is no REST. The gradient is linear in them,
 hence that of the whole row in the mean. The value is not: it is too high by the entropy that the shares lack in the

@@ -122,8 +122,11 @@ def save_adapter(model: Any, out: Path, state: Mapping[str, Tensor] | None = Non
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    model.peft_config[_NAME].save_pretrained(temporary)
-    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-    readable_like(temporary / "adapter_config.json", temporary)
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
+    try:
+        model.peft_config[_NAME].save_pretrained(temporary)
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        readable_like(temporary / "adapter_config.json", temporary)
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

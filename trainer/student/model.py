@@ -1,6 +1,5 @@
 """The student: loaded, built from random weights, made ready to train, and saved as a Hugging Face folder."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,21 +10,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from schemas.devices import auto_device
 from schemas.errors import XtokenError
 from schemas.manifest import TokenizerInfo
 from schemas.train_config import TrainConfig
 from trainer.student.scratch import build_student
 from trainer.student.tokenizer_files import copy_tokenizer
+from trainer.student.writable import mend_settings
+
+_REASON = 300  # characters of a library's message
 
 
 def pick_device(name: str) -> torch.device:
     """``auto`` is the first GPU if there is one.
 
     Raises:
-        XtokenError: the device does not exist here.
+        XtokenError: the device does not exist here, or see ``auto_device``.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(auto_device())
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -47,11 +50,23 @@ def open_student(config: TrainConfig, device: torch.device, tokenizer: Tokenizer
     The caller's random state stays as it is.
 
     Raises:
-        XtokenError: it cannot be loaded, or config.json does not describe a model for this tokenizer.
+        XtokenError: it cannot be loaded, is quantised, or config.json does not describe a model for this tokenizer.
     """
     if config.from_scratch is None:
-        return load_student(str(config.student), device, config.trust_remote_code)
+        model = load_student(str(config.student), device, config.trust_remote_code)
+        _refuse_packed(model, config.source)
+        return model
     return build_student(Path(config.from_scratch), tokenizer, config.seed, config.trust_remote_code).to(device)
+
+
+def _refuse_packed(model: Any, source: str) -> None:
+    packed = getattr(model, "hf_quantizer", None)
+    if packed is not None:
+        method = getattr(packed.quantization_config.quant_method, "value", packed.quantization_config.quant_method)
+        raise XtokenError(
+            f"the student {source!r} is quantised ({method}), and training changes plain weights; give the model that "
+            "it was made from"
+        )
 
 
 def load_student(source: str, device: torch.device, trust_remote_code: bool) -> Any:
@@ -70,8 +85,8 @@ def load_student(source: str, device: torch.device, trust_remote_code: bool) -> 
             model, loaded = auto.from_pretrained(
                 source, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
             )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # what an architecture raises on settings that do not go together shares no base
+        reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
         raise XtokenError(
             f"the model {source!r} cannot be loaded: {reason}; give a folder or a reachable id"
         ) from error
@@ -166,39 +181,83 @@ def _check_compiler(device: torch.device) -> None:
         ) from error
 
 
-def save_student(model: Any, tokenizer: str, out: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+def rehearse_save(model: Any, tokenizer: str, out: Path) -> Path:
+    """Write all that ``save_student`` will write but the weights, to see before the first step that it can be.
+
+    Args:
+        model: after ``mend_settings``.
+        tokenizer: as for ``save_student``.
+        out: a folder to write into; what is there is deleted.
+
+    Returns:
+        The folder of the tokenizer's files, which ``save_student`` takes: the source may be gone by then.
+
+    Raises:
+        XtokenError: transformers refuses to write the model's settings, or files of the tokenizer cannot be copied.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    files = out / "tokenizer"
+    files.mkdir(parents=True)
+    _save_pretrained(model, out / "model", {})
+    try:
+        copy_tokenizer(tokenizer, files)
+    except OSError as error:
+        raise XtokenError(
+            f"the files of the tokenizer {tokenizer!r} cannot be copied ({error}), and the trained model needs them; "
+            "make them readable"
+        ) from error
+    return files
+
+
+def save_student(model: Any, tokenizer: str | Path, out: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write ``model`` and the files of ``tokenizer`` as a Hugging Face folder, whole or not at all.
 
     Args:
         model: what ``open_student`` returned.
-        tokenizer: id, folder, tokenizer.json or ``bytes``, for which the files are made.
+        tokenizer: id, folder, tokenizer.json or ``bytes``, for which the files are made; or what ``rehearse_save``
+            returned.
         out: the folder.
         state: its weights by name, whole and under the names of the plain model; its own when left out. Sharded models
             and models with adapters need it (see ``adapters.merged``).
+
+    Raises:
+        XtokenError: transformers refuses.
+        OSError, SafetensorError: the disk does.
     """
+    mend_settings(model)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    _mend_generation(model.generation_config)
-    with _no_progress_bars():
-        model.save_pretrained(temporary, state_dict=None if state is None else dict(state))
-    copy_tokenizer(tokenizer, temporary)
-    readable_like(temporary / "config.json", temporary)
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
+    try:
+        _save_pretrained(model, temporary, state)
+        if isinstance(tokenizer, Path):
+            shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
+        else:
+            copy_tokenizer(tokenizer, temporary)
+        readable_like(temporary / "config.json", temporary)
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+    finally:  # on a full disk, half a model would keep the room that a checkpoint needs
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save_pretrained(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
+    try:
+        with _no_progress_bars():
+            model.save_pretrained(folder, state_dict=None if state is None else dict(state))
+    except (OSError, SafetensorError):
+        raise
+    except Exception as error:  # what transformers refuses to write shares no base
+        reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
+        raise XtokenError(
+            f"transformers refuses to write this {type(model).__name__} ({reason}); correct what it names in the "
+            "student's config.json or generation_config.json"
+        ) from error
 
 
 def readable_like(example: Path, folder: Path) -> None:
     """Give the weights in ``folder`` the permissions of ``example``: safetensors lets nobody else read its files."""
     for path in folder.glob("*.safetensors"):
         shutil.copymode(example, path)
-
-
-def _mend_generation(generation: Any) -> None:
-    """Published models may set a temperature but not that they sample: transformers loads such, but refuses to save."""
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        generation.do_sample = True
 
 
 @contextmanager
@@ -214,10 +273,3 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)

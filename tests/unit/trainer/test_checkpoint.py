@@ -16,7 +16,7 @@ from torch import Tensor
 
 import trainer.checkpoint as checkpoint
 from schemas.errors import VerificationError, XtokenError
-from trainer.checkpoint import Policy, restore_checkpoint, save_checkpoint
+from trainer.checkpoint import Policy, refuse_dtypes, restore_checkpoint, save_checkpoint
 
 ONE = Policy(1)
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -91,6 +91,12 @@ def test_every_kind_of_tensor_comes_back(tmp_path: Path) -> None:
         assert torch.equal(*bits), name
         assert found[name].data_ptr() % found[name].element_size() == 0, name
     assert restored.tensors("optimizer") == {}
+
+
+def test_a_tensor_that_no_checkpoint_holds_is_refused() -> None:
+    refuse_dtypes({"weight": torch.zeros(2), "turn": torch.zeros(2, dtype=torch.complex64)})
+    with pytest.raises(XtokenError, match=r"turn of the student is torch\.complex128, which safetensors cannot hold"):
+        refuse_dtypes({"weight": torch.zeros(2), "turn": torch.zeros(2, dtype=torch.complex128)})
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:

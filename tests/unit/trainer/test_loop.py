@@ -196,12 +196,18 @@ def test_models_that_do_not_fit(configure: Callable[..., TrainConfig], student_i
         train(configure(device="cuda:77", out=str(tmp_path / "gpu")), student_info, [], Silent())
 
 
-def test_a_narrow_head_is_refused(configure: Callable[..., TrainConfig], student_info: Any, tmp_path: Path) -> None:
+def test_a_narrow_head_is_refused(
+    configure: Callable[..., TrainConfig], student_info: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(configure().student)
     model.resize_token_embeddings(20)
     model.save_pretrained(tmp_path / "narrow")
+    with pytest.raises(XtokenError, match="predicts 20 tokens, but its tokenizer's ids go up to 23"):
+        train(configure(student=str(tmp_path / "narrow")), student_info, [], Silent())
+    assert not Path(configure().out).exists(), "refused before the folder is made"
+    monkeypatch.setattr("trainer.data.targets.stated_rows", lambda _: None)  # as of a config.json that does not say
     with pytest.raises(XtokenError, match="predicts 20 tokens, but its tokenizer's ids go up to 23"):
         train(configure(student=str(tmp_path / "narrow")), student_info, [], Silent())
 

@@ -1,6 +1,7 @@
 """What a run leaves and takes beside the loop itself: evaluations, trackers, adapters, kernels, streams."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,63 @@ def test_only_the_first_rank_writes_metrics(tmp_path: Path) -> None:
     other.write({"step": 1})
     assert other.lines == [{"step": 1}]
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_student_that_transformers_does_not_write_is_trained_and_written(
+    configure: Callable[..., TrainConfig], student_info: Any, student_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose config.json says that padding is -1: the run ends with a model, and says what it wrote instead."""
+    path = Path(student_dir, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": -1}))
+    Path(student_dir, "generation_config.json").unlink()
+    summary = train(configure(), student_info, [], Silent())
+    assert summary["notes"] == [
+        "config.json: pad_token_id -1 is written as none",
+        "generation_config.json: pad_token_id -1 is written as none",
+    ]
+    assert [record.message for record in caplog.records if record.name == "xtoken"] == summary["notes"]
+    assert json.loads(Path(summary["model"], "config.json").read_text())["pad_token_id"] is None
+    hidden = [path.name for path in Path(configure().out).iterdir() if path.name.startswith(".")]
+    assert hidden == [".lock"]
+
+
+def test_a_model_that_could_not_be_written_is_written_by_the_same_command(
+    configure: Callable[..., TrainConfig], student_info: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing is trained again, and of half a model nothing stays; nor where a finished run's model was deleted."""
+    config = configure()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.student.model.readable_like", full)
+        with pytest.raises(XtokenError, match=r"model could not be written \(No space.*checkpoints; .*same command"):
+            train(config, student_info, [], Silent())
+    names = {path.name for path in Path(config.out).iterdir()}
+    assert names == {".lock", "checkpoints", "metrics.jsonl", "run.json"}
+    before = Path(config.out, "metrics.jsonl").read_bytes()
+    summary = train(config, student_info, [], Silent())
+    quiet = train(configure(out=str(tmp_path / "quiet")), student_info, [], Silent())
+    wanted = load_file(Path(quiet["model"]) / "model.safetensors")
+    for _ in range(2):
+        found = load_file(Path(summary["model"]) / "model.safetensors")
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+        assert Path(config.out, "metrics.jsonl").read_bytes() == before
+        shutil.rmtree(summary["model"])
+        assert train(config, student_info, [], Silent())["model"] == summary["model"]
+
+
+@pytest.mark.parametrize(("loss", "tau", "said"), [("uld", 2.0, True), ("p-kl", 2.0, False), ("uld", 1.0, False)])
+def test_what_sorted_lists_lose_at_another_temperature_is_said(
+    configure: Callable[..., TrainConfig],
+    make_targets: Callable[..., str],
+    student_info: Any,
+    loss: str,
+    tau: float,
+    said: bool,
+) -> None:
+    root = make_targets(LENGTHS, name="hot", losses=(loss,), tau=tau)
+    notes = train(configure(targets=[root], loss=[loss], steps=1), student_info, [], Silent()).get("notes", [])
+    assert len(notes) == said
+    assert all(f"of the teacher's probability, which {loss} takes for 0" in note for note in notes)

@@ -1,4 +1,6 @@
-"""Our P-KL, H-KL and sparse KL against numbers of NVIDIA's NeMo-RL: value and gradient (``tests/golden/README.md``).
+"""Our P-KL, H-KL, sparse KL and their sum with CE against numbers of NVIDIA's NeMo-RL: values and gradients.
+
+``tests/golden/README.md`` says where they come from.
 
 Every comparison goes through ``Loss.terms``. Where the published loss differs by design, the difference is derived
 beside the test, so that what remains to compare is exact.
@@ -18,6 +20,8 @@ from torch import Tensor
 from schemas.train_config import LossOptions
 from trainer.losses import open_loss
 from trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
+from trainer.losses.ce import cross_entropy_total
+from trainer.step import Mixing
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 PRINTED = 1e-7  # the files hold nine digits
@@ -257,7 +261,65 @@ def test_sparse_kl_in_float32(inputs: Any, run: Any, make_view: Any) -> None:
     assert value == pytest.approx(run["loss_f32"], rel=FLOAT32, abs=1e-6)  # vocab_topk 1 is 0 up to rounding
 
 
+def derived(inputs: Any, run: Any) -> Any:
+    """A run of ``nemo_total_*`` with what other files say of theirs: valid chunks, kept columns, pairs of tokens."""
+    sides = [np.array(inputs[f"{side}_chunk_id"]) for side in ("student", "teacher")]
+    valid = np.array(inputs["pair_valid"]) & (np.array(inputs["sample_mask"])[:, None] != 0)
+    for b, chunk in np.argwhere(valid):
+        valid[b, chunk] = all((side[b] == chunk).any() for side in sides)
+    W_VU = np.array(inputs["W"])
+    highest_U = np.array(inputs["teacher_logits"])[..., : W_VU.shape[1]].max((0, 1))
+    top = np.sort(np.argsort(-highest_U, kind="stable")[: run["vocab_topk"]])
+    pairs = token_pairs(inputs, relaxed=run["xtoken_loss"])
+    found = {"valid_chunk": valid.tolist(), "global_top_indices": top.tolist(), "uncommon_topk": 8192}
+    found |= {"common_student": sorted(pairs), "common_teacher": [pairs[s] for s in sorted(pairs)]}
+    for side, size, common in (("student", W_VU.shape[0], pairs.keys()), ("teacher", W_VU.shape[1], pairs.values())):
+        found[f"uncommon_{side}"] = [token for token in range(size) if token not in common]
+    return run | found
+
+
+def token_pairs(inputs: Any, relaxed: bool) -> dict[int, int]:
+    """Student id -> teacher id by each row's largest weight: of 1 and alone, or of .6 and more; the heaviest wins."""
+    best: dict[int, tuple[float, int]] = {}
+    for s, (ids, weights) in enumerate(zip(inputs["proj_indices"], inputs["proj_likelihoods"], strict=True)):
+        slot = int(np.argmax(weights))
+        if weights[slot] >= 0.6 if relaxed else (weights[slot] == 1 and ids[1] == -1):
+            best[ids[slot]] = min(best.get(ids[slot], (0.0, s)), (-weights[slot], s))
+    return {s: teacher for teacher, (_, s) in best.items()}
+
+
+def total_parts(inputs: Any, run: Any, make_view: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Our KD and CE of a whole step, and the logits."""
+    case = PKLCase(inputs, run)
+    if run["gold_loss"]:
+        terms = hkl_terms(inputs, run, case.z, make_view)
+    else:
+        terms = torch.stack([kl + case.unreached(chunk) for chunk, kl in case.ours(make_view).items()])
+    shape = np.array(inputs["token_mask"]).shape
+    mask = np.array(inputs["token_mask"]) * np.array(inputs["sample_mask"])[:, None]
+    predicting = np.flatnonzero(np.pad(mask[:, 1:], ((0, 0), (0, 1))))
+    labels = np.pad(np.array(inputs["student_input_ids"])[:, 1:], ((0, 0), (0, 1))).reshape(shape[0] * shape[1])
+    logp = torch.log_softmax(case.z[predicting], -1)
+    ce = cross_entropy_total(logp, torch.from_numpy(labels[predicting])) / len(predicting)
+    assert len(predicting) == inputs["global_valid_toks"]
+    return run["temperature"] ** 2 * terms.mean(), ce, case.z
+
+
+@pytest.mark.parametrize(("inputs", "run"), runs("nemo_total_*.json"))
+def test_the_whole_loss(inputs: Any, run: Any, make_view: Any) -> None:
+    """KD, CE, the scale of dynamic mixing, their sum and its gradient, all of our own code."""
+    kd, ce, z = total_parts(inputs, derived(inputs, run), make_view)
+    assert float(kd.detach()) == pytest.approx(run["kd_loss"], rel=THROUGH_W)
+    assert float(ce.detach()) == pytest.approx(run["ce_loss"], rel=PRINTED)
+    mode = "dynamic" if run["dynamic_loss_scaling"] else "fixed"
+    mixing = Mixing(mode, run["kl_loss_weight"], run["ce_loss_scale"])
+    kd_weight, ce_weight = mixing.weights(float(kd.detach()), float(ce.detach()))
+    if run["dynamic_loss_scaling"]:
+        assert (kd_weight, ce_weight) == (pytest.approx(run["kl_loss_scale"], rel=THROUGH_W), 1.0)
+    assert_equals(run, kd_weight * kd + ce_weight * ce, z, THROUGH_W)
+
+
 def test_the_files_are_there() -> None:
     """A glob that finds nothing would test nothing."""
-    for pattern, files in [("nemo_pkl_*", 4), ("nemo_hkl_*", 7), ("nemo_direct_topk_*", 4)]:
+    for pattern, files in [("nemo_pkl_*", 4), ("nemo_hkl_*", 7), ("nemo_direct_topk_*", 4), ("nemo_total_*", 1)]:
         assert len(list(GOLDEN.glob(pattern))) >= files
