@@ -51,7 +51,7 @@ class RowsConfig(CorpusConfig):
         None,
         gt=0.0,
         le=1.0,
-        description="vllm: share of a GPU's memory that one engine may take; left out: what leaves room for its logits.",
+        description="vllm: share of a GPU's memory that one engine may take; left out: all but what logits need.",
     )
     shard_bytes: int = Field(1 << 20, ge=1, description="Text per shard in bytes: what one crash can cost.")
     batch_tokens: int = Field(2048, ge=1, description="Teacher tokens per forward call.")
@@ -75,7 +75,7 @@ class RowsConfig(CorpusConfig):
     @model_validator(mode="after")
     def _memory_where_it_is_taken(self) -> "RowsConfig":
         if self.gpu_memory is not None and self.backend != "vllm":
-            raise ValueError(f"gpu_memory={self.gpu_memory:g} is for --backend vllm; {self.backend} takes what it needs")
+            raise ValueError(f"gpu_memory={self.gpu_memory:g} is for --backend vllm, not {self.backend}; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -80,10 +80,11 @@ class CaptureJob:
         tokenizer = open_tokenizer(config)
         teacher = open_teacher(config, tokenizer.table, engines)
         check_teacher(config, teacher.info)
-        patiently(partial(settle_teacher, folder, teacher.info, teacher.settings))
+        first = patiently(partial(settle_teacher, folder, teacher.info, teacher.settings))
         student = load_tokenizer(config.student) if config.student is not None else None
         codes = read_codes(patiently(partial(read_table, folder.url(VOCAB_FILE))))
         worker = CaptureWorker(config, plan, tokenizer, teacher, student, codes)
+        worker.device = teacher.info.device if teacher.info.device != first.device else None
         worker.audit = open_audit(config, folder, tokenizer, teacher, worker.context)
         return worker
 
@@ -128,6 +129,7 @@ class CaptureWorker:
         self._student = student
         self._codes = codes
         self.audit: Audit | None = None
+        self.device: str | None = None  # where it is not what the run began on
         self._reader = SliceReader(config, plan)
         self._codec = codec_info(config)
         bos = tokenizer.table.info.bos_id if sees_bos(config, tokenizer.table) else None
@@ -165,7 +167,7 @@ class CaptureWorker:
         schema = capture(self._codec.temperatures, self._codec.name)
         write = partial(_write, samples, schema, self._codes, counts)
         check = CaptureCheck(self._tokenizer.table.size, self._codec)
-        return publish_part(self._config.out, prepared.shard, write, check)
+        return publish_part(self._config.out, prepared.shard, write, check, device=self.device)
 
     def _prompts(self, pieces: Sequence[Window]) -> tuple[list[NDArray[np.int32]], list[list[int]]]:
         """What the teacher is shown of each piece, and the pieces that have rows in batches of like lengths."""

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-
 ROOT = Path(__file__).resolve().parents[2]
 K, VOCAB = 8, 300
 IDS = np.random.default_rng(0).integers(3, 256, 40).astype(np.int32)
@@ -29,15 +28,10 @@ def save_with_pictures(folder: Path) -> Path:
     import torch
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
-    text = {
-        **{"model_type": "llama", "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 64},
-        **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
-        **{"max_position_embeddings": 128, "pad_token_id": 0},
-    }
-    vision = {
-        **{"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
-        **{"image_size": 28, "patch_size": 14},
-    }
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    text = small | {"model_type": "llama", "vocab_size": VOCAB, "num_hidden_layers": 2, "num_key_value_heads": 1}
+    text |= {"head_dim": 32, "max_position_embeddings": 128, "pad_token_id": 0}
+    vision = small | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
     config = Idefics3Config(text_config=text, vision_config=vision, image_token_id=292, scale_factor=1, pad_token_id=0)
     torch.manual_seed(0)
     Idefics3ForConditionalGeneration(config).save_pretrained(folder)

@@ -1,7 +1,7 @@
 """A vLLM engine in a process of its own that cannot load, and one that is killed while a step waits for it.
 
-Arguments: folder of a model whose weights do not fit its configuration, folder of one with pictures, npz with a sequence
-"ids", JSON to write. Run from the repository root with VLLM_ENABLE_V1_MULTIPROCESSING=1.
+Arguments: folder of a model whose weights do not fit its configuration, folder of one with pictures, npz with a
+sequence "ids", JSON to write. Run from the repository root with VLLM_ENABLE_V1_MULTIPROCESSING=1.
 """
 
 import json

@@ -13,7 +13,7 @@ def test_the_first_error_ends_a_run_that_nobody_can_open_once_all_have_failed() 
     for slot, loading in ((3, 2), (1, 1)):
         assert "cannot open: no memory" in openings.broken(slot, XtokenError(f"no memory on {slot}"), loading)
     assert openings.usable([1, 3], workers=1) == [], "they wait for those that are loading"
-    with pytest.raises(XtokenError, match="^no memory on 3$"):
+    with pytest.raises(XtokenError, match=r"^no memory on 3$"):
         openings.broken(2, XtokenError("another"), 0)
 
 
