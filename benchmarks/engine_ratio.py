@@ -86,7 +86,8 @@ def bare(config: PrecomputeConfig) -> dict[str, float]:
     from pipeline.capture.plan import SliceReader, make_plan
     from pipeline.corpus import windows
     from pipeline.teachers import model_source
-    from pipeline.teachers.vllm_engine import engine_options, find_platform, start_llm
+    from pipeline.teachers.vllm_options import engine_options, find_platform
+    from pipeline.teachers.vllm_start import start_llm
     from pipeline.tokens import load_tokenizer
     from schemas.progress import Silent
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.machine import machine, machine_line
-from pipeline.teachers import vllm_engine
+from pipeline.teachers import vllm_engine, vllm_options
 from pipeline.teachers.base import TeacherRows
 from pipeline.teachers.vllm_replies import read_entries
 from pipeline.teachers.vllm_teacher import rows_from
@@ -112,7 +112,7 @@ def report(figures: dict[int, dict[str, dict[str, float]]]) -> str:
     lines = [
         "# What a prompt token costs in vLLM's frontend",
         "",
-        f"`python -m benchmarks.vllm_frontend`: {vllm_engine.version()}, {machine_line()}.",
+        f"`python -m benchmarks.vllm_frontend`: {vllm_options.version()}, {machine_line()}.",
         "",
         "CPU microseconds per prompt token. transport: only where the engine has a process of its own. vllm: what its",
         "frontend makes of the tensors. read, check and order: ours.",
@@ -128,13 +128,13 @@ def report(figures: dict[int, dict[str, dict[str, float]]]) -> str:
 
 
 def main() -> None:
-    vllm_engine.find_platform()
+    vllm_options.find_platform()
     torch.set_num_threads(1)
     figures = {k: measured(k) for k in (32, 64)}
     text = report(figures)
     print(text)
     RESULTS.joinpath("vllm_frontend.md").write_text(text, encoding="utf-8")
-    stored = {"machine": machine(), "vllm": vllm_engine.version(), "microseconds_per_token": figures}
+    stored = {"machine": machine(), "vllm": vllm_options.version(), "microseconds_per_token": figures}
     RESULTS.joinpath("vllm_frontend.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 

@@ -82,6 +82,12 @@ class RowsConfig(CorpusConfig):
         None, ge=1, description="Workers, one engine each; left out: 1, or as many as a Ray cluster has GPUs for."
     )
     tensor_parallel: int = Field(1, ge=1, description="vllm: GPUs of one machine that share one teacher.")
+    gpu_memory: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="vllm: share of a GPU's memory that one engine may take; left out: all but what logits need.",
+    )
     shard_bytes: int = Field(1 << 20, ge=1, description="Text per shard in bytes: what one crash can cost.")
     batch_tokens: int = Field(2048, ge=1, description="Teacher tokens per forward call.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -99,6 +105,12 @@ class RowsConfig(CorpusConfig):
     def _parallel_where_it_exists(self) -> "RowsConfig":
         if self.tensor_parallel > 1 and self.backend != "vllm":
             raise ValueError(f"tensor_parallel={self.tensor_parallel} needs --backend vllm; {self.backend} has none")
+        return self
+
+    @model_validator(mode="after")
+    def _memory_where_it_is_taken(self) -> "RowsConfig":
+        if self.gpu_memory is not None and self.backend != "vllm":
+            raise ValueError(f"gpu_memory={self.gpu_memory:g} is for --backend vllm, not {self.backend}; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -38,6 +38,8 @@ _Nats = Annotated[float, Field(ge=0.0)]
 _Share = Annotated[float, Field(ge=0.0, le=1.0)]
 # Version of targets whose manifest sets no part aside; the one after differs by that field only.
 WHOLE_TARGETS = 3
+# Version of captures made on one kind of device; the one after says of which device a part is, and nothing else.
+ONE_DEVICE = 3
 # Fields of a capture's manifest that older versions did not have.
 _SINCE_3 = ("engine_settings", "audits")
 
@@ -58,6 +60,15 @@ class Part(_Record):
     file_bytes: _Count
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     counts: dict[str, _Count] = Field(default_factory=dict, description="snapped, skipped, chunks_1_1, ...")
+    device: str | None = Field(None, max_length=1000, description="of a capture: what it was made on, if not the first")
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # the records of one kind of device stay what older releases read
+        found: dict[str, Any] = handler(self)
+        if self.device is None:
+            del found["device"]
+        return found
 
 
 class TokenizerInfo(_Record):
@@ -92,7 +103,7 @@ class TeacherInfo(_Record):
     dtype: str
     head_dtype: str
     quantization: str | None = None
-    device: str
+    device: str = Field(description="what the engine ran on; all of them, ' + ' between, where parts are of several")
     tensor_parallel: _Count = 1
     capture_path: str = Field(description="which way rows left the engine")
     engine_version: str
@@ -186,7 +197,7 @@ class _Manifest(_Record):
 
 
 class CaptureManifest(_Manifest):
-    schema_version: int = SCHEMA_VERSIONS["capture"]
+    schema_version: int = ONE_DEVICE
     kind: Literal["capture"] = "capture"
     teacher: TeacherInfo
     tokenizer: TokenizerInfo
@@ -212,6 +223,12 @@ class CaptureManifest(_Manifest):
         if self.schema_version >= 3:
             return found
         return {name: value for name, value in found.items() if value or name not in _SINCE_3}
+
+    @model_validator(mode="after")
+    def _version_knows_devices(self) -> "CaptureManifest":
+        if self.schema_version <= ONE_DEVICE and any(part.device is not None for part in self.parts):
+            raise ValueError(f"parts name devices, which version {self.schema_version} does not know")
+        return self
 
     @model_validator(mode="after")
     def _whole_groups_left_out(self) -> "CaptureManifest":

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import pyarrow as pa
 
 # A release writes the first and reads all from the second on: a capture must stay readable.
-SCHEMA_VERSIONS = {"capture": 3, "projection": 1, "targets": 4}
+SCHEMA_VERSIONS = {"capture": 4, "projection": 1, "targets": 4}
 OLDEST_READ = {"capture": 1, "projection": 1, "targets": 2}
-# A capture's parts are written as now since this version: the later one added to the manifest only.
+# A capture's parts are written as now since this version: later ones added to the manifest only.
 PARTS_SINCE = 2
 
 

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from schemas.capture_config import PrecomputeConfig
+
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _DEV = Path("/dev")
 
@@ -13,6 +15,15 @@ def visible_gpus() -> list[str]:
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
     return [str(index) for index, _ in enumerate(_DEV.glob("nvidia[0-9]*"))]
+
+
+def engines_per_gpu(config: PrecomputeConfig) -> int:
+    """Engines of this run that share one GPU at most, on this machine; to be asked before ``pin_gpus``."""
+    if config.ray is not None:
+        share = config.gpus_per_worker
+        return max(1, int(1 / share + 1e-9)) if share else 1
+    groups = max(1, len(visible_gpus()) // config.tensor_parallel)
+    return -(-(config.workers or 1) // groups)
 
 
 def pin_gpus(slot: int, count: int = 1) -> None:

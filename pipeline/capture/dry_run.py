@@ -42,10 +42,11 @@ class _Work:
 
 
 def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
-    """Say what ``precompute`` with these settings would do, from a pilot that is really scored on this machine.
+    """Say what ``precompute`` with these settings would do, from a pilot that is really scored.
 
     Args:
-        config: what would run. With ``--ray``, the cluster is asked for its machines, and no worker is started there.
+        config: what would run. With ``--ray``, the cluster is asked for its machines, and where they have GPUs the
+            pilot runs on one of them; else it runs on this machine.
         progress: told bytes of text.
 
     Returns:
@@ -61,8 +62,7 @@ def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
         settle_plan(folder, config, config.shard_bytes, progress)
         check_files(config.out, plan, config)
     fleet = fleet_of_ray(config) if config.ray is not None else None
-    with tempfile.TemporaryDirectory(prefix="xtoken-dry-run-") as scratch:
-        pilot = take_pilot(config.model_copy(update={"out": scratch}), _PILOT_TOKENS, progress)
+    pilot = _pilot(config, fleet, progress)
     sizes = [shard.text_bytes for shard in plan.shards] if plan is not None else pilot.pool.sizes
     which, count = config.cells
     mine = {index: size for index, size in enumerate(sizes) if index % count == which}
@@ -79,6 +79,15 @@ def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
         **_time(config, work, pilot, fleet or fleet_here(config, pilot.device)),
         "log": str(log_path(config, folder) or "none"),
     }
+
+
+def _pilot(config: PrecomputeConfig, fleet: Fleet | None, progress: Progress) -> Pilot:
+    if fleet is not None and fleet.gpus and config.ray != "local":
+        from pipeline.capture.ray_pilot import take_pilot_on_ray
+
+        return take_pilot_on_ray(config, _PILOT_TOKENS, fleet.gpus, progress)
+    with tempfile.TemporaryDirectory(prefix="xtoken-dry-run-") as scratch:
+        return take_pilot(config.model_copy(update={"out": scratch}), _PILOT_TOKENS, progress)
 
 
 def _check_settings(config: PrecomputeConfig, folder: Folder) -> dict[str, str]:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.capture.devices import engines_per_gpu
 from pipeline.capture.fleet import fleet_here
 from pipeline.capture.plan import Plan
 from pipeline.capture.pool import POOL, Pool, Ratio, evenly, ratio, take_pool
@@ -181,7 +182,7 @@ def _open_worker(config: PrecomputeConfig, pool: Pool, tokenizer: TextTokenizer)
     """The worker of a capture, without a shard to run, and what it runs on."""
     info = CorpusInfo(source=config.corpus, hash="", documents=pool.documents, text_bytes=pool.text_bytes)
     plan = Plan(corpus=info, files=pool.files, shard_bytes=config.shard_bytes, shards=[])
-    teacher = open_teacher(config, tokenizer.table)
+    teacher = open_teacher(config, tokenizer.table, engines_per_gpu(config))
     check_teacher(config, teacher.info)
     return CaptureWorker(config, plan, tokenizer, teacher, None), teacher.info.device
 

@@ -16,7 +16,8 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import Any, NoReturn
 
-from pipeline.capture.leases import ATTEMPTS, Leases
+from pipeline.capture.leases import Leases
+from pipeline.capture.openings import Openings
 from pipeline.capture.work import Job, Lease, News, Watch, portable
 from pipeline.store.files import Folder
 from schemas.errors import XtokenError
@@ -56,7 +57,7 @@ class _Run:
     leases: Leases
     children: list[_Child] = field(default_factory=list)
     started: int = 0
-    failed_openings: int = 0
+    openings: Openings = field(default_factory=Openings)
 
 
 class LocalExecutor:
@@ -73,7 +74,7 @@ class LocalExecutor:
         """See ``Executor``. A shard that fails three times is set aside and the others go on.
 
         Raises:
-            XtokenError: the job cannot be opened, or a ``StopRun`` that would befall every shard.
+            XtokenError: no worker can open the job, or a ``StopRun`` that would befall every shard.
             KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM, after the workers were ended.
         """
         state = _Run(job, watch, Leases(shards, job.ahead, watch.see, self._lease_seconds))
@@ -89,10 +90,15 @@ class LocalExecutor:
 
 def _staff(state: _Run, workers: int) -> None:
     """Start workers in free slots, no more than there are shards for."""
-    opening = sum(not child.opened for child in state.children)
-    free = sorted({*range(workers)} - {child.slot for child in state.children})
-    for slot in free[: max(0, state.leases.waiting - opening)]:
-        _start(state, slot)
+    wanted = state.leases.waiting - _loading(state)
+    if wanted > 0:
+        free = sorted({*range(workers)} - {child.slot for child in state.children})
+        for slot in state.openings.usable(free, len(state.children))[:wanted]:
+            _start(state, slot)
+
+
+def _loading(state: _Run) -> int:
+    return sum(not child.opened for child in state.children)
 
 
 def _wait_for_news(state: _Run) -> None:
@@ -121,10 +127,21 @@ def _attend(state: _Run, child: _Child) -> None:
         child.process.join(_GRACE_SECONDS)
         _bury(state, child, _cause(child.process.exitcode))
     elif news is not None:
-        if news.kind == "open":
-            child.opened, state.failed_openings = True, 0
-        child.said_why = child.said_why or news.kind == "failed"
-        state.leases.hear(child.number, news)
+        _hear(state, child, news)
+
+
+def _hear(state: _Run, child: _Child, news: News) -> None:
+    if news.kind == "broken" and not child.opened:
+        assert news.error is not None
+        what = state.openings.broken(child.slot, news.error, _loading(state) - 1, news.place)
+        _end(state, [child], at_once=True)
+        state.leases.gone(child.number, "died", what)
+        return
+    if news.kind == "open":
+        child.opened = True
+        state.openings.opened(child.slot)
+    child.said_why = child.said_why or news.kind == "failed"
+    state.leases.hear(child.number, news)
 
 
 def _lease(state: _Run, child: _Child) -> None:
@@ -141,9 +158,7 @@ def _bury(state: _Run, child: _Child, cause: str) -> None:
     """Take the shards of a dead worker back."""
     what = f"a worker process died ({cause})"
     if not child.opened:
-        state.failed_openings += 1
-        if state.failed_openings >= ATTEMPTS:
-            raise XtokenError(f"{what} while loading, {ATTEMPTS} times in a row; is there enough memory for it?")
+        what = state.openings.died(child.slot, what)
     retired = child.said_why and child.process.exitcode in (0, None)  # it may take long over ending its engine
     _end(state, [child], at_once=True)
     state.leases.gone(child.number, "retired" if retired else "died", what)
@@ -221,7 +236,7 @@ def _serve(job: Job, slot: int, connection: "Connection[Any, Any]", parent: int)
     try:
         worker = job.open(slot)
     except Exception as error:
-        line.say(News("broken", error=portable(error)))
+        line.say(News("broken", error=portable(error), place=socket.gethostname()))
         return
     line.say(News("open", place=socket.gethostname()))
     worker.serve(line.leases(), line.say)

@@ -79,7 +79,7 @@ class Leases:
         """Take what a worker says.
 
         Raises:
-            XtokenError: the worker says that no worker can open the job, or names what would befall every shard.
+            XtokenError: an open worker says that it cannot go on (its audit), or names what would befall every shard.
         """
         holder = self._holders[worker]
         holder.since, holder.overdue = self._clock(), False

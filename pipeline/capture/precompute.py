@@ -41,9 +41,10 @@ from schemas.capture_config import PrecomputeConfig
 from schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError
 from schemas.heads import refuse_narrow_head, stated_rows
 from schemas.inside import refuse_inside
-from schemas.manifest import MANIFEST, CaptureManifest, Part, provenance, read_manifest
+from schemas.manifest import MANIFEST, ONE_DEVICE, CaptureManifest, Part, provenance, read_manifest
 from schemas.progress import Progress
 from schemas.remote import patiently
+from schemas.tables import SCHEMA_VERSIONS
 
 _LOG = logging.getLogger("xtoken")
 _NAMED = 5
@@ -260,11 +261,14 @@ def _checked_commits(folder: Folder, plan: Plan) -> dict[int, Part]:
 def _manifest(run: _Run, parts: dict[int, Part], failed: dict[int, str]) -> CaptureManifest:
     config, folder = run.config, run.folder
     teacher, codec = read_teacher(folder), codec_info(config)
+    others = [part.device for part in parts.values() if part.device is not None]
+    devices = list(dict.fromkeys([teacher.device, *others]))
     return CaptureManifest(
         **provenance(),
+        schema_version=ONE_DEVICE if len(devices) == 1 else SCHEMA_VERSIONS["capture"],
         files=run.files,
         parts=list(parts.values()),
-        teacher=teacher,
+        teacher=teacher.model_copy(update={"device": " + ".join(devices)}),
         tokenizer=run.table.info,
         bos=run.settings["bos"],
         max_tokens=config.max_tokens,

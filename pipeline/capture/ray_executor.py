@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.capture.executor import Terminated, sigterm_unwinds
-from pipeline.capture.leases import ATTEMPTS, Leases
+from pipeline.capture.leases import Leases
+from pipeline.capture.openings import Openings
 from pipeline.capture.ray_metrics import RayMetrics
 from pipeline.capture.ray_nodes import Share, alive, import_ray, joined, share_of
 from pipeline.capture.ray_worker import RayWorker, Report
-from pipeline.capture.work import Event, Job, Watch
+from pipeline.capture.work import Event, Job, News, Watch
 from schemas.errors import XtokenError
 from schemas.manifest import code_version
 
@@ -105,7 +106,7 @@ class RayExecutor:
         """See ``Executor``. A shard that fails three times is set aside and the others go on.
 
         Raises:
-            XtokenError: no Ray, no cluster, no node with the GPUs of one worker, the job cannot be opened, or a
+            XtokenError: no Ray, no cluster, no node with the GPUs of one worker, no worker can open the job, or a
                 ``StopRun`` that would befall every shard.
             KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM, after the workers were ended.
         """
@@ -145,17 +146,19 @@ class RayCrew:
         self._members: list[_Member] = []
         self._parting: list[_Member] = []  # released; they end their engines
         self._started = 0
-        self._failed_openings = 0
+        self._openings = Openings()
         self._room, self._surveyed = 1, -math.inf
 
     def staff(self) -> None:
         """Start workers in free slots, no more than there are shards for."""
-        opening = sum(not member.opened for member in self._members)
-        wanted = self._leases.waiting - opening
+        wanted = self._leases.waiting - self._loading()
         if wanted > 0:
             free = sorted({*range(self._workers or self._survey())} - {member.slot for member in self._members})
-            for slot in free[:wanted]:
+            for slot in self._openings.usable(free, len(self._members))[:wanted]:
                 self._start(slot)
+
+    def _loading(self) -> int:
+        return sum(not member.opened for member in self._members)
 
     def _survey(self) -> int:
         """Workers that the cluster has room for; looked up now and then, for machines come and go."""
@@ -223,10 +226,11 @@ class RayCrew:
         member.node = report.node
         for news in report.news:
             member.seen += 1
-            if news.kind == "open":
-                member.opened, member.place, self._failed_openings = True, news.place, 0
-            member.said_why = member.said_why or news.kind == "failed"
-            self._leases.hear(member.number, news)
+            if news.kind == "broken" and not member.opened:
+                assert news.error is not None
+                self._cannot_open(member, news.error, news.place)
+                return
+            self._hear(member, news)
         if report.end is None:
             member.call = self._ask(member.actor, member.seen)
         else:
@@ -234,11 +238,22 @@ class RayCrew:
             last = report.end.rsplit("\n", 1)[-1] or "it returned without a word"
             self._bury(member, "retired" if retired else "died", f"a worker on {member.place} ended ({last})")
 
+    def _hear(self, member: _Member, news: News) -> None:
+        if news.kind == "open":
+            member.opened, member.place = True, news.place
+            self._openings.opened(member.slot)
+        member.said_why = member.said_why or news.kind == "failed"
+        self._leases.hear(member.number, news)
+
+    def _cannot_open(self, member: _Member, error: Exception, place: str = "") -> None:
+        what = self._openings.broken(member.slot, error, self._loading() - 1, place)
+        self._remove(member, "died", what)
+
     def _fell(self, member: _Member, error: Any) -> None:
         if error.actor_init_failed:
-            raise XtokenError(
-                f"a Ray worker cannot start; install xtoken {code_version()} on every node of the cluster: {error}"
-            )
+            reason = f"a Ray worker cannot start; install xtoken {code_version()} on every node of the cluster: {error}"
+            self._cannot_open(member, XtokenError(reason))
+            return
         member.fell, member.cause = time.monotonic(), _cause(str(error))
         member.lost = error.preempted or "its node has died" in str(error)
 
@@ -257,9 +272,10 @@ class RayCrew:
     def _bury(self, member: _Member, kind: str, what: str) -> None:
         """Take the shards of a worker back that is dead or useless."""
         if not member.opened and kind == "died":
-            self._failed_openings += 1
-            if self._failed_openings >= ATTEMPTS:
-                raise XtokenError(f"{what} while loading, {ATTEMPTS} times in a row; is there enough memory for it?")
+            what = self._openings.died(member.slot, what)
+        self._remove(member, kind, what)
+
+    def _remove(self, member: _Member, kind: str, what: str) -> None:
         self._members.remove(member)
         self._ray.kill(member.actor)
         self._leases.gone(member.number, kind, what)

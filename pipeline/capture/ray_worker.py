@@ -132,7 +132,7 @@ class RayWorker:
             described: Job = pickle.loads(job)
             worker = described.open(slot)
         except Exception as error:
-            self._mailbox.say(News("broken", error=portable(error)))
+            self._mailbox.say(News("broken", error=portable(error), place=socket.gethostname()))
             return None
         self._mailbox.say(News("open", place=socket.gethostname()))
         return worker

@@ -94,21 +94,26 @@ def check_settings(folder: Folder, settings: dict[str, Any]) -> None:
         _compare(folder, RUN_FILE, settings)
 
 
-def settle_teacher(folder: Folder, info: TeacherInfo, settings: Mapping[str, Any] | None = None) -> None:
-    """Record the teacher that was opened; every later one must be the same.
+def settle_teacher(folder: Folder, info: TeacherInfo, settings: Mapping[str, Any] | None = None) -> TeacherInfo:
+    """Record the teacher that was opened; every later one must be the same, on whatever device.
 
     Args:
         folder: the run's.
-        info: of the engine; decides what the same is, but for the way rows leave the engine: both ways give the same
-            rows, and one worker that falls back must not end a run. Audits name the way of each.
+        info: of the engine; decides what the same is, but for the device, which moves no row by more than rounding
+            (parts name theirs), and for the way rows leave the engine: both ways give the same rows, and one worker
+            that falls back must not end a run. Audits name the way of each.
         settings: what the engine was started with. The first engine's are recorded; others may differ, as batches and
             memory do from machine to machine.
 
+    Returns:
+        The teacher that the run began with.
+
     Raises:
-        XtokenError: another teacher, engine or device than the run began with.
+        XtokenError: another teacher or engine than the run began with.
     """
     record = {**info.model_dump(), _ENGINE: _SETTINGS.validate_python(dict(settings or {}))}
-    _settle(folder, TEACHER_FILE, record, free=(_ENGINE, "capture_path"))
+    _settle(folder, TEACHER_FILE, record, free=(_ENGINE, "capture_path", "device"))
+    return read_teacher(folder)
 
 
 def read_teacher(folder: Folder) -> TeacherInfo:

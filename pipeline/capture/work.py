@@ -36,10 +36,10 @@ class News:
     """What a worker says.
 
     Attributes:
-        kind: open (ready for leases), broken (could not open), begun (work on a shard has started), told (``done`` of
-            it is done), part (it is committed), failed.
+        kind: open (ready for leases), broken (could not open, or an audit refused its rows), begun (work on a shard has
+            started), told (``done`` of it is done), part (it is committed), failed.
         error: of ``broken`` and ``failed``; made portable, so that it can be sent.
-        place: of ``open``: where the worker runs, for people.
+        place: of ``open`` and ``broken``: where the worker runs, for people.
     """
 
     kind: Literal["open", "broken", "begun", "told", "part", "failed"]

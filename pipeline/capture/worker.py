@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.capture.audit import open_audit
-from pipeline.capture.devices import pin_gpus
+from pipeline.capture.devices import engines_per_gpu, pin_gpus
 from pipeline.capture.plan import Plan, SliceReader, load_plan
 from pipeline.capture.settings import codec_info, sees_bos, settle_teacher
 from pipeline.capture.stages import Audit, Prepared, Stages, text_bytes
@@ -59,7 +59,8 @@ class CaptureJob:
     def open(self, slot: int = 0) -> "CaptureWorker":
         """Load tokenizer and teacher, and check that they fit each other and the run.
 
-        Under ``--device auto`` each worker takes one of the visible GPUs by its slot.
+        Under ``--device auto`` each worker takes one of the visible GPUs by its slot, and so it does for vLLM, which
+        knows no numbers of GPUs.
 
         Raises:
             XtokenError: the model cannot be loaded, its context is too short, or it is not the run's teacher.
@@ -67,7 +68,8 @@ class CaptureJob:
         if os.path.isdir(self.cwd):
             os.chdir(self.cwd)
         config, folder = self.config, Folder(self.config.out)
-        if config.device == "auto":
+        engines = engines_per_gpu(config)
+        if config.device == "auto" or config.backend == "vllm":
             pin_gpus(slot, config.tensor_parallel)
         plan = patiently(partial(load_plan, folder))
         if plan is None:
@@ -76,12 +78,13 @@ class CaptureJob:
                 "the same --out: use an object store, or a file system that all of them mount"
             )
         tokenizer = open_tokenizer(config)
-        teacher = open_teacher(config, tokenizer.table)
+        teacher = open_teacher(config, tokenizer.table, engines)
         check_teacher(config, teacher.info)
-        patiently(partial(settle_teacher, folder, teacher.info, teacher.settings))
+        first = patiently(partial(settle_teacher, folder, teacher.info, teacher.settings))
         student = load_tokenizer(config.student) if config.student is not None else None
         codes = read_codes(patiently(partial(read_table, folder.url(VOCAB_FILE))))
         worker = CaptureWorker(config, plan, tokenizer, teacher, student, codes)
+        worker.device = teacher.info.device if teacher.info.device != first.device else None
         worker.audit = open_audit(config, folder, tokenizer, teacher, worker.context)
         return worker
 
@@ -133,6 +136,7 @@ class CaptureWorker:
         self._student = student
         self._codes = codes
         self.audit: Audit | None = None
+        self.device: str | None = None  # where it is not what the run began on
         self._reader = SliceReader(config, plan)
         self._codec = codec_info(config)
         bos = tokenizer.table.info.bos_id if sees_bos(config, tokenizer.table) else None
@@ -173,7 +177,7 @@ class CaptureWorker:
         schema = capture(self._codec.temperatures, self._codec.name)
         write = partial(_write, samples, schema, self._codes, counts)
         check = CaptureCheck(self._tokenizer.table.size, self._codec)
-        return publish_part(self._config.out, prepared.shard, write, check)
+        return publish_part(self._config.out, prepared.shard, write, check, device=self.device)
 
     def _prompts(self, pieces: Sequence[Window]) -> tuple[list[NDArray[np.int32]], list[list[int]]]:
         """What the teacher is shown of each piece, and the pieces that have rows in batches of like lengths."""

@@ -55,7 +55,9 @@ def data_name(index: int) -> str:
     return f"{DATA}/{part_name(index)}"
 
 
-def publish_part(root: str, index: int, write: Write, check: Check, *, attempt: str | None = None) -> Part:
+def publish_part(
+    root: str, index: int, write: Write, check: Check, *, attempt: str | None = None, device: str | None = None
+) -> Part:
     """Write, verify, publish and commit one part; the first commit wins.
 
     Args:
@@ -65,6 +67,7 @@ def publish_part(root: str, index: int, write: Write, check: Check, *, attempt: 
             (they must follow from the shard's input alone: they also describe a twin's file).
         check: reads a file back and counts it; raises XtokenError when it is not right.
         attempt: name of this attempt in the temporary file name; random when left out.
+        device: for ``Part.device``.
 
     Returns:
         The committed record: ours, or that of whoever was first.
@@ -84,7 +87,7 @@ def publish_part(root: str, index: int, write: Write, check: Check, *, attempt: 
             _reached(root, partial(folder.make, DATA, COMMITS))
             counts = _reached(root, partial(write, folder.url(tmp)))
             folder.sync(tmp)
-            part = _reached(root, partial(_describe, folder, index, tmp, check, counts))
+            part = _reached(root, partial(_describe, folder, index, tmp, check, counts, device))
             placed = _reached(root, partial(_place, folder, tmp, part, check))
             return _reached(root, partial(commit, folder, placed))
     finally:
@@ -102,10 +105,10 @@ def _once(root: str, step: Callable[[], R]) -> R:
         return step()
 
 
-def _describe(folder: Folder, index: int, name: str, check: Check, counts: dict[str, int]) -> Part:
+def _describe(folder: Folder, index: int, name: str, check: Check, counts: dict[str, int], device: str | None) -> Part:
     figures = check(folder.url(name))
     sha256, size = folder.sha256(name)
-    return Part(index=index, **asdict(figures), file_bytes=size, sha256=sha256, counts=counts)
+    return Part(index=index, **asdict(figures), file_bytes=size, sha256=sha256, counts=counts, device=device)
 
 
 def _place(folder: Folder, tmp: str, part: Part, check: Check) -> Part:
@@ -117,7 +120,7 @@ def _place(folder: Folder, tmp: str, part: Part, check: Check) -> Part:
         if (found := read_commit(folder, part.index)) is not None:
             return found
         try:
-            return _describe(folder, part.index, final, check, part.counts)
+            return _describe(folder, part.index, final, check, part.counts, part.device)
         except Unreachable:
             raise  # nothing is known about the file
         except (XtokenError, pa.ArrowException, OSError, ValueError):

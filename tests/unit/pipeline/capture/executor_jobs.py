@@ -26,6 +26,8 @@ class ToyJob:
     def open(self, slot: int = 0) -> "ToyWorker":
         note(self.folder, f"slot-{slot}-{os.getpid()}")
         note(self.folder, f"open-{os.getpid()}")
+        if self.opening.startswith("bad slot "):  # slot 0 works once the others have failed as often as they may
+            self.open_one_of(slot, int(self.opening.removeprefix("bad slot ")))
         if self.opening == "bad model":
             raise XtokenError("no such model")
         if self.opening == "defect":
@@ -33,6 +35,13 @@ class ToyJob:
         if self.opening == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         return ToyWorker(self)
+
+    def open_one_of(self, slot: int, bad: int) -> None:
+        """Refuse the bad slot; the others are slow to open until it was refused once."""
+        if slot == bad:
+            note(self.folder, f"refused-{os.getpid()}")
+            raise XtokenError(f"GPU {bad} is taken")
+        wait_for(self.folder, "refused-", 1)
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,8 @@ class ToyWorker(OneByOne):
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "slow":
             time.sleep(60)
+        if what.startswith("wait "):  # until so many openings were refused
+            wait_for(self.job.folder, "refused-", int(what.removeprefix("wait ")))
         if what == "stall once" and attempt == 1:
             time.sleep(4)
         return Part(
@@ -93,6 +104,11 @@ class Watching:
 
 def note(folder: str, name: str) -> None:
     (Path(folder) / name).touch()
+
+
+def wait_for(folder: str, prefix: str, count: int) -> None:
+    while sum(path.name.startswith(prefix) for path in Path(folder).iterdir()) < count:
+        time.sleep(0.02)
 
 
 if __name__ == "__main__":

