@@ -116,6 +116,7 @@ class _Scheduling(LoadScopeScheduling):
         return "integration" if file.startswith("tests/integration/") and not file.endswith(_LIGHT) else file
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest -p no:xdist works too
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """What ``-n 2`` runs where."""
     return _Scheduling(config, log)
