@@ -140,6 +140,7 @@ def test_a_run_of_the_callers_own_goes_on(tmp_path: Path) -> None:
         trackers.close()
         own.log({"mine": 2.0})
     finally:
+        own.finish()
         wandb.teardown()
     assert [line["mine"] for line in history(tmp_path / "own")] == [2.0]
     assert [line["loss"] for line in history(tmp_path)] == [1.0]
