@@ -3,14 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
+# make test SEED=N repeats the order whose seed a run printed.
+SEED ?=
+ROUNDS ?= tests/unit tests/unit tests/unit tests/integration
 
-.PHONY: demo test lint types models setup clean
+.PHONY: demo test soak lint types models setup clean
 
 demo: setup models  ## capture a real teacher, train a real student, compare
 	$(BIN)/xtoken demo
 
-test: setup models  ## every test; real tokenizers, real models, real engines
-	$(BIN)/pytest -n 2 --no-loadscope-reorder
+test: setup models  ## every test, in random order; real tokenizers, real models, real engines
+	$(BIN)/pytest -n 2 --no-loadscope-reorder -p randomly --randomly-dont-reset-seed $(SEED:%=--randomly-seed=%)
+
+soak: setup models  ## the unit tests thrice and the integration tests once, in random order on cores that are busy
+	$(BIN)/python tests/soak.py $(ROUNDS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -128,7 +128,8 @@ class Cache:
         if os.fstat(file.fileno()).st_nlink == 0:  # evicted while we waited for the lock
             file.close()
             return None
-        os.utime(file.fileno())
+        now = time.time_ns()  # the system's own stamp has steps of some milliseconds: no order among quick uses
+        os.utime(file.fileno(), ns=(now, now))
         return file
 
     def _fetch(self, url: str, sha256: str, size: int | None) -> None:

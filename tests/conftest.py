@@ -2,13 +2,16 @@
 
 import importlib.util
 import os
+import random
 import signal
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
@@ -20,6 +23,12 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+# How quick a machine is decides nothing, and the same code is given the same examples; make soak looks for others.
+_PATIENT: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("same", derandomize=True, **_PATIENT)
+hypothesis.settings.register_profile("other", **_PATIENT)
+hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURE = "figure"
@@ -112,21 +121,44 @@ class _Scheduling(LoadScopeScheduling):
     """Integration tests one after the other, since they need cores and ports; light ones and unit tests beside them."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::", 1)[0]
-        return "integration" if file.startswith("tests/integration/") and not file.endswith(_LIGHT) else file
+        return "integration" if _rank(nodeid) == 0 else nodeid.split("::", 1)[0]
 
 
+def _rank(nodeid: str) -> int:
+    """0: integration tests one after the other; 1: light ones; 2: unit tests."""
+    file = nodeid.split("::", 1)[0]
+    if not file.startswith("tests/integration/"):
+        return 2
+    return 1 if file.endswith(_LIGHT) else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In random order too the longest starts first, or one core would wait for it at the end."""
+    items.sort(key=lambda item: _rank(item.nodeid))
+    random.seed()  # the seed of the order is not one of the tests': two workers would draw the same
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest -p no:xdist works too
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """What ``-n 2`` runs where."""
     return _Scheduling(config, log)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what tests measured."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
+    """Print what tests measured and, as the last lines, what could not be tested here."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
     properties = [found for report in reports if report.when == "call" for found in report.user_properties]
-    told = [text for name, text in properties if name == FIGURE]
-    if told:
-        terminalreporter.section("figures")
-        for line in told:
-            terminalreporter.write_line(str(line))
+    _section(terminalreporter, "figures", [str(text) for name, text in properties if name == FIGURE])
+    yield
+    skipped = Counter(str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []))
+    missing = sorted(reason for reason in skipped if "install" in reason or "could not import" in reason)
+    lines = [f"{skipped[reason]} skipped: {reason.removeprefix('Skipped: ')}" for reason in missing]
+    _section(terminalreporter, "NOT TESTED, since something is missing here", lines)
+
+
+def _section(reporter: pytest.TerminalReporter, title: str, lines: list[str]) -> None:
+    if lines:
+        reporter.section(title)
+    for line in lines:
+        reporter.write_line(line)

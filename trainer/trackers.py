@@ -14,6 +14,9 @@ from schemas.errors import XtokenError
 from schemas.train_config import TrainConfig
 
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb-id"
+# Seconds that W&B's service keeps lines in memory. At its default of 15, a kill takes lines of steps before the last
+# checkpoint, which no resumed run makes again.
+_FLUSH = "x_transaction_log_flush_interval"
 _LOG = logging.getLogger("xtoken")
 
 
@@ -154,16 +157,15 @@ class _WandB:
     def __init__(self, root: Path, project: str, run_name: str, config: Mapping[str, Any]) -> None:
         import wandb
 
-        # The run's folder records code and argv; a diff of whatever repository lies around is nobody's business.
-        settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True)
         options: dict[str, Any] = {"project": project, "id": _run_id(root), "name": run_name, "dir": str(root)}
-        options |= {"config": dict(config), "resume": "allow", "reinit": "create_new", "settings": settings}
+        options |= {"config": dict(config), "resume": "allow", "reinit": "create_new"}
         try:
-            self._run = wandb.init(**options)
+            self._run = wandb.init(**options, settings=_wandb_settings())
         except wandb.Error as error:
             _LOG.warning("W&B cannot be reached (%s); 'wandb sync' in %s/wandb sends this run later", error, root)
             wandb.teardown()  # its service still holds the id of the run that did not start
-            self._run = wandb.init(**options, mode="offline")
+            patient = _wandb_settings(init_timeout=90)  # nobody is called: a busy machine is all that this can wait for
+            self._run = wandb.init(**options, settings=patient, mode="offline")
         # A resumed run repeats steps, and W&B refuses a step of its own that goes back: ours is an axis like any other.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
@@ -172,7 +174,23 @@ class _WandB:
         self._run.log({**figures, "step": step})
 
     def close(self) -> None:
+        import wandb
+
         self._run.finish()
+        # finish() only asks W&B's service to close the run's file; a process that ends without Python's exit handlers
+        # (a child of multiprocessing, a container that stops) could take the last lines along.
+        if wandb.run is None:  # else whoever calls us has a run of their own
+            wandb.teardown()
+
+
+def _wandb_settings(**more: Any) -> Any:
+    import wandb
+
+    # The run's folder records code and argv; a diff of whatever repository lies around is nobody's business.
+    options: dict[str, Any] = {"silent": True, "console": "off", "disable_git": True, "disable_code": True}
+    if _FLUSH in wandb.Settings.model_fields:
+        options[_FLUSH] = 1.0
+    return wandb.Settings(**options, **more)
 
 
 def _run_id(root: Path) -> str:

@@ -6,13 +6,12 @@ up to who wrote it: files of their own are how they join what they know.
 
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 from pipeline.query.folders import CaptureFolder, TargetsFolder, refuse_other_capture, register
@@ -85,7 +84,8 @@ def _answer(connection: Any, text: str, out: str | None) -> dict[str, Any]:
 def _interruptible(connection: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Do the work in a thread: DuckDB does not look for Ctrl-C while it runs, so whoever waits does."""
     outcome: Future[dict[str, Any]] = Future()
-    thread = Thread(target=_fulfil, args=(outcome, work), daemon=True)
+    given_up = Event()
+    thread = Thread(target=_fulfil, args=(outcome, work, given_up), daemon=True)
     try:
         thread.start()
         # A look every moment: a signal that another thread receives does not wake one that waits for a lock.
@@ -93,14 +93,16 @@ def _interruptible(connection: Any, work: Callable[[], dict[str, Any]]) -> dict[
             pass
         return outcome.result()
     except KeyboardInterrupt:
-        time.sleep(_MOMENT)  # a thread that is only starting does not count as alive
-        while thread.is_alive():  # and a query that is only being planned does not hear it
+        given_up.set()  # a thread that is only starting does not count as alive yet, and then does nothing
+        while thread.is_alive():  # a query that is only being planned does not hear it
             connection.interrupt()
             thread.join(_MOMENT)
         raise
 
 
-def _fulfil(outcome: "Future[dict[str, Any]]", work: Callable[[], dict[str, Any]]) -> None:
+def _fulfil(outcome: "Future[dict[str, Any]]", work: Callable[[], dict[str, Any]], given_up: Event) -> None:
+    if given_up.is_set():
+        return
     try:
         outcome.set_result(work())
     except BaseException as error:

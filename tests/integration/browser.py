@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-SECONDS = 60.0
+SECONDS = 120.0
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--headless=new", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage")
 FLAGS += ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--mute-audio")

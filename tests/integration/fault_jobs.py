@@ -23,7 +23,7 @@ from pipeline.tokens import Encoded, TextTokenizer, TokenTable
 from schemas.capture_config import PrecomputeConfig
 from schemas.manifest import Part
 
-_WAIT_SECONDS = 40.0
+_WAIT_SECONDS = 120.0
 
 
 class Panic(BaseException):

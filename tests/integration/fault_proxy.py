@@ -18,6 +18,8 @@ from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+from free_ports import free_ports
+
 KINDS = ("500", "503", "reset", "silent", "slow", "truncated")
 _SLOW_SECONDS = 0.3
 _ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>{text}</Message><RequestId>1</RequestId></Error>"
@@ -76,9 +78,7 @@ class FaultProxy:
         self._lock = threading.Lock()
         self._server: ThreadingHTTPServer | None = None
         self._open: set[socket.socket] = set()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = int(free.getsockname()[1])
+        (self._port,) = free_ports(1)  # bound again after each outage
 
     @property
     def endpoint(self) -> str:

@@ -76,7 +76,7 @@ class Run:
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | self._environment
         return subprocess.Popen(self._command, env=environment, start_new_session=True, stderr=subprocess.PIPE)
 
-    def finish(self, code: int = 0, seconds: float = 120) -> str:
+    def finish(self, code: int = 0, seconds: float = 300) -> str:
         """Run to the end, which must have that exit code; what it said on stderr."""
         return ended(self.start(), code, seconds)
 
@@ -92,7 +92,7 @@ class Run:
         return process.returncode == -signal.SIGKILL
 
 
-def ended(process: "subprocess.Popen[bytes]", code: int = 0, seconds: float = 120) -> str:
+def ended(process: "subprocess.Popen[bytes]", code: int = 0, seconds: float = 300) -> str:
     """Wait for a driver, which must end with that exit code and without a traceback of ours; what it said."""
     try:
         error = process.communicate(timeout=seconds)[1].decode()
@@ -115,7 +115,7 @@ def running(run: Run) -> Iterator["subprocess.Popen[bytes]"]:
             process.communicate()
 
 
-def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 180) -> None:
     """Until something is true."""
     until = time.monotonic() + seconds
     while not what():

@@ -19,7 +19,7 @@ from schemas.capture_config import PrecomputeConfig
 WORKERS = 3
 PACE = 0.15  # seconds of each batch, so that kills meet work
 _NODES = 2
-_PATIENCE = 120.0
+_PATIENCE = 300.0
 KINDS = {"local": ("worker", "worker", "driver"), "ray": ("worker", "worker", "driver", "raylet")}
 
 

@@ -4,12 +4,14 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from free_ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -28,30 +30,21 @@ def cluster(cpus: int) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["PYTHONPATH"] = f"{ROOT}:{HERE}"
-    started = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": cpus,
-            "num_gpus": 0,
-            "include_dashboard": False,
-            "metrics_export_port": free_port(),
-            "_system_config": SETTINGS,
-        },
-    )
-    try:
-        yield started
-    finally:
-        ray.shutdown()
-        started.shutdown()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    head = {
+        "num_cpus": cpus,
+        "num_gpus": 0,
+        "include_dashboard": False,
+        "metrics_export_port": free_ports(1)[0],
+        "_system_config": SETTINGS,
+    }
+    environment = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": f"{ROOT}:{HERE}"}
+    with patch.dict(os.environ, environment):
+        started = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            yield started
+        finally:
+            ray.shutdown()
+            started.shutdown()
 
 
 def kill_machine(started: Any, node: Any) -> None:
@@ -68,7 +61,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"it did not happen within {seconds} s"

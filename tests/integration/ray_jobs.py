@@ -65,7 +65,7 @@ class NotingWorker(OneByOne):
         return self._commit(shard)
 
     def _until(self, condition: Callable[[], bool], tell) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while not condition() and time.monotonic() < end:
             tell(1)
             time.sleep(0.05)

@@ -8,21 +8,21 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import s3fs
+from free_ports import free_ports
 
 USERS = ("admin", "alpha", "beta")
 BUCKETS = ("alpha-store", "beta-store")
 _PORTS = ("master", "volume", "filer", "s3")
-_READY_SECONDS = 90
+_READY_SECONDS = 180
 _STOP_SECONDS = 3
 
 
@@ -63,7 +63,7 @@ class S3Server:
 @contextmanager
 def serve(folder: Path) -> Iterator[S3Server]:
     """Run the server on data below ``folder`` until the block ends; nothing of it is left running."""
-    ports = _free_ports(2 * len(_PORTS))
+    ports = free_ports(2 * len(_PORTS))
     endpoint = f"http://127.0.0.1:{ports[_PORTS.index('s3')]}"
     with (folder / "weed.log").open("wb") as log:
         process = subprocess.Popen(
@@ -81,14 +81,6 @@ def _die_with_parent() -> None:
     """Also when the tests are killed: Linux's prctl(PR_SET_PDEATHSIG)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def _command(folder: Path, ports: list[int]) -> list[str]:

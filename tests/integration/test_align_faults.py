@@ -98,8 +98,8 @@ def test_a_killed_driver_takes_its_workers_along(capture: Path, whole: Path, tmp
     with running(run) as process:
         wait_for(lambda: commits(run.out), 180)
         os.kill(process.pid, signal.SIGKILL)  # the driver alone
-        process.communicate(timeout=60)
-        wait_for(lambda: not group_lives(process.pid), 20)
+        process.communicate(timeout=180)
+        wait_for(lambda: not group_lives(process.pid), 120)
     run.finish()
     same_targets(whole, run.out)
 

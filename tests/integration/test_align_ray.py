@@ -61,7 +61,7 @@ def test_killed_workers_and_a_killed_driver_cost_nothing(
             killed.add(victim)
         wait_for(lambda: len(commits(run.out)) >= 3, PATIENCE)
         os.kill(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=180)
         left = len(commits(run.out))
         wait_for(lambda: not _workers(nodes), PATIENCE)  # they end with their driver
     ended(run.start())

@@ -61,8 +61,8 @@ def test_an_interrupted_run_leaves_no_process_and_resumes(undisturbed, tmp_path,
     with running(run) as process:
         wait_for(lambda: commits(out))
         os.killpg(process.pid, number)  # as a terminal does: driver and workers alike
-        ended(process, -signal.SIGINT if number == signal.SIGINT else 128 + signal.SIGTERM, 60)
-        wait_for(lambda: not group_lives(process.pid), 20)  # multiprocessing's own helper notices a moment later
+        ended(process, -signal.SIGINT if number == signal.SIGINT else 128 + signal.SIGTERM, 180)
+        wait_for(lambda: not group_lives(process.pid), 120)  # multiprocessing's own helper notices a moment later
     assert not list(out.rglob("*.tmp"))
     run.finish()
     same_as(Path(undisturbed.out), out)

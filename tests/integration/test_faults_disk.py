@@ -27,7 +27,7 @@ def with_limit(run: Run, size: int) -> "subprocess.Popen[bytes]":
 
 
 def refused(process: "subprocess.Popen[bytes]") -> str:
-    error = process.communicate(timeout=120)[1].decode()
+    error = process.communicate(timeout=300)[1].decode()
     assert process.returncode == 2, error
     assert re.search(SAID, error), error
     assert "Traceback" not in error

@@ -15,7 +15,7 @@ def said(where: str, found: Found) -> str:
 
 
 def test_killing_on_this_machine(undisturbed, tmp_path, figure):
-    found = Soak(undisturbed, tmp_path / "soak", seed=20261122).run(KILLS, seconds=120)
+    found = Soak(undisturbed, tmp_path / "soak", seed=20261122).run(KILLS, seconds=400)
     assert sum(found.kills.values()) == KILLS
     assert found.in_flight > 0
     figure(said("local", found))
@@ -24,7 +24,7 @@ def test_killing_on_this_machine(undisturbed, tmp_path, figure):
 def test_killing_on_ray(undisturbed, tmp_path, figure):
     pytest.importorskip("ray")
     with machines() as nodes:
-        found = Soak(undisturbed, tmp_path / "soak", seed=20261123, nodes=nodes).run(KILLS, seconds=120)
+        found = Soak(undisturbed, tmp_path / "soak", seed=20261123, nodes=nodes).run(KILLS, seconds=400)
     assert sum(found.kills.values()) == KILLS
     assert found.in_flight > 0
     figure(said("ray", found))

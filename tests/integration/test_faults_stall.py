@@ -12,7 +12,7 @@ from pipeline.store.publish import Figures
 from schemas.capture_config import PrecomputeConfig
 from schemas.manifest import Part
 
-LEASE = 6.0  # seconds; after twice as long a worker is killed
+LEASE = 10.0  # seconds; after twice as long a worker is killed
 
 
 def test_a_worker_that_stalls_past_its_lease_and_then_finishes(undisturbed, tmp_path, figure):
@@ -50,9 +50,9 @@ class Twins:
         self._barrier = threading.Barrier(attempts)
 
     def write(self, url: str) -> dict[str, int]:
-        self._barrier.wait(30)
+        self._barrier.wait(120)
         Folder(url.rpartition("/")[0]).replace(url.rpartition("/")[2], b"the same bytes")
-        self._barrier.wait(30)
+        self._barrier.wait(120)
         return {"documents": 1}
 
     def check(self, url: str) -> Figures:

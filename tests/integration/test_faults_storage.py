@@ -93,11 +93,11 @@ def test_an_outage_in_the_middle_changes_nothing(undisturbed, proxy, tmp_path, f
             before = len(committed(config.out))
             # a worker that starts while nothing is there
             os.kill(workers_of(process.pid)[0], signal.SIGKILL)
-            wait_for(lambda: len(workers_of(process.pid)) == 2, 20)
+            wait_for(lambda: len(workers_of(process.pid)) == 2, 120)
             with pytest.raises(AssertionError):
                 wait_for(lambda: process.poll() is not None, 12)
             assert len(committed(config.out)) == before
-        ended(process, seconds=120)
+        ended(process)
     same_as(Path(undisturbed.out), fetch(Folder(config.out), tmp_path / "fetched"))
     figure(f"storage: 12 s without a server after {before} parts, a worker killed meanwhile: same bytes")
 
@@ -106,7 +106,7 @@ def test_an_outage_in_the_middle_changes_nothing(undisturbed, proxy, tmp_path, f
 def test_an_outage_while_the_manifest_is_written_is_waited_for(undisturbed, proxy, tmp_path):
     config = capture_of(undisturbed, "end")
     proxy.rules = [Rule("503", method="PUT", path="/end/manifest.json", most=12)]
-    Run(config, tmp_path, environment=through(proxy)).finish(seconds=120)
+    Run(config, tmp_path, environment=through(proxy)).finish()
     assert proxy.happened == {"503 before": 12}
     same_as(Path(undisturbed.out), fetch(Folder(config.out), tmp_path / "fetched"))
 

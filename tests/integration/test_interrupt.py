@@ -64,12 +64,12 @@ def train_words(targets: Path, student: Path, out: Path) -> list[object]:
 def stopped(words: list[object], out: Path) -> subprocess.CompletedProcess[str]:
     """Start training, press Ctrl-C after its third checkpoint, wait."""
     process = subprocess.Popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (out / "checkpoints" / "step-000003").exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    output, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, output, error)
 
 
@@ -97,12 +97,12 @@ def test_ctrl_c_in_align_leaves_what_was_committed(targets: Path, student: Path,
     words = ["align", tmp_path / "capture", "--student", student, "--out", tmp_path / "out"]
     process = subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True)
     commits = tmp_path / "out" / "commits"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(commits.glob("*.json")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=300)[1]
     assert process.returncode == cli.INTERRUPTED, error
     before = {path.name: path.stat().st_mtime_ns for path in commits.glob("*.json")}
     assert 0 < len(before) < 60

@@ -52,7 +52,7 @@ class Nursery:
 
     def close(self) -> None:
         """End it."""
-        self._process.communicate(timeout=60)
+        self._process.communicate(timeout=300)
 
 
 class Child:
@@ -81,7 +81,7 @@ class Child:
         os.close(self._handle)
         return code
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 300) -> None:
         """Until ``condition`` holds or the child has ended."""
         deadline = time.monotonic() + seconds
         while self.lives() and not condition():

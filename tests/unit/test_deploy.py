@@ -35,7 +35,7 @@ def compose() -> tuple[list[str], str]:
             found = subprocess.run([*command, "version", "--short"], capture_output=True, text=True)
             if found.returncode == 0:
                 return command, found.stdout.strip()
-    pytest.skip("docker-compose.yml is not validated: neither 'docker compose' nor 'docker-compose' is installed")
+    pytest.skip("docker-compose is not installed: apt-get install docker-compose, which .ci/run does when root")
 
 
 @pytest.mark.parametrize("profiles", [[], ["train", "watch"]], ids=["default", "all"])
@@ -267,7 +267,7 @@ def test_each_worker_claims_gpus_of_its_own(machine: Path) -> None:
         assert sorted(line.split()[0] for line in lines) == ["0", "1", "2"]
         assert all("start --address=head:6379 --block" in line for line in lines)
         with node(machine, "worker") as one_too_many:
-            _, error = one_too_many.communicate(timeout=30)
+            _, error = one_too_many.communicate(timeout=120)
             assert one_too_many.returncode == 1
             assert "only 0 of this machine's 3 GPUs are free" in error
         nodes[0].kill()
@@ -294,7 +294,7 @@ def test_the_head_takes_no_gpu(machine: Path) -> None:
 @pytest.mark.parametrize("gpus", ["two", "-1"])
 def test_nonsense_is_refused_by_name(machine: Path, gpus: str) -> None:
     with node(machine, "worker", XTOKEN_NODE_GPUS=gpus) as process:
-        _, error = process.communicate(timeout=30)
+        _, error = process.communicate(timeout=120)
     assert process.returncode == 1
     assert f"XTOKEN_NODE_GPUS={gpus} is neither" in error
 
@@ -302,6 +302,6 @@ def test_nonsense_is_refused_by_name(machine: Path, gpus: str) -> None:
 def test_a_machine_without_gpus_is_no_worker_by_accident(machine: Path) -> None:
     (machine / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     with node(machine, "worker", XTOKEN_NODE_GPUS="all") as process:
-        _, error = process.communicate(timeout=30)
+        _, error = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "XTOKEN_NODE_GPUS=0 makes a node without" in error

@@ -100,6 +100,21 @@ def test_the_least_recently_used_goes_first(cache: Path, remote: str) -> None:
     assert names(cache) == {found[name] for name in "acd"}
 
 
+def test_uses_within_a_tick_of_the_systems_clock_have_an_order(
+    cache: Path, remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, stamps, utime = put(f"{remote}/a", b"content"), [], os.utime
+
+    def within_a_tick(file: int, *, ns: tuple[int, int] = (0, 0)) -> None:
+        utime(file, ns=ns)
+
+    monkeypatch.setattr("schemas.cache.os.utime", within_a_tick)
+    for _ in range(3):
+        with cached(f"{remote}/a", found, 7) as path:
+            stamps.append(Path(path).stat().st_mtime_ns)
+    assert stamps == sorted(set(stamps))
+
+
 def test_a_file_in_use_stays_and_room_is_waited_for(cache: Path, remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("schemas.cache._PATIENCE_SECONDS", 0.0)
     first, second, third = (put(f"{remote}/{name}", name.encode() * 400) for name in "abc")

@@ -4,6 +4,7 @@ import logging
 import os
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,10 @@ def points(root: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def records(root: Path) -> Iterator[Any]:
-    """Records of W&B's transaction logs in order: blocks of 32 KiB of pieces with a header of 7 bytes."""
+    """Records of W&B's transaction logs in order: blocks of 32 KiB of pieces with a header of 7 bytes.
+
+    The folders are named by the second of their start; a second start in the same one gets a suffix and sorts behind.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     for path in sorted(root.glob("wandb/offline-run-*/*.wandb")):
@@ -99,9 +103,6 @@ def test_wandb_goes_on_as_the_same_run(tmp_path: Path) -> None:
         for step in steps:
             trackers.log(step, {"train": {"loss": step / 2}})
         trackers.close()
-        if resumed == 0:  # W&B names folders by the second of their start, and these two starts may share it
-            (folder,) = tmp_path.glob("wandb/offline-run-*")
-            folder.rename(folder.with_name("offline-run-0"))
     assert [(line["step"], line["train/loss"]) for line in history(tmp_path)] == [(1, 0.5), (2, 1), (2, 1), (3, 1.5)]
     runs = [record.run for record in records(tmp_path) if record.WhichOneof("record_type") == "run"]
     ids = {run.run_id for run in runs}
@@ -112,6 +113,37 @@ def test_wandb_goes_on_as_the_same_run(tmp_path: Path) -> None:
         (r.metric.name or r.metric.glob_name, r.metric.step_metric) for r in records(tmp_path) if r.HasField("metric")
     }
     assert ("*", "step") in axes
+
+
+@pytest.mark.usefixtures("_offline")
+def test_a_kill_costs_wandb_a_second_of_lines_at_most(tmp_path: Path) -> None:
+    """W&B's own default is 15 s; what is on disk then is what 'wandb sync' sends after a kill."""
+    trackers = Trackers(tmp_path, False, "project", "name", {}, 0)
+    trackers.log(1, {"loss": 1.0})
+    (tracker,) = trackers._open
+    assert tracker._run.settings.x_transaction_log_flush_interval <= 1  # type: ignore[attr-defined]
+    give_up = time.monotonic() + 120
+    while not any(b"loss" in path.read_bytes() for path in tmp_path.glob("wandb/offline-run-*/*.wandb")):
+        assert time.monotonic() < give_up, "nothing is on disk before close"
+        time.sleep(0.05)
+    trackers.close()
+
+
+@pytest.mark.usefixtures("_offline")
+def test_a_run_of_the_callers_own_goes_on(tmp_path: Path) -> None:
+    import wandb
+
+    own = wandb.init(project="own", dir=str(tmp_path / "own"), settings=wandb.Settings(silent=True, console="off"))
+    try:
+        trackers = Trackers(tmp_path, False, "project", "name", {}, 0)
+        trackers.log(1, {"loss": 1.0})
+        trackers.close()
+        own.log({"mine": 2.0})
+    finally:
+        own.finish()
+        wandb.teardown()
+    assert [line["mine"] for line in history(tmp_path / "own")] == [2.0]
+    assert [line["loss"] for line in history(tmp_path)] == [1.0]
 
 
 def test_no_network_means_offline(

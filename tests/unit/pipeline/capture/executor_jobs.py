@@ -65,7 +65,7 @@ class ToyWorker(OneByOne):
         if what.startswith("wait "):  # until so many openings were refused
             wait_for(self.job.folder, "refused-", int(what.removeprefix("wait ")))
         if what == "stall once" and attempt == 1:
-            time.sleep(4)
+            self._until_somebody_runs(shard)
         return Part(
             index=shard,
             samples=1,
@@ -76,6 +76,11 @@ class ToyWorker(OneByOne):
             file_bytes=1,
             sha256=f"{os.getpid():064x}",
         )
+
+    def _until_somebody_runs(self, shard: int) -> None:
+        end = time.monotonic() + 120
+        while not (Path(self.job.folder) / f"run-{shard}-2").exists() and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 class Watching:

@@ -218,7 +218,7 @@ def test_a_driver_that_seals_for_long_is_heard_of(stage, tmp_path, monkeypatch):
     out = str(tmp_path / "out")
     stage.board.enter("sealing")
     stage.board._notice.wait()
-    first, until = read_status(out), time.monotonic() + 30
+    first, until = read_status(out), time.monotonic() + 120
     while (later := read_status(out)).updated == first.updated and time.monotonic() < until:
         time.sleep(0.01)
     assert later.updated > first.updated
@@ -251,7 +251,7 @@ def test_storage_that_hangs_holds_nothing_up(stage, tmp_path, monkeypatch):
 
     def hang(folder, name, data):
         asked.append(name)
-        assert answer.wait(30)
+        assert answer.wait(120)
         replace(folder, name, data)
 
     monkeypatch.setattr(Folder, "replace", hang)

@@ -128,14 +128,14 @@ def test_workers_end_with_their_driver(tmp_path, number, code):
         workers = [int(name.removeprefix("open-")) for name in notes(tmp_path, "open-")]
         assert all(alive(worker) for worker in workers)
         driver.send_signal(number)
-        assert driver.wait(20) == code
+        assert driver.wait(120) == code
     wait_until(lambda: not any(alive(worker) for worker in workers))
 
 
 def wait_until(condition) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < end, "it did not happen within 30 s"
+        assert time.monotonic() < end, "it did not happen within 120 s"
         time.sleep(0.02)
 
 
@@ -149,7 +149,7 @@ def alive(pid: int) -> bool:
 
 def test_a_worker_that_stalls_loses_its_shard_and_may_still_finish(jobs, tmp_path):
     watch = jobs.Watching()
-    parts, failed = run(jobs.ToyJob(str(tmp_path), {1: "stall once"}), lease_seconds=1.5, watch=watch)
+    parts, failed = run(jobs.ToyJob(str(tmp_path), {1: "stall once"}), lease_seconds=3.0, watch=watch)
     assert failed == {}
     assert sorted(part.index for part in parts) == list(range(6)), "one part of a shard counts"
     assert notes(tmp_path, "run-1") == ["run-1-1", "run-1-2"]

@@ -54,7 +54,8 @@ def test_progress_waits_for_company_and_everything_else_does_not():
     teller.join()
 
 
-def test_work_begins_once_the_driver_knows_of_it():
+def test_work_begins_once_the_driver_knows_of_it(monkeypatch):
+    monkeypatch.setattr("pipeline.capture.ray_worker._HANDSHAKE_SECONDS", 600.0)
     box = Mailbox()
     began = threading.Event()
 

@@ -14,7 +14,7 @@ from pipeline.store import DiskFull
 from schemas.errors import XtokenError
 from schemas.manifest import Part
 
-WAIT = 20  # seconds until a test says that something never happens
+WAIT = 120  # seconds until a test says that something never happens
 
 
 def piece(size: int = 5):

@@ -117,7 +117,7 @@ def _to_another_thread() -> None:
     signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("send", [_to_whoever_hears, _to_another_thread])
 @pytest.mark.parametrize("seconds", [0.0, 0.02, 0.3])
 def test_ctrl_c_stops_a_query(seconds: float, send: Callable[[], None]) -> None:
@@ -128,6 +128,24 @@ def test_ctrl_c_stops_a_query(seconds: float, send: Callable[[], None]) -> None:
             threading.Timer(seconds, send).start()
             _interruptible(connection, lambda: {"rows": connection.sql(endless).fetchall()})
         assert connection.sql("SELECT 1").fetchall() == [(1,)]
+
+
+def test_a_thread_that_comes_too_late_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a busy machine has not begun with it."""
+    begin: list[Callable[[], None]] = []
+    done: list[str] = []
+
+    class Late(threading.Thread):
+        def start(self) -> None:
+            begin.extend([super().start, self.join])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.query.run.Thread", Late)
+    with duckdb.connect() as connection, pytest.raises(KeyboardInterrupt):
+        _interruptible(connection, lambda: {"rows": done.append("asked")})
+    for step in begin:
+        step()
+    assert done == []
 
 
 @pytest.mark.parametrize(

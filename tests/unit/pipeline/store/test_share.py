@@ -317,7 +317,7 @@ def test_files_are_copied_at_once(kept_capture, tmp_path, monkeypatch):
     """Every worker waits for the others before it puts its part: with fewer at once this would never end."""
     import threading
 
-    barrier = threading.Barrier(3, timeout=30)
+    barrier = threading.Barrier(3, timeout=120)
     real = Destination.put
 
     def put(self: Destination, path: str, name: str) -> None:

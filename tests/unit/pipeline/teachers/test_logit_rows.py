@@ -66,7 +66,8 @@ def test_normalisers_at_other_temperatures_are_of_the_whole_row(count: int) -> N
 
 
 def test_rows_keep_their_normalisers_when_joined_and_cut() -> None:
-    logits, target = torch.randn(6, 30), torch.zeros(6, dtype=torch.int64)
+    logits = torch.randn(6, 30, generator=torch.Generator().manual_seed(2))
+    target = torch.zeros(6, dtype=torch.int64)
     reader = RowReader(2, torch.arange(3), (2.0, 4.0))
     whole = reader.read(logits.clone(), target)
     both = join([reader.read(logits[:4].clone(), target[:4]), reader.read(logits[4:].clone(), target[4:])])
@@ -81,7 +82,7 @@ def test_rows_keep_their_normalisers_when_joined_and_cut() -> None:
 
 
 def test_no_token_starts_with_a_space() -> None:
-    rows = RowReader(2, torch.zeros(0, dtype=torch.int64)).read(torch.randn(3, 5), torch.tensor([0, 1, 2]))
+    rows = RowReader(2, torch.zeros(0, dtype=torch.int64)).read(torch.zeros(3, 5), torch.tensor([0, 1, 2]))
     assert rows.space_logprob is not None
     assert np.isneginf(rows.space_logprob).all()
 

@@ -51,6 +51,7 @@ FRAGMENTS = [
     "ﬁ",
 ]
 _MIXED = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=12)), max_size=12).map("".join)
+UNCHECKED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 @cache
@@ -177,7 +178,7 @@ def test_batches_are_single_texts(tokenizer: TextTokenizer) -> None:
         assert encoded.ids.dtype == encoded.ends.dtype == np.int32
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=UNCHECKED)
 @given(text=_MIXED)
 def test_any_text_rejoins(tokenizer: TextTokenizer, text: str) -> None:
     encoded = tokenizer.encode(text, complete=False)
@@ -188,7 +189,7 @@ def test_any_text_rejoins(tokenizer: TextTokenizer, text: str) -> None:
         assert encoded.snapped
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=UNCHECKED)
 @given(text=_MIXED)
 def test_any_text_keeps_its_ends(tokenizer: TextTokenizer, text: str) -> None:
     encoded = tokenizer.encode(text, complete=False, keep_text=True)

@@ -24,7 +24,7 @@ from trainer.losses.base import Columns, Loss, View
 LENGTHS = [[9, 12, 5, 7, 11, 6], [6, 8, 10], [13, 4, 9, 9, 3, 7, 8], [5] * 6]
 TOTAL = sum(map(len, LENGTHS))
 STEPS = 20
-DEADLINE = 20.0
+DEADLINE = 120.0
 OTHERS: set[threading.Thread] = set()
 
 
