@@ -3,14 +3,50 @@
 A compiled function calls none of another file: numba's disk cache would not see it change.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from numba import njit
+from numba.core.caching import FunctionCache
+
+from schemas.home import settle_home
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def compiled(function: _F) -> _F:
-    """Compile on first call, for the types of its arguments."""
-    return cast(_F, njit(cache=True)(function))
+    """Compile on first call, for the types of its arguments; kept on disk where some folder can be written."""
+    dispatcher = njit(function)
+    dispatcher._cache = _cache(function) or dispatcher._cache
+    return cast(_F, dispatcher)
+
+
+def _cache(function: Callable[..., Any]) -> "_Cache | None":
+    """Beside the source, else in the user's cache folder, else in ours (see ``schemas.home``), else nowhere."""
+    if not os.path.isabs(os.path.expanduser("~")):  # numba would make a folder of that name here
+        settle_home()
+    for _ in range(2):
+        try:
+            return _Cache(function)
+        except RuntimeError:  # numba finds no folder that it can write
+            settle_home()
+    return None
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """Numba's, but a folder that got full, lost or damaged costs the time to compile, and no more."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """See ``numba``; None where nothing can be read."""
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # a damaged pickle raises anything
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """See ``numba``."""
+        try:
+            super().save_overload(sig, data)
+        except (OSError, EOFError):
+            self.disable()
