@@ -56,6 +56,14 @@ def hub_file(repo: str, name: str, revision: str | None = None) -> Path | None:
         ) from error
 
 
+def require_known(source: str, name: str, commit: str | None) -> None:
+    """Raise XtokenError when nobody can tell whether a folder or repository has this file."""
+    if os.path.isdir(source):
+        there(Path(source) / name)
+    else:
+        hub_file(source, name, commit)
+
+
 def commit_of(path: Path) -> str | None:
     """The commit whose file this is in the hub's cache: further files are to be of the same."""
     return path.parent.name if _COMMIT.fullmatch(path.parent.name) else None

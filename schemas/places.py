@@ -40,7 +40,10 @@ def plain(value: str) -> str:
         raise ValueError(f"{value!r} names no bucket or host; is a variable unset?")
     if slipped := _ONE_SLASH.match(value):
         raise ValueError(f"{value!r} is no URL; write {slipped[1]}://..., or ./{value} for a local name")
-    return _at_home(value) if value.startswith("~") else value
+    if value.startswith("~"):
+        return _at_home(value)
+    # pathlib drops the ./ of ./~x, and what comes later would look for a home folder
+    return os.path.abspath(value) if os.path.normpath(value).startswith("~") else value
 
 
 def is_chain(url: str) -> bool:

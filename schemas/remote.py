@@ -75,6 +75,10 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         raise XtokenError(f"{url} cannot be opened: {error}; {way_out}") from error
     except ValueError as error:
         raise XtokenError(f"{url} cannot be opened: {error}; check the URL") from error
+    except Exception as error:  # a chain opens its archive at once, and each kind of archive has errors of its own
+        if not is_chain(url):
+            raise
+        raise XtokenError(f"{url} cannot be opened ({type(error).__name__}: {error}); check the URL") from error
     if protocol(url) in ("s3", "s3a"):
         # five rounds of five tries, each until a time-out, are longer than a lease
         fs.retries = min(fs.retries, _ROUNDS)
