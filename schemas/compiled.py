@@ -5,6 +5,7 @@ A compiled function calls none of another file: numba's disk cache would not see
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 from numba import njit
@@ -42,11 +43,13 @@ class _Cache(FunctionCache):  # type: ignore[misc]
         try:
             return super().load_overload(sig, target_context)
         except Exception:  # a damaged pickle raises anything
+            with suppress(OSError):
+                self.flush()
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """See ``numba``."""
         try:
             super().save_overload(sig, data)
-        except (OSError, EOFError):
+        except Exception:  # as above
             self.disable()
