@@ -6,7 +6,6 @@ also the only place where the pipeline and the trainer meet.
 
 import contextlib
 import functools
-import json
 import os
 import shlex
 import sys
@@ -18,15 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
 
+from schemas.answer import RANK, Answer, Interrupted
 from schemas.capture_config import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
 from schemas.config import AlignConfig, DemoConfig, InspectConfig, ProjectConfig, QueryConfig, VerifyConfig
-from schemas.errors import PartlyDone, XtokenError
-from schemas.flags import build, build_each, command, flag, options
+from schemas.errors import TRACEBACK, XtokenError, named
+from schemas.flags import App, build, build_each, command, flag, options
+from schemas.home import settle_home
 from schemas.inside import refuse_inside
+from schemas.places import refuse_lost_folder
 from schemas.progress import Bars
 from schemas.share_config import CardConfig, MergeConfig, PullConfig, PushConfig
+from schemas.terminal import Output, delivered, read_input, remarks
 from schemas.train_config import EvalConfig, ReportConfig, TrainConfig
 from trainer.report.tables import shown
 
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
     from pipeline.tokens import TextTokenizer
     from trainer.evaluate import EvalSample
 
-app = typer.Typer(
+
+app = App(
     help="Distil from teachers that speak another tokenizer: capture the teacher once, train any student.\n\n"
     "The way: precompute -> align -> train. 'xtoken demo' walks it on real models.",
     no_args_is_help=True,
@@ -45,8 +48,6 @@ share_app = typer.Typer(
     help="Publish, fetch, check, describe and join captures on any folder or object store.", no_args_is_help=True
 )
 app.add_typer(share_app, name="share")
-INTERRUPTED = 130
-RANK = os.environ.get("RANK", "0")  # under torchrun one process speaks for all
 Figures = dict[str, Any]
 F = TypeVar("F", bound=Figures | Iterator[Figures])
 Verb = Callable[[Any, Bars], Figures]
@@ -66,47 +67,22 @@ VERSION_FLAG = Annotated[bool, typer.Option("--version", callback=_version, is_e
 def _before(_: VERSION_FLAG = False) -> None: ...
 
 
-def _show(figures: Figures, as_json: bool) -> None:
-    """Print figures: one JSON object, or tables."""
-    if RANK != "0":
-        return
-    if as_json:
-        sys.stdout.write(json.dumps(figures, ensure_ascii=False, default=str) + "\n")
-        return
-    Console().print(*shown(figures), sep="\n")
-
-
-def _guarded(work: Callable[[Bars], Figures | Iterator[Figures]], as_json: bool, quiet: bool) -> None:
-    """Run a verb; turn the user's errors into a message and an exit code."""
-    bars = Bars(quiet or as_json or RANK != "0")
+def _guarded(work: Callable[[Answer, Bars], Figures | Iterator[Figures]], as_json: bool, quiet: bool) -> None:
+    """Run a verb; turn whatever it raises into a message and an exit code."""
+    answer, bars = Answer(as_json, quiet, shown), Bars(quiet or as_json or RANK != "0")
     try:
-        found = work(bars)
+        found = work(answer, bars)
         for figures in [found] if isinstance(found, dict) else found:
             bars.finish()
-            _show(figures, as_json)
-    except XtokenError as error:
+            if not answer.show(figures):
+                break
+    except (Exception, KeyboardInterrupt) as error:
         bars.finish()
-        _complain(error, as_json)
-        raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt as error:
-        bars.finish()
-        _complain(Interrupted("interrupted; what was committed stays, the same command resumes"), as_json)
-        raise typer.Exit(INTERRUPTED) from error
-
-
-class Interrupted(XtokenError):
-    """Ctrl-C."""
-
-
-def _complain(error: XtokenError, as_json: bool) -> None:
-    figures = error.figures if isinstance(error, PartlyDone) else {}
-    if as_json:
-        _show({"error": str(error), "kind": type(error).__name__, **figures}, as_json)
-    elif figures:
-        _show(figures, as_json)
-    where = "" if RANK == "0" else f" of rank {RANK}"
-    Console(stderr=True, soft_wrap=True).print(f"[red]error{where}:[/red]", end=" ")
-    sys.stderr.write(f"{error}\n")
+        if os.environ.get(TRACEBACK) and not isinstance(error, XtokenError):
+            raise
+        told = named(error) if isinstance(error, Exception) else Interrupted()
+        answer.complain(told)
+        raise typer.Exit(told.exit_code) from error
 
 
 JSON_FLAG = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")]
@@ -137,7 +113,16 @@ class verb:  # noqa: N801 - used as a decorator
 
 def _run_verb(function: Anyhow, make: Callable[[Figures], Any], /, **values: Any) -> None:
     as_json, quiet = values.pop("as_json"), values.pop("quiet")
-    _guarded(lambda bars: function(make(values), bars), as_json, quiet)
+    _guarded(lambda answer, bars: function(_ready(make(values), answer), bars), as_json, quiet)
+
+
+def _ready(made: Any, answer: Answer) -> Any:
+    """One configuration or several, whose outputs can be written, in a process that can keep caches somewhere."""
+    refuse_lost_folder()
+    for config in made if isinstance(made, list) else [made]:
+        config.refuse_unusable_outputs()
+    answer.note(settle_home())
+    return made
 
 
 @verb(
@@ -167,7 +152,7 @@ def _watched(path: str, seconds: float) -> Iterator[Figures]:
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             figures = status(path)
-            Console().clear()
+            delivered(Output().clear)
             yield figures
             if not goes_on(figures):
                 return
@@ -232,7 +217,7 @@ def run_losses(as_json: JSON_FLAG = False, quiet: QUIET_FLAG = False) -> None:
     """
     from trainer.losses import loss_rows
 
-    _guarded(lambda _: {"losses": loss_rows(as_json)}, as_json, quiet)
+    _guarded(lambda *_: {"losses": loss_rows(as_json)}, as_json, quiet)
 
 
 @verb(EvalConfig, "xtoken eval run/model --text held-out.jsonl --targets held-out-targets")
@@ -290,7 +275,7 @@ def run_query(config: QueryConfig, bars: Bars) -> Figures:  # noqa: ARG001
     """Ask a capture or targets."""
     from pipeline.query import query
 
-    return query(config.model_copy(update={"sql": sys.stdin.read()}) if config.sql == "-" else config)
+    return query(config.model_copy(update={"sql": read_input("the query")}) if config.sql == "-" else config)
 
 
 @verb(VerifyConfig, "xtoken verify s3://team/capture")
@@ -360,7 +345,7 @@ def run_demo(config: DemoConfig, bars: Bars) -> Figures:
     for source in (teacher, student, texts):
         if source.startswith((models, texts)) and not Path(source).is_dir():
             raise XtokenError(f"{source} does not exist: 'make demo' in a clone of the repository prepares it")
-    out, say = config.out, Console(stderr=True, highlight=False, soft_wrap=True).print
+    out, say = config.out, remarks(highlight=False, soft_wrap=True).print
     captures = {}
     for name, text in (("train", "moby-dick.jsonl"), ("held-out", "moby-dick-held-out.jsonl")):
         capture, targets = f"{out}/capture-{name}", f"{out}/targets-{name}"

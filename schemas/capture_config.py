@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.fields import Config, argument, ray_address
+from schemas.fields import OUT_FOLDER, OUT_LOG, PLACE, Config, argument, ray_address
 
 TRAIN, ALL, ONLY = "train", "all", "only"
 # Words for splits, as Hugging Face's datasets finds them in names of files.
@@ -55,7 +55,7 @@ class CorpusConfig(Config):
 class RowsConfig(CorpusConfig):
     """Which teacher gives rows of which corpus, and what is kept of them."""
 
-    teacher: str = Field(description="Hugging Face id or folder of the teacher.")
+    teacher: str = Field(description="Hugging Face id or folder of the teacher.", json_schema_extra=PLACE)
     backend: Literal["hf", "vllm", "fake"] = Field("hf", description="Engine that runs the teacher.")
     on_rendered: Literal["stop", "text"] = Field(
         "stop",
@@ -150,10 +150,13 @@ class PrecomputeConfig(RowsConfig):
     """Run a teacher over a corpus and store its rows: the most probable entries, or draws."""
 
     out: str = Field(
-        description="Folder or URL of the capture; the same command resumes. Several teachers: a folder each below."
+        description="Folder or URL of the capture; the same command resumes. Several teachers: a folder each below.",
+        json_schema_extra=OUT_FOLDER,
     )
     student: str | None = Field(
-        None, description="Tokenizer of an intended student: checked on every sample while the teacher runs."
+        None,
+        description="Tokenizer of an intended student: checked on every sample while the teacher runs.",
+        json_schema_extra=PLACE,
     )
     ray: str | None = Field(
         None, description="Run workers on Ray: local (started here), auto (the cluster this runs on), or HOST:PORT."
@@ -177,7 +180,9 @@ class PrecomputeConfig(RowsConfig):
     dry_run: bool = Field(False, description="Print the plan with tokens, bytes, hours and cost; write nothing.")
     gpu_price: float | None = Field(None, ge=0.0, description="Price of one GPU hour, for the cost under --dry-run.")
     log: str | None = Field(
-        None, description="File for one JSON line per event; left out: log.jsonl in a local --out, none elsewhere."
+        None,
+        description="File for one JSON line per event; left out: log.jsonl in a local --out, none elsewhere.",
+        json_schema_extra=OUT_LOG,
     )
 
     @property
@@ -233,7 +238,11 @@ class EstimateConfig(RowsConfig):
     pilot_tokens: int = Field(
         2000, ge=1, description="Teacher tokens that are really scored, taken evenly from the corpus."
     )
-    like: str | None = Field(None, description="Take bytes from this capture, run no teacher; speed is then unknown.")
+    like: str | None = Field(
+        None,
+        description="Take bytes from this capture, run no teacher; speed is then unknown.",
+        json_schema_extra=PLACE,
+    )
 
 
 class StatusConfig(Config):

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from schemas.categories import CATEGORIES
-from schemas.fields import ARGUMENT, Config, argument, memory_size, ray_address
+from schemas.fields import ARGUMENT, OUT_FILE, OUT_FOLDER, PLACE, Config, argument, memory_size, ray_address
 from schemas.tables import LOSSES
 
 RULES = ("pieces", "first-piece", "reverse", "random")
@@ -18,9 +18,17 @@ RULES = ("pieces", "first-piece", "reverse", "random")
 class ProjectConfig(Config):
     """Build W between a student's and a teacher's tokenizer and audit it."""
 
-    student: str = Field(description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.")
-    teacher: str = Field(description="Teacher tokenizer likewise, or a capture, whose own vocabulary is used.")
-    out: str = Field(description="Folder for w.parquet, unreached.parquet, manifest.json and coverage.html.")
+    student: str = Field(
+        description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.",
+        json_schema_extra=PLACE,
+    )
+    teacher: str = Field(
+        description="Teacher tokenizer likewise, or a capture, whose own vocabulary is used.", json_schema_extra=PLACE
+    )
+    out: str = Field(
+        description="Folder for w.parquet, unreached.parquet, manifest.json and coverage.html.",
+        json_schema_extra=OUT_FOLDER,
+    )
     rule: str = Field(
         "pieces",
         description="How W is built: pieces; first-piece (all weight on it); reverse (also teacher to student pieces); "
@@ -49,14 +57,24 @@ class AlignConfig(Config):
 
     captures: list[str] = Field(
         description="Capture folder or URL; several of one corpus, separated by commas, for several teachers.",
-        json_schema_extra=ARGUMENT,
+        json_schema_extra=ARGUMENT | PLACE,
     )
-    student: str = Field(description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.")
+    student: str = Field(
+        description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.",
+        json_schema_extra=PLACE,
+    )
     out: str = Field(
-        description="Folder for the targets, of several captures one below it for each; the same command resumes."
+        description="Folder for the targets, of several captures one below it for each; the same command resumes.",
+        json_schema_extra=OUT_FOLDER,
     )
-    w: str | None = Field(None, description="Folder written by 'xtoken project'; built when left out.")
-    corpus: str | None = Field(None, description="Corpus of a capture made with --no-text; its hash must be the same.")
+    w: str | None = Field(
+        None, description="Folder written by 'xtoken project'; built when left out.", json_schema_extra=PLACE
+    )
+    corpus: str | None = Field(
+        None,
+        description="Corpus of a capture made with --no-text; its hash must be the same.",
+        json_schema_extra=PLACE,
+    )
     losses: list[str] = Field(
         default=["p-kl"], description=f"Losses the targets serve: {', '.join(LOSSES)}.", alias="for"
     )
@@ -122,8 +140,12 @@ class InspectConfig(Config):
         description="Id of a sample: write one self-contained page with its text, teacher and student tokens, chunks, "
         "surprise, and the teacher's rows beside the targets. 'worst' is the sample that surprised the teacher most.",
     )
-    capture: str | None = Field(None, description="With --html of targets: the capture they were aligned from.")
-    out: str | None = Field(None, description="With --html: the page; named after the sample when left out.")
+    capture: str | None = Field(
+        None, description="With --html of targets: the capture they were aligned from.", json_schema_extra=PLACE
+    )
+    out: str | None = Field(
+        None, description="With --html: the page; named after the sample when left out.", json_schema_extra=OUT_FILE
+    )
 
     @model_validator(mode="after")
     def _a_page_is_asked_for(self) -> "InspectConfig":
@@ -144,10 +166,14 @@ class QueryConfig(Config):
         None, description="A query in DuckDB's SQL; - reads it from standard input.", json_schema_extra=ARGUMENT
     )
     capture: str | None = Field(
-        None, description="With targets: the capture they were aligned from, for its views too."
+        None,
+        description="With targets: the capture they were aligned from, for its views too.",
+        json_schema_extra=PLACE,
     )
     out: str | None = Field(
-        None, description="Write the rows here: .parquet, .csv, .json or .jsonl; shown when left out."
+        None,
+        description="Write the rows here: .parquet, .csv, .json or .jsonl; shown when left out.",
+        json_schema_extra=OUT_FILE,
     )
     memory_limit: str = Field("1GB", description="Memory DuckDB may use, such as 512MB or 2GB.")
 
@@ -164,7 +190,15 @@ class VerifyConfig(Config):
 class DemoConfig(Config):
     """Walk the whole way on real models: capture, W, align, train with P-KL and with CE alone, compare."""
 
-    out: str = Field("demo-run", description="Folder for everything the demo writes; a rerun resumes.")
-    teacher: str | None = Field(None, description="Teacher; by default the Gemma-3-270m that 'make demo' prepares.")
-    student: str | None = Field(None, description="Student; by default the SmolLM2-135M that 'make demo' prepares.")
+    out: str = Field(
+        "demo-run",
+        description="Folder for everything the demo writes; a rerun resumes.",
+        json_schema_extra=OUT_FOLDER,
+    )
+    teacher: str | None = Field(
+        None, description="Teacher; by default the Gemma-3-270m that 'make demo' prepares.", json_schema_extra=PLACE
+    )
+    student: str | None = Field(
+        None, description="Student; by default the SmolLM2-135M that 'make demo' prepares.", json_schema_extra=PLACE
+    )
     steps: int = Field(30, ge=1, description="Optimizer steps of each run.")

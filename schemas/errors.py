@@ -1,9 +1,24 @@
 """Errors that a user can cause. Each message names the value, the rule and the way out.
 
-Everything else that is raised is a defect of ours and keeps its traceback.
+Everything else that is raised is a defect of ours, or of a library: the command line writes its traceback to a file.
 """
 
+import errno
+import tempfile
+import traceback
+from contextlib import suppress
 from typing import Any
+
+TRACEBACK = "XTOKEN_TRACEBACK"  # set it, and the command line raises what it cannot name
+# What the system refuses; any file may meet it, wherever in the code.
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
+_BROKEN = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO)
+_WAYS_OUT = (
+    (_REFUSED, "check its path and rights"),
+    (_EXHAUSTED, "make room (disk, quota, memory, 'ulimit -n') and run the same command again"),
+    (_BROKEN, "its disk or share does not answer as it should; check it and run the same command again"),
+)
 
 
 class XtokenError(Exception):
@@ -34,3 +49,43 @@ class PartlyDone(XtokenError):
     def __init__(self, message: str, figures: dict[str, Any], exit_code: int) -> None:
         super().__init__(message)
         self.figures, self.exit_code = figures, exit_code
+
+
+class Unforeseen(XtokenError):
+    """What nobody expected: a defect of ours or of a library."""
+
+    exit_code = 1
+
+
+def named(error: Exception) -> XtokenError:
+    """An error as the command line says it: in one line, and for what is unforeseen where the traceback lies."""
+    if isinstance(error, XtokenError):
+        return error
+    if isinstance(error, MemoryError):
+        return XtokenError("the memory of this machine is used up; use fewer --workers, or smaller batches")
+    if isinstance(error, OSError):
+        for numbers, way_out in _WAYS_OUT:
+            if error.errno in numbers:
+                return XtokenError(f"{_file_of(error)}{error.strerror or error}; {way_out}")
+    return Unforeseen(f"unforeseen {type(error).__name__}: {_last_words(error)}; {_kept(error)}")
+
+
+def _file_of(error: OSError) -> str:
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' -> '.join(names)}: " if names else ""
+
+
+def _last_words(error: Exception) -> str:
+    """One line of its text: the last of a traceback that another process sent, else the first."""
+    lines = str(error).strip().splitlines() or ["it says nothing more"]
+    return lines[-1 if "Traceback (most recent call last)" in str(error) else 0].strip()[:300]
+
+
+def _kept(error: Exception) -> str:
+    """Write the traceback to a file; says where it is."""
+    with suppress(OSError):
+        text = "".join(traceback.format_exception(error))
+        with tempfile.NamedTemporaryFile("wb", prefix="xtoken-error-", suffix=".txt", delete=False) as file:
+            file.write(text.encode(errors="backslashreplace"))
+        return f"the full text is in {file.name}, please report it"
+    return f"set {TRACEBACK}=1 to see the full text, and report it"

@@ -1,23 +1,58 @@
 """What every verb's configuration is made of."""
 
 import re
-from typing import Any
+from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
+from schemas.places import Kind, plain, refuse_unusable
+
+# What a field is, in its json_schema_extra: a path, URL or id of something that is read, or an output.
+PLACE: Any = {"place": "read"}
+OUT_FOLDER: Any = {"place": "folder"}
+OUT_FILE: Any = {"place": "file"}
+OUT_LOG: Any = {"place": "log"}
 ARGUMENT: Any = {"argument": True}
 ARGUMENTS: Any = {"argument": True, "many": True}  # several words on the command line
 
 
-def argument(description: str) -> Any:
+def argument(description: str, place: Any = PLACE) -> Any:
     """A required positional field."""
-    return Field(description=description, json_schema_extra=ARGUMENT)
+    return Field(description=description, json_schema_extra=ARGUMENT | place)
+
+
+def place_of(field: FieldInfo) -> str | None:
+    """What is at the path that a field holds: read, folder, file or log; None for fields that hold none."""
+    extra = field.json_schema_extra
+    found = extra.get("place") if isinstance(extra, dict) else None
+    return None if found is None else str(found)
 
 
 class Config(BaseModel):
-    """What every verb's configuration is: closed, and never changed."""
+    """What every verb's configuration is: closed, and never changed. Its places are plain (see ``schemas.places``)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def _said_something(cls, value: Any, info: ValidationInfo) -> Any:
+        if place_of(cls.model_fields[str(info.field_name)]) is not None:
+            return [plain(item) for item in value] if isinstance(value, list) else _plain(value)
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("it is empty; is a variable unset? give a value, or leave it out")
+        return value
+
+    def refuse_unusable_outputs(self) -> None:
+        """Raise XtokenError when an output cannot be made where it is to lie."""
+        for name, field in type(self).model_fields.items():
+            kind, value = place_of(field), getattr(self, name)
+            if kind not in (None, "read") and value is not None:
+                refuse_unusable(value, cast(Kind, kind))
+
+
+def _plain(value: str | None) -> str | None:
+    return None if value is None else plain(value)
 
 
 def ray_address(value: str | None) -> str | None:

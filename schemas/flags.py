@@ -10,9 +10,20 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from schemas.errors import XtokenError
+from schemas.fields import place_of
+from schemas.terminal import open_streams
 
 C = TypeVar("C", bound=BaseModel)
 LISTS = (list[str], list[float])  # written with commas on the command line
+
+
+class App(typer.Typer):
+    """An application that makes the standard streams fit for use before anything is said."""
+
+    def __call__(self, *words: Any, **options: Any) -> Any:
+        """See ``typer.Typer``."""
+        open_streams()
+        return super().__call__(*words, **options)
 
 
 def flag(name: str, field: FieldInfo) -> str:
@@ -44,13 +55,18 @@ def options(model: type[BaseModel], repeat: str | None = None) -> list[inspect.P
 
 
 def _info(name: str, field: FieldInfo, repeat: str | None) -> Any:
-    if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("argument"):
+    if _positional(field):
         return typer.Argument(help=field.description)
     shown = f"--{flag(name, field)}"
     if field.annotation is bool and field.default is True:
         shown = f"{shown}/--no-{flag(name, field)}"
     again = " Give it again for one after the other." if name == repeat else ""
     return typer.Option(shown, help=f"{field.description}{again}")
+
+
+def _positional(field: FieldInfo) -> bool:
+    """Whether it is an argument, which no flag names."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("argument"))
 
 
 def _many(field: FieldInfo) -> bool:
@@ -67,12 +83,20 @@ def build(model: type[C], values: dict[str, Any]) -> C:
     given = dict(values)
     for name, field in model.model_fields.items():
         if field.annotation in LISTS and name in given:
-            words = given[name] if isinstance(given[name], list) else [given[name]]
-            given[name] = [item.strip() for word in words for item in str(word).split(",") if item.strip()]
+            given[name] = _items(given[name], field)
     try:
         return model(**given)
     except ValidationError as error:
         raise XtokenError(_refusal(model, error)) from error
+
+
+def _items(given: Any, field: FieldInfo) -> list[str]:
+    """What stands between the commas. An empty path stays, to be refused: a list is not to shrink by an unset name."""
+    words = given if isinstance(given, list) else [given]
+    items = [item.strip() for word in words for item in str(word).split(",")]
+    if place_of(field) is not None and (any(items) or field.is_required()):
+        return items
+    return [item for item in items if item]
 
 
 def build_each(model: type[C], values: dict[str, Any], repeat: str | None) -> list[C]:
@@ -91,6 +115,7 @@ def _refusal(model: type[BaseModel], error: ValidationError) -> str:
     name = str(first["loc"][0]) if first["loc"] else ""
     known = model.model_fields.get(name)
     where = f"--{flag(name, known)}: " if known is not None else f"--{name}: " * bool(name)
+    where = where.removeprefix("--").upper() if known is not None and _positional(known) else where
     found = f" (it is {first['input']!r})" if first["type"] != "value_error" else ""
     return where + first["msg"].removeprefix("Value error, ") + found
 

@@ -3,9 +3,10 @@
 import time
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from schemas.terminal import remarks
 
 
 class Progress(Protocol):
@@ -49,7 +50,7 @@ class Bars:
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
-        self.console = Console(stderr=True)
+        self.console = remarks()
         self.bar: RichProgress | None = None
         self.task = TaskID(0)
         self.label, self.unit, self.total = "", "", 0

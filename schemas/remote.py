@@ -22,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import Unreachable, VerificationError, XtokenError
 from schemas.limits import FOOTER_BYTES
+from schemas.places import is_chain
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_ONCE = 16  # small requests wait for the network, not for us
@@ -70,16 +71,29 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     """
     try:
         with named_errors(url):
-            fs, path = fsspec.core.url_to_fs(url)
+            fs, path = _opened(url)
     except ImportError as error:
         way_out = _INSTALL.get(protocol(url), "install what it names")
         raise XtokenError(f"{url} cannot be opened: {error}; {way_out}") from error
     except ValueError as error:
         raise XtokenError(f"{url} cannot be opened: {error}; check the URL") from error
+    except Exception as error:  # a chain opens its archive at once, and each kind of archive has errors of its own
+        if not is_chain(url):
+            raise
+        raise XtokenError(f"{url} cannot be opened ({type(error).__name__}: {error}); check the URL") from error
     if protocol(url) in ("s3", "s3a"):
         # five rounds of five tries, each until a time-out, are longer than a lease
         fs.retries = min(fs.retries, _ROUNDS)
     return fs, str(path)
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    """As ``fsspec.core.url_to_fs``, which takes every ``::`` for a chain of filesystems, also in names."""
+    if "::" not in url or is_chain(url):
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+        return found
+    kind = fsspec.get_filesystem_class(protocol(url) or "file")
+    return kind(**kind._get_kwargs_from_urls(url)), kind._strip_protocol(url)
 
 
 def is_local(url: str) -> bool:

@@ -4,7 +4,7 @@ import re
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.fields import ARGUMENT, Config, argument
+from schemas.fields import ARGUMENT, OUT_FOLDER, PLACE, Config, argument
 from schemas.tables import DROPPABLE
 
 LICENSED = ("corpus", "outputs")
@@ -15,7 +15,7 @@ class PullConfig(Config):
     """Fetch a capture or targets: every file checked by sha256, resumable, complete or not there at all."""
 
     source: str = argument("Capture or targets: folder or URL (s3://, hf://datasets/OWNER/NAME, gs://, ...).")
-    destination: str = argument("New folder or URL; the same command on it resumes.")
+    destination: str = argument("New folder or URL; the same command on it resumes.", OUT_FOLDER)
     parts: str | None = Field(None, description="Only these parts, such as 0-9,12.")
     where: str | None = Field(
         None, description='Only samples for which this SQL holds, such as "complete AND len(teacher_ids) > 100".'
@@ -58,7 +58,7 @@ class PushConfig(PullConfig):
     """Publish a capture or targets for others: as pull, with a dataset card."""
 
     source: str = argument("Capture or targets: folder or URL.")
-    destination: str = argument("Folder or URL: s3://BUCKET/NAME, hf://datasets/OWNER/NAME, gs://, ...")
+    destination: str = argument("Folder or URL: s3://BUCKET/NAME, hf://datasets/OWNER/NAME, gs://, ...", OUT_FOLDER)
     license: list[str] = Field(
         default=[],
         description="Licences of the text and of the teacher's outputs: corpus=ID,outputs=ID. Needed unless the "
@@ -76,7 +76,9 @@ class CardConfig(Config):
     )
     title: str | None = Field(None, description="Title of the card.")
     students: list[str] = Field(
-        default=[], description="Tokenizers of students, whose alignment with the teacher the card shows."
+        default=[],
+        description="Tokenizers of students, whose alignment with the teacher the card shows.",
+        json_schema_extra=PLACE,
     )
     _check_license = field_validator("license")(_licenses)
 
@@ -85,9 +87,9 @@ class MergeConfig(Config):
     """Join captures of one plan, or of different documents with the same teacher and settings."""
 
     sources: list[str] = Field(
-        description="Captures to join: folders or URLs, separated by commas.", json_schema_extra=ARGUMENT
+        description="Captures to join: folders or URLs, separated by commas.", json_schema_extra=ARGUMENT | PLACE
     )
-    destination: str = argument("New folder or URL; the same command on it resumes.")
+    destination: str = argument("New folder or URL; the same command on it resumes.", OUT_FOLDER)
     workers: int = Field(4, ge=1, le=64, description="Files copied at once.")
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from schemas.fields import ARGUMENT, ARGUMENTS, Config, argument
+from schemas.fields import ARGUMENT, ARGUMENTS, OUT_FILE, OUT_FOLDER, PLACE, Config, argument
 from schemas.tables import LOSSES
 
 
@@ -53,14 +53,21 @@ class TrainConfig(LossOptions):
 
     targets: list[str] = Field(
         description="Folders or URLs written by 'xtoken align', one per teacher, separated by commas.",
-        json_schema_extra=ARGUMENT,
+        json_schema_extra=ARGUMENT | PLACE,
     )
-    student: str | None = Field(None, description="Hugging Face id or folder of the student.")
+    student: str | None = Field(None, description="Hugging Face id or folder of the student.", json_schema_extra=PLACE)
     from_scratch: str | None = Field(
-        None, description="A config.json: train this architecture from random weights instead (goes with --tokenizer)."
+        None,
+        description="A config.json: train this architecture from random weights instead (goes with --tokenizer).",
+        json_schema_extra=PLACE,
     )
-    tokenizer: str | None = Field(None, description="Tokenizer of a student whose folder holds none, such as 'bytes'.")
-    out: str = Field(description="Folder for checkpoints, metrics.jsonl and the trained model; reruns resume.")
+    tokenizer: str | None = Field(
+        None, description="Tokenizer of a student whose folder holds none, such as 'bytes'.", json_schema_extra=PLACE
+    )
+    out: str = Field(
+        description="Folder for checkpoints, metrics.jsonl and the trained model; reruns resume.",
+        json_schema_extra=OUT_FOLDER,
+    )
     loss: list[str] = Field(
         default=["p-kl"],
         description="Distillation loss ('xtoken losses' lists them), or one per target folder; ce: the text alone.",
@@ -136,13 +143,17 @@ class TrainConfig(LossOptions):
     )
     tensorboard: bool = Field(False, description="Also write events for TensorBoard into OUT/tensorboard.")
     wandb: str | None = Field(None, description="Also log to this project of Weights & Biases.")
-    eval_text: str | None = Field(None, description="Held-out text or corpus file: bits per byte before and after.")
+    eval_text: str | None = Field(
+        None, description="Held-out text or corpus file: bits per byte before and after.", json_schema_extra=PLACE
+    )
     eval_id_field: str | None = Field(
         None,
         description="Field of --eval-text that holds the document's id, whose part before the last '/' is its source.",
     )
     eval_targets: str | None = Field(
-        None, description="Held-out targets: KL to the teacher and agreement before and after."
+        None,
+        description="Held-out targets: KL to the teacher and agreement before and after.",
+        json_schema_extra=PLACE,
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
@@ -210,11 +221,17 @@ class EvalConfig(Config):
     """Measure a model on held-out text and, when given, against stored teacher rows."""
 
     model: str = argument("Hugging Face id or folder of the model.")
-    tokenizer: str | None = Field(None, description="Tokenizer of a model whose folder holds none, such as 'bytes'.")
-    text: str | None = Field(None, description="Held-out corpus: bits per byte.")
-    targets: str | None = Field(None, description="Held-out targets: KL to the teacher and top-1 agreement.")
+    tokenizer: str | None = Field(
+        None, description="Tokenizer of a model whose folder holds none, such as 'bytes'.", json_schema_extra=PLACE
+    )
+    text: str | None = Field(None, description="Held-out corpus: bits per byte.", json_schema_extra=PLACE)
+    targets: str | None = Field(
+        None, description="Held-out targets: KL to the teacher and top-1 agreement.", json_schema_extra=PLACE
+    )
     tasks: list[str] = Field(default=[], description="Tasks of lm-eval, such as gsm8k,mmlu (needs xtoken[tasks]).")
-    task_path: str | None = Field(None, description="Folder with further task files for lm-eval.")
+    task_path: str | None = Field(
+        None, description="Folder with further task files for lm-eval.", json_schema_extra=PLACE
+    )
     shots: int | None = Field(
         None, ge=0, description="Examples shown per question of --tasks; the task's own when left out."
     )
@@ -245,8 +262,8 @@ class ReportConfig(Config):
     Runs that differ in nothing but their seed become one band.
     """
 
-    runs: list[str] = Field(description="Folders of 'xtoken train'.", json_schema_extra=ARGUMENTS)
-    out: str = Field("report.html", description="The page.")
+    runs: list[str] = Field(description="Folders of 'xtoken train'.", json_schema_extra=ARGUMENTS | PLACE)
+    out: str = Field("report.html", description="The page.", json_schema_extra=OUT_FILE)
 
     @model_validator(mode="after")
     def _some_runs(self) -> "ReportConfig":

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.store.codec import Packed
 from pipeline.store.codes import Codes
 from pipeline.store.sampled import PackedDraws
+from schemas.remote import open_filesystem
 from schemas.tables import CAPTURE, CODED
 
 ROW_GROUP = 32
@@ -111,8 +111,9 @@ def write_parquet(url: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
     # a reader that takes single row groups from a store checks the pages it gets
     options = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_page_checksum": True}
     encodings = _encodings(schema)
+    fs, path = open_filesystem(url)
     with (
-        fsspec.open(url, "wb") as file,
+        fs.open(path, "wb") as file,
         pq.ParquetWriter(file, schema, column_encoding=encodings, write_statistics=["sample_id"], **options) as writer,
     ):
         for batch in regroup(batches, schema, row_group):

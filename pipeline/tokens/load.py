@@ -17,6 +17,7 @@ from pipeline.tokens.interface import TextTokenizer
 from pipeline.tokens.roles import SideFiles
 from pipeline.tokens.spec import Spec, read_spec, without_control_tokens
 from schemas.errors import XtokenError
+from schemas.hub import commit_of, hub_file, there
 
 _FILE = "tokenizer.json"
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
@@ -40,13 +41,12 @@ def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_cod
     if source == "bytes":
         return ByteTokenizer()
     local = _local_file(source)
-    path = local if local is not None else _hub_file(source, _FILE, revision, remote_code=trust_remote_code)
-    assert path is not None
+    path = local or _hub_file(source, revision, trust_remote_code)
     data = _read_json(path)
     if local is not None:
-        side = {name: _read_json(path.parent / name) for name in _SIDE_FILES if (path.parent / name).is_file()}
+        side = {name: _read_json(path.parent / name) for name in _SIDE_FILES if there(path.parent / name)}
     else:
-        found = {name: _hub_file(source, name, revision, optional=True) for name in _SIDE_FILES}
+        found = {name: hub_file(source, name, commit_of(path) or revision) for name in _SIDE_FILES}
         side = {name: _read_json(file) for name, file in found.items() if file is not None}
     # The name goes into manifests: a model's name, not where it lies on one machine.
     name = source if local is None else (path.resolve().parent.name if path.name == _FILE else path.stem)
@@ -153,7 +153,7 @@ def _local_file(source: str) -> Path | None:
             raise XtokenError(f"{source} is not a tokenizer.json; {_CONVERT}")
         return path
     if path.is_dir():
-        if (path / _FILE).is_file():
+        if there(path / _FILE):
             return path / _FILE
         found = sorted(file.name for pattern in _FOREIGN for file in path.glob(pattern))
         holds = f"only {', '.join(found[:3])}" if found else "no tokenizer"
@@ -163,27 +163,15 @@ def _local_file(source: str) -> Path | None:
     return None
 
 
-def _hub_file(
-    source: str, name: str, revision: str | None, *, optional: bool = False, remote_code: bool = False
-) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(source, name, revision=revision))
-    except EntryNotFoundError as error:
-        if optional:
-            return None
+def _hub_file(source: str, revision: str | None, remote_code: bool) -> Path:
+    """tokenizer.json of a hub id."""
+    path = hub_file(source, _FILE, revision)
+    if path is None:
         code = "; a tokenizer that is Python code cannot be used, whatever is trusted" if remote_code else ""
         raise XtokenError(
-            f"{source!r} has no {name} on the hub, or the hub cannot be reached and it is not in the cache{code}. "
-            f"Give a local folder with {_FILE}; or {_CONVERT}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise XtokenError(
-            f"{source!r} is no local folder, and {name} cannot be fetched from the hub "
-            f"({type(error).__name__}); check the id and the connection, or give a local folder"
-        ) from error
+            f"{source!r} has no {_FILE} on the hub{code}. Give a local folder with {_FILE}; or {_CONVERT}"
+        )
+    return path
 
 
 def _read_json(path: Path) -> dict[str, Any]:

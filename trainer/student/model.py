@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from schemas.devices import auto_device
 from schemas.errors import XtokenError
+from schemas.hub import require_known
 from schemas.manifest import TokenizerInfo
 from schemas.train_config import TrainConfig
 from trainer.student.scratch import build_student
@@ -93,6 +94,8 @@ def load_student(source: str, device: torch.device, trust_remote_code: bool) -> 
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise XtokenError(f"{source} lacks weights of its architecture, such as {missing[0]}; fetch the model again")
+    # transformers goes on without it, and the trained model would stop at other tokens
+    require_known(source, "generation_config.json", getattr(model.config, "_commit_hash", None))
     return model.to(device)
 
 

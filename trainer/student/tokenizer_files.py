@@ -5,6 +5,9 @@ import os
 import shutil
 from pathlib import Path
 
+from schemas.errors import XtokenError
+from schemas.hub import commit_of, hub_file, there
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -15,6 +18,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+# Without them it is another tokenizer; the others say again what is in tokenizer.json.
+_TELLING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _BYTES_README = """# A student of bytes
 
 Token ids are the bytes of UTF-8 text, 0 to 255; there is no BOS, EOS or padding token, and ids above 255 were never
@@ -33,14 +38,18 @@ To xtoken it is the tokenizer `bytes`: `xtoken eval . --tokenizer bytes --text h
 
 
 def copy_tokenizer(source: str, out: Path) -> None:
-    """Put the tokenizer files of a folder, a tokenizer.json, a Hugging Face id, or ``bytes`` into ``out``."""
+    """Put the tokenizer files of a folder, a tokenizer.json, a Hugging Face id, or ``bytes`` into ``out``.
+
+    Raises:
+        XtokenError: a file cannot be reached, and nobody can tell if there is one.
+    """
     if source == "bytes":
         _write_bytes_tokenizer(out)
         return
     folder, main = _located(source)
     for name in TOKENIZER_FILES:
         file = main if name == "tokenizer.json" and main is not None else folder / name
-        if file.is_file():
+        if there(file):
             shutil.copyfile(file, out / name)
 
 
@@ -51,9 +60,27 @@ def _located(source: str) -> tuple[Path, Path | None]:
         return path.parent, path
     if os.path.isdir(path):
         return path, None
-    from huggingface_hub import snapshot_download
+    return _fetched(source), None
 
-    return Path(snapshot_download(source, allow_patterns=list(TOKENIZER_FILES))), None
+
+def _fetched(repo: str) -> Path:
+    """The folder of a hub id in the hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=list(TOKENIZER_FILES)))
+    except LocalEntryNotFoundError as error:
+        found = getattr(error, "snapshot_path", None)  # it lacks files, perhaps none that matters
+        if found is None:
+            raise XtokenError(
+                f"the tokenizer files of {repo!r} are neither in the cache nor to be fetched; check the connection"
+            ) from error
+        folder = Path(found)
+    for name in _TELLING:
+        if not there(folder / name):
+            hub_file(repo, name, commit_of(folder / name))
+    return folder
 
 
 def _write_bytes_tokenizer(out: Path) -> None:
