@@ -134,7 +134,9 @@ class CorpusInfo(_Record):
     hash: str
     documents: _Count
     text_bytes: _Count
-    bad: dict[str, _Count] = Field(default_factory=dict, description="documents skipped, mended or told to be text, by reason")
+    bad: dict[str, _Count] = Field(
+        default_factory=dict, description="documents skipped, mended or told to be text, by reason"
+    )
     options: dict[str, Any] = Field(default_factory=dict)
 
 
