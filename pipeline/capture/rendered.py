@@ -89,9 +89,10 @@ class Look:
         tokens = ", ".join(token for token, _ in self._found.most_common(_NAMED))
         raise XtokenError(
             f"{self.rendered:,} of {self.documents:,} documents ({self.rendered / self.documents:.0%}) hold control "
-            f"tokens of {self._teacher} as text ({tokens}; the first is {self._first!r}), as if a chat template had "
-            "rendered them: the teacher would read such marks as pieces of text. Write conversations without them, "
-            "such as 'User: ... Assistant: ...', or say --on-rendered text if they are meant as text"
+            f"tokens of {self._teacher} as text ({tokens}; the first is {self._first!r}), as chat templates and packed "
+            "files do: the teacher would read such marks as pieces of text. Write one document per record and "
+            "conversations without marks, such as 'User: ... Assistant: ...', or say --on-rendered text if they are "
+            "meant as text"
         )
 
 

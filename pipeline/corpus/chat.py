@@ -6,8 +6,8 @@ from typing import Any
 # Keys of a message, as hubs have them: OpenAI's, ShareGPT's, and others'.
 _KEYS = {"role", "content", "from", "value", "speaker", "user", "assistant", "human", "gpt", "bot"}
 _COLUMNS = {"messages", "conversation", "conversations", "dialog", "dialogue", "dialogues", "chat", "turns", "chosen"}
-_ANSWERS = {"prompt": ("completion", "response", "chosen"), "instruction": ("output", "response", "completion")}
-_ANSWERS |= {"question": ("answer", "response"), "query": ("response", "answer"), "inputs": ("targets",)}
+_PAIRS = [("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response")]
+_PAIRS += [("question", "answer"), ("query", "response"), ("inputs", "targets")]
 CHAT_WAY_OUT = (
     "chat data are not supported yet: write each conversation as one text field of plain text, such as "
     "'User: ... Assistant: ...', without the control tokens of a chat template, and name it with --text-field"
@@ -23,15 +23,14 @@ def is_conversation(value: Any) -> bool:
 
 def has_message_keys(keys: Sequence[str]) -> bool:
     """Whether fields of these names make a message: who says, and what."""
-    return len(_KEYS.intersection(key.lower() for key in keys)) >= 2 or list(keys) in (["role"], ["from"])
+    return len(_KEYS.intersection(key.lower() for key in keys)) >= 2
 
 
 def chat_columns(names: Sequence[str]) -> list[str]:
     """Which of a record's fields hold a conversation, by their names; none if nothing looks so."""
     lower = {name.lower(): name for name in names}
     found = [lower[name] for name in lower if name in _COLUMNS]
-    for prompt, answers in _ANSWERS.items():
-        answer = next((name for name in answers if name in lower), None)
-        if prompt in lower and answer is not None:
-            found += [lower[prompt], lower[answer]]
+    for pair in _PAIRS:
+        if lower.keys() >= set(pair):
+            found += [lower[name] for name in pair]
     return list(dict.fromkeys(found))

@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import Any
 
 from pipeline.corpus.readers import Reader
-from pipeline.corpus.splits import left_out, splits_of
+from pipeline.corpus.splits import left_out
 from schemas.errors import XtokenError
+from schemas.remote import named_errors
 
 # suffix -> (module, reader)
 FORMATS = {
@@ -53,7 +54,7 @@ class Listing:
 
     Attributes:
         files: in the order in which they are read.
-        splits: of the files whose names say one.
+        splits: of the names that say one.
         left_out: how many files are not read, by what they are.
     """
 
@@ -100,11 +101,12 @@ def list_files(fs: Any, root: str, source: str, splits: Sequence[str], planned: 
         XtokenError: nothing is there, or nothing to be read, or it cannot be listed.
     """
     try:
-        if fs.isfile(root):
-            return Listing([_file(fs, root, posixpath.basename(root))])
-        if not fs.isdir(root):
-            raise XtokenError(f"corpus {source} does not exist; give a file, a folder or an fsspec URL")
-        files, hidden = _files(fs, root)
+        with named_errors(source):
+            if fs.isfile(root):
+                return Listing([_file(fs, root, posixpath.basename(root))])
+            if not fs.isdir(root):
+                raise XtokenError(f"corpus {source} does not exist; give a file, a folder or an fsspec URL")
+            files, hidden = _files(fs, root)
     except OSError as error:
         raise XtokenError(f"corpus {source} cannot be listed ({error}); check its path and rights") from error
     return _chosen(files, hidden, source, splits, planned)
@@ -115,17 +117,18 @@ def _chosen(
 ) -> Listing:
     names = [file.name for file in files]
     try:
-        others = {name: why for name, why in left_out(names, splits).items() if name not in planned}
+        others, known = left_out(names, splits)
     except XtokenError as error:
         raise XtokenError(f"corpus {source} {error}") from error
+    others = {name: why for name, why in others.items() if name not in planned}
     found = [file for file in files if file.name not in others]
     counts = dict(sorted(Counter(others.values()).items())) | ({"hidden": hidden} if hidden else {})
     if not any(suffix_of(file.name) for file in found):
-        known = f"known suffixes are {', '.join(FORMATS)}"
+        suffixes = f"known suffixes are {', '.join(FORMATS)}"
         way_out = "--split all reads every split, and a file that is named itself is read whatever it is called"
         said = f"; left out: {said_counts(counts)}; {way_out}" if counts else ""
-        raise XtokenError(f"corpus {source} holds no file that can be read; {known}{said}")
-    return Listing(found, splits_of([file.name for file in found]), counts)
+        raise XtokenError(f"corpus {source} holds no file that can be read; {suffixes}{said}")
+    return Listing(found, known, counts)
 
 
 def said_counts(counts: Mapping[str, int]) -> str:
@@ -144,6 +147,11 @@ def _files(fs: Any, root: str) -> tuple[list[CorpusFile], int]:
     prefix = fs._strip_protocol(root).rstrip("/") + "/"
     found = {path.removeprefix(prefix): (path, info) for path, info in fs.find(root, detail=True).items()}
     visible = [name for name in sorted(found) if not any(part.startswith((".", "_")) for part in name.split("/"))]
+    for name in visible:
+        if found[name][1].get("islink") and fs.isdir(found[name][0]):
+            raise XtokenError(
+                f"{found[name][0]} is a link to a folder, which is not followed; put the files themselves there"
+            )
     files = [
         CorpusFile(name, int(info.get("size") or 0), str(fs.unstrip_protocol(path)))
         for name in visible

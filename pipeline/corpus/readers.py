@@ -70,6 +70,8 @@ def read_text(file: IO[bytes], fields: Fields, start: int) -> Iterator[Row]:  # 
 
 def _invalid_utf8(error: UnicodeDecodeError) -> Problem:
     found = error.object[error.start : error.start + 1].hex()
+    if error.object.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return Problem("invalid UTF-8", "it begins as UTF-16 does", "re-encode it: iconv -f UTF-16 -t UTF-8")
     return Problem("invalid UTF-8", f"byte 0x{found} at offset {error.start} is not UTF-8", "re-encode the file")
 
 
@@ -146,9 +148,7 @@ def missing_field(name: str, available: list[str], fields: Fields) -> Problem:
     shown = ", ".join(repr(field) for field in available[:8]) or "none"
     detail, chat = f"has no field {name!r}; it has {shown}", chat_columns(available)
     if name == fields.text and chat:
-        return Problem(
-            "chat data", f"{detail}, and {' and '.join(map(repr, chat))} look like a conversation", CHAT_WAY_OUT
-        )
+        return Problem("chat data", f"{detail}: a conversation, by the name {' and '.join(chat)}", CHAT_WAY_OUT)
     return Problem("missing field", detail, "choose --text-field or --id-field")
 
 

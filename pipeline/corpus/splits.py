@@ -28,8 +28,8 @@ _BESIDE = (
 )
 
 
-def left_out(names: Sequence[str], splits: Sequence[str]) -> dict[str, str]:
-    """Which of a folder's files are not read, and why in a few words.
+def left_out(names: Sequence[str], splits: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Which of a folder's files are not read, and why in a few words; and the splits of those that name one.
 
     Args:
         names: all visible files, relative to the folder.
@@ -50,7 +50,7 @@ def left_out(names: Sequence[str], splits: Sequence[str]) -> dict[str, str]:
         raise XtokenError(f"holds the splits {', '.join(there)}, and one is needed; name its file or folder")
     wanted = there if ALL in splits or ONLY in splits else splits
     others = {name: split for name in data if (split := known.get(name, TRAIN)) not in wanted}
-    return found | {name: f"split {split}" for name, split in others.items()}
+    return found | {name: f"split {split}" for name, split in others.items()}, known
 
 
 def _beside(name: str) -> str | None:

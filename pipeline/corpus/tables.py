@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus.chat import has_message_keys
+from pipeline.corpus.damage import check_head
 from pipeline.corpus.readers import Fields, FileProblem, Problem, Row, make_row, missing_field, no_text
 
 _BATCH_ROWS = 256
@@ -16,7 +17,12 @@ _ARROW_FILE = b"ARROW1"  # what Arrow's file format begins with; a stream begins
 
 def read_parquet(file: IO[bytes], fields: Fields, start: int) -> Iterator[Row]:
     """Row groups are read one after another; those before ``start`` are not read at all."""
-    source = pq.ParquetFile(file)
+    try:
+        source = pq.ParquetFile(file)
+    except pa.ArrowInvalid:
+        file.seek(0)
+        check_head(file, ".parquet")
+        raise
     columns = _columns(source.schema_arrow, fields)
     first = 0
     for group in range(source.num_row_groups):

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.corpus import Corpus
 from schemas.capture_config import CorpusConfig
-from schemas.errors import XtokenError
+from schemas.errors import Unreachable, XtokenError
 
 GOOD = b'{"text": "good", "id": 1}\n'
 LINES = [
@@ -173,3 +174,12 @@ def test_a_file_that_vanishes_stops_even_under_skip(tmp_path: Path) -> None:
     (tmp_path / "b.txt").unlink()
     with pytest.raises(XtokenError, match=r"b\.txt was listed, but is gone"):
         list(found.documents())
+
+
+def test_a_server_out_of_reach_is_no_missing_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object) -> bool:
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(MemoryFileSystem, "isfile", unreachable)
+    with pytest.raises(Unreachable, match="memory://corpus: TimeoutError: no answer; check the URL, and credentials"):
+        corpus("memory://corpus", "skip")

@@ -94,6 +94,17 @@ def test_pages_and_titles_are_documents(tmp_path: Path) -> None:
     assert texts(tmp_path / "essays") == ["an essay"]
     fill(str(tmp_path / "reviews"), {"train/pos/0_9.txt": "good", "test/pos/0_9.txt": "no", "test/neg/1_1.txt": "no"})
     assert texts(tmp_path / "reviews") == ["good"]
+    assert Corpus(config(tmp_path / "reviews", "test")).listing.read == {".txt of split test": 2}
+
+
+def test_a_link_to_a_folder_is_said_to_be_one(tmp_path: Path) -> None:
+    fill(str(tmp_path / "here"), {"a.jsonl": "a"})
+    fill(str(tmp_path / "there"), {"b.jsonl": "b"})
+    (tmp_path / "here" / "b.jsonl").symlink_to(tmp_path / "there" / "b.jsonl")
+    assert texts(tmp_path / "here") == ["a", "b"]
+    (tmp_path / "here" / "more").symlink_to(tmp_path / "there", target_is_directory=True)
+    with pytest.raises(XtokenError, match="here/more is a link to a folder, which is not followed"):
+        Corpus(config(tmp_path / "here"))
 
 
 @pytest.mark.parametrize(
