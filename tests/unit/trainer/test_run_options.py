@@ -174,8 +174,8 @@ def test_a_student_that_transformers_does_not_write_is_trained_and_written(
     Path(student_dir, "generation_config.json").unlink()
     summary = train(configure(), student_info, [], Silent())
     assert summary["notes"] == [
-        "config.json: pad_token_id -1 is written as none",
-        "generation_config.json: pad_token_id -1 is written as none",
+        f"the trained model will not have all settings of {student_dir}: config.json: pad_token_id -1 is written as "
+        "none; generation_config.json: pad_token_id -1 is written as none"
     ]
     assert [record.message for record in caplog.records if record.name == "xtoken"] == summary["notes"]
     assert json.loads(Path(summary["model"], "config.json").read_text())["pad_token_id"] is None
