@@ -320,30 +320,6 @@ def test_a_full_disk_is_said_and_resumed(
     assert [line["step"] for line in steps_of(config.out)] == list(range(1, 13))
 
 
-def test_a_run_out_of_memory_goes_on_in_smaller_passes(
-    configure: Callable[..., TrainConfig], student_info: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They change no loss, so the run is the same one."""
-    quiet = configure(out=str(tmp_path / "quiet"))
-    train(quiet, student_info, [], Silent())
-    config, real, calls = configure(), loop.run_step, []
-
-    def full(*args: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 8:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
-        return real(*args, **options)
-
-    monkeypatch.setattr(loop, "run_step", full)
-    with pytest.raises(
-        XtokenError, match=r"memory of cpu .* --micro-tokens 14 \(CUDA out of memory.*GiB\.\); .*same command"
-    ):
-        train(config, student_info, [], Silent())
-    train(configure(micro_tokens=7, activation_checkpointing=True), student_info, [], Silent())
-    losses = [[line["loss"] for line in steps_of(one.out)] for one in (quiet, config)]
-    np.testing.assert_allclose(*losses, rtol=1e-4)
-
-
 def test_two_teachers_with_their_own_losses(
     configure: Callable[..., TrainConfig], make_targets: Callable[..., str], student_info: Any
 ) -> None:
