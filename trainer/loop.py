@@ -91,12 +91,24 @@ def train(
             trackers = _open_trackers(training, stack)
             progress = progress if ranks.first else Silent()
             return _to_the_end(training, _Outside(held_out, progress, trackers, preempted))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise XtokenError(_no_memory(config, ranks, error)) from error
         except (OSError, SafetensorError) as error:
             if not any(reason in str(error) for reason in _FULL):
                 raise
             raise XtokenError(
                 f"the disk of {config.out} is full ({error}); make room and run the same command"
             ) from error
+
+
+def _no_memory(config: TrainConfig, ranks: Ranks, error: Exception) -> str:
+    said = next(iter(str(error).splitlines()), "")
+    less = "" if config.activation_checkpointing else " and --activation-checkpointing"
+    return (
+        f"the memory of {ranks.device} is too small for this student at --micro-tokens {config.micro_tokens} ({said}); "
+        f"a smaller number{less} take less and change no loss: the same command with them goes on from the last "
+        "checkpoint"
+    )
 
 
 def _open_run(

@@ -17,6 +17,7 @@ RUN, SUMMARY = "run.json", "summary.json"
 # Where files lie, where and how the model runs, what is saved and shown: all may change between two starts of a run.
 _FREE = (
     *("targets", "out", "device", "decoders", "parallel", "activation_checkpointing", "compile", "kernel"),
+    "micro_tokens",  # which changes no loss: it is the way out where memory is short
     *("save_every", "keep", "keep_every", "spike", "rollback", "eval_every", "completions", "tensorboard", "wandb"),
 )
 

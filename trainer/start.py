@@ -180,7 +180,8 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     model = open_student(config, ranks.device, tokenizer)
     check_width(model, needed, config.source)
     check_context(model, config.max_tokens, config.source)
-    notes = mend_settings(model)
+    changes = "; ".join(mend_settings(model))
+    notes = [f"the trained model will not have all settings of {config.source}: {changes}"] if changes else []
     notes += [note for targets, loss in zip(folders, config.losses, strict=True) if (note := targets.lacking(loss))]
     files = rehearse_save(model, config.tokenizer_source, run.rehearsal) if ranks.first else None
     vocabulary = min(tokenizer.size, head_width(model))

@@ -174,8 +174,8 @@ def test_a_student_that_transformers_does_not_write_is_trained_and_written(
     Path(student_dir, "generation_config.json").unlink()
     summary = train(configure(), student_info, [], Silent())
     assert summary["notes"] == [
-        "config.json: pad_token_id -1 is written as none",
-        "generation_config.json: pad_token_id -1 is written as none",
+        f"the trained model will not have all settings of {student_dir}: config.json: pad_token_id -1 is written as "
+        "none; generation_config.json: pad_token_id -1 is written as none"
     ]
     assert [record.message for record in caplog.records if record.name == "xtoken"] == summary["notes"]
     assert json.loads(Path(summary["model"], "config.json").read_text())["pad_token_id"] is None
@@ -223,3 +223,27 @@ def test_what_sorted_lists_lose_at_another_temperature_is_said(
     notes = train(configure(targets=[root], loss=[loss], steps=1), student_info, [], Silent()).get("notes", [])
     assert len(notes) == said
     assert all(f"of the teacher's probability, which {loss} takes for 0" in note for note in notes)
+
+
+def test_a_run_out_of_memory_goes_on_in_smaller_passes(
+    configure: Callable[..., TrainConfig], student_info: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They change no loss, so the run is the same one."""
+    quiet = configure(out=str(tmp_path / "quiet"))
+    train(quiet, student_info, [], Silent())
+    config, real, calls = configure(save_every=2), loop.run_step, []
+
+    def full(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+        return real(*args, **options)
+
+    monkeypatch.setattr(loop, "run_step", full)
+    with pytest.raises(
+        XtokenError, match=r"memory of cpu .* --micro-tokens 14 \(CUDA out of memory.*GiB\.\); .*same command"
+    ):
+        train(config, student_info, [], Silent())
+    train(configure(micro_tokens=7, activation_checkpointing=True), student_info, [], Silent())
+    losses = [[line["loss"] for line in lines_of(Path(one.out, "metrics.jsonl"))] for one in (quiet, config)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
