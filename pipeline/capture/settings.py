@@ -99,9 +99,9 @@ def settle_teacher(folder: Folder, info: TeacherInfo, settings: Mapping[str, Any
 
     Args:
         folder: the run's.
-        info: of the engine; decides what the same is, but for the device, which moves no row by more than rounding
-            (parts name theirs), and for the way rows leave the engine: both ways give the same rows, and one worker
-            that falls back must not end a run. Audits name the way of each.
+        info: of the engine; decides what the same is, but for the device and how many of them, which move no row by
+            more than rounding (parts name theirs), and for the way rows leave the engine: both ways give the same rows,
+            and one worker that falls back must not end a run. Audits name the way of each.
         settings: what the engine was started with. The first engine's are recorded; others may differ, as batches and
             memory do from machine to machine.
 
@@ -112,7 +112,7 @@ def settle_teacher(folder: Folder, info: TeacherInfo, settings: Mapping[str, Any
         XtokenError: another teacher or engine than the run began with.
     """
     record = {**info.model_dump(), _ENGINE: _SETTINGS.validate_python(dict(settings or {}))}
-    _settle(folder, TEACHER_FILE, record, free=(_ENGINE, "capture_path", "device"))
+    _settle(folder, TEACHER_FILE, record, free=(_ENGINE, "capture_path", "device", "tensor_parallel"))
     return read_teacher(folder)
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipeline.capture.work import Lease, News, Say, portable
 from pipeline.corpus import Window
 from pipeline.store import Sample
-from pipeline.teachers.base import Teacher, TeacherRows
+from pipeline.teachers.base import EngineLost, Teacher, TeacherRows
 from schemas.manifest import Part
 
 Audit = Callable[[int], None]
@@ -115,7 +115,7 @@ class Stages:
         except Exception as error:
             for shard in self._in_engine:
                 self._fail(shard, error)
-            if not self._in_engine:  # the audit
+            if not self._in_engine and not isinstance(error, EngineLost):  # the audit refuses the rows
                 say(News("broken", error=portable(error)))
         finally:
             self._scored.put(None)

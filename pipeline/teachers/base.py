@@ -15,6 +15,10 @@ from schemas.errors import XtokenError
 from schemas.manifest import TeacherInfo, TokenizerInfo
 
 
+class EngineLost(XtokenError):
+    """The engine ended while it was used: its machine or memory is to blame, or what it was given."""
+
+
 @dataclass(frozen=True)
 class Draws:
     """Draws from whole rows; here K is the number of different ids drawn, all rows together.

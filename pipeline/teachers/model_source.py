@@ -35,16 +35,16 @@ def load_model_config(config: PrecomputeConfig) -> Any:
         raise cannot_load(config, error) from error
 
 
-def cannot_load(config: PrecomputeConfig, error: Exception) -> XtokenError:
+_WAY_OUT = "Give a folder with config.json and safetensors weights, or a hub id that is in the cache or reachable."
+
+
+def cannot_load(config: PrecomputeConfig, error: Exception, way_out: str = _WAY_OUT) -> XtokenError:
     """The error to raise where loading ``config.teacher`` failed with ``error``."""
     what = f"teacher {config.teacher!r}" + (f" at revision {config.revision!r}" if config.revision else "")
     if "trust_remote_code" in str(error):
         return XtokenError(f"{what} carries its own code; read it, then allow it with --trust-remote-code")
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return XtokenError(
-        f"{what} cannot be loaded: {reason}\n"
-        "Give a folder with config.json and safetensors weights, or a hub id that is in the cache or reachable."
-    )
+    return XtokenError(f"{what} cannot be loaded: {reason}\n{way_out}")
 
 
 def check_request(config: PrecomputeConfig, model_config: Any, table: TokenTable, *, spare: int = 0) -> None:

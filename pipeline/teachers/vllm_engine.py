@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.teachers.base import EngineLost
 from pipeline.teachers.vllm_options import MIN_STEP_TOKENS, multiprocessing_wanted, version
 from pipeline.teachers.vllm_replies import Entries, TensorRows, flat_entries, read_entries
 from pipeline.teachers.vllm_start import Overheard, is_gone, watch
-from schemas.errors import XtokenError
 
 if find_spec("vllm") is None:
     raise ImportError("vllm is not installed", name="vllm")
@@ -140,7 +140,7 @@ class Engine:
         """Run the engine once, or wait for its process; replies are kept until they are taken.
 
         Raises:
-            XtokenError: the engine's process is gone.
+            EngineLost: the engine's process is gone.
         """
         assert self._core.has_unfinished_requests(), "the engine forgot a request"
         with self._while_it_lives():
@@ -158,7 +158,7 @@ class Engine:
             if not is_gone(self._llm):
                 raise
             why = self._heard.root_cause() or "without a word: the system may have run out of memory"
-            raise XtokenError(f"the process of {version()}'s engine ended ({why})") from error
+            raise EngineLost(f"the process of {version()}'s engine ended ({why})") from error
 
     def take(self, names: Iterable[str]) -> list[tuple[str, Any]]:
         """Replies that are there, among ``names``."""

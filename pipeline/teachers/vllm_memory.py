@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from pipeline.teachers import model_source
 
@@ -64,10 +64,18 @@ def alone_on_gpu(engines: int) -> Iterator[None]:
     if engines == 1:
         yield
         return
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # no folder for it: most of the time it goes well without
+            _lock(held.enter_context(_lock_file().open("w")))
+        yield
+
+
+def _lock_file() -> Path:
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace("/", "_").replace(",", "-")
+    return Path(tempfile.gettempdir()) / f"xtoken-{os.getuid()}-gpu-{gpus[:200]}.lock"
+
+
+def _lock(file: TextIO) -> None:
     import fcntl
 
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace("/", "_").replace(",", "-")
-    path = Path(tempfile.gettempdir()) / f"xtoken-{os.getuid()}-gpu-{gpus[:200]}.lock"
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    fcntl.flock(file, fcntl.LOCK_EX)

@@ -141,7 +141,7 @@ def step_tokens(asked: int, longest: int, rows: int, *, v2: bool) -> int:
     return max(MIN_STEP_TOKENS, asked)
 
 
-def uses_v2(options: Options) -> bool:
+def uses_v2(options: dict[str, Any]) -> bool:
     """Whether vLLM would run its newer model runner with these options: it decides by model and machine."""
     from vllm.engine.arg_utils import EngineArgs
 

@@ -36,6 +36,10 @@ from schemas.manifest import TeacherInfo
 # Steps of work that the engine always has: one that runs, one that is queued, one that a batch may fall short of.
 _STEPS_AHEAD = 3
 
+_WAY_OUT = (
+    "All that vLLM says of it is on standard error. It must know the model's architecture, and find config.json and "
+    "safetensors weights; --backend hf runs teachers by transformers."
+)
 _Waiting = dict[str, tuple[Hashable, NDArray[np.int32]]]
 
 
@@ -170,7 +174,7 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable, *, engines: int = 
     except CannotStart as error:
         if error.memory:
             raise _no_room(config, options, error) from error
-        raise model_source.cannot_load(config, error) from error
+        raise model_source.cannot_load(config, error, _WAY_OUT) from error
     engine = Engine(llm, config.k, tensors=tensors, heard=heard)
     info = _info(config, model_config, dtype, platform, engine)
     return VllmTeacher(engine, info, config.k, {**settings_of(options), **engine.settings})

@@ -4,7 +4,10 @@ import os
 
 import pytest
 
-from pipeline.capture import devices
+from pipeline.capture import devices, precompute, worker
+from schemas.capture_config import PrecomputeConfig
+from schemas.errors import XtokenError
+from schemas.progress import Silent
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,55 @@ def test_tensor_parallel_workers_take_groups(monkeypatch, visible, slot, expecte
     monkeypatch.setenv(devices.VISIBLE, visible)
     devices.pin_gpus(slot, 2)
     assert os.environ[devices.VISIBLE] == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "flags", "engines"),
+    [
+        ("0,1", {}, 1),
+        ("0,1", {"workers": 2}, 1),
+        ("0,1", {"workers": 3}, 2),
+        ("0,1,2,3,4", {"workers": 4, "backend": "vllm", "tensor_parallel": 2}, 2),
+        ("0", {"workers": 1, "backend": "vllm", "tensor_parallel": 2}, 1),
+        ("", {"workers": 4}, 4),
+        ("0", {"workers": 8, "ray": "auto"}, 1),
+        ("0", {"ray": "auto", "gpus_per_worker": 0.5}, 2),
+        ("0", {"ray": "auto", "gpus_per_worker": 0.3333}, 3),
+        ("0", {"ray": "auto", "gpus_per_worker": 0.4}, 2),
+        ("0", {"ray": "auto", "gpus_per_worker": 0.7}, 1),
+        ("0", {"ray": "auto", "gpus_per_worker": 4.0}, 1),
+        ("0", {"ray": "auto", "gpus_per_worker": 0.0}, 1),
+    ],
+)
+def test_engines_that_share_a_gpu_are_counted(monkeypatch, visible, flags, engines):
+    monkeypatch.setenv(devices.VISIBLE, visible)
+    config = PrecomputeConfig.model_validate({"corpus": "c", "teacher": "t", "out": "o", **flags})
+    assert devices.engines_per_gpu(config) == engines
+
+
+@pytest.mark.parametrize(
+    ("flags", "visible", "engines"),
+    [
+        ({"backend": "vllm", "device": "cuda", "workers": 4}, "1", [2]),
+        ({"backend": "vllm", "workers": 4}, "1", [2]),
+        ({"backend": "hf", "device": "cuda:1", "workers": 4}, "0,1", [2]),
+    ],
+)
+def test_a_worker_sees_its_gpu_and_its_engine_knows_who_shares_it(monkeypatch, tmp_path, flags, visible, engines):
+    monkeypatch.setenv(devices.VISIBLE, "0,1")
+    (tmp_path / "corpus.txt").write_text("some words")
+    known = {"corpus": str(tmp_path / "corpus.txt"), "teacher": "bytes", "out": str(tmp_path / "out"), "k": 4}
+    precompute(PrecomputeConfig.model_validate({**known, "backend": "fake"}), Silent())
+    told = []
+
+    def opened(config, table, engines):
+        told.append(engines)
+        raise XtokenError("far enough")
+
+    monkeypatch.setattr(worker, "open_teacher", opened)
+    with pytest.raises(XtokenError, match="far enough"):
+        worker.CaptureJob(PrecomputeConfig.model_validate(known | flags)).open(3)
+    assert (os.environ[devices.VISIBLE], told) == (visible, engines)
 
 
 def test_without_the_variable_the_machine_is_asked(monkeypatch, tmp_path):

@@ -46,6 +46,7 @@ def test_the_first_engine_s_settings_stand_and_another_teacher_is_refused(folder
     assert read_engine_settings(folder) == SETTINGS
     assert read_teacher(folder) == INFO
     assert settle_teacher(folder, INFO.model_copy(update={"device": "NVIDIA H100"}), SETTINGS) == INFO
+    assert settle_teacher(folder, INFO.model_copy(update={"tensor_parallel": 4}), SETTINGS) == INFO
     for name, other in (("dtype", "bfloat16"), ("head_dtype", "bfloat16"), ("quantization", "fp8")):
         with pytest.raises(XtokenError, match=f"{name}: .* there, '{other}' now"):
             settle_teacher(folder, INFO.model_copy(update={name: other}), SETTINGS)

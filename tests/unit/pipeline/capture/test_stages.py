@@ -11,6 +11,7 @@ import pytest
 from pipeline.capture.stages import Prepared, Stages
 from pipeline.capture.work import Lease
 from pipeline.store import DiskFull
+from pipeline.teachers.base import EngineLost
 from schemas.errors import XtokenError
 from schemas.manifest import Part
 
@@ -191,3 +192,11 @@ def test_an_audit_that_refuses_stops_the_run():
     news = serve(Toy(), Engine(), leases(0, 1), refuse)
     assert said(news, "part") == [], "the driver hears nothing that it could end the run over"
     assert [str(one.error) for one in news if one.kind == "broken"] == ["shard 0 is of another model"]
+
+
+def test_an_engine_that_ends_during_the_audit_ends_its_worker_only():
+    def die(shard):
+        raise EngineLost("the engine's process ended")
+
+    news = serve(Toy(), Engine(), leases(0, 1), die)
+    assert not {"broken", "failed", "part"} & {one.kind for one in news}

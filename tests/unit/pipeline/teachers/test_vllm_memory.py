@@ -88,3 +88,6 @@ def test_engines_that_share_a_gpu_load_one_after_the_other(tmp_path: Any, monkey
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with alone_on_gpu(1):
         assert len(os.listdir(tmp_path)) == 1, "one that has its GPU for itself waits for nobody"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
+    with alone_on_gpu(2):
+        pass
