@@ -20,6 +20,7 @@ from typing import IO, Any
 from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import VerificationError, XtokenError
+from schemas.places import plain
 from schemas.remote import NO_ROOM, named_errors, open_filesystem, refuse_special
 
 FOLDER, BYTES = "XTOKEN_CACHE", "XTOKEN_CACHE_BYTES"
@@ -102,7 +103,10 @@ class Cache:
         Raises:
             XtokenError: the size is no size, or the folder cannot be made.
         """
-        folder = Path(os.environ.get(FOLDER) or DEFAULT_FOLDER).expanduser()
+        try:
+            folder = Path(plain(os.environ.get(FOLDER) or DEFAULT_FOLDER))
+        except ValueError as error:
+            raise XtokenError(f"{FOLDER}: {error}") from error
         limit = parse_size(os.environ.get(BYTES) or DEFAULT_BYTES)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +133,8 @@ class Cache:
             file.close()
             return None
         now = time.time_ns()  # the system's own stamp has steps of some milliseconds: no order among quick uses
-        os.utime(file.fileno(), ns=(now, now))
+        with suppress(OSError):  # a cache may be read-only
+            os.utime(file.fileno(), ns=(now, now))
         return file
 
     def _fetch(self, url: str, sha256: str, size: int | None) -> None:

@@ -14,6 +14,7 @@ TRACEBACK = "XTOKEN_TRACEBACK"  # set it, and the command line raises what it ca
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 _BROKEN = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO)
+_MEMORY = ("OutOfMemory", "DefaultCPUAllocator", "bad_alloc")  # as torch, DuckDB and C++ say it
 _WAYS_OUT = (
     (_REFUSED, "check its path and rights"),
     (_EXHAUSTED, "make room (disk, quota, memory, 'ulimit -n') and run the same command again"),
@@ -61,8 +62,9 @@ def named(error: Exception) -> XtokenError:
     """An error as the command line says it: in one line, and for what is unforeseen where the traceback lies."""
     if isinstance(error, XtokenError):
         return error
-    if isinstance(error, MemoryError):
-        return XtokenError("the memory of this machine is used up; use fewer --workers, or smaller batches")
+    if isinstance(error, MemoryError) or any(sign in f"{type(error).__name__}: {error}" for sign in _MEMORY):
+        said = str(error).strip().splitlines() or ["nothing is left"]
+        return XtokenError(f"out of memory ({said[0][:200]}); use smaller batches or fewer --workers")
     if isinstance(error, OSError):
         for numbers, way_out in _WAYS_OUT:
             if error.errno in numbers:

@@ -1,6 +1,7 @@
 """How a configuration becomes flags, and words of the command line a configuration."""
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -9,21 +10,30 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from schemas.errors import XtokenError
+from schemas.errors import TRACEBACK, XtokenError, named
 from schemas.fields import place_of
-from schemas.terminal import open_streams
+from schemas.terminal import close_streams, open_streams, remarks
 
 C = TypeVar("C", bound=BaseModel)
 LISTS = (list[str], list[float])  # written with commas on the command line
 
 
 class App(typer.Typer):
-    """An application that makes the standard streams fit for use before anything is said."""
+    """An application whose standard streams are fit for use, and that ends in one line whatever happens."""
 
     def __call__(self, *words: Any, **options: Any) -> Any:
         """See ``typer.Typer``."""
         open_streams()
-        return super().__call__(*words, **options)
+        try:
+            return super().__call__(*words, **options)
+        except Exception as error:
+            if os.environ.get(TRACEBACK):
+                raise
+            told = named(error)
+            remarks(soft_wrap=True).out(f"error: {told}", highlight=False)
+            raise SystemExit(told.exit_code) from error
+        finally:
+            close_streams()
 
 
 def flag(name: str, field: FieldInfo) -> str:

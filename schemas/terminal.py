@@ -26,6 +26,15 @@ def open_streams() -> None:
         del os.environ["COLUMNS"]
 
 
+def close_streams() -> None:
+    """Write what is still held, so that Python does not complain at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            silence(stream)
+
+
 def _fill(number: int) -> None:
     """Take a closed descriptor, lest the next file to be opened gets it, and what libraries print."""
     try:

@@ -22,6 +22,7 @@ from pipeline.store.columns import flat, list_lengths
 from pipeline.tokens import TokenTable
 
 _NONE = -1
+_TINY = 1e-300  # no sum of probabilities is smaller
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _brings(
     start_T = np.concatenate([np.zeros(1, np.int32), end_T[:-1]])
     begin_C, stop_C = start_T[first_C], end_T[first_C]
     size_C = (table.offsets[1:] - table.offsets[:-1])[ids_T[first_C]]
-    brings_C = known_C & (size_C == stop_C - begin_C + 1) & (stop_C > begin_C)
+    brings_C: NDArray[np.bool_] = known_C & (size_C == stop_C - begin_C + 1) & (stop_C > begin_C)
     data = text.as_py().encode() if brings_C.any() else b""
     for at in np.flatnonzero(brings_C):
         piece = table.token(int(ids_T[first_C[at]]))
@@ -148,7 +149,7 @@ def shifted_row(
     mass = np.bincount(place, weights=p[to >= 0], minlength=len(ids))
     lost = float(p[to < 0].sum())
     if np.isnan(rest):
-        mass = mass / max(float(mass.sum()), np.finfo(np.float64).tiny)
+        mass = mass / max(float(mass.sum()), _TINY)
     elif lost > 0:
         rest = np.log(np.exp(rest) + lost)
     order = np.argsort(-mass, kind="stable")

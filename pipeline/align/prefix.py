@@ -154,7 +154,8 @@ def _take_roots(
 
 
 def _starts(end_C: NDArray[np.int32]) -> NDArray[np.int64]:
-    return np.concatenate([np.zeros(1, np.int64), end_C[:-1].astype(np.int64)])[: len(end_C)]
+    starts: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), end_C[:-1].astype(np.int64)])
+    return starts[: len(end_C)]
 
 
 def _boundaries(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pipeline.capture.executor import die_with_parent
 from pipeline.capture.work import Job, Lease, News, Worker, portable
 from schemas.errors import XtokenError
+from schemas.home import settle_home
 from schemas.manifest import code_version
 
 _HANDSHAKE_SECONDS = 5.0
@@ -129,6 +130,7 @@ class RayWorker:
     def _open(self, version: str, job: bytes, slot: int) -> Worker | None:
         try:
             check_version(version)
+            settle_home()  # of this machine, which may have none that can be written
             described: Job = pickle.loads(job)
             worker = described.open(slot)
         except Exception as error:

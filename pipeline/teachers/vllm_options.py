@@ -145,8 +145,9 @@ def uses_v2(options: dict[str, Any]) -> bool:
     """Whether vLLM would run its newer model runner with these options: it decides by model and machine."""
     from vllm.engine.arg_utils import EngineArgs
 
+    given: Any = options
     with contextlib.suppress(Exception):  # whatever it is, vLLM says it again when it starts with them
-        return bool(getattr(EngineArgs(**options).create_engine_config(), "use_v2_model_runner", False))
+        return bool(getattr(EngineArgs(**given).create_engine_config(), "use_v2_model_runner", False))
     return False
 
 

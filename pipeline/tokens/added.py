@@ -65,7 +65,7 @@ def place(text: str, ids: Sequence[int], added: Mapping[int, Added], stretch: St
     last = stretch(text[at:], ids[first:])
     if last is None:
         return None
-    all_ends = np.concatenate([*found, last + np.int32(size)])
+    all_ends: NDArray[np.int32] = np.concatenate([*found, last + np.int32(size)])
     if len(all_ends):  # what no token spells at the end of the text belongs to the last one
         all_ends[all_ends == all_ends[-1]] = len(text.encode())
     return all_ends

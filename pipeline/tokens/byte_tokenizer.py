@@ -1,6 +1,6 @@
 """The tokenizer of byte-level students: 256 ids, id = byte, no special tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ class ByteTokenizer:
 
     def __init__(self) -> None:
         """Build the table of 256 tokens."""
-        self.controls: dict[int, str] = {}
+        self.controls: Mapping[int, str] = {}
         self.table = TokenTable.build(
             [bytes([byte]) for byte in range(256)],
             [None] * 256,

@@ -114,7 +114,8 @@ class TokenTable:
     @cached_property
     def _spells_something(self) -> NDArray[np.bool_]:
         """bool [V]: the token has bytes, and is not a lone blank, which may be a dummy space."""
-        return (self.lengths > 1) | ((self.lengths == 1) & ~self.starts_with_space())
+        found: NDArray[np.bool_] = (self.lengths > 1) | ((self.lengths == 1) & ~self.starts_with_space())
+        return found
 
     def moved_ends(self, ids_T: NDArray[np.int32], end_T: NDArray[np.int32]) -> int:
         """Tokens of a text whose own end is not known: they have bytes, and end where the token before them does."""

@@ -33,8 +33,15 @@ def test_what_the_system_refuses_names_the_file(number: int, said: str) -> None:
     assert said in str(told)
 
 
-def test_memory() -> None:
-    assert "memory" in str(named(MemoryError()))
+def test_memory_is_named_in_whatever_words_it_comes() -> None:
+    class OutOfMemoryError(RuntimeError):
+        """As torch's."""
+
+    for error in (MemoryError(), OutOfMemoryError("CUDA\nmore"), RuntimeError("DefaultCPUAllocator: cannot")):
+        told = named(error)
+        assert told.exit_code == 2
+        assert str(told).startswith("out of memory (")
+        assert "\n" not in str(told)
 
 
 def kept(told: XtokenError) -> str:
