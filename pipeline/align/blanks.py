@@ -146,7 +146,7 @@ def shifted_row(
     span = slice(rows.offsets[row], rows.offsets[row + 1])
     to, p, rest = to_U[rows.ids[span]], rows.p[span], rows.rest[row]
     ids, place = np.unique(to[to >= 0], return_inverse=True)
-    mass = np.bincount(place, weights=p[to >= 0], minlength=len(ids))
+    mass: NDArray[np.float64] = np.bincount(place, weights=p[to >= 0], minlength=len(ids)).astype(np.float64)
     lost = float(p[to < 0].sum())
     if np.isnan(rest):
         mass = mass / max(float(mass.sum()), _TINY)

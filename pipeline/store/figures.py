@@ -38,11 +38,14 @@ def capture_figures(manifest: CaptureManifest) -> dict[str, Any]:
 
 
 def bos_figure(tokenizer: TokenizerInfo, *, shown: bool) -> dict[str, str]:
-    """A word about a teacher that is not shown the BOS its files declare; nothing where it is, or has none."""
-    if shown or tokenizer.bos_id is None:
+    """A word about a teacher that is not shown the BOS its files declare; nothing where it is, or BOS is EOS."""
+    if shown or tokenizer.bos_id in (None, tokenizer.eos_id):
         return {}
     why = "left out by --bos never" if tokenizer.adds_bos else "declared, but the tokenizer's post-processor adds none"
-    return {"bos": f"BOS (id {tokenizer.bos_id}) is {why}: the teacher sees none; --bos always shows it"}
+    return {
+        "bos": f"BOS (id {tokenizer.bos_id}) is {why}: the teacher sees none. If it was trained behind BOS, say --bos "
+        "always"
+    }
 
 
 def target_figures(manifest: TargetManifest) -> dict[str, Any]:

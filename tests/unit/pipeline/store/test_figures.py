@@ -9,4 +9,5 @@ def test_a_bos_that_is_declared_but_not_added_is_named() -> None:
     assert "BOS (id 7) is declared, but" in bos_figure(info, shown=False)["bos"]
     assert "--bos never" in bos_figure(info.model_copy(update={"adds_bos": True}), shown=False)["bos"]
     assert bos_figure(info, shown=True) == {}
-    assert bos_figure(info.model_copy(update={"bos_id": None}), shown=False) == {}
+    for update in ({"bos_id": None}, {"eos_id": 7}):
+        assert bos_figure(info.model_copy(update=update), shown=False) == {}
