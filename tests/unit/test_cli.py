@@ -1,6 +1,7 @@
 """The command line: frozen flags, help that teaches, exit codes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import typer
@@ -90,6 +91,14 @@ def test_values_are_refused_before_anything_starts(words: list[str], said: str) 
     result = RUNNER.invoke(cli.app, words)
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
+
+
+def test_held_out_text_is_of_one_split(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text('{"text": "boats"}\n')
+    result = RUNNER.invoke(cli.app, ["eval", "no-model", "--tokenizer", "bytes", "--text", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "holds the splits test, train, and one is needed; name its file or folder" in result.output
 
 
 def test_losses_lists_every_loss() -> None:
