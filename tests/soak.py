@@ -11,8 +11,10 @@ import subprocess
 import sys
 
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(100_000))"
-PYTEST = ("-m", "pytest", "-x", "-n", "2", "--no-loadscope-reorder", "-p", "randomly", "--randomly-dont-reset-seed")
-EXAMPLES = "--hypothesis-profile=other"
+PYTEST = (
+    *("-m", "pytest", "-x", "-n", "2", "--no-loadscope-reorder", "-p", "randomly", "--randomly-dont-reset-seed"),
+    *("--hypothesis-profile=other", "--timeout=3600"),
+)
 
 
 def main(rounds: list[str]) -> int:
@@ -28,7 +30,7 @@ def main(rounds: list[str]) -> int:
 def _passes(name: str, place: str) -> bool:
     folder, _, seed = name.partition(":")
     seed = seed or str(random.SystemRandom().getrandbits(32))
-    command = [sys.executable, *PYTEST, f"--randomly-seed={seed}", EXAMPLES, folder]
+    command = [sys.executable, *PYTEST, f"--randomly-seed={seed}", folder]
     print(f"round {place}: {shlex.join(command)}", flush=True)
     passed = subprocess.run(command, check=False).returncode == 0
     if not passed:

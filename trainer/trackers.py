@@ -5,6 +5,8 @@ metrics.jsonl stays the record. A service that fails is reported once and never 
 
 import logging
 import os
+import re
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -134,6 +136,7 @@ class _TensorBoard:
         """Go on after step ``last``; what later steps left is dropped."""
         from torch.utils.tensorboard import SummaryWriter
 
+        _wait_for_a_later_name(Path(self._folder))
         writer: Any = SummaryWriter
         self._last, self._writer = last, writer(self._folder, purge_step=last + 1)
 
@@ -149,6 +152,14 @@ class _TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """TensorBoard reads files by name, and those of one second by a number as text: the tenth before the ninth."""
+    found = (re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in folder.glob("events.*"))
+    latest = max((int(match[1]) for match in found if match), default=0)
+    if latest <= (now := time.time()) < latest + 1:
+        time.sleep(latest + 1 - now)
 
 
 class _WandB:

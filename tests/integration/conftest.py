@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 from fault_runs import Run, documents, settings, write_corpus
 from s3_server import S3Server, serve
 
@@ -21,6 +22,13 @@ def _forward(folder: Path, sequences: list[list[int]]) -> Iterator[Any]:
         with torch.inference_mode():
             rows = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1).numpy()
         yield rows
+
+
+@pytest.fixture(autouse=True)
+def _users_keep_apart() -> Iterator[None]:
+    """s3fs keeps clients by what they were made with, and the keys in the environment are no part of that."""
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture

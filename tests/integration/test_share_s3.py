@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,10 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.engine
-def test_the_other_team_verifies_and_inspects_in_place(teams: tuple[Team, Team], shared: str, capture: Path) -> None:
-    _, beta = teams
+def test_the_other_team_verifies_and_inspects_in_place(
+    teams: tuple[Team, Team], shared: str, capture: Path, tmp_path: Path
+) -> None:
+    beta = replace(teams[1], cache=tmp_path / "cache")
     found = beta.xtoken("verify", shared)
     assert found["parts"] == len(list((capture / "data").iterdir()))
     assert found["samples"] == DOCUMENTS

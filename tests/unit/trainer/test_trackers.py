@@ -86,8 +86,12 @@ def test_tensorboard_drops_what_a_resumed_run_repeats(tmp_path: Path) -> None:
     assert found["eval/bits_per_byte"] == [(4, 2.0), (5, 2.0)]
 
 
-def test_tensorboard_follows_a_rollback(tmp_path: Path) -> None:
-    """One start that goes back from step 4 to 2."""
+@pytest.mark.parametrize("writers", [0, 9, 99])
+def test_tensorboard_follows_a_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writers: int) -> None:
+    """One start that goes back from step 4 to 2, by a process that has made so many writers."""
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(writers))
     trackers = Trackers(tmp_path, True, None, "run", {}, 0)
     for step, loss in ((1, 1), (2, 2), (3, 3), (4, 99), (2, 12), (3, 13)):
         trackers.log(step, {"loss": float(loss)})

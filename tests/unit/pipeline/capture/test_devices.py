@@ -80,7 +80,8 @@ def test_a_worker_sees_its_gpu_and_its_engine_knows_who_shares_it(monkeypatch, t
 
 
 def test_without_the_variable_the_machine_is_asked(monkeypatch, tmp_path):
-    monkeypatch.delenv(devices.VISIBLE, raising=False)
+    monkeypatch.setenv(devices.VISIBLE, "undone")  # what the code sets below is undone too
+    monkeypatch.delenv(devices.VISIBLE)
     monkeypatch.setattr(devices, "_DEV", tmp_path)
     devices.pin_gpus(0)
     assert devices.VISIBLE not in os.environ
@@ -88,4 +89,3 @@ def test_without_the_variable_the_machine_is_asked(monkeypatch, tmp_path):
         (tmp_path / name).touch()
     devices.pin_gpus(1)
     assert os.environ[devices.VISIBLE] == "1"
-    monkeypatch.delenv(devices.VISIBLE)
