@@ -147,8 +147,9 @@ def replicate(objective: Any, some_left_out: bool) -> Any:
 
     with warnings.catch_warnings():  # torch 2.13 has another name for it, which the first that we support lack
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-        return DistributedDataParallel(objective, find_unused_parameters=some_left_out, **options)
+        return DistributedDataParallel(
+            objective, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=some_left_out
+        )
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
