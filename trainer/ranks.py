@@ -136,13 +136,20 @@ def shard(objective: Any, ranks: Ranks, autocast: torch.dtype | None) -> Any:
     return fully_shard(objective, mesh=mesh, mp_policy=policy)
 
 
-def replicate(objective: Any) -> Any:
-    """DDP: the whole model on every rank."""
+def replicate(objective: Any, some_left_out: bool) -> Any:
+    """DDP: the whole model on every rank.
+
+    Args:
+        some_left_out: look in each step which parameters got no gradient, rather than wait for one (see
+            ``trainer.student.head.leaves_some_out``).
+    """
     from torch.nn.parallel import DistributedDataParallel
 
     with warnings.catch_warnings():  # torch 2.13 has another name for it, which the first that we support lack
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            objective, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=some_left_out
+        )
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from trainer.optim import build_optimizer, named_parameters, optimizer_tensors, 
 from trainer.ranks import Ranks, fill, gathered, replicate, shard
 from trainer.run import Run
 from trainer.student.adapters import add_adapters
-from trainer.student.head import find_head, pick_packing
+from trainer.student.head import find_head, leaves_some_out, pick_packing
 from trainer.student.model import (
     check_context,
     check_width,
@@ -189,6 +189,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     packing = pick_packing(head, config.batching, config.source)
     if config.lora is not None:
         model = add_adapters(model, config.lora, config.lora_alpha, config.seed)
+    some_left_out = ranks.size > 1 and leaves_some_out(head)
     prepare(model, config.activation_checkpointing, config.compile)
     losses = tuple(
         open_loss(name, _setup(config, targets, name, vocabulary, ranks.device))
@@ -196,7 +197,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     )
     student = Student(model, ranks.device, pick_autocast(config.autocast, ranks.device), vocabulary, head)
     objective = Objective(student, losses, use_liger(config, ranks.device, head.folded))
-    wrapped = _wrap(objective, config, ranks, student.autocast)
+    wrapped = _wrap(objective, config, ranks, some_left_out)
     optimizer = build_optimizer(model, config, losses)
     weights = tuple(config.weights) or (1.0,) * len(folders)
     layout = Layout(context_token(tokenizer), config.max_tokens, vocabulary, losses, weights, config.weighting)
@@ -239,10 +240,12 @@ def open_loader(training: Training, positions: Sequence[Position] | None) -> Loa
     )
 
 
-def _wrap(objective: Objective, config: TrainConfig, ranks: Ranks, autocast: torch.dtype | None) -> Any:
+def _wrap(objective: Objective, config: TrainConfig, ranks: Ranks, some_left_out: bool) -> Any:
     if ranks.size == 1:
         return objective
-    return shard(objective, ranks, autocast) if config.parallel == "fsdp" else replicate(objective)
+    if config.parallel == "fsdp":
+        return shard(objective, ranks, objective.student.autocast)
+    return replicate(objective, some_left_out)
 
 
 def use_liger(config: TrainConfig, device: torch.device, folded: bool) -> bool:

@@ -24,6 +24,7 @@ _REMOTE_BLOCK = 4 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_FOLDERS = ("s3", "s3a", "gs", "gcs", "abfs", "az")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+_SWEEPS = 5  # a run sweeps when it begins and when it ends
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -191,11 +192,7 @@ class Folder:
         """Write a file whole and only if absent; returns whether this call did it."""
         if not self.local:
             return self._put(name, data)
-        tmp = self._write_tmp(name, data)
-        try:
-            return self.place(tmp, name)
-        finally:
-            self.remove(tmp)
+        return self._published(name, data, self.place)
 
     @_named
     def replace(self, name: str, data: bytes) -> None:
@@ -203,8 +200,7 @@ class Folder:
         if not self.local:
             self.fs.pipe_file(self.at(name), data)
             return
-        os.replace(self.at(self._write_tmp(name, data)), self.at(name))
-        self.sync(os.path.dirname(name))
+        self._published(name, data, self._take)
 
     @_named
     def put(self, path: str, name: str) -> None:
@@ -221,6 +217,23 @@ class Folder:
             os.fsync(file.fileno())
         os.replace(path, self.at(name))
         self.sync(os.path.dirname(name))
+
+    def _published(self, name: str, data: bytes, publish: Callable[[str, str], bool]) -> bool:
+        """Write a temporary file and publish it; again where another run's sweep took its writer for dead."""
+        for _ in range(_SWEEPS):
+            tmp = self._write_tmp(name, data)
+            try:
+                return publish(tmp, name)
+            except FileNotFoundError:
+                continue
+            finally:
+                self.remove(tmp)
+        raise XtokenError(f"{self.url(name)} cannot be written: something removes files from {self.root}; stop it")
+
+    def _take(self, tmp: str, name: str) -> bool:
+        os.replace(self.at(tmp), self.at(name))
+        self.sync(os.path.dirname(name))
+        return True
 
     def _write_tmp(self, name: str, data: bytes) -> str:
         tmp = f"{name}.{secrets.token_hex(6)}.tmp"

@@ -108,6 +108,35 @@ def pick_packing(head: Head, batching: str, source: str) -> bool:
     return harmless
 
 
+def leaves_some_out(head: Head) -> bool:
+    """Whether parameters that are to be trained take no part in a few tokens of text: DDP must know.
+
+    Such are the towers of models that also see images, and experts that nothing was sent to.
+    """
+    called = _Called()
+    with _quiet(head.model), torch.no_grad():
+        hooks = [module.register_forward_hook(called) for module in head.model.modules()]
+        try:
+            ids = _tokens(head.model, 6, 0)
+            head.states(ids[None], _count(ids)[None])
+        finally:
+            for hook in hooks:
+                hook.remove()
+    outside = [module for module in head.model.modules() if id(module) not in called.seen]
+    outside = [module for module in outside if module is not head.model.get_output_embeddings()]
+    return any(one.requires_grad for module in outside for one in module.parameters(recurse=False))
+
+
+class _Called:
+    """A forward hook that remembers the modules it was called for."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def __call__(self, module: torch.nn.Module, *_: object) -> None:
+        self.seen.add(id(module))
+
+
 def _same_logits(head: Head, whole: Head) -> bool:
     ids = _tokens(head.model, 6, 0)[None]
     positions = _count(ids[0])[None]

@@ -162,3 +162,25 @@ def test_no_hard_links_is_an_error_with_a_way_out(tmp_path, monkeypatch):
     with pytest.raises(XtokenError, match="no hard links"):
         publish_part(str(tmp_path), 0, Writer(b"good"), check)
     assert Folder(str(tmp_path)).names("data") == []
+
+
+@pytest.mark.parametrize("how", ["replace", "create"])
+def test_a_file_that_another_run_sweeps_away_is_written_again(tmp_path, monkeypatch, how):
+    """Two runs in one folder: one begins, and takes the other's temporary file for a dead writer's."""
+    folder, write, sweeps = Folder(str(tmp_path)), Folder._write_tmp, []
+
+    def swept(self, name, data):
+        tmp = write(self, name, data)
+        if len(sweeps) < 2:
+            sweeps.append(clean(self.root))
+        return tmp
+
+    monkeypatch.setattr(Folder, "_write_tmp", swept)
+    getattr(folder, how)("manifest.json", b"all of it")
+    assert len(sweeps) == 2
+    assert folder.read("manifest.json") == b"all of it"
+    assert folder.names() == ["manifest.json"]
+    sweeps.clear()
+    monkeypatch.setattr("pipeline.store.files._SWEEPS", 2)
+    with pytest.raises(XtokenError, match=r"other.json cannot be written: something removes files from .*; stop it"):
+        getattr(folder, how)("other.json", b"")
