@@ -224,6 +224,8 @@ class PrecomputeConfig(RowsConfig):
     def _gpus_fit(self) -> "PrecomputeConfig":
         if self.gpus_per_worker is not None and self.ray is None:
             raise ValueError("gpus_per_worker is for Ray; say --ray too, or CUDA_VISIBLE_DEVICES without it")
+        if self.gpus_per_worker is not None and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(f"gpus_per_worker={self.gpus_per_worker:g}: only less than one GPU can be a fraction")
         if self.gpus_per_worker is not None and 0 < self.gpus_per_worker < self.tensor_parallel > 1:
             raise ValueError(
                 f"gpus_per_worker={self.gpus_per_worker:g} is less than tensor_parallel={self.tensor_parallel}; "

