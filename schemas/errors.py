@@ -69,7 +69,7 @@ def named(error: Exception) -> XtokenError:
         for numbers, way_out in _WAYS_OUT:
             if error.errno in numbers:
                 return XtokenError(f"{_file_of(error)}{error.strerror or error}; {way_out}")
-    return Unforeseen(f"unforeseen {type(error).__name__}: {_last_words(error)}; {_kept(error)}")
+    return Unforeseen(f"unforeseen {type(error).__name__}: {last_words(str(error))}; {_kept(error)}")
 
 
 def _file_of(error: OSError) -> str:
@@ -77,10 +77,10 @@ def _file_of(error: OSError) -> str:
     return f"{' -> '.join(names)}: " if names else ""
 
 
-def _last_words(error: Exception) -> str:
-    """One line of its text: the last of a traceback that another process sent, else the first."""
-    lines = str(error).strip().splitlines() or ["it says nothing more"]
-    return lines[-1 if "Traceback (most recent call last)" in str(error) else 0].strip()[:300]
+def last_words(text: str) -> str:
+    """One line of an error's text: of a traceback, as other processes send it, the last, else the first."""
+    lines = text.strip().splitlines() or ["it says nothing more"]
+    return lines[-1 if "Traceback (most recent call last)" in text else 0].strip()[:300]
 
 
 def _kept(error: Exception) -> str:

@@ -25,6 +25,7 @@ from schemas.limits import FOOTER_BYTES
 from schemas.places import is_chain
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WRONG_PLACE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)  # says nothing about the artifact
 _AT_ONCE = 16  # small requests wait for the network, not for us
 _TAIL = 1 << 16  # bytes that hold nearly every Parquet footer
 _LOCAL = ("", "file", "local")  # protocols of this machine's own files
@@ -201,7 +202,11 @@ def open_url(url: str) -> Iterator[IO[bytes]]:
 
 
 def refuse_special(fs: Any, path: str) -> None:
-    """Raise VerificationError for a local name of a folder, a device or a pipe, which could be read for ever."""
+    """Raise VerificationError for a local name of a folder, a device or a pipe, which could be read for ever.
+
+    Raises:
+        XtokenError: the name cannot be reached.
+    """
     if not isinstance(fs, LocalFileSystem):
         return
     try:
@@ -209,6 +214,8 @@ def refuse_special(fs: Any, path: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
+        if error.errno in _WRONG_PLACE:
+            raise XtokenError(f"{path} cannot be reached ({error.strerror}); check its path and rights") from error
         raise VerificationError(f"{path} cannot be read ({error.strerror}); fetch the artifact again") from error
     if not plain:
         raise VerificationError(f"{path} is no plain file; fetch the artifact again")

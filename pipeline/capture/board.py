@@ -24,7 +24,7 @@ from pipeline.capture.work import Event
 from pipeline.corpus import Listing
 from pipeline.store import Folder
 from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
+from schemas.errors import XtokenError, last_words
 from schemas.manifest import Part, code_version
 from schemas.progress import Progress
 from schemas.status import RunStatus, suffixed
@@ -113,7 +113,7 @@ class Board:
         elif event.kind == "set_aside":
             self._aside[event.shard] = event.error
         if event.kind in _FAILURES:
-            self._last_failure = event.error[:_SHORT]
+            self._last_failure = event.error and last_words(event.error)
 
     def tick(self) -> None:
         """See ``Watch``."""
@@ -184,7 +184,7 @@ class Board:
             outages=self._counts["outage"],
             log_lines_lost=self._log.lost,
             last_failure=self._last_failure,
-            set_aside={shard: self._aside[shard][:_SHORT] for shard in sorted(self._aside)[:_NAMED]},
+            set_aside={shard: last_words(self._aside[shard]) for shard in sorted(self._aside)[:_NAMED]},
             shards_set_aside=len(self._aside),
             workers=self._crew.rows(now, ratio),
         )

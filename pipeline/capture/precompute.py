@@ -38,7 +38,7 @@ from pipeline.teachers import check_backend
 from pipeline.teachers.base import entries_asked
 from pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
 from schemas.capture_config import PrecomputeConfig
-from schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError
+from schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError, last_words
 from schemas.heads import refuse_narrow_head, stated_rows
 from schemas.inside import refuse_inside
 from schemas.manifest import MANIFEST, ONE_DEVICE, CaptureManifest, Part, provenance, read_manifest
@@ -294,9 +294,9 @@ def _is_current(folder: Folder, manifest: CaptureManifest) -> bool:
 
 
 def _incomplete(failed: dict[int, str], shards: int, out: str) -> str:
-    named = "\n".join(f"  shard {index}: {error}" for index, error in list(failed.items())[:_NAMED])
-    more = f"\n  and {len(failed) - _NAMED} more in manifest.json" if len(failed) > _NAMED else ""
+    named = "\n".join(f"  shard {index}: {last_words(error)}" for index, error in list(failed.items())[:_NAMED])
+    more = f"\n  and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
     return (
         f"{len(failed)} of {shards} shards were set aside after three attempts, the others are committed in {out}:\n"
-        f"{named}{more}\nrun the same command again to try them once more"
+        f"{named}{more}\nthe log and {MANIFEST} hold all they said; run the same command again to try them once more"
     )

@@ -1,5 +1,6 @@
 """Text that a chat template seems to have written: its marks reach a teacher as pieces of text, not as its tokens."""
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -19,6 +20,7 @@ _SHARE = 0.01  # of the documents: fewer are about chat templates
 _ENOUGH = 1000  # such documents, if they are half of all so far: no need to read on
 _NAMED = 4
 REASON = "control tokens as text"
+_LOG = logging.getLogger("xtoken")
 
 
 class Look:
@@ -31,18 +33,20 @@ class Look:
 
     @classmethod
     def of(cls, config: RowsConfig, tokenizer: TextTokenizer) -> "Look":
-        """For a run's teacher."""
-        return cls(config.teacher, tokenizer.controls.values(), refuse=config.on_rendered == "stop")
+        """For a run's teacher. The fake one, for trials, warns where others refuse."""
+        stop, fake = config.on_rendered == "stop", config.backend == "fake"
+        return cls(config.teacher, tokenizer.controls.values(), refuse=stop and not fake, warn=stop and fake)
 
-    def __init__(self, teacher: str, controls: Collection[str], *, refuse: bool) -> None:
+    def __init__(self, teacher: str, controls: Collection[str], *, refuse: bool, warn: bool = False) -> None:
         """Begin.
 
         Args:
             teacher: its name.
             controls: how its control tokens are spelt (``TextTokenizer.controls``).
             refuse: whether ``check`` refuses.
+            warn: whether it says so and goes on.
         """
-        self._teacher, self._refuse = teacher, refuse
+        self._teacher, self._refuse, self._warn = teacher, refuse, warn
         self._controls = frozenset(controls) - _WORDS
         self._pattern = _pattern(self._controls)
         self._found: Counter[str] = Counter()
@@ -57,7 +61,7 @@ class Look:
         """
         for document in documents:
             self._add(document)
-            if self.rendered >= _ENOUGH and 2 * self.rendered >= self.documents:
+            if self._refuse and self.rendered >= _ENOUGH and 2 * self.rendered >= self.documents:
                 self.check()
             yield document
         self.check()
@@ -84,16 +88,19 @@ class Look:
         Raises:
             XtokenError: so many documents do that they are no mention; the message names the share and the tokens.
         """
-        if not self._refuse or self.rendered == 0 or self.rendered < _SHARE * self.documents:
+        if not (self._refuse or self._warn) or not self.rendered or self.rendered < _SHARE * self.documents:
             return
         tokens = ", ".join(token for token, _ in self._found.most_common(_NAMED))
-        raise XtokenError(
+        found = (
             f"{self.rendered:,} of {self.documents:,} documents ({self.rendered / self.documents:.0%}) hold control "
             f"tokens of {self._teacher} as text ({tokens}; the first is {self._first!r}), as chat templates and packed "
             "files do: the teacher would read such marks as pieces of text. Write one document per record and "
             "conversations without marks, such as 'User: ... Assistant: ...', or say --on-rendered text if they are "
             "meant as text"
         )
+        if self._refuse:
+            raise XtokenError(found)
+        _LOG.warning("%s. The fake teacher goes on; hf and vllm refuse such a corpus", found)
 
 
 def _pattern(controls: Collection[str]) -> re.Pattern[str]:

@@ -225,6 +225,14 @@ def test_footers_come_without_their_files(footer_of: Callable[[bytes], object]) 
             footer_of(damaged)
 
 
+def test_a_name_that_cannot_be_reached_says_nothing_about_an_artifact(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file" / "x", tmp_path / ("x" * 300)):
+        with pytest.raises(XtokenError, match="cannot be reached") as caught:
+            read_any_manifest(str(root))
+        assert caught.value.exit_code == 2
+
+
 def test_many_requests_keep_their_order() -> None:
     assert in_parallel(str, range(100), "memory://x") == [str(n) for n in range(100)]
     with pytest.raises(ZeroDivisionError):

@@ -145,12 +145,12 @@ def test_failures_by_kind_restarts_losses_and_outages(stage):
     stage.see(Event("leased", 0, 0, 1), Event("failed", 0, 0, 1, error="first"), Event("died", 0, error="signal 9"))
     stage.open(0)
     stage.see(Event("lost", 1, error="node gone"), Event("outage", error="503"), Event("overdue", 0, error="slow"))
-    stage.see(Event("set_aside", 0, 3, error="x" * 9000))
+    stage.see(Event("set_aside", 0, 3, error="Traceback (most recent call last):\n" + "x" * 9000))
     found = stage.board.status()
     assert found.failures == {"failed": 1, "died": 1, "overdue": 1}
     assert (found.restarts, found.lost_machines, found.outages, found.shards_set_aside) == (1, 1, 1, 1)
     assert found.last_failure == "slow"
-    assert len(found.set_aside[3]) == 500
+    assert found.set_aside[3] == "x" * 300, "of a traceback the last line, of that a part"
     assert [(row.slot, row.state) for row in found.workers] == [(0, "overdue"), (1, "lost")]
     stage.board.tick()
     assert stage.told.figures["failures"] == 4

@@ -258,3 +258,10 @@ def test_cells_share_the_shards_and_whoever_has_none_seals(config):
     assert sealed.parts == undisturbed.parts
     assert files(config.out) == files(config.out + "-undisturbed")
     verify(config.out)
+
+
+def test_a_shard_set_aside_is_told_by_its_last_line():
+    """A defect of an engine comes as a traceback, which the manifest holds; people are told one line."""
+    said = module._incomplete({3: "Traceback (most recent call last):\n  File x\nKeyError: 'why'"}, 7, "out")
+    assert "  shard 3: KeyError: 'why'\n" in said
+    assert "Traceback" not in said

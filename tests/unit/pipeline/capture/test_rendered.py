@@ -111,6 +111,7 @@ class Never:
 
 
 def test_the_run_stops_before_any_teacher_and_leaves_nothing(config: PrecomputeConfig) -> None:
+    config = config.model_copy(update={"backend": "hf"})
     with pytest.raises(XtokenError, match=r"4 of 4 documents \(100%\).*--on-rendered text"):
         precompute(config, Silent(), executor=Never())
     assert list(Path(config.out).iterdir()) == []
@@ -122,8 +123,17 @@ def test_the_run_stops_before_any_teacher_and_leaves_nothing(config: PrecomputeC
         estimate(asked, Silent())
 
 
-def test_it_is_text_if_told_so(config: PrecomputeConfig) -> None:
+def test_the_fake_teacher_says_so_and_goes_on(config: PrecomputeConfig, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = precompute(config, Silent())
+    assert manifest is not None
+    assert manifest.corpus.bad == {REASON: 4}
+    assert caplog.text.count("4 of 4 documents (100%) hold control tokens") == 1
+    assert "<|im_start|>" in caplog.text
+
+
+def test_it_is_text_if_told_so(config: PrecomputeConfig, caplog: pytest.LogCaptureFixture) -> None:
     manifest = precompute(config.model_copy(update={"on_rendered": "text"}), Silent())
+    assert "control tokens" not in caplog.text
     assert manifest is not None
     assert manifest.corpus.bad == {REASON: 4}
     assert precompute(config, Silent()) == manifest, "what is there was told so"
@@ -131,7 +141,11 @@ def test_it_is_text_if_told_so(config: PrecomputeConfig) -> None:
 
 def test_a_plan_made_for_another_teacher_is_looked_at(config: PrecomputeConfig) -> None:
     first = config.model_copy(update={"teacher": "bytes"})
-    found = list(one_after_the_other(each_below([first, config]), lambda one: precompute(one, Silent())))
+    each = [
+        one.model_copy(update={"backend": backend})
+        for one, backend in zip(each_below([first, config]), ("fake", "hf"), strict=True)
+    ]
+    found = list(one_after_the_other(each, lambda one: precompute(one, Silent())))
     assert found[0].error is None
     assert found[0].result is not None
     assert found[0].result.corpus.bad == {}
