@@ -128,7 +128,7 @@ def test_the_fake_teacher_says_so_and_goes_on(config: PrecomputeConfig, caplog: 
     assert manifest is not None
     assert manifest.corpus.bad == {REASON: 4}
     assert caplog.text.count("4 of 4 documents (100%) hold control tokens") == 1
-    assert "<|im_start|>" in caplog.text
+    assert "<s>" in caplog.text
 
 
 def test_it_is_text_if_told_so(config: PrecomputeConfig, caplog: pytest.LogCaptureFixture) -> None:
