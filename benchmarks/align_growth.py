@@ -43,6 +43,8 @@ class Watch:
     def start(self, label: str, total: int | None, unit: str, done: int = 0) -> None:
         """Nothing to do."""
 
+    def note(self, text: str) -> None: ...
+
     def advance(self, amount: int, **figures: float | str) -> None:  # noqa: ARG002
         """A part of so many tokens is committed."""
         workers = multiprocessing.active_children()

@@ -24,6 +24,10 @@ class Progress(Protocol):
         """End the current label."""
         ...
 
+    def note(self, text: str) -> None:
+        """Say something that the user should know before the work is done."""
+        ...
+
 
 class Silent:
     """A ``Progress`` that shows nothing."""
@@ -35,6 +39,9 @@ class Silent:
         """Do nothing."""
 
     def finish(self) -> None:
+        """Do nothing."""
+
+    def note(self, text: str) -> None:
         """Do nothing."""
 
 
@@ -88,6 +95,11 @@ class Bars:
             self.console.print(
                 f"{self.label}: {self.count:,}{of_total} {'  '.join(shown)}{left}", highlight=False, soft_wrap=True
             )
+
+    def note(self, text: str) -> None:
+        """A line on standard error."""
+        if not self.quiet:
+            self.console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
     def finish(self) -> None:
         """End the bar."""

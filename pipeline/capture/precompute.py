@@ -1,6 +1,5 @@
 """precompute: check, plan, run what is not committed yet, write the manifest."""
 
-import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,7 +45,6 @@ from schemas.progress import Progress
 from schemas.remote import patiently
 from schemas.tables import SCHEMA_VERSIONS
 
-_LOG = logging.getLogger("xtoken")
 _NAMED = 5
 _OWN = ("data", "commits")  # folders below --out
 MakeJob = Callable[[PrecomputeConfig], Job]
@@ -99,7 +97,7 @@ def precompute(
     tokenizer = open_tokenizer(config)
     settings = _checked_settings(config, tokenizer.table)
     for word in bos_figure(tokenizer.table.info, shown=settings["bos"]).values():
-        _LOG.warning("%s", word)
+        progress.note(word)
     fresh = settle_settings(folder, settings)
     try:
         run = _settle(config, folder, tokenizer, settings, progress)

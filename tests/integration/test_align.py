@@ -56,6 +56,8 @@ class _KilledAfter(Silent):
     def __init__(self) -> None:
         self.parts = 0
 
+    def note(self, text: str) -> None: ...
+
     def advance(self, amount: int, **figures: float | str) -> None:
         assert amount >= 0
         self.parts += bool(figures)

@@ -43,6 +43,8 @@ class Told:
     def start(self, label, total, unit, done=0):
         pass
 
+    def note(self, text: str) -> None: ...
+
     def advance(self, amount, **figures):
         self.done, self.figures = self.done + amount, figures
 

@@ -48,6 +48,8 @@ class Told:
         self.labels.append(label)
         self.done, self.total = done, total
 
+    def note(self, text: str) -> None: ...
+
     def advance(self, amount, **figures):  # noqa: ARG002
         self.done += amount
 

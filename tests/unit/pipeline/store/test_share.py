@@ -299,6 +299,8 @@ class Progress(Silent):
         assert unit == "bytes"
         self.label, self.total, self.count = label, total, done
 
+    def note(self, text: str) -> None: ...
+
     def advance(self, amount: int, **figures: float | str) -> None:
         assert not figures
         self.count += amount
