@@ -32,6 +32,8 @@ def settle_home() -> str | None:
         A line that says so; None where nothing was to be done, also when it was done before.
     """
     _name_user()
+    if not os.environ.get("HOME", "set").strip():  # ~ would be the root of the filesystem
+        del os.environ["HOME"]
     home = os.path.expanduser("~")
     usual = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
     if _can_write(usual):

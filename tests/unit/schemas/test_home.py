@@ -44,6 +44,12 @@ def test_a_home_that_can_be_written_stays(place: Path) -> None:
     assert list((place / "home").iterdir()) == []
 
 
+def test_an_empty_home_is_none(place: Path) -> None:
+    os.environ["HOME"] = ""
+    settle_home()
+    assert os.path.expanduser("~") != "/"
+
+
 def test_a_home_that_cannot(place: Path) -> None:
     os.environ["HOME"] = str(place / "file")
     os.environ["TRITON_CACHE_DIR"] = "/chosen"

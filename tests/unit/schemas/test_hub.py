@@ -1,7 +1,9 @@
 """There, absent and out of reach: what the hub's cache says when the hub says nothing."""
 
 import json
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
@@ -50,6 +52,41 @@ def list_files(cache: Path, *names: str) -> None:
 def write_side_file(cache: Path, *names: str) -> None:
     for name in names:
         (cache / "snapshots" / COMMIT / name).write_text("{}")
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does to who asks for a file that is not there, or that is not for them."""
+
+    def do_HEAD(self) -> None:
+        """Every repository has nothing but files called secret."""
+        secret = self.path.endswith("secret.json")
+        self.send_response(403 if secret else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if secret else "EntryNotFound")
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_what_the_hub_itself_says(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    url = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    try:
+        assert hub_file(REPO, "config.json") is None
+        with pytest.raises(XtokenError, match=r"secret\.json cannot be fetched from the hub \(GatedRepoError\)"):
+            hub_file(REPO, "secret.json")
+    finally:
+        server.shutdown()
+        server.server_close()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert hub_file(REPO, "config.json") is None, "the client has left a mark"
 
 
 @pytest.mark.parametrize("revision", [None, COMMIT])
