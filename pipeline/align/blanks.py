@@ -8,8 +8,8 @@ Shapes: N samples, T tokens of a side, C chunks, R teacher rows, K kept entries,
 batch together.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -30,13 +30,16 @@ class Shifted:
     """Rows with those of shifted chunks behind them.
 
     Attributes:
-        rows: the rows there were, and the shifted ones.
-        row_C: int64 [C], row of each chunk's first teacher token: a shifted one, or the one it was; -1 = none.
-        chunks: how many chunks have a shifted row.
+        rows: the rows there were, and two shifted ones for each such chunk.
+        row_C: int64 [C], row of each chunk's first teacher token: a shifted one, or the one it was; -1 = none. Mass of
+            a token without a counterpart is in REST.
+        prefix_C: likewise, but that mass is on the longest token that the counterpart would begin with, if one is.
+        chunks: how many chunks have shifted rows.
     """
 
     rows: Rows
     row_C: NDArray[np.int64]
+    prefix_C: NDArray[np.int64]
     chunks: int
 
 
@@ -46,21 +49,38 @@ class Blanks:
 
     student: TokenTable
     teacher: TokenTable
+    _found: dict[tuple[int, bool, bool], int] = field(default_factory=dict)
 
     @cached_property
-    def longer_U(self) -> NDArray[np.int32]:
-        """The teacher token with a blank more in front, -1 = none; control tokens stay themselves."""
-        return self._shifted(lambda piece: b" " + piece)
+    def _known(self) -> dict[bytes, int]:
+        return self.teacher.by_bytes()
 
-    @cached_property
-    def shorter_U(self) -> NDArray[np.int32]:
-        """The teacher token without the blank it begins with, -1 = none; control tokens stay themselves."""
-        return self._shifted(lambda piece: piece[1:] if piece[:1] == b" " else b"")
+    def counterparts(self, ids_K: NDArray[np.int32], *, longer: bool, prefix: bool) -> NDArray[np.int32]:
+        """The teacher token with a blank more in front of each of these (or less), int32 [K]; -1 = none.
 
-    def _shifted(self, change: Callable[[bytes], bytes]) -> NDArray[np.int32]:
-        known = self.teacher.by_bytes()
-        pieces = enumerate(self.teacher.pieces())
-        return np.array([known.get(change(piece), _NONE) if piece else at for at, piece in pieces], np.int32)
+        Args:
+            ids_K: teacher tokens; control tokens stay themselves.
+            longer: a blank more.
+            prefix: where there is no such token, the longest one that it would begin with.
+        """
+        return np.array([self._counterpart(token, longer, prefix) for token in ids_K.tolist()], np.int32)
+
+    def _counterpart(self, token: int, longer: bool, prefix: bool) -> int:
+        key = (token, longer, prefix)
+        if key not in self._found:
+            self._found[key] = self._search(token, longer, prefix)
+        return self._found[key]
+
+    def _search(self, token: int, longer: bool, prefix: bool) -> int:
+        piece = self.teacher.token(token)
+        if not piece:
+            return token
+        if not longer and piece[:1] != b" ":
+            return _NONE
+        wanted = b" " + piece if longer else piece[1:]
+        shortest = 1 if prefix else max(1, len(wanted))
+        found = (self._known.get(wanted[:size]) for size in range(len(wanted), shortest - 1, -1))
+        return next((known for known in found if known is not None), _NONE)
 
     def shift(
         self, batch: pa.RecordBatch, samples: Sequence[Joined], rows: Rows, start_C: NDArray[np.int64]
@@ -75,20 +95,18 @@ class Blanks:
         """
         theirs_C, mine_C = self._teacher_brings(batch, samples), self._student_brings(batch, samples)
         at_C = np.flatnonzero((theirs_C != mine_C) & (start_C >= 0))
-        row_C = start_C.copy()
-        row_C[at_C] = len(rows.rest) + np.arange(len(at_C))
+        row_C, prefix_C = start_C.copy(), start_C.copy()
         if not len(at_C):
-            return Shifted(rows, row_C, 0)
-        found = [shifted_row(rows, int(start_C[at]), self.shorter_U if theirs_C[at] else self.longer_U) for at in at_C]
-        ids, logprob, rest = zip(*found, strict=True)
-        ends = rows.offsets[-1] + np.cumsum([len(one) for one in ids])
-        appended = Rows.of(
-            np.concatenate([rows.offsets, ends]),
-            np.concatenate([rows.ids, *ids]),
-            np.concatenate([rows.logprob, *logprob]),
-            np.concatenate([rows.rest, rest]),
-        )
-        return Shifted(appended, row_C, len(at_C))
+            return Shifted(rows, row_C, prefix_C, 0)
+        row_C[at_C] = len(rows.rest) + np.arange(len(at_C))
+        prefix_C[at_C] = row_C[at_C] + len(at_C)
+        found = [
+            shifted_row(rows, row, self.counterparts(ids, longer=not theirs, prefix=prefix))
+            for prefix in (False, True)
+            for row, theirs in zip(start_C[at_C].tolist(), theirs_C[at_C].tolist(), strict=True)
+            for ids in [rows.ids[rows.offsets[row] : rows.offsets[row + 1]]]
+        ]
+        return Shifted(_with(rows, found), row_C, prefix_C, len(at_C))
 
     def _teacher_brings(self, batch: pa.RecordBatch, samples: Sequence[Joined]) -> NDArray[np.bool_]:
         stops = np.cumsum(list_lengths(batch, "teacher_ids"))
@@ -136,22 +154,34 @@ def _brings(
     return brings_C
 
 
-def shifted_row(
-    rows: Rows, row: int, to_U: NDArray[np.int32]
-) -> tuple[NDArray[np.int32], NDArray[np.float64], np.float64]:
-    """Ids, log-probabilities and REST of a row whose tokens give their mass to others, most probable first.
+_Row = tuple[NDArray[np.int32], NDArray[np.float64], float]
+
+
+def _with(rows: Rows, found: Sequence[_Row]) -> Rows:
+    """Rows with others behind them."""
+    ids, logprob, rest = zip(*found, strict=True)
+    ends = rows.offsets[-1] + np.cumsum([len(one) for one in ids])
+    return Rows.of(
+        np.concatenate([rows.offsets, ends]),
+        np.concatenate([rows.ids, *ids]),
+        np.concatenate([rows.logprob, *logprob]),
+        np.concatenate([rows.rest, rest]),
+    )
+
+
+def shifted_row(rows: Rows, row: int, to_K: NDArray[np.int32]) -> _Row:
+    """Ids, log-probabilities and REST of a row whose K entries give their mass to others, most probable first.
 
     Mass of tokens that have no other goes to REST; where REST is unknown, what is left sums to 1 again.
     """
-    span = slice(rows.offsets[row], rows.offsets[row + 1])
-    to, p, rest = to_U[rows.ids[span]], rows.p[span], rows.rest[row]
-    ids, place = np.unique(to[to >= 0], return_inverse=True)
-    mass: NDArray[np.float64] = np.bincount(place, weights=p[to >= 0], minlength=len(ids)).astype(np.float64)
-    lost = float(p[to < 0].sum())
+    p, rest = rows.p[rows.offsets[row] : rows.offsets[row + 1]], float(rows.rest[row])
+    ids, place = np.unique(to_K[to_K >= 0], return_inverse=True)
+    mass: NDArray[np.float64] = np.bincount(place, weights=p[to_K >= 0], minlength=len(ids)).astype(np.float64)
+    lost = float(p[to_K < 0].sum())
     if np.isnan(rest):
         mass = mass / max(float(mass.sum()), _TINY)
     elif lost > 0:
-        rest = np.log(np.exp(rest) + lost)
+        rest = float(np.log(np.exp(rest) + lost))
     order = np.argsort(-mass, kind="stable")
     with np.errstate(divide="ignore"):
-        return ids[order].astype(np.int32), np.log(mass[order]), np.float64(rest)
+        return ids[order].astype(np.int32), np.log(mass[order]), rest

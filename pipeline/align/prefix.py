@@ -93,7 +93,7 @@ def prefix_columns(
         samples: those of the batch that are aligned.
         rows: the teacher's, at the targets' temperature.
         start_C: row of each chunk's first teacher token, -1 = none.
-        root_C: the row that stands for it where the student begins a chunk (``Shifted.row_C``).
+        root_C: the row that stands for it where the student begins a chunk (``Shifted.prefix_C``).
         maps: of the pair.
         roots_only: rows are draws. Interior targets would be ratios of them and child groups depend on which tokens
             were drawn, so there are none; roots hold no REST, whose share of the student depends on that too.

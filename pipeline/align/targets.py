@@ -68,6 +68,7 @@ class Maps:
         matched_U: likewise in strict GOLD's.
         prefix: for byte-prefix, else None.
         blanks: both vocabularies where the teacher's is known, else None.
+        moves: mass of teacher tokens that the student cannot reach moves to a prefix of theirs.
     """
 
     student_size: int
@@ -78,6 +79,7 @@ class Maps:
     matched_U: NDArray[np.int32]
     prefix: PrefixMaps | None
     blanks: Blanks | None = None
+    moves: bool = True
 
     @classmethod
     def of(
@@ -107,6 +109,7 @@ class Maps:
             projection.matched_student(),
             PrefixMaps.of(student, teacher, projection) if teacher is not None and prefix else None,
             None if teacher is None else Blanks(student, teacher),
+            unreached == "prefix",
         )
 
 
@@ -127,7 +130,7 @@ class _Source:
         """Rows, with those of chunks that one side begins with a blank of its own shifted."""
         rows = self.rows.rows
         if self.maps.blanks is None:
-            return Shifted(rows, self.start_C, 0)
+            return Shifted(rows, self.start_C, self.start_C, 0)
         return self.maps.blanks.shift(self.batch, self.samples, rows, self.start_C)
 
     @cached_property
@@ -135,21 +138,24 @@ class _Source:
         """Rows as the teacher gave them, and which is each chunk's."""
         return merge_rows(self.rows.rows, self.start_C, self.end_C, self.recipe.merge, self.maps.teacher_size)
 
-    @cached_property
-    def merged(self) -> tuple[Rows, NDArray[np.int64]]:
-        """Rows in the student's terms, and which is each chunk's; a mean has no shifted rows, and leaves them out."""
-        rows, row_C = self.plain
-        shifted = self.shifted
+    def merged(self, *, prefix: bool = False) -> tuple[Rows, NDArray[np.int64]]:
+        """Rows in the student's terms, and which is each chunk's; a mean has no shifted rows, and leaves them out.
+
+        Args:
+            prefix: see ``Shifted.prefix_C``.
+        """
+        (rows, row_C), shifted = self.plain, self.shifted
         if not shifted.chunks:
             return rows, row_C
         moved_C = shifted.row_C != self.start_C
         if self.recipe.merge == "mean":
             return rows, np.where(moved_C, -1, row_C)
-        return shifted.rows, np.where(moved_C & (row_C == self.start_C), shifted.row_C, row_C)
+        instead_C = shifted.prefix_C if prefix else shifted.row_C
+        return shifted.rows, np.where(moved_C & (row_C == self.start_C), instead_C, row_C)
 
     def split(self, pair_U: NDArray[np.int32]) -> tuple[NDArray[Any], ...]:
         """``split_targets`` of every chunk."""
-        rows, row_C = self.merged
+        rows, row_C = self.merged()
         return split_targets(row_C, rows.offsets, rows.ids, rows.logprob, pair_U)
 
 
@@ -276,7 +282,7 @@ def _ce(source: _Source) -> tuple[Values, Mapping[str, int]]:  # noqa: ARG001
 def _pkl(source: _Source) -> tuple[Values, Mapping[str, int]]:
     """P-KL's columns. Of draws, mass that no teacher token of W's takes has no cell: REST's share of the student
     would depend on which tokens were drawn, and renormalising without it divides by a draw."""
-    rows, row_C = source.merged
+    rows, row_C = source.merged(prefix=source.maps.moves)
     closed = source.recipe.merge == "mean"
     kept = (rows.offsets, rows.ids, rows.logprob, rows.p, rows.rest)
     most = source.recipe.entries or len(rows.ids)
@@ -336,7 +342,7 @@ def _prefix(source: _Source) -> tuple[Values, Mapping[str, int]]:
         source.samples,
         source.shifted.rows,
         source.start_C,
-        source.shifted.row_C,
+        source.shifted.prefix_C,
         source.maps.prefix,
         roots_only=source.recipe.drawn,
     )
@@ -345,7 +351,7 @@ def _prefix(source: _Source) -> tuple[Values, Mapping[str, int]]:
 
 def _skl(source: _Source) -> tuple[Values, Mapping[str, int]]:
     count_C, ids_K, logprob_K, _, _ = source.split(np.arange(source.maps.teacher_size, dtype=np.int32))
-    rows, row_C = source.merged
+    rows, row_C = source.merged()
     rest_C = np.zeros(len(row_C), np.float32)
     rest_C[row_C >= 0] = rows.rest[row_C[row_C >= 0]]
     return {"skl_count": count_C, "skl_ids": ids_K, "skl_logprob": logprob_K, "skl_rest_logprob": rest_C}, {}
