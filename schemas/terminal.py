@@ -106,7 +106,7 @@ class _Remarks(io.TextIOBase):
         """See ``io.TextIOBase``."""
         try:
             self._stream.write(text)
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             silence(self._stream)
         return len(text)
 
@@ -114,12 +114,12 @@ class _Remarks(io.TextIOBase):
         """See ``io.TextIOBase``."""
         try:
             self._stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             silence(self._stream)
 
     def isatty(self) -> bool:
         """See ``io.TextIOBase``."""
-        return bool(self._stream.isatty())
+        return self._stream is not None and bool(self._stream.isatty())
 
     def fileno(self) -> int:
         """See ``io.TextIOBase``."""
