@@ -98,8 +98,7 @@ def prefix_columns(
         roots_only: rows are draws. Interior targets would be ratios of them and child groups depend on which tokens
             were drawn, so there are none; roots hold no REST, whose share of the student depends on that too.
     """
-    row_S, token_S, before_S = _boundaries(batch, samples, start_C, maps)
-    _take_roots(row_S, samples, start_C, root_C)
+    row_S, token_S, before_S = _boundaries(batch, samples, start_C, root_C, maps)
     if roots_only:
         row_S[before_S > 0] = -1
     teacher, student = maps.teacher, maps.student
@@ -124,10 +123,7 @@ def prefix_columns(
         *vocab,
         maps.rank_U,
         maps.alone_U,
-        student.data,
-        student.offsets,
-        maps.sorted_student,
-        maps.sorted_M,
+        *(student.data, student.offsets, maps.sorted_student, maps.sorted_M),
     )
     return {
         "prefix_count": count_S,
@@ -141,27 +137,14 @@ def prefix_columns(
     }
 
 
-def _take_roots(
-    row_S: NDArray[np.int64], samples: Sequence[Joined], start_C: NDArray[np.int64], root_C: NDArray[np.int64]
-) -> None:
-    """Give the first student token of each chunk the row of ``root_C``."""
-    chunks_N = chunks_per_sample(samples)
-    tokens_N = np.array([len(sample.encoded.ids) for sample in samples], np.int64)
-    base_C = np.repeat(np.cumsum(tokens_N) - tokens_N, chunks_N)
-    first_C = np.concatenate([np.zeros(0, np.int64), *(_starts(sample.chunks.student_end) for sample in samples)])
-    moved_C = root_C != start_C
-    row_S[(base_C + first_C)[moved_C]] = root_C[moved_C]
-
-
-def _starts(end_C: NDArray[np.int32]) -> NDArray[np.int64]:
-    starts: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), end_C[:-1].astype(np.int64)])
-    return starts[: len(end_C)]
-
-
 def _boundaries(
-    batch: pa.RecordBatch, samples: Sequence[Joined], start_C: NDArray[np.int64], maps: PrefixMaps
+    batch: pa.RecordBatch,
+    samples: Sequence[Joined],
+    start_C: NDArray[np.int64],
+    root_C: NDArray[np.int64],
+    maps: PrefixMaps,
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
-    """``boundary_rows`` of all samples, one after the other."""
+    """``boundary_rows`` of all samples, one after the other; the student's first token of a chunk has ``root_C``."""
     stops = np.cumsum(list_lengths(batch, "teacher_ids"))
     ids = np.split(flat(batch, "teacher_ids"), stops[:-1])
     ends = np.split(flat(batch, "teacher_end"), stops[:-1])
@@ -182,4 +165,23 @@ def _boundaries(
     ]
     empty = (np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32))
     rows, tokens, before = zip(empty, *found, strict=True)
-    return np.concatenate(rows), np.concatenate(tokens), np.concatenate(before)
+    row_S = np.concatenate(rows)
+    _take_roots(row_S, samples, start_C, root_C)
+    return row_S, np.concatenate(tokens), np.concatenate(before)
+
+
+def _take_roots(
+    row_S: NDArray[np.int64], samples: Sequence[Joined], start_C: NDArray[np.int64], root_C: NDArray[np.int64]
+) -> None:
+    """Give the first student token of each chunk the row of ``root_C``."""
+    chunks_N = chunks_per_sample(samples)
+    tokens_N = np.array([len(sample.encoded.ids) for sample in samples], np.int64)
+    base_C = np.repeat(np.cumsum(tokens_N) - tokens_N, chunks_N)
+    first_C = np.concatenate([np.zeros(0, np.int64), *(_starts(sample.chunks.student_end) for sample in samples)])
+    moved_C = root_C != start_C
+    row_S[(base_C + first_C)[moved_C]] = root_C[moved_C]
+
+
+def _starts(end_C: NDArray[np.int32]) -> NDArray[np.int64]:
+    starts: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), end_C[:-1].astype(np.int64)])
+    return starts[: len(end_C)]
