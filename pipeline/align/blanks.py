@@ -22,6 +22,7 @@ from pipeline.store.columns import flat, list_lengths
 from pipeline.tokens import TokenTable
 
 _NONE = -1
+_LOST = 0.01  # more than that without a counterpart, and a row says too little of the student's tokens
 _TINY = 1e-300  # no sum of probabilities is smaller
 
 
@@ -31,16 +32,25 @@ class Shifted:
 
     Attributes:
         rows: the rows there were, and two shifted ones for each such chunk.
-        row_C: int64 [C], row of each chunk's first teacher token: a shifted one, or the one it was; -1 = none. Mass of
-            a token without a counterpart is in REST.
-        prefix_C: likewise, but that mass is on the longest token that the counterpart would begin with, if one is.
-        chunks: how many chunks have shifted rows.
+        row_C: int64 [C], row of each chunk's first teacher token: a shifted one, or the one it was; -1 = none, also
+            where tokens without a counterpart had more than a hundredth of the mass (less than that is in REST).
+        prefix_C: likewise, but that mass is on the longest token that the counterpart would begin with, in REST if
+            there is none.
+        moved_C: bool [C], the chunk is one of these.
+        brought_C: bool [C], the blank is the teacher's.
     """
 
     rows: Rows
     row_C: NDArray[np.int64]
     prefix_C: NDArray[np.int64]
-    chunks: int
+    moved_C: NDArray[np.bool_]
+    brought_C: NDArray[np.bool_]
+
+    @classmethod
+    def none(cls, rows: Rows, start_C: NDArray[np.int64]) -> "Shifted":
+        """No chunk is shifted."""
+        no_C = np.zeros(len(start_C), np.bool_)
+        return cls(rows, start_C, start_C, no_C, no_C)
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class Blanks:
         if not piece:
             return token
         if not longer and piece[:1] != b" ":
-            return _NONE
+            return token  # a text that begins with it has no dummy space to lose
         wanted = b" " + piece if longer else piece[1:]
         shortest = 1 if prefix else max(1, len(wanted))
         found = (self._known.get(wanted[:size]) for size in range(len(wanted), shortest - 1, -1))
@@ -94,19 +104,22 @@ class Blanks:
             start_C: row of each chunk's first teacher token, -1 = none.
         """
         theirs_C, mine_C = self._teacher_brings(batch, samples), self._student_brings(batch, samples)
-        at_C = np.flatnonzero((theirs_C != mine_C) & (start_C >= 0))
-        row_C, prefix_C = start_C.copy(), start_C.copy()
-        if not len(at_C):
-            return Shifted(rows, row_C, prefix_C, 0)
-        row_C[at_C] = len(rows.rest) + np.arange(len(at_C))
-        prefix_C[at_C] = row_C[at_C] + len(at_C)
-        found = [
-            shifted_row(rows, row, self.counterparts(ids, longer=not theirs, prefix=prefix))
-            for prefix in (False, True)
-            for row, theirs in zip(start_C[at_C].tolist(), theirs_C[at_C].tolist(), strict=True)
-            for ids in [rows.ids[rows.offsets[row] : rows.offsets[row + 1]]]
-        ]
-        return Shifted(_with(rows, found), row_C, prefix_C, len(at_C))
+        moved_C = (theirs_C != mine_C) & (start_C >= 0)
+        if not moved_C.any():
+            return Shifted.none(rows, start_C)
+        at_C, row_C, prefix_C = np.flatnonzero(moved_C), start_C.copy(), start_C.copy()
+        found, kept = list[_Row](), list[bool]()
+        for prefix in (False, True):
+            for at in at_C:
+                row = int(start_C[at])
+                ids = rows.ids[rows.offsets[row] : rows.offsets[row + 1]]
+                to = self.counterparts(ids, longer=not theirs_C[at], prefix=prefix)
+                found.append(shifted_row(rows, row, to))
+                lost = rows.p[rows.offsets[row] : rows.offsets[row + 1]][to < 0].sum()
+                kept.append(prefix or bool(lost <= _LOST))
+        place = np.where(kept, len(rows.rest) + np.arange(len(found)), _NONE)
+        row_C[at_C], prefix_C[at_C] = np.split(place, 2)
+        return Shifted(_with(rows, found), row_C, prefix_C, moved_C, moved_C & theirs_C)
 
     def _teacher_brings(self, batch: pa.RecordBatch, samples: Sequence[Joined]) -> NDArray[np.bool_]:
         stops = np.cumsum(list_lengths(batch, "teacher_ids"))

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.align.blanks import Shifted
 from pipeline.align.chunks import Joined, chunks_per_sample
 from pipeline.align.kernels_prefix import boundary_rows, child_entries, longest_prefixes, prefix_entries
 from pipeline.align.kernels_targets import merged
-from pipeline.align.rows import Rows
 from pipeline.project.projection import ROLE, Projection
 from pipeline.store.columns import flat, list_lengths
 from pipeline.tokens import TokenTable
@@ -79,9 +79,8 @@ def _sorted_text(table: TokenTable) -> tuple[NDArray[np.uint8], NDArray[np.int64
 def prefix_columns(
     batch: pa.RecordBatch,
     samples: Sequence[Joined],
-    rows: Rows,
+    shifted: Shifted,
     start_C: NDArray[np.int64],
-    root_C: NDArray[np.int64],
     maps: PrefixMaps,
     *,
     roots_only: bool = False,
@@ -91,14 +90,14 @@ def prefix_columns(
     Args:
         batch: columns of ``CaptureParts.read``.
         samples: those of the batch that are aligned.
-        rows: the teacher's, at the targets' temperature.
+        shifted: the teacher's rows, at the targets' temperature.
         start_C: row of each chunk's first teacher token, -1 = none.
-        root_C: the row that stands for it where the student begins a chunk (``Shifted.prefix_C``).
         maps: of the pair.
         roots_only: rows are draws. Interior targets would be ratios of them and child groups depend on which tokens
             were drawn, so there are none; roots hold no REST, whose share of the student depends on that too.
     """
-    row_S, token_S, before_S = _boundaries(batch, samples, start_C, root_C, maps)
+    row_S, token_S, before_S = _boundaries(batch, samples, start_C, shifted, maps)
+    rows = shifted.rows
     if roots_only:
         row_S[before_S > 0] = -1
     teacher, student = maps.teacher, maps.student
@@ -141,10 +140,10 @@ def _boundaries(
     batch: pa.RecordBatch,
     samples: Sequence[Joined],
     start_C: NDArray[np.int64],
-    root_C: NDArray[np.int64],
+    shifted: Shifted,
     maps: PrefixMaps,
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
-    """``boundary_rows`` of all samples, one after the other; the student's first token of a chunk has ``root_C``."""
+    """``boundary_rows`` of all samples, one after the other, with shifted roots."""
     stops = np.cumsum(list_lengths(batch, "teacher_ids"))
     ids = np.split(flat(batch, "teacher_ids"), stops[:-1])
     ends = np.split(flat(batch, "teacher_end"), stops[:-1])
@@ -165,21 +164,25 @@ def _boundaries(
     ]
     empty = (np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32))
     rows, tokens, before = zip(empty, *found, strict=True)
-    row_S = np.concatenate(rows)
-    _take_roots(row_S, samples, start_C, root_C)
-    return row_S, np.concatenate(tokens), np.concatenate(before)
+    row_S, before_S = np.concatenate(rows), np.concatenate(before)
+    _shift_roots(row_S, before_S, samples, shifted)
+    return row_S, np.concatenate(tokens), before_S
 
 
-def _take_roots(
-    row_S: NDArray[np.int64], samples: Sequence[Joined], start_C: NDArray[np.int64], root_C: NDArray[np.int64]
+def _shift_roots(
+    row_S: NDArray[np.int64], before_S: NDArray[np.int32], samples: Sequence[Joined], shifted: Shifted
 ) -> None:
-    """Give the first student token of each chunk the row of ``root_C``."""
-    chunks_N = chunks_per_sample(samples)
+    """Mend the first student token of each shifted chunk.
+
+    Where the teacher brings a blank, it has emitted that one byte when the student begins; where the student does, its
+    tokens are compared with those of a shifted row.
+    """
     tokens_N = np.array([len(sample.encoded.ids) for sample in samples], np.int64)
-    base_C = np.repeat(np.cumsum(tokens_N) - tokens_N, chunks_N)
+    base_C = np.repeat(np.cumsum(tokens_N) - tokens_N, chunks_per_sample(samples))
     first_C = np.concatenate([np.zeros(0, np.int64), *(_starts(sample.chunks.student_end) for sample in samples)])
-    moved_C = root_C != start_C
-    row_S[(base_C + first_C)[moved_C]] = root_C[moved_C]
+    mine_C = shifted.moved_C & ~shifted.brought_C
+    row_S[(base_C + first_C)[mine_C]] = shifted.prefix_C[mine_C]
+    before_S[(base_C + first_C)[shifted.brought_C]] = 1
 
 
 def _starts(end_C: NDArray[np.int32]) -> NDArray[np.int64]:

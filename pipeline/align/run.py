@@ -22,7 +22,7 @@ from pipeline.project.files import read_projection, write_table, write_tables
 from pipeline.project.projection import Projection
 from pipeline.store import Folder, clean, committed, load_vocab
 from pipeline.store.seal import SUMS_FILE, seal
-from pipeline.tokens import TokenTable, load_tokenizer
+from pipeline.tokens import TokenTable, load_tokenizer, refuse_long_prefix
 from schemas.config import AlignConfig
 from schemas.errors import IncompleteRun, Unreachable
 from schemas.manifest import (
@@ -87,7 +87,9 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
     for root in (config.out, config.captures[0]):
         refuse_unshared(root)
     capture = read_manifest(config.captures[0], CaptureManifest)
-    student = load_tokenizer(config.student).table
+    tokenizer = load_tokenizer(config.student)
+    refuse_long_prefix(tokenizer)  # as train would, when the targets are there
+    student = tokenizer.table
     refuse_narrow_student(config, student)
     refuse_losses(config, student.info, capture)
     projection = _projection(config, student, capture)

@@ -130,7 +130,7 @@ class _Source:
         """Rows, with those of chunks that one side begins with a blank of its own shifted."""
         rows = self.rows.rows
         if self.maps.blanks is None:
-            return Shifted(rows, self.start_C, self.start_C, 0)
+            return Shifted.none(rows, self.start_C)
         return self.maps.blanks.shift(self.batch, self.samples, rows, self.start_C)
 
     @cached_property
@@ -145,9 +145,9 @@ class _Source:
             prefix: see ``Shifted.prefix_C``.
         """
         (rows, row_C), shifted = self.plain, self.shifted
-        if not shifted.chunks:
+        moved_C = shifted.moved_C
+        if not moved_C.any():
             return rows, row_C
-        moved_C = shifted.row_C != self.start_C
         if self.recipe.merge == "mean":
             return rows, np.where(moved_C, -1, row_C)
         instead_C = shifted.prefix_C if prefix else shifted.row_C
@@ -253,7 +253,7 @@ def _counts(source: _Source) -> Counter[str]:
         chunks=sum(len(sample.chunks.student_end) - int(sample.chunks.lead) for sample in samples),
         chunks_1_1=sum(sample.chunks.one_to_one for sample in samples),
         chunks_with_row=int((source.start_C >= 0).sum()),
-        chunks_shifted=source.shifted.chunks,
+        chunks_shifted=int(source.shifted.moved_C.sum()),
         snapped=sum(sample.encoded.snapped for sample in samples),
         **_precision(source),
     )
@@ -340,9 +340,8 @@ def _prefix(source: _Source) -> tuple[Values, Mapping[str, int]]:
     columns = prefix_columns(
         source.batch,
         source.samples,
-        source.shifted.rows,
+        source.shifted,
         source.start_C,
-        source.shifted.prefix_C,
         source.maps.prefix,
         roots_only=source.recipe.drawn,
     )

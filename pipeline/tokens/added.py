@@ -8,6 +8,7 @@ where its tokens are those of its text.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ _HERE = {True: re.compile(f"[{_OTHERS}]*"), False: re.compile(f"[ {_OTHERS}]*")}
 _BEFORE = re.compile(f"[ {_OTHERS}]*\\Z")
 _BLANKS = 8  # blanks before an added token that are tried one by one
 # Places where an added token is looked for: its text may stand there without being one (single_word).
-_TRIES = 64
+_TRIES = 512
 
 Stretch = Callable[[str, Sequence[int]], NDArray[np.int32] | None]
 
@@ -51,13 +52,15 @@ def place(text: str, ids: Sequence[int], added: Mapping[int, Added], stretch: St
     """
     found = [np.zeros(0, np.int32)]
     at = size = first = 0  # character, byte and token where the stretch begins
+    fresh = True  # a normaliser puts a blank in front of what follows
     for index, token in enumerate(ids):
         if token not in added:
             continue
-        placed = _next(text, at, ids[first:index], added[token], stretch)
+        placed = _next(text, at, ids[first:index], added[token], stretch, fresh)
         if placed is None:
             return None
         ends, stop = placed
+        fresh = not added[token].own_blank
         found.append(ends + np.int32(size))
         size += len(text[at:stop].encode())
         found.append(np.array([size], np.int32))
@@ -72,27 +75,31 @@ def place(text: str, ids: Sequence[int], added: Mapping[int, Added], stretch: St
 
 
 def _next(
-    text: str, at: int, ids: Sequence[int], token: Added, stretch: Stretch
+    text: str, at: int, ids: Sequence[int], token: Added, stretch: Stretch, fresh: bool
 ) -> tuple[NDArray[np.int32], int] | None:
     """Ends of the tokens from character ``at`` to the added token behind them, and the character where that ends."""
-    begin = text.find(token.content, at)
-    for _ in range(_TRIES):
-        if begin < 0:
-            return None
-        for stop in _stops(text, at, begin, token.own_blank):
+    for begin, end in islice(_places(text, at, token, fresh), _TRIES):
+        for stop in _stops(text, at, begin):
             ends = stretch(text[at:stop], ids)
             if ends is not None:
-                end = begin + len(token.content)
                 blanks = _HERE[token.spared].match(text, end) if token.rstrip else None
                 return ends, blanks.end() if blanks else end
-        begin = text.find(token.content, begin + 1)
     return None
 
 
-def _stops(text: str, at: int, begin: int, own_blank: bool) -> Iterator[int]:
+def _places(text: str, at: int, token: Added, fresh: bool) -> Iterator[tuple[int, int]]:
+    """Where an added token may begin and end, with its own blank; where its text stands, it need not (single_word)."""
+    if token.own_blank and fresh and text.startswith(token.content, at):
+        yield at, at + len(token.content)  # the blank in front is the dummy space
+    wanted = f" {token.content}" if token.own_blank else token.content
+    begin = text.find(wanted, at)
+    while begin >= 0:
+        yield begin, begin + len(wanted)
+        begin = text.find(wanted, begin + 1)
+
+
+def _stops(text: str, at: int, begin: int) -> Iterator[int]:
     """Where the stretch before an added token may end: the token eats no blank, all of them, or some."""
-    if own_blank and begin > at and text[begin - 1] == " ":
-        yield begin - 1
     yield begin
     blanks = _BEFORE.search(text, at, begin)
     first = blanks.start() if blanks else begin

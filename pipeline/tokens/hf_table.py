@@ -20,18 +20,21 @@ from pipeline.tokens.table import TokenTable
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def text_normalizer(spec: Spec) -> str | None:
-    """JSON of the part of the normaliser that changes text, or None.
+def text_normalizer(spec: Spec) -> tuple[str | None, tuple[bool, bool]]:
+    """JSON of the part of the normaliser that changes text wherever it stands, or None; and which ends it strips.
 
     Prepended and replaced metaspaces and the byte alphabet are notation: the table undoes them.
     """
+    parts = list(components(spec.normalizer))
     kept = [
         part
-        for part in components(spec.normalizer)
-        if part["type"] not in ("Prepend", "ByteLevel")
-        and not (part["type"] == "Replace" and part.get("content") == METASPACE)
+        for part in parts
+        if part["type"] not in ("Prepend", "ByteLevel", "Strip")
+        and not (part["type"] == "Replace" and part.get("pattern") == {"String": " "} and part["content"] == METASPACE)
     ]
-    return json.dumps({"type": "Sequence", "normalizers": kept}) if kept else None
+    strips = [part for part in parts if part["type"] == "Strip"]
+    left, right = (any(part.get(f"strip_{side}") for part in strips) for side in ("left", "right"))
+    return json.dumps({"type": "Sequence", "normalizers": kept}) if kept else None, (left, right)
 
 
 def build_table(
@@ -71,7 +74,8 @@ def _roles(spec: Spec, side: SideFiles, in_text: frozenset[str]) -> dict[int, st
 def _bos_id(spec: Spec, side: SideFiles, roles: Mapping[int, str]) -> int | None:
     """BOS by role, or the declared BOS that has another role too (it is EOS as well)."""
     by_role = next((token_id for token_id, role in roles.items() if role == "bos"), None)
-    declared = spec.vocab.get(declared_tokens(side, spec.names).get("bos") or "")
+    token = declared_tokens(side, spec.names).get("bos")
+    declared = spec.vocab.get(token) if token else None
     return declared if by_role is None and declared in roles else by_role
 
 
@@ -82,10 +86,18 @@ def special_tokens(spec: Spec, side: SideFiles) -> list[str]:
     return sorted(marked, key=spec.vocab.__getitem__)
 
 
+def control_names(spec: Spec, side: SideFiles) -> list[str]:
+    """Declared tokens that look like control tokens, and the unknown one, whether they are added tokens or not."""
+    declared = [
+        token for token in declared_tokens(side, spec.names).values() if token and token[0] in "<[" and token[1:]
+    ]
+    return [*declared, *filter(None, [spec.unk_token])]
+
+
 def role_candidates(spec: Spec, side: SideFiles) -> list[str]:
     """Tokens said to have a role that are not added tokens, so that text may produce them."""
-    declared = {token or "" for token in (*declared_tokens(side, spec.names).values(), spec.unk_token)}
-    return sorted(token for token in declared if token in spec.vocab and token not in spec.added)
+    declared = {*declared_tokens(side, spec.names).values(), spec.unk_token}
+    return sorted(token for token in declared if token and token in spec.vocab and token not in spec.added)
 
 
 def _is_byte_token(token: str, spec: Spec) -> bool:

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.tokens.added import Added, place, stretch_ends
+from pipeline.tokens.failures import named_failures
 from pipeline.tokens.interface import Encoded
-from pipeline.tokens.rejoin import METASPACE, Block, blocks, differing_block, dummy_space, map_ends
+from pipeline.tokens.rejoin import METASPACE, Block, blocks, differing_block, dummy_space, map_ends, stripped
 from pipeline.tokens.table import TokenTable
 from schemas.errors import XtokenError
 
@@ -34,6 +35,7 @@ class HfTokenizer:
         backend: Any,
         table: TokenTable,
         normalizer: Any | None,
+        strips: tuple[bool, bool],
         added: Mapping[int, Added],
         *,
         controls: Mapping[int, str],
@@ -45,7 +47,8 @@ class HfTokenizer:
         Args:
             backend: a ``tokenizers.Tokenizer`` that treats special tokens as text.
             table: its token bytes.
-            normalizer: the part of its normaliser that changes text (``normalize_str``), or None.
+            normalizer: the part of its normaliser that changes text wherever it stands (``normalize_str``), or None.
+            strips: whether the normaliser takes the blanks at the left and at the right end of a text.
             added: its added tokens, which may eat or bring blanks.
             controls, prefix, cuts_at_spaces: see ``TextTokenizer``.
         """
@@ -55,7 +58,9 @@ class HfTokenizer:
         self.controls = controls
         self._backend = backend
         self._normalizer = normalizer
-        self._added = {token: one for token, one in added.items() if one.content.replace(METASPACE, " ").strip()}
+        self._strips = strips
+        # blanks that the model joins to itself (Gemma's runs) are no cuts
+        self._added = {token: one for token, one in added.items() if METASPACE not in one.content}
         self._pieces = table.pieces()
         self._lengths = table.lengths
         self._missing = _missing_bytes(table)
@@ -73,7 +78,8 @@ class HfTokenizer:
         self, texts: Sequence[str], completes: Sequence[bool], *, keep_text: bool = False
     ) -> list[Encoded]:
         """See ``TextTokenizer.encode_batch``."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with named_failures(f"tokenizer {self.table.info.name!r} fails on a text", "use another tokenizer"):
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [
             self._finish(self._place(text, encoding.ids, keep_text=keep_text), complete)
             for text, encoding, complete in zip(texts, encodings, completes, strict=True)
@@ -91,10 +97,13 @@ class HfTokenizer:
             raise self._mismatch(joined, CANARY, ids)
 
     def _normal(self, text: str) -> str:
-        return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
+        if self._normalizer is None:
+            return text
+        normal = str(self._normalizer.normalize_str(text))
+        return normal if METASPACE in text else normal.replace(METASPACE, " ")
 
     def _seen(self, text: str) -> bytes:
-        """What the tokens of ``text`` should rejoin to."""
+        """What the tokens of ``text`` should rejoin to, the blanks at its ends included."""
         return self._spelt(self._normal(text)).translate(None, delete=self._missing)
 
     def _spelt(self, text: str) -> bytes:
@@ -131,13 +140,17 @@ class HfTokenizer:
 
     def _stretch(self, text: str, ids: Sequence[int]) -> NDArray[np.int32] | None:
         """Ends of the tokens of a text without added ones, see ``place``."""
-        seen = self._seen(text)
+        raw = text.encode()
+        seen, found = self._seen(text), None
+        if any(self._strips):
+            found = stripped(blocks(text, self._seen), *self._strips)
+            seen = b"".join(block.seen for block in found)
         if not len(ids):
             return None if seen else np.zeros(0, np.int32)
         ends = stretch_ends([self._pieces[token] for token in ids], seen)
-        if ends is None or seen == text.encode():
+        if ends is None or seen == raw:
             return ends
-        return map_ends(ends, blocks(text, self._seen))
+        return map_ends(ends, found or blocks(text, self._seen))
 
     def _encoded(
         self, text: str, tokens: list[int], space: int, found: list[Block] | None, *, snapped: bool
@@ -148,7 +161,8 @@ class HfTokenizer:
         return Encoded(text, ids, ends if found is None else map_ends(ends, found), snapped)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        with named_failures(f"tokenizer {self.table.info.name!r} fails on a text", "use another tokenizer"):
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def _finish(self, encoded: Encoded, complete: bool) -> Encoded:
         ends, size = encoded.ends, len(encoded.text.encode())

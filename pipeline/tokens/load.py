@@ -11,10 +11,11 @@ from typing import Any
 
 from pipeline.tokens.byte_tokenizer import ByteTokenizer
 from pipeline.tokens.cuts import keeps_tokens
-from pipeline.tokens.hf_table import build_table, role_candidates, special_tokens, text_normalizer
+from pipeline.tokens.failures import named_failures
+from pipeline.tokens.hf_table import build_table, control_names, role_candidates, special_tokens, text_normalizer
 from pipeline.tokens.hf_tokenizer import HfTokenizer
 from pipeline.tokens.interface import TextTokenizer
-from pipeline.tokens.roles import SideFiles
+from pipeline.tokens.roles import SideFiles, refuse_missing_tokens
 from pipeline.tokens.spec import Spec, read_spec, without_control_tokens
 from schemas.errors import XtokenError
 from schemas.hub import commit_of, hub_file, there
@@ -77,21 +78,34 @@ def _assemble(name: str, path: Path, data: Mapping[str, Any], side: SideFiles) -
     from tokenizers import Tokenizer
 
     spec = read_spec(data, name)
+    refuse_missing_tokens(spec, side, name)
     specials = special_tokens(spec, side)
-    changed = without_control_tokens(data, spec, frozenset([*specials, *filter(None, [spec.unk_token])]))
-    try:
+    changed = without_control_tokens(data, spec, frozenset([*specials, *control_names(spec, side)]))
+    with named_failures(f"tokenizer {name!r}: {path} cannot be loaded", "fetch the file again"):
         backend = Tokenizer.from_file(str(path)) if changed is None else Tokenizer.from_str(json.dumps(changed))
-    except Exception as error:  # the library raises bare Exception
-        raise XtokenError(f"tokenizer {name!r}: {path} cannot be loaded ({error}); fetch the file again") from error
+    with named_failures(f"tokenizer {name!r}: {path} is loaded and fails at work", "fetch the file again"):
+        return _checked(name, backend, spec, changed, data, side)
+
+
+def _checked(
+    name: str, backend: Any, spec: Spec, changed: Mapping[str, Any] | None, data: Mapping[str, Any], side: SideFiles
+) -> HfTokenizer:
     _refuse_moved_ids(backend, spec if changed is None else read_spec(changed, name), name)
-    _as_plain_text(backend, specials if changed is None else [])
+    _as_plain_text(backend, special_tokens(spec, side) if changed is None else [])
     in_text = frozenset(token for token in role_candidates(spec, side) if _text_produces(backend, token))
     prefix = _prefix(backend)
+    if unknown := [token for token in prefix if token not in spec.names]:
+        raise XtokenError(
+            f"tokenizer {name!r}: its post-processor puts id {unknown[0]} in front of a text, which no token has; "
+            "fetch tokenizer.json again"
+        )
     table = build_table(spec, side, name, bos=prefix[0] if prefix else None, in_text=in_text)
+    normalizer, strips = text_normalizer(spec)
     tokenizer = HfTokenizer(
         backend,
         table,
-        _normalizer(spec),
+        None if normalizer is None else _normalizer(normalizer),
+        strips,
         spec.added_ids,
         controls={at: spec.names[at] for at, role in enumerate(table.role) if role not in (None, "hole")},
         prefix=prefix,
@@ -134,12 +148,9 @@ def _prefix(backend: Any) -> tuple[int, ...]:
     return tuple(full[: next(starts, 0)])
 
 
-def _normalizer(spec: Spec) -> Any | None:
+def _normalizer(normalizer: str) -> Any:
     from tokenizers import Tokenizer
 
-    normalizer = text_normalizer(spec)
-    if normalizer is None:
-        return None
     # The library reads a normaliser from JSON only as a part of a tokenizer.
     shell = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
     return Tokenizer.from_str(json.dumps({**shell, "normalizer": json.loads(normalizer)})).normalizer
@@ -149,7 +160,7 @@ def _local_file(source: str) -> Path | None:
     """tokenizer.json of a local source; None if ``source`` can only be a hub id."""
     path = Path(source).expanduser()
     if path.is_file():
-        if path.suffix != ".json":
+        if path.suffix != ".json" or path.name == "tekken.json":
             raise XtokenError(f"{source} is not a tokenizer.json; {_CONVERT}")
         return path
     if path.is_dir():
@@ -176,7 +187,12 @@ def _hub_file(source: str, revision: str | None, remote_code: bool) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        if content.startswith(b"version https://git-lfs"):
+            raise XtokenError(
+                f"{path} is a pointer of Git LFS, not the file itself; run 'git lfs pull' in its repository"
+            )
+        data = json.loads(content)
     except (OSError, ValueError) as error:
         raise XtokenError(f"{path} is not readable JSON ({error}); fetch the file again") from error
     if not isinstance(data, dict):

@@ -46,6 +46,15 @@ def blocks(text: str, flatten: Flatten) -> list[Block]:
     return _trimmed(seen, text.encode())
 
 
+def stripped(found: list[Block], left: bool, right: bool) -> list[Block]:
+    """Blocks of which a tokenizer does not see the blanks at the ends of the text."""
+    seen = [bool(block.seen.strip()) for block in found]
+    first = seen.index(True) if True in seen else len(found)
+    last = len(found) - seen[::-1].index(True) if True in seen else 0
+    unseen = {*(range(first) if left else ()), *(range(last, len(found)) if right else ())}
+    return [Block(b"", block.text) if at in unseen else block for at, block in enumerate(found)]
+
+
 def _trimmed(seen: bytes, text: bytes) -> list[Block]:
     """What a normaliser took from both ends of a text, else what differs, as one changed block."""
     at = text.find(seen)

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.tokens.spec import Spec
+from schemas.errors import XtokenError
+
 # A token that has several of these jobs keeps the first: W maps EOS to EOS whatever else it does.
 PRIORITY = ("eos", "bos", "eot", "pad", "unk")
 
@@ -50,7 +53,7 @@ def declared_tokens(side: SideFiles, names: Mapping[int, str]) -> dict[str, str 
             if role not in found and f"{role}_token" in source:
                 found[role] = _content(source[f"{role}_token"])
         if role not in found and f"{role}_token_id" in side.config:
-            found[role] = names.get(_one_id(side.config[f"{role}_token_id"]))
+            found[role] = names.get(_one_id(side.config[f"{role}_token_id"], names))
     return found
 
 
@@ -61,11 +64,29 @@ def _content(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _one_id(value: Any) -> int:
-    """The first id where a model has several (of EOS, usually); -1 for none."""
-    if isinstance(value, list) and value:
-        value = value[0]
-    return value if isinstance(value, int) else -1
+def _one_id(value: Any, names: Mapping[int, str]) -> int:
+    """The first known id where a model has several (of EOS, usually); -1 for none."""
+    ids = value if isinstance(value, list) else [value]
+    return next((one for one in ids if isinstance(one, int) and one in names), -1)
+
+
+def refuse_missing_tokens(spec: Spec, side: SideFiles, name: str) -> None:
+    """Refuse a tokenizer whose side files name tokens that tokenizer.json lacks: other tools would add them.
+
+    Raises:
+        XtokenError: the message names the token.
+    """
+    config = side.tokenizer_config
+    listed = config.get("added_tokens_decoder")
+    wanted = [(_content(token), "added_tokens_decoder") for token in (listed or {}).values()] if listed else []
+    wanted += [(_content(config.get(f"{role}_token")), f"{role}_token") for role in ("bos", "eos")]
+    for token, entry in wanted:
+        if token and token not in spec.vocab:
+            raise XtokenError(
+                f"tokenizer {name!r}: {entry} of tokenizer_config.json names {token!r}, which tokenizer.json lacks: "
+                "transformers would add it, and here it would be cut into pieces. Write the files again with "
+                "transformers.AutoTokenizer.from_pretrained(SOURCE).save_pretrained(FOLDER), or correct the entry"
+            )
 
 
 def assign_roles(
@@ -82,11 +103,12 @@ def assign_roles(
     roles: dict[int, str] = {}
     for role in PRIORITY:
         if role in declared:
-            found = [others.get(declared[role] or "")]
+            token = declared[role]
+            found = [others.get(token) if token else None]
         else:
             found = [specials.get(name) for name in _KNOWN[role]]
             if role == "unk":
-                found.insert(0, others.get(unk_token or ""))
+                found.insert(0, others.get(unk_token) if unk_token else None)
         token_id = next((known for known in found if known is not None), None)
         if token_id is not None:
             roles.setdefault(token_id, role)

@@ -103,37 +103,60 @@ def build(pair: list[TextTokenizer], batch: pa.RecordBatch, merge: str = "first"
     return found, counts
 
 
-def first_rows(teacher: TextTokenizer) -> tuple[Dist, bytes]:
-    """A row for the start of "In 1998", and what stands in the text's place in the teacher's vocabulary."""
-    if teacher.table.info.name == "llama2":
-        return {b" The": 0.5, b" In": 0.25, b"In": 0.125}, b"In"
-    return {b"The": 0.5, b"In": 0.25, b" In": 0.125}, b" In"
+def share(target: dict[int, float], token: int) -> float:
+    return math.exp(target[token]) if token in target else 0.0
 
 
-def test_the_first_chunk_has_its_mass_where_the_student_can_put_it(pair: list[TextTokenizer]) -> None:
-    teacher = pair[0]
-    dist, shifted = first_rows(teacher)
-    found, counts = build(pair, made(teacher, "In 1998", {0: dist}))
+def columns(found: pa.RecordBatch) -> dict[str, dict[int, float]]:
+    """The first chunk's target by loss; byte-prefix: its first token's."""
+    hkl = by_names(found, ("hkl_common_count", "hkl_common_ids", "hkl_common_logprob"))
+    return {"h-kl": hkl, **{loss: target_of(found, loss, 0) for loss in ("pkl", "gold", "prefix")}}
+
+
+def test_a_student_with_a_dummy_space(tokenizer_file: Callable[[str], Path]) -> None:
+    teacher, student = _load(tokenizer_file("gemma3")), _load(tokenizer_file("llama2"))
+    known = teacher.table.by_bytes()
+    found, counts = build([teacher, student], made(teacher, "In 1998", {0: {b"The": 0.5, b"In": 0.25, b"\n": 0.005}}))
+    realised, targets = found["student_ids"][0].as_py()[0], columns(found)
     assert counts["chunks_shifted"] == 1
-    realised = found["student_ids"][0].as_py()[0]
-    wanted = teacher.table.by_bytes()[shifted]
-    other = teacher.table.by_bytes()[b" The" if shifted == b" In" else b"The"]
-    target = target_of(found, "pkl", 0)
-    assert math.exp(target[wanted]) == pytest.approx(0.25, rel=0.02)
-    assert math.exp(target[other]) == pytest.approx(0.5, rel=0.02)
-    # " In" with a blank more is no token: its mass goes to two blanks; "In" with a blank less is nothing at all
-    lost = target.get(teacher.table.by_bytes().get(b"  ", -1))
-    assert (lost is None) == (shifted == b"In")
-    assert lost is None or math.exp(lost) == pytest.approx(0.125, rel=0.02)
-    rest = math.exp(found["pkl_rest_logprob"][0].as_py()[0])
-    assert rest == pytest.approx(0.25 if lost is None else 0.125, rel=0.05)
-    for prefix in ("hkl_common", "gold", "prefix"):
-        names = {"hkl_common": ("hkl_common_count", "hkl_common_ids", "hkl_common_logprob")}.get(prefix)
-        column = target_of(found, prefix, 0) if names is None else by_names(found, names)
-        assert math.exp(column[realised]) == pytest.approx(0.25, rel=0.02)
+    assert share(targets["pkl"], known[b" In"]) == pytest.approx(0.25, rel=0.02)
+    assert share(targets["pkl"], known[b" The"]) == pytest.approx(0.5, rel=0.02)
+    # no token is a blank and a line end: what begins so begins with the blank
+    assert share(targets["pkl"], known[b" "]) == pytest.approx(0.005, rel=0.05)
+    for loss in ("h-kl", "gold", "prefix"):
+        assert share(targets[loss], realised) == pytest.approx(0.25, rel=0.02)
     # what compares no tokens is as the teacher said it
     assert found["uld_count"][0].as_py()[0] == 3
     assert found["teacher_logprob"][0].as_py()[0] == pytest.approx(-1.0)
+
+
+def test_a_teacher_with_a_dummy_space(tokenizer_file: Callable[[str], Path]) -> None:
+    teacher, student = _load(tokenizer_file("llama2")), _load(tokenizer_file("gemma3"))
+    known = teacher.table.by_bytes()
+    found, counts = build([teacher, student], made(teacher, "In 1998", {0: {b" The": 0.5, b" In": 0.25, b"In": 0.125}}))
+    realised, targets = found["student_ids"][0].as_py()[0], columns(found)
+    assert counts["chunks_shifted"] == 1
+    # a text that begins with "In" begins so whether the dummy space was joined to it or not
+    assert share(targets["pkl"], known[b"In"]) == pytest.approx(0.375, rel=0.02)
+    assert share(targets["pkl"], known[b"The"]) == pytest.approx(0.5, rel=0.02)
+    for loss in ("h-kl", "gold"):
+        assert share(targets[loss], realised) == pytest.approx(0.375, rel=0.02)
+    # behind the blank, as behind any byte that the teacher has begun
+    assert share(targets["prefix"], realised) == pytest.approx(1 / 3, rel=0.02)
+
+
+def test_a_word_that_the_teacher_has_with_a_blank_only(tokenizer_file: Callable[[str], Path]) -> None:
+    teacher, student = _load(tokenizer_file("llama2")), _load(tokenizer_file("gemma3"))
+    known, mine = teacher.table.by_bytes(), student.table.by_bytes()
+    assert b"Although" not in known
+    found, _ = build(
+        [teacher, student], made(teacher, "Although", {0: {b" Although": 0.5, b" In": 0.25, b" The": 0.125}})
+    )
+    targets = columns(found)
+    assert share(targets["prefix"], mine[b"Although"]) == pytest.approx(0.5 / 0.875, rel=0.02)
+    # W spells the student's word with this piece
+    assert share(targets["pkl"], known[b"Alt"]) == pytest.approx(0.5, rel=0.02)
+    assert targets["h-kl"] == targets["gold"] == {}
 
 
 def by_names(found: pa.RecordBatch, names: tuple[str, str, str]) -> dict[int, float]:
@@ -142,8 +165,7 @@ def by_names(found: pa.RecordBatch, names: tuple[str, str, str]) -> dict[int, fl
 
 
 def test_a_mean_leaves_the_chunk_out(pair: list[TextTokenizer]) -> None:
-    dist, _ = first_rows(pair[0])
-    found, counts = build(pair, made(pair[0], "In 1998", {0: dist}), "mean")
+    found, counts = build(pair, made(pair[0], "In 1998", {}), "mean")
     assert (counts["chunks_shifted"], found["pkl_count"][0].as_py()[0]) == (1, 0)
     assert found["pkl_count"][0].as_py()[1] > 0
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.align.blanks import Shifted
 from pipeline.align.checks import Rules, summary_batch
 from pipeline.align.chunks import Chunks, Joined, join
 from pipeline.align.parts import with_teacher_eos
@@ -72,7 +73,7 @@ def columns_of(
     batch = pa.RecordBatch.from_pydict({"text": [text], "teacher_ids": [theirs[0]], "teacher_end": [theirs[1]]})
     start = np.array([0, *chunks[1][:-1]], np.int64)
     maps = PrefixMaps.of(student, teacher, build_w(student, teacher))
-    found = prefix_columns(batch, [sample], made, start, start, maps)
+    found = prefix_columns(batch, [sample], Shifted.none(made, start), start, maps)
     return {name: values.tolist() for name, values in found.items()}
 
 
