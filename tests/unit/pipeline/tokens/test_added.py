@@ -165,3 +165,57 @@ def test_what_no_token_spells_belongs_to_the_one_before() -> None:
 def test_ends_of_a_stretch(pieces: list[bytes], seen: bytes, ends: list[int] | None) -> None:
     found = stretch_ends(pieces, seen)
     assert (None if found is None else found.tolist()) == ends
+
+
+@pytest.mark.parametrize("flags", [{}, {"normalized": True}, {"lstrip": True, "rstrip": True}])
+def test_added_tokens_of_blanks(flags: dict[str, bool], tokenizer_file: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers' add_tokens(["    "]) marks them normalized: they are then found with a blank in front."""
+    marks = {"    ": flags, "\n": {key: value for key, value in flags.items() if key != "normalized"}}
+    made = variant(tokenizer_file("llama2"), tmp_path, marks)
+    text = "def f(x):\n    if x:\n        return 1\n\n    for a in x:\n            a += 1  # sum\n" * 4
+    found = set(load_tokenizer(str(made)).encode(text, complete=False).ends.tolist()) - {0}
+    assert found == set(by_offsets(made, text))
+
+
+def test_a_word_that_is_no_token_many_times(tmp_path: Path) -> None:
+    made = variant(
+        byte_level(tmp_path / "own", add_prefix_space=False),
+        tmp_path / "v",
+        {"im": {"single_word": True, "rstrip": True}},
+    )
+    text = "im  a" + " ximx" * 100 + " im  b"
+    found = set(load_tokenizer(str(made)).encode(text, complete=False).ends.tolist())
+    assert found == set(by_offsets(made, text))
+
+
+SQUEEZE = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"type": "Strip", "strip_left": False, "strip_right": True}, SQUEEZE],  # as SentencePiece files are converted
+        [{"type": "Strip", "strip_left": True, "strip_right": True}, {"type": "NFKC"}],
+        [{"type": "Strip", "strip_left": True, "strip_right": True}, {"type": "Lowercase"}],
+    ],
+)
+def test_a_normaliser_that_strips(
+    parts: list[dict[str, Any]], tokenizer_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+    made = variant(
+        tokenizer_file("llama2"),
+        tmp_path,
+        {"<|im|>": {}},
+        normalizer={"type": "Sequence", "normalizers": parts},
+        pre_tokenizer=metaspace,
+    )
+    text = "  The  boats, and The gulls  went<|im|> out  12 times; they Came back.  \n"
+    tokenizer = load_tokenizer(str(made))
+    encoded = tokenizer.encode(text, complete=False, keep_text=True)
+    assert encoded.ends[-1] == len(text)
+    wanted = set(by_offsets(made, text))
+    found = set(encoded.ends.tolist()) - {0}
+    # blanks that a normaliser took belong to a neighbour: here to the token before, there to none
+    assert len(found) >= len(wanted) - 2
+    assert tokenizer.normalise(text).rstrip() != tokenizer.normalise(text)

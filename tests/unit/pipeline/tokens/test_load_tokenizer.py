@@ -265,3 +265,68 @@ def test_tekken_is_named(tmp_path: Path) -> None:
     (tmp_path / "tekken.json").write_text("{}")
     with pytest.raises(XtokenError, match=r"holds only tekken\.json, but tokenizer\.json is needed; convert"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [
+        ({"added_tokens_decoder": {"257": {"content": "<think>"}}}, "added_tokens_decoder .* names '<think>'"),
+        ({"eos_token": "<nope>"}, "eos_token .* names '<nope>'"),
+        ({"bos_token": {"content": "<nope>"}}, "bos_token .* names '<nope>'"),
+    ],
+)
+def test_tokens_that_only_a_side_file_has_are_named(tmp_path: Path, side: dict[str, Any], message: str) -> None:
+    with pytest.raises(XtokenError, match=f"{message}, which tokenizer.json lacks"):
+        load_tokenizer(saved(tmp_path, byte_level(), tokenizer_config=side))
+
+
+def test_the_first_known_id_of_several(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<a>"])
+    assert load_tokenizer(saved(tmp_path, tokenizer, config={"eos_token_id": [9999, 256]})).table.info.eos_id == 256
+
+
+def test_an_empty_token_has_no_role(tmp_path: Path) -> None:
+    data = json.loads(byte_level().to_str())
+    data["model"]["vocab"][""] = 256
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "pad_token": None}))
+    table = load_tokenizer(str(tmp_path)).table
+    assert (table.info.bos_id, table.role[256]) == (None, None)
+
+
+def test_a_declared_token_of_a_unigram_vocabulary(tmp_path: Path) -> None:
+    """Whether it is an added token or not: SentencePiece knows it as a control token."""
+    data = json.loads(control_unigram().to_str())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] != "</s>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.table.info.eos_id == 2
+    assert 2 not in loaded.encode("a</s>", complete=False).ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["normalizer"], {"type": "Precompiled", "precompiled_charsmap": None}, "cannot be loaded"),
+        (["post_processor", "special_tokens", "<s>", "ids"], [9999], "puts id 9999 in front of a text"),
+        (["post_processor", "special_tokens"], {}, "cannot be loaded|fails at work"),
+        (["model", "unk_id"], 9999, "unk_id"),
+    ],
+)
+def test_what_the_library_stumbles_over_is_one_error(tmp_path: Path, path: list[Any], value: Any, message: str) -> None:
+    data = json.loads(control_unigram().to_str())
+    _edit(data, path, value)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(XtokenError, match=message):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_pointer_and_a_tekken_file_are_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    with pytest.raises(XtokenError, match="pointer of Git LFS"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(XtokenError, match=r"tekken\.json is not a tokenizer\.json; convert"):
+        load_tokenizer(str(tmp_path / "tekken.json"))
