@@ -18,6 +18,7 @@ from trainer.evaluate.spelling import token_bytes
 from trainer.learned_w import save_weights
 from trainer.objective import Objective
 from trainer.ranks import gathered
+from trainer.record import read_lines
 from trainer.student.adapters import merged, save_adapter
 from trainer.student.model import save_student
 
@@ -77,9 +78,8 @@ def _measure(
 def _replace(training: "Training", name: str, when: str, rows: Iterable[dict[str, Any]]) -> None:
     """Write the rows of ``when`` behind those of other times, whole or not at all."""
     path = training.run.root / name
-    old = path.read_text().split("\n")[:-1] if path.exists() else []
-    kept = [line for line in old if json.loads(line)["when"] != when]
-    lines = [*kept, *(json.dumps({"when": when, **row}) for row in rows)]
+    kept = [row for row in read_lines(path, "when", str) if row["when"] != when]
+    lines = [*map(json.dumps, kept), *(json.dumps({"when": when, **row}) for row in rows)]
     temporary = path.with_name(f".{name}.tmp")
     temporary.write_text("".join(f"{line}\n" for line in lines))
     temporary.replace(path)

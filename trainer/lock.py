@@ -10,7 +10,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -49,6 +49,16 @@ def only_trainer(root: Path) -> Iterator[str | None]:
             yield note
         finally:
             file.truncate(0)
+
+
+def refuse_held(root: Path) -> None:
+    """Raise XtokenError where another process holds ``root``; nothing is written there, as it may be no run at all."""
+    with suppress(OSError), open(root / LOCK) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                raise XtokenError(_refusal(root, file)) from error
 
 
 def _opened(root: Path) -> IO[str]:

@@ -22,7 +22,7 @@ from trainer.data.targets import Targets
 from trainer.diagnosis import diagnose
 from trainer.evaluate import EvalSample, held_out_targets
 from trainer.finish import HeldOut, evaluate_run, save_result, summary_of
-from trainer.lock import only_trainer
+from trainer.lock import only_trainer, refuse_held
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.ranks import Ranks, open_ranks
 from trainer.run import Run, refuse_foreign
@@ -74,8 +74,7 @@ def train(
     with open_ranks(pick_device(config.device)) as ranks, preemption() as preempted, ExitStack() as stack:
         folders = open_targets(config, student_tokenizer)
         targets = held_out_targets(config.eval_targets, student_tokenizer) if config.eval_targets else None
-        run, notes = _open_run(config, folders, student_tokenizer, ranks, stack)
-        finished: dict[str, Any] | None = ranks.share(run.summary() if ranks.first else None)
+        run, notes, finished = _open_run(config, folders, student_tokenizer, ranks, stack)
         if finished is not None:
             return finished
         held_out = HeldOut(student_tokenizer, eval_samples, targets)
@@ -113,27 +112,39 @@ def _no_memory(config: TrainConfig, ranks: Ranks, error: Exception) -> str:
 
 def _open_run(
     config: TrainConfig, folders: Sequence[Targets], tokenizer: TokenizerInfo, ranks: Ranks, stack: ExitStack
-) -> tuple[Run, list[str]]:
+) -> tuple[Run, list[str], dict[str, Any] | None]:
     """The first rank takes the folder until ``stack`` ends, or refuses it for all; the others find it made.
 
     Returns:
-        The run, and what the user should know of its folder.
+        The run, what the user should know of its folder, and what it returned if it is finished.
     """
     notes: list[str] = []
+    finished: dict[str, Any] | None = None
     refusal: XtokenError | None = None
     run: Run | None = None
     if ranks.first:
         try:
-            refuse_foreign(config.out)
+            _refuse_foreign(config.out)
             note = stack.enter_context(only_trainer(Path(config.out)))
             notes += [note] if note else []
             run = Run(config, folders, tokenizer, ranks)
+            finished = run.summary()
         except XtokenError as error:
             refusal = error
-    refusal = ranks.share(refusal)
+    refusal, finished = ranks.share((refusal, finished))
     if refusal is not None:
         raise refusal
-    return run or Run(config, folders, tokenizer, ranks), notes
+    return run or Run(config, folders, tokenizer, ranks), notes, finished
+
+
+def _refuse_foreign(out: str) -> None:
+    """As ``refuse_foreign``; but what lies there may be what another trainer has only begun to write."""
+    try:
+        refuse_foreign(out)
+    except XtokenError:
+        if "://" not in out:
+            refuse_held(Path(out))
+        raise
 
 
 def _open_trackers(training: Training, stack: ExitStack) -> Trackers | None:

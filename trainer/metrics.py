@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.record import read_lines
+
 
 class Metrics:
     """The lines of a run so far; only the rank that ``writes`` appends them to the file."""
@@ -38,11 +40,8 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; the last may be torn by a crash and is then left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """All whole lines; see ``read_lines``."""
+    return read_lines(path, "step", int)
 
 
 def _line(line: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,19 @@ from schemas.train_config import TrainConfig
 from trainer.data.targets import Targets
 from trainer.lock import LOCK
 from trainer.ranks import Ranks, device_name
+from trainer.record import CHECKPOINTS, METRICS, RUN, identity_of, lacking, parsed
 
-RUN, SUMMARY = "run.json", "summary.json"
+SUMMARY = "summary.json"
+_BARE = {LOCK, f".{RUN}.tmp"}  # what a run that was killed at once leaves
+# What else may lie there, by a file of it, the first that fits.
+_KINDS = {
+    "align.json": "a folder of targets",
+    "student_vocab.parquet": "a folder of targets",
+    "w.parquet": "a projection",
+    "plan.json": "a capture",
+    "merges.parquet": "a capture",
+    "config.json": "a model",
+}
 # Where files lie, where and how the model runs, what is saved and shown: all may change between two starts of a run.
 _FREE = (
     *("targets", "out", "device", "decoders", "parallel", "activation_checkpointing", "compile", "kernel"),
@@ -27,10 +37,33 @@ def refuse_foreign(out: str) -> None:
     if "://" in out:
         raise XtokenError(f"out={out!r} is a URL; training writes to a local folder, copy it from there")
     root = Path(out)
-    if not root.exists() or (root / RUN).exists():
+    if not root.exists():
         return
-    if not root.is_dir() or any(path.name != LOCK for path in root.iterdir()):
+    if not root.is_dir():
         raise XtokenError(f"{root} exists and is no training run; use another --out")
+    names = {path.name for path in root.iterdir()}
+    record = parsed((root / RUN).read_bytes()) if RUN in names else None
+    if names <= _BARE or identity_of(record) is not None:
+        return
+    kind = "a capture" if isinstance(record, dict) and "tokenizer_hash" in record else _kind(names)
+    if kind is not None:
+        raise XtokenError(f"{root} is {kind}; use another --out")
+    if RUN not in names or (record is not None and not names & {CHECKPOINTS, METRICS}):
+        raise XtokenError(f"{root} exists and is no training run; use another --out")
+    raise XtokenError(f"{root / RUN} is damaged: it names no run; {_mend(names)}")
+
+
+def _kind(names: set[str]) -> str | None:
+    return next((kind for name, kind in _KINDS.items() if name in names), None)
+
+
+def _mend(names: set[str]) -> str:
+    if names <= {RUN, *_BARE}:
+        return "remove it and run the same command again"
+    return (
+        "put a copy of it there and run the same command again, which goes on (the same command with another --out "
+        "writes the same one as it starts)"
+    )
 
 
 class Run:
@@ -46,10 +79,10 @@ class Run:
     def __init__(self, config: TrainConfig, targets: Sequence[Targets], tokenizer: TokenizerInfo, ranks: Ranks) -> None:
         refuse_foreign(config.out)
         self.root = Path(config.out)
-        self.checkpoints = self.root / "checkpoints"
-        self.model, self.metrics = self.root / "model", self.root / "metrics.jsonl"
+        self.checkpoints = self.root / CHECKPOINTS
+        self.model, self.metrics = self.root / "model", self.root / METRICS
         self.rehearsal = self.root / ".model.rehearsal"
-        found = self._read(RUN)
+        found = parsed((self.root / RUN).read_bytes()) if (self.root / RUN).exists() else None
         begun = found is not None and self._begun()
         self.streams = config.streams or (_streams(found) if found is not None and begun else 0) or ranks.size
         if self.streams % ranks.size:
@@ -69,7 +102,7 @@ class Run:
         return measured or any(self.checkpoints.glob("*step-*")) or (self.root / SUMMARY).exists()
 
     def _create(self, identity: dict[str, Any], config: TrainConfig, targets: Sequence[Targets], ranks: Ranks) -> None:
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(parents=True, exist_ok=True)
         made: dict[str, Any] = {
             "identity": identity,
             "run_hash": digest(identity),
@@ -77,36 +110,43 @@ class Run:
         }
         made |= {"device": device_name(ranks.device), "ranks": ranks.size}
         write_json(self.root / RUN, {**made, "config": config.model_dump(mode="json"), **provenance()})
+        self.checkpoints.mkdir(exist_ok=True)  # behind run.json, without which it is a folder of something else
 
     def _same(self, found: dict[str, Any], identity: dict[str, Any]) -> None:
-        before = found.get("identity", {})
+        before = identity_of(found) or {}
         names = [name for name in identity if before.get(name) != identity[name]]
         if names:
             changes = ", ".join(f"{name}={before.get(name)!r} there, {identity[name]!r} now" for name in names)
             raise XtokenError(f"{self.root} holds another run: {changes}; use another --out, or the same options")
 
     def summary(self) -> dict[str, Any] | None:
-        """What the finished run returned; None while it is not finished, or its model is gone and can be written."""
-        if not self.model.exists() and any(self.checkpoints.glob("step-*")):
+        """What the finished run returned; None while it is not finished, or its model is gone and can be written.
+
+        Raises:
+            XtokenError: it is damaged, or the model is gone for good.
+        """
+        path, resumes = self.root / SUMMARY, any(self.checkpoints.glob("step-*"))
+        if not path.exists():
             return None
-        return self._read(SUMMARY)
+        found: Any = parsed(path.read_bytes())
+        if not isinstance(found, dict) or "steps" not in found:
+            mend = "remove it" if resumes else "put a copy of it there (no checkpoint is left to make it from)"
+            raise XtokenError(f"{path} is damaged: it says nothing of steps; {mend} and run the same command again")
+        missing = lacking(self.model)
+        if missing is not None and not resumes:
+            raise XtokenError(
+                f"the run is finished, but {self.model / missing} is missing or empty and no checkpoint is left to "
+                f"write it from; put it back, or train again with another --out"
+            )
+        return found if missing is None else None
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Record that the run is finished."""
         write_json(self.root / SUMMARY, summary)
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        try:
-            value: dict[str, Any] = loads((self.root / name).read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (JSONDecodeError, UnicodeDecodeError) as error:
-            raise XtokenError(f"{self.root / name} is damaged ({error}); use another --out") from error
-        return value
-
 
 def _streams(found: dict[str, Any]) -> int:
-    value = found.get("identity", {}).get("streams")
+    value = (identity_of(found) or {}).get("streams")
     return value if isinstance(value, int) else 0
 
 

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from pipeline.capture.settings import read_record
 from pipeline.project.projection import Projection
 from pipeline.store import Folder
 from schemas.config import AlignConfig
@@ -27,7 +28,11 @@ def run_settings(config: AlignConfig, capture: CaptureManifest, projection: Proj
 
 
 def claim(root: str, settings: dict[str, Any]) -> None:
-    """Record whose run this folder is, or refuse when it is another's."""
+    """Record whose run this folder is, or refuse when it is another's.
+
+    Raises:
+        XtokenError: it is another's, or the record is damaged.
+    """
     folder = Folder(root)
     folder.make("")
     foreign = [name for name in folder.names() if not name.endswith(".tmp")]
@@ -35,7 +40,7 @@ def claim(root: str, settings: dict[str, Any]) -> None:
         raise XtokenError(f"{root} holds {foreign[0]} and no {RUN_FILE}: no align run wrote it; give another --out")
     if folder.create(RUN_FILE, json.dumps(settings, indent=1).encode() + b"\n"):
         return
-    found = json.loads(folder.read(RUN_FILE))
+    found = read_record(folder, RUN_FILE, needed=any(name != RUN_FILE for name in foreign))
     differing = [name for name in settings if found.get(name) != settings[name]]
     if differing:
         listed = ", ".join(

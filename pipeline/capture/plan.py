@@ -159,9 +159,11 @@ def load_plan(folder: Folder) -> Plan | None:
         return Plan.model_validate(json.loads(folder.read(PLAN_FILE)))
     except FileNotFoundError:
         return None
-    except (ValidationError, ValueError) as error:
+    except (ValidationError, ValueError, RecursionError) as error:
         raise VerificationError(
-            f"{folder.url(PLAN_FILE)} is damaged ({error}); remove the whole folder and capture again"
+            f"{folder.url(PLAN_FILE)} is damaged ({' '.join(str(error).split())[:200]}); put a copy of it there, or, "
+            "if the corpus is as it was, remove it and run the same precompute, which plans again; else capture into "
+            "another folder"
         ) from error
 
 

@@ -19,6 +19,11 @@ RUN_FILE = "run.json"
 TEACHER_FILE = "teacher.json"
 _ENGINE = "engine_settings"  # stands in teacher.json beside the fields of TeacherInfo
 _TEACHER_BYTES = 4 << 20
+# Workers record the teacher, and where all is committed none starts.
+_TEACHER_ANEW = (
+    "put a copy of it there, or remove it with commits/part-00000.json and data/part-00000.parquet and run the same "
+    "command again, which makes these anew"
+)
 _SETTINGS: TypeAdapter[EngineSettings] = TypeAdapter(EngineSettings)
 # Names whose presence without run.json means that the folder is somebody else's.
 _FOREIGN = (MANIFEST, "data", "commits", "config.json", "w.parquet", "metrics.jsonl")
@@ -139,10 +144,11 @@ def _read_teacher(folder: Folder) -> tuple[TeacherInfo, EngineSettings]:
         record = json.loads(read_small(folder, TEACHER_FILE, _TEACHER_BYTES))
         settings = _SETTINGS.validate_python(record.pop(_ENGINE, {}))
         return TeacherInfo.model_validate(record), settings
-    except (ValueError, TypeError, AttributeError) as error:
-        raise VerificationError(
-            f"{folder.url(TEACHER_FILE)} is damaged ({str(error)[:200]}); remove it and run the same command again"
-        ) from error
+    except FileNotFoundError as error:
+        raise VerificationError(f"{folder.url(TEACHER_FILE)} is missing; {_TEACHER_ANEW}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise VerificationError(f"{folder.url(TEACHER_FILE)} is damaged ({said}); {_TEACHER_ANEW}") from error
 
 
 def read_small(folder: Folder, name: str, limit: int) -> bytes:
@@ -159,6 +165,33 @@ def read_small(folder: Folder, name: str, limit: int) -> bytes:
     if len(data) > limit:
         raise VerificationError(f"{url} has more than the {limit} bytes that are read; something else wrote it")
     return data
+
+
+def read_record(folder: Folder, name: str, *, needed: bool) -> dict[str, Any]:
+    """A record that a run wrote as it began.
+
+    Args:
+        folder: the run's.
+        name: of the record.
+        needed: whether the run cannot go on where it is removed.
+
+    Raises:
+        VerificationError: it is no JSON object, or one that says nothing.
+    """
+    try:
+        found = json.loads(folder.read(name))
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict) and found:
+        return found
+    mend = (
+        "put a copy of it there (the same command with another --out writes the same one as it starts)"
+        if needed
+        else "remove it"
+    )
+    raise VerificationError(
+        f"{folder.url(name)} is damaged: it holds no settings; {mend} and run the same command again"
+    )
 
 
 def run_hash(plan_hash: str, teacher: TeacherInfo, settings: dict[str, Any], codec: CodecInfo) -> str:
@@ -189,10 +222,9 @@ def _refuse_foreign(folder: Folder) -> None:
 
 
 def _compare(folder: Folder, name: str, now: dict[str, Any], free: tuple[str, ...] = ()) -> None:
-    try:
-        there = json.loads(folder.read(name))
-    except ValueError as error:
-        raise XtokenError(f"{folder.url(name)} is damaged; remove the folder and capture again") from error
+    # without run.json, what lies there would be somebody else's; other records are made again
+    needed = name == RUN_FILE and any(one in _FOREIGN for one in folder.names())
+    there = read_record(folder, name, needed=needed)
     keys = sorted({*there, *now}.difference(free))
     differ = [
         f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys if there.get(key) != now.get(key)

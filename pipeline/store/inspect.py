@@ -76,7 +76,12 @@ def _unfinished(root: str, names: set[str]) -> dict[str, Any]:
         lines = Folder(root).read("metrics.jsonl").splitlines()
         # the last line of a run that is under way, or was killed, may be torn
         whole = [line for line in lines if line.endswith(b"}")]
-        return {"records": len(whole), "last": json.loads(whole[-1]) if whole else None}
+        try:
+            return {"records": len(whole), "last": json.loads(whole[-1]) if whole else None}
+        except ValueError as error:
+            raise XtokenError(
+                f"{root}/metrics.jsonl: its last whole line is no JSON; remove that line and run the same command again"
+            ) from error
     return {}
 
 

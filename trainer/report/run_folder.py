@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from schemas.errors import XtokenError
 from schemas.tables import LOSSES
+from trainer.record import METRICS, RUN, identity_of
 
-RUN, SUMMARY, METRICS = "run.json", "summary.json", "metrics.jsonl"
+SUMMARY = "summary.json"
 HELD_OUT, COMPLETIONS = "held-out.jsonl", "completions.jsonl"
 CURVES = ("tokens_per_s", "lr", "grad_norm", "loss", "kd", "ce", "top1_agreement")
 _LAST = 10  # steps whose mean is a run's final loss, as in summary.json
@@ -141,14 +142,13 @@ def read_run(root: str) -> RunRecord:
         raise XtokenError(f"{root} is a URL; the report reads local folders, copy the run from there")
     folder = Path(root)
     run = _object(folder / RUN)
-    identity = run.get("identity") if run is not None else None
-    losses = identity.get("loss") if isinstance(identity, dict) else None
-    if not isinstance(identity, dict) or not isinstance(losses, list) or not losses:
+    identity = identity_of(run)
+    if identity is None:
         raise XtokenError(
             f"{root} is no training run: {'its' if run is not None else 'it has no'} {RUN}"
             f"{' names no loss' if run is not None else ''}; name a folder that 'xtoken train' wrote"
         )
-    for loss in losses:
+    for loss in identity["loss"]:
         if loss not in LOSSES:
             raise _wrong(f"{folder / RUN}, loss", loss, f"one of {', '.join(LOSSES)}")
     config = mapping(run.get("config", {}), f"{folder / RUN}, config") if run else {}

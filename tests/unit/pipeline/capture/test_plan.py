@@ -133,9 +133,10 @@ def test_settled_once_then_compared(corpus, tmp_path):
     (corpus / "b.jsonl").write_text("")
     with pytest.raises(XtokenError, match=r"file 'b\.jsonl'.*was added, removed or changed"):
         check_files(folder.root, plan, config_of(corpus))
-    folder.replace(PLAN_FILE, b"{}")
-    with pytest.raises(VerificationError, match=r"plan\.json is damaged"):
-        load_plan(folder)
+    for text in (b"", b"{", b"[]", b'""', b"{}", b"[" * 100_000):
+        folder.replace(PLAN_FILE, text)
+        with pytest.raises(VerificationError, match=r"plan\.json is damaged.*remove it and run the same precompute"):
+            load_plan(folder)
 
 
 def test_a_plan_of_other_rules_keeps_its_files(corpus, tmp_path):

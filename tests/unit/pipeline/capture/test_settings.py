@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.capture.settings import TEACHER_FILE, read_engine_settings, read_teacher, run_settings, settle_teacher
+from pipeline.capture.settings import (
+    RUN_FILE,
+    TEACHER_FILE,
+    check_settings,
+    read_engine_settings,
+    read_teacher,
+    run_settings,
+    settle_settings,
+    settle_teacher,
+)
 from pipeline.store import Folder
 from pipeline.tokens import load_tokenizer
 from schemas.capture_config import PrecomputeConfig
@@ -65,6 +74,34 @@ def test_a_damaged_record_is_refused(folder: Folder, tmp_path: Path, text: str) 
     for read in (read_teacher, read_engine_settings):
         with pytest.raises(VerificationError, match=r"teacher.json (is damaged|has more than)"):
             read(folder)
+
+
+DAMAGED = ["", "{", "[]", '""', "null", "{}", "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_settings_name_the_least_costly_way_out(folder: Folder, tmp_path: Path, text: str) -> None:
+    (tmp_path / RUN_FILE).write_text(text)
+    for settle in (settle_settings, check_settings):
+        with pytest.raises(VerificationError, match=r"run\.json is damaged.*; remove it and run the same"):
+            settle(folder, {"k": 8})
+    (tmp_path / "commits").mkdir()
+    for settle in (settle_settings, check_settings):
+        with pytest.raises(VerificationError, match=r"run\.json is damaged.*; put a copy of it there"):
+            settle(folder, {"k": 8})
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_teacher_is_made_again(folder: Folder, tmp_path: Path, text: str) -> None:
+    (tmp_path / TEACHER_FILE).write_text(text)
+    with pytest.raises(VerificationError, match=r"teacher\.json is damaged.*; remove it and run the same"):
+        settle_teacher(folder, INFO)
+    with pytest.raises(VerificationError, match=r"teacher\.json is damaged"):
+        read_teacher(folder)
+    (tmp_path / TEACHER_FILE).unlink()
+    with pytest.raises(VerificationError, match=r"teacher\.json is missing; put a copy of it there, or remove it"):
+        read_teacher(folder)
+    assert settle_teacher(folder, INFO) == INFO
 
 
 def test_settings_that_no_record_holds_are_a_defect(folder: Folder) -> None:

@@ -51,3 +51,9 @@ def test_a_missing_part_is_named(capture):
     (capture / "data" / "part-00000.parquet").unlink()
     with pytest.raises(VerificationError, match="part-00000"):
         inspect(str(capture))
+
+
+def test_a_line_of_metrics_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nstep}\n')
+    with pytest.raises(XtokenError, match=r"metrics\.jsonl: its last whole line is no JSON; remove that line"):
+        inspect(str(tmp_path))
