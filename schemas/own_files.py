@@ -32,7 +32,7 @@ def refuse_own_file(path: str, *, log: bool) -> None:
     file = Path(path).resolve()
     for root in file.parents[:_DEEP]:
         if any((root / mark).is_file() for mark in _MARKS) and _is_own(file, root, log=log):
-            raise XtokenError(f"{path} is a file of what {root} holds, and would be overwritten; choose another name")
+            raise XtokenError(f"{path} is a file of the artifact in {root}, which no output replaces; choose another name")
 
 
 def _is_own(file: Path, root: Path, *, log: bool) -> bool:
@@ -51,4 +51,4 @@ def refuse_no_page(path: str) -> None:
     with Path(path).open("rb") as file:
         begin = file.read(100).lstrip().lower()
     if begin and not begin.startswith((b"<!doctype html", b"<html")):
-        raise XtokenError(f"{path} is there and no page, and would be overwritten; choose another name")
+        raise XtokenError(f"{path} is there and is no page, and would be lost; choose another name")
