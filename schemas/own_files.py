@@ -32,7 +32,9 @@ def refuse_own_file(path: str, *, log: bool) -> None:
     file = Path(path).resolve()
     for root in file.parents[:_DEEP]:
         if any((root / mark).is_file() for mark in _MARKS) and _is_own(file, root, log=log):
-            raise XtokenError(f"{path} is a file of the artifact in {root}, which no output replaces; choose another name")
+            raise XtokenError(
+                f"{path} is a file of the artifact in {root}, which no output replaces; choose another name"
+            )
 
 
 def _is_own(file: Path, root: Path, *, log: bool) -> bool:
