@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from schemas.categories import CATEGORIES
-from schemas.fields import ARGUMENT, OUT_FILE, OUT_FOLDER, PLACE, Config, argument, memory_size, ray_address
+from schemas.fields import ARGUMENT, OUT_FILE, OUT_FOLDER, OUT_PAGE, PLACE, Config, argument, memory_size, ray_address
 from schemas.tables import LOSSES
 
 RULES = ("pieces", "first-piece", "reverse", "random")
@@ -144,7 +144,7 @@ class InspectConfig(Config):
         None, description="With --html of targets: the capture they were aligned from.", json_schema_extra=PLACE
     )
     out: str | None = Field(
-        None, description="With --html: the page; named after the sample when left out.", json_schema_extra=OUT_FILE
+        None, description="With --html: the page; named after the sample when left out.", json_schema_extra=OUT_PAGE
     )
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
 _EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 _BROKEN = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO)
 _MEMORY = ("OutOfMemory", "DefaultCPUAllocator", "bad_alloc")  # as torch, DuckDB and C++ say it
+_NO_TEMPORARY = "No usable temporary directory"  # as tempfile says it, without a number that tells
 _WAYS_OUT = (
     (_REFUSED, "check its path and rights"),
     (_EXHAUSTED, "make room (disk, quota, memory, 'ulimit -n') and run the same command again"),
@@ -65,6 +66,8 @@ def named(error: Exception) -> XtokenError:
     if isinstance(error, MemoryError) or any(sign in f"{type(error).__name__}: {error}" for sign in _MEMORY):
         said = str(error).strip().splitlines() or ["nothing is left"]
         return XtokenError(f"out of memory ({said[0][:200]}); use smaller batches or fewer --workers")
+    if _NO_TEMPORARY in str(error):
+        return XtokenError("no temporary folder can be written; set TMPDIR to a folder that can be written")
     if isinstance(error, OSError):
         for numbers, way_out in _WAYS_OUT:
             if error.errno in numbers:

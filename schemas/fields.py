@@ -12,6 +12,7 @@ from schemas.places import Kind, plain, refuse_unusable
 PLACE: Any = {"place": "read"}
 OUT_FOLDER: Any = {"place": "folder"}
 OUT_FILE: Any = {"place": "file"}
+OUT_PAGE: Any = {"place": "page"}  # HTML
 OUT_LOG: Any = {"place": "log"}
 ARGUMENT: Any = {"argument": True}
 ARGUMENTS: Any = {"argument": True, "many": True}  # several words on the command line
@@ -23,7 +24,7 @@ def argument(description: str, place: Any = PLACE) -> Any:
 
 
 def place_of(field: FieldInfo) -> str | None:
-    """What is at the path that a field holds: read, folder, file or log; None for fields that hold none."""
+    """What is at the path that a field holds: read, folder, file, page or log; None for fields that hold none."""
     extra = field.json_schema_extra
     found = extra.get("place") if isinstance(extra, dict) else None
     return None if found is None else str(found)

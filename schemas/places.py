@@ -11,8 +11,9 @@ import tempfile
 from typing import Literal
 
 from schemas.errors import XtokenError
+from schemas.own_files import refuse_no_page, refuse_own_file
 
-Kind = Literal["folder", "file", "log"]
+Kind = Literal["folder", "file", "page", "log"]
 _LOCAL = re.compile(r"(?:file|local):(?://(?:localhost(?=/))?)?")
 _NO_HOST = re.compile(r"[a-z][a-z0-9+.-]+://(?:/|$)")
 _ONE_SLASH = re.compile(r"([a-z][a-z0-9+.-]+):/[^/]")
@@ -74,7 +75,7 @@ def refuse_unusable(value: str, kind: Kind) -> None:
 
     Args:
         value: path or URL; only paths are looked at.
-        kind: what is written: a folder, a file, or a log, which may be a device.
+        kind: what is written: a folder, a file, a page, or a log, which may be a device.
     """
     if "://" in value or is_chain(value):
         if is_chain(value):
@@ -84,6 +85,8 @@ def refuse_unusable(value: str, kind: Kind) -> None:
         raise XtokenError(f"{value} is the root of the filesystem; name a folder in it")
     try:
         _try(os.path.abspath(value), kind)
+        if kind != "folder":
+            refuse_own_file(value, log=kind == "log")
     except OSError as error:
         raise XtokenError(f"{value} cannot be made ({error.strerror}); name another {kind}") from error
 
@@ -99,8 +102,10 @@ def _try(path: str, kind: Kind) -> None:
     if stat.S_ISDIR(mode) != (kind == "folder"):
         there = "a folder" if stat.S_ISDIR(mode) else "a file"
         raise XtokenError(f"{path} is {there}, and a {kind} is to be written; name another {kind}")
-    if kind == "file" and not stat.S_ISREG(mode):
+    if kind in ("file", "page") and not stat.S_ISREG(mode):
         raise XtokenError(f"{path} is no plain file; name another {kind}")
+    if kind == "page":
+        refuse_no_page(path)
 
 
 def _try_above(path: str) -> None:

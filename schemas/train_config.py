@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from schemas.fields import ARGUMENT, ARGUMENTS, OUT_FILE, OUT_FOLDER, PLACE, Config, argument
+from schemas.fields import ARGUMENT, ARGUMENTS, OUT_FOLDER, OUT_PAGE, PLACE, Config, argument
 from schemas.tables import LOSSES
 
 
@@ -263,7 +263,7 @@ class ReportConfig(Config):
     """
 
     runs: list[str] = Field(description="Folders of 'xtoken train'.", json_schema_extra=ARGUMENTS | PLACE)
-    out: str = Field("report.html", description="The page.", json_schema_extra=OUT_FILE)
+    out: str = Field("report.html", description="The page.", json_schema_extra=OUT_PAGE)
 
     @model_validator(mode="after")
     def _some_runs(self) -> "ReportConfig":

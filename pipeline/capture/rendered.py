@@ -14,8 +14,8 @@ from schemas.errors import XtokenError
 _USUAL = {"<": r"[^<>\s]{1,64}>", "[": r"[^\[\]\s]{1,64}\]"}
 # Tokens that no chat template writes, and texts hold for other reasons.
 _WORDS = {"<unk>", "<pad>", "<mask>", "[UNK]", "[PAD]", "[MASK]", "[CLS]", "[SEP]"}
-_HTML = {"<s>", "</s>"}  # struck-out text, unless the document begins with BOS
-_SEVERAL = 2  # in a document: fewer are a mention
+_HTML = {"<s>", "</s>"}  # struck-out text, unless the document begins with BOS or ends with an EOS that closes nothing
+_SEVERAL = 2  # in a document: one is a mention, unless it stands at the very beginning or end
 _SHARE = 0.01  # of the documents: fewer are about chat templates
 _ENOUGH = 1000  # such documents, if they are half of all so far: no need to read on
 _NAMED = 4
@@ -24,7 +24,7 @@ _LOG = logging.getLogger("xtoken")
 
 
 class Look:
-    """Counts documents that hold several control tokens of a teacher as text.
+    """Counts documents that hold control tokens of a teacher as text, several or one at an end.
 
     Attributes:
         documents: that were looked at.
@@ -68,10 +68,10 @@ class Look:
 
     def _add(self, document: Document) -> None:
         self.documents += 1
-        found = [token for token in self._pattern.findall(document.text) if token in self._controls]
-        if not document.text.lstrip().startswith("<s>"):
-            found = [token for token in found if token not in _HTML]
-        if len(found) < _SEVERAL:
+        found = _marks(
+            document.text, [match for match in self._pattern.finditer(document.text) if match[0] in self._controls]
+        )
+        if not found:
             return
         self._first = self._first or document.id
         self.rendered += 1
@@ -101,6 +101,19 @@ class Look:
         if self._refuse:
             raise XtokenError(found)
         _LOG.warning("%s. The fake teacher goes on; hf and vllm refuse such a corpus", found)
+
+
+def _marks(text: str, found: list[re.Match[str]]) -> list[str]:
+    """What a template seems to have written of the control tokens in a text; nothing where they are a mention."""
+    if not found:
+        return []
+    begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    tokens = [match[0] for match in found]
+    # struck-out text is opened before it is closed
+    if not text.startswith("<s>", begin) and not (text.endswith("</s>", 0, end) and "<s>" not in tokens):
+        found = [match for match in found if match[0] not in _HTML]
+    at_an_end = bool(found) and (found[0].start() == begin or found[-1].end() == end)
+    return [match[0] for match in found] if at_an_end or len(found) >= _SEVERAL else []
 
 
 def _pattern(controls: Collection[str]) -> re.Pattern[str]:

@@ -64,8 +64,9 @@ def _tables(config: ProjectConfig) -> "tuple[TokenTable, TokenTable, bool]":
 
 
 def refuse_other_projection(root: str, student: TokenizerInfo, teacher: TokenizerInfo, options: dict[str, Any]) -> None:
-    """Raise XtokenError when ``root`` holds another artifact, or the W of another pair or rule."""
+    """Raise XtokenError when ``root`` holds anything else, or the W of another pair or rule."""
     if not Folder(root).exists(MANIFEST):
+        _refuse_foreign(root)
         return
     found = read_manifest(root, ProjectionManifest)
     for side, old, new in (("student", found.student, student), ("teacher", found.teacher, teacher)):
@@ -78,6 +79,14 @@ def refuse_other_projection(root: str, student: TokenizerInfo, teacher: Tokenize
         there, now = found.options.get(name, default), options.get(name, default)
         if there != now:
             raise XtokenError(f"{root} holds W built with {name} {there}, not {now}; give another --out")
+
+
+def _refuse_foreign(root: str) -> None:
+    """Raise XtokenError when there is more than a killed run may have left before its manifest."""
+    own = (W_FILE, UNREACHED_FILE)
+    foreign = [name for name in Folder(root).names() if name not in own and not name.endswith(".tmp")]
+    if foreign:
+        raise XtokenError(f"{root} holds {foreign[0]} and no {MANIFEST}: no project run wrote it; give another --out")
 
 
 def write_projection(

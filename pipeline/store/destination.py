@@ -9,11 +9,12 @@ import re
 import secrets
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, TypeVar
 
-from pipeline.store.files import Folder, disk_full_named
+from pipeline.store.files import SWEEPS, Folder, disk_full_named
 from schemas.errors import XtokenError
 from schemas.remote import named_errors
 
@@ -21,6 +22,32 @@ _HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?((?:/(?!\.+(?:/|
 # One commit of a hub holds about this much; what is staged for it lies on the local disk.
 HUB_BYTES = 1 << 30
 HUB_FILES = 1000
+R = TypeVar("R")
+
+
+class Swept(XtokenError):
+    """A temporary file is gone: another command that began in the same folder took its writer for dead."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(
+            f"another command writes into {root} and removes what this one has begun; let one of them end, then run "
+            "the same command again"
+        )
+
+
+def again_if_swept(work: Callable[[], R]) -> R:
+    """What ``work`` returns; it is done again where its temporary files were swept away.
+
+    Raises:
+        Swept: time and again.
+    """
+    for left in reversed(range(SWEEPS)):
+        try:
+            return work()
+        except Swept:
+            if not left:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 @contextmanager
@@ -43,7 +70,7 @@ def reachable(root: str) -> Iterator[None]:
 
 def remove_if_there(path: str) -> None:
     """Remove a local file."""
-    if os.path.exists(path):
+    with suppress(FileNotFoundError):
         os.remove(path)
 
 
@@ -73,11 +100,23 @@ class Destination:
         return os.path.join(self.staging_root, f"{os.path.basename(name)}.{secrets.token_hex(6)}.tmp")
 
     def put(self, path: str, name: str) -> None:
-        """Take the finished local file ``path`` (from ``staging``) as ``name``."""
-        self.folder.put(path, name)
+        """Take the finished local file ``path`` (from ``staging``) as ``name``.
+
+        Raises:
+            Swept: it is gone.
+        """
+        try:
+            self.folder.put(path, name)
+        except FileNotFoundError:
+            if os.path.exists(path):
+                raise
+            raise Swept(self.folder.root) from None
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file whole, over what had its name."""
+        again_if_swept(partial(self._write, name, data))
+
+    def _write(self, name: str, data: bytes) -> None:
         path = self.staging(name)
         try:
             with disk_full_named(self.staging_root), open(path, "wb") as file:

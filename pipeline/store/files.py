@@ -24,7 +24,7 @@ _REMOTE_BLOCK = 4 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_FOLDERS = ("s3", "s3a", "gs", "gcs", "abfs", "az")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
-_SWEEPS = 5  # a run sweeps when it begins and when it ends
+SWEEPS = 5  # a run sweeps when it begins and when it ends
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -220,7 +220,7 @@ class Folder:
 
     def _published(self, name: str, data: bytes, publish: Callable[[str, str], bool]) -> bool:
         """Write a temporary file and publish it; again where another run's sweep took its writer for dead."""
-        for _ in range(_SWEEPS):
+        for _ in range(SWEEPS):
             tmp = self._write_tmp(name, data)
             try:
                 return publish(tmp, name)

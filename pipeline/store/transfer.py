@@ -14,9 +14,17 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from pipeline.store.destination import Destination, open_destination, reachable, remove_if_there
+from pipeline.store.destination import (
+    Destination,
+    Swept,
+    again_if_swept,
+    open_destination,
+    reachable,
+    remove_if_there,
+)
 from pipeline.store.files import Folder, disk_full_named
 from pipeline.store.publish import COMMITS, DATA, clean, commit_name, data_name, read_commit
 from pipeline.store.seal import CARD_FILE, PLOT_FOLDER, SUMS_FILE, sums_text
@@ -174,11 +182,11 @@ class _Transfer:
                 "give a new folder as destination"
             )
         self.destination.make(*_FOLDERS[:2])
-        if folder.local:
-            clean(folder.root)
         if not self.destination.claim(CLAIM_FILE, json.dumps(claim, indent=1).encode() + b"\n"):
             there = read_claim(folder)
             refuse_other(folder.root, differing(there, claim))
+        if folder.local:  # not before: another copy may be under way
+            clean(folder.root)
         return None
 
     def _kept(self, finished: AnyManifest | None) -> dict[int, Part]:
@@ -255,6 +263,9 @@ class _Transfer:
 
     def _side(self, file: SideFile) -> None:
         """Copy or write one side file."""
+        again_if_swept(partial(self._side_once, file))
+
+    def _side_once(self, file: SideFile) -> None:
         staged, root = self.destination.staging(file.name), self.destination.folder.root
         try:
             if file.source is None:
@@ -277,6 +288,9 @@ class _Transfer:
 
     def _ship(self, job: PartJob) -> Part | None:
         """Copy one part and its record; None when nothing of it is left."""
+        return again_if_swept(partial(self._ship_once, job))
+
+    def _ship_once(self, job: PartJob) -> Part | None:
         name = data_name(job.part.index)
         staged, made = (self.destination.staging(data_name(job.index)) for _ in range(2))
         try:
@@ -284,7 +298,7 @@ class _Transfer:
                 found = fetch(job.source, name, staged, self.meter.tell, job.part.file_bytes)
             if found != job.part.sha256:
                 raise VerificationError(_other(job.source, name, found, job.part.sha256))
-            part = job.part if job.rewrite is None else job.rewrite(staged, job.part, made)
+            part = self._rewritten(job, staged, made)
             if part is None:
                 return None
             part = part.model_copy(update={"index": job.index})
@@ -296,8 +310,21 @@ class _Transfer:
             remove_if_there(staged)
             remove_if_there(made)
 
+    def _rewritten(self, job: PartJob, staged: str, made: str) -> Part | None:
+        if job.rewrite is None:
+            return job.part
+        try:
+            return job.rewrite(staged, job.part, made)
+        except (OSError, XtokenError) as error:
+            if isinstance(error, FileNotFoundError) or not os.path.exists(staged):
+                raise Swept(self.destination.folder.root) from error
+            raise
+
     def _put(self, path: str, name: str) -> None:
-        size = os.path.getsize(path)
+        try:
+            size = os.path.getsize(path)
+        except FileNotFoundError:
+            raise Swept(self.destination.folder.root) from None
         if "/" in name and name.split("/")[0] == PLOT_FOLDER:
             self.destination.make(PLOT_FOLDER)
         self.destination.put(path, name)

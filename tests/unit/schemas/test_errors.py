@@ -33,6 +33,16 @@ def test_what_the_system_refuses_names_the_file(number: int, said: str) -> None:
     assert said in str(told)
 
 
+def test_no_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nothing"])
+    with pytest.raises(OSError, match="No usable") as found:
+        tempfile.gettempdir()
+    told = named(found.value)
+    assert (type(told), told.exit_code) == (XtokenError, 2)
+    assert "set TMPDIR to a folder that can be written" in str(told)
+
+
 def test_memory_is_named_in_whatever_words_it_comes() -> None:
     class OutOfMemoryError(RuntimeError):
         """As torch's."""

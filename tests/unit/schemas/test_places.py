@@ -62,6 +62,7 @@ def test_every_field_that_holds_a_path_says_so() -> None:
     assert {place_of(one.model_fields["out"]) for one in every_config() if "out" in one.model_fields} == {
         "folder",
         "file",
+        "page",
     }
 
 

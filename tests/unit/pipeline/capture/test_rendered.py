@@ -26,9 +26,15 @@ RENDERED = [
     ("llama3", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nBoats?<|eot_id|>"),
     ("llama2", "<s>[INST] How many boats? [/INST] Seventeen. </s>"),
     ("llama3", "one text<|end_of_text|>another text<|end_of_text|>"),
+    ("qwen3", "one text<|endoftext|>\n"),
+    ("qwen3", "Seventeen boats.<|im_end|>"),
+    ("gemma3", " <bos>one text"),
+    ("llama2", "<s> one text"),
+    ("llama2", "one text</s>"),
 ]
 TEXT = [
     ("qwen3", "GPT-2 ends a text with <|endoftext|>, and so do others."),
+    ("llama2", "<p>11 pounds, not <s>12</s>"),
     ("llama2", "prices: <s>12</s> 11 pounds, <s>9</s> 8 pounds</s>"),
     ("llama2", "the <unk> of <unk> was <unk>"),
     ("gemma3", "<table><tr><td>[INST]</td></tr></table> <pad> <pad>"),
@@ -67,7 +73,7 @@ def test_mentions_and_other_words_in_brackets(look: Callable[[str], Look], name:
 
 def test_tokens_of_any_shape() -> None:
     found = Look("t", ["[INST]", "[/INST]", ">>ASK<<", ">>ASK<<>", "a|b", "<s>"], refuse=False)
-    texts = ("[INST] x [/INST]", ">>ASK<<> a|b", "[INST] [x] <y> >>ask<<", "<s> a|b")
+    texts = ("[INST] x [/INST]", ">>ASK<<> a|b", "x [INST] [x] <y> >>ask<<", "<s> a|b")
     list(found.over(documents(*texts)))
     assert found.counts == {REASON: 3}
     assert Look("t", [], refuse=True).counts == {}

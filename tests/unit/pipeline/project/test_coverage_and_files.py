@@ -136,6 +136,21 @@ def test_another_pair_in_the_folder_is_refused(tokenizer_file: Callable[[str], P
         project(ProjectConfig(student="bytes", teacher="bytes", out=out), Silent())
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "config.json", "run.json"])
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(XtokenError, match=rf"holds {name} and no manifest.json.*another --out"):
+        project(ProjectConfig(student="bytes", teacher="bytes", out=str(tmp_path)), Silent())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_a_killed_run_left_is_taken_up(tmp_path: Path) -> None:
+    for name in ("w.parquet", "w.parquet.0123456789ab.tmp"):
+        (tmp_path / name).touch()
+    project(ProjectConfig(student="bytes", teacher="bytes", out=str(tmp_path)), Silent())
+    read_projection(str(tmp_path))
+
+
 def test_another_rule_in_the_folder_is_refused(tmp_path: Path) -> None:
     same = {"student": "bytes", "teacher": "bytes", "out": str(tmp_path / "w")}
     assert project(ProjectConfig(**same), Silent()).options == {"rule": "pieces"}

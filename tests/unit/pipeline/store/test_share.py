@@ -18,7 +18,7 @@ from pipeline.store import DiskFull, Folder, data_name, verify
 from pipeline.store import destination as destination_module
 from pipeline.store import transfer as transfer_module
 from pipeline.store.destination import Destination, HubDestination
-from pipeline.store.publish import commit_name
+from pipeline.store.publish import clean, commit_name
 from pipeline.store.seal import seal
 from pipeline.store.share import pull, push
 from pipeline.store.shipment import CLAIM_FILE
@@ -166,6 +166,45 @@ def test_what_a_killed_copy_left_is_swept_away(kept_capture, tmp_path, monkeypat
     pulled(kept_capture, copy)
     assert set(files_below(copy)) == expected_names(read_manifest(str(kept_capture), CaptureManifest))
     verify(str(copy))
+
+
+class Sweeps:
+    """Another copy into the same folder begins before each of the first ``times`` puts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+        self.left, self.real = times, Destination.put
+        sweeps = self
+
+        def put(self: Destination, path: str, name: str) -> None:
+            if sweeps.left:
+                sweeps.left -= 1
+                clean(self.folder.root)
+            sweeps.real(self, path, name)
+
+        monkeypatch.setattr(Destination, "put", put)
+
+
+@pytest.mark.parametrize("options", [{}, {"where": "first_row >= 0"}])
+def test_two_copies_into_one_folder(kept_capture, tmp_path, monkeypatch, options):
+    Sweeps(monkeypatch, times=4)
+    pulled(kept_capture, tmp_path / "copy", workers=1, **options)
+    verify(str(tmp_path / "copy"))
+
+
+def test_another_copy_that_goes_on_sweeping_is_named(kept_capture, tmp_path, monkeypatch):
+    Sweeps(monkeypatch, times=10**6)
+    with pytest.raises(XtokenError, match=r"another command writes into .*copy and removes"):
+        pulled(kept_capture, tmp_path / "copy", workers=1)
+
+
+def test_a_copy_of_something_else_sweeps_nothing(kept_capture, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    stop(kept_capture, copy, monkeypatch)
+    waits = copy / "part-00002.parquet.0123456789ab.tmp"
+    waits.touch()
+    with pytest.raises(XtokenError, match="holds"):
+        pulled(kept_capture, copy, parts="0")
+    assert waits.exists()
 
 
 def test_a_part_that_went_missing_is_copied_again(kept_capture, target):
