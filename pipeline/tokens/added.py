@@ -99,13 +99,11 @@ def _places(text: str, at: int, token: Added, fresh: bool) -> Iterator[tuple[int
 
 
 def _stops(text: str, at: int, begin: int) -> Iterator[int]:
-    """Where the stretch before an added token may end: the token eats no blank, all of them, or some."""
-    yield begin
+    """Where the stretch before an added token may end: the token eats no blank, some, or all of them."""
     blanks = _BEFORE.search(text, at, begin)
     first = blanks.start() if blanks else begin
-    if first < begin:
-        yield first
-    yield from range(begin - 1, max(first, begin - 1 - _BLANKS), -1)
+    yield from range(begin, max(first, begin - _BLANKS) - 1, -1)
+    yield first
 
 
 def stretch_ends(pieces: Sequence[bytes], seen: bytes) -> NDArray[np.int32] | None:

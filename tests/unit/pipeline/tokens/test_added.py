@@ -95,6 +95,11 @@ def test_ends_are_those_of_the_library(
         encoded = tokenizer.encode(text, complete=False)
         found, wanted = set(encoded.ends.tolist()) - {0}, set(by_offsets(made, text))
         assert encoded.text == text
+        if not encoded.snapped:
+            # a blank that one token ate and the next one brought: the bytes are the text's all the same
+            spelt = b"".join(tokenizer.table.token(token) for token in encoded.ids.tolist())
+            assert spelt in (text.encode(), b" " + text.encode())
+            return
         # every digit may bring a blank there, and of blanks in a row it is not known which one was brought
         assert found == wanted if not own else found <= wanted
         assert all(text[end - 1 : end + 1] in ("  ", " 1", " 2") for end in wanted - found)
