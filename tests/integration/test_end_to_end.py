@@ -83,7 +83,7 @@ def test_both_engines_fill_the_same_capture(smollm2_dir: Path, corpus: Path, tmp
 def test_the_query_of_the_readme_runs(capture: Path) -> None:
     readme = (Path(cli.__file__).parent / "README.md").read_text(encoding="utf-8")
     query = readme.split("```sql")[1].split("```")[0].replace("'capture/", f"'{capture}/")
-    rows = duckdb.sql(query).fetchall()
+    rows = duckdb.connect().sql(query).fetchall()
     assert len(rows) == 6
     assert all(0 < bits < 10 and 1 <= kept <= 64 for _, bits, kept in rows)
 

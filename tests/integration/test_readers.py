@@ -77,13 +77,13 @@ def _decoded(capture: Path, name: str) -> list[tuple[int, int, bytes, float]]:
 
 def test_duckdb(capture: Path, blocks: dict[str, list[str]]) -> None:
     first, second = blocks["sql"]
-    surprising = duckdb.sql(first).fetchall()
+    surprising = duckdb.connect().sql(first).fetchall()
     samples = [sample for batch in iter_capture(str(capture)) for sample in batch.to_pylist()]
     bits = {s["sample_id"]: -sum(s["realised_logprob"]) / np.log(2) / s["teacher_end"][-1] for s in samples}
     assert len(surprising) == min(10, len(samples))
     assert dict(surprising) == pytest.approx({name: bits[name] for name, _ in surprising})
-    assert len(duckdb.sql(second).fetchall()) == 20
-    table = duckdb.sql(second.replace("LIMIT 20", ""))
+    assert len(duckdb.connect().sql(second).fetchall()) == 20
+    table = duckdb.connect().sql(second.replace("LIMIT 20", ""))
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.fetchall()]
     ours = _decoded(capture, min(bits))
     said = "logprob" if "logprob" in table.columns else "probability"

@@ -161,7 +161,7 @@ def test_a_pull_is_the_same_capture_and_a_subset_is_a_true_one(
     condition = "len(teacher_ids) % 2 = 0 AND sample_id < 'p7'"
     beta.xtoken("share", "pull", shared, tmp_path / "some", "--where", condition)
     query = f"SELECT sample_id FROM '{capture}/data/*.parquet' WHERE {condition} ORDER BY ALL"
-    wanted = [name for (name,) in duckdb.sql(query).fetchall()]
+    wanted = [name for (name,) in duckdb.connect().sql(query).fetchall()]
     assert 0 < len(wanted) < DOCUMENTS
     kept = {row["sample_id"]: row for row in rows(capture)}
     found = rows(tmp_path / "some")

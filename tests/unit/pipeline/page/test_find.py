@@ -51,10 +51,14 @@ def test_statistics_that_lie_hide_nothing(capture: str, monkeypatch: pytest.Monk
 
 
 def test_worst_has_most_bits_per_byte(capture: str, targets: str) -> None:
-    rows = duckdb.sql(
-        f"SELECT sample_id, -list_sum(realised_logprob) / ln(2) / strlen(text) AS b FROM '{capture}/data/*.parquet' "
-        "WHERE len(realised_logprob) > 0 ORDER BY b DESC"
-    ).fetchall()
+    rows = (
+        duckdb.connect()
+        .sql(
+            "SELECT sample_id, -list_sum(realised_logprob) / ln(2) / strlen(text) AS b "
+            f"FROM '{capture}/data/*.parquet' WHERE len(realised_logprob) > 0 ORDER BY b DESC"
+        )
+        .fetchall()
+    )
     manifest = read_manifest(capture, CaptureManifest)
     assert math.isfinite(rows[0][1])
     assert find_worst(capture, manifest) == find_worst(capture, manifest, targets) == rows[0][0]

@@ -37,11 +37,13 @@ def test_duckdb_reads_the_same(kept_capture):
     import duckdb
 
     columns = ", ".join(f"sum(list_sum({name}::double[]))" for name in NUMBERS)
-    found = duckdb.execute(f"SELECT {columns} FROM read_parquet(?)", [files(kept_capture)]).fetchone()
+    found = duckdb.connect().execute(f"SELECT {columns} FROM read_parquet(?)", [files(kept_capture)]).fetchone()
     assert found == pytest.approx(tuple(own_sums(kept_capture).values()))
-    spaces, firsts = duckdb.execute(
-        "SELECT count(space_logprob), sum(first_row) FROM read_parquet(?)", [files(kept_capture)]
-    ).fetchone()
+    spaces, firsts = (
+        duckdb.connect()
+        .execute("SELECT count(space_logprob), sum(first_row) FROM read_parquet(?)", [files(kept_capture)])
+        .fetchone()
+    )
     assert spaces == firsts == sum(part.samples for part in committed(str(kept_capture)).values())
 
 
