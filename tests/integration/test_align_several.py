@@ -86,5 +86,5 @@ def test_refusals_come_before_any_work(captures: dict[str, Path], tmp_path: Path
     code, said = call(f"{captures['raw']},{tmp_path / 'nothing'}", "--student", "bytes", "--out", out)
     assert (code, "does not exist" in said["error"]) == (2, True)
     code, said = call(",", "--student", "bytes", "--out", out)
-    assert (code, "no capture named" in said["error"]) == (2, True)
+    assert (code, "an empty path" in said["error"]) == (2, True)
     assert not out.exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import cli
+from schemas.answer import Interrupted
 
 ROOT = Path(cli.__file__).parent
 TEXT = ROOT / "examples" / "data" / "moby-dick-held-out.jsonl"
@@ -78,7 +79,7 @@ def test_training_resumes_to_the_same_weights(targets: Path, student: Path, tmp_
     run(*train_words(targets, student, whole))
     words = train_words(targets, student, broken)
     done = stopped(words, broken)
-    assert done.returncode == cli.INTERRUPTED
+    assert done.returncode == Interrupted.exit_code
     assert "the same command resumes" in done.stderr
     assert not (broken / "model").exists()
     run(*words)
@@ -103,7 +104,7 @@ def test_ctrl_c_in_align_leaves_what_was_committed(targets: Path, student: Path,
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=300)[1]
-    assert process.returncode == cli.INTERRUPTED, error
+    assert process.returncode == Interrupted.exit_code, error
     before = {path.name: path.stat().st_mtime_ns for path in commits.glob("*.json")}
     assert 0 < len(before) < 60
     run(*words)

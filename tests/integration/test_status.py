@@ -18,6 +18,7 @@ from s3_server import S3Server
 
 import cli
 from pipeline.capture.status import status
+from schemas.answer import Interrupted
 
 ROOT = Path(cli.__file__).parent
 PATIENCE = 120.0
@@ -69,7 +70,7 @@ def test_a_run_interrupted_killed_and_resumed(corpus: Path, tmp_path: Path) -> N
         found = wait_for(out, at_work)
         assert (found["says"], found["shards"], found["workers_open"]) == ("at work", 80, 1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE) == cli.INTERRUPTED
+        assert process.wait(PATIENCE) == Interrupted.exit_code
     assert status(out)["phase"] == "interrupted"
 
     with driver(corpus, out) as process:
