@@ -115,8 +115,10 @@ def open_ranks(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
+    ranks = Ranks(rank, size, device)
     try:
-        yield Ranks(rank, size, device)
+        yield ranks
+        ranks.wait()  # the store and the connections live in each rank: none leaves while another still uses them
     finally:
         dist.destroy_process_group()
 
