@@ -1,6 +1,6 @@
 """The verbs of xtoken: parse, build the configuration, call, show. Nothing else lives here.
 
-Every verb is declared by a configuration of ``schemas.config``: its fields are the flags. This is
+Every verb is declared by a configuration of ``xtoken.schemas.config``: its fields are the flags. This is
 also the only place where the pipeline and the trainer meet.
 """
 
@@ -18,23 +18,23 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from pydantic import BaseModel
 
-from schemas.answer import RANK, Answer, Interrupted
-from schemas.capture_config import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
-from schemas.config import AlignConfig, DemoConfig, InspectConfig, ProjectConfig, QueryConfig, VerifyConfig
-from schemas.errors import TRACEBACK, XtokenError, named
-from schemas.flags import App, build, build_each, command, flag, options
-from schemas.home import settle_home
-from schemas.inside import refuse_inside
-from schemas.places import refuse_lost_folder
-from schemas.progress import Bars
-from schemas.share_config import CardConfig, MergeConfig, PullConfig, PushConfig
-from schemas.terminal import Output, delivered, read_input, remarks
-from schemas.train_config import EvalConfig, ReportConfig, TrainConfig
-from trainer.report.tables import shown
+from xtoken.schemas.answer import RANK, Answer, Interrupted
+from xtoken.schemas.capture_config import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
+from xtoken.schemas.config import AlignConfig, DemoConfig, InspectConfig, ProjectConfig, QueryConfig, VerifyConfig
+from xtoken.schemas.errors import TRACEBACK, XtokenError, named
+from xtoken.schemas.flags import App, build, build_each, command, flag, options
+from xtoken.schemas.home import settle_home
+from xtoken.schemas.inside import refuse_inside
+from xtoken.schemas.places import refuse_lost_folder
+from xtoken.schemas.progress import Bars
+from xtoken.schemas.share_config import CardConfig, MergeConfig, PullConfig, PushConfig
+from xtoken.schemas.terminal import Output, delivered, read_input, remarks
+from xtoken.schemas.train_config import EvalConfig, ReportConfig, TrainConfig
+from xtoken.trainer.report.tables import shown
 
 if TYPE_CHECKING:
-    from pipeline.tokens import TextTokenizer
-    from trainer.evaluate import EvalSample
+    from xtoken.pipeline.tokens import TextTokenizer
+    from xtoken.trainer.evaluate import EvalSample
 
 
 app = App(
@@ -132,7 +132,7 @@ def _ready(made: Any, answer: Answer) -> Any:
 )
 def run_precompute(configs: list[PrecomputeConfig], bars: Bars) -> Figures:
     """Capture a teacher's rows over a corpus, or those of several, one after the other."""
-    from pipeline.capture.several import run_teachers
+    from xtoken.pipeline.capture.several import run_teachers
 
     return run_teachers(configs, bars)
 
@@ -140,14 +140,14 @@ def run_precompute(configs: list[PrecomputeConfig], bars: Bars) -> Figures:
 @verb(StatusConfig, "xtoken status s3://team/capture --watch 10")
 def run_status(config: StatusConfig, bars: Bars) -> Figures | Iterator[Figures]:  # noqa: ARG001
     """Say how a capture gets on."""
-    from pipeline.capture.status import status
+    from xtoken.pipeline.capture.status import status
 
     return status(config.path) if config.watch is None else _watched(config.path, config.watch)
 
 
 def _watched(path: str, seconds: float) -> Iterator[Figures]:
     """Look again and again, on a terminal in the same place, until the run has ended."""
-    from pipeline.capture.status import goes_on, status
+    from xtoken.pipeline.capture.status import goes_on, status
 
     with contextlib.suppress(KeyboardInterrupt):
         while True:
@@ -162,7 +162,7 @@ def _watched(path: str, seconds: float) -> Iterator[Figures]:
 @verb(ProjectConfig, "xtoken project --student HuggingFaceTB/SmolLM2-135M --teacher capture --out w")
 def run_project(config: ProjectConfig, bars: Bars) -> Figures:
     """Build W and print its coverage."""
-    from pipeline.project import project
+    from xtoken.pipeline.project import project
 
     manifest = project(config, bars)
     pair = {"student": manifest.student.name, "teacher": manifest.teacher.name, "rule": config.rule}
@@ -172,7 +172,7 @@ def run_project(config: ProjectConfig, bars: Bars) -> Figures:
 @verb(AlignConfig, "xtoken align capture --student HuggingFaceTB/SmolLM2-135M --out targets --for p-kl,h-kl")
 def run_align(config: AlignConfig, bars: Bars) -> Figures:
     """Align a capture, or several, with a student's tokenizer."""
-    from pipeline.align import run_captures
+    from xtoken.pipeline.align import run_captures
 
     return run_captures(config, bars)
 
@@ -180,8 +180,8 @@ def run_align(config: AlignConfig, bars: Bars) -> Figures:
 @verb(TrainConfig, "xtoken train targets --student HuggingFaceTB/SmolLM2-135M --loss p-kl --out run")
 def run_train(config: TrainConfig, bars: Bars) -> Figures:
     """Train a student from targets alone."""
-    from pipeline.tokens import load_tokenizer, refuse_long_prefix
-    from trainer.loop import train
+    from xtoken.pipeline.tokens import load_tokenizer, refuse_long_prefix
+    from xtoken.trainer.loop import train
 
     if config.eval_text:
         refuse_inside("--out", config.out, config.eval_text)
@@ -199,7 +199,7 @@ def _learned_w(config: TrainConfig, files: list[Figures]) -> list[str]:
     """Projection folders of the weights that training left, which 'xtoken align --w' and 'xtoken inspect' read."""
     import numpy as np
 
-    from pipeline.project import write_learned
+    from xtoken.pipeline.project import write_learned
 
     folders = []
     for found in files:
@@ -215,7 +215,7 @@ def run_losses(as_json: JSON_FLAG = False, quiet: QUIET_FLAG = False) -> None:
 
     Example: xtoken losses
     """
-    from trainer.losses import loss_rows
+    from xtoken.trainer.losses import loss_rows
 
     _guarded(lambda *_: {"losses": loss_rows(as_json)}, as_json, quiet)
 
@@ -223,8 +223,8 @@ def run_losses(as_json: JSON_FLAG = False, quiet: QUIET_FLAG = False) -> None:
 @verb(EvalConfig, "xtoken eval run/model --text held-out.jsonl --targets held-out-targets")
 def run_eval(config: EvalConfig, bars: Bars) -> Figures:
     """Measure a model."""
-    from pipeline.tokens import load_tokenizer, refuse_long_prefix
-    from trainer.evaluate import evaluate
+    from xtoken.pipeline.tokens import load_tokenizer, refuse_long_prefix
+    from xtoken.trainer.evaluate import evaluate
 
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     refuse_long_prefix(tokenizer)
@@ -238,8 +238,8 @@ def run_eval(config: EvalConfig, bars: Bars) -> Figures:
 
 def eval_samples(config: CorpusConfig, tokenizer: "TextTokenizer", max_tokens: int) -> "list[EvalSample]":
     """Tokenize a held-out corpus for the evaluator, windows cut as at capture."""
-    from pipeline.corpus import Corpus, windows
-    from trainer.evaluate import EvalSample
+    from xtoken.pipeline.corpus import Corpus, windows
+    from xtoken.trainer.evaluate import EvalSample
 
     samples = []
     for document in Corpus(config).documents():
@@ -253,7 +253,7 @@ def eval_samples(config: CorpusConfig, tokenizer: "TextTokenizer", max_tokens: i
 @verb(ReportConfig, "xtoken report run-p-kl run-ce --out report.html")
 def run_report(config: ReportConfig, bars: Bars) -> Figures:  # noqa: ARG001
     """Draw runs as a page."""
-    from trainer.report.page import write_report
+    from xtoken.trainer.report.page import write_report
 
     return write_report(config)
 
@@ -262,10 +262,10 @@ def run_report(config: ReportConfig, bars: Bars) -> Figures:  # noqa: ARG001
 def run_inspect(config: InspectConfig, bars: Bars) -> Figures:  # noqa: ARG001
     """Say what a folder is, or draw a sample of it."""
     if config.html is not None:
-        from pipeline.page.sample_page import write_page
+        from xtoken.pipeline.page.sample_page import write_page
 
         return write_page(config)
-    from pipeline.store import inspect
+    from xtoken.pipeline.store import inspect
 
     return inspect(config.path)
 
@@ -273,7 +273,7 @@ def run_inspect(config: InspectConfig, bars: Bars) -> Figures:  # noqa: ARG001
 @verb(QueryConfig, "xtoken query targets 'FROM disagreements LIMIT 20'")
 def run_query(config: QueryConfig, bars: Bars) -> Figures:  # noqa: ARG001
     """Ask a capture or targets."""
-    from pipeline.query import query
+    from xtoken.pipeline.query import query
 
     return query(config.model_copy(update={"sql": read_input("the query")}) if config.sql == "-" else config)
 
@@ -281,7 +281,7 @@ def run_query(config: QueryConfig, bars: Bars) -> Figures:  # noqa: ARG001
 @verb(VerifyConfig, "xtoken verify s3://team/capture")
 def run_verify(config: VerifyConfig, bars: Bars) -> Figures:
     """Check every byte."""
-    from pipeline.store import verify
+    from xtoken.pipeline.store import verify
 
     bars.start("verify", None, "bytes")
     return {"verified": "every file is as its manifest says", **verify(config.path, bars.advance, audit=config.audit)}
@@ -290,7 +290,7 @@ def run_verify(config: VerifyConfig, bars: Bars) -> Figures:
 @verb(PushConfig, "xtoken share push capture s3://team/capture --license corpus=cc-by-4.0,outputs=gemma", share_app)
 def run_share_push(config: PushConfig, bars: Bars) -> Figures:
     """Publish a capture with its card."""
-    from pipeline.store.share import push
+    from xtoken.pipeline.store.share import push
 
     return push(config, bars)
 
@@ -298,7 +298,7 @@ def run_share_push(config: PushConfig, bars: Bars) -> Figures:
 @verb(PullConfig, "xtoken share pull s3://team/capture capture --parts 0-9", share_app)
 def run_share_pull(config: PullConfig, bars: Bars) -> Figures:
     """Fetch a capture."""
-    from pipeline.store.share import pull
+    from xtoken.pipeline.store.share import pull
 
     return pull(config, bars)
 
@@ -309,7 +309,7 @@ verb(VerifyConfig, "xtoken share verify s3://team/capture", share_app)(run_verif
 @verb(CardConfig, "xtoken share card capture --license corpus=cc-by-4.0,outputs=gemma", share_app)
 def run_share_card(config: CardConfig, bars: Bars) -> Figures:
     """Write a capture's dataset card."""
-    from pipeline.store.card import write_card
+    from xtoken.pipeline.store.card import write_card
 
     return write_card(config, bars)
 
@@ -317,7 +317,7 @@ def run_share_card(config: CardConfig, bars: Bars) -> Figures:
 @verb(MergeConfig, "xtoken share merge capture-a,capture-b joined", share_app)
 def run_share_merge(config: MergeConfig, bars: Bars) -> Figures:
     """Join captures."""
-    from pipeline.store.merge import merge
+    from xtoken.pipeline.store.merge import merge
 
     return merge(config, bars)
 
@@ -325,7 +325,7 @@ def run_share_merge(config: MergeConfig, bars: Bars) -> Figures:
 @verb(EstimateConfig, "xtoken estimate corpus.jsonl.zst --teacher Qwen/Qwen3-4B --k 32")
 def run_estimate(config: EstimateConfig, bars: Bars) -> Figures:
     """What a capture will cost."""
-    from pipeline.capture.estimate import estimate
+    from xtoken.pipeline.capture.estimate import estimate
 
     return estimate(config, bars)
 
@@ -337,7 +337,7 @@ _BARE = ("corpus", "captures", "targets", "runs")  # arguments that no flag name
 @verb(DemoConfig, "xtoken demo --out demo-run")
 def run_demo(config: DemoConfig, bars: Bars) -> Figures:
     """Walk the whole way on real models and compare P-KL with CE alone."""
-    from trainer.report.demo import demo_figures
+    from xtoken.trainer.report.demo import demo_figures
 
     began = time.monotonic()
     models, texts = os.path.relpath(HERE / ".cache" / "models"), os.path.relpath(HERE / "examples" / "data")

@@ -24,10 +24,10 @@ from benchmarks import align_cut, align_growth, align_project, align_read, align
 from benchmarks.align_corpus import build
 from benchmarks.align_turns import Figures
 from benchmarks.machine import machine, machine_line
-from pipeline.align import align
-from schemas.config import AlignConfig
-from schemas.manifest import CaptureManifest, read_manifest
-from schemas.progress import Silent
+from xtoken.pipeline.align import align
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.progress import Silent
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEFAULT_PART = align_read.DEFAULT_PART

@@ -11,7 +11,7 @@ from typing import Any
 
 # (module, name in it, step). A name of a class is a method; of a table of functions, each of them.
 Steps = Sequence[tuple[str, str, str]]
-STAGE, PARTS = "pipeline.align.stage", "pipeline.align.parts"
+STAGE, PARTS = "xtoken.pipeline.align.stage", "xtoken.pipeline.align.parts"
 STEPS: Steps = (
     (STAGE, "publish_part", "publish: sha256, sync, commit"),
     (STAGE, "write_parquet", "write"),
@@ -24,12 +24,12 @@ STEPS: Steps = (
     (STAGE, "encode", "byte ends"),
     (STAGE, "join", "cut"),
     (STAGE, "summary_batch", "checks of targets: figures of each batch"),
-    ("pipeline.align.checks", "Rules.check", "checks of targets: SQL over a part"),
+    ("xtoken.pipeline.align.checks", "Rules.check", "checks of targets: SQL over a part"),
     (STAGE, "target_batch", "other columns"),
-    ("pipeline.align.rows", "RowBatch.of", "restore, decode, normalise"),
-    ("pipeline.align.rows", "RowBatch.spans", "rows of chunks"),
-    ("pipeline.align.targets", "merge_rows", "rows of chunks"),
-    ("pipeline.align.targets", "_COLUMNS", "targets"),
+    ("xtoken.pipeline.align.rows", "RowBatch.of", "restore, decode, normalise"),
+    ("xtoken.pipeline.align.rows", "RowBatch.spans", "rows of chunks"),
+    ("xtoken.pipeline.align.targets", "merge_rows", "rows of chunks"),
+    ("xtoken.pipeline.align.targets", "_COLUMNS", "targets"),
 )
 TOKENIZE = "tokenize (the library)"
 

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.capture.plan import PLAN_FILE, Plan, Shard, make_plan
-from pipeline.store import Folder, publish_part
-from pipeline.store.checks import CaptureCheck
-from pipeline.store.columns import list_lengths
-from pipeline.store.publish import commit_name, data_name
-from pipeline.store.reader import iter_parquet, records
-from pipeline.store.seal import SIDE_FILES, seal
-from pipeline.store.writer import ROW_GROUP, write_parquet
-from schemas.capture_config import CorpusConfig
-from schemas.manifest import MANIFEST, CaptureManifest, Part, provenance, read_manifest
-from schemas.progress import Silent
+from xtoken.pipeline.capture.plan import PLAN_FILE, Plan, Shard, make_plan
+from xtoken.pipeline.store import Folder, publish_part
+from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.columns import list_lengths
+from xtoken.pipeline.store.publish import commit_name, data_name
+from xtoken.pipeline.store.reader import iter_parquet, records
+from xtoken.pipeline.store.seal import SIDE_FILES, seal
+from xtoken.pipeline.store.writer import ROW_GROUP, write_parquet
+from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.manifest import MANIFEST, CaptureManifest, Part, provenance, read_manifest
+from xtoken.schemas.progress import Silent
 
 
 def stored_batches(capture: str) -> list[pa.RecordBatch]:

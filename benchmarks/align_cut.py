@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from benchmarks.align_turns import Figures, best, in_turn, lines_of
-from pipeline.align.kernels import boundaries_batch
-from pipeline.store import Folder
-from pipeline.store.columns import flat, list_lengths
-from pipeline.store.publish import data_name
-from pipeline.store.reader import iter_capture, iter_parquet, records
-from pipeline.store.writer import write_parquet
-from schemas.manifest import CaptureManifest, TargetManifest, read_manifest
+from xtoken.pipeline.align.kernels import boundaries_batch
+from xtoken.pipeline.store import Folder
+from xtoken.pipeline.store.columns import flat, list_lengths
+from xtoken.pipeline.store.publish import data_name
+from xtoken.pipeline.store.reader import iter_capture, iter_parquet, records
+from xtoken.pipeline.store.writer import write_parquet
+from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_manifest
 
 Cuts = tuple[NDArray[Any], NDArray[Any]]
 _LIST = pa.list_(pa.field("element", pa.int32(), nullable=False))

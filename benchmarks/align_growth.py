@@ -19,9 +19,9 @@ from pathlib import Path
 
 from benchmarks.align_corpus import build, head
 from benchmarks.align_turns import Figures
-from pipeline.align import align
-from schemas.config import AlignConfig
-from schemas.manifest import CaptureManifest, read_manifest
+from xtoken.pipeline.align import align
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_TOKENS = 1 << 16

@@ -17,12 +17,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from benchmarks.align_turns import Figures, best, in_turn, lines_of
-from pipeline.align.kernels_project import FATES, project_rows
-from pipeline.project.build import build_w
-from pipeline.store.reader import iter_capture, load_vocab
-from pipeline.store.unpack import row_columns, unpack
-from pipeline.tokens import load_tokenizer
-from schemas.manifest import CaptureManifest, CodecInfo, read_manifest
+from xtoken.pipeline.align.kernels_project import FATES, project_rows
+from xtoken.pipeline.project.build import build_w
+from xtoken.pipeline.store.reader import iter_capture, load_vocab
+from xtoken.pipeline.store.unpack import row_columns, unpack
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.manifest import CaptureManifest, CodecInfo, read_manifest
 
 K = 32
 KERNEL, SQL = "kernel", "SQL"

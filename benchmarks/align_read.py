@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 
 from benchmarks.align_corpus import build
 from benchmarks.align_turns import Figures, in_turn
-from pipeline.store import Folder
-from pipeline.store.checks import CaptureCheck
-from pipeline.store.publish import data_name
-from pipeline.store.reader import iter_parquet, records
-from pipeline.store.writer import ROW_GROUP
-from schemas.manifest import CaptureManifest, read_manifest
+from xtoken.pipeline.store import Folder
+from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.publish import data_name
+from xtoken.pipeline.store.reader import iter_parquet, records
+from xtoken.pipeline.store.writer import ROW_GROUP
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
 
 # Tokens of 1 MiB of text, which is a shard if nothing else is said, and of a shard of a small capture.
 DEFAULT_PART, SMALL_PART = 330_000, 18_000
@@ -65,7 +65,7 @@ def one_connection(files: list[str]) -> int:
 
 
 def by_product(files: list[str]) -> int:
-    """With the checks of ``schemas.limits``."""
+    """With the checks of ``xtoken.schemas.limits``."""
     return sum(count(iter_parquet(path)) for path in files)
 
 

@@ -18,13 +18,13 @@ import pyarrow as pa
 
 from benchmarks.align_clock import STEPS, TOKENIZE, Clock
 from benchmarks.align_turns import Figures, in_turn
-from pipeline.align.stage import AlignJob, AlignWorker
-from pipeline.project.build import build_w
-from pipeline.project.projection import Projection
-from pipeline.store.reader import iter_capture, load_vocab
-from pipeline.tokens import load_tokenizer
-from schemas.config import AlignConfig
-from schemas.manifest import CaptureManifest, read_manifest
+from xtoken.pipeline.align.stage import AlignJob, AlignWorker
+from xtoken.pipeline.project.build import build_w
+from xtoken.pipeline.project.projection import Projection
+from xtoken.pipeline.store.reader import iter_capture, load_vocab
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = {

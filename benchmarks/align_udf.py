@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from benchmarks.align_project import RowSet, SparseMap, by_kernel, maps, real_rows
 from benchmarks.align_read import paths, settings
 from benchmarks.align_turns import Figures, in_turn, lines_of
-from pipeline.store.codes import Codes, restore_ids
-from pipeline.store.reader import ids_of_codes, iter_parquet
-from pipeline.store.writer import ROW_GROUP
-from schemas.manifest import CaptureManifest, CodecInfo, read_manifest
+from xtoken.pipeline.store.codes import Codes, restore_ids
+from xtoken.pipeline.store.reader import ids_of_codes, iter_parquet
+from xtoken.pipeline.store.writer import ROW_GROUP
+from xtoken.schemas.manifest import CaptureManifest, CodecInfo, read_manifest
 
 COLUMNS = ["kept", "topk_codes", "topk_gap", "rest_gap"]
 PYARROW, FED, UDF = "pyarrow, pages checked, to batches", "DuckDB to batches", "DuckDB, Arrow function"

@@ -28,14 +28,14 @@ import zstandard
 from numpy.typing import NDArray
 
 from benchmarks.machine import machine, machine_line
-from pipeline.store import NO_REST, Packed, Sample, decode, encode, write_parquet
-from pipeline.store.codes import Codes, codes_by_use, inverse, restore_ids
-from pipeline.store.columns import flat
-from pipeline.store.inspect import column_bytes
-from pipeline.store.writer import ROW_GROUP, capture_batch
-from pipeline.teachers.base import TeacherRows
-from pipeline.tokens import TokenTable, load_tokenizer
-from schemas.tables import CAPTURE
+from xtoken.pipeline.store import NO_REST, Packed, Sample, decode, encode, write_parquet
+from xtoken.pipeline.store.codes import Codes, codes_by_use, inverse, restore_ids
+from xtoken.pipeline.store.columns import flat
+from xtoken.pipeline.store.inspect import column_bytes
+from xtoken.pipeline.store.writer import ROW_GROUP, capture_batch
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.pipeline.tokens import TokenTable, load_tokenizer
+from xtoken.schemas.tables import CAPTURE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from pipeline.project import Audit, build_w, coverage
-from pipeline.tokens import TokenTable, load_tokenizer
+from xtoken.pipeline.project import Audit, build_w, coverage
+from xtoken.pipeline.tokens import TokenTable, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, machine_line
-from schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.capture_config import PrecomputeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -64,8 +64,8 @@ def settings(model: str, corpus: Path, out: Path) -> PrecomputeConfig:
 
 def capture(config: PrecomputeConfig) -> dict[str, float]:
     """Tokens and seconds of a run with one worker."""
-    from pipeline.capture import LocalExecutor, precompute
-    from schemas.progress import Silent
+    from xtoken.pipeline.capture import LocalExecutor, precompute
+    from xtoken.schemas.progress import Silent
 
     watching = Watching()
 
@@ -83,13 +83,13 @@ def capture(config: PrecomputeConfig) -> dict[str, float]:
 
 def bare(config: PrecomputeConfig) -> dict[str, float]:
     """Tokens and seconds of the engine alone on the prompts of that run."""
-    from pipeline.capture.plan import SliceReader, make_plan
-    from pipeline.corpus import windows
-    from pipeline.teachers import model_source
-    from pipeline.teachers.vllm_options import engine_options, find_platform
-    from pipeline.teachers.vllm_start import start_llm
-    from pipeline.tokens import load_tokenizer
-    from schemas.progress import Silent
+    from xtoken.pipeline.capture.plan import SliceReader, make_plan
+    from xtoken.pipeline.corpus import windows
+    from xtoken.pipeline.teachers import model_source
+    from xtoken.pipeline.teachers.vllm_options import engine_options, find_platform
+    from xtoken.pipeline.teachers.vllm_start import start_llm
+    from xtoken.pipeline.tokens import load_tokenizer
+    from xtoken.schemas.progress import Silent
 
     tokenizer = load_tokenizer(config.teacher)
     plan = make_plan(config, config.shard_bytes, Silent())

@@ -46,10 +46,10 @@ from benchmarks.fidelity_gradients import (
 from benchmarks.fidelity_report import averaged, draw_figure, report
 from benchmarks.fidelity_rows import DEFAULT, DRAWN, DROPPED, FLOORED, SETTINGS, TAILED, TOPK, Rows, Setting, all_rows
 from benchmarks.machine import machine
-from pipeline.corpus import Corpus, Document
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import CorpusConfig
-from trainer.losses.base import Loss
+from xtoken.pipeline.corpus import Corpus, Document
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.trainer.losses.base import Loss
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.fidelity_rows import Setting, kept_rows, packed, points, tail_counts
-from pipeline.store import Packed, Sample, capture_batch, write_parquet
-from pipeline.store.codes import Codes, codes_by_use
-from pipeline.store.inspect import column_bytes
-from pipeline.store.sampled import PackedDraws
-from pipeline.store.writer import ROW_GROUP
-from pipeline.teachers.base import TeacherRows
-from schemas.tables import capture
+from xtoken.pipeline.store import Packed, Sample, capture_batch, write_parquet
+from xtoken.pipeline.store.codes import Codes, codes_by_use
+from xtoken.pipeline.store.inspect import column_bytes
+from xtoken.pipeline.store.sampled import PackedDraws
+from xtoken.pipeline.store.writer import ROW_GROUP
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.schemas.tables import capture
 
 ROWS = {"topk": ("kept", "topk_codes", "topk_gap", "rest_gap"), "sampled": ("drawn", "draw_codes", "draw_count")}
 WINDOWS = 64  # two full groups of rows: some 30,000 tokens

@@ -13,23 +13,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.align.chunks import cut
-from pipeline.align.kernels_prefix import prefix_entries
-from pipeline.align.kernels_project import project_rows
-from pipeline.align.kernels_targets import merged, split_targets
-from pipeline.align.prefix import PrefixMaps
-from pipeline.align.rows import Rows
-from pipeline.align.targets import Routes
-from pipeline.corpus import Document, windows
-from pipeline.project.build import build_w
-from pipeline.project.projection import EXACT, Projection
-from pipeline.teachers.base import shows_bos
-from pipeline.tokens import TextTokenizer, load_tokenizer
-from schemas.capture_config import PrecomputeConfig
-from schemas.train_config import LossOptions
-from trainer.data.samples import context_token
-from trainer.losses import open_loss
-from trainer.losses.base import Loss, LossSetup, ProjectionArrays, View, VocabArrays
+from xtoken.pipeline.align.chunks import cut
+from xtoken.pipeline.align.kernels_prefix import prefix_entries
+from xtoken.pipeline.align.kernels_project import project_rows
+from xtoken.pipeline.align.kernels_targets import merged, split_targets
+from xtoken.pipeline.align.prefix import PrefixMaps
+from xtoken.pipeline.align.rows import Rows
+from xtoken.pipeline.align.targets import Routes
+from xtoken.pipeline.corpus import Document, windows
+from xtoken.pipeline.project.build import build_w
+from xtoken.pipeline.project.projection import EXACT, Projection
+from xtoken.pipeline.teachers.base import shows_bos
+from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.data.samples import context_token
+from xtoken.trainer.losses import open_loss
+from xtoken.trainer.losses.base import Loss, LossSetup, ProjectionArrays, View, VocabArrays
 
 LOSSES = ("p-kl", "byte-prefix", "sparse-kl")
 TOKENS = 256  # teacher tokens of a window

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.align.kernels_rows import normalised
-from pipeline.align.rows import Rows
-from pipeline.store import Packed, decode, encode
-from pipeline.teachers.base import TeacherRows
-from pipeline.teachers.logit_rows import top_k
+from xtoken.pipeline.align.kernels_rows import normalised
+from xtoken.pipeline.align.rows import Rows
+from xtoken.pipeline.store import Packed, decode, encode
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.pipeline.teachers.logit_rows import top_k
 
 ENTRIES = 128
 BLOCK = 64

@@ -70,7 +70,7 @@ def _vocabulary_hash(root: Path, manifest: dict[str, Any]) -> str | None:
     """What the vocabulary tables hash to; None where they cannot be read (or are of targets)."""
     import pyarrow.parquet as pq
 
-    from pipeline.tokens import TokenTable
+    from xtoken.pipeline.tokens import TokenTable
 
     if manifest.get("kind") != "capture":
         return None
@@ -105,8 +105,8 @@ def make_case(number: int, work: Path, seed: int = SEED) -> Path:
 def _inspect(root: str, _out: str) -> None:
     from rich.console import Console
 
-    from pipeline.store import inspect
-    from trainer.report.tables import figure_tables
+    from xtoken.pipeline.store import inspect
+    from xtoken.trainer.report.tables import figure_tables
 
     found = inspect(root)
     json.dumps(found, default=str).encode()
@@ -114,20 +114,20 @@ def _inspect(root: str, _out: str) -> None:
 
 
 def _verify(root: str, _out: str) -> None:
-    from pipeline.store import verify
+    from xtoken.pipeline.store import verify
 
     verify(root)
 
 
 def _drain(root: str, _out: str) -> None:
-    from pipeline.store import iter_capture
+    from xtoken.pipeline.store import iter_capture
 
     for batch in iter_capture(root):
         batch.validate(full=True)
 
 
 def _vocab(root: str, _out: str) -> None:
-    from pipeline.store import load_vocab
+    from xtoken.pipeline.store import load_vocab
 
     load_vocab(root).by_bytes()
 
@@ -140,7 +140,7 @@ class _Quiet:
 
     def run(self, job: Any, shards: list[int], watch: Any) -> dict[int, str]:
         """One part, without attempts."""
-        from pipeline.capture.work import Event
+        from xtoken.pipeline.capture.work import Event
 
         worker = job.open()
         for shard in shards:
@@ -149,10 +149,10 @@ class _Quiet:
 
 
 def _align(root: str, out: str) -> None:
-    import pipeline.align.run as stage
-    from schemas.config import AlignConfig
-    from schemas.manifest import CaptureManifest, read_manifest
-    from schemas.progress import Silent
+    import xtoken.pipeline.align.run as stage
+    from xtoken.schemas.config import AlignConfig
+    from xtoken.schemas.manifest import CaptureManifest, read_manifest
+    from xtoken.schemas.progress import Silent
 
     stage.LocalExecutor = _Quiet  # type: ignore[assignment,misc]
     codec = read_manifest(root, CaptureManifest).codec
@@ -164,12 +164,12 @@ def _train(root: str, _out: str) -> None:
     """Open targets, read every row group, build samples and score them with a tiny student."""
     import torch
 
-    from trainer.data.micro import split_micros
-    from trainer.data.samples import Layout, context_token, read_sample
-    from trainer.data.targets import Targets
-    from trainer.losses import open_loss
-    from trainer.losses.base import LossSetup
-    from trainer.objective import measure
+    from xtoken.trainer.data.micro import split_micros
+    from xtoken.trainer.data.samples import Layout, context_token, read_sample
+    from xtoken.trainer.data.targets import Targets
+    from xtoken.trainer.losses import open_loss
+    from xtoken.trainer.losses.base import LossSetup
+    from xtoken.trainer.objective import measure
 
     targets = Targets(root)
     info = targets.manifest.student
@@ -189,8 +189,8 @@ def _student(size: int) -> Any:
     """Flat logits, whatever it reads."""
     import torch
 
-    from trainer.objective import Student
-    from trainer.student.head import Head
+    from xtoken.trainer.objective import Student
+    from xtoken.trainer.student.head import Head
 
     class Flat(Head):
         def states(self, input_BL: Any, position_BL: Any) -> Any:  # noqa: ARG002
@@ -200,17 +200,17 @@ def _student(size: int) -> Any:
 
 
 def _pull(root: str, out: str) -> None:
-    from pipeline.store.share import pull
-    from schemas.progress import Bars
-    from schemas.share_config import PullConfig
+    from xtoken.pipeline.store.share import pull
+    from xtoken.schemas.progress import Bars
+    from xtoken.schemas.share_config import PullConfig
 
     pull(PullConfig(source=root, destination=f"{out}/pulled"), Bars(True))
 
 
 def _pull_some(root: str, out: str) -> None:
-    from pipeline.store.share import pull
-    from schemas.progress import Bars
-    from schemas.share_config import PullConfig
+    from xtoken.pipeline.store.share import pull
+    from xtoken.schemas.progress import Bars
+    from xtoken.schemas.share_config import PullConfig
 
     config = PullConfig(source=root, destination=f"{out}/some", parts="0", where="length(sample_id) > 0")
     pull(config, Bars(True))
@@ -267,7 +267,7 @@ def _reset_peak() -> int:
 
 def run_case(number: int, work: Path, seed: int = SEED) -> dict[str, Any]:
     """Outcome of every reader: ``ok``, ``refused``, or the finding."""
-    from schemas.errors import XtokenError
+    from xtoken.schemas.errors import XtokenError
 
     name, base, _ = plan(number, seed)
     outcomes: dict[str, str] = {}
@@ -315,7 +315,7 @@ def _worker(seed: int, numbers: list[int]) -> None:
     """Run cases and write a line of JSON before and after each."""
     import resource
 
-    from pipeline.store import verify
+    from xtoken.pipeline.store import verify
 
     for name in ("v1-topk", "v2-targets"):  # imports and compiled loops belong to no case
         verify(str(GOLDEN / name))

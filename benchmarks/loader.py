@@ -24,14 +24,14 @@ import numpy as np
 
 from benchmarks.loader_inputs import filled, grown
 from benchmarks.machine import machine, machine_line
-from trainer.data.batches import Loader
-from trainer.data.layout import Layout, running
-from trainer.data.micro import split_micros
-from trainer.data.packing import Shape, packed_shapes, padded_shapes
-from trainer.data.samples import read_samples
-from trainer.data.sources import Sources
-from trainer.data.targets import Targets
-from trainer.losses.base import Columns, Loss, View
+from xtoken.trainer.data.batches import Loader
+from xtoken.trainer.data.layout import Layout, running
+from xtoken.trainer.data.micro import split_micros
+from xtoken.trainer.data.packing import Shape, packed_shapes, padded_shapes
+from xtoken.trainer.data.samples import read_samples
+from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.losses.base import Columns, Loss, View
 
 RESULTS = Path(__file__).resolve().parent / "results"
 K, MAX_TOKENS, STEP_TOKENS, MICRO_TOKENS = 32, 1024, 32_768, 8_192

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.store.writer import write_parquet
-from schemas.manifest import TargetManifest, part_name, read_manifest
+from xtoken.pipeline.store.writer import write_parquet
+from xtoken.schemas.manifest import TargetManifest, part_name, read_manifest
 
 SIDE_TABLES = ("w.parquet", "student_vocab.parquet", "unreached.parquet")
 COUNT, IDS, LOGPROB, REST = "pkl_count", "pkl_ids", "pkl_logprob", "pkl_rest_logprob"

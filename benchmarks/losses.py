@@ -39,17 +39,17 @@ from torch import Tensor
 from benchmarks.losses_dense import gradient, load_dense
 from benchmarks.losses_inputs import POSITIONS, K, prepare
 from benchmarks.machine import machine
-from schemas.tables import LOSSES
-from schemas.train_config import LossOptions
-from trainer.data.batches import Loader
-from trainer.data.micro import Micro
-from trainer.data.samples import Layout, context_token
-from trainer.data.sources import Sources
-from trainer.data.targets import Targets
-from trainer.losses import open_loss
-from trainer.losses.base import Loss, LossSetup
-from trainer.objective import Objective, Student, score_states
-from trainer.student.head import Head
+from xtoken.schemas.tables import LOSSES
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.data.batches import Loader
+from xtoken.trainer.data.micro import Micro
+from xtoken.trainer.data.samples import Layout, context_token
+from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.losses import open_loss
+from xtoken.trainer.losses.base import Loss, LossSetup
+from xtoken.trainer.objective import Objective, Student, score_states
+from xtoken.trainer.student.head import Head
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

@@ -20,14 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.align.prefix import PrefixMaps
-from pipeline.project.projection import Projection
-from pipeline.store import iter_capture, load_vocab
-from pipeline.tokens import TokenTable
-from schemas.train_config import LossOptions
-from trainer.data.micro import Micro
-from trainer.data.targets import Targets
-from trainer.losses.alm import binary_kl
+from xtoken.pipeline.align.prefix import PrefixMaps
+from xtoken.pipeline.project.projection import Projection
+from xtoken.pipeline.store import iter_capture, load_vocab
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.data.micro import Micro
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.losses.alm import binary_kl
 
 OPTIONS = LossOptions()
 EPS = 1e-6

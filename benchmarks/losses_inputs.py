@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.align import align
-from pipeline.project.files import write_table
-from pipeline.store import STEP, Folder, Sample, capture_batch, committed, encode, publish_part, write_parquet
-from pipeline.store.checks import CaptureCheck
-from pipeline.store.reader import MERGES_FILE, VOCAB_FILE
-from pipeline.teachers.logit_rows import RowReader
-from pipeline.tokens import TextTokenizer, load_tokenizer
-from schemas.config import AlignConfig
-from schemas.manifest import MANIFEST, CaptureManifest, CodecInfo, CorpusInfo, TeacherInfo, provenance
-from schemas.progress import Silent
-from schemas.tables import CAPTURE, LOSSES
+from xtoken.pipeline.align import align
+from xtoken.pipeline.project.files import write_table
+from xtoken.pipeline.store import STEP, Folder, Sample, capture_batch, committed, encode, publish_part, write_parquet
+from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE
+from xtoken.pipeline.teachers.logit_rows import RowReader
+from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.manifest import MANIFEST, CaptureManifest, CodecInfo, CorpusInfo, TeacherInfo, provenance
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.tables import CAPTURE, LOSSES
 
 POSITIONS = 512
 K = 64

@@ -5,7 +5,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from schemas.manifest import code_version, environment
+from xtoken.schemas.manifest import code_version, environment
 
 
 def machine() -> dict[str, Any]:

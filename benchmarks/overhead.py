@@ -27,23 +27,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.machine import machine, machine_line
-from pipeline.capture.pilot import corpus_codes
-from pipeline.capture.plan import Plan, SliceReader, make_plan
-from pipeline.capture.settings import codec_info
-from pipeline.capture.work import Lease, News
-from pipeline.capture.worker import CaptureWorker, sample_batches
-from pipeline.corpus import Window, all_windows
-from pipeline.store import Folder, Packed, Sample, encode, write_parquet
-from pipeline.store.checks import CaptureCheck
-from pipeline.store.codes import Codes
-from pipeline.store.writer import group_rows
-from pipeline.teachers.base import Batch, TeacherRows, stream_batches
-from pipeline.tokens import TextTokenizer, load_tokenizer
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.manifest import Part, TeacherInfo
-from schemas.progress import Silent
-from schemas.tables import capture
+from xtoken.pipeline.capture.pilot import corpus_codes
+from xtoken.pipeline.capture.plan import Plan, SliceReader, make_plan
+from xtoken.pipeline.capture.settings import codec_info
+from xtoken.pipeline.capture.work import Lease, News
+from xtoken.pipeline.capture.worker import CaptureWorker, sample_batches
+from xtoken.pipeline.corpus import Window, all_windows
+from xtoken.pipeline.store import Folder, Packed, Sample, encode, write_parquet
+from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.codes import Codes
+from xtoken.pipeline.store.writer import group_rows
+from xtoken.pipeline.teachers.base import Batch, TeacherRows, stream_batches
+from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import Part, TeacherInfo
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.tables import capture
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

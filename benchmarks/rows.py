@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.corpus import Corpus, windows
-from pipeline.teachers import hf_teacher, model_source
-from pipeline.teachers.logit_rows import top_k
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import CorpusConfig, PrecomputeConfig
+from xtoken.pipeline.corpus import Corpus, windows
+from xtoken.pipeline.teachers import hf_teacher, model_source
+from xtoken.pipeline.teachers.logit_rows import top_k
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import CorpusConfig, PrecomputeConfig
 
 ENTRIES, DRAWS, WINDOW, BLOCK = 128, 200, 512, 64
 

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.overhead import InstantTeacher
-from pipeline.capture.plan import load_plan
-from pipeline.capture.ray_worker import Report
-from pipeline.capture.work import Lease, News
-from pipeline.capture.worker import CaptureWorker, open_tokenizer
-from pipeline.store import Folder
-from pipeline.store.codes import read_codes
-from pipeline.store.reader import VOCAB_FILE, read_table
-from pipeline.teachers.base import Batch, TeacherRows
-from pipeline.teachers.fake_teacher import open_teacher
-from pipeline.tokens import TokenTable
-from schemas.capture_config import PrecomputeConfig
-from schemas.manifest import Part
+from xtoken.pipeline.capture.plan import load_plan
+from xtoken.pipeline.capture.ray_worker import Report
+from xtoken.pipeline.capture.work import Lease, News
+from xtoken.pipeline.capture.worker import CaptureWorker, open_tokenizer
+from xtoken.pipeline.store import Folder
+from xtoken.pipeline.store.codes import read_codes
+from xtoken.pipeline.store.reader import VOCAB_FILE, read_table
+from xtoken.pipeline.teachers.base import Batch, TeacherRows
+from xtoken.pipeline.teachers.fake_teacher import open_teacher
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.manifest import Part
 
 ROWS = 8192
 _IN_FLIGHT = 2  # batches that an engine holds at once, so that it never waits for the next

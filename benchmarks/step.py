@@ -29,19 +29,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import machine, machine_line
-from pipeline.store import iter_capture
-from schemas.train_config import LossOptions
-from trainer.data.batches import Loader, StepBatch
-from trainer.data.samples import Layout, context_token
-from trainer.data.sources import Sources
-from trainer.data.targets import Targets
-from trainer.losses import open_loss
-from trainer.losses.base import Loss, LossSetup
-from trainer.objective import Objective, Student
-from trainer.ranks import Ranks
-from trainer.step import Mixing, count_step, run_step
-from trainer.student.head import find_head
-from trainer.student.model import load_student
+from xtoken.pipeline.store import iter_capture
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.data.batches import Loader, StepBatch
+from xtoken.trainer.data.samples import Layout, context_token
+from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.losses import open_loss
+from xtoken.trainer.losses.base import Loss, LossSetup
+from xtoken.trainer.objective import Objective, Student
+from xtoken.trainer.ranks import Ranks
+from xtoken.trainer.step import Mixing, count_step, run_step
+from xtoken.trainer.student.head import find_head
+from xtoken.trainer.student.model import load_student
 
 RESULTS = Path(__file__).parent / "results"
 OURS = ("ce", "p-kl", "h-kl", "alm", "byte-prefix")

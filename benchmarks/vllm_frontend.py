@@ -21,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.machine import machine, machine_line
-from pipeline.teachers import vllm_engine, vllm_options
-from pipeline.teachers.base import TeacherRows
-from pipeline.teachers.vllm_replies import read_entries
-from pipeline.teachers.vllm_teacher import rows_from
+from xtoken.pipeline.teachers import vllm_engine, vllm_options
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.pipeline.teachers.vllm_replies import read_entries
+from xtoken.pipeline.teachers.vllm_teacher import rows_from
 
 RESULTS = Path(__file__).parent / "results"
 PROMPTS, TOKENS, VOCABULARY, PASSES = 20, 512, 151_936, 7

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from schemas.errors import PartlyDone, XtokenError
-from schemas.terminal import Output, delivered, remarks, speaks_utf8
+from xtoken.schemas.errors import PartlyDone, XtokenError
+from xtoken.schemas.terminal import Output, delivered, remarks, speaks_utf8
 
 RANK = os.environ.get("RANK", "0")
 

@@ -19,9 +19,9 @@ from typing import IO, Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.errors import VerificationError, XtokenError
-from schemas.places import plain
-from schemas.remote import NO_ROOM, named_errors, open_filesystem, refuse_special
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.places import plain
+from xtoken.schemas.remote import NO_ROOM, named_errors, open_filesystem, refuse_special
 
 FOLDER, BYTES = "XTOKEN_CACHE", "XTOKEN_CACHE_BYTES"
 DEFAULT_FOLDER, DEFAULT_BYTES = "~/.cache/xtoken", "20GB"

@@ -1,11 +1,11 @@
-"""Configuration of the verbs that make a capture; see ``schemas.config``."""
+"""Configuration of the verbs that make a capture; see ``xtoken.schemas.config``."""
 
 import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.fields import OUT_FOLDER, OUT_LOG, PLACE, Config, argument, ray_address
+from xtoken.schemas.fields import OUT_FOLDER, OUT_LOG, PLACE, Config, argument, ray_address
 
 TRAIN, ALL, ONLY = "train", "all", "only"
 # Words for splits, as Hugging Face's datasets finds them in names of files.

@@ -8,9 +8,19 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from schemas.categories import CATEGORIES
-from schemas.fields import ARGUMENT, OUT_FILE, OUT_FOLDER, OUT_PAGE, PLACE, Config, argument, memory_size, ray_address
-from schemas.tables import LOSSES
+from xtoken.schemas.categories import CATEGORIES
+from xtoken.schemas.fields import (
+    ARGUMENT,
+    OUT_FILE,
+    OUT_FOLDER,
+    OUT_PAGE,
+    PLACE,
+    Config,
+    argument,
+    memory_size,
+    ray_address,
+)
+from xtoken.schemas.tables import LOSSES
 
 RULES = ("pieces", "first-piece", "reverse", "random")
 

@@ -6,7 +6,7 @@ import re
 import warnings
 from pathlib import Path
 
-from schemas.errors import XtokenError
+from xtoken.schemas.errors import XtokenError
 
 _LOG = logging.getLogger("xtoken")
 _DEV, _DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")

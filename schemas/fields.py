@@ -6,7 +6,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
-from schemas.places import Kind, plain, refuse_unusable
+from xtoken.schemas.places import Kind, plain, refuse_unusable
 
 # What a field is, in its json_schema_extra: a path, URL or id of something that is read, or an output.
 PLACE: Any = {"place": "read"}

@@ -10,9 +10,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from schemas.errors import TRACEBACK, XtokenError, named
-from schemas.fields import place_of
-from schemas.terminal import close_streams, open_streams, remarks
+from xtoken.schemas.errors import TRACEBACK, XtokenError, named
+from xtoken.schemas.fields import place_of
+from xtoken.schemas.terminal import close_streams, open_streams, remarks
 
 C = TypeVar("C", bound=BaseModel)
 LISTS = (list[str], list[float])  # written with commas on the command line

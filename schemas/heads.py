@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import XtokenError
+from xtoken.schemas.errors import XtokenError
 
 # Tokens of these roles stand in no sample: a head may lack them.
 ABSENT_ROLES = ("pad", "unk", "special", "hole")

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import XtokenError
+from xtoken.schemas.errors import XtokenError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -5,8 +5,8 @@ import posixpath
 
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.errors import XtokenError
-from schemas.remote import open_filesystem
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.remote import open_filesystem
 
 
 def refuse_inside(what: str, path: str, folder: str, why: str = "all files there are read as the corpus") -> None:

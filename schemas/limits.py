@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.errors import VerificationError
-from schemas.pages import Chunk, Pages, read_chunks, read_pages
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.pages import Chunk, Pages, read_chunks, read_pages
 
 FOOTER_BYTES = 4 << 20
 GROUPS = 1 << 12

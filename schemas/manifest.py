@@ -20,9 +20,9 @@ from pydantic import (
     model_validator,
 )
 
-from schemas.errors import XtokenError
-from schemas.remote import open_url
-from schemas.tables import DROPPABLE, LOSSES, OLDEST_READ, SCHEMA_VERSIONS, capture
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.remote import open_url
+from xtoken.schemas.tables import DROPPABLE, LOSSES, OLDEST_READ, SCHEMA_VERSIONS, capture
 
 MANIFEST = "manifest.json"
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from schemas.errors import XtokenError
+from xtoken.schemas.errors import XtokenError
 
 # A folder that holds one of these is an artifact, or becomes one.
 _MARKS = ("manifest.json", "run.json", "align.json", "share.json", "SHA256SUMS")

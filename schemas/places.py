@@ -10,8 +10,8 @@ import stat
 import tempfile
 from typing import Literal
 
-from schemas.errors import XtokenError
-from schemas.own_files import refuse_no_page, refuse_own_file
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.own_files import refuse_no_page, refuse_own_file
 
 Kind = Literal["folder", "file", "page", "log"]
 _LOCAL = re.compile(r"(?:file|local):(?://(?:localhost(?=/))?)?")

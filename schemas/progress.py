@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from schemas.terminal import remarks
+from xtoken.schemas.terminal import remarks
 
 
 class Progress(Protocol):
@@ -64,7 +64,7 @@ class Bars:
         self.count, self.resumed, self.began, self.spoke = 0, 0, 0.0, 0.0
 
     def start(self, label: str, total: int | None, unit: str, done: int = 0) -> None:
-        """Begin a bar (see ``schemas.progress.Progress``)."""
+        """Begin a bar (see ``xtoken.schemas.progress.Progress``)."""
         self.finish()
         self.label, self.unit, self.total = label, unit, total or 0
         self.count = self.resumed = done

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.errors import Unreachable, VerificationError, XtokenError
-from schemas.limits import FOOTER_BYTES
-from schemas.places import is_chain
+from xtoken.schemas.errors import Unreachable, VerificationError, XtokenError
+from xtoken.schemas.limits import FOOTER_BYTES
+from xtoken.schemas.places import is_chain
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WRONG_PLACE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)  # says nothing about the artifact

@@ -1,11 +1,11 @@
-"""Configuration of the share verbs; see ``schemas.config`` for how fields become flags."""
+"""Configuration of the share verbs; see ``xtoken.schemas.config`` for how fields become flags."""
 
 import re
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.fields import ARGUMENT, OUT_FOLDER, PLACE, Config, argument
-from schemas.tables import DROPPABLE
+from xtoken.schemas.fields import ARGUMENT, OUT_FOLDER, PLACE, Config, argument
+from xtoken.schemas.tables import DROPPABLE
 
 LICENSED = ("corpus", "outputs")
 PART_RANGES = re.compile(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*")

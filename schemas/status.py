@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from schemas.errors import XtokenError
+from xtoken.schemas.errors import XtokenError
 
 LIVE = ("planning", "running", "sealing")
 _CELL = re.compile(r"status(?:-(\d{1,6})-of-(\d{1,6}))?\.json")

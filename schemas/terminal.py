@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from schemas.errors import XtokenError
+from xtoken.schemas.errors import XtokenError
 
 
 def open_streams() -> None:

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from schemas.fields import ARGUMENT, ARGUMENTS, OUT_FOLDER, OUT_PAGE, PLACE, Config, argument
-from schemas.tables import LOSSES
+from xtoken.schemas.fields import ARGUMENT, ARGUMENTS, OUT_FOLDER, OUT_PAGE, PLACE, Config, argument
+from xtoken.schemas.tables import LOSSES
 
 
 class LossOptions(Config):

@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import digest
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import digest
 
 FORMAT = 3  # before it, steps were cut elsewhere and had medians without sizes
 STATE = "state.json"

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from trainer.data.batches import StepBatch
-from trainer.data.micro import Lesson, Micro
-from trainer.objective import score
-from trainer.run import write_json
-from trainer.step import seed_all
-from trainer.watch import Diagnosis, SampleScore, Verdict
+from xtoken.trainer.data.batches import StepBatch
+from xtoken.trainer.data.micro import Lesson, Micro
+from xtoken.trainer.objective import score
+from xtoken.trainer.run import write_json
+from xtoken.trainer.step import seed_all
+from xtoken.trainer.watch import Diagnosis, SampleScore, Verdict
 
 if TYPE_CHECKING:
-    from trainer.start import Training
+    from xtoken.trainer.start import Training
 
 DIAGNOSIS = "diagnosis.json"
 

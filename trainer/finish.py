@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from schemas.errors import XtokenError
-from schemas.manifest import TokenizerInfo
-from schemas.progress import Progress, Silent
-from trainer.data.targets import Targets
-from trainer.evaluate import EvalSample, measure_student
-from trainer.evaluate.completions import complete
-from trainer.evaluate.spelling import token_bytes
-from trainer.learned_w import save_weights
-from trainer.objective import Objective
-from trainer.ranks import gathered
-from trainer.record import read_lines
-from trainer.student.adapters import merged, save_adapter
-from trainer.student.model import save_student
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.progress import Progress, Silent
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.evaluate import EvalSample, measure_student
+from xtoken.trainer.evaluate.completions import complete
+from xtoken.trainer.evaluate.spelling import token_bytes
+from xtoken.trainer.learned_w import save_weights
+from xtoken.trainer.objective import Objective
+from xtoken.trainer.ranks import gathered
+from xtoken.trainer.record import read_lines
+from xtoken.trainer.student.adapters import merged, save_adapter
+from xtoken.trainer.student.model import save_student
 
 if TYPE_CHECKING:
-    from trainer.start import Training
+    from xtoken.trainer.start import Training
 
 COMPLETIONS, HELD_OUT, ADAPTER = "completions.jsonl", "held-out.jsonl", "adapter"
 
@@ -119,7 +119,7 @@ def _write_result(training: "Training", state: dict[str, Tensor]) -> dict[str, A
 
 
 def summary_of(training: "Training") -> dict[str, Any]:
-    """The figures of a run as far as it got; see ``trainer.loop.train``."""
+    """The figures of a run as far as it got; see ``xtoken.trainer.loop.train``."""
     counted, metrics = training.counted, training.metrics
     last = [line for line in metrics.lines if "loss" in line][-10:]
     summary: dict[str, Any] = {"steps": counted.step, "epochs": last[-1]["epoch"] if last else 0}

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.targets import Targets
-from trainer.losses.base import Loss
-from trainer.losses.pkl import PKL
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.losses.base import Loss
+from xtoken.trainer.losses.pkl import PKL
 
 
 def save_weights(losses: Sequence[Loss], folders: Sequence[Targets], root: Path) -> list[dict[str, Any]]:

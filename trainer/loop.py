@@ -13,26 +13,26 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from schemas.errors import XtokenError
-from schemas.manifest import TokenizerInfo
-from schemas.progress import Progress, Silent
-from schemas.train_config import TrainConfig
-from trainer.data.batches import StepBatch
-from trainer.data.targets import Targets
-from trainer.diagnosis import diagnose
-from trainer.evaluate import EvalSample, held_out_targets
-from trainer.finish import HeldOut, evaluate_run, save_result, summary_of
-from trainer.lock import only_trainer, refuse_held
-from trainer.optim import learning_rate, set_learning_rate
-from trainer.ranks import Ranks, open_ranks
-from trainer.run import Run, refuse_foreign
-from trainer.signals import Preempted, preemption
-from trainer.start import Training, open_targets, start
-from trainer.step import Figures, Mixing, StepCounts, count_step, run_step
-from trainer.student.adapters import require_adapters
-from trainer.student.model import pick_device
-from trainer.trackers import Trackers, require_trackers
-from trainer.watch import Verdict
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.progress import Progress, Silent
+from xtoken.schemas.train_config import TrainConfig
+from xtoken.trainer.data.batches import StepBatch
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.diagnosis import diagnose
+from xtoken.trainer.evaluate import EvalSample, held_out_targets
+from xtoken.trainer.finish import HeldOut, evaluate_run, save_result, summary_of
+from xtoken.trainer.lock import only_trainer, refuse_held
+from xtoken.trainer.optim import learning_rate, set_learning_rate
+from xtoken.trainer.ranks import Ranks, open_ranks
+from xtoken.trainer.run import Run, refuse_foreign
+from xtoken.trainer.signals import Preempted, preemption
+from xtoken.trainer.start import Training, open_targets, start
+from xtoken.trainer.step import Figures, Mixing, StepCounts, count_step, run_step
+from xtoken.trainer.student.adapters import require_adapters
+from xtoken.trainer.student.model import pick_device
+from xtoken.trainer.trackers import Trackers, require_trackers
+from xtoken.trainer.watch import Verdict
 
 _LOG = logging.getLogger("xtoken")
 _FULL = ("No space left", "Disk quota exceeded")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.record import read_lines
+from xtoken.trainer.record import read_lines
 
 
 class Metrics:

@@ -17,11 +17,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from trainer.blocks import Block, block_view, collects, spans, tensor, view
-from trainer.data.micro import Lesson, Micro
-from trainer.losses.base import FeatureLoss, Loss
-from trainer.losses.ce import cross_entropy_total
-from trainer.student.head import Head, find_head
+from xtoken.trainer.blocks import Block, block_view, collects, spans, tensor, view
+from xtoken.trainer.data.micro import Lesson, Micro
+from xtoken.trainer.losses.base import FeatureLoss, Loss
+from xtoken.trainer.losses.ce import cross_entropy_total
+from xtoken.trainer.student.head import Head, find_head
 
 A = ParamSpec("A")
 T = TypeVar("T")
@@ -138,7 +138,7 @@ def _liger(objective: Objective, micro: Micro, states_PH: Tensor, factors: Seque
 
     head = objective.student.head
     weight_VH, bias_V = objective.student.columns()
-    assert weight_VH is not None, "trainer.start asks for a folded head"
+    assert weight_VH is not None, "xtoken.trainer.start asks for a folded head"
     if head.scale != 1:
         states_PH, bias_V = states_PH * head.scale, None if bias_V is None else bias_V * head.scale
     ce = liger_fused_linear_cross_entropy(

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from schemas.train_config import TrainConfig
-from trainer.losses.base import Loss
-from trainer.ranks import like
+from xtoken.schemas.train_config import TrainConfig
+from xtoken.trainer.losses.base import Loss
+from xtoken.trainer.ranks import like
 
 FLOOR = 0.1  # share of the peak learning rate at the last step
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from schemas.errors import XtokenError
-from trainer.student.model import decoder_layers
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.student.model import decoder_layers
 
 # A rank that reads from a slow store, or saves, keeps the others waiting; one that is gone must not for ever.
 _PATIENCE = timedelta(minutes=30)
@@ -143,7 +143,7 @@ def replicate(objective: Any, some_left_out: bool) -> Any:
 
     Args:
         some_left_out: look in each step which parameters got no gradient, rather than wait for one (see
-            ``trainer.student.head.leaves_some_out``).
+            ``xtoken.trainer.student.head.leaves_some_out``).
     """
     from torch.nn.parallel import DistributedDataParallel
 

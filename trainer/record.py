@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import XtokenError
+from xtoken.schemas.errors import XtokenError
 
 RUN, CHECKPOINTS, METRICS = "run.json", "checkpoints", "metrics.jsonl"
 _INDEX = "model.safetensors.index.json"

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import XtokenError
-from schemas.manifest import TokenizerInfo, digest, provenance
-from schemas.train_config import TrainConfig
-from trainer.data.targets import Targets
-from trainer.lock import LOCK
-from trainer.ranks import Ranks, device_name
-from trainer.record import CHECKPOINTS, METRICS, RUN, identity_of, lacking, parsed
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TokenizerInfo, digest, provenance
+from xtoken.schemas.train_config import TrainConfig
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.lock import LOCK
+from xtoken.trainer.ranks import Ranks, device_name
+from xtoken.trainer.record import CHECKPOINTS, METRICS, RUN, identity_of, lacking, parsed
 
 SUMMARY = "summary.json"
 _BARE = {LOCK, f".{RUN}.tmp"}  # what a run that was killed at once leaves

@@ -10,24 +10,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from schemas.errors import XtokenError
-from schemas.manifest import TokenizerInfo
-from schemas.train_config import TrainConfig
-from trainer.checkpoint import Policy, Restored, refuse_dtypes, restore_checkpoint, save_checkpoint
-from trainer.data.batches import Loader, Position
-from trainer.data.samples import Layout, context_token
-from trainer.data.sources import Sources
-from trainer.data.targets import Targets
-from trainer.losses import open_loss
-from trainer.losses.base import LossSetup
-from trainer.metrics import Metrics
-from trainer.objective import Objective, Student
-from trainer.optim import build_optimizer, named_parameters, optimizer_tensors, restore_optimizer
-from trainer.ranks import Ranks, fill, gathered, replicate, shard
-from trainer.run import Run
-from trainer.student.adapters import add_adapters
-from trainer.student.head import find_head, leaves_some_out, pick_packing
-from trainer.student.model import (
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.train_config import TrainConfig
+from xtoken.trainer.checkpoint import Policy, Restored, refuse_dtypes, restore_checkpoint, save_checkpoint
+from xtoken.trainer.data.batches import Loader, Position
+from xtoken.trainer.data.samples import Layout, context_token
+from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.losses import open_loss
+from xtoken.trainer.losses.base import LossSetup
+from xtoken.trainer.metrics import Metrics
+from xtoken.trainer.objective import Objective, Student
+from xtoken.trainer.optim import build_optimizer, named_parameters, optimizer_tensors, restore_optimizer
+from xtoken.trainer.ranks import Ranks, fill, gathered, replicate, shard
+from xtoken.trainer.run import Run
+from xtoken.trainer.student.adapters import add_adapters
+from xtoken.trainer.student.head import find_head, leaves_some_out, pick_packing
+from xtoken.trainer.student.model import (
     check_context,
     check_width,
     head_width,
@@ -36,8 +36,8 @@ from trainer.student.model import (
     prepare,
     rehearse_save,
 )
-from trainer.student.writable import mend_settings
-from trainer.watch import Watch
+from xtoken.trainer.student.writable import mend_settings
+from xtoken.trainer.watch import Watch
 
 T = TypeVar("T")
 

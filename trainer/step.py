@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from trainer.data.batches import StepBatch
-from trainer.data.micro import Micro
-from trainer.losses.base import Loss
-from trainer.objective import score
-from trainer.ranks import Ranks
+from xtoken.trainer.data.batches import StepBatch
+from xtoken.trainer.data.micro import Micro
+from xtoken.trainer.losses.base import Loss
+from xtoken.trainer.objective import score
+from xtoken.trainer.ranks import Ranks
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """How KD and CE become one objective (see ``schemas.train_config.TrainConfig.mix``)."""
+    """How KD and CE become one objective (see ``xtoken.schemas.train_config.TrainConfig.mix``)."""
 
     mode: str
     kd_weight: float

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from schemas.errors import XtokenError
+from xtoken.schemas.errors import XtokenError
 
 WINDOW = 50  # steps that the median is taken of
 LEAST = 20  # steps before a spike can be told from the noise of a beginning

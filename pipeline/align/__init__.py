@@ -3,21 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from schemas.config import AlignConfig
-    from schemas.manifest import TargetManifest
-    from schemas.progress import Progress
+    from xtoken.schemas.config import AlignConfig
+    from xtoken.schemas.manifest import TargetManifest
+    from xtoken.schemas.progress import Progress
 
 
 def align(config: "AlignConfig", progress: "Progress") -> "TargetManifest":
-    """See ``pipeline.align.run.align``; numba is imported here and not with the package."""
-    from pipeline.align.run import align as run
+    """See ``xtoken.pipeline.align.run.align``; numba is imported here and not with the package."""
+    from xtoken.pipeline.align.run import align as run
 
     return run(config, progress)
 
 
 def run_captures(config: "AlignConfig", progress: "Progress") -> "dict[str, Any]":
-    """See ``pipeline.align.several.run_captures``."""
-    from pipeline.align.several import run_captures as run
+    """See ``xtoken.pipeline.align.several.run_captures``."""
+    from xtoken.pipeline.align.several import run_captures as run
 
     return run(config, progress)
 

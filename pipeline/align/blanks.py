@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.align.chunks import Joined
-from pipeline.align.rows import Rows
-from pipeline.store.columns import flat, list_lengths
-from pipeline.tokens import TokenTable
+from xtoken.pipeline.align.chunks import Joined
+from xtoken.pipeline.align.rows import Rows
+from xtoken.pipeline.store.columns import flat, list_lengths
+from xtoken.pipeline.tokens import TokenTable
 
 _NONE = -1
 _LOST = 0.01  # more than that without a counterpart, and a row says too little of the student's tokens

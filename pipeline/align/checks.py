@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.align.chunks import Joined
-from pipeline.align.kernels_targets import masses
-from pipeline.align.queries import query
-from pipeline.align.rows import Recipe
-from pipeline.align.targets import Maps
-from pipeline.store.columns import flat, list_lengths
-from schemas.errors import VerificationError
+from xtoken.pipeline.align.chunks import Joined
+from xtoken.pipeline.align.kernels_targets import masses
+from xtoken.pipeline.align.queries import query
+from xtoken.pipeline.align.rows import Recipe
+from xtoken.pipeline.align.targets import Maps
+from xtoken.pipeline.store.columns import flat, list_lengths
+from xtoken.schemas.errors import VerificationError
 
 # What a chunk's (byte-prefix: a token's) entries add up to: its name, counts and log-probabilities, and REST.
 _MASSES = {

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.align.kernels import boundaries_batch
-from pipeline.tokens import Encoded
+from xtoken.pipeline.align.kernels import boundaries_batch
+from xtoken.pipeline.tokens import Encoded
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 import json
 from typing import Any
 
-from pipeline.capture.settings import read_record
-from pipeline.project.projection import Projection
-from pipeline.store import Folder
-from schemas.config import AlignConfig
-from schemas.errors import XtokenError
-from schemas.manifest import CaptureManifest, content_hash
+from xtoken.pipeline.capture.settings import read_record
+from xtoken.pipeline.project.projection import Projection
+from xtoken.pipeline.store import Folder
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import CaptureManifest, content_hash
 
 RUN_FILE = "align.json"
 

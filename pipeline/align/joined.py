@@ -9,13 +9,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.align.peek import peek
-from pipeline.align.queries import query
-from pipeline.store import StopRun
-from schemas.errors import Unreachable, XtokenError
-from schemas.manifest import CaptureManifest
-from schemas.progress import Progress
-from schemas.tables import CAPTURE
+from xtoken.pipeline.align.peek import peek
+from xtoken.pipeline.align.queries import query
+from xtoken.pipeline.store import StopRun
+from xtoken.schemas.errors import Unreachable, XtokenError
+from xtoken.schemas.manifest import CaptureManifest
+from xtoken.schemas.progress import Progress
+from xtoken.schemas.tables import CAPTURE
 
 CLASSES = ("in_all", "in_some", "in_one", "other_bytes")
 MOST_CAPTURES = 62  # a bit each of a signed 64-bit number

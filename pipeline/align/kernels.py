@@ -7,7 +7,7 @@ logarithms are natural.
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.compiled import compiled
+from xtoken.schemas.compiled import compiled
 
 
 @compiled

@@ -7,7 +7,7 @@ logarithms are natural. ``sql/project.sql`` and ``sql/pkl.sql`` say the same, wh
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.compiled import compiled
+from xtoken.schemas.compiled import compiled
 
 # Columns of the mass table of ``project_rows``.
 MASS_CLASSES = ("exact", "pieces", "moved", "lost", "rest")

@@ -7,7 +7,7 @@ natural. ``sql/`` says the same in plain SQL, which the tests compare with.
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.compiled import compiled
+from xtoken.schemas.compiled import compiled
 
 
 @compiled

@@ -7,7 +7,7 @@ natural. ``sql/`` says the same in plain SQL, which the tests compare with.
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.compiled import compiled
+from xtoken.schemas.compiled import compiled
 
 # Up to so many entries are merged and ordered without sorting, whose set-up costs more.
 _FEW = 128

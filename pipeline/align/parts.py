@@ -14,18 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.store.checks import CaptureCheck, refuse_other_columns
-from pipeline.store.codes import Codes, restore_ids
-from pipeline.store.files import Folder, StopRun
-from pipeline.store.left_out import LeftOut
-from pipeline.store.publish import data_name
-from pipeline.store.reader import ids_of_codes, local_part, records
-from pipeline.store.writer import ROW_GROUP
-from schemas.errors import VerificationError
-from schemas.limits import batches, group_chunks, open_parquet, reading
-from schemas.manifest import CaptureManifest, Part, read_manifest
-from schemas.pages import Chunk
-from schemas.remote import open_url
+from xtoken.pipeline.store.checks import CaptureCheck, refuse_other_columns
+from xtoken.pipeline.store.codes import Codes, restore_ids
+from xtoken.pipeline.store.files import Folder, StopRun
+from xtoken.pipeline.store.left_out import LeftOut
+from xtoken.pipeline.store.publish import data_name
+from xtoken.pipeline.store.reader import ids_of_codes, local_part, records
+from xtoken.pipeline.store.writer import ROW_GROUP
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.limits import batches, group_chunks, open_parquet, reading
+from xtoken.schemas.manifest import CaptureManifest, Part, read_manifest
+from xtoken.schemas.pages import Chunk
+from xtoken.schemas.remote import open_url
 
 # What an entry takes from its page to the target it becomes: two ids, gap, log-probability, probability, target and
 # the writer's copies of it; and what a loss adds.

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from pipeline.store import Folder, iter_parquet
-from pipeline.store.checks import CaptureCheck
-from pipeline.store.reader import local_part
-from schemas.manifest import CaptureManifest, Part
-from schemas.tables import CAPTURE
+from xtoken.pipeline.store import Folder, iter_parquet
+from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.reader import local_part
+from xtoken.schemas.manifest import CaptureManifest, Part
+from xtoken.schemas.tables import CAPTURE
 
 
 def peek(root: str, manifest: CaptureManifest, part: Part, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -18,7 +18,7 @@ def peek(root: str, manifest: CaptureManifest, part: Part, columns: Sequence[str
         root: folder or URL of a finished capture.
         manifest: its manifest.
         part: one of its parts.
-        columns: names of ``schemas.tables.CAPTURE``, none that holds codes.
+        columns: names of ``xtoken.schemas.tables.CAPTURE``, none that holds codes.
 
     Raises:
         XtokenError: the part cannot be read.

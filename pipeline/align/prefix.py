@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.align.blanks import Shifted
-from pipeline.align.chunks import Joined, chunks_per_sample
-from pipeline.align.kernels_prefix import boundary_rows, child_entries, longest_prefixes, prefix_entries
-from pipeline.align.kernels_targets import merged
-from pipeline.project.projection import ROLE, Projection
-from pipeline.store.columns import flat, list_lengths
-from pipeline.tokens import TokenTable
+from xtoken.pipeline.align.blanks import Shifted
+from xtoken.pipeline.align.chunks import Joined, chunks_per_sample
+from xtoken.pipeline.align.kernels_prefix import boundary_rows, child_entries, longest_prefixes, prefix_entries
+from xtoken.pipeline.align.kernels_targets import merged
+from xtoken.pipeline.project.projection import ROLE, Projection
+from xtoken.pipeline.store.columns import flat, list_lengths
+from xtoken.pipeline.tokens import TokenTable
 
 
 @dataclass(frozen=True)

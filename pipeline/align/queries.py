@@ -9,4 +9,4 @@ def query(name: str) -> str:
     ``check/*`` and ``joined`` run in the stage; the others say in plain SQL what the kernels compute and are what
     the tests compare them with (as joins they are several times slower).
     """
-    return files("pipeline.align").joinpath("sql", f"{name}.sql").read_text(encoding="utf-8")
+    return files("xtoken.pipeline.align").joinpath("sql", f"{name}.sql").read_text(encoding="utf-8")

@@ -2,15 +2,15 @@
 
 from itertools import islice
 
-from pipeline.align.peek import peek
-from pipeline.align.texts import CorpusTexts, refuse_without_text
-from pipeline.store import StopRun
-from pipeline.store.left_out import without_rows
-from pipeline.tokens import TokenTable
-from schemas.config import AlignConfig
-from schemas.errors import XtokenError
-from schemas.heads import refuse_narrow_head, stated_rows
-from schemas.manifest import CaptureManifest, TokenizerInfo
+from xtoken.pipeline.align.peek import peek
+from xtoken.pipeline.align.texts import CorpusTexts, refuse_without_text
+from xtoken.pipeline.store import StopRun
+from xtoken.pipeline.store.left_out import without_rows
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.heads import refuse_narrow_head, stated_rows
+from xtoken.schemas.manifest import CaptureManifest, TokenizerInfo
 
 # Losses that have no meaning without the mass not kept.
 _NEED_REST = ("h-kl", "gold", "uld", "byte-prefix")

@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.align.chunks import Joined
-from pipeline.align.kernels import row_figures
-from pipeline.align.kernels_rows import mean_rows, tempered
-from pipeline.store import decode_tau_rest
-from pipeline.store.columns import flat, list_lengths
-from pipeline.store.kernels import level_table, whole_rows
-from pipeline.store.unpack import row_columns, unpack
-from schemas.errors import VerificationError
-from schemas.manifest import CodecInfo
+from xtoken.pipeline.align.chunks import Joined
+from xtoken.pipeline.align.kernels import row_figures
+from xtoken.pipeline.align.kernels_rows import mean_rows, tempered
+from xtoken.pipeline.store import decode_tau_rest
+from xtoken.pipeline.store.columns import flat, list_lengths
+from xtoken.pipeline.store.kernels import level_table, whole_rows
+from xtoken.pipeline.store.unpack import row_columns, unpack
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.manifest import CodecInfo
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Recipe:
     """What is built of the rows.
 
     Attributes:
-        losses: names of ``schemas.tables.LOSSES``.
+        losses: names of ``xtoken.schemas.tables.LOSSES``.
         merge: how a chunk's rows become one: first | last | mean.
         tau: temperature of the targets.
         codec: how the capture stored its rows.

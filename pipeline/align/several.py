@@ -10,23 +10,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.align.claim import RUN_FILE
-from pipeline.align.joined import MOST_CAPTURES, compare, refuse_nothing_in_common
-from pipeline.align.refusals import refuse_losses, refuse_narrow_student
-from pipeline.align.run import align, written
-from pipeline.align.skipped import SKIPPED_FILE
-from pipeline.capture.executor import refuse_unshared
-from pipeline.capture.several import names_below
-from pipeline.store import DiskFull, Folder, iter_parquet
-from pipeline.store.columns import flat
-from pipeline.store.figures import target_figures
-from pipeline.tokens import load_tokenizer
-from schemas.config import AlignConfig
-from schemas.errors import IncompleteRun, PartlyDone, XtokenError
-from schemas.inside import refuse_inside
-from schemas.lacking import lacking_columns, lacking_note
-from schemas.manifest import CaptureManifest, TargetManifest, content_hash, part_name, read_manifest
-from schemas.progress import Progress
+from xtoken.pipeline.align.claim import RUN_FILE
+from xtoken.pipeline.align.joined import MOST_CAPTURES, compare, refuse_nothing_in_common
+from xtoken.pipeline.align.refusals import refuse_losses, refuse_narrow_student
+from xtoken.pipeline.align.run import align, written
+from xtoken.pipeline.align.skipped import SKIPPED_FILE
+from xtoken.pipeline.capture.executor import refuse_unshared
+from xtoken.pipeline.capture.several import names_below
+from xtoken.pipeline.store import DiskFull, Folder, iter_parquet
+from xtoken.pipeline.store.columns import flat
+from xtoken.pipeline.store.figures import target_figures
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.errors import IncompleteRun, PartlyDone, XtokenError
+from xtoken.schemas.inside import refuse_inside
+from xtoken.schemas.lacking import lacking_columns, lacking_note
+from xtoken.schemas.manifest import CaptureManifest, TargetManifest, content_hash, part_name, read_manifest
+from xtoken.schemas.progress import Progress
 
 _LOG = logging.getLogger("xtoken")
 JOIN_FILE = "join.json"

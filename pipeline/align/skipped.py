@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from pipeline.align.peek import peek
-from pipeline.store import Folder, iter_parquet
-from pipeline.store.reader import local_part
-from schemas.errors import XtokenError
-from schemas.manifest import CaptureManifest, Part
+from xtoken.pipeline.align.peek import peek
+from xtoken.pipeline.store import Folder, iter_parquet
+from xtoken.pipeline.store.reader import local_part
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import CaptureManifest, Part
 
 SKIPPED_FILE = "skipped.jsonl"
 _NAMED = 5

@@ -14,17 +14,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.align.blanks import Blanks, Shifted
-from pipeline.align.chunks import Joined, chunks_per_sample
-from pipeline.align.kernels import realised
-from pipeline.align.kernels_project import FATES, MASS_CLASSES, project_rows
-from pipeline.align.kernels_targets import split_targets
-from pipeline.align.prefix import PrefixMaps, prefix_columns
-from pipeline.align.rows import Recipe, RowBatch, Rows, merge_rows
-from pipeline.project.projection import TO_REST, Projection, Unreached
-from pipeline.store.columns import flat, list_lengths
-from pipeline.tokens import TokenTable
-from schemas.tables import target_columns, targets
+from xtoken.pipeline.align.blanks import Blanks, Shifted
+from xtoken.pipeline.align.chunks import Joined, chunks_per_sample
+from xtoken.pipeline.align.kernels import realised
+from xtoken.pipeline.align.kernels_project import FATES, MASS_CLASSES, project_rows
+from xtoken.pipeline.align.kernels_targets import split_targets
+from xtoken.pipeline.align.prefix import PrefixMaps, prefix_columns
+from xtoken.pipeline.align.rows import Recipe, RowBatch, Rows, merge_rows
+from xtoken.pipeline.project.projection import TO_REST, Projection, Unreached
+from xtoken.pipeline.store.columns import flat, list_lengths
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.tables import target_columns, targets
 
 _PPM = 1_000_000
 Values = dict[str, NDArray[Any]]
@@ -162,7 +162,7 @@ class _Source:
 def target_batch(
     batch: pa.RecordBatch, samples: Sequence[Joined], maps: Maps, recipe: Recipe
 ) -> tuple[pa.RecordBatch, Counter[str]]:
-    """Rows of ``schemas.tables.targets`` for these samples, and counts for ``Part.counts``.
+    """Rows of ``xtoken.schemas.tables.targets`` for these samples, and counts for ``Part.counts``.
 
     Counts: ``chunks`` with bytes or eos, ``chunks_1_1`` among them, ``chunks_with_row``, ``chunks_shifted``, which one
     side begins with a blank of its own; ``snapped`` samples of the student and ``teacher_snapped`` ones, ``ends_moved``

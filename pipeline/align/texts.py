@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from pipeline.capture.plan import SliceReader, load_plan
-from pipeline.corpus import Document
-from pipeline.store.files import Folder, StopRun
-from schemas.capture_config import CorpusConfig
-from schemas.errors import XtokenError
+from xtoken.pipeline.capture.plan import SliceReader, load_plan
+from xtoken.pipeline.corpus import Document
+from xtoken.pipeline.store.files import Folder, StopRun
+from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.errors import XtokenError
 
 
 class CorpusTexts:

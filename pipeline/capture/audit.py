@@ -20,23 +20,23 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from pipeline.capture.differences import differences
-from pipeline.capture.plan import load_plan
-from pipeline.capture.settings import codec_info, read_small, read_teacher
-from pipeline.capture.stages import Audit
-from pipeline.store import Folder, iter_parquet
-from pipeline.store.codes import restore_ids
-from pipeline.store.columns import list_lengths
-from pipeline.store.publish import AUDITS, read_commit
-from pipeline.store.reader import ids_of_codes, local_part, stored_columns
-from pipeline.store.unpack import row_columns
-from pipeline.teachers import open_teacher
-from pipeline.teachers.base import Teacher, TeacherRows
-from pipeline.tokens import TextTokenizer, TokenTable
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import MOST_AUDITS, AuditRecord, Part, TeacherInfo
-from schemas.remote import named_errors, patiently
+from xtoken.pipeline.capture.differences import differences
+from xtoken.pipeline.capture.plan import load_plan
+from xtoken.pipeline.capture.settings import codec_info, read_small, read_teacher
+from xtoken.pipeline.capture.stages import Audit
+from xtoken.pipeline.store import Folder, iter_parquet
+from xtoken.pipeline.store.codes import restore_ids
+from xtoken.pipeline.store.columns import list_lengths
+from xtoken.pipeline.store.publish import AUDITS, read_commit
+from xtoken.pipeline.store.reader import ids_of_codes, local_part, stored_columns
+from xtoken.pipeline.store.unpack import row_columns
+from xtoken.pipeline.teachers import open_teacher
+from xtoken.pipeline.teachers.base import Teacher, TeacherRows
+from xtoken.pipeline.tokens import TextTokenizer, TokenTable
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import MOST_AUDITS, AuditRecord, Part, TeacherInfo
+from xtoken.schemas.remote import named_errors, patiently
 
 _NAME = re.compile(r"part-\d{5,}\.json")
 _RECORD_BYTES = 1 << 16
@@ -202,7 +202,7 @@ def _float32_bytes(config: PrecomputeConfig) -> int:
     import torch
     import transformers
 
-    from pipeline.teachers import model_source
+    from xtoken.pipeline.teachers import model_source
 
     auto: Any = transformers.AutoModelForCausalLM
     try:

@@ -1,6 +1,6 @@
 """The board of a capture: what its driver shows on the terminal, in status.json and in the log.
 
-It sees every event of a run (see ``pipeline.capture.work``) and decides nothing.
+It sees every event of a run (see ``xtoken.pipeline.capture.work``) and decides nothing.
 """
 
 import contextlib
@@ -13,21 +13,21 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
-from pipeline.capture.crew import Crew
-from pipeline.capture.fleet import gpus_of_worker
-from pipeline.capture.notice import Notice
-from pipeline.capture.plan import Plan
-from pipeline.capture.rate import Rate
-from pipeline.capture.run_log import RunLog, log_path, utc_now
-from pipeline.capture.settings import read_teacher
-from pipeline.capture.work import Event
-from pipeline.corpus import Listing
-from pipeline.store import Folder
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError, last_words
-from schemas.manifest import Part, code_version
-from schemas.progress import Progress
-from schemas.status import RunStatus, suffixed
+from xtoken.pipeline.capture.crew import Crew
+from xtoken.pipeline.capture.fleet import gpus_of_worker
+from xtoken.pipeline.capture.notice import Notice
+from xtoken.pipeline.capture.plan import Plan
+from xtoken.pipeline.capture.rate import Rate
+from xtoken.pipeline.capture.run_log import RunLog, log_path, utc_now
+from xtoken.pipeline.capture.settings import read_teacher
+from xtoken.pipeline.capture.work import Event
+from xtoken.pipeline.corpus import Listing
+from xtoken.pipeline.store import Folder
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError, last_words
+from xtoken.schemas.manifest import Part, code_version
+from xtoken.schemas.progress import Progress
+from xtoken.schemas.status import RunStatus, suffixed
 
 _EVERY = 5.0  # seconds between two writings of the status
 _MINUTE, _LONG = 60.0, 600.0  # windows of the rate that is shown, and of the one that foretells the end

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from pipeline.capture.rate import Rate
-from pipeline.capture.run_log import utc_now
-from pipeline.capture.work import Event
-from schemas.status import WorkerStatus
+from xtoken.pipeline.capture.rate import Rate
+from xtoken.pipeline.capture.run_log import utc_now
+from xtoken.pipeline.capture.work import Event
+from xtoken.schemas.status import WorkerStatus
 
 _MINUTE = 60.0
 _ENDS = ("retired", "died", "lost", "released")

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.capture_config import PrecomputeConfig
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _DEV = Path("/dev")

@@ -11,19 +11,19 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.store.codec import Unpacked
-from pipeline.store.columns import flat
-from pipeline.store.unpack import unpack
-from pipeline.teachers.base import TeacherRows
-from pipeline.teachers.draws import join_draws
-from schemas.manifest import CodecInfo
+from xtoken.pipeline.store.codec import Unpacked
+from xtoken.pipeline.store.columns import flat
+from xtoken.pipeline.store.unpack import unpack
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.pipeline.teachers.draws import join_draws
+from xtoken.schemas.manifest import CodecInfo
 
 # Mass below this is float32 rounding of a sum of probabilities, not a distribution's tail.
 _MASS_NOISE = 1e-6
 
 
 def differences(stored: pa.RecordBatch, codec: CodecInfo, others: Sequence[TeacherRows]) -> dict[str, float]:
-    """The figures of ``schemas.manifest.AuditRecord``.
+    """The figures of ``xtoken.schemas.manifest.AuditRecord``.
 
     Args:
         stored: samples as readers see them (``topk_ids``, not codes); every one has rows.

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.capture.estimate import Pilot, take_pilot
-from pipeline.capture.fleet import Fleet, fleet_here, fleet_of_ray
-from pipeline.capture.plan import check_files, load_plan, settle_plan
-from pipeline.capture.precompute import refuse_places
-from pipeline.capture.run_log import log_path
-from pipeline.capture.settings import check_settings, run_settings
-from pipeline.capture.status import committed_indices, duration
-from pipeline.capture.worker import open_tokenizer
-from pipeline.store import Folder
-from pipeline.store.figures import bos_figure
-from pipeline.teachers import check_backend
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import EstimateConfig, PrecomputeConfig
-from schemas.progress import Progress
+from xtoken.pipeline.capture.estimate import Pilot, take_pilot
+from xtoken.pipeline.capture.fleet import Fleet, fleet_here, fleet_of_ray
+from xtoken.pipeline.capture.plan import check_files, load_plan, settle_plan
+from xtoken.pipeline.capture.precompute import refuse_places
+from xtoken.pipeline.capture.run_log import log_path
+from xtoken.pipeline.capture.settings import check_settings, run_settings
+from xtoken.pipeline.capture.status import committed_indices, duration
+from xtoken.pipeline.capture.worker import open_tokenizer
+from xtoken.pipeline.store import Folder
+from xtoken.pipeline.store.figures import bos_figure
+from xtoken.pipeline.teachers import check_backend
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import EstimateConfig, PrecomputeConfig
+from xtoken.schemas.progress import Progress
 
 _PILOT_TOKENS: int = EstimateConfig.model_fields["pilot_tokens"].default
 
@@ -83,7 +83,7 @@ def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
 
 def _pilot(config: PrecomputeConfig, fleet: Fleet | None, progress: Progress) -> Pilot:
     if fleet is not None and fleet.gpus and config.ray != "local":
-        from pipeline.capture.ray_pilot import take_pilot_on_ray
+        from xtoken.pipeline.capture.ray_pilot import take_pilot_on_ray
 
         return take_pilot_on_ray(config, _PILOT_TOKENS, fleet.gpus, progress)
     with tempfile.TemporaryDirectory(prefix="xtoken-dry-run-") as scratch:

@@ -18,28 +18,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.capture.devices import engines_per_gpu
-from pipeline.capture.fleet import fleet_here
-from pipeline.capture.plan import Plan
-from pipeline.capture.pool import POOL, Pool, Ratio, evenly, ratio, take_pool
-from pipeline.capture.precompute import write_vocab
-from pipeline.capture.rendered import Look
-from pipeline.capture.settings import codec_info
-from pipeline.capture.worker import CaptureWorker, check_teacher, open_tokenizer, sample_batches
-from pipeline.corpus import Window, windows
-from pipeline.store import NO_REST, Folder, Sample, list_column, write_parquet
-from pipeline.store.codes import Codes, codes_by_use
-from pipeline.store.inspect import column_bytes
-from pipeline.store.reader import MERGES_FILE, VOCAB_FILE, iter_parquet
-from pipeline.store.writer import ROW_GROUP
-from pipeline.teachers import check_backend, open_teacher
-from pipeline.teachers.base import entries_asked
-from pipeline.tokens import TextTokenizer
-from schemas.capture_config import EstimateConfig, PrecomputeConfig, RowsConfig
-from schemas.errors import XtokenError
-from schemas.manifest import CaptureManifest, CodecInfo, CorpusInfo, read_manifest
-from schemas.progress import Progress
-from schemas.tables import capture
+from xtoken.pipeline.capture.devices import engines_per_gpu
+from xtoken.pipeline.capture.fleet import fleet_here
+from xtoken.pipeline.capture.plan import Plan
+from xtoken.pipeline.capture.pool import POOL, Pool, Ratio, evenly, ratio, take_pool
+from xtoken.pipeline.capture.precompute import write_vocab
+from xtoken.pipeline.capture.rendered import Look
+from xtoken.pipeline.capture.settings import codec_info
+from xtoken.pipeline.capture.worker import CaptureWorker, check_teacher, open_tokenizer, sample_batches
+from xtoken.pipeline.corpus import Window, windows
+from xtoken.pipeline.store import NO_REST, Folder, Sample, list_column, write_parquet
+from xtoken.pipeline.store.codes import Codes, codes_by_use
+from xtoken.pipeline.store.inspect import column_bytes
+from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, iter_parquet
+from xtoken.pipeline.store.writer import ROW_GROUP
+from xtoken.pipeline.teachers import check_backend, open_teacher
+from xtoken.pipeline.teachers.base import entries_asked
+from xtoken.pipeline.tokens import TextTokenizer
+from xtoken.schemas.capture_config import EstimateConfig, PrecomputeConfig, RowsConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import CaptureManifest, CodecInfo, CorpusInfo, read_manifest
+from xtoken.schemas.progress import Progress
+from xtoken.schemas.tables import capture
 
 # Columns that no teacher is needed for: measured on all the text that was tokenized.
 _TEXT_COLUMNS = ("sample_id", "text", "teacher_ids", "teacher_end")

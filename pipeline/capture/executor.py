@@ -16,11 +16,11 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import Any, NoReturn
 
-from pipeline.capture.leases import Leases
-from pipeline.capture.openings import Openings
-from pipeline.capture.work import Job, Lease, News, Watch, portable
-from pipeline.store.files import Folder
-from schemas.errors import XtokenError
+from xtoken.pipeline.capture.leases import Leases
+from xtoken.pipeline.capture.openings import Openings
+from xtoken.pipeline.capture.work import Job, Lease, News, Watch, portable
+from xtoken.pipeline.store.files import Folder
+from xtoken.schemas.errors import XtokenError
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 5.0

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from pipeline.capture.devices import visible_gpus
-from schemas.capture_config import PrecomputeConfig
+from xtoken.pipeline.capture.devices import visible_gpus
+from xtoken.schemas.capture_config import PrecomputeConfig
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def fleet_of_ray(config: PrecomputeConfig) -> Fleet:
     Raises:
         XtokenError: no Ray, no cluster, or no machine of it has the GPUs of one worker.
     """
-    from pipeline.capture.ray_nodes import alive, joined, share_of
+    from xtoken.pipeline.capture.ray_nodes import alive, joined, share_of
 
     assert config.ray is not None
     with joined(config.ray, config.workers or 1):

@@ -10,9 +10,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from pipeline.capture.work import Event, Lease, News
-from pipeline.store.files import StopRun
-from schemas.errors import Unreachable
+from xtoken.pipeline.capture.work import Event, Lease, News
+from xtoken.pipeline.store.files import StopRun
+from xtoken.schemas.errors import Unreachable
 
 ATTEMPTS = 3
 _LOSSES = 10  # machines that a shard may take down with it before it is suspect itself

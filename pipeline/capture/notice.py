@@ -7,8 +7,8 @@ skipped, and the next one says more anyway.
 import contextlib
 import threading
 
-from pipeline.store import Folder
-from schemas.errors import XtokenError
+from xtoken.pipeline.store import Folder
+from xtoken.schemas.errors import XtokenError
 
 _PATIENCE = 10.0  # seconds that the end of a run waits for storage
 

@@ -8,9 +8,9 @@ left to work with, and at once over what would befall every worker (``StopRun``)
 from collections import Counter
 from collections.abc import Iterable
 
-from pipeline.capture.leases import ATTEMPTS
-from pipeline.store.files import StopRun
-from schemas.errors import Unreachable, XtokenError
+from xtoken.pipeline.capture.leases import ATTEMPTS
+from xtoken.pipeline.store.files import StopRun
+from xtoken.schemas.errors import Unreachable, XtokenError
 
 
 class Openings:

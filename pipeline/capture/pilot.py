@@ -7,13 +7,13 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.capture.plan import Plan, SliceReader
-from pipeline.capture.rendered import Look
-from pipeline.corpus import Document
-from pipeline.store.codes import Codes, codes_by_use
-from pipeline.tokens import TextTokenizer
-from schemas.capture_config import CorpusConfig
-from schemas.errors import XtokenError
+from xtoken.pipeline.capture.plan import Plan, SliceReader
+from xtoken.pipeline.capture.rendered import Look
+from xtoken.pipeline.corpus import Document
+from xtoken.pipeline.store.codes import Codes, codes_by_use
+from xtoken.pipeline.tokens import TextTokenizer
+from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.errors import XtokenError
 
 _SHARDS = 16
 _SHARD_BYTES = 1 << 18

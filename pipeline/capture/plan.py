@@ -13,14 +13,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.capture.rendered import Look
-from pipeline.capture.settings import another_run
-from pipeline.corpus import Corpus, Document, Listing
-from pipeline.store import Folder, StopRun
-from schemas.capture_config import CorpusConfig
-from schemas.errors import Unreachable, VerificationError, XtokenError
-from schemas.manifest import CorpusInfo, digest
-from schemas.progress import Progress
+from xtoken.pipeline.capture.rendered import Look
+from xtoken.pipeline.capture.settings import another_run
+from xtoken.pipeline.corpus import Corpus, Document, Listing
+from xtoken.pipeline.store import Folder, StopRun
+from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.errors import Unreachable, VerificationError, XtokenError
+from xtoken.schemas.manifest import CorpusInfo, digest
+from xtoken.schemas.progress import Progress
 
 PLAN_FILE = "plan.json"
 # What decides which documents there are, in which order and under which ids.

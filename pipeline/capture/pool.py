@@ -7,11 +7,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipeline.capture.rendered import Look
-from pipeline.corpus import Corpus, Document, Listing
-from schemas.capture_config import CorpusConfig
-from schemas.errors import XtokenError
-from schemas.progress import Progress
+from xtoken.pipeline.capture.rendered import Look
+from xtoken.pipeline.corpus import Corpus, Document, Listing
+from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Progress
 
 # Text of one piece in bytes (some 8,000 tokens), and of all pieces together at least.
 PIECE, POOL = 1 << 15, 1 << 21

@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.capture.audit import accepted_audits
-from pipeline.capture.board import Board
-from pipeline.capture.executor import LocalExecutor, refuse_unshared
-from pipeline.capture.pilot import corpus_codes, look_at_some
-from pipeline.capture.plan import PLAN_FILE, Plan, check_files, settle_plan
-from pipeline.capture.rendered import Look
-from pipeline.capture.settings import (
+from xtoken.pipeline.capture.audit import accepted_audits
+from xtoken.pipeline.capture.board import Board
+from xtoken.pipeline.capture.executor import LocalExecutor, refuse_unshared
+from xtoken.pipeline.capture.pilot import corpus_codes, look_at_some
+from xtoken.pipeline.capture.plan import PLAN_FILE, Plan, check_files, settle_plan
+from xtoken.pipeline.capture.rendered import Look
+from xtoken.pipeline.capture.settings import (
     RUN_FILE,
     TEACHER_FILE,
     codec_info,
@@ -26,24 +26,24 @@ from pipeline.capture.settings import (
     run_settings,
     settle_settings,
 )
-from pipeline.capture.work import Executor, Job
-from pipeline.capture.worker import CaptureJob, open_tokenizer
-from pipeline.store import Folder, clean, committed, data_name, read_table
-from pipeline.store.codes import Codes, with_codes
-from pipeline.store.figures import bos_figure
-from pipeline.store.reader import MERGES_FILE, VOCAB_FILE
-from pipeline.store.seal import SUMS_FILE, seal
-from pipeline.teachers import check_backend
-from pipeline.teachers.base import entries_asked
-from pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError, last_words
-from schemas.heads import refuse_narrow_head, stated_rows
-from schemas.inside import refuse_inside
-from schemas.manifest import MANIFEST, ONE_DEVICE, CaptureManifest, Part, provenance, read_manifest
-from schemas.progress import Progress
-from schemas.remote import patiently
-from schemas.tables import SCHEMA_VERSIONS
+from xtoken.pipeline.capture.work import Executor, Job
+from xtoken.pipeline.capture.worker import CaptureJob, open_tokenizer
+from xtoken.pipeline.store import Folder, clean, committed, data_name, read_table
+from xtoken.pipeline.store.codes import Codes, with_codes
+from xtoken.pipeline.store.figures import bos_figure
+from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE
+from xtoken.pipeline.store.seal import SUMS_FILE, seal
+from xtoken.pipeline.teachers import check_backend
+from xtoken.pipeline.teachers.base import entries_asked
+from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError, last_words
+from xtoken.schemas.heads import refuse_narrow_head, stated_rows
+from xtoken.schemas.inside import refuse_inside
+from xtoken.schemas.manifest import MANIFEST, ONE_DEVICE, CaptureManifest, Part, provenance, read_manifest
+from xtoken.schemas.progress import Progress
+from xtoken.schemas.remote import patiently
+from xtoken.schemas.tables import SCHEMA_VERSIONS
 
 _NAMED = 5
 _OWN = ("data", "commits")  # folders below --out
@@ -143,7 +143,7 @@ def _settle(
 def _executor(config: PrecomputeConfig) -> Executor:
     if config.ray is None:
         return LocalExecutor(config.workers or 1, config.lease_seconds)
-    from pipeline.capture.ray_executor import RayExecutor
+    from xtoken.pipeline.capture.ray_executor import RayExecutor
 
     gpus, parallel = config.gpus_per_worker, config.tensor_parallel
     device = "cpu" if config.backend == "fake" else config.device

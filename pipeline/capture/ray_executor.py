@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.capture.executor import Terminated, sigterm_unwinds
-from pipeline.capture.leases import Leases
-from pipeline.capture.openings import Openings
-from pipeline.capture.ray_metrics import RayMetrics
-from pipeline.capture.ray_nodes import Share, alive, import_ray, joined, share_of
-from pipeline.capture.ray_worker import RayWorker, Report
-from pipeline.capture.work import Event, Job, News, Watch
-from schemas.errors import XtokenError
-from schemas.manifest import code_version
+from xtoken.pipeline.capture.executor import Terminated, sigterm_unwinds
+from xtoken.pipeline.capture.leases import Leases
+from xtoken.pipeline.capture.openings import Openings
+from xtoken.pipeline.capture.ray_metrics import RayMetrics
+from xtoken.pipeline.capture.ray_nodes import Share, alive, import_ray, joined, share_of
+from xtoken.pipeline.capture.ray_worker import RayWorker, Report
+from xtoken.pipeline.capture.work import Event, Job, News, Watch
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import code_version
 
 _TICK_SECONDS = 1.0
 _GATHER_SECONDS = 0.02  # what comes in together is handled together, which bounds what a round costs

@@ -6,7 +6,7 @@ Every node of a cluster serves the metrics of its own processes; these come from
 
 from collections import Counter
 
-from pipeline.capture.work import Event
+from xtoken.pipeline.capture.work import Event
 
 _FAILURES = ("failed", "died", "lost", "overdue", "outage")
 _ENDINGS = ("retired", "died", "lost", "released")
@@ -41,7 +41,7 @@ class RayMetrics:
         self._state: dict[int, str] = {}
 
     def see(self, event: Event) -> None:
-        """See ``pipeline.capture.work.Watch``."""
+        """See ``xtoken.pipeline.capture.work.Watch``."""
         outcome = _OUTCOMES.get(event.kind)
         if outcome is not None:
             self._shards.inc(1, {"outcome": outcome})
@@ -57,7 +57,7 @@ class RayMetrics:
             self._state.pop(event.worker, None)
 
     def tick(self) -> None:
-        """See ``pipeline.capture.work.Watch``; states are told here, so that a rush of events costs nothing."""
+        """See ``xtoken.pipeline.capture.work.Watch``; states are told here, so that a rush of events costs nothing."""
         self._shards_left.set(self._left)
         count = Counter(self._state.values())
         for state in _STATES:

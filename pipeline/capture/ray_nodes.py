@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from schemas.errors import XtokenError
+from xtoken.schemas.errors import XtokenError
 
 _CONNECT_SECONDS = 10.0
 

@@ -3,13 +3,13 @@
 import os
 import tempfile
 
-from pipeline.capture.estimate import Pilot, take_pilot
-from pipeline.capture.ray_nodes import import_ray, joined
-from pipeline.capture.ray_worker import check_version
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.manifest import code_version
-from schemas.progress import Progress, Silent
+from xtoken.pipeline.capture.estimate import Pilot, take_pilot
+from xtoken.pipeline.capture.ray_nodes import import_ray, joined
+from xtoken.pipeline.capture.ray_worker import check_version
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import code_version
+from xtoken.schemas.progress import Progress, Silent
 
 
 def take_pilot_on_ray(config: PrecomputeConfig, tokens: int, gpus: float, progress: Progress) -> Pilot:

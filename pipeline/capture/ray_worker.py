@@ -13,11 +13,11 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.capture.executor import die_with_parent
-from pipeline.capture.work import Job, Lease, News, Worker, portable
-from schemas.errors import XtokenError
-from schemas.home import settle_home
-from schemas.manifest import code_version
+from xtoken.pipeline.capture.executor import die_with_parent
+from xtoken.pipeline.capture.work import Job, Lease, News, Worker, portable
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.home import settle_home
+from xtoken.schemas.manifest import code_version
 
 _HANDSHAKE_SECONDS = 5.0
 
@@ -48,7 +48,7 @@ class Mailbox:
         self._end: str | None = None
 
     def say(self, news: News) -> None:
-        """See ``pipeline.capture.work.Say``.
+        """See ``xtoken.pipeline.capture.work.Say``.
 
         Work on a shard begins only once the driver knows of it (or keeps silent for long): should this process die of
         the shard, the shard must not come back as if untouched.

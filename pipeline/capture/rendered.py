@@ -5,10 +5,10 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
-from pipeline.corpus import Document
-from pipeline.tokens import TextTokenizer
-from schemas.capture_config import RowsConfig
-from schemas.errors import XtokenError
+from xtoken.pipeline.corpus import Document
+from xtoken.pipeline.tokens import TextTokenizer
+from xtoken.schemas.capture_config import RowsConfig
+from xtoken.schemas.errors import XtokenError
 
 # How nearly all control tokens are written: in brackets, by first characters.
 _USUAL = {"<": r"[^<>\s]{1,64}>", "[": r"[^\[\]\s]{1,64}\]"}

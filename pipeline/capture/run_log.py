@@ -7,10 +7,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from pipeline.store import Folder
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.status import suffixed
+from xtoken.pipeline.store import Folder
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.status import suffixed
 
 
 def utc_now() -> datetime:

@@ -6,14 +6,14 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipeline.store import STEP, Folder
-from pipeline.teachers.base import shows_bos
-from pipeline.tokens import TokenTable
-from schemas.capture_config import PrecomputeConfig, RowsConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import MANIFEST, CodecInfo, EngineSettings, TeacherInfo, digest
-from schemas.remote import open_url
-from schemas.tables import PARTS_SINCE
+from xtoken.pipeline.store import STEP, Folder
+from xtoken.pipeline.teachers.base import shows_bos
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.capture_config import PrecomputeConfig, RowsConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import MANIFEST, CodecInfo, EngineSettings, TeacherInfo, digest
+from xtoken.schemas.remote import open_url
+from xtoken.schemas.tables import PARTS_SINCE
 
 RUN_FILE = "run.json"
 TEACHER_FILE = "teacher.json"

@@ -12,18 +12,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from pipeline.capture.board import run_figures
-from pipeline.capture.dry_run import dry_run
-from pipeline.capture.plan import PLAN_FILE, load_plan
-from pipeline.capture.precompute import precompute
-from pipeline.capture.status import read_status
-from pipeline.corpus import Corpus
-from pipeline.store import Folder, StopRun
-from pipeline.store.figures import capture_figures
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import PartlyDone, XtokenError
-from schemas.progress import Progress
-from schemas.status import RunStatus
+from xtoken.pipeline.capture.board import run_figures
+from xtoken.pipeline.capture.dry_run import dry_run
+from xtoken.pipeline.capture.plan import PLAN_FILE, load_plan
+from xtoken.pipeline.capture.precompute import precompute
+from xtoken.pipeline.capture.status import read_status
+from xtoken.pipeline.corpus import Corpus
+from xtoken.pipeline.store import Folder, StopRun
+from xtoken.pipeline.store.figures import capture_figures
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import PartlyDone, XtokenError
+from xtoken.schemas.progress import Progress
+from xtoken.schemas.status import RunStatus
 
 R = TypeVar("R")
 # Of a teacher's figures, those that a table of teachers shows.

@@ -17,11 +17,11 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.capture.work import Lease, News, Say, portable
-from pipeline.corpus import Window
-from pipeline.store import Sample
-from pipeline.teachers.base import EngineLost, Teacher, TeacherRows
-from schemas.manifest import Part
+from xtoken.pipeline.capture.work import Lease, News, Say, portable
+from xtoken.pipeline.corpus import Window
+from xtoken.pipeline.store import Sample
+from xtoken.pipeline.teachers.base import EngineLost, Teacher, TeacherRows
+from xtoken.schemas.manifest import Part
 
 Audit = Callable[[int], None]
 """Looks at a committed shard by other means; called while the engine rests."""
@@ -105,7 +105,7 @@ class Stages:
         self._say: Say = _nobody
 
     def serve(self, leases: Iterator[Lease], say: Say) -> None:
-        """See ``pipeline.capture.work.Worker``; the engine is used by the calling thread only."""
+        """See ``xtoken.pipeline.capture.work.Worker``; the engine is used by the calling thread only."""
         self._say = say
         threading.Thread(target=self._read_ahead, args=(leases,), name="xtoken-reader", daemon=True).start()
         publisher = threading.Thread(target=self._publish_all, name="xtoken-publisher", daemon=True)

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.capture.plan import PLAN_FILE, Plan, load_plan
-from pipeline.capture.settings import RUN_FILE
-from pipeline.store import Folder
-from pipeline.store.publish import COMMITS, read_commit
-from schemas.errors import XtokenError
-from schemas.manifest import MANIFEST, CaptureManifest, read_manifest
-from schemas.remote import in_parallel
-from schemas.status import LIVE, RunStatus, is_status, parse_status, suffixed
+from xtoken.pipeline.capture.plan import PLAN_FILE, Plan, load_plan
+from xtoken.pipeline.capture.settings import RUN_FILE
+from xtoken.pipeline.store import Folder
+from xtoken.pipeline.store.publish import COMMITS, read_commit
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import MANIFEST, CaptureManifest, read_manifest
+from xtoken.schemas.remote import in_parallel
+from xtoken.schemas.status import LIVE, RunStatus, is_status, parse_status, suffixed
 
 _SILENT = 30.0  # seconds without a word after which a driver is doubted; it writes every 5
 _RECORD = re.compile(r"part-(\d{5,9})\.json")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
 
-from schemas.errors import XtokenError
-from schemas.manifest import Part
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import Part
 
 Tell = Callable[[int], None]
 """Called in the middle of a shard with how much of it is done, in the shard's own unit."""

@@ -14,28 +14,28 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.capture.audit import open_audit
-from pipeline.capture.devices import engines_per_gpu, pin_gpus
-from pipeline.capture.plan import Plan, SliceReader, load_plan
-from pipeline.capture.settings import codec_info, sees_bos, settle_teacher
-from pipeline.capture.stages import Audit, Prepared, Stages, text_bytes
-from pipeline.capture.work import Lease, Say, Tell, tell_nobody
-from pipeline.corpus import Window, all_windows
-from pipeline.store import Folder, Packed, Sample, capture_batch, encode, publish_part, write_parquet
-from pipeline.store.checks import CaptureCheck
-from pipeline.store.codes import Codes, read_codes
-from pipeline.store.publish import read_commit
-from pipeline.store.reader import VOCAB_FILE, read_table
-from pipeline.store.sampled import PackedDraws, encode_draws
-from pipeline.store.writer import ROW_GROUP, group_rows
-from pipeline.teachers import open_teacher
-from pipeline.teachers.base import Teacher, TeacherRows, entries_asked
-from pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.manifest import Part, TeacherInfo
-from schemas.remote import patiently
-from schemas.tables import capture
+from xtoken.pipeline.capture.audit import open_audit
+from xtoken.pipeline.capture.devices import engines_per_gpu, pin_gpus
+from xtoken.pipeline.capture.plan import Plan, SliceReader, load_plan
+from xtoken.pipeline.capture.settings import codec_info, sees_bos, settle_teacher
+from xtoken.pipeline.capture.stages import Audit, Prepared, Stages, text_bytes
+from xtoken.pipeline.capture.work import Lease, Say, Tell, tell_nobody
+from xtoken.pipeline.corpus import Window, all_windows
+from xtoken.pipeline.store import Folder, Packed, Sample, capture_batch, encode, publish_part, write_parquet
+from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.codes import Codes, read_codes
+from xtoken.pipeline.store.publish import read_commit
+from xtoken.pipeline.store.reader import VOCAB_FILE, read_table
+from xtoken.pipeline.store.sampled import PackedDraws, encode_draws
+from xtoken.pipeline.store.writer import ROW_GROUP, group_rows
+from xtoken.pipeline.teachers import open_teacher
+from xtoken.pipeline.teachers.base import Teacher, TeacherRows, entries_asked
+from xtoken.pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import Part, TeacherInfo
+from xtoken.schemas.remote import patiently
+from xtoken.schemas.tables import capture
 
 _NO_GAPS = np.zeros(0, np.uint16)
 _NO_ROWS: dict[str, Packed | PackedDraws] = {
@@ -118,7 +118,7 @@ def check_teacher(config: PrecomputeConfig, info: TeacherInfo) -> None:
 
 
 class CaptureWorker:
-    """See ``pipeline.capture.work.Worker``; the steps of ``Stages`` are its methods."""
+    """See ``xtoken.pipeline.capture.work.Worker``; the steps of ``Stages`` are its methods."""
 
     def __init__(
         self,

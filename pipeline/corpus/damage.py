@@ -3,7 +3,7 @@
 import gzip
 from typing import IO
 
-from pipeline.corpus.readers import BOM, FileProblem, Problem
+from xtoken.pipeline.corpus.readers import BOM, FileProblem, Problem
 
 _HEAD = 128
 _FETCH = "fetch or write the file again"

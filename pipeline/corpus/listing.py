@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from pipeline.corpus.readers import Reader
-from pipeline.corpus.splits import left_out
-from schemas.errors import XtokenError
-from schemas.remote import named_errors
+from xtoken.pipeline.corpus.readers import Reader
+from xtoken.pipeline.corpus.splits import left_out
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.remote import named_errors
 
 # suffix -> (module, reader)
 FORMATS = {
-    ".jsonl": ("pipeline.corpus.readers", "read_jsonl"),
-    ".jsonl.gz": ("pipeline.corpus.readers", "read_jsonl_gz"),
-    ".jsonl.zst": ("pipeline.corpus.readers", "read_jsonl_zst"),
-    ".txt": ("pipeline.corpus.readers", "read_text"),
-    ".md": ("pipeline.corpus.readers", "read_text"),
-    ".parquet": ("pipeline.corpus.tables", "read_parquet"),
-    ".arrow": ("pipeline.corpus.tables", "read_arrow"),
+    ".jsonl": ("xtoken.pipeline.corpus.readers", "read_jsonl"),
+    ".jsonl.gz": ("xtoken.pipeline.corpus.readers", "read_jsonl_gz"),
+    ".jsonl.zst": ("xtoken.pipeline.corpus.readers", "read_jsonl_zst"),
+    ".txt": ("xtoken.pipeline.corpus.readers", "read_text"),
+    ".md": ("xtoken.pipeline.corpus.readers", "read_text"),
+    ".parquet": ("xtoken.pipeline.corpus.tables", "read_parquet"),
+    ".arrow": ("xtoken.pipeline.corpus.tables", "read_arrow"),
 }
 _DATASET, _SPLITS = "state.json", "dataset_dict.json"
 

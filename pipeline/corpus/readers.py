@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from pipeline.corpus.chat import CHAT_WAY_OUT, chat_columns, is_conversation
+from xtoken.pipeline.corpus.chat import CHAT_WAY_OUT, chat_columns, is_conversation
 
 BOM = b"\xef\xbb\xbf"
 # Packed bytes at a time: small, since their contents are held at once.

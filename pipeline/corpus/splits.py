@@ -8,8 +8,8 @@ import posixpath
 import re
 from collections.abc import Sequence
 
-from schemas.capture_config import ALL, ONLY, TRAIN, split_named
-from schemas.errors import XtokenError
+from xtoken.schemas.capture_config import ALL, ONLY, TRAIN, split_named
+from xtoken.schemas.errors import XtokenError
 
 _TEXT = (".txt", ".md")
 _SEPARATORS = re.compile(r"[-._ 0-9]+")

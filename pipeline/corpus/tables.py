@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.chat import has_message_keys
-from pipeline.corpus.damage import check_head
-from pipeline.corpus.readers import Fields, FileProblem, Problem, Row, make_row, missing_field, no_text
+from xtoken.pipeline.corpus.chat import has_message_keys
+from xtoken.pipeline.corpus.damage import check_head
+from xtoken.pipeline.corpus.readers import Fields, FileProblem, Problem, Row, make_row, missing_field, no_text
 
 _BATCH_ROWS = 256
 _ARROW_FILE = b"ARROW1"  # what Arrow's file format begins with; a stream begins with a length

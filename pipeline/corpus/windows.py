@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.corpus.corpus import Document
-from pipeline.tokens import Encoded, TextTokenizer
-from schemas.errors import XtokenError
+from xtoken.pipeline.corpus.corpus import Document
+from xtoken.pipeline.tokens import Encoded, TextTokenizer
+from xtoken.schemas.errors import XtokenError
 
 # Characters tokenized at a time to find out where windows may end: bounds memory on long documents.
 _SLAB = 1 << 17

@@ -12,15 +12,15 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from pipeline.store.columns import flat, list_lengths
-from pipeline.store.files import Folder
-from pipeline.store.publish import data_name
-from pipeline.store.reader import iter_capture, iter_parquet, local_part, records
-from schemas.errors import VerificationError, XtokenError
-from schemas.limits import batches, open_parquet, reading
-from schemas.manifest import CaptureManifest, Part
-from schemas.pages import Compact
-from schemas.remote import in_parallel, open_url, read_tail
+from xtoken.pipeline.store.columns import flat, list_lengths
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import data_name
+from xtoken.pipeline.store.reader import iter_capture, iter_parquet, local_part, records
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.limits import batches, open_parquet, reading
+from xtoken.schemas.manifest import CaptureManifest, Part
+from xtoken.schemas.pages import Compact
+from xtoken.schemas.remote import in_parallel, open_url, read_tail
 
 WORST = "worst"
 _NEAR = 5

@@ -14,7 +14,7 @@ _ESCAPED |= {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), *range(0x20
 
 def asset(name: str) -> str:
     """Text of a style sheet or script of this package."""
-    return files("pipeline.page").joinpath(name).read_text(encoding="utf-8")
+    return files("xtoken.pipeline.page").joinpath(name).read_text(encoding="utf-8")
 
 
 def document(title: str, body: str, style: str, *, script: str = "", data: Any = None) -> str:

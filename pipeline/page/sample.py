@@ -5,23 +5,23 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.page.find import WORST, find, find_worst, read_sample
-from pipeline.page.visible import Piece, visible
-from pipeline.store.checks import CaptureCheck
-from pipeline.store.codec import Unpacked
-from pipeline.store.codes import restore_ids
-from pipeline.store.files import Folder
-from pipeline.store.left_out import LeftOut, without_rows
-from pipeline.store.reader import ids_of_codes, load_vocab, read_side_table
-from pipeline.store.unpack import row_columns, unpack
-from pipeline.store.verify import TargetCheck
-from schemas.config import InspectConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import CaptureManifest, TargetManifest, content_hash, read_any_manifest, read_manifest
-from schemas.tables import VOCAB, target_columns
+from xtoken.pipeline.page.find import WORST, find, find_worst, read_sample
+from xtoken.pipeline.page.visible import Piece, visible
+from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.codec import Unpacked
+from xtoken.pipeline.store.codes import restore_ids
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.left_out import LeftOut, without_rows
+from xtoken.pipeline.store.reader import ids_of_codes, load_vocab, read_side_table
+from xtoken.pipeline.store.unpack import row_columns, unpack
+from xtoken.pipeline.store.verify import TargetCheck
+from xtoken.schemas.config import InspectConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import CaptureManifest, TargetManifest, content_hash, read_any_manifest, read_manifest
+from xtoken.schemas.tables import VOCAB, target_columns
 
 if TYPE_CHECKING:
-    from pipeline.project.projection import Projection
+    from xtoken.pipeline.project.projection import Projection
 
 STUDENT_VOCAB_FILE = "student_vocab.parquet"
 
@@ -44,7 +44,7 @@ class Targets:
     """A sample's targets.
 
     Attributes:
-        row: columns of ``schemas.tables.targets``.
+        row: columns of ``xtoken.schemas.tables.targets``.
         projection: the W they were built with; None where no loss needs it.
     """
 
@@ -59,7 +59,7 @@ class Sample:
     """A sample to draw.
 
     Attributes:
-        row: columns of ``schemas.tables.capture`` but those of the rows.
+        row: columns of ``xtoken.schemas.tables.capture`` but those of the rows.
         rows: the teacher's, decoded; None where a subset left them out.
         targets: None of a capture alone.
     """
@@ -131,7 +131,7 @@ def _targets(root: str, manifest: TargetManifest, batch: pa.RecordBatch, teacher
     _check_ids(row, manifest)
     projection = None
     if "p-kl" in manifest.losses:
-        from pipeline.project.files import read_tables
+        from xtoken.pipeline.project.files import read_tables
 
         projection = read_tables(root, manifest.files, manifest.student, manifest.teacher_tokenizer)
     return Targets(manifest, row, _student(root, manifest), projection)

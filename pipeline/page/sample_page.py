@@ -4,13 +4,13 @@ import math
 import re
 from typing import Any
 
-from pipeline.page.data import sample_data
-from pipeline.page.frame import asset, document, escaped, facts, short
-from pipeline.page.sample import Sample, load_sample
-from pipeline.page.visible import plain, visible
-from pipeline.store.files import Folder
-from schemas.config import InspectConfig
-from schemas.errors import XtokenError
+from xtoken.pipeline.page.data import sample_data
+from xtoken.pipeline.page.frame import asset, document, escaped, facts, short
+from xtoken.pipeline.page.sample import Sample, load_sample
+from xtoken.pipeline.page.visible import plain, visible
+from xtoken.pipeline.store.files import Folder
+from xtoken.schemas.config import InspectConfig
+from xtoken.schemas.errors import XtokenError
 
 _LONGEST_NAME = 80
 # Bits of surprise at which the next colour begins; the script and the style sheet have one colour each.

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.project.pieces import PIECES_KEPT, RAW_WEIGHTS, Segmenter, longest_prefix
-from pipeline.project.projection import EXACT, PIECES, ROLE, TO_REST, Projection
-from pipeline.project.rules import Entries, apply_rule
+from xtoken.pipeline.project.pieces import PIECES_KEPT, RAW_WEIGHTS, Segmenter, longest_prefix
+from xtoken.pipeline.project.projection import EXACT, PIECES, ROLE, TO_REST, Projection
+from xtoken.pipeline.project.rules import Entries, apply_rule
 
 if TYPE_CHECKING:
-    from pipeline.tokens import TokenTable
+    from xtoken.pipeline.tokens import TokenTable
 
 SHARED_ROLES = ("bos", "eos", "eot", "pad")
 _SHARES = [[weight / sum(RAW_WEIGHTS[:n]) for weight in RAW_WEIGHTS[:n]] for n in range(PIECES_KEPT + 1)]
@@ -28,7 +28,7 @@ def build_w(student: "TokenTable", teacher: "TokenTable", rule: str = "pieces", 
     Args:
         student: tokens of the rows.
         teacher: tokens of the columns.
-        rule: see ``schemas.config.ProjectConfig.rule`` and ``pipeline.project.rules``.
+        rule: see ``xtoken.schemas.config.ProjectConfig.rule`` and ``xtoken.pipeline.project.rules``.
         seed: of rule ``random``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The category of every token of a vocabulary (see ``schemas.categories``).
+"""The category of every token of a vocabulary (see ``xtoken.schemas.categories``).
 
 Shapes: V tokens.
 """
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.categories import CATEGORIES, NUMERALS, category
+from xtoken.schemas.categories import CATEGORIES, NUMERALS, category
 
 if TYPE_CHECKING:
-    from pipeline.tokens import TokenTable
+    from xtoken.pipeline.tokens import TokenTable
 
 HOLE = -1  # an id without a token
 

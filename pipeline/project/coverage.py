@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.project.categories import HOLE, categories
-from pipeline.project.mass import Mass
-from pipeline.project.projection import EXACT, KINDS, PIECES, TO_REST, Projection
-from schemas.categories import CATEGORIES, NUMERALS, label
+from xtoken.pipeline.project.categories import HOLE, categories
+from xtoken.pipeline.project.mass import Mass
+from xtoken.pipeline.project.projection import EXACT, KINDS, PIECES, TO_REST, Projection
+from xtoken.schemas.categories import CATEGORIES, NUMERALS, label
 
 if TYPE_CHECKING:
-    from pipeline.tokens import TokenTable
+    from xtoken.pipeline.tokens import TokenTable
 
 CRITICAL = (*NUMERALS, "operators")
 CRITICAL_SHARE = 0.5  # a critical category with fewer exact tokens than this has fallen out of the exact set

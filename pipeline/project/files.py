@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.project.build import build_w
-from pipeline.project.coverage import Audit, coverage
-from pipeline.project.mass import teacher_mass
-from pipeline.project.page import coverage_page
-from pipeline.project.projection import TO_REST, Projection
-from pipeline.store.files import Folder
-from schemas.config import ProjectConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.limits import read_whole, reading
-from schemas.manifest import MANIFEST, ProjectionManifest, TokenizerInfo, provenance, read_manifest
-from schemas.progress import Progress
-from schemas.tables import UNREACHED, W
+from xtoken.pipeline.project.build import build_w
+from xtoken.pipeline.project.coverage import Audit, coverage
+from xtoken.pipeline.project.mass import teacher_mass
+from xtoken.pipeline.project.page import coverage_page
+from xtoken.pipeline.project.projection import TO_REST, Projection
+from xtoken.pipeline.store.files import Folder
+from xtoken.schemas.config import ProjectConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.limits import read_whole, reading
+from xtoken.schemas.manifest import MANIFEST, ProjectionManifest, TokenizerInfo, provenance, read_manifest
+from xtoken.schemas.progress import Progress
+from xtoken.schemas.tables import UNREACHED, W
 
 if TYPE_CHECKING:
-    from pipeline.tokens import TokenTable
+    from xtoken.pipeline.tokens import TokenTable
 
 W_FILE = "w.parquet"
 UNREACHED_FILE = "unreached.parquet"
@@ -54,8 +54,8 @@ def project(config: ProjectConfig, progress: Progress) -> ProjectionManifest:
 
 def _tables(config: ProjectConfig) -> "tuple[TokenTable, TokenTable, bool]":
     """Both vocabularies, and whether the teacher's is that of a capture."""
-    from pipeline.store import load_vocab
-    from pipeline.tokens import load_tokenizer
+    from xtoken.pipeline.store import load_vocab
+    from xtoken.pipeline.tokens import load_tokenizer
 
     student = load_tokenizer(config.student).table
     if Folder(config.teacher).exists("vocab.parquet"):

@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.project.build import common_set
-from pipeline.project.files import read_tables, refuse_other_projection, write_projection
-from pipeline.project.page import literal
-from pipeline.project.projection import EXACT, Projection
-from pipeline.store.files import Folder
-from pipeline.store.reader import read_side_table
-from schemas.errors import XtokenError
-from schemas.manifest import ProjectionManifest, TargetManifest, read_manifest
+from xtoken.pipeline.project.build import common_set
+from xtoken.pipeline.project.files import read_tables, refuse_other_projection, write_projection
+from xtoken.pipeline.project.page import literal
+from xtoken.pipeline.project.projection import EXACT, Projection
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.reader import read_side_table
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import ProjectionManifest, TargetManifest, read_manifest
 
 STUDENT_VOCAB_FILE = "student_vocab.parquet"
 ROWS_LISTED = 50

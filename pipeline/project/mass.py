@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.store.reader import iter_capture
-from pipeline.store.unpack import row_columns, unpack
-from schemas.manifest import CaptureManifest, read_manifest
+from xtoken.pipeline.store.reader import iter_capture
+from xtoken.pipeline.store.unpack import row_columns, unpack
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
 
 
 @dataclass(frozen=True)

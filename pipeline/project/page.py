@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.page.frame import document, escaped, facts, short
-from pipeline.project.coverage import EMPTY, Audit
-from pipeline.project.page_style import STYLE
-from pipeline.project.projection import EXACT, KINDS, ROLE
-from schemas.categories import CATEGORIES, NUMERALS, label
+from xtoken.pipeline.page.frame import document, escaped, facts, short
+from xtoken.pipeline.project.coverage import EMPTY, Audit
+from xtoken.pipeline.project.page_style import STYLE
+from xtoken.pipeline.project.projection import EXACT, KINDS, ROLE
+from xtoken.schemas.categories import CATEGORIES, NUMERALS, label
 
 if TYPE_CHECKING:
-    from pipeline.tokens import TokenTable
+    from xtoken.pipeline.tokens import TokenTable
 
 EXAMPLES = 4
 NUMERAL_EXAMPLES = 8  # numerals decide between P-KL and H-KL

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from pipeline.tokens import TokenTable
+    from xtoken.pipeline.tokens import TokenTable
 
 _NO_MERGE = 1 << 60
 PIECES_KEPT = 4

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from schemas.manifest import TokenizerInfo
-from schemas.tables import UNREACHED, W
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.tables import UNREACHED, W
 
 KINDS = ("exact", "pieces", "role", "reverse", "random")
 EXACT, PIECES, ROLE, REVERSE, RANDOM = range(len(KINDS))
@@ -61,7 +61,7 @@ class Projection:
         return state.hexdigest()
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
-        """The arrays as tables of ``schemas.tables.W`` and ``schemas.tables.UNREACHED``."""
+        """The arrays as tables of ``xtoken.schemas.tables.W`` and ``xtoken.schemas.tables.UNREACHED``."""
         kinds = pa.array(KINDS).take(pa.array(self.kind))
         moved = pa.array(self.moved_to, mask=self.moved_to < 0)
         w = pa.Table.from_arrays([self.student_id, self.teacher_id, self.weight, kinds, self.common], schema=W)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.project.categories import categories, selected
-from pipeline.project.pieces import PIECES_KEPT, RAW_WEIGHTS, Segmenter
-from pipeline.project.projection import RANDOM, REVERSE, ROLE
-from schemas.config import RULES
-from schemas.errors import XtokenError
+from xtoken.pipeline.project.categories import categories, selected
+from xtoken.pipeline.project.pieces import PIECES_KEPT, RAW_WEIGHTS, Segmenter
+from xtoken.pipeline.project.projection import RANDOM, REVERSE, ROLE
+from xtoken.schemas.config import RULES
+from xtoken.schemas.errors import XtokenError
 
 if TYPE_CHECKING:
-    from pipeline.tokens import TokenTable
+    from xtoken.pipeline.tokens import TokenTable
 
 REVERSE_KEPT = 4
 REVERSE_SHARE = 0.1  # what a row's reverse entries weigh together, beside 1 for its own
@@ -66,7 +66,7 @@ class Entries:
 
 
 def apply_rule(rule: str, seed: int, entries: Entries, student: "TokenTable", teacher: "TokenTable") -> Entries:
-    """What a rule of ``schemas.config.ProjectConfig`` makes of the default entries.
+    """What a rule of ``xtoken.schemas.config.ProjectConfig`` makes of the default entries.
 
     Raises:
         XtokenError: the rule is unknown.

@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from schemas.config import QueryConfig
+    from xtoken.schemas.config import QueryConfig
 
 
 def query(config: "QueryConfig") -> dict[str, Any]:
-    """See ``pipeline.query.run.query``; DuckDB is imported here and not with the package."""
-    from pipeline.query.run import query as run
+    """See ``xtoken.pipeline.query.run.query``; DuckDB is imported here and not with the package."""
+    from xtoken.pipeline.query.run import query as run
 
     return run(config)
 

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.query.functions import Function, Lookup, Spell, row_functions
-from pipeline.store.checks import CaptureCheck, refuse_other_columns
-from pipeline.store.codes import inverse, read_codes
-from pipeline.store.files import Folder
-from pipeline.store.left_out import without_rows
-from pipeline.store.reader import VOCAB_FILE, load_vocab, local_part, read_side_table, records
-from schemas.categories import category
-from schemas.errors import VerificationError, XtokenError
-from schemas.limits import check_file, reading
-from schemas.manifest import CaptureManifest, Part, TargetManifest, content_hash, read_manifest
-from schemas.remote import open_url
-from schemas.tables import CODED, LOSSES, UNREACHED, VOCAB, W, capture, targets
+from xtoken.pipeline.query.functions import Function, Lookup, Spell, row_functions
+from xtoken.pipeline.store.checks import CaptureCheck, refuse_other_columns
+from xtoken.pipeline.store.codes import inverse, read_codes
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.left_out import without_rows
+from xtoken.pipeline.store.reader import VOCAB_FILE, load_vocab, local_part, read_side_table, records
+from xtoken.schemas.categories import category
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.limits import check_file, reading
+from xtoken.schemas.manifest import CaptureManifest, Part, TargetManifest, content_hash, read_manifest
+from xtoken.schemas.remote import open_url
+from xtoken.schemas.tables import CODED, LOSSES, UNREACHED, VOCAB, W, capture, targets
 
 _SQL_TYPES = {"int32": "INTEGER", "uint8": "UTINYINT", "uint16": "USMALLINT", "float": "FLOAT", "string": "VARCHAR"}
 _SQL_TYPES |= {"int16": "SMALLINT"}

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.store.codec import decode
-from pipeline.store.sampled import decode_draws
-from schemas.errors import VerificationError
-from schemas.manifest import CodecInfo
+from xtoken.pipeline.store.codec import decode
+from xtoken.pipeline.store.sampled import decode_draws
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.manifest import CodecInfo
 
 Ints = NDArray[np.int64]
 _UNSPELLED = 0x3F  # '?'

@@ -8,9 +8,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from pipeline.query.folders import quoted
-from schemas.errors import XtokenError
-from schemas.remote import protocol
+from xtoken.pipeline.query.folders import quoted
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.remote import protocol
 
 MOST = 10_000  # rows that are held for --json; a terminal shows fewer
 _BATCH = 2048

@@ -14,13 +14,13 @@ from functools import partial
 from threading import Event, Thread
 from typing import Any
 
-from pipeline.query.folders import CaptureFolder, TargetsFolder, refuse_other_capture, register
-from pipeline.query.functions import functions
-from pipeline.query.output import refuse_other_suffix, shown_rows, write_rows
-from pipeline.query.views import Catalog, sql
-from schemas.config import QueryConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import CaptureManifest, TargetManifest, read_any_manifest
+from xtoken.pipeline.query.folders import CaptureFolder, TargetsFolder, refuse_other_capture, register
+from xtoken.pipeline.query.functions import functions
+from xtoken.pipeline.query.output import refuse_other_suffix, shown_rows, write_rows
+from xtoken.pipeline.query.views import Catalog, sql
+from xtoken.schemas.config import QueryConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_any_manifest
 
 _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
     "temp_directory": "",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from schemas.errors import XtokenError
+from xtoken.schemas.errors import XtokenError
 
 _COLUMN = re.compile(r"-- (\w+): (.+)")
 _NEEDS = "Needs: "
@@ -81,14 +81,14 @@ def read_view(folder: str, file: str, text: str) -> View:
 
 def sql(name: str) -> str:
     """Text of ``sql/<name>.sql``."""
-    return files("pipeline.query").joinpath("sql", f"{name}.sql").read_text(encoding="utf-8")
+    return files("xtoken.pipeline.query").joinpath("sql", f"{name}.sql").read_text(encoding="utf-8")
 
 
 def read_views(folders: Iterable[str]) -> list[View]:
     """All files of some sets, by name."""
     found = []
     for folder in folders:
-        of_folder = sorted(files("pipeline.query").joinpath("sql", folder).iterdir(), key=lambda file: file.name)
+        of_folder = sorted(files("xtoken.pipeline.query").joinpath("sql", folder).iterdir(), key=lambda file: file.name)
         found += [read_view(folder, file.name, file.read_text(encoding="utf-8")) for file in of_folder]
     return found
 

@@ -8,22 +8,22 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from pipeline.store import card_sections as sections
-from pipeline.store.card_alignment import Alignment, alignments
-from pipeline.store.card_markup import code, latex, license_lines, one_line, plain, public, quoted
-from pipeline.store.card_plots import BYTES, PLOTS, draw_plots
-from pipeline.store.card_stats import RowStats, read_stats
-from pipeline.store.files import Folder
-from pipeline.store.inspect import bytes_per_token
-from pipeline.store.left_out import without_rows
-from pipeline.store.publish import data_name
-from pipeline.store.reader import iter_parquet
-from pipeline.store.seal import SUMS_FILE, seal
-from schemas.errors import XtokenError
-from schemas.manifest import MANIFEST, CaptureManifest, content_hash, part_name, read_manifest
-from schemas.progress import Progress, Silent
-from schemas.share_config import LICENSED, CardConfig
-from schemas.tables import CODED
+from xtoken.pipeline.store import card_sections as sections
+from xtoken.pipeline.store.card_alignment import Alignment, alignments
+from xtoken.pipeline.store.card_markup import code, latex, license_lines, one_line, plain, public, quoted
+from xtoken.pipeline.store.card_plots import BYTES, PLOTS, draw_plots
+from xtoken.pipeline.store.card_stats import RowStats, read_stats
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.inspect import bytes_per_token
+from xtoken.pipeline.store.left_out import without_rows
+from xtoken.pipeline.store.publish import data_name
+from xtoken.pipeline.store.reader import iter_parquet
+from xtoken.pipeline.store.seal import SUMS_FILE, seal
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import MANIFEST, CaptureManifest, content_hash, part_name, read_manifest
+from xtoken.schemas.progress import Progress, Silent
+from xtoken.schemas.share_config import LICENSED, CardConfig
+from xtoken.schemas.tables import CODED
 
 README = "README.md"
 _CODE_NOTE = " Tokens stand by the `code` that `vocab.parquet` gives them, which compresses better than their ids."

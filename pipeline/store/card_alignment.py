@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.store.files import Folder
-from pipeline.store.publish import data_name
-from pipeline.store.reader import iter_parquet
-from pipeline.tokens import TextTokenizer, load_tokenizer
-from schemas.errors import XtokenError
-from schemas.manifest import CaptureManifest
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import data_name
+from xtoken.pipeline.store.reader import iter_parquet
+from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import CaptureManifest
 
 SAMPLES = 512
 _COLUMNS = ("text", "teacher_ids", "teacher_end", "complete")
@@ -72,7 +72,7 @@ def _samples(root: str, manifest: CaptureManifest) -> Iterator[dict[str, Any]]:
 
 def _count(counts: Alignment, tokenizer: TextTokenizer, row: dict[str, Any], eos_id: int | None) -> None:
     # numba takes a second to import: only where chunks are cut
-    from pipeline.align.chunks import cut
+    from xtoken.pipeline.align.chunks import cut
 
     try:
         mine = tokenizer.encode(row["text"], complete=row["complete"], keep_text=True)

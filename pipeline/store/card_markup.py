@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from schemas.share_config import LICENSED
+from xtoken.schemas.share_config import LICENSED
 
 _LONGEST = 160
 # The licence identifiers of the hub; others go by ``license: other`` and a name.

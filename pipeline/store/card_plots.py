@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.store.card_stats import ENTROPY_BIN, RowStats, quantile, rest_mass
+from xtoken.pipeline.store.card_stats import ENTROPY_BIN, RowStats, quantile, rest_mass
 
 BYTES, MASS, ENTRIES, ENTROPY = (
     f"plots/{name}.png" for name in ("bytes-per-token", "mass-kept", "entries-per-row", "entropy")

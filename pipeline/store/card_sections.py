@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
-from pipeline.store.card_alignment import Alignment
-from pipeline.store.card_markup import code, plain, public
-from pipeline.store.card_stats import RowStats, quantile
-from pipeline.store.figures import audits_line, capture_figures
-from pipeline.store.left_out import without_rows
-from schemas.manifest import CaptureManifest, content_hash
-from schemas.progress import brief
-from schemas.tables import capture
+from xtoken.pipeline.store.card_alignment import Alignment
+from xtoken.pipeline.store.card_markup import code, plain, public
+from xtoken.pipeline.store.card_stats import RowStats, quantile
+from xtoken.pipeline.store.figures import audits_line, capture_figures
+from xtoken.pipeline.store.left_out import without_rows
+from xtoken.schemas.manifest import CaptureManifest, content_hash
+from xtoken.schemas.progress import brief
+from xtoken.schemas.tables import capture
 
 _NAMED = 5
 _MEASURED_STEP, _MEASURED_KL = 1 / 32, "2.5e-5"

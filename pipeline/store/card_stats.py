@@ -10,17 +10,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.store.codec import NO_REST, Unpacked
-from pipeline.store.codes import restore_ids
-from pipeline.store.columns import flat, list_lengths
-from pipeline.store.files import Folder
-from pipeline.store.left_out import without_rows
-from pipeline.store.publish import data_name
-from pipeline.store.reader import ids_of_codes, iter_parquet, stored_columns
-from pipeline.store.unpack import row_columns, unpack
-from schemas.errors import VerificationError
-from schemas.manifest import CaptureManifest, CodecInfo
-from schemas.progress import Progress
+from xtoken.pipeline.store.codec import NO_REST, Unpacked
+from xtoken.pipeline.store.codes import restore_ids
+from xtoken.pipeline.store.columns import flat, list_lengths
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.left_out import without_rows
+from xtoken.pipeline.store.publish import data_name
+from xtoken.pipeline.store.reader import ids_of_codes, iter_parquet, stored_columns
+from xtoken.pipeline.store.unpack import row_columns, unpack
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.manifest import CaptureManifest, CodecInfo
+from xtoken.schemas.progress import Progress
 
 ENTROPY_BIN = 0.25  # nats
 _ENTROPY_BINS = 80  # up to 20 nats, above the log of any vocabulary

@@ -12,18 +12,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.store.checks_sampled import check_draws
-from pipeline.store.columns import any_per_sample, check_ids, refuse
-from pipeline.store.columns import flat as flat
-from pipeline.store.columns import list_lengths as list_lengths
-from pipeline.store.left_out import fill_left_out, without_rows
-from pipeline.store.publish import Figures
-from pipeline.store.writer import ROW_GROUP
-from schemas.errors import VerificationError
-from schemas.limits import batches, check_file, open_parquet, reading
-from schemas.manifest import CaptureManifest, CodecInfo
-from schemas.remote import open_url
-from schemas.tables import CODED, SCHEMA_VERSIONS, capture
+from xtoken.pipeline.store.checks_sampled import check_draws
+from xtoken.pipeline.store.columns import any_per_sample, check_ids, refuse
+from xtoken.pipeline.store.columns import flat as flat
+from xtoken.pipeline.store.columns import list_lengths as list_lengths
+from xtoken.pipeline.store.left_out import fill_left_out, without_rows
+from xtoken.pipeline.store.publish import Figures
+from xtoken.pipeline.store.writer import ROW_GROUP
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.limits import batches, check_file, open_parquet, reading
+from xtoken.schemas.manifest import CaptureManifest, CodecInfo
+from xtoken.schemas.remote import open_url
+from xtoken.schemas.tables import CODED, SCHEMA_VERSIONS, capture
 
 # The codec refuses rows whose kept mass is above 1 + 1e-3; float32 rounding adds nothing of that size.
 _SUM_SLACK = 2e-3
@@ -65,7 +65,7 @@ class CaptureCheck:
         """Check columns, footer and page headers of a local part, for a reader that is not ours (then ``batch``).
 
         Raises:
-            VerificationError: another schema, or it asks for more than ``schemas.limits`` allows.
+            VerificationError: another schema, or it asks for more than ``xtoken.schemas.limits`` allows.
         """
         with reading(path, "'xtoken verify' lists what is damaged"), open_url(path) as file:
             refuse_other_columns(check_file(file, path), self.schema)
@@ -160,7 +160,7 @@ def _check_entries(
 
 def _check_rows(batch: pa.RecordBatch, rows_N: NDArray[np.int64], vocab_size: int, step: float) -> None:
     """Ids lie in the vocabulary, none twice in a row, and a row sums to one within half a step of quantisation."""
-    from pipeline.store.kernels import RULES, level_table, row_faults
+    from xtoken.pipeline.store.kernels import RULES, level_table, row_faults
 
     kept, ids, gap, rest = (flat(batch, name) for name in ("kept", "topk_ids", "topk_gap", "rest_gap"))
     fault_R = row_faults(kept, ids, gap, rest, vocab_size, step, _SUM_SLACK, level_table(step))

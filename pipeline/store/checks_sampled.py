@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.store.columns import any_per_sample, check_ids, flat, list_lengths, refuse
-from schemas.manifest import CodecInfo
+from xtoken.pipeline.store.columns import any_per_sample, check_ids, flat, list_lengths, refuse
+from xtoken.schemas.manifest import CodecInfo
 
 _ENTROPY_SLACK = 1e-3  # nats: float32, of at most 12 or so
 _ROW = np.int64(1) << 32  # beside int32 ids

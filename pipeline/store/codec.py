@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.teachers.base import TeacherRows
-from schemas.errors import XtokenError
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.schemas.errors import XtokenError
 
 STEP = 1 / 32
 NO_REST = 65535
@@ -115,7 +115,7 @@ def decode(
     step: float = STEP,
 ) -> Unpacked:
     """Restore ids and log-probabilities of rows (see ``Packed`` and ``Unpacked`` for shapes)."""
-    from pipeline.store.kernels import levels
+    from xtoken.pipeline.store.kernels import levels
 
     offsets = np.zeros(len(kept) + 1, np.int64)
     np.cumsum(kept, out=offsets[1:])

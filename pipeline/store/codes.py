@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from schemas.errors import VerificationError
-from schemas.tables import CAPTURE_VOCAB, CODED, VOCAB
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.tables import CAPTURE_VOCAB, CODED, VOCAB
 
 Codes = NDArray[np.int32]
 
@@ -34,7 +34,7 @@ def inverse(permutation: Codes) -> Codes:
 
 
 def with_codes(vocab: pa.Table, codes: Codes) -> pa.Table:
-    """A vocabulary table (``schemas.tables.VOCAB``) with its codes."""
+    """A vocabulary table (``xtoken.schemas.tables.VOCAB``) with its codes."""
     return vocab.append_column(CAPTURE_VOCAB.field("code"), pa.array(codes)).cast(CAPTURE_VOCAB)
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from schemas.errors import VerificationError
+from xtoken.schemas.errors import VerificationError
 
 
 def list_lengths(batch: pa.RecordBatch, name: str) -> NDArray[np.int64]:

@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from pipeline.store.files import SWEEPS, Folder, disk_full_named
-from schemas.errors import XtokenError
-from schemas.remote import named_errors
+from xtoken.pipeline.store.files import SWEEPS, Folder, disk_full_named
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.remote import named_errors
 
 _HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?((?:/(?!\.+(?:/|$))[\w.-]+)*)/?")
 # One commit of a hub holds about this much; what is staged for it lies on the local disk.

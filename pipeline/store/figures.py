@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from schemas.manifest import AuditRecord, CaptureManifest, TargetManifest, TokenizerInfo
+from xtoken.schemas.manifest import AuditRecord, CaptureManifest, TargetManifest, TokenizerInfo
 
 _NAMED = 3
 # Which of several figures is the worst one.

@@ -9,17 +9,17 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from pipeline.store.checks import CaptureCheck
-from pipeline.store.codec import Unpacked, decode_tau_rest
-from pipeline.store.figures import worst_figures
-from pipeline.store.files import Folder
-from pipeline.store.publish import committed, data_name
-from pipeline.store.reader import iter_capture, iter_parquet, load_vocab, local_part
-from pipeline.store.unpack import unpack
-from pipeline.tokens import TokenTable
-from schemas.errors import XtokenError
-from schemas.limits import reading
-from schemas.manifest import (
+from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.codec import Unpacked, decode_tau_rest
+from xtoken.pipeline.store.figures import worst_figures
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import committed, data_name
+from xtoken.pipeline.store.reader import iter_capture, iter_parquet, load_vocab, local_part
+from xtoken.pipeline.store.unpack import unpack
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.limits import reading
+from xtoken.schemas.manifest import (
     MANIFEST,
     AnyManifest,
     CaptureManifest,
@@ -29,9 +29,9 @@ from schemas.manifest import (
     content_hash,
     read_any_manifest,
 )
-from schemas.pages import read_chunks
-from schemas.remote import in_parallel, read_tail
-from schemas.tables import targets
+from xtoken.schemas.pages import read_chunks
+from xtoken.schemas.remote import in_parallel, read_tail
+from xtoken.schemas.tables import targets
 
 _SAMPLES = 3
 _FIRST_TOKENS = 16

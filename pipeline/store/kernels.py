@@ -7,7 +7,7 @@ log-probability of level l is -l * step.
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.compiled import compiled
+from xtoken.schemas.compiled import compiled
 
 LEVELS = 1 << 12
 RULES = (

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.store.columns import list_lengths
-from schemas.manifest import CaptureManifest, CodecInfo
-from schemas.tables import CODED, DROPPABLE, capture
+from xtoken.pipeline.store.columns import list_lengths
+from xtoken.schemas.manifest import CaptureManifest, CodecInfo
+from xtoken.schemas.tables import CODED, DROPPABLE, capture
 
 # One value per row that says "no entry kept": REST is then 1.
 _PER_ROW = {"kept": 0, "rest_gap": 0, "drawn": 0, "entropy": np.nan}

@@ -20,19 +20,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.store.checks import CaptureCheck, read_checked
-from pipeline.store.codes import Codes, inverse, read_codes, recode
-from pipeline.store.destination import reachable
-from pipeline.store.files import Folder, disk_full_named
-from pipeline.store.left_out import without_rows
-from pipeline.store.reader import MERGES_FILE, VOCAB_FILE, iter_capture, read_side_table
-from pipeline.store.seal import PLAN_FILE
-from pipeline.store.share import check_manifest, copied_files
-from pipeline.store.shipment import PartJob, Rewrite, Shipment, SideFile
-from pipeline.store.transfer import transfer
-from pipeline.store.writer import group_rows, write_parquet
-from schemas.errors import XtokenError
-from schemas.manifest import (
+from xtoken.pipeline.store.checks import CaptureCheck, read_checked
+from xtoken.pipeline.store.codes import Codes, inverse, read_codes, recode
+from xtoken.pipeline.store.destination import reachable
+from xtoken.pipeline.store.files import Folder, disk_full_named
+from xtoken.pipeline.store.left_out import without_rows
+from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, iter_capture, read_side_table
+from xtoken.pipeline.store.seal import PLAN_FILE
+from xtoken.pipeline.store.share import check_manifest, copied_files
+from xtoken.pipeline.store.shipment import PartJob, Rewrite, Shipment, SideFile
+from xtoken.pipeline.store.transfer import transfer
+from xtoken.pipeline.store.writer import group_rows, write_parquet
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import (
     MOST_AUDITS,
     AuditRecord,
     CaptureManifest,
@@ -45,9 +45,9 @@ from schemas.manifest import (
     provenance,
     read_manifest,
 )
-from schemas.progress import Progress
-from schemas.share_config import MergeConfig
-from schemas.tables import PARTS_SINCE
+from xtoken.schemas.progress import Progress
+from xtoken.schemas.share_config import MergeConfig
+from xtoken.schemas.tables import PARTS_SINCE
 
 _MEMORY = "512MB"
 # Fields of a teacher that decide its rows; model and revision only where the hashes are not known.
@@ -85,7 +85,7 @@ def merge(config: MergeConfig, bars: Progress) -> dict[str, Any]:
     """Join captures; the same command resumes.
 
     Returns:
-        As ``pipeline.store.share.pull``.
+        As ``xtoken.pipeline.store.share.pull``.
 
     Raises:
         XtokenError: they do not belong together (the message names the field and both values), share a sample, or the

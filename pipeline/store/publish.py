@@ -15,10 +15,10 @@ from typing import TypeVar
 import pyarrow as pa
 from pydantic import ValidationError
 
-from pipeline.store.files import Folder, disk_full_named
-from schemas.errors import Unreachable, VerificationError, XtokenError
-from schemas.manifest import Part, part_name
-from schemas.remote import in_parallel, named_errors, patiently
+from xtoken.pipeline.store.files import Folder, disk_full_named
+from xtoken.schemas.errors import Unreachable, VerificationError, XtokenError
+from xtoken.schemas.manifest import Part, part_name
+from xtoken.schemas.remote import in_parallel, named_errors, patiently
 
 DATA = "data"
 COMMITS = "commits"

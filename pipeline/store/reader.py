@@ -5,19 +5,19 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 
-from pipeline.store.checks import CaptureCheck, refuse_other_columns
-from pipeline.store.codes import Codes, inverse, read_codes, restore_ids
-from pipeline.store.files import Folder
-from pipeline.store.left_out import LeftOut
-from pipeline.store.publish import committed, data_name, read_commit
-from pipeline.store.writer import ROW_GROUP
-from pipeline.tokens import TokenTable
-from schemas.cache import cached
-from schemas.errors import VerificationError, XtokenError
-from schemas.limits import batches, open_parquet, read_whole, reading
-from schemas.manifest import MANIFEST, CaptureManifest, Part, read_any_manifest, read_manifest
-from schemas.remote import open_url
-from schemas.tables import CODED
+from xtoken.pipeline.store.checks import CaptureCheck, refuse_other_columns
+from xtoken.pipeline.store.codes import Codes, inverse, read_codes, restore_ids
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.left_out import LeftOut
+from xtoken.pipeline.store.publish import committed, data_name, read_commit
+from xtoken.pipeline.store.writer import ROW_GROUP
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.cache import cached
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.limits import batches, open_parquet, read_whole, reading
+from xtoken.schemas.manifest import MANIFEST, CaptureManifest, Part, read_any_manifest, read_manifest
+from xtoken.schemas.remote import open_url
+from xtoken.schemas.tables import CODED
 
 VOCAB_FILE = "vocab.parquet"
 MERGES_FILE = "merges.parquet"
@@ -50,7 +50,7 @@ def iter_capture(
 
     Args:
         root: capture folder or URL.
-        columns: names of ``schemas.tables.capture``, but topk_ids and draw_ids; all when left out.
+        columns: names of ``xtoken.schemas.tables.capture``, but topk_ids and draw_ids; all when left out.
         parts: part numbers; all committed ones when left out.
 
     Raises:

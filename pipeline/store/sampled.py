@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.store.codec import Unpacked
-from pipeline.teachers.base import Draws
-from schemas.errors import XtokenError
+from xtoken.pipeline.store.codec import Unpacked
+from xtoken.pipeline.teachers.base import Draws
+from xtoken.schemas.errors import XtokenError
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ It is written last. Names in it are compared with the names an artifact of its k
 import re
 from collections.abc import Iterator, Mapping
 
-from pipeline.store.files import Folder
-from pipeline.store.publish import commit_name, data_name
-from pipeline.store.reader import MERGES_FILE, VOCAB_FILE
-from schemas.errors import VerificationError
-from schemas.manifest import MANIFEST, AnyManifest, read_any_manifest
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import commit_name, data_name
+from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.manifest import MANIFEST, AnyManifest, read_any_manifest
 
 SUMS_FILE = "SHA256SUMS"
 CARD_FILE = "README.md"

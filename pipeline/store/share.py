@@ -5,10 +5,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from pipeline.store.card import card_files, given_licenses
-from pipeline.store.destination import reachable
-from pipeline.store.files import Folder
-from pipeline.store.seal import (
+from xtoken.pipeline.store.card import card_files, given_licenses
+from xtoken.pipeline.store.destination import reachable
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.seal import (
     CARD_FILE,
     OPTIONAL_FILES,
     PLAN_FILE,
@@ -19,11 +19,11 @@ from pipeline.store.seal import (
     manifest_problems,
     read_sums,
 )
-from pipeline.store.shipment import PartJob, Rewrite, Shipment, SideFile
-from pipeline.store.subset import capture_rewrite, chosen_parts, is_subset, refuse_subset, subset_manifest
-from pipeline.store.transfer import transfer
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import (
+from xtoken.pipeline.store.shipment import PartJob, Rewrite, Shipment, SideFile
+from xtoken.pipeline.store.subset import capture_rewrite, chosen_parts, is_subset, refuse_subset, subset_manifest
+from xtoken.pipeline.store.transfer import transfer
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import (
     MANIFEST,
     AnyManifest,
     CaptureManifest,
@@ -34,8 +34,8 @@ from schemas.manifest import (
     provenance,
     read_any_manifest,
 )
-from schemas.progress import Progress
-from schemas.share_config import PullConfig, PushConfig
+from xtoken.schemas.progress import Progress
+from xtoken.schemas.share_config import PullConfig, PushConfig
 
 
 def pull(config: PullConfig, bars: Progress) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.store.files import Folder
-from schemas.errors import XtokenError
-from schemas.manifest import AnyManifest, Part, provenance
+from xtoken.pipeline.store.files import Folder
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import AnyManifest, Part, provenance
 
 CLAIM_FILE = "share.json"
 _SHOWN = 60

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.store.checks import CaptureCheck, read_checked
-from pipeline.store.files import Folder
-from pipeline.store.writer import group_rows, write_parquet
-from schemas.errors import XtokenError
-from schemas.manifest import AnyManifest, CaptureManifest, Origin, Part, content_hash, provenance
-from schemas.share_config import PullConfig
-from schemas.tables import DROPPABLE
+from xtoken.pipeline.store.checks import CaptureCheck, read_checked
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.writer import group_rows, write_parquet
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import AnyManifest, CaptureManifest, Origin, Part, content_hash, provenance
+from xtoken.schemas.share_config import PullConfig
+from xtoken.schemas.tables import DROPPABLE
 
 _MEMORY = "512MB"
 _INDEX = "_xtoken_row"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from pipeline.store.destination import (
+from xtoken.pipeline.store.destination import (
     Destination,
     Swept,
     again_if_swept,
@@ -25,10 +25,10 @@ from pipeline.store.destination import (
     reachable,
     remove_if_there,
 )
-from pipeline.store.files import Folder, disk_full_named
-from pipeline.store.publish import COMMITS, DATA, clean, commit_name, data_name, read_commit
-from pipeline.store.seal import CARD_FILE, PLOT_FOLDER, SUMS_FILE, sums_text
-from pipeline.store.shipment import (
+from xtoken.pipeline.store.files import Folder, disk_full_named
+from xtoken.pipeline.store.publish import COMMITS, DATA, clean, commit_name, data_name, read_commit
+from xtoken.pipeline.store.seal import CARD_FILE, PLOT_FOLDER, SUMS_FILE, sums_text
+from xtoken.pipeline.store.shipment import (
     CLAIM_FILE,
     PartJob,
     Shipment,
@@ -38,9 +38,9 @@ from pipeline.store.shipment import (
     read_claim,
     refuse_other,
 )
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import MANIFEST, AnyManifest, Part, part_name, read_any_manifest
-from schemas.progress import Progress
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import MANIFEST, AnyManifest, Part, part_name, read_any_manifest
+from xtoken.schemas.progress import Progress
 
 _FOLDERS = (DATA, COMMITS, PLOT_FOLDER)
 # What a new repository of a hub holds by itself.

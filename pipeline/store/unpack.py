@@ -2,10 +2,10 @@
 
 import pyarrow as pa
 
-from pipeline.store.codec import Unpacked, decode
-from pipeline.store.columns import flat
-from pipeline.store.sampled import decode_draws
-from schemas.manifest import CodecInfo
+from xtoken.pipeline.store.codec import Unpacked, decode
+from xtoken.pipeline.store.columns import flat
+from xtoken.pipeline.store.sampled import decode_draws
+from xtoken.schemas.manifest import CodecInfo
 
 # How many entries each row has stands in the first column, their ids in the second.
 _COLUMNS = {"topk": ("kept", "topk_ids", "topk_gap", "rest_gap"), "sampled": ("drawn", "draw_ids", "draw_count")}

@@ -7,17 +7,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.store.checks import CaptureCheck, flat, list_lengths, read_checked
-from pipeline.store.figures import audit_rows, worst_figures
-from pipeline.store.files import Folder
-from pipeline.store.publish import Check, Figures, committed, data_name
-from pipeline.store.reader import check_side_file, ids_of_codes, load_vocab
-from pipeline.store.seal import SIDE_FILES as SIDE_FILES
-from pipeline.store.seal import manifest_problems, seal_problems
-from schemas.cache import fresh
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import AnyManifest, CaptureManifest, Part, TargetManifest, read_any_manifest
-from schemas.tables import TargetColumn, target_columns, targets
+from xtoken.pipeline.store.checks import CaptureCheck, flat, list_lengths, read_checked
+from xtoken.pipeline.store.figures import audit_rows, worst_figures
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import Check, Figures, committed, data_name
+from xtoken.pipeline.store.reader import check_side_file, ids_of_codes, load_vocab
+from xtoken.pipeline.store.seal import SIDE_FILES as SIDE_FILES
+from xtoken.pipeline.store.seal import manifest_problems, seal_problems
+from xtoken.schemas.cache import fresh
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import AnyManifest, CaptureManifest, Part, TargetManifest, read_any_manifest
+from xtoken.schemas.tables import TargetColumn, target_columns, targets
 
 _SHOWN = 20
 _NO_AUDITS = (

@@ -13,19 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.store.codec import Packed
-from pipeline.store.codes import Codes
-from pipeline.store.sampled import PackedDraws
-from schemas.remote import open_filesystem
-from schemas.tables import CAPTURE, CODED
+from xtoken.pipeline.store.codec import Packed
+from xtoken.pipeline.store.codes import Codes
+from xtoken.pipeline.store.sampled import PackedDraws
+from xtoken.schemas.remote import open_filesystem
+from xtoken.schemas.tables import CAPTURE, CODED
 
 ROW_GROUP = 32
-_MOST_GROUPS = 1 << 11  # readers refuse more than twice as many (``schemas.limits``)
+_MOST_GROUPS = 1 << 11  # readers refuse more than twice as many (``xtoken.schemas.limits``)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of the capture table (shapes as in ``schemas.tables.CAPTURE``)."""
+    """One row of the capture table (shapes as in ``xtoken.schemas.tables.CAPTURE``)."""
 
     sample_id: str
     text: str | None
@@ -44,7 +44,7 @@ def capture_batch(samples: Sequence[Sample], schema: pa.Schema = CAPTURE, codes:
 
     Args:
         samples: with teacher ids.
-        schema: of ``schemas.tables.capture``.
+        schema: of ``xtoken.schemas.tables.capture``.
         codes: int32 [U], the code of each id; each id its own when left out.
     """
     columns: dict[str, Any] = {

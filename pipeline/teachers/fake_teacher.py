@@ -12,12 +12,12 @@ from collections.abc import Hashable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.teachers.base import Batch, Draws, TeacherRows, entries_asked, stream_batches
-from pipeline.teachers.draws import Sampler, counted, draw_row
-from pipeline.tokens import TokenTable
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.manifest import TeacherInfo, digest
+from xtoken.pipeline.teachers.base import Batch, Draws, TeacherRows, entries_asked, stream_batches
+from xtoken.pipeline.teachers.draws import Sampler, counted, draw_row
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TeacherInfo, digest
 
 _CANDIDATES = 256
 _CONTEXT = 1 << 20
@@ -46,11 +46,11 @@ class FakeTeacher:
         self._floor = _floor(len(starts_with_space))
 
     def rows(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows]:
-        """Score sequences (see ``pipeline.teachers.base.Teacher``)."""
+        """Score sequences (see ``xtoken.pipeline.teachers.base.Teacher``)."""
         return [self._sequence(ids) for ids in batch]
 
     def stream(self, batches: Iterator[Batch | None]) -> Iterator[tuple[Hashable, TeacherRows]]:
-        """Batch by batch (see ``pipeline.teachers.base.Teacher``)."""
+        """Batch by batch (see ``xtoken.pipeline.teachers.base.Teacher``)."""
         return stream_batches(self, batches)
 
     def second_path(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows] | None:

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pipeline.teachers import model_source
-from pipeline.teachers.base import Batch, TeacherRows, check_prompt, entries_asked, stream_batches
-from pipeline.teachers.draws import Sampler
-from pipeline.teachers.logit_rows import RowReader, cut, join
-from pipeline.tokens import TokenTable
-from schemas.capture_config import PrecomputeConfig
-from schemas.devices import auto_device
-from schemas.errors import XtokenError
-from schemas.manifest import TeacherInfo
+from xtoken.pipeline.teachers import model_source
+from xtoken.pipeline.teachers.base import Batch, TeacherRows, check_prompt, entries_asked, stream_batches
+from xtoken.pipeline.teachers.draws import Sampler
+from xtoken.pipeline.teachers.logit_rows import RowReader, cut, join
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.devices import auto_device
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TeacherInfo
 
 # Logits that exist at once; some four arrays of this size do. 64 MB each on CPU, 512 MB on GPU.
 BLOCK_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}
@@ -142,7 +142,7 @@ class HfTeacher:
         self._block = max(1, BLOCK_LOGITS[device.type] // info.vocab_rows)
 
     def rows(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows]:
-        """Score sequences (see ``pipeline.teachers.base.Teacher``).
+        """Score sequences (see ``xtoken.pipeline.teachers.base.Teacher``).
 
         Raises:
             XtokenError: a token the model has no row for, logits that are no numbers, or not enough memory.
@@ -162,7 +162,7 @@ class HfTeacher:
         return [found[index] for index in range(len(batch))]
 
     def stream(self, batches: Iterator[Batch | None]) -> Iterator[tuple[Hashable, TeacherRows]]:
-        """Batch by batch (see ``pipeline.teachers.base.Teacher``)."""
+        """Batch by batch (see ``xtoken.pipeline.teachers.base.Teacher``)."""
         return stream_batches(self, batches)
 
     def second_path(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows] | None:
@@ -213,7 +213,7 @@ def groups(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
 
 
 def open_teacher(config: PrecomputeConfig, table: TokenTable) -> HfTeacher:
-    """Load the model of ``config`` (see ``pipeline.teachers.open_teacher``).
+    """Load the model of ``config`` (see ``xtoken.pipeline.teachers.open_teacher``).
 
     Raises:
         XtokenError: the request does not fit the model, or the model or device is not there.

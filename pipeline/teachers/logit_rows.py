@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.teachers.base import Draws, TeacherRows
-from pipeline.teachers.draws import Sampler, counted, cut_draws, join_draws, refuse_empty, thresholds
-from schemas.errors import XtokenError
+from xtoken.pipeline.teachers.base import Draws, TeacherRows
+from xtoken.pipeline.teachers.draws import Sampler, counted, cut_draws, join_draws, refuse_empty, thresholds
+from xtoken.schemas.errors import XtokenError
 
 _TAU_SPLIT = 16  # a temperature's exponentials, or a float64 copy, exist for this part of the rows at once
 
@@ -77,7 +77,7 @@ def tau_lognorm(logprob_NU: Tensor, temperatures: Sequence[float]) -> Tensor:
 
 
 def draw(logprob_NU: Tensor, uniform_N: NDArray[np.float64] | None, sampler: Sampler) -> Draws:
-    """Draws from rows of log-probabilities, added up in float64 (see ``pipeline.teachers.draws``).
+    """Draws from rows of log-probabilities, added up in float64 (see ``xtoken.pipeline.teachers.draws``).
 
     Raises:
         XtokenError: a row has no mass on the ids that may be drawn.

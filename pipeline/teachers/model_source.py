@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from pipeline.teachers.base import entries_asked, shows_bos
-from pipeline.tokens import TokenTable
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.manifest import digest
+from xtoken.pipeline.teachers.base import entries_asked, shows_bos
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import digest
 
 NO_LIMIT = 2**31 - 1  # context of a model that states none
 _WEIGHTS = ("*.safetensors", "*.bin")

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.teachers.base import EngineLost
-from pipeline.teachers.vllm_options import MIN_STEP_TOKENS, multiprocessing_wanted, version
-from pipeline.teachers.vllm_replies import Entries, TensorRows, flat_entries, read_entries
-from pipeline.teachers.vllm_start import Overheard, is_gone, lacks_memory, watch
+from xtoken.pipeline.teachers.base import EngineLost
+from xtoken.pipeline.teachers.vllm_options import MIN_STEP_TOKENS, multiprocessing_wanted, version
+from xtoken.pipeline.teachers.vllm_replies import Entries, TensorRows, flat_entries, read_entries
+from xtoken.pipeline.teachers.vllm_start import Overheard, is_gone, lacks_memory, watch
 
 if find_spec("vllm") is None:
     raise ImportError("vllm is not installed", name="vllm")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from pipeline.teachers import model_source
+from xtoken.pipeline.teachers import model_source
 
 _MOST = 0.92  # what vLLM itself takes at most when nobody says anything
 _V1 = 0.8  # room for copies of the log-softmax of a whole prompt

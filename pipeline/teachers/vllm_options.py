@@ -9,11 +9,11 @@ import socket
 from importlib import metadata
 from typing import Any, NamedTuple
 
-from pipeline.teachers import model_source
-from pipeline.teachers.vllm_memory import Gpu, memory_share
-from pipeline.teachers.vllm_parent import EndsWithParent
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
+from xtoken.pipeline.teachers import model_source
+from xtoken.pipeline.teachers.vllm_memory import Gpu, memory_share
+from xtoken.pipeline.teachers.vllm_parent import EndsWithParent
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
 
 # Runner V1 makes the float32 log-softmax of one prompt's share of a step at once: 2 GB a copy at most.
 _STEP_LOGITS = 1 << 29

@@ -6,7 +6,7 @@ Shapes: R rows, K entries asked for, U width of the output head; column 0 of K +
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.compiled import compiled
+from xtoken.schemas.compiled import compiled
 
 _SLACK = 1e-4  # nats: what float32 may leave above zero or out of order
 

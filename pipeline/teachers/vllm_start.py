@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.teachers.vllm_parent import followed
+from xtoken.pipeline.teachers.vllm_parent import followed
 
 _KEPT = 1 << 16  # bytes of standard error
 _LAST_WORDS_SECONDS = 2.0  # for what processes of an engine that ended have still to say

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.teachers import model_source
-from pipeline.teachers.base import Batch, TeacherRows, check_prompt
-from pipeline.teachers.vllm_engine import Engine
-from pipeline.teachers.vllm_memory import Gpu, alone_on_gpu
-from pipeline.teachers.vllm_options import (
+from xtoken.pipeline.teachers import model_source
+from xtoken.pipeline.teachers.base import Batch, TeacherRows, check_prompt
+from xtoken.pipeline.teachers.vllm_engine import Engine
+from xtoken.pipeline.teachers.vllm_memory import Gpu, alone_on_gpu
+from xtoken.pipeline.teachers.vllm_options import (
     Options,
     Platform,
     engine_options,
@@ -25,13 +25,13 @@ from pipeline.teachers.vllm_options import (
     uses_v2,
     version,
 )
-from pipeline.teachers.vllm_replies import Entries, read_entries
-from pipeline.teachers.vllm_rows import RULES, arrange
-from pipeline.teachers.vllm_start import CannotStart, Overheard, lacks_memory, start_llm
-from pipeline.tokens import TokenTable
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.manifest import TeacherInfo
+from xtoken.pipeline.teachers.vllm_replies import Entries, read_entries
+from xtoken.pipeline.teachers.vllm_rows import RULES, arrange
+from xtoken.pipeline.teachers.vllm_start import CannotStart, Overheard, lacks_memory, start_llm
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TeacherInfo
 
 # Steps of work that the engine always has: one that runs, one that is queued, one that a batch may fall short of.
 _STEPS_AHEAD = 3
@@ -59,7 +59,7 @@ class VllmTeacher:
         self._k = k
 
     def rows(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows]:
-        """Score sequences (see ``pipeline.teachers.base.Teacher``).
+        """Score sequences (see ``xtoken.pipeline.teachers.base.Teacher``).
 
         ``lse``, ``space_logprob`` and ``tau_lognorm`` are None: vLLM gives no whole rows. Equal log-probabilities
         are put in the order of their ids; where they lie across the k-th place, vLLM chose which of them to give.
@@ -74,7 +74,7 @@ class VllmTeacher:
         return self._score(batch, flat=True) if self.info.capture_path == "vllm-tensors" else None
 
     def stream(self, batches: Iterator[Batch | None]) -> Iterator[tuple[Hashable, TeacherRows]]:
-        """Score batch after batch without a pause between them (see ``pipeline.teachers.base.Teacher``).
+        """Score batch after batch without a pause between them (see ``xtoken.pipeline.teachers.base.Teacher``).
 
         Raises:
             XtokenError: as ``rows``.
@@ -150,7 +150,7 @@ def rows_from(ids: NDArray[np.int32], entries: Entries, vocab_rows: int) -> tupl
 
 
 def open_teacher(config: PrecomputeConfig, table: TokenTable, *, engines: int = 1, tensors: bool = True) -> VllmTeacher:
-    """Start an engine for ``config.teacher`` (see ``pipeline.teachers.open_teacher``).
+    """Start an engine for ``config.teacher`` (see ``xtoken.pipeline.teachers.open_teacher``).
 
     Args:
         config: see there.

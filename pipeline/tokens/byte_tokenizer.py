@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pipeline.tokens.interface import Encoded
-from pipeline.tokens.table import TokenTable
+from xtoken.pipeline.tokens.interface import Encoded
+from xtoken.pipeline.tokens.table import TokenTable
 
 
 class ByteTokenizer:

@@ -10,8 +10,8 @@ no merge crossed it, and merges left and right of it never compete.
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.tokens.rejoin import METASPACE
-from pipeline.tokens.spec import components
+from xtoken.pipeline.tokens.rejoin import METASPACE
+from xtoken.pipeline.tokens.spec import components
 
 _PATTERNS = frozenset(
     {

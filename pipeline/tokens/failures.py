@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from schemas.errors import XtokenError
+from xtoken.schemas.errors import XtokenError
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.tokens.rejoin import METASPACE
-from pipeline.tokens.roles import SideFiles, assign_roles, declared_tokens
-from pipeline.tokens.spec import Spec, components
-from pipeline.tokens.table import TokenTable
+from xtoken.pipeline.tokens.rejoin import METASPACE
+from xtoken.pipeline.tokens.roles import SideFiles, assign_roles, declared_tokens
+from xtoken.pipeline.tokens.spec import Spec, components
+from xtoken.pipeline.tokens.table import TokenTable
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

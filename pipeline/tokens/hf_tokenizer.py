@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.tokens.added import Added, place, stretch_ends
-from pipeline.tokens.failures import named_failures
-from pipeline.tokens.interface import Encoded
-from pipeline.tokens.rejoin import METASPACE, Block, blocks, differing_block, dummy_space, map_ends, stripped
-from pipeline.tokens.table import TokenTable
-from schemas.errors import XtokenError
+from xtoken.pipeline.tokens.added import Added, place, stretch_ends
+from xtoken.pipeline.tokens.failures import named_failures
+from xtoken.pipeline.tokens.interface import Encoded
+from xtoken.pipeline.tokens.rejoin import METASPACE, Block, blocks, differing_block, dummy_space, map_ends, stripped
+from xtoken.pipeline.tokens.table import TokenTable
+from xtoken.schemas.errors import XtokenError
 
 # Several scripts, code, joined emoji, combining marks, numbers, line ends, look-alikes of special tokens.
 CANARY = (

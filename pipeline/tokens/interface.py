@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.tokens.table import TokenTable
+from xtoken.pipeline.tokens.table import TokenTable
 
 
 @dataclass(frozen=True, eq=False)

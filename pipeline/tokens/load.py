@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.tokens.byte_tokenizer import ByteTokenizer
-from pipeline.tokens.cuts import keeps_tokens
-from pipeline.tokens.failures import named_failures
-from pipeline.tokens.hf_table import build_table, control_names, role_candidates, special_tokens, text_normalizer
-from pipeline.tokens.hf_tokenizer import HfTokenizer
-from pipeline.tokens.interface import TextTokenizer
-from pipeline.tokens.roles import SideFiles, refuse_missing_tokens
-from pipeline.tokens.spec import Spec, read_spec, without_control_tokens
-from schemas.errors import XtokenError
-from schemas.hub import commit_of, hub_file, there
+from xtoken.pipeline.tokens.byte_tokenizer import ByteTokenizer
+from xtoken.pipeline.tokens.cuts import keeps_tokens
+from xtoken.pipeline.tokens.failures import named_failures
+from xtoken.pipeline.tokens.hf_table import build_table, control_names, role_candidates, special_tokens, text_normalizer
+from xtoken.pipeline.tokens.hf_tokenizer import HfTokenizer
+from xtoken.pipeline.tokens.interface import TextTokenizer
+from xtoken.pipeline.tokens.roles import SideFiles, refuse_missing_tokens
+from xtoken.pipeline.tokens.spec import Spec, read_spec, without_control_tokens
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.hub import commit_of, hub_file, there
 
 _FILE = "tokenizer.json"
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "config.json")

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.tokens.spec import Spec
-from schemas.errors import XtokenError
+from xtoken.pipeline.tokens.spec import Spec
+from xtoken.schemas.errors import XtokenError
 
 # A token that has several of these jobs keeps the first: W maps EOS to EOS whatever else it does.
 PRIORITY = ("eos", "bos", "eot", "pad", "unk")

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
 
-from pipeline.tokens.added import Added
-from pipeline.tokens.table import Kind
-from schemas.errors import XtokenError
+from xtoken.pipeline.tokens.added import Added
+from xtoken.pipeline.tokens.table import Kind
+from xtoken.schemas.errors import XtokenError
 
 _SUPPORTED = "supported are byte-level BPE, metaspace BPE or Unigram with byte fallback, and 'bytes'"
 _PARTS = ("normalizers", "pretokenizers", "decoders")

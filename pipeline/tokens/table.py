@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from schemas.errors import VerificationError
-from schemas.manifest import TokenizerInfo
-from schemas.tables import MERGES, VOCAB
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.tables import MERGES, VOCAB
 
 Kind = Literal["byte-level", "metaspace", "bytes"]
 _SPACE = 0x20
@@ -123,7 +123,7 @@ class TokenTable:
         return int(((width_T == 0) & self._spells_something[ids_T]).sum())
 
     def to_tables(self) -> tuple[pa.Table, pa.Table]:
-        """The VOCAB and MERGES tables of ``schemas.tables``."""
+        """The VOCAB and MERGES tables of ``xtoken.schemas.tables``."""
         vocab = pa.table(
             {
                 "token_id": np.arange(self.size, dtype=np.int32),

@@ -78,7 +78,7 @@ def train_tokenizer(path: Path) -> None:
 
 def xtoken(*arguments: str, code: int = 0) -> None:
     """Run a verb in this process under a neutral command line; it must end with that exit code."""
-    from cli import app
+    from xtoken.cli import app
 
     sys.argv = ["xtoken", *arguments]
     try:
@@ -90,9 +90,9 @@ def xtoken(*arguments: str, code: int = 0) -> None:
 
 def expected_rows(capture: Path, taus: tuple[float, ...]) -> list[dict[str, Any]]:
     """The first rows of the first sample as the teacher gives them, never through a codec or our reader."""
-    from pipeline.teachers.fake_teacher import FakeTeacher
-    from pipeline.tokens import load_tokenizer
-    from schemas.manifest import TeacherInfo
+    from xtoken.pipeline.teachers.fake_teacher import FakeTeacher
+    from xtoken.pipeline.tokens import load_tokenizer
+    from xtoken.schemas.manifest import TeacherInfo
 
     first = pq.read_table(capture / "data" / "part-00000.parquet", columns=["sample_id", "teacher_ids"]).to_pylist()[0]
     table = load_tokenizer(TOKENIZER).table
@@ -118,11 +118,11 @@ def expected_rows(capture: Path, taus: tuple[float, ...]) -> list[dict[str, Any]
 
 def audit(name: str) -> None:
     """What a worker of an engine with settings and two ways out leaves; the fake teacher has neither."""
-    from pipeline.capture.audit import open_audit
-    from pipeline.capture.worker import open_tokenizer
-    from pipeline.store import Folder
-    from pipeline.teachers import open_teacher
-    from schemas.capture_config import PrecomputeConfig
+    from xtoken.pipeline.capture.audit import open_audit
+    from xtoken.pipeline.capture.worker import open_tokenizer
+    from xtoken.pipeline.store import Folder
+    from xtoken.pipeline.teachers import open_teacher
+    from xtoken.schemas.capture_config import PrecomputeConfig
 
     flags = {flag[2:].replace("-", "_"): value for flag, value in zip(*[iter(RUNS[name][1:])] * 2, strict=True)}
     taus = {"temperatures": flags.pop("temperatures").split(",")} if "temperatures" in flags else {}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from fault_runs import ROOT, Run, files, orphans
 
-from pipeline.store import verify
-from schemas.manifest import TargetManifest, read_manifest
+from xtoken.pipeline.store import verify
+from xtoken.schemas.manifest import TargetManifest, read_manifest
 
 STUDENT, LOSSES = "bytes", "p-kl,h-kl,byte-prefix"
 SIDE = ("w.parquet", "unreached.parquet", "student_vocab.parquet")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from fault_jobs import FaultyJob
 
-from pipeline.capture import precompute
-from pipeline.capture.worker import CaptureJob
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.progress import Silent
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.capture.worker import CaptureJob
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
 
 
 def main(path: str) -> int:

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.capture.stages import Prepared
-from pipeline.capture.worker import CaptureJob, CaptureWorker
-from pipeline.store import Sample
-from pipeline.teachers.base import Batch, Teacher, TeacherRows
-from pipeline.tokens import Encoded, TextTokenizer, TokenTable
-from schemas.capture_config import PrecomputeConfig
-from schemas.manifest import Part
+from xtoken.pipeline.capture.stages import Prepared
+from xtoken.pipeline.capture.worker import CaptureJob, CaptureWorker
+from xtoken.pipeline.store import Sample
+from xtoken.pipeline.teachers.base import Batch, Teacher, TeacherRows
+from xtoken.pipeline.tokens import Encoded, TextTokenizer, TokenTable
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.manifest import Part
 
 _WAIT_SECONDS = 120.0
 
@@ -32,7 +32,7 @@ class Panic(BaseException):
 
 @dataclass(frozen=True)
 class FaultyJob:
-    """A ``pipeline.capture.work.Job``; it may be sent to worker processes.
+    """A ``xtoken.pipeline.capture.work.Job``; it may be sent to worker processes.
 
     Attributes:
         config: of the capture.

@@ -18,9 +18,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.store import Folder, verify
-from schemas.capture_config import PrecomputeConfig
-from schemas.manifest import CaptureManifest, read_manifest
+from xtoken.pipeline.store import Folder, verify
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).resolve().parent / "capture_driver.py"
@@ -73,7 +73,7 @@ class Run:
 
     def start(self) -> "subprocess.Popen[bytes]":
         """The driver, which leads a group of its own."""
-        environment = os.environ | {"PYTHONPATH": str(ROOT)} | self._environment
+        environment = os.environ | {"PYTHONPATH": str(ROOT / ".dev")} | self._environment
         return subprocess.Popen(self._command, env=environment, start_new_session=True, stderr=subprocess.PIPE)
 
     def finish(self, code: int = 0, seconds: float = 300) -> str:

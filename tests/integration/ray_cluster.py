@@ -37,7 +37,7 @@ def cluster(cpus: int) -> Iterator[Any]:
         "metrics_export_port": free_ports(1)[0],
         "_system_config": SETTINGS,
     }
-    environment = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": f"{ROOT}:{HERE}"}
+    environment = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": f"{ROOT}/.dev:{HERE}"}
     with patch.dict(os.environ, environment):
         started = Cluster(initialize_head=True, head_node_args=head)
         try:
@@ -72,7 +72,7 @@ def metrics_of_run(folder: str) -> dict[str, float]:
     """Run six shards, one of them poison, over the connection that is there; what Prometheus would read of it."""
     from ray_jobs import NotingJob, Watching
 
-    from pipeline.capture.ray_executor import RayExecutor
+    from xtoken.pipeline.capture.ray_executor import RayExecutor
 
     job = NotingJob(folder, {0: "poison", 5: "wait run_0_3"})
     assert list(RayExecutor("auto", 2, 0).run(job, range(6), Watching())) == [0]

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.capture.work import Event, OneByOne, tell_nobody
-from pipeline.store import DiskFull
-from schemas.errors import Unreachable, XtokenError
-from schemas.manifest import Part
+from xtoken.pipeline.capture.work import Event, OneByOne, tell_nobody
+from xtoken.pipeline.store import DiskFull
+from xtoken.schemas.errors import Unreachable, XtokenError
+from xtoken.schemas.manifest import Part
 
 TOKENS = 10
 

@@ -8,16 +8,16 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.align import align
-from pipeline.capture import precompute
-from pipeline.project import project
-from pipeline.store.verify import verify
-from schemas.capture_config import PrecomputeConfig
-from schemas.config import AlignConfig, ProjectConfig
-from schemas.errors import IncompleteRun, XtokenError
-from schemas.manifest import MANIFEST, CaptureManifest, TargetManifest, content_hash, read_manifest
-from schemas.progress import Silent
-from schemas.tables import targets
+from xtoken.pipeline.align import align
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.project import project
+from xtoken.pipeline.store.verify import verify
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.config import AlignConfig, ProjectConfig
+from xtoken.schemas.errors import IncompleteRun, XtokenError
+from xtoken.schemas.manifest import MANIFEST, CaptureManifest, TargetManifest, content_hash, read_manifest
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.tables import targets
 
 TEXT = "Größe 12345 — привет, мир! 東京タワー 👩\u200d👧 def f(x): return x ** 2\r\n\n"
 

@@ -27,14 +27,14 @@ from fault_runs import (
 )
 from typer.testing import CliRunner
 
-import cli
-from pipeline.align import align
-from pipeline.store import inspect, verify
-from schemas.config import AlignConfig
-from schemas.errors import IncompleteRun, VerificationError, XtokenError
-from schemas.manifest import MANIFEST, CaptureManifest, TargetManifest, read_manifest
-from schemas.progress import Silent
-from trainer.data.targets import Targets
+from xtoken import cli
+from xtoken.pipeline.align import align
+from xtoken.pipeline.store import inspect, verify
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.errors import IncompleteRun, VerificationError, XtokenError
+from xtoken.schemas.manifest import MANIFEST, CaptureManifest, TargetManifest, read_manifest
+from xtoken.schemas.progress import Silent
+from xtoken.trainer.data.targets import Targets
 
 KILLS = 6
 

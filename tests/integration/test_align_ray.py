@@ -12,7 +12,7 @@ from fault_runs import Run, children, command_of, commits, documents, ended, run
 from ray_cluster import cluster
 from typer.testing import CliRunner
 
-import cli
+from xtoken import cli
 
 PATIENCE = 180.0  # seconds: workers import numba, and cores are shared
 

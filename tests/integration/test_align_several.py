@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import cli
-from pipeline.capture import precompute
-from pipeline.store import verify
-from schemas.capture_config import PrecomputeConfig
-from schemas.progress import Silent
-from trainer.data.sources import Sources
-from trainer.data.targets import Targets
+from xtoken import cli
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.store import verify
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.progress import Silent
+from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.targets import Targets
 
 LONG = "a longer document, which small windows cut: " * 20
 

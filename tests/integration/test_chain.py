@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-import cli
-from pipeline.store import load_vocab
-from pipeline.tokens import load_tokenizer
+from xtoken import cli
+from xtoken.pipeline.store import load_vocab
+from xtoken.pipeline.tokens import load_tokenizer
 
-TEXT = Path(cli.__file__).parent / "examples" / "data" / "moby-dick-held-out.jsonl"
+TEXT = Path(cli.__file__).resolve().parent / "examples" / "data" / "moby-dick-held-out.jsonl"
 K, MIN_P = 64, 0.003
 # Nats per chunk: all that lies between the two is the codec's rounding to 1/32 nat, float32 and ties.
 CLOSE = 2e-3

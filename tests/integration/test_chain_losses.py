@@ -14,20 +14,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import cli
-from pipeline.store import load_vocab
-from pipeline.tokens import TokenTable, load_tokenizer
-from schemas.train_config import LossOptions
-from trainer.data.batches import Loader
-from trainer.data.samples import Layout, context_token
-from trainer.data.sources import Sources
-from trainer.data.targets import Targets
-from trainer.losses import open_loss
-from trainer.losses.base import LossSetup
-from trainer.objective import Student, measure
-from trainer.student.model import load_student
+from xtoken import cli
+from xtoken.pipeline.store import load_vocab
+from xtoken.pipeline.tokens import TokenTable, load_tokenizer
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.data.batches import Loader
+from xtoken.trainer.data.samples import Layout, context_token
+from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.losses import open_loss
+from xtoken.trainer.losses.base import LossSetup
+from xtoken.trainer.objective import Student, measure
+from xtoken.trainer.student.model import load_student
 
-TEXT = Path(cli.__file__).parent / "examples" / "data" / "moby-dick-held-out.jsonl"
+TEXT = Path(cli.__file__).resolve().parent / "examples" / "data" / "moby-dick-held-out.jsonl"
 MIXED = "Zażółć gęślą jaźń; 1851 + 42 = 1893.\nfor x in range(10):\n    print(f'{x}')  # 🐋 鯨 кит"
 K, MIN_P = 64, 0.003
 # Nats per chunk: the codec rounds each log-probability to 1/32 nat; the child term is linear in what is rounded.

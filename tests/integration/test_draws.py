@@ -19,17 +19,17 @@ import torch
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-import cli
-from pipeline.project.files import read_projection
-from pipeline.store import iter_capture, load_vocab
-from pipeline.teachers.fake_teacher import FakeTeacher
-from pipeline.tokens import load_tokenizer
-from schemas.manifest import TeacherInfo
-from schemas.tables import target_columns
-from schemas.train_config import LossOptions
-from trainer.data.targets import Targets
-from trainer.losses import open_loss
-from trainer.losses.base import LossSetup, View
+from xtoken import cli
+from xtoken.pipeline.project.files import read_projection
+from xtoken.pipeline.store import iter_capture, load_vocab
+from xtoken.pipeline.teachers.fake_teacher import FakeTeacher
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.manifest import TeacherInfo
+from xtoken.schemas.tables import target_columns
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.losses import open_loss
+from xtoken.trainer.losses.base import LossSetup, View
 
 DOCUMENTS, DRAWS = 200, 12
 REPEATED = "\nthe mill waits for rain; 27 boats, and the river runs."
@@ -325,7 +325,7 @@ def test_merges_that_need_no_rows_are_aligned(chain: Path, tmp_path: Path) -> No
 
 
 def test_an_audit_is_weighted_by_the_draws(chain: Path, tmp_path: Path) -> None:
-    from pipeline.project.mass import teacher_mass
+    from xtoken.pipeline.project.mass import teacher_mass
 
     found = teacher_mass(str(chain / "capture"), 10**6)
     assert found is not None

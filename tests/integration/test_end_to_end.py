@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-import cli
+from xtoken import cli
 
 RUNNER = CliRunner()
-TEXT = Path(cli.__file__).parent / "examples" / "data" / "moby-dick-held-out.jsonl"
+TEXT = Path(cli.__file__).resolve().parent / "examples" / "data" / "moby-dick-held-out.jsonl"
 
 
 def xtoken(*words: object, code: int = 0) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def test_both_engines_fill_the_same_capture(smollm2_dir: Path, corpus: Path, tmp
 
 @pytest.mark.engine
 def test_the_query_of_the_readme_runs(capture: Path) -> None:
-    readme = (Path(cli.__file__).parent / "README.md").read_text(encoding="utf-8")
+    readme = (Path(cli.__file__).resolve().parent / "README.md").read_text(encoding="utf-8")
     query = readme.split("```sql")[1].split("```")[0].replace("'capture/", f"'{capture}/")
     rows = duckdb.connect().sql(query).fetchall()
     assert len(rows) == 6

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from schemas.errors import XtokenError
-from schemas.manifest import TokenizerInfo
-from schemas.progress import Silent
-from schemas.train_config import EvalConfig
-from trainer.evaluate import evaluate
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.train_config import EvalConfig
+from xtoken.trainer.evaluate import evaluate
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'xtoken[tasks]'")
 pytestmark = pytest.mark.engine

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from fault_runs import Run, files, same_as
 
-from pipeline.store import committed, verify
-from schemas.manifest import CaptureManifest, read_manifest
+from xtoken.pipeline.store import committed, verify
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
 
 # In one document of the corpus only: a line of argparse's.
 WORD = "class BooleanOptionalAction(Action):"
@@ -23,7 +23,7 @@ SAID = {
 
 def guilty(config) -> int:
     """The shard that the document with the word is in."""
-    from pipeline.store import iter_capture
+    from xtoken.pipeline.store import iter_capture
 
     found = [
         index

@@ -17,13 +17,13 @@ from fault_proxy import FaultProxy, Rule, faults_before, storm
 from fault_runs import Run, ended, fetch, running, same_as, wait_for, workers_of
 from s3_server import S3Server
 
-from pipeline.capture.plan import SliceReader, make_plan
-from pipeline.store import Folder, committed, publish_part
-from pipeline.store.publish import Figures, commit, commit_name, data_name, read_commit
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import Unreachable
-from schemas.progress import Silent
-from schemas.remote import open_url, patiently, read_tail
+from xtoken.pipeline.capture.plan import SliceReader, make_plan
+from xtoken.pipeline.store import Folder, committed, publish_part
+from xtoken.pipeline.store.publish import Figures, commit, commit_name, data_name, read_commit
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import Unreachable
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.remote import open_url, patiently, read_tail
 
 ENOUGH = 20  # faults without which a storm has proved nothing
 # A client gives up on a silent server after a second, so that tests end.
@@ -160,7 +160,7 @@ def test_a_record_that_was_ours_stands_when_its_answer_is_lost(proxy):
 def test_a_part_that_cannot_be_read_just_now_is_not_called_bad(proxy, s3_server, monkeypatch):
     """Two attempts at one part: the second meets the first one's file while the server fails."""
     root = "s3://alpha-store/twins"
-    monkeypatch.setattr("pipeline.store.publish.patiently", partial(patiently, seconds=0.0))
+    monkeypatch.setattr("xtoken.pipeline.store.publish.patiently", partial(patiently, seconds=0.0))
     first = publish_part(root, 0, Writer(1000), no_check)
     Folder(root).remove(commit_name(0))  # it is about to be written
     proxy.rules = [Rule("503", method="GET", path=data_name(0)), Rule("503", method="HEAD", path=data_name(0))]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import cli
-from schemas.answer import Interrupted
+from xtoken import cli
+from xtoken.schemas.answer import Interrupted
 
-ROOT = Path(cli.__file__).parent
+ROOT = Path(cli.__file__).resolve().parent
 TEXT = ROOT / "examples" / "data" / "moby-dick-held-out.jsonl"
 STEPS = 12
 

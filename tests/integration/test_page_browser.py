@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from browser import Browser, chromium
 
-from pipeline.align import align
-from pipeline.capture import precompute
-from pipeline.page.sample import Sample, load_sample
-from pipeline.page.sample_page import write_page
-from pipeline.page.visible import plain, visible
-from schemas.capture_config import PrecomputeConfig
-from schemas.config import AlignConfig, InspectConfig
-from schemas.progress import Silent
+from xtoken.pipeline.align import align
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.page.sample import Sample, load_sample
+from xtoken.pipeline.page.sample_page import write_page
+from xtoken.pipeline.page.visible import plain, visible
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.config import AlignConfig, InspectConfig
+from xtoken.schemas.progress import Silent
 
 TINY = Path(__file__).resolve().parents[1] / "golden" / "captures" / "tiny"
 ATTACK = "</script><script>owned=1</script><img src=x onerror=owned=1><svg onload=owned=1>&lt;b a='\"{{"

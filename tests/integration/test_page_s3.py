@@ -8,7 +8,7 @@ from pathlib import Path
 
 from s3_server import S3Server
 
-from pipeline.page.find import all_ids, find
+from xtoken.pipeline.page.find import all_ids, find
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "captures"

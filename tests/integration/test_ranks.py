@@ -77,7 +77,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def begin(path: Path, ranks: tuple[str, ...]) -> "subprocess.Popen[str]":
     command = [sys.executable, *ranks, str(ROOT / "tests" / "integration" / "train_ranks.py"), str(path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / ".dev"), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

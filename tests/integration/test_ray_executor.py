@@ -12,12 +12,12 @@ import pytest
 from ray_cluster import HERE, ROOT, alive, cluster, kill_machine, wait_until
 from ray_jobs import TOKENS, NotingJob, Watching, note, notes
 
-from pipeline.capture import precompute
-from pipeline.capture.ray_executor import RayExecutor
-from pipeline.store import DiskFull, verify
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.progress import Silent
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.capture.ray_executor import RayExecutor
+from xtoken.pipeline.store import DiskFull, verify
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_lease_comes_back_to_the_worker_that_had_it_when_storage_was_out_of_re
 
 
 def test_another_version_on_a_node_is_refused(nodes, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.capture.ray_executor.code_version", lambda: "0.0.1")
+    monkeypatch.setattr("xtoken.pipeline.capture.ray_executor.code_version", lambda: "0.0.1")
     with pytest.raises(XtokenError, match=r"has xtoken .*started by xtoken 0\.0\.1; install xtoken 0\.0\.1 on every"):
         run(nodes, NotingJob(str(tmp_path)), range(4), workers=1)
     assert notes(tmp_path, "open_") == []
@@ -198,7 +198,8 @@ def test_a_capture_made_on_ray_is_the_one_made_here_byte_for_byte(nodes, tmp_pat
 def test_ray_local_starts_a_ray_of_its_own_and_ends_it(tmp_path):
     """In a process of its own: this one has a cluster."""
     code = (
-        "import sys; from ray_jobs import NotingJob, Watching; from pipeline.capture.ray_executor import RayExecutor\n"
+        "import sys; from ray_jobs import NotingJob, Watching\n"
+        "from xtoken.pipeline.capture.ray_executor import RayExecutor\n"
         "import ray; assert RayExecutor('local', 3, None).run(NotingJob(sys.argv[1]), range(6), Watching()) == {}\n"
         "assert not ray.is_initialized()"
     )
@@ -221,12 +222,13 @@ def test_an_address_where_nothing_answers(tmp_path):
 )
 def test_workers_end_with_their_driver(nodes, tmp_path, number, code):
     code_of_driver = (
-        "import sys; from ray_jobs import NotingJob, Watching; from pipeline.capture.ray_executor import RayExecutor\n"
+        "import sys; from ray_jobs import NotingJob, Watching\n"
+        "from xtoken.pipeline.capture.ray_executor import RayExecutor\n"
         "job = NotingJob(sys.argv[2], dict.fromkeys(range(2), 'wait never'))\n"
         "RayExecutor(sys.argv[1], 2, 0).run(job, range(2), Watching())"
     )
     command = [sys.executable, "-c", code_of_driver, nodes.address, str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}/.dev:{HERE}"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as driver:
         wait_until(lambda: len(notes(tmp_path, "run_")) == 2)
         assert all(alive(pid) for pid in pids(tmp_path))

@@ -13,14 +13,14 @@ import duckdb
 import numpy as np
 import pytest
 
-from pipeline.capture import precompute
-from pipeline.store import iter_capture, load_vocab
-from pipeline.store.card import write_card
-from pipeline.store.unpack import unpack
-from schemas.capture_config import PrecomputeConfig
-from schemas.manifest import CaptureManifest, read_manifest
-from schemas.progress import Silent
-from schemas.share_config import CardConfig
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.store import iter_capture, load_vocab
+from xtoken.pipeline.store.card import write_card
+from xtoken.pipeline.store.unpack import unpack
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.share_config import CardConfig
 
 pytestmark = pytest.mark.engine
 DOCUMENTS = {

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-import cli
+from xtoken import cli
 
-TEXT = Path(cli.__file__).parent / "examples" / "data" / "moby-dick-held-out.jsonl"
+TEXT = Path(cli.__file__).resolve().parent / "examples" / "data" / "moby-dick-held-out.jsonl"
 
 
 def xtoken(*words: object, code: int = 0) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def test_a_student_of_bytes_learns_by_alm_and_byte_prefix(folder: Path, tmp_path
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from pipeline.tokens import load_tokenizer
+    from xtoken.pipeline.tokens import load_tokenizer
 
     torch.manual_seed(1)
     size = load_tokenizer("bytes").table.size

@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 from s3_server import S3Server
 
-import cli
-from trainer.data.targets import Targets
+from xtoken import cli
+from xtoken.trainer.data.targets import Targets
 
-ROOT = Path(cli.__file__).parent
+ROOT = Path(cli.__file__).resolve().parent
 TEXT = ROOT / "examples" / "data" / "moby-dick-held-out.jsonl"
 DOCUMENTS = 16
 SHARED = "s3://alpha-store/captures/smollm2"
@@ -73,9 +73,9 @@ def teams(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tupl
 @pytest.fixture(scope="module")
 def capture(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real capture of SmolLM2-135M over short pieces of prose, a part for each two."""
-    from pipeline.capture import precompute
-    from schemas.capture_config import PrecomputeConfig
-    from schemas.progress import Silent
+    from xtoken.pipeline.capture import precompute
+    from xtoken.schemas.capture_config import PrecomputeConfig
+    from xtoken.schemas.progress import Silent
 
     folder = tmp_path_factory.mktemp("alpha")
     text = json.loads(TEXT.read_text(encoding="utf-8"))["text"]

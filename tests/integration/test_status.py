@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 from s3_server import S3Server
 
-import cli
-from pipeline.capture.status import status
-from schemas.answer import Interrupted
+from xtoken import cli
+from xtoken.pipeline.capture.status import status
+from xtoken.schemas.answer import Interrupted
 
-ROOT = Path(cli.__file__).parent
+ROOT = Path(cli.__file__).resolve().parent
 PATIENCE = 120.0
 # The command, but for a status that is written often: a fast machine must not be done before it tells of work.
-COMMAND = "import pipeline.capture.board as board; board._EVERY = 0.2; import cli; cli.main()"
+COMMAND = "import xtoken.pipeline.capture.board as board; board._EVERY = 0.2; import cli; cli.main()"
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.teachers import open_teacher
-from pipeline.teachers.base import TeacherRows
-from pipeline.tokens import TextTokenizer, load_tokenizer
-from schemas.capture_config import PrecomputeConfig
-from schemas.manifest import TeacherInfo
+from xtoken.pipeline.teachers import open_teacher
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.manifest import TeacherInfo
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = ROOT / "examples" / "data" / "moby-dick-held-out.jsonl"
@@ -67,7 +67,7 @@ def vllm_rows(model: Path, batch: list[NDArray[np.int32]], folder: Path) -> tupl
         str(target),
     ]
     # One thread: vLLM's threads spin while they wait, which is slow on shared cores.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".dev"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     names = ("ids", "logprob", "target_logprob", "target_rank")

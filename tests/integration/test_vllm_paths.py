@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.tokens import load_tokenizer
-from schemas.manifest import TeacherInfo
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.manifest import TeacherInfo
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = ROOT / "examples" / "data" / "moby-dick-held-out.jsonl"
@@ -62,7 +62,11 @@ def start(model: Path, folder: Path, what: str, multiprocessing: str) -> Session
     command = [sys.executable, str(Path(__file__).with_name("vllm_session.py")), str(model)]
     command += [str(folder / "ids.npz"), str(folder / "rows.npz"), what]
     # One thread: vLLM's threads spin while they wait, which is slow on shared cores.
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing}
+    environment = {
+        "PYTHONPATH": str(ROOT / ".dev"),
+        "OMP_NUM_THREADS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing,
+    }
     with (folder / "stderr").open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(
             command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=errors, text=True

@@ -63,7 +63,7 @@ def found(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     command = [sys.executable, str(Path(__file__).with_name("vllm_process.py")), str(broken), str(pictures)]
     command += [str(folder / "ids.npz"), str(folder / "found.json")]
     # One thread: vLLM's threads spin while they wait, which is slow on shared cores.
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = {"PYTHONPATH": str(ROOT / ".dev"), "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=800)
     assert (folder / "found.json").exists(), done.stderr[-4000:]
     assert done.returncode == 0

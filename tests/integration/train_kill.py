@@ -23,7 +23,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELOAD = ("torch", "transformers.models.llama.modeling_llama", "trainer.evaluate.agreement", "trainer.loop")
+PRELOAD = (
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "xtoken.trainer.evaluate.agreement",
+    "xtoken.trainer.loop",
+)
 CALLS = ("open", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir")
 
 
@@ -31,7 +36,7 @@ class Nursery:
     """The process that forks, seen from a test."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT / ".dev")}
         command = [sys.executable, str(Path(__file__).resolve())]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -104,7 +109,7 @@ def main() -> None:
     for name in PRELOAD:
         import_module(name)
     sys.modules["torch"].set_num_threads(1)
-    sys.modules["trainer.data.packing"].packed_shapes([3, 2], 8, 8)  # sets numba up: half a second per child
+    sys.modules["xtoken.trainer.data.packing"].packed_shapes([3, 2], 8, 8)  # sets numba up: half a second per child
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
@@ -135,12 +140,12 @@ def _child(job: dict[str, Any]) -> None:
 def _train(job: dict[str, Any]) -> int:
     import numpy as np
 
-    from schemas.errors import XtokenError
-    from schemas.manifest import TokenizerInfo
-    from schemas.progress import Silent
-    from schemas.train_config import TrainConfig
-    from trainer.evaluate.samples import EvalSample
-    from trainer.loop import train
+    from xtoken.schemas.errors import XtokenError
+    from xtoken.schemas.manifest import TokenizerInfo
+    from xtoken.schemas.progress import Silent
+    from xtoken.schemas.train_config import TrainConfig
+    from xtoken.trainer.evaluate.samples import EvalSample
+    from xtoken.trainer.loop import train
 
     if "die" in job:
         _die_in_checkpoint(*job["die"])
@@ -213,7 +218,7 @@ class _OnDisk:
 
 
 def _small_disk(room: int) -> None:
-    import trainer.checkpoint as checkpoint
+    import xtoken.trainer.checkpoint as checkpoint
 
     checkpoint.open = _Disk(room).open  # type: ignore[attr-defined]  # stands before the builtin
 

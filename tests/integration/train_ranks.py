@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from schemas.manifest import TokenizerInfo
-from schemas.progress import Silent
-from schemas.train_config import TrainConfig
-from trainer import loop
-from trainer.evaluate import EvalSample
-from trainer.step import Figures
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.train_config import TrainConfig
+from xtoken.trainer import loop
+from xtoken.trainer.evaluate import EvalSample
+from xtoken.trainer.step import Figures
 
 
 def poison(at: int) -> None:

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
 
 K = 8
 
 
 def opened(model: str) -> Any:
     # vLLM's processes import this file, and its CPU build stumbles over numba there.
-    from pipeline.teachers.vllm_teacher import open_teacher
+    from xtoken.pipeline.teachers.vllm_teacher import open_teacher
 
     config = PrecomputeConfig(corpus="-", out="-", teacher=model, backend="vllm", k=K, max_tokens=64, dtype="float32")
     return open_teacher(config, load_tokenizer("bytes").table)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.teachers import vllm_engine
-from pipeline.teachers.base import TeacherRows
-from pipeline.teachers.vllm_replies import Entries, TensorRows
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import PrecomputeConfig
+from xtoken.pipeline.teachers import vllm_engine
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.pipeline.teachers.vllm_replies import Entries, TensorRows
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
 
 if TYPE_CHECKING:
-    from pipeline.teachers.vllm_teacher import VllmTeacher
+    from xtoken.pipeline.teachers.vllm_teacher import VllmTeacher
 
 K = 32
 STEP = 256
@@ -86,7 +86,7 @@ def with_fault(
     teacher: "VllmTeacher", batch: Batch, break_it: Callable[[], Callable[[], None]]
 ) -> tuple[str, list[str], list[TeacherRows]]:
     """(path, warnings, rows) of another teacher on the same engine, opened while something was broken."""
-    from pipeline.teachers.vllm_teacher import VllmTeacher
+    from xtoken.pipeline.teachers.vllm_teacher import VllmTeacher
 
     logged = Warnings()
     logging.getLogger("xtoken").addHandler(logged)
@@ -149,7 +149,7 @@ def everything(teacher: "VllmTeacher", batch: Batch, found: dict[str, Any]) -> N
 
 def main(model: str, source: str, target: str, what: str) -> None:
     # vLLM's processes import this file, and its CPU build stumbles over numba there.
-    from pipeline.teachers.vllm_teacher import open_teacher
+    from xtoken.pipeline.teachers.vllm_teacher import open_teacher
 
     config = PrecomputeConfig(
         corpus="-",

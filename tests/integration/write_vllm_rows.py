@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 
-from pipeline.teachers import open_teacher
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import PrecomputeConfig
+from xtoken.pipeline.teachers import open_teacher
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
 
 
 def main(model: str, source: str, target: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import cli
+from xtoken import cli
 
 RUNNER = CliRunner()
 VERBS = (
@@ -102,7 +102,7 @@ def test_held_out_text_is_of_one_split(tmp_path: Path) -> None:
 
 
 def test_losses_lists_every_loss() -> None:
-    from schemas.tables import LOSSES
+    from xtoken.schemas.tables import LOSSES
 
     rows = json.loads(RUNNER.invoke(cli.app, ["losses", "--json"]).stdout)["losses"]
     assert [row["loss"] for row in rows] == list(LOSSES)
@@ -126,9 +126,9 @@ def test_version_is_the_installed_one() -> None:
 
 def test_what_the_demo_says_is_a_command_that_does_the_same() -> None:
     """Arguments without names, lists of them, and flags whose name is not their field's."""
-    from schemas.config import AlignConfig
-    from schemas.progress import Bars
-    from schemas.train_config import ReportConfig
+    from xtoken.schemas.config import AlignConfig
+    from xtoken.schemas.progress import Bars
+    from xtoken.schemas.train_config import ReportConfig
 
     said, done = [], []
 

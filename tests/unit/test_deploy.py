@@ -15,9 +15,9 @@ import yaml
 from packaging.requirements import Requirement
 from typer.main import get_command
 
-import cli
+from xtoken import cli
 
-ROOT = Path(cli.__file__).parent
+ROOT = Path(cli.__file__).resolve().parent
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 KUBERAY = yaml.safe_load((ROOT / "examples" / "kuberay.yaml").read_text(encoding="utf-8"))

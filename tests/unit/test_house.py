@@ -1,28 +1,34 @@
 """The rules of the house that a machine can check."""
 
 import ast
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-import cli
-import pipeline
-import schemas
-import trainer
+import xtoken
+from xtoken import cli, pipeline, schemas, trainer
 
-ROOT = Path(cli.__file__).parent
+ROOT = Path(cli.__file__).resolve().parent
 ALLOWED = {"schemas": {"schemas"}, "pipeline": {"schemas", "pipeline"}, "trainer": {"schemas", "trainer"}}
 OURS = {"schemas", "pipeline", "trainer", "cli"}
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names of the packages that a file imports, anywhere in it."""
+    """Our own parts that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "xtoken":
+            names = [f"xtoken.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("xtoken.")}
     return found
 
 
@@ -34,11 +40,29 @@ def test_layers_import_only_what_lies_below(layer: str) -> None:
         assert imported(path) & OURS <= ALLOWED[layer], path
 
 
-def test_our_folders_are_the_ones_beside_cli() -> None:
-    # A package named trainer exists on PyPI; with it installed first, ours would be shadowed.
+def test_the_package_is_this_checkout() -> None:
+    """By the committed link: an installed xtoken that came first would be tested instead."""
     for package in (pipeline, schemas, trainer):
         assert package.__file__ is not None
-        assert Path(package.__file__).parent.parent == ROOT
+        assert Path(package.__file__).resolve().parent.parent == ROOT
+
+
+def test_no_module_goes_by_its_old_name() -> None:
+    """``import trainer`` would find another package of that name, or nothing, once it is installed."""
+    for path in (
+        path for folder in (*ALLOWED, "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not {name.split(".")[0] for name in names} & OURS, path
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = "import sys; before = set(sys.modules); import xtoken; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "tests")
+    assert [name for name in done.stdout.split() if name != "xtoken"] == []
+    assert xtoken.__version__ == version("xtoken")
 
 
 def test_only_the_command_line_prints() -> None:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
 
-from schemas.errors import XtokenError
-from trainer.data.micro import Micro, split_micros
-from trainer.data.plan import Plan, Position
-from trainer.data.samples import Layout, Sample, read_samples
-from trainer.data.sources import OwnedGroup, Sources
-from trainer.data.stream import Share, Stream, result_of
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.data.micro import Micro, split_micros
+from xtoken.trainer.data.plan import Plan, Position
+from xtoken.trainer.data.samples import Layout, Sample, read_samples
+from xtoken.trainer.data.sources import OwnedGroup, Sources
+from xtoken.trainer.data.stream import Share, Stream, result_of
 
 __all__ = ["Loader", "Position", "StepBatch"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.losses.base import Array, Loss
+from xtoken.trainer.losses.base import Array, Loss
 
 BASE_COLUMNS = ("student_ids", "chunk_student_end")
 SCORE_COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -30,7 +30,7 @@ class Layout:
         vocabulary: ids of the student's tokenizer.
         losses: one per target folder.
         weights: one per target folder.
-        weighting: what a sample's teachers are weighed by (see ``schemas.config.TrainConfig``).
+        weighting: what a sample's teachers are weighed by (see ``xtoken.schemas.config.TrainConfig``).
     """
 
     context: int | None

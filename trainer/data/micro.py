@@ -10,10 +10,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.layout import running
-from trainer.data.packing import Shape, packed_shapes, padded_shapes
-from trainer.data.samples import Sample, SampleTargets
-from trainer.losses.base import Array, Columns, Loss
+from xtoken.trainer.data.layout import running
+from xtoken.trainer.data.packing import Shape, packed_shapes, padded_shapes
+from xtoken.trainer.data.samples import Sample, SampleTargets
+from xtoken.trainer.losses.base import Array, Columns, Loss
 
 Ints = NDArray[np.int64]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.compiled import compiled
+from xtoken.schemas.compiled import compiled
 
 # How much wider rows may get, step by step, until as few of them as the widest allowed hold everything.
 _WIDER = (1.0, 1.005, 1.01, 1.02, 1.03, 1.05, 1.1)

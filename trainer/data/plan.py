@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.errors import XtokenError
-from trainer.data.sources import OwnedGroup, Sources
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.data.sources import OwnedGroup, Sources
 
 # What is decoded together. At 32 entries a token, 2**19 tokens are some 150 MB, and a stream holds two windows.
 WINDOW_SAMPLES = 1024

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.errors import VerificationError
-from trainer.data.layout import SCORE_COLUMNS, Layout, SampleTargets, running
-from trainer.data.targets import RowGroup
-from trainer.losses.base import Array, Columns, Loss
+from xtoken.schemas.errors import VerificationError
+from xtoken.trainer.data.layout import SCORE_COLUMNS, Layout, SampleTargets, running
+from xtoken.trainer.data.targets import RowGroup
+from xtoken.trainer.losses.base import Array, Columns, Loss
 
 NORMALISED_WITHIN = 1e-3  # float32 log-probabilities of up to 256 cells sum to 1 far closer than this
 Ints = NDArray[np.int64]

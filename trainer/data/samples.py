@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.manifest import TokenizerInfo
-from trainer.data.layout import Layout, SampleTargets
-from trainer.data.rows import GroupTargets, group_targets
-from trainer.data.targets import RowGroup
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.trainer.data.layout import Layout, SampleTargets
+from xtoken.trainer.data.rows import GroupTargets, group_targets
+from xtoken.trainer.data.targets import RowGroup
 
 __all__ = ["Layout", "Sample", "SampleTargets", "context_token", "read_sample", "read_samples", "with_context"]
 

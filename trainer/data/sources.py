@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.samples import Layout, Stored
-from trainer.data.targets import GroupRef, RowGroup, Targets, share_cache
+from xtoken.trainer.data.samples import Layout, Stored
+from xtoken.trainer.data.targets import GroupRef, RowGroup, Targets, share_cache
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from trainer.data.plan import Plan, Position, Window
-from trainer.data.samples import Sample
-from trainer.data.sources import OwnedGroup
+from xtoken.trainer.data.plan import Plan, Position, Window
+from xtoken.trainer.data.samples import Sample
+from xtoken.trainer.data.sources import OwnedGroup
 
 Decode = Callable[[OwnedGroup], "Future[list[Sample]]"]
 T = TypeVar("T")

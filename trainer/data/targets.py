@@ -17,17 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from schemas.cache import Cache, cached
-from schemas.errors import VerificationError, XtokenError
-from schemas.heads import needed_rows, refuse_narrow_head, stated_rows
-from schemas.lacking import lacking_columns, lacking_note
-from schemas.limits import batches, check_footer, check_group, group_chunks, open_parquet, read_whole, reading
-from schemas.manifest import Part, TargetManifest, TokenizerInfo, content_hash, part_name, read_manifest
-from schemas.pages import Chunk
-from schemas.remote import in_parallel, is_local, open_url, read_footer
-from schemas.tables import VOCAB, W, targets
-from schemas.train_config import LossOptions
-from trainer.losses.base import Array, ProjectionArrays, VocabArrays
+from xtoken.schemas.cache import Cache, cached
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.heads import needed_rows, refuse_narrow_head, stated_rows
+from xtoken.schemas.lacking import lacking_columns, lacking_note
+from xtoken.schemas.limits import batches, check_footer, check_group, group_chunks, open_parquet, read_whole, reading
+from xtoken.schemas.manifest import Part, TargetManifest, TokenizerInfo, content_hash, part_name, read_manifest
+from xtoken.schemas.pages import Chunk
+from xtoken.schemas.remote import in_parallel, is_local, open_url, read_footer
+from xtoken.schemas.tables import VOCAB, W, targets
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.losses.base import Array, ProjectionArrays, VocabArrays
 
 W_FILE, VOCAB_FILE = "w.parquet", "student_vocab.parquet"
 _SIDE_TABLES = {W_FILE: W, VOCAB_FILE: VOCAB}
@@ -306,7 +306,7 @@ class Targets:
         """Refuse a student whose config.json says that its head lacks tokens of text, before anything is loaded.
 
         Raises:
-            XtokenError: see ``schemas.heads.refuse_narrow_head``.
+            XtokenError: see ``xtoken.schemas.heads.refuse_narrow_head``.
         """
         table = self._side_table(VOCAB_FILE)
         refuse_narrow_head(

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from schemas.errors import XtokenError
-from schemas.manifest import TokenizerInfo
-from schemas.progress import Progress
-from schemas.train_config import EvalConfig
-from trainer.evaluate.samples import EvalSample
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.progress import Progress
+from xtoken.schemas.train_config import EvalConfig
+from xtoken.trainer.evaluate.samples import EvalSample
 
 if TYPE_CHECKING:
-    from trainer.data.targets import Targets
-    from trainer.objective import Student
-    from trainer.ranks import Ranks
+    from xtoken.trainer.data.targets import Targets
+    from xtoken.trainer.objective import Student
+    from xtoken.trainer.ranks import Ranks
 
 __all__ = ["EvalSample", "evaluate", "held_out_targets", "measure_student"]
 
@@ -31,12 +31,12 @@ def evaluate(
         rows: see ``measure_student``.
 
     Returns:
-        See ``measure_student``; with tasks also ``tasks``, see ``trainer.evaluate.tasks.open_tasks``.
+        See ``measure_student``; with tasks also ``tasks``, see ``xtoken.trainer.evaluate.tasks.open_tasks``.
 
     Raises:
         XtokenError: the model cannot be loaded or does not fit the tokenizer, nor the targets, or see ``open_tasks``.
     """
-    from trainer.evaluate.tasks import open_tasks
+    from xtoken.trainer.evaluate.tasks import open_tasks
 
     if config.text is not None and not samples:
         raise XtokenError(f"the held-out text {config.text} holds no tokens; give a longer one")
@@ -54,8 +54,15 @@ def evaluate(
 def _load(
     config: EvalConfig, tokenizer: TokenizerInfo, samples: Sequence[EvalSample], targets: "Targets | None"
 ) -> "Student":
-    from trainer.objective import Student
-    from trainer.student.model import check_context, check_width, head_width, load_student, pick_autocast, pick_device
+    from xtoken.trainer.objective import Student
+    from xtoken.trainer.student.model import (
+        check_context,
+        check_width,
+        head_width,
+        load_student,
+        pick_autocast,
+        pick_device,
+    )
 
     device = pick_device(config.device)
     model = load_student(config.model, device, config.trust_remote_code)
@@ -76,7 +83,7 @@ def held_out_targets(root: str, tokenizer: TokenizerInfo) -> "Targets":
     Raises:
         XtokenError: they serve no P-KL at first rows and temperature 1, or another student's tokenizer.
     """
-    from trainer.data.targets import Targets
+    from xtoken.trainer.data.targets import Targets
 
     targets = Targets(root)
     targets.require("p-kl")
@@ -113,9 +120,9 @@ def measure_student(
     Raises:
         XtokenError: there is nothing to measure on.
     """
-    from trainer.evaluate.agreement import agreement
-    from trainer.evaluate.bits_per_byte import bits_per_byte
-    from trainer.ranks import ALONE
+    from xtoken.trainer.evaluate.agreement import agreement
+    from xtoken.trainer.evaluate.bits_per_byte import bits_per_byte
+    from xtoken.trainer.ranks import ALONE
 
     if not samples and targets is None:
         raise XtokenError("the held-out text holds no tokens; give a longer one")

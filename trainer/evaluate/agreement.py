@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from schemas.categories import CATEGORIES
-from schemas.errors import XtokenError
-from schemas.manifest import TokenizerInfo
-from schemas.progress import Progress
-from trainer.blocks import block_view
-from trainer.data.micro import Micro, split_micros
-from trainer.data.samples import Layout, context_token, read_samples
-from trainer.data.targets import RowGroup, Targets
-from trainer.evaluate.bits_per_byte import micro_tokens
-from trainer.evaluate.spelling import token_bytes
-from trainer.evaluate.together import together
-from trainer.losses.base import LossSetup
-from trainer.losses.pkl import PKL
-from trainer.objective import Student
-from trainer.ranks import ALONE, Ranks
+from xtoken.schemas.categories import CATEGORIES
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.progress import Progress
+from xtoken.trainer.blocks import block_view
+from xtoken.trainer.data.micro import Micro, split_micros
+from xtoken.trainer.data.samples import Layout, context_token, read_samples
+from xtoken.trainer.data.targets import RowGroup, Targets
+from xtoken.trainer.evaluate.bits_per_byte import micro_tokens
+from xtoken.trainer.evaluate.spelling import token_bytes
+from xtoken.trainer.evaluate.together import together
+from xtoken.trainer.losses.base import LossSetup
+from xtoken.trainer.losses.pkl import PKL
+from xtoken.trainer.objective import Student
+from xtoken.trainer.ranks import ALONE, Ranks
 
 _TEACHER_COLUMNS = ("student_end", "teacher_logprob")
 

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from schemas.errors import XtokenError
-from schemas.manifest import TokenizerInfo
-from schemas.progress import Progress
-from trainer.data.micro import Micro, split_micros
-from trainer.data.samples import Sample, context_token
-from trainer.evaluate.samples import EvalSample
-from trainer.evaluate.together import together
-from trainer.objective import Student
-from trainer.ranks import ALONE, Ranks
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.progress import Progress
+from xtoken.trainer.data.micro import Micro, split_micros
+from xtoken.trainer.data.samples import Sample, context_token
+from xtoken.trainer.evaluate.samples import EvalSample
+from xtoken.trainer.evaluate.together import together
+from xtoken.trainer.objective import Student
+from xtoken.trainer.ranks import ALONE, Ranks
 
 _MICRO_TOKENS = 2048  # padded inputs per forward pass
 _LOGITS = 1 << 28  # of one forward pass, of a model that makes them whole: 1 GiB in float32

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from schemas.manifest import TokenizerInfo
-from trainer.data.samples import context_token
-from trainer.evaluate.samples import EvalSample
-from trainer.evaluate.spelling import Spelling
-from trainer.objective import Student
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.trainer.data.samples import context_token
+from xtoken.trainer.evaluate.samples import EvalSample
+from xtoken.trainer.evaluate.spelling import Spelling
+from xtoken.trainer.objective import Student
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
 _BATCH = 8

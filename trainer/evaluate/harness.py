@@ -1,4 +1,4 @@
-"""lm-eval without its output. Importing this module imports lm-eval, so only ``trainer.evaluate.tasks`` does."""
+"""lm-eval without its output. Importing this module imports lm-eval, so only ``xtoken.trainer.evaluate.tasks`` does."""
 
 import difflib
 import io
@@ -17,10 +17,10 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from schemas.errors import XtokenError
-from schemas.progress import Progress
-from schemas.train_config import EvalConfig
-from trainer.objective import Student
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Progress
+from xtoken.schemas.train_config import EvalConfig
+from xtoken.trainer.objective import Student
 
 _CPU_BATCH = 4
 _BOOTSTRAPS = 1000  # resamples for the stderr of metrics that are no means; drawn in this process
@@ -93,7 +93,7 @@ def _named(manager: TaskManager, name: str, trusted: bool) -> list[Any]:
 def score(
     config: EvalConfig, tokenizer: Any, tasks: list[Any], student: Student, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Rows of loaded tasks, see ``trainer.evaluate.tasks.open_tasks``.
+    """Rows of loaded tasks, see ``xtoken.trainer.evaluate.tasks.open_tasks``.
 
     Raises:
         XtokenError: a task and the model do not go together.

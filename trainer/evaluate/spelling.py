@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.categories import CATEGORIES, category
-from trainer.data.targets import VOCAB_FILE, Targets
+from xtoken.schemas.categories import CATEGORIES, category
+from xtoken.trainer.data.targets import VOCAB_FILE, Targets
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Spelling:
 
     Attributes:
         bytes_V: what each token stands for; nothing for specials and holes.
-        role_V: None = text, else as in ``schemas.tables.VOCAB``.
+        role_V: None = text, else as in ``xtoken.schemas.tables.VOCAB``.
     """
 
     bytes_V: tuple[bytes, ...]

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schemas.errors import XtokenError
-from schemas.progress import Progress
-from schemas.train_config import EvalConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Progress
+from xtoken.schemas.train_config import EvalConfig
 
 if TYPE_CHECKING:
-    from trainer.objective import Student
+    from xtoken.trainer.objective import Student
 
 Scorer = Callable[["Student", Progress], list[dict[str, Any]]]
 
@@ -33,7 +33,7 @@ def open_tasks(config: EvalConfig) -> Scorer:
     if config.task_path is not None and not Path(config.task_path).is_dir():
         raise XtokenError(f"--task-path {config.task_path} is no folder; give the one that holds the task files")
     try:
-        from trainer.evaluate.harness import load, score
+        from xtoken.trainer.evaluate.harness import load, score
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("trainer", "schemas"):
             raise

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from trainer.data.micro import Micro, make_micro
-from trainer.data.samples import Sample
-from trainer.objective import Student
-from trainer.ranks import Ranks
+from xtoken.trainer.data.micro import Micro, make_micro
+from xtoken.trainer.data.samples import Sample
+from xtoken.trainer.objective import Student
+from xtoken.trainer.ranks import Ranks
 
 # One token that predicts another, for ranks that have nothing left to do.
 _IDLE = make_micro([[Sample("idle", np.zeros(2, np.int32), (), ())]], 1, ())

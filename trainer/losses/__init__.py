@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from schemas.tables import target_columns
+from xtoken.schemas.tables import target_columns
 
 if TYPE_CHECKING:
-    from trainer.losses.base import Loss, LossSetup
+    from xtoken.trainer.losses.base import Loss, LossSetup
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ REGISTRY = {
 
 def open_loss(name: str, setup: "LossSetup") -> "Loss":
     """Build the loss called ``name`` (checked by the configuration) for one W and one student."""
-    module: Any = import_module(f"trainer.losses.{REGISTRY[name].module}")
+    module: Any = import_module(f"xtoken.trainer.losses.{REGISTRY[name].module}")
     loss: Loss = module.open_loss(setup)
     return loss
 

@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from schemas.errors import XtokenError
-from trainer.losses.base import Array, Arrays, Columns, FeatureLoss, LossSetup, View
-from trainer.losses.chain_rule import chunk_positions
-from trainer.losses.token_set import set_mass
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.losses.base import Array, Arrays, Columns, FeatureLoss, LossSetup, View
+from xtoken.trainer.losses.chain_rule import chunk_positions
+from xtoken.trainer.losses.token_set import set_mass
 
 EPS = 1e-6  # keeps a chunk of probability 1 away from log(0); the paper's code takes the same
 
@@ -120,5 +120,5 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def open_loss(setup: LossSetup) -> ALM:
-    """See ``trainer.losses.open_loss``."""
+    """See ``xtoken.trainer.losses.open_loss``."""
     return ALM(setup)

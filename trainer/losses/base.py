@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from schemas.tables import target_columns
-from schemas.train_config import LossOptions
+from xtoken.schemas.tables import target_columns
+from xtoken.schemas.train_config import LossOptions
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -53,7 +53,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class ProjectionArrays:
-    """W of a target folder, entries ascending by student id (see ``schemas.tables.W``); every array is [N].
+    """W of a target folder, entries ascending by student id (see ``xtoken.schemas.tables.W``); every array is [N].
 
     ``common`` marks H-KL's pairs, ``exact`` those of equal bytes among them (strict GOLD's).
     """

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from schemas.errors import VerificationError
-from trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
-from trainer.losses.chain_rule import chunk_positions, cut
-from trainer.losses.sparse_kl import NOTHING, group_logsumexp, kept_and_rest, ranges, sparse_kl
+from xtoken.schemas.errors import VerificationError
+from xtoken.trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.chain_rule import chunk_positions, cut
+from xtoken.trainer.losses.sparse_kl import NOTHING, group_logsumexp, kept_and_rest, ranges, sparse_kl
 
 
 class BytePrefix(Loss):
@@ -105,5 +105,5 @@ class BytePrefix(Loss):
 
 
 def open_loss(setup: LossSetup) -> BytePrefix:
-    """See ``trainer.losses.open_loss``."""
+    """See ``xtoken.trainer.losses.open_loss``."""
     return BytePrefix(setup)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from trainer.losses.base import Columns, Loss, LossSetup, View
+from xtoken.trainer.losses.base import Columns, Loss, LossSetup, View
 
 
 def cross_entropy_total(logp_PV: Tensor, label_P: Tensor) -> Tensor:
@@ -21,5 +21,5 @@ class TextOnly(Loss):
 
 
 def open_loss(_: LossSetup) -> TextOnly:
-    """See ``trainer.losses.open_loss``."""
+    """See ``xtoken.trainer.losses.open_loss``."""
     return TextOnly()

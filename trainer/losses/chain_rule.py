@@ -11,9 +11,9 @@ Shapes: P positions, C chunks, V student vocabulary, E positions of chunks.
 import torch
 from torch import Tensor
 
-from schemas.errors import XtokenError
-from trainer.losses.base import LossSetup, View
-from trainer.losses.sparse_kl import ranges
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.losses.base import LossSetup, View
+from xtoken.trainer.losses.sparse_kl import ranges
 
 
 def chain_merge(setup: LossSetup, loss: str) -> str:

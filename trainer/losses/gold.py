@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from schemas.errors import VerificationError
-from trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
-from trainer.losses.chain_rule import chain_merge, chunk_row, cut, realised_places
-from trainer.losses.sorted_l1 import padded, sorted_l1
-from trainer.losses.token_set import set_mass, set_plogp
+from xtoken.schemas.errors import VerificationError
+from xtoken.trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.chain_rule import chain_merge, chunk_row, cut, realised_places
+from xtoken.trainer.losses.sorted_l1 import padded, sorted_l1
+from xtoken.trainer.losses.token_set import set_mass, set_plogp
 
 LOG_FLOOR = math.log(1e-8)  # TRL's least probability of a teacher token in the reverse KL
 
@@ -120,5 +120,5 @@ class GOLD(Loss):
 
 
 def open_loss(setup: LossSetup) -> GOLD:
-    """See ``trainer.losses.open_loss``."""
+    """See ``xtoken.trainer.losses.open_loss``."""
     return GOLD(setup)

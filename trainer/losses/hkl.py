@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from schemas.errors import VerificationError
-from trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
-from trainer.losses.sorted_l1 import padded
-from trainer.losses.sparse_kl import cells, ranges
+from xtoken.schemas.errors import VerificationError
+from xtoken.trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.sorted_l1 import padded
+from xtoken.trainer.losses.sparse_kl import cells, ranges
 
 
 class HKL(Loss):
@@ -140,5 +140,5 @@ class _CommonAndSorted(torch.autograd.Function):
 
 
 def open_loss(setup: LossSetup) -> HKL:
-    """See ``trainer.losses.open_loss``."""
+    """See ``xtoken.trainer.losses.open_loss``."""
     return HKL(setup)

@@ -11,7 +11,7 @@ How a chunk becomes one distribution (``merge`` of the targets):
 
 Stored per chunk: teacher ids that W reaches, their log-probabilities and REST, unreached mass already moved. Only the
 columns of W that a chunk keeps are touched; nothing of size chunks x teacher vocabulary exists. See
-``trainer.losses.sparse_kl`` for the divergence and REST.
+``xtoken.trainer.losses.sparse_kl`` for the divergence and REST.
 
 How far the value can lie above that of the whole row. Under ``--unreached rest`` never: the stored row is the whole one
 with cells put together. Under ``prefix`` an unkept token may belong, by its prefix, to a kept cell, and stands in REST
@@ -38,9 +38,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from schemas.errors import VerificationError
-from trainer.losses.base import Arrays, Columns, Loss, LossSetup, ProjectionArrays, View, owners
-from trainer.losses.sparse_kl import NOTHING, group_logsumexp, kept_and_rest, ranges, sparse_kl
+from xtoken.schemas.errors import VerificationError
+from xtoken.trainer.losses.base import Arrays, Columns, Loss, LossSetup, ProjectionArrays, View, owners
+from xtoken.trainer.losses.sparse_kl import NOTHING, group_logsumexp, kept_and_rest, ranges, sparse_kl
 
 ROW_SUM_ROUNDING = 1e-6  # float32 weights of a row sum to 1 within this
 
@@ -142,5 +142,5 @@ def _through_w(logp_PV: Tensor, place_E: Tensor, logw_E: Tensor) -> tuple[Tensor
 
 
 def open_loss(setup: LossSetup) -> PKL:
-    """See ``trainer.losses.open_loss``."""
+    """See ``xtoken.trainer.losses.open_loss``."""
     return PKL(setup)

@@ -1,6 +1,6 @@
 """``sparse-kl``: KL per position to a teacher that shares the student's tokenizer, so that nothing is projected.
 
-    KL(p_T || p_S) over the kept ids and REST, or its reverse; see ``trainer.losses.sparse_kl``
+    KL(p_T || p_S) over the kept ids and REST, or its reverse; see ``xtoken.trainer.losses.sparse_kl``
 
 Stored per chunk, which is one token here: the kept ids, their log-probabilities and REST. It is P-KL (X-Token,
 arXiv 2605.21699) with W the identity.
@@ -11,9 +11,9 @@ Shapes: C chunks, V vocabulary, K kept entries summed over chunks.
 import torch
 from torch import Tensor
 
-from schemas.errors import VerificationError
-from trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
-from trainer.losses.sparse_kl import NOTHING, kept_and_rest, sparse_kl
+from xtoken.schemas.errors import VerificationError
+from xtoken.trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.sparse_kl import NOTHING, kept_and_rest, sparse_kl
 
 
 class SameTokenizer(Loss):
@@ -55,5 +55,5 @@ class SameTokenizer(Loss):
 
 
 def open_loss(setup: LossSetup) -> SameTokenizer:
-    """See ``trainer.losses.open_loss``."""
+    """See ``xtoken.trainer.losses.open_loss``."""
     return SameTokenizer(setup)

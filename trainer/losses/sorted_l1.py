@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from trainer.losses.base import owners
+from xtoken.trainer.losses.base import owners
 
 
 def padded(count_C: Tensor, value_K: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ What the bucket costs, against the whole row: by the chain rule of KL
 so the bucket never overstates the full KL, is exact where the student shares the tail out as the teacher does, and is
 off by at most rest * max over the tail of log((p_t / rest) / (q_t / q_rest)). With respect to log q the two gradients
 differ by rest * (q given tail - p given tail): by at most 2 rest in L1 norm. All of that where what is not kept lies
-outside the kept cells; ``trainer.losses.pkl`` says what else there is.
+outside the kept cells; ``xtoken.trainer.losses.pkl`` says what else there is.
 
 Of draws (targets of codec ``sampled``) p are shares of draws and there is no REST. The gradient is linear in them,
 hence that of the whole row in the mean. The value is not: it is too high by the entropy that the shares lack in the
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainer.losses.base import owners
+from xtoken.trainer.losses.base import owners
 
 # What a student token adds to REST when all of it lies inside the kept set, instead of 0. So log q_rest is a number
 # without a search for each row's maximum: q_rest is at least NOTHING, and its reciprocal is far from float32's limit.

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from trainer.losses.base import Columns, Loss, LossSetup, View
-from trainer.losses.chain_rule import chain_merge, chunk_row, gather, realised_places
-from trainer.losses.sorted_l1 import padded, sorted_l1
+from xtoken.trainer.losses.base import Columns, Loss, LossSetup, View
+from xtoken.trainer.losses.chain_rule import chain_merge, chunk_row, gather, realised_places
+from xtoken.trainer.losses.sorted_l1 import padded, sorted_l1
 
 
 class ULD(Loss):
@@ -39,5 +39,5 @@ class ULD(Loss):
 
 
 def open_loss(setup: LossSetup) -> ULD:
-    """See ``trainer.losses.open_loss``."""
+    """See ``xtoken.trainer.losses.open_loss``."""
     return ULD(setup)

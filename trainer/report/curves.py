@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from schemas.errors import XtokenError
-from trainer.report.markup import Html, element, join, shown
-from trainer.report.series import Curve, Panel
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.report.markup import Html, element, join, shown
+from xtoken.trainer.report.series import Curve, Panel
 
 COLOURS = 8  # of the style sheet; what comes after them is dashed
 DASHES = ("-", "--", ":", "-.")

@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from schemas.categories import CATEGORIES, label
-from trainer.report.groups import Group, Spread, differences, shortened, spread
-from trainer.report.markup import Html, element, join, note, section, shown, spread_text, table
-from trainer.report.run_folder import Completion, RunRecord
+from xtoken.schemas.categories import CATEGORIES, label
+from xtoken.trainer.report.groups import Group, Spread, differences, shortened, spread
+from xtoken.trainer.report.markup import Html, element, join, note, section, shown, spread_text, table
+from xtoken.trainer.report.run_folder import Completion, RunRecord
 
 _MOST_ROWS = 200
 _MOST_SAMPLES = 20

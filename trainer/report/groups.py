@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from schemas.errors import XtokenError
-from schemas.manifest import digest
-from trainer.report.run_folder import Evaluation, RunRecord
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import digest
+from xtoken.trainer.report.run_folder import Evaluation, RunRecord
 
 _BESIDE = ("seed", "out")  # what runs of one group may differ in
 _HASH = re.compile(r"[0-9a-f]{32,}")

@@ -5,7 +5,7 @@ import math
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from trainer.report.groups import Spread
+from xtoken.trainer.report.groups import Spread
 
 _MOST = 2000  # characters of a text that are shown
 # Characters without a shape of their own, and letters that are blank all the same.

@@ -7,21 +7,21 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from schemas.errors import XtokenError
-from schemas.train_config import ReportConfig
-from trainer.report.curves import draw, legend
-from trainer.report.details import (
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.train_config import ReportConfig
+from xtoken.trainer.report.curves import draw, legend
+from xtoken.trainer.report.details import (
     breakdown_section,
     completions_section,
     differences_section,
     events_table,
     foot_section,
 )
-from trainer.report.groups import Group, group_runs
-from trainer.report.markup import Html, element, join, note, section, shown
-from trainer.report.run_folder import read_run
-from trainer.report.series import Panel, panels, window_of
-from trainer.report.verdict import Verdict, tests_section, verdict_section
+from xtoken.trainer.report.groups import Group, group_runs
+from xtoken.trainer.report.markup import Html, element, join, note, section, shown
+from xtoken.trainer.report.run_folder import read_run
+from xtoken.trainer.report.series import Panel, panels, window_of
+from xtoken.trainer.report.verdict import Verdict, tests_section, verdict_section
 
 
 def write_report(config: ReportConfig) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _legend(groups: Sequence[Group], drawn: Sequence[Panel]) -> Html:
 
 
 def _asset(name: str) -> str:
-    return files("trainer.report").joinpath(name).read_text(encoding="utf-8")
+    return files("xtoken.trainer.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _publish(out: str, text: str) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.errors import XtokenError
-from trainer.report.groups import Group, comparable
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.report.groups import Group, comparable
 
 LEVEL = 0.95
 

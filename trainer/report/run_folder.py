@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.errors import XtokenError
-from schemas.tables import LOSSES
-from trainer.record import METRICS, RUN, identity_of
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.tables import LOSSES
+from xtoken.trainer.record import METRICS, RUN, identity_of
 
 SUMMARY = "summary.json"
 HELD_OUT, COMPLETIONS = "held-out.jsonl", "completions.jsonl"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.report.groups import Group
-from trainer.report.run_folder import RunRecord
+from xtoken.trainer.report.groups import Group
+from xtoken.trainer.report.run_folder import RunRecord
 
 POINTS = 200  # of a curve; a panel is some 400 pixels wide
 _SHARE = 50  # a running mean covers one step in so many

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from schemas.progress import brief
+from xtoken.schemas.progress import brief
 
 _SHORT = 24
 _ROWS = 40  # of a table that a terminal is shown

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from trainer.report.groups import Group, Spread, baseline, comparable
-from trainer.report.markup import (
+from xtoken.trainer.report.groups import Group, Spread, baseline, comparable
+from xtoken.trainer.report.markup import (
     DASH,
     Html,
     duration,
@@ -22,7 +22,7 @@ from trainer.report.markup import (
     spread_text,
     table,
 )
-from trainer.report.paired import Paired, compare, over_documents, over_seeds
+from xtoken.trainer.report.paired import Paired, compare, over_documents, over_seeds
 
 BPB, KL, TOP1 = "bits_per_byte", "kl", "top1_agreement"
 _LESS_IS_BEST = {BPB: True, KL: True, TOP1: False}

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from schemas.errors import XtokenError
-from trainer.student.model import readable_like
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.student.model import readable_like
 
 _NAME = "default"
 _BASE = ".base_layer."

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from schemas.errors import XtokenError
+from xtoken.schemas.errors import XtokenError
 
 # Logits made in another order differ by rounding; another formula is off by far more than this share of the largest.
 _ROUNDING = 1e-4

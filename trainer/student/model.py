@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from schemas.devices import auto_device
-from schemas.errors import XtokenError
-from schemas.hub import require_known
-from schemas.manifest import TokenizerInfo
-from schemas.train_config import TrainConfig
-from trainer.student.scratch import build_student
-from trainer.student.tokenizer_files import copy_tokenizer
-from trainer.student.writable import mend_settings
+from xtoken.schemas.devices import auto_device
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.hub import require_known
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.train_config import TrainConfig
+from xtoken.trainer.student.scratch import build_student
+from xtoken.trainer.student.tokenizer_files import copy_tokenizer
+from xtoken.trainer.student.writable import mend_settings
 
 _REASON = 300  # characters of a library's message
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from schemas.errors import XtokenError
-from schemas.manifest import TokenizerInfo
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TokenizerInfo
 
 # What published config.json files hold beside the architecture, by names that transformers reads or no longer needs.
 _BESIDE = {"rope_theta", "rope_scaling", "torch_dtype", "unk_token_id", "use_return_dict", "tokenizer_class"}

@@ -5,8 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
-from schemas.errors import XtokenError
-from schemas.hub import commit_of, hub_file, there
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.hub import commit_of, hub_file, there
 
 TOKENIZER_FILES = (
     "tokenizer.json",

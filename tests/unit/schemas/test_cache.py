@@ -13,8 +13,8 @@ import fsspec
 import pytest
 from fsspec.spec import AbstractFileSystem
 
-from schemas.cache import Cache, cached, fresh, parse_size
-from schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.cache import Cache, cached, fresh, parse_size
+from xtoken.schemas.errors import VerificationError, XtokenError
 
 
 def sha(data: bytes) -> str:
@@ -108,7 +108,7 @@ def test_uses_within_a_tick_of_the_systems_clock_have_an_order(
     def within_a_tick(file: int, *, ns: tuple[int, int] = (0, 0)) -> None:
         utime(file, ns=ns)
 
-    monkeypatch.setattr("schemas.cache.os.utime", within_a_tick)
+    monkeypatch.setattr("xtoken.schemas.cache.os.utime", within_a_tick)
     for _ in range(3):
         with cached(f"{remote}/a", found, 7) as path:
             stamps.append(Path(path).stat().st_mtime_ns)
@@ -116,7 +116,7 @@ def test_uses_within_a_tick_of_the_systems_clock_have_an_order(
 
 
 def test_a_file_in_use_stays_and_room_is_waited_for(cache: Path, remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("schemas.cache._PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("xtoken.schemas.cache._PATIENCE_SECONDS", 0.0)
     first, second, third = (put(f"{remote}/{name}", name.encode() * 400) for name in "abc")
     with cached(f"{remote}/a", first, 400) as path:
         refused = pytest.raises(XtokenError, match="XTOKEN_CACHE_BYTES to more")
@@ -155,7 +155,7 @@ def test_a_full_disk_is_named(cache: Path, remote: str, monkeypatch: pytest.Monk
     def full(*_: object) -> tuple[str, int]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("schemas.cache._copy", full)
+    monkeypatch.setattr("xtoken.schemas.cache._copy", full)
     full_disk = r"no room for 7 bytes in the cache .* set XTOKEN_CACHE"
     with pytest.raises(XtokenError, match=full_disk), cached(f"{remote}/a", found, 7):
         pass

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 CODE = """
-from schemas.compiled import compiled
+from xtoken.schemas.compiled import compiled
 
 @compiled
 def total(values):
@@ -20,7 +20,7 @@ CALL = "import sys, numpy as np, totals; print(totals.total(np.ones(3, sys.argv[
 
 def call(folder: Path, dtype: str) -> list[str]:
     """The sum of three ones, and the types that the cache on disk had code for."""
-    path = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(Path(__file__).resolve().parents[3])!r}]; "
+    path = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(Path(__file__).resolve().parents[3] / '.dev')!r}]; "
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
     command = [sys.executable, "-c", path + CALL, dtype]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.teachers.hf_teacher import _device
-from schemas import devices
-from schemas.devices import auto_device
-from schemas.errors import XtokenError
-from trainer.student.model import pick_device
+from xtoken.pipeline.teachers.hf_teacher import _device
+from xtoken.schemas import devices
+from xtoken.schemas.devices import auto_device
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.student.model import pick_device
 
 OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC version: 12.3.0\n"
 CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from schemas.errors import Unforeseen, VerificationError, XtokenError, named
+from xtoken.schemas.errors import Unforeseen, VerificationError, XtokenError, named
 
 
 def test_a_users_error_stays_what_it_is() -> None:

@@ -7,9 +7,9 @@ import typer
 from pydantic import Field, field_validator
 from typer.testing import CliRunner
 
-from schemas.errors import XtokenError
-from schemas.fields import Config, argument
-from schemas.flags import build, build_each, command, options
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.fields import Config, argument
+from xtoken.schemas.flags import build, build_each, command, options
 
 
 class Toy(Config):

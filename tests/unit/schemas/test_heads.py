@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from schemas.errors import XtokenError
-from schemas.heads import needed_rows, refuse_narrow_head, stated_rows
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.heads import needed_rows, refuse_narrow_head, stated_rows
 
 ROLES = ["bos", "eos", None, None, "special", "hole", None, "pad", "unk", "special"]
 PIECES = [b"", b"", b"a", b"b", b"", b"", b"<think>", b"", b"", b""]

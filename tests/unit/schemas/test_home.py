@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from schemas import home as module
-from schemas.compiled import compiled
-from schemas.home import settle_home
+from xtoken.schemas import home as module
+from xtoken.schemas.compiled import compiled
+from xtoken.schemas.home import settle_home
 
 SET = ("XDG_CACHE_HOME", "XTOKEN_CACHE", "HF_MODULES_CACHE", "TRITON_CACHE_DIR", "WANDB_CONFIG_DIR", "XDG_CONFIG_HOME")
 OTHERS = ("NUMBA_CACHE_DIR", "HOME", "HF_HOME", "XDG_DATA_HOME", "FLASHINFER_WORKSPACE_BASE", "LOGNAME")
@@ -126,7 +126,7 @@ def test_nowhere_at_all(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SOURCE = """
-from schemas.compiled import compiled
+from xtoken.schemas.compiled import compiled
 
 @compiled
 def plus_one(x):
@@ -143,7 +143,7 @@ def test_loops_are_compiled_where_nothing_can_be_written(place: Path) -> None:
     (place / "code").mkdir()
     (place / "code" / "loops.py").write_text(SOURCE)
     (place / "code" / "__pycache__").touch()
-    root = Path(module.__file__).parents[1]
+    root = Path(module.__file__).parents[2]
     env = {**os.environ, "HOME": str(place / "file"), "TMPDIR": str(place / "tmp"), "PYTHONPATH": str(root)}
     words = [sys.executable, str(place / "code" / "loops.py")]
     said = [subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout for _ in range(2)]

@@ -10,10 +10,10 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
-from pipeline.tokens import load_tokenizer
-from schemas.errors import XtokenError
-from schemas.hub import commit_of, hub_file, require_known, there
-from trainer.student.tokenizer_files import copy_tokenizer
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.hub import commit_of, hub_file, require_known, there
+from xtoken.trainer.student.tokenizer_files import copy_tokenizer
 
 COMMIT, REPO = "0123456789abcdef0123456789abcdef01234567", "acme/q"
 SIDE = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "chat_template.jinja")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from schemas.errors import XtokenError
-from schemas.inside import refuse_inside
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.inside import refuse_inside
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from schemas.lacking import lacking_columns, lacking_note
+from xtoken.schemas.lacking import lacking_columns, lacking_note
 
 
 def test_only_lists_of_whole_rows_at_another_temperature_are_looked_at() -> None:

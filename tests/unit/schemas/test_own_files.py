@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from schemas.errors import XtokenError
-from schemas.places import refuse_unusable
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.places import refuse_unusable
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.store import write_parquet
-from schemas.errors import VerificationError
-from schemas.limits import check_pages
-from schemas.pages import read_chunks
+from xtoken.pipeline.store import write_parquet
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.limits import check_pages
+from xtoken.schemas.pages import read_chunks
 
 SCHEMA = pa.schema([("sample_id", pa.string()), ("values", pa.list_(pa.int32()))])
 ROWS = 100

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from schemas.capture_config import CorpusConfig, PrecomputeConfig
-from schemas.config import AlignConfig, QueryConfig
-from schemas.errors import XtokenError
-from schemas.fields import Config, place_of
-from schemas.flags import build
-from schemas.places import is_chain, plain, refuse_lost_folder, refuse_unusable
-from schemas.remote import is_local, open_filesystem
-from schemas.train_config import ReportConfig, TrainConfig
+from xtoken.schemas.capture_config import CorpusConfig, PrecomputeConfig
+from xtoken.schemas.config import AlignConfig, QueryConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.fields import Config, place_of
+from xtoken.schemas.flags import build
+from xtoken.schemas.places import is_chain, plain, refuse_lost_folder, refuse_unusable
+from xtoken.schemas.remote import is_local, open_filesystem
+from xtoken.schemas.train_config import ReportConfig, TrainConfig
 
 _SOUNDS_LIKE_ONE = re.compile(
     r"folder|\bfile\b|\bURL\b|corpus|\bcapture\b|targets|tokenizer|teacher;|student;|page\b", re.I
@@ -41,13 +41,13 @@ _HOLD_OTHERS |= {"backend", "wandb", "tasks", "ray", "cell", "revision", "audit"
 def every_config() -> list[type[Config]]:
     """The configurations of all verbs."""
     for name in ("capture_config", "config", "share_config", "train_config"):
-        importlib.import_module(f"schemas.{name}")
+        importlib.import_module(f"xtoken.schemas.{name}")
     found: list[type[Config]] = []
     waiting: list[type[Config]] = [Config]
     while waiting:
         waiting += (below := waiting.pop().__subclasses__())
         found += below
-    return [one for one in found if one.__module__.startswith("schemas.")]
+    return [one for one in found if one.__module__.startswith("xtoken.schemas.")]
 
 
 def test_every_field_that_holds_a_path_says_so() -> None:

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from schemas.cache import cached
-from schemas.errors import Unreachable, XtokenError
-from schemas.manifest import read_any_manifest
-from schemas.remote import (
+from xtoken.schemas.cache import cached
+from xtoken.schemas.errors import Unreachable, XtokenError
+from xtoken.schemas.manifest import read_any_manifest
+from xtoken.schemas.remote import (
     in_parallel,
     is_local,
     may_pass,

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from schemas import terminal
-from schemas.terminal import speaks_utf8
+from xtoken.schemas import terminal
+from xtoken.schemas.terminal import speaks_utf8
 
-ROOT = Path(terminal.__file__).parents[1]
+ROOT = Path(terminal.__file__).parents[2]
 HEAD = """
 import sys
 from rich.table import Table
-from schemas.answer import Answer
-from schemas.errors import XtokenError
-from schemas.progress import Bars
-from schemas.terminal import open_streams, read_input, remarks
+from xtoken.schemas.answer import Answer
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Bars
+from xtoken.schemas.terminal import open_streams, read_input, remarks
 
 open_streams()
 table = Table("a sign")
@@ -30,7 +30,7 @@ answer = lambda as_json: Answer(as_json, False, lambda figures: [table, *figures
 def run(code: str, *redirections: str, **env: str) -> subprocess.CompletedProcess[bytes]:
     """Run code in a process of its own, its streams redirected as a shell does."""
     words = ["bash", "-c", f'exec "$0" -c "$1" {" ".join(redirections)}', sys.executable, HEAD + code]
-    given = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", **env}
+    given = {**os.environ, "PYTHONPATH": str(ROOT / ".dev"), "PYTHONIOENCODING": "utf-8", **env}
     return subprocess.run(words, env=given, capture_output=True, check=False)
 
 
@@ -134,7 +134,7 @@ bars.advance(10)
 bars.finish()
 """
     words = [sys.executable, "-c", HEAD + code]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT / ".dev"), "TERM": "xterm"}
     done = subprocess.run(words, env=env, stderr=theirs, stdout=subprocess.DEVNULL, check=False)
     os.close(theirs)
     said = read_all(ours)

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from schemas.manifest import Part, TargetManifest, TeacherInfo, TokenizerInfo, part_name
-from schemas.tables import LOSSES, VOCAB, W, target_columns, targets
-from schemas.train_config import LossOptions
-from trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
+from xtoken.schemas.manifest import Part, TargetManifest, TeacherInfo, TokenizerInfo, part_name
+from xtoken.schemas.tables import LOSSES, VOCAB, W, target_columns, targets
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
 
 V, U = 24, 30
 BOS, EOS = 0, 1

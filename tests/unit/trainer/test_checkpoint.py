@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import trainer.checkpoint as checkpoint
-from schemas.errors import VerificationError, XtokenError
-from trainer.checkpoint import Policy, refuse_dtypes, restore_checkpoint, save_checkpoint
+import xtoken.trainer.checkpoint as checkpoint
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.trainer.checkpoint import Policy, refuse_dtypes, restore_checkpoint, save_checkpoint
 
 ONE = Policy(1)
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.errors import XtokenError
-from trainer.data.batches import Loader
-from trainer.data.samples import Layout
-from trainer.data.sources import Sources
-from trainer.data.targets import Targets
-from trainer.losses import open_loss
-from trainer.objective import Objective, Student, score
-from trainer.start import use_liger
-from trainer.student.head import Head
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.data.batches import Loader
+from xtoken.trainer.data.samples import Layout
+from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.losses import open_loss
+from xtoken.trainer.objective import Objective, Student, score
+from xtoken.trainer.start import use_liger
+from xtoken.trainer.student.head import Head
 
 CPU, CHUNK = torch.device("cpu"), 4
 FAMILIES = {

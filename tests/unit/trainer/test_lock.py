@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from schemas.errors import XtokenError
-from schemas.progress import Silent
-from schemas.train_config import TrainConfig
-from trainer import lock, loop
-from trainer.lock import LOCK, only_trainer
-from trainer.loop import train
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.train_config import TrainConfig
+from xtoken.trainer import lock, loop
+from xtoken.trainer.lock import LOCK, only_trainer
+from xtoken.trainer.loop import train
 
 HOLD = """
 import sys
 from pathlib import Path
-from trainer.lock import only_trainer
+from xtoken.trainer.lock import only_trainer
 with only_trainer(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

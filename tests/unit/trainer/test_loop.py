@@ -17,17 +17,17 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-import trainer.loop as loop
-import trainer.start as start
-from schemas.errors import XtokenError
-from schemas.progress import Silent
-from schemas.train_config import EvalConfig, TrainConfig
-from trainer.data.targets import Targets
-from trainer.evaluate import EvalSample, evaluate
-from trainer.loop import train
-from trainer.losses import REGISTRY
-from trainer.metrics import Metrics
-from trainer.optim import build_optimizer, learning_rate
+import xtoken.trainer.loop as loop
+import xtoken.trainer.start as start
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.train_config import EvalConfig, TrainConfig
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.evaluate import EvalSample, evaluate
+from xtoken.trainer.loop import train
+from xtoken.trainer.losses import REGISTRY
+from xtoken.trainer.metrics import Metrics
+from xtoken.trainer.optim import build_optimizer, learning_rate
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7]]
 HELD_OUT = [EvalSample(np.array([3, 4, 5, 6], np.int32), 9, 2), EvalSample(np.array([7, 8], np.int32), 3, 1)]
@@ -207,7 +207,9 @@ def test_a_narrow_head_is_refused(
     with pytest.raises(XtokenError, match="predicts 20 tokens, but its tokenizer's ids go up to 23"):
         train(configure(student=str(tmp_path / "narrow")), student_info, [], Silent())
     assert not Path(configure().out).exists(), "refused before the folder is made"
-    monkeypatch.setattr("trainer.data.targets.stated_rows", lambda _: None)  # as of a config.json that does not say
+    monkeypatch.setattr(
+        "xtoken.trainer.data.targets.stated_rows", lambda _: None
+    )  # as of a config.json that does not say
     with pytest.raises(XtokenError, match="predicts 20 tokens, but its tokenizer's ids go up to 23"):
         train(configure(student=str(tmp_path / "narrow")), student_info, [], Silent())
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trainer.data.batches import Loader
-from trainer.data.samples import Layout
-from trainer.data.sources import Sources
-from trainer.data.targets import Targets
-from trainer.losses import open_loss
-from trainer.objective import Objective, Student, score
-from trainer.ranks import replicate
-from trainer.student.head import find_head, leaves_some_out
-from trainer.student.model import load_student
+from xtoken.trainer.data.batches import Loader
+from xtoken.trainer.data.samples import Layout
+from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.losses import open_loss
+from xtoken.trainer.objective import Objective, Student, score
+from xtoken.trainer.ranks import replicate
+from xtoken.trainer.student.head import find_head, leaves_some_out
+from xtoken.trainer.student.model import load_student
 
 CPU = torch.device("cpu")
 

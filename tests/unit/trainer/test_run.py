@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from schemas.errors import XtokenError
-from schemas.progress import Silent
-from schemas.train_config import TrainConfig
-from trainer.lock import LOCK, only_trainer
-from trainer.loop import train
-from trainer.record import lacking
-from trainer.report.run_folder import read_run
-from trainer.run import refuse_foreign
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.train_config import TrainConfig
+from xtoken.trainer.lock import LOCK, only_trainer
+from xtoken.trainer.loop import train
+from xtoken.trainer.record import lacking
+from xtoken.trainer.report.run_folder import read_run
+from xtoken.trainer.run import refuse_foreign
 
 INDEX = "model.safetensors.index.json"
 

@@ -12,13 +12,13 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from schemas.errors import XtokenError
-from schemas.progress import Silent
-from schemas.train_config import TrainConfig
-from trainer import loop
-from trainer.evaluate import EvalSample
-from trainer.loop import train
-from trainer.metrics import Metrics
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.train_config import TrainConfig
+from xtoken.trainer import loop
+from xtoken.trainer.evaluate import EvalSample
+from xtoken.trainer.loop import train
+from xtoken.trainer.metrics import Metrics
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7]]
 # A line separator of Unicode in an id must not tear a line of JSON.
@@ -193,7 +193,7 @@ def test_a_model_that_could_not_be_written_is_written_by_the_same_command(
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.student.model.readable_like", full)
+        patch.setattr("xtoken.trainer.student.model.readable_like", full)
         with pytest.raises(XtokenError, match=r"model could not be written \(No space.*checkpoints; .*same command"):
             train(config, student_info, [], Silent())
     names = {path.name for path in Path(config.out).iterdir()}

@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-import trainer.blocks as blocks_module
-from trainer.blocks import spans, view
-from trainer.data.batches import Loader, StepBatch
-from trainer.data.samples import Layout
-from trainer.data.sources import Sources
-from trainer.data.targets import Targets
-from trainer.diagnosis import single_samples
-from trainer.losses import REGISTRY, open_loss
-from trainer.losses.base import Loss
-from trainer.objective import Objective, Student, score
-from trainer.ranks import Ranks
-from trainer.step import Figures, Mixing, count_step, run_step
-from trainer.student.model import load_student
+import xtoken.trainer.blocks as blocks_module
+from xtoken.trainer.blocks import spans, view
+from xtoken.trainer.data.batches import Loader, StepBatch
+from xtoken.trainer.data.samples import Layout
+from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.diagnosis import single_samples
+from xtoken.trainer.losses import REGISTRY, open_loss
+from xtoken.trainer.losses.base import Loss
+from xtoken.trainer.objective import Objective, Student, score
+from xtoken.trainer.ranks import Ranks
+from xtoken.trainer.step import Figures, Mixing, count_step, run_step
+from xtoken.trainer.student.model import load_student
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10]]
 FIXED = Mixing("fixed", 0.7, 0.3)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from schemas.errors import XtokenError
-from schemas.train_config import TrainConfig
-from trainer.trackers import Trackers, flat, require_trackers
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.train_config import TrainConfig
+from xtoken.trainer.trackers import Trackers, flat, require_trackers
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from trainer.watch import LEAST, WINDOW, Diagnosis, SampleScore, Verdict, Watch, worst_samples
+from xtoken.trainer.watch import LEAST, WINDOW, Diagnosis, SampleScore, Verdict, Watch, worst_samples
 
 NAN, INF = math.nan, math.inf
 STEP = {"ce": 3.0, "kd": 1.0, "grad_norm": 1.0}

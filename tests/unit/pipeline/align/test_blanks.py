@@ -14,20 +14,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.align.blanks import shifted_row
-from pipeline.align.checks import Rules, summary_batch
-from pipeline.align.chunks import join
-from pipeline.align.rows import Recipe, Rows
-from pipeline.align.stage import encode
-from pipeline.align.targets import Maps, target_batch
-from pipeline.project.build import build_w
-from pipeline.store import Sample, capture_batch
-from pipeline.store.codec import STEP
-from pipeline.store.codec import encode as pack
-from pipeline.teachers.base import TeacherRows
-from pipeline.tokens import TextTokenizer, load_tokenizer
-from schemas.manifest import CodecInfo
-from schemas.tables import capture
+from xtoken.pipeline.align.blanks import shifted_row
+from xtoken.pipeline.align.checks import Rules, summary_batch
+from xtoken.pipeline.align.chunks import join
+from xtoken.pipeline.align.rows import Recipe, Rows
+from xtoken.pipeline.align.stage import encode
+from xtoken.pipeline.align.targets import Maps, target_batch
+from xtoken.pipeline.project.build import build_w
+from xtoken.pipeline.store import Sample, capture_batch
+from xtoken.pipeline.store.codec import STEP
+from xtoken.pipeline.store.codec import encode as pack
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
+from xtoken.schemas.manifest import CodecInfo
+from xtoken.schemas.tables import capture
 
 LOSSES = ["p-kl", "h-kl", "gold", "uld", "alm", "byte-prefix"]
 CODEC = CodecInfo(k=8, min_p=0.0, step=STEP)

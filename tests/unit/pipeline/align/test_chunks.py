@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.align.chunks import cut
-from pipeline.align.kernels import boundaries
-from pipeline.align.queries import query
+from xtoken.pipeline.align.chunks import cut
+from xtoken.pipeline.align.kernels import boundaries
+from xtoken.pipeline.align.queries import query
 
 ENDS = st.lists(st.integers(0, 40), max_size=30).map(sorted)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.align.claim import RUN_FILE, claim
-from schemas.errors import VerificationError, XtokenError
+from xtoken.pipeline.align.claim import RUN_FILE, claim
+from xtoken.schemas.errors import VerificationError, XtokenError
 
 NOW = {"student": "s", "for": ["p-kl"]}
 

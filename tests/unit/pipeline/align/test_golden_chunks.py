@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.align.chunks import cut
-from pipeline.align.kernels import boundaries
+from xtoken.pipeline.align.chunks import cut
+from xtoken.pipeline.align.kernels import boundaries
 
 PAIRS = json.loads((Path(__file__).parents[3] / "golden" / "trl_align_byte_offsets.json").read_text())["pairs"]
 ENDS = [

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.align.joined import CLASSES, compare, refuse_nothing_in_common
-from pipeline.capture import precompute
-from pipeline.store import iter_capture
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.manifest import CaptureManifest, read_manifest
-from schemas.progress import Silent
+from xtoken.pipeline.align.joined import CLASSES, compare, refuse_nothing_in_common
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.store import iter_capture
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.progress import Silent
 
 TEXTS = {f"d{number}": f"document {number}: größer als {number * 7} 東京\n" * 3 for number in range(9)}
 

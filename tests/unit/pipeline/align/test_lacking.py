@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.align import run_captures
-from schemas.config import AlignConfig
-from schemas.progress import Silent
+from xtoken.pipeline.align import run_captures
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.progress import Silent
 
 TAU = Path(__file__).parents[3] / "golden" / "captures" / "v3-tau"  # rows with normalisers at 0.5 and 2
 

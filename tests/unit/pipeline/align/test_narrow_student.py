@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pipeline.align import run_captures
-from pipeline.capture import precompute
-from schemas.capture_config import PrecomputeConfig
-from schemas.config import AlignConfig
-from schemas.errors import XtokenError
-from schemas.progress import Silent
+from xtoken.pipeline.align import run_captures
+from xtoken.pipeline.capture import precompute
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
 
 
 @pytest.fixture(scope="module")

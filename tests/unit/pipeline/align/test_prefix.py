@@ -15,24 +15,24 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.align.blanks import Shifted
-from pipeline.align.checks import Rules, summary_batch
-from pipeline.align.chunks import Chunks, Joined, join
-from pipeline.align.parts import with_teacher_eos
-from pipeline.align.prefix import PrefixMaps, prefix_columns
-from pipeline.align.queries import query
-from pipeline.align.rows import Recipe, Rows
-from pipeline.align.stage import encode
-from pipeline.align.targets import Maps, target_batch
-from pipeline.project import Projection, build_w
-from pipeline.store import Sample, capture_batch, iter_parquet, write_parquet
-from pipeline.store import encode as pack
-from pipeline.store.codes import restore_ids
-from pipeline.teachers.base import TeacherRows
-from pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer
-from schemas.manifest import CodecInfo
-from schemas.tables import CAPTURE
-from trainer.losses.base import VocabArrays
+from xtoken.pipeline.align.blanks import Shifted
+from xtoken.pipeline.align.checks import Rules, summary_batch
+from xtoken.pipeline.align.chunks import Chunks, Joined, join
+from xtoken.pipeline.align.parts import with_teacher_eos
+from xtoken.pipeline.align.prefix import PrefixMaps, prefix_columns
+from xtoken.pipeline.align.queries import query
+from xtoken.pipeline.align.rows import Recipe, Rows
+from xtoken.pipeline.align.stage import encode
+from xtoken.pipeline.align.targets import Maps, target_batch
+from xtoken.pipeline.project import Projection, build_w
+from xtoken.pipeline.store import Sample, capture_batch, iter_parquet, write_parquet
+from xtoken.pipeline.store import encode as pack
+from xtoken.pipeline.store.codes import restore_ids
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer
+from xtoken.schemas.manifest import CodecInfo
+from xtoken.schemas.tables import CAPTURE
+from xtoken.trainer.losses.base import VocabArrays
 
 # The worked numbers are printed to four digits.
 PRINTED = 5e-5

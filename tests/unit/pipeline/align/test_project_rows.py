@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.align.kernels_project import FATES, MASS_CLASSES, project_rows
-from pipeline.align.queries import query
+from xtoken.pipeline.align.kernels_project import FATES, MASS_CLASSES, project_rows
+from xtoken.pipeline.align.queries import query
 
 SIZE = 60
 STAYS, SPREAD, TO_REST, LEFT_OUT = range(len(FATES))

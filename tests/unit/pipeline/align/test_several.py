@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.align.several import each_below
-from schemas.config import AlignConfig
-from schemas.errors import XtokenError
+from xtoken.pipeline.align.several import each_below
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.errors import XtokenError
 
 
 def config(tmp_path: Path, *captures: str, **more: Any) -> AlignConfig:

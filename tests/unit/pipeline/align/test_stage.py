@@ -13,21 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.align.checks import Rules, summary_batch
-from pipeline.align.chunks import Chunks, Joined, join
-from pipeline.align.parts import CaptureParts
-from pipeline.align.rows import Recipe, RowBatch
-from pipeline.align.stage import AlignJob, encode
-from pipeline.align.targets import Maps, target_batch
-from pipeline.capture import precompute
-from pipeline.project import build_w
-from pipeline.store import load_vocab
-from pipeline.tokens import Encoded, TokenTable, load_tokenizer
-from schemas.capture_config import PrecomputeConfig
-from schemas.config import AlignConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import CodecInfo
-from schemas.progress import Silent
+from xtoken.pipeline.align.checks import Rules, summary_batch
+from xtoken.pipeline.align.chunks import Chunks, Joined, join
+from xtoken.pipeline.align.parts import CaptureParts
+from xtoken.pipeline.align.rows import Recipe, RowBatch
+from xtoken.pipeline.align.stage import AlignJob, encode
+from xtoken.pipeline.align.targets import Maps, target_batch
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.project import build_w
+from xtoken.pipeline.store import load_vocab
+from xtoken.pipeline.tokens import Encoded, TokenTable, load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import CodecInfo
+from xtoken.schemas.progress import Silent
 
 TEXT = "The ﬁrst ofﬁce, ２０２６: x² and ①, then plain words again.\n"
 CODEC = CodecInfo(k=16, min_p=0.003, step=1 / 32)

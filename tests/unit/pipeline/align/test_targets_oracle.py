@@ -16,23 +16,23 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.align.checks import Rules, summary_batch
-from pipeline.align.chunks import Joined, join
-from pipeline.align.kernels_project import project_rows
-from pipeline.align.parts import CaptureParts
-from pipeline.align.queries import query
-from pipeline.align.rows import Recipe
-from pipeline.align.stage import encode
-from pipeline.align.targets import Maps, Routes, target_batch
-from pipeline.capture import precompute
-from pipeline.project import Projection, build_w
-from pipeline.project.projection import EXACT, PIECES, TO_REST
-from pipeline.store import load_vocab
-from pipeline.tokens import TextTokenizer, load_tokenizer
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import VerificationError
-from schemas.manifest import CaptureManifest, CodecInfo, TokenizerInfo, read_manifest
-from schemas.progress import Silent
+from xtoken.pipeline.align.checks import Rules, summary_batch
+from xtoken.pipeline.align.chunks import Joined, join
+from xtoken.pipeline.align.kernels_project import project_rows
+from xtoken.pipeline.align.parts import CaptureParts
+from xtoken.pipeline.align.queries import query
+from xtoken.pipeline.align.rows import Recipe
+from xtoken.pipeline.align.stage import encode
+from xtoken.pipeline.align.targets import Maps, Routes, target_batch
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.project import Projection, build_w
+from xtoken.pipeline.project.projection import EXACT, PIECES, TO_REST
+from xtoken.pipeline.store import load_vocab
+from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.manifest import CaptureManifest, CodecInfo, TokenizerInfo, read_manifest
+from xtoken.schemas.progress import Silent
 
 TEXT = (
     "Größe 12345, naïve façade — привет, мир! 東京タワーと नमस्ते दुनिया; 👩\u200d👩\u200d👧 🙂.\r\n"

@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.align.chunks import Chunks, Joined
-from pipeline.align.rows import Recipe, RowBatch
-from pipeline.align.targets import Maps, target_batch
-from pipeline.project import build_w
-from pipeline.tokens import Encoded, TokenTable
-from schemas.manifest import CodecInfo
+from xtoken.pipeline.align.chunks import Chunks, Joined
+from xtoken.pipeline.align.rows import Recipe, RowBatch
+from xtoken.pipeline.align.targets import Maps, target_batch
+from xtoken.pipeline.project import build_w
+from xtoken.pipeline.tokens import Encoded, TokenTable
+from xtoken.schemas.manifest import CodecInfo
 
 STEP = 1 / 32
 TABLE = TokenTable.build(

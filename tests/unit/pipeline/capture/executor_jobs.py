@@ -7,11 +7,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.capture import LocalExecutor
-from pipeline.capture.work import Event, OneByOne, tell_nobody
-from pipeline.store import DiskFull
-from schemas.errors import XtokenError
-from schemas.manifest import Part
+from xtoken.pipeline.capture import LocalExecutor
+from xtoken.pipeline.capture.work import Event, OneByOne, tell_nobody
+from xtoken.pipeline.store import DiskFull
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import Part
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.capture import audit as audit_module
-from pipeline.capture import precompute
-from pipeline.capture.audit import accepted_audits, open_audit, read_audits
-from pipeline.capture.worker import open_tokenizer
-from pipeline.store import Folder, committed, iter_capture
-from pipeline.store.codes import with_codes
-from pipeline.store.publish import AUDITS
-from pipeline.teachers import open_teacher
-from pipeline.teachers.base import TeacherRows
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import Unreachable, VerificationError, XtokenError
-from schemas.manifest import AuditRecord
-from schemas.progress import Silent
+from xtoken.pipeline.capture import audit as audit_module
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.capture.audit import accepted_audits, open_audit, read_audits
+from xtoken.pipeline.capture.worker import open_tokenizer
+from xtoken.pipeline.store import Folder, committed, iter_capture
+from xtoken.pipeline.store.codes import with_codes
+from xtoken.pipeline.store.publish import AUDITS
+from xtoken.pipeline.teachers import open_teacher
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import Unreachable, VerificationError, XtokenError
+from xtoken.schemas.manifest import AuditRecord
+from xtoken.schemas.progress import Silent
 
 STEP = 1 / 32
 ROUNDED = 2.0**-16  # of a realised log-probability as it is stored, relative

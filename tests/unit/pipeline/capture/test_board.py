@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.capture import LocalExecutor
-from pipeline.capture.board import Board, run_figures
-from pipeline.capture.plan import Plan, Shard
-from pipeline.capture.rate import Rate
-from pipeline.capture.status import read_status
-from pipeline.capture.work import Event
-from pipeline.store import Folder
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.manifest import CorpusInfo, Part, TeacherInfo
+from xtoken.pipeline.capture import LocalExecutor
+from xtoken.pipeline.capture.board import Board, run_figures
+from xtoken.pipeline.capture.plan import Plan, Shard
+from xtoken.pipeline.capture.rate import Rate
+from xtoken.pipeline.capture.status import read_status
+from xtoken.pipeline.capture.work import Event
+from xtoken.pipeline.store import Folder
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import CorpusInfo, Part, TeacherInfo
 
 SIZE = 1000  # bytes of text of a shard
 HERE = Path(__file__).resolve().parent
@@ -216,7 +216,7 @@ def test_the_status_is_written_every_five_seconds(stage, tmp_path):
 
 
 def test_a_driver_that_seals_for_long_is_heard_of(stage, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.capture.board._EVERY", 0.02)
+    monkeypatch.setattr("xtoken.pipeline.capture.board._EVERY", 0.02)
     out = str(tmp_path / "out")
     stage.board.enter("sealing")
     stage.board._notice.wait()

@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from pipeline.capture import devices, precompute, worker
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.progress import Silent
+from xtoken.pipeline.capture import devices, precompute, worker
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.capture.differences import differences
-from pipeline.store import encode
-from pipeline.teachers.base import TeacherRows
-from schemas.manifest import CodecInfo
+from xtoken.pipeline.capture.differences import differences
+from xtoken.pipeline.store import encode
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.schemas.manifest import CodecInfo
 
 SIZE, K = 23, 6
 STEP = 1 / 32

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import cli
-from pipeline.capture import precompute
-from pipeline.capture.dry_run import dry_run
-from pipeline.capture.fleet import Fleet, fleet_here, gpus_of_worker
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.progress import Silent
+from xtoken import cli
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.capture.dry_run import dry_run
+from xtoken.pipeline.capture.fleet import Fleet, fleet_here, gpus_of_worker
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_of_a_cell_its_share(flags):
 
 
 def test_hours_and_cost_follow_from_the_pilot_and_the_fleet(flags, monkeypatch):
-    monkeypatch.setattr("pipeline.capture.dry_run.fleet_here", lambda config, device: Fleet(4, 2.0, 4.0))  # noqa: ARG005
+    monkeypatch.setattr("xtoken.pipeline.capture.dry_run.fleet_here", lambda config, device: Fleet(4, 2.0, 4.0))  # noqa: ARG005
     found = dry_run(config(flags, gpu_price=3.0), Silent())
     assert (found["workers"], found["gpus"]) == (4, 8.0)
     seconds = found["tokens_left"] / found["rows_per_s_of_one"] / 4

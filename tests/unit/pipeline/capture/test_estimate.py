@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import cli
-from pipeline.capture import precompute
-from pipeline.capture.estimate import estimate
-from pipeline.capture.pool import PIECE, evenly, ratio, take_pool
-from schemas.capture_config import EstimateConfig, PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.progress import Silent
+from xtoken import cli
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.capture.estimate import estimate
+from xtoken.pipeline.capture.pool import PIECE, evenly, ratio, take_pool
+from xtoken.schemas.capture_config import EstimateConfig, PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
 
 PROSE = Path(__file__).parents[4] / "examples" / "data" / "moby-dick.jsonl"
 
@@ -90,9 +90,9 @@ def test_a_pilot_of_all_leaves_no_doubt(flags, capture):
 
 
 def test_a_corpus_larger_than_the_pool_is_extrapolated(flags, capture, monkeypatch):
-    monkeypatch.setattr("pipeline.capture.pool.PIECE", 1024)
-    monkeypatch.setattr("pipeline.capture.estimate.POOL", 16 * 1024)
-    monkeypatch.setattr("pipeline.capture.estimate._WIDEST", 1)
+    monkeypatch.setattr("xtoken.pipeline.capture.pool.PIECE", 1024)
+    monkeypatch.setattr("xtoken.pipeline.capture.estimate.POOL", 16 * 1024)
+    monkeypatch.setattr("xtoken.pipeline.capture.estimate._WIDEST", 1)
     found = estimate(EstimateConfig(**flags, pilot_tokens=2000), Silent())
     tokens, text_bytes = totals(capture, "tokens", "text_bytes")
     assert found["text_bytes"] == text_bytes

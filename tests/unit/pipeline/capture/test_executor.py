@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.capture import LocalExecutor
-from pipeline.store import DiskFull
-from schemas.errors import XtokenError
+from xtoken.pipeline.capture import LocalExecutor
+from xtoken.pipeline.store import DiskFull
+from xtoken.schemas.errors import XtokenError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[3]
@@ -121,7 +121,7 @@ def test_a_full_disk_stops_the_run_at_once(jobs, tmp_path):
     [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)],
 )
 def test_workers_end_with_their_driver(tmp_path, number, code):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / ".dev")}
     command = [sys.executable, str(HERE / "executor_jobs.py"), str(tmp_path)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as driver:
         wait_until(lambda: len(notes(tmp_path, "run-")) == 2)

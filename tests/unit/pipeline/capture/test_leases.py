@@ -4,12 +4,12 @@ import random
 
 import pytest
 
-from pipeline.capture import leases as module
-from pipeline.capture.leases import ATTEMPTS, Leases
-from pipeline.capture.work import News
-from pipeline.store import DiskFull
-from schemas.errors import Unreachable, XtokenError
-from schemas.manifest import Part
+from xtoken.pipeline.capture import leases as module
+from xtoken.pipeline.capture.leases import ATTEMPTS, Leases
+from xtoken.pipeline.capture.work import News
+from xtoken.pipeline.store import DiskFull
+from xtoken.schemas.errors import Unreachable, XtokenError
+from xtoken.schemas.manifest import Part
 
 
 class Table:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from pipeline.capture.leases import ATTEMPTS
-from pipeline.capture.openings import Openings
-from pipeline.store import DiskFull
-from schemas.errors import Unreachable, XtokenError
+from xtoken.pipeline.capture.leases import ATTEMPTS
+from xtoken.pipeline.capture.openings import Openings
+from xtoken.pipeline.store import DiskFull
+from xtoken.schemas.errors import Unreachable, XtokenError
 
 
 def test_the_first_error_ends_a_run_that_nobody_can_open_once_all_have_failed() -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.capture import pilot
-from pipeline.capture.pilot import corpus_codes
-from pipeline.capture.plan import make_plan
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import CorpusConfig
-from schemas.progress import Silent
+from xtoken.pipeline.capture import pilot
+from xtoken.pipeline.capture.pilot import corpus_codes
+from xtoken.pipeline.capture.plan import make_plan
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.progress import Silent
 
 TEXTS = [f"document {n}: " + "zzz " * n + "naïve " * (40 - n) for n in range(40)]
 

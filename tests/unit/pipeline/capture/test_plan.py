@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from pipeline.capture.plan import PLAN_FILE, SliceReader, check_files, load_plan, make_plan, settle_plan
-from pipeline.corpus import Corpus
-from pipeline.store import Folder, StopRun
-from schemas.capture_config import CorpusConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.progress import Silent
+from xtoken.pipeline.capture.plan import PLAN_FILE, SliceReader, check_files, load_plan, make_plan, settle_plan
+from xtoken.pipeline.corpus import Corpus
+from xtoken.pipeline.store import Folder, StopRun
+from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.progress import Silent
 
 TEXTS = [f"document {number} " + "word " * (number * 7 % 40) for number in range(60)]
 

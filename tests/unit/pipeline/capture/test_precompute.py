@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.capture import precompute
-from pipeline.capture.dry_run import dry_run
-from pipeline.capture.work import Event, Lease
-from pipeline.store import DiskFull, committed, data_name, verify
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import IncompleteRun, VerificationError, XtokenError
-from schemas.manifest import CaptureManifest, read_manifest
-from schemas.progress import Silent
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.capture.dry_run import dry_run
+from xtoken.pipeline.capture.work import Event, Lease
+from xtoken.pipeline.store import DiskFull, committed, data_name, verify
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import IncompleteRun, VerificationError, XtokenError
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.progress import Silent
 
 # The package exports the function under the module's name.
-module = importlib.import_module("pipeline.capture.precompute")
+module = importlib.import_module("xtoken.pipeline.capture.precompute")
 TEXTS = [f"Document {number}: " + "some words, and 1234 numbers. " * (number + 3) for number in range(12)]
 TEXTS[7] *= 5
 

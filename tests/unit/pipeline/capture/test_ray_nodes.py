@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from pipeline.capture.ray_nodes import Node, Share, import_ray, joined, share_of
-from schemas.errors import XtokenError
+from xtoken.pipeline.capture.ray_nodes import Node, Share, import_ray, joined, share_of
+from xtoken.schemas.errors import XtokenError
 
 
 def nodes(*sizes):

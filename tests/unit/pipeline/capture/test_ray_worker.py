@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from pipeline.capture.ray_worker import Mailbox, check_version
-from pipeline.capture.work import News
-from schemas.errors import XtokenError
-from schemas.manifest import code_version
+from xtoken.pipeline.capture.ray_worker import Mailbox, check_version
+from xtoken.pipeline.capture.work import News
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import code_version
 
 
 def told(shard, done):
@@ -55,7 +55,7 @@ def test_progress_waits_for_company_and_everything_else_does_not():
 
 
 def test_work_begins_once_the_driver_knows_of_it(monkeypatch):
-    monkeypatch.setattr("pipeline.capture.ray_worker._HANDSHAKE_SECONDS", 600.0)
+    monkeypatch.setattr("xtoken.pipeline.capture.ray_worker._HANDSHAKE_SECONDS", 600.0)
     box = Mailbox()
     began = threading.Event()
 
@@ -73,7 +73,7 @@ def test_work_begins_once_the_driver_knows_of_it(monkeypatch):
 
 
 def test_a_silent_driver_does_not_hold_work_up_for_ever(monkeypatch):
-    monkeypatch.setattr("pipeline.capture.ray_worker._HANDSHAKE_SECONDS", 0.05)
+    monkeypatch.setattr("xtoken.pipeline.capture.ray_worker._HANDSHAKE_SECONDS", 0.05)
     Mailbox().say(News("begun", 1))
 
 

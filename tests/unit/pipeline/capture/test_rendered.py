@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.capture import precompute
-from pipeline.capture.dry_run import dry_run
-from pipeline.capture.estimate import estimate
-from pipeline.capture.rendered import REASON, Look
-from pipeline.capture.several import each_below, one_after_the_other
-from pipeline.corpus import Document
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import EstimateConfig, PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.progress import Silent
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.capture.dry_run import dry_run
+from xtoken.pipeline.capture.estimate import estimate
+from xtoken.pipeline.capture.rendered import REASON, Look
+from xtoken.pipeline.capture.several import each_below, one_after_the_other
+from xtoken.pipeline.corpus import Document
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import EstimateConfig, PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
 
 CHATML = "<|im_start|>user\nHow many boats in {}?<|im_end|>\n<|im_start|>assistant\nSeventeen.<|im_end|>\n"
 GEMMA = "<start_of_turn>user\nHow many boats in {}?<end_of_turn>\n<start_of_turn>model\nSeventeen.<end_of_turn>\n"

@@ -8,16 +8,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.capture import precompute
-from pipeline.capture.settings import codec_info
-from pipeline.store import data_name, iter_capture, verify
-from pipeline.teachers import open_teacher
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.manifest import CodecInfo
-from schemas.progress import Silent
-from schemas.tables import capture
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.capture.settings import codec_info
+from xtoken.pipeline.store import data_name, iter_capture, verify
+from xtoken.pipeline.teachers import open_teacher
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import CodecInfo
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.tables import capture
 
 TEXTS = ["Alpha beta, 42 gammas. " * 12, "x", "naïve café\n" * 10, "tail 👩‍👩‍👧 tail", "x"]
 

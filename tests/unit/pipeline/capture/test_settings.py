@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.capture.settings import (
+from xtoken.pipeline.capture.settings import (
     RUN_FILE,
     TEACHER_FILE,
     check_settings,
@@ -15,11 +15,11 @@ from pipeline.capture.settings import (
     settle_settings,
     settle_teacher,
 )
-from pipeline.store import Folder
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import TeacherInfo
+from xtoken.pipeline.store import Folder
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import TeacherInfo
 
 INFO = TeacherInfo(
     model="m",

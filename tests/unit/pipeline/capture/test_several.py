@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import cli
-from pipeline.capture.several import each_below, teacher_name
-from pipeline.store import verify
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.manifest import CaptureManifest, read_manifest
+from xtoken import cli
+from xtoken.pipeline.capture.several import each_below, teacher_name
+from xtoken.pipeline.store import verify
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.capture.stages import Prepared, Stages
-from pipeline.capture.work import Lease
-from pipeline.store import DiskFull
-from pipeline.teachers.base import EngineLost
-from schemas.errors import XtokenError
-from schemas.manifest import Part
+from xtoken.pipeline.capture.stages import Prepared, Stages
+from xtoken.pipeline.capture.work import Lease
+from xtoken.pipeline.store import DiskFull
+from xtoken.pipeline.teachers.base import EngineLost
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import Part
 
 WAIT = 120  # seconds until a test says that something never happens
 

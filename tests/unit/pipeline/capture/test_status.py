@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import cli
-from pipeline.capture import precompute
-from pipeline.capture.status import duration, goes_on, status
-from pipeline.store import committed
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.manifest import CaptureManifest, read_manifest
-from schemas.progress import Silent
-from schemas.status import RunStatus, WorkerStatus, suffixed
+from xtoken import cli
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.capture.status import duration, goes_on, status
+from xtoken.pipeline.store import committed
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.status import RunStatus, WorkerStatus, suffixed
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
 

@@ -8,16 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.capture import precompute
-from pipeline.store import data_name, decode, decode_tau_rest, inspect, iter_capture, verify, write_parquet
-from pipeline.store.checks import CaptureCheck
-from pipeline.teachers import open_teacher
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import CaptureManifest, read_manifest
-from schemas.progress import Silent
-from schemas.tables import CAPTURE, capture
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.store import data_name, decode, decode_tau_rest, inspect, iter_capture, verify, write_parquet
+from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.teachers import open_teacher
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.tables import CAPTURE, capture
 
 TEXTS = ["Alpha beta, 42 gammas. " * 20, "x", "naïve café\n" * 15]
 TEMPERATURES = [2.0, 4.0]

@@ -6,20 +6,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.capture.pilot import corpus_codes
-from pipeline.capture.plan import settle_plan
-from pipeline.capture.precompute import write_vocab
-from pipeline.capture.settings import sees_bos
-from pipeline.capture.work import Lease
-from pipeline.capture.worker import CaptureJob, chunk_counts, length_batches
-from pipeline.store import committed, decode, iter_capture
-from pipeline.store.files import Folder
-from pipeline.store.writer import rounded
-from pipeline.teachers import open_teacher
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.progress import Silent
+from xtoken.pipeline.capture.pilot import corpus_codes
+from xtoken.pipeline.capture.plan import settle_plan
+from xtoken.pipeline.capture.precompute import write_vocab
+from xtoken.pipeline.capture.settings import sees_bos
+from xtoken.pipeline.capture.work import Lease
+from xtoken.pipeline.capture.worker import CaptureJob, chunk_counts, length_batches
+from xtoken.pipeline.store import committed, decode, iter_capture
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.writer import rounded
+from xtoken.pipeline.teachers import open_teacher
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
 
 TEXTS = ["One sentence, then 42 more; naïve. " * 20, "x", "日本語 and English\n" * 15, "tail 👩‍👩‍👧"]
 
@@ -127,7 +127,7 @@ def test_byte_student_counts(config):
 
 
 def test_a_teacher_of_too_short_a_context_is_refused(config, monkeypatch):
-    import pipeline.teachers.fake_teacher as fake
+    import xtoken.pipeline.teachers.fake_teacher as fake
 
     monkeypatch.setattr(fake, "_CONTEXT", 48)
     with pytest.raises(XtokenError, match=r"--max-tokens 48 and one more do not fit the 48 tokens.*--max-tokens 47"):
@@ -136,7 +136,7 @@ def test_a_teacher_of_too_short_a_context_is_refused(config, monkeypatch):
 
 def test_another_teacher_than_the_one_the_run_began_with_is_refused(config, monkeypatch):
     run(config)
-    import pipeline.teachers.fake_teacher as fake
+    import xtoken.pipeline.teachers.fake_teacher as fake
 
     monkeypatch.setattr(fake, "_CONTEXT", 4096)
     with pytest.raises(XtokenError, match=r"holds another run .context: 1048576 there, 4096 now"):

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.corpus import Corpus
-from schemas.capture_config import CorpusConfig
-from schemas.errors import XtokenError
+from xtoken.pipeline.corpus import Corpus
+from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.errors import XtokenError
 
 OPENAI = [{"role": "user", "content": "How many boats?"}, {"role": "assistant", "content": "Seventeen."}]
 SHAREGPT = [{"from": "human", "value": "How many boats?"}, {"from": "gpt", "value": "Seventeen."}]

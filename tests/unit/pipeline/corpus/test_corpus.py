@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.corpus import Corpus, Document
-from schemas.capture_config import CorpusConfig
-from schemas.errors import XtokenError
+from xtoken.pipeline.corpus import Corpus, Document
+from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.errors import XtokenError
 
 TEXTS = ["One.", "Zwei größere\r\nZeilen.", "e\u0301 三", "four\x00"]
 NFC = ["One.", "Zwei größere\r\nZeilen.", "\u00e9 三", "four\x00"]

@@ -11,9 +11,9 @@ import pytest
 import zstandard
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.corpus import Corpus
-from schemas.capture_config import CorpusConfig
-from schemas.errors import Unreachable, XtokenError
+from xtoken.pipeline.corpus import Corpus
+from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.errors import Unreachable, XtokenError
 
 GOOD = b'{"text": "good", "id": 1}\n'
 LINES = [

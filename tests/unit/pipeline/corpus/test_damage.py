@@ -12,9 +12,9 @@ import pytest
 import zstandard
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.corpus import Corpus
-from schemas.capture_config import CorpusConfig
-from schemas.errors import Unreachable, XtokenError
+from xtoken.pipeline.corpus import Corpus
+from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.errors import Unreachable, XtokenError
 
 TEXTS = [f"document {number}, {'words ' * 9}" for number in range(9)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)

@@ -6,11 +6,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from pipeline.corpus import Corpus
-from pipeline.corpus.splits import split_of
-from schemas.capture_config import CorpusConfig
-from schemas.errors import XtokenError
-from schemas.flags import build
+from xtoken.pipeline.corpus import Corpus
+from xtoken.pipeline.corpus.splits import split_of
+from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.flags import build
 
 CLONE = {  # as "git clone" of a hub's dataset leaves it, and a few things that tools put there
     "README.md": "---\nlicense: mit\n---\n# Boats",

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from pipeline.corpus import Document, Window, all_windows, windows
-from pipeline.tokens import Encoded, TextTokenizer, load_tokenizer
-from schemas.errors import XtokenError
+from xtoken.pipeline.corpus import Document, Window, all_windows, windows
+from xtoken.pipeline.tokens import Encoded, TextTokenizer, load_tokenizer
+from xtoken.schemas.errors import XtokenError
 
 PROSE = "It was the best of times, it was the worst of times; 1859 and l’été.\r\n\r\n    Καὶ 中文没有空格 👩‍👩‍👧‍👦 "
 
@@ -72,7 +72,7 @@ def test_slabs_leave_no_trace(tokenizer: TextTokenizer, monkeypatch: pytest.Monk
     """Long documents are looked at piece by piece; where the pieces end must not show."""
     text = "some words  and\n\n other words, then more of the same. " * 60
     whole = [window.encoded.text for window in cut(text, tokenizer, 24)]
-    monkeypatch.setattr(import_module("pipeline.corpus.windows"), "_SLAB", 500)
+    monkeypatch.setattr(import_module("xtoken.pipeline.corpus.windows"), "_SLAB", 500)
     sliced = [window.encoded.text for window in cut(text, tokenizer, 24)]
     assert all(piece[0].isspace() for piece in sliced[1:])
     assert abs(len(whole) - len(sliced)) <= 2
@@ -140,7 +140,7 @@ def test_all_windows_are_the_windows_of_each_document(
     tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, max_tokens: int, slab: int
 ) -> None:
     """Whatever of a document fits a window or a slab, and wherever batches end."""
-    module = import_module("pipeline.corpus.windows")
+    module = import_module("xtoken.pipeline.corpus.windows")
     monkeypatch.setattr(module, "_SLAB", slab)
     monkeypatch.setattr(module, "_BATCH", 700)
     texts = [PROSE * count for count in (1, 2, 9)] + ["short", "\n", "x" * 900, " " * 500, PROSE[:40]]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.align import align
-from pipeline.capture import precompute
-from pipeline.page.sample import Sample, load_sample
-from schemas.capture_config import PrecomputeConfig
-from schemas.config import AlignConfig, InspectConfig
-from schemas.progress import Silent
+from xtoken.pipeline.align import align
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.page.sample import Sample, load_sample
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.config import AlignConfig, InspectConfig
+from xtoken.schemas.progress import Silent
 
 TEXTS = {
     "attack": "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> &lt; ",

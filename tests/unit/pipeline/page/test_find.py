@@ -7,13 +7,13 @@ import duckdb
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.page import find as module
-from pipeline.page.find import Place, all_ids, find, find_worst, read_sample
-from pipeline.store import Folder, data_name
-from pipeline.store.checks import CaptureCheck
-from schemas.errors import XtokenError
-from schemas.manifest import CaptureManifest, read_manifest
-from schemas.tables import targets as target_schema
+from xtoken.pipeline.page import find as module
+from xtoken.pipeline.page.find import Place, all_ids, find, find_worst, read_sample
+from xtoken.pipeline.store import Folder, data_name
+from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.tables import targets as target_schema
 
 
 def test_every_sample_is_found_where_it_lies(capture: str, targets: str) -> None:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.page import visible as module
-from pipeline.page.visible import Piece, plain, visible
+from xtoken.pipeline.page import visible as module
+from xtoken.pipeline.page.visible import Piece, plain, visible
 
 
 def bytes_of(piece: Piece) -> bytes:

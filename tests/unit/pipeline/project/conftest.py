@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.tokens import TokenTable, load_tokenizer
+from xtoken.pipeline.tokens import TokenTable, load_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from pipeline.project import Projection, build_w
-from pipeline.project.pieces import Segmenter
-from pipeline.project.projection import EXACT, PIECES, ROLE, TO_REST
-from pipeline.tokens import TokenTable
+from xtoken.pipeline.project import Projection, build_w
+from xtoken.pipeline.project.pieces import Segmenter
+from xtoken.pipeline.project.projection import EXACT, PIECES, ROLE, TO_REST
+from xtoken.pipeline.tokens import TokenTable
 
 PAIRS = [
     ("llama3", "qwen3"),

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.project import Audit, build_w, coverage, project, read_projection
-from pipeline.project.coverage import advice
-from pipeline.project.mass import Mass
-from pipeline.project.projection import DROPPED, TO_REST
-from pipeline.tokens import TokenTable, load_tokenizer
-from schemas.categories import CATEGORIES, category
-from schemas.config import ProjectConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import MANIFEST, ProjectionManifest, read_manifest
-from schemas.progress import Silent
+from xtoken.pipeline.project import Audit, build_w, coverage, project, read_projection
+from xtoken.pipeline.project.coverage import advice
+from xtoken.pipeline.project.mass import Mass
+from xtoken.pipeline.project.projection import DROPPED, TO_REST
+from xtoken.pipeline.tokens import TokenTable, load_tokenizer
+from xtoken.schemas.categories import CATEGORIES, category
+from xtoken.schemas.config import ProjectConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import MANIFEST, ProjectionManifest, read_manifest
+from xtoken.schemas.progress import Silent
 
 
 @pytest.mark.parametrize(

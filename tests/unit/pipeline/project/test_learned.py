@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.project import Projection, build_w, moved_rows, read_projection, write_learned
-from pipeline.project.files import write_table, write_tables
-from pipeline.project.learned import STUDENT_VOCAB_FILE, named, reweighted
-from pipeline.store import inspect, verify
-from pipeline.tokens import TokenTable
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import MANIFEST, ProjectionManifest, TargetManifest, TeacherInfo, provenance, read_manifest
+from xtoken.pipeline.project import Projection, build_w, moved_rows, read_projection, write_learned
+from xtoken.pipeline.project.files import write_table, write_tables
+from xtoken.pipeline.project.learned import STUDENT_VOCAB_FILE, named, reweighted
+from xtoken.pipeline.store import inspect, verify
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import MANIFEST, ProjectionManifest, TargetManifest, TeacherInfo, provenance, read_manifest
 
 DIGITS = [str(n).encode() for n in range(10)]
 TEACHER = TeacherInfo(

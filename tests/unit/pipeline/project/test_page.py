@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.project import Audit, build_w, coverage
-from pipeline.project.mass import Mass
-from pipeline.project.page import coverage_page, literal, weight_flow
-from pipeline.tokens import TokenTable
-from schemas.categories import CATEGORIES
+from xtoken.pipeline.project import Audit, build_w, coverage
+from xtoken.pipeline.project.mass import Mass
+from xtoken.pipeline.project.page import coverage_page, literal, weight_flow
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.categories import CATEGORIES
 
 VOID = {"meta", "rect"}
 EVIL = [b"<script>alert(1)</script>", b'"><img src=x onerror=alert(1)>', b"&lt;", b"'", b"\xff<b>", "‮abc".encode()]

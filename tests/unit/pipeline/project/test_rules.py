@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.project import Projection, build_w
-from pipeline.project.pieces import Segmenter
-from pipeline.project.projection import EXACT, PIECES, RANDOM, REVERSE, ROLE, TO_REST
-from pipeline.tokens import TokenTable
-from schemas.categories import category
-from schemas.errors import XtokenError
+from xtoken.pipeline.project import Projection, build_w
+from xtoken.pipeline.project.pieces import Segmenter
+from xtoken.pipeline.project.projection import EXACT, PIECES, RANDOM, REVERSE, ROLE, TO_REST
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.categories import category
+from xtoken.schemas.errors import XtokenError
 
 RULES = ("pieces", "first-piece", "reverse", "random", "masked:numerals", "masked:latin", "masked:specials")
 # Both directions of this pair as they were built before there was any other rule.

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.align import align
-from pipeline.capture import precompute
-from pipeline.query import query
-from schemas.capture_config import PrecomputeConfig
-from schemas.config import AlignConfig, QueryConfig
-from schemas.progress import Silent
+from xtoken.pipeline.align import align
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.query import query
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.config import AlignConfig, QueryConfig
+from xtoken.schemas.progress import Silent
 
 TEXTS = {
     "book/en/one": "The quick brown fox, 12345 jumps; naïve café. " * 12,

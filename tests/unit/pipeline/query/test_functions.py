@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.query.functions import Lookup, Spell, UnpackRows, places, readable, steps
-from schemas.errors import VerificationError
-from schemas.manifest import CodecInfo
+from xtoken.pipeline.query.functions import Lookup, Spell, UnpackRows, places, readable, steps
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.manifest import CodecInfo
 
 INTS = pa.list_(pa.int32())
 COUNTS = [[2, 0, 1], [], [0], [3], [1, 1]]

@@ -19,12 +19,12 @@ import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-import cli
-from pipeline.query import query
-from pipeline.query.output import MOST
-from pipeline.query.run import _interruptible
-from schemas.config import QueryConfig
-from schemas.errors import VerificationError, XtokenError
+from xtoken import cli
+from xtoken.pipeline.query import query
+from xtoken.pipeline.query.output import MOST
+from xtoken.pipeline.query.run import _interruptible
+from xtoken.schemas.config import QueryConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
 
 from .conftest import ask
 
@@ -140,7 +140,7 @@ def test_a_thread_that_comes_too_late_asks_nothing(monkeypatch: pytest.MonkeyPat
             begin.extend([super().start, self.join])
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.query.run.Thread", Late)
+    monkeypatch.setattr("xtoken.pipeline.query.run.Thread", Late)
     with duckdb.connect() as connection, pytest.raises(KeyboardInterrupt):
         _interruptible(connection, lambda: {"rows": done.append("asked")})
     for step in begin:

@@ -7,13 +7,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.query import query
-from pipeline.query.views import Catalog, read_view, read_views
-from pipeline.store.share import pull
-from schemas.config import QueryConfig
-from schemas.errors import XtokenError
-from schemas.progress import Silent
-from schemas.share_config import PullConfig
+from xtoken.pipeline.query import query
+from xtoken.pipeline.query.views import Catalog, read_view, read_views
+from xtoken.pipeline.store.share import pull
+from xtoken.schemas.config import QueryConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.share_config import PullConfig
 
 from .conftest import ask
 

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from schemas.categories import category
+from xtoken.schemas.categories import category
 
 from .conftest import TEXTS, ask
 

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from schemas.categories import category
-from schemas.errors import XtokenError
+from xtoken.schemas.categories import category
+from xtoken.schemas.errors import XtokenError
 
 from .conftest import TEXTS, ask
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.capture import precompute
-from schemas.capture_config import PrecomputeConfig
-from schemas.progress import Silent
+from xtoken.pipeline.capture import precompute
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.progress import Silent
 
 TEXTS = {
     "a.txt": "The quick brown fox, 12345 jumps; naïve café. " * 30,

@@ -5,14 +5,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.store import committed, iter_capture, iter_parquet, load_vocab, write_parquet
-from pipeline.store.codes import read_codes, recode
-from pipeline.store.reader import read_table
-from pipeline.store.writer import group_rows
-from schemas.errors import VerificationError, XtokenError
-from schemas.limits import GROUPS
-from schemas.manifest import CaptureManifest, read_manifest
-from schemas.tables import CAPTURE
+from xtoken.pipeline.store import committed, iter_capture, iter_parquet, load_vocab, write_parquet
+from xtoken.pipeline.store.codes import read_codes, recode
+from xtoken.pipeline.store.reader import read_table
+from xtoken.pipeline.store.writer import group_rows
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.limits import GROUPS
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.tables import CAPTURE
 
 NUMBERS = ("teacher_ids", "teacher_end", "kept", "topk_codes", "topk_gap", "rest_gap", "realised_logprob")
 

@@ -17,20 +17,20 @@ import yaml
 from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
 
-from pipeline.capture import precompute
-from pipeline.store import iter_capture
-from pipeline.store.card import card_files, size_category, write_card
-from pipeline.store.card_alignment import alignments
-from pipeline.store.card_markup import HUB_LICENSES, code, latex, license_lines, one_line, plain, public
-from pipeline.store.card_plots import PLOTS
-from pipeline.store.card_stats import RowStats, quantile, read_stats
-from pipeline.store.seal import PLOTS as SEALED_PLOTS
-from pipeline.store.verify import verify
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import MANIFEST, CaptureManifest, content_hash, read_manifest
-from schemas.progress import Silent
-from schemas.share_config import CardConfig
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.store import iter_capture
+from xtoken.pipeline.store.card import card_files, size_category, write_card
+from xtoken.pipeline.store.card_alignment import alignments
+from xtoken.pipeline.store.card_markup import HUB_LICENSES, code, latex, license_lines, one_line, plain, public
+from xtoken.pipeline.store.card_plots import PLOTS
+from xtoken.pipeline.store.card_stats import RowStats, quantile, read_stats
+from xtoken.pipeline.store.seal import PLOTS as SEALED_PLOTS
+from xtoken.pipeline.store.verify import verify
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import MANIFEST, CaptureManifest, content_hash, read_manifest
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.share_config import CardConfig
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "captures"
 LICENSES = {"corpus": "cc-by-4.0", "outputs": "gemma"}
@@ -309,7 +309,7 @@ def test_a_damaged_part_is_named(capture: Path) -> None:
 
 
 def test_the_template_is_shipped() -> None:
-    spec = importlib.util.find_spec("pipeline.store.card")
+    spec = importlib.util.find_spec("xtoken.pipeline.store.card")
     assert spec is not None
     assert spec.origin is not None
     names = {path.name for path in Path(spec.origin).parent.glob("*.md")}

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.store import NO_REST, STEP, Packed, decode, decode_tau_rest, encode
-from pipeline.teachers.base import TeacherRows
-from schemas.errors import XtokenError
+from xtoken.pipeline.store import NO_REST, STEP, Packed, decode, decode_tau_rest, encode
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.schemas.errors import XtokenError
 
 getcontext().prec = 60
 

@@ -5,13 +5,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.store import iter_capture, iter_parquet
-from pipeline.store.codes import codes_by_use, inverse, read_codes, recode, restore_ids, with_codes
-from pipeline.store.reader import ids_of_codes, read_table
-from pipeline.store.writer import rounded
-from pipeline.tokens import load_tokenizer
-from schemas.errors import VerificationError
-from schemas.tables import CAPTURE_VOCAB
+from xtoken.pipeline.store import iter_capture, iter_parquet
+from xtoken.pipeline.store.codes import codes_by_use, inverse, read_codes, recode, restore_ids, with_codes
+from xtoken.pipeline.store.reader import ids_of_codes, read_table
+from xtoken.pipeline.store.writer import rounded
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.tables import CAPTURE_VOCAB
 
 
 def test_codes_follow_use_then_id():

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.store import Packed, Sample, capture_batch, list_column
-from pipeline.store.columns import any_per_sample, check_ids
-from pipeline.store.writer import rounded
-from schemas.errors import VerificationError
-from schemas.tables import CAPTURE
+from xtoken.pipeline.store import Packed, Sample, capture_batch, list_column
+from xtoken.pipeline.store.columns import any_per_sample, check_ids
+from xtoken.pipeline.store.writer import rounded
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.tables import CAPTURE
 
 
 @given(st.lists(st.lists(st.booleans(), max_size=4), max_size=8))

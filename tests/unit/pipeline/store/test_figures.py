@@ -1,7 +1,7 @@
 """What a capture says of itself in words."""
 
-from pipeline.store.figures import bos_figure
-from schemas.manifest import TokenizerInfo
+from xtoken.pipeline.store.figures import bos_figure
+from xtoken.schemas.manifest import TokenizerInfo
 
 
 def test_a_bos_that_is_declared_but_not_added_is_named() -> None:

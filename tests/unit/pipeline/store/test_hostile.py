@@ -18,18 +18,18 @@ import pytest
 
 from benchmarks import fuzz_bombs, fuzz_store, fuzz_thrift
 from benchmarks.fuzz_mutations import seal, seal_sums, write
-from pipeline.store import inspect, iter_capture, verify
-from pipeline.store.checks import CaptureCheck
-from pipeline.store.reader import read_table
-from pipeline.store.seal import seal as seal_artifact
-from pipeline.store.share import pull
-from schemas import limits
-from schemas.errors import VerificationError, XtokenError
-from schemas.limits import check_file, reading
-from schemas.manifest import CaptureManifest, Part, read_any_manifest, read_manifest
-from schemas.progress import Silent
-from schemas.share_config import PullConfig
-from trainer.data.targets import Targets
+from xtoken.pipeline.store import inspect, iter_capture, verify
+from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.reader import read_table
+from xtoken.pipeline.store.seal import seal as seal_artifact
+from xtoken.pipeline.store.share import pull
+from xtoken.schemas import limits
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.limits import check_file, reading
+from xtoken.schemas.manifest import CaptureManifest, Part, read_any_manifest, read_manifest
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.share_config import PullConfig
+from xtoken.trainer.data.targets import Targets
 
 GOLDEN = fuzz_store.GOLDEN
 CASES = range(120)
@@ -268,7 +268,7 @@ def test_target_columns_of_another_type_are_refused(targets: Path) -> None:
 def test_markup_in_names_is_shown_as_it_is(capture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    from trainer.report.tables import figure_tables
+    from xtoken.trainer.report.tables import figure_tables
 
     root = edit(capture, lambda m: m["teacher"].update(model="[/bold]'; DROP TABLE x; --"))
     Console().print(*figure_tables(inspect(root)), sep="\n")

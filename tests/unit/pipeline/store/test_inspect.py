@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipeline.store import inspect
-from schemas.errors import VerificationError, XtokenError
+from xtoken.pipeline.store import inspect
+from xtoken.schemas.errors import VerificationError, XtokenError
 
 
 def test_a_capture(kept_capture):

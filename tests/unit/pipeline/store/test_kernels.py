@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.store.codec import NO_REST, decode
-from pipeline.store.kernels import LEVELS, RULES, level_table, levels, row_faults, whole_rows
+from xtoken.pipeline.store.codec import NO_REST, decode
+from xtoken.pipeline.store.kernels import LEVELS, RULES, level_table, levels, row_faults, whole_rows
 
 STEP = 1 / 32
 SIZE = 500

@@ -9,19 +9,19 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.align import align
-from pipeline.capture import precompute
-from pipeline.store import data_name, iter_capture, load_vocab, verify
-from pipeline.store.destination import Destination
-from pipeline.store.merge import merge
-from pipeline.store.seal import seal
-from pipeline.store.share import pull
-from schemas.capture_config import PrecomputeConfig
-from schemas.config import AlignConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import CaptureManifest, content_hash, read_manifest
-from schemas.progress import Silent
-from schemas.share_config import MergeConfig, PullConfig
+from xtoken.pipeline.align import align
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.store import data_name, iter_capture, load_vocab, verify
+from xtoken.pipeline.store.destination import Destination
+from xtoken.pipeline.store.merge import merge
+from xtoken.pipeline.store.seal import seal
+from xtoken.pipeline.store.share import pull
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import CaptureManifest, content_hash, read_manifest
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.share_config import MergeConfig, PullConfig
 
 TEXTS = {"one": "Un café, s'il vous plaît; puis deux. " * 20, "two": "def f(x):\n    return x + 1  # größer\n" * 25}
 

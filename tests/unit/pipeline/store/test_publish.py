@@ -7,9 +7,9 @@ import uuid
 
 import pytest
 
-from pipeline.store import DiskFull, Figures, Folder, clean, committed, data_name, publish_part
-from pipeline.store.publish import commit_name
-from schemas.errors import VerificationError, XtokenError
+from xtoken.pipeline.store import DiskFull, Figures, Folder, clean, committed, data_name, publish_part
+from xtoken.pipeline.store.publish import commit_name
+from xtoken.schemas.errors import VerificationError, XtokenError
 
 
 class Writer:
@@ -181,6 +181,6 @@ def test_a_file_that_another_run_sweeps_away_is_written_again(tmp_path, monkeypa
     assert folder.read("manifest.json") == b"all of it"
     assert folder.names() == ["manifest.json"]
     sweeps.clear()
-    monkeypatch.setattr("pipeline.store.files.SWEEPS", 2)
+    monkeypatch.setattr("xtoken.pipeline.store.files.SWEEPS", 2)
     with pytest.raises(XtokenError, match=r"other.json cannot be written: something removes files from .*; stop it"):
         getattr(folder, how)("other.json", b"")

@@ -11,16 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.capture import precompute
-from pipeline.store import data_name, inspect, verify, write_parquet
-from pipeline.store.checks import CaptureCheck
-from pipeline.store.sampled import PackedDraws, decode_draws, encode_draws
-from pipeline.teachers.base import Draws
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import CaptureManifest, read_manifest
-from schemas.progress import Silent
-from schemas.tables import capture
+from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.store import data_name, inspect, verify, write_parquet
+from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.sampled import PackedDraws, decode_draws, encode_draws
+from xtoken.pipeline.teachers.base import Draws
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.tables import capture
 
 DRAWS = 20
 SCHEMA = capture(codec="sampled")

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.store import verify
-from pipeline.store.files import Folder
-from pipeline.store.seal import SUMS_FILE, read_sums, seal, sums_text
-from schemas.errors import VerificationError, XtokenError
+from xtoken.pipeline.store import verify
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.seal import SUMS_FILE, read_sums, seal, sums_text
+from xtoken.schemas.errors import VerificationError, XtokenError
 
 
 def test_the_standard_tool_accepts_it(kept_capture):

@@ -13,20 +13,20 @@ import fsspec
 import pytest
 from huggingface_hub import CommitOperationDelete
 
-from pipeline.project import project
-from pipeline.store import DiskFull, Folder, data_name, verify
-from pipeline.store import destination as destination_module
-from pipeline.store import transfer as transfer_module
-from pipeline.store.destination import Destination, HubDestination
-from pipeline.store.publish import clean, commit_name
-from pipeline.store.seal import seal
-from pipeline.store.share import pull, push
-from pipeline.store.shipment import CLAIM_FILE
-from schemas.config import ProjectConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import CaptureManifest, read_manifest
-from schemas.progress import Silent
-from schemas.share_config import PullConfig, PushConfig
+from xtoken.pipeline.project import project
+from xtoken.pipeline.store import DiskFull, Folder, data_name, verify
+from xtoken.pipeline.store import destination as destination_module
+from xtoken.pipeline.store import transfer as transfer_module
+from xtoken.pipeline.store.destination import Destination, HubDestination
+from xtoken.pipeline.store.publish import clean, commit_name
+from xtoken.pipeline.store.seal import seal
+from xtoken.pipeline.store.share import pull, push
+from xtoken.pipeline.store.shipment import CLAIM_FILE
+from xtoken.schemas.config import ProjectConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.share_config import PullConfig, PushConfig
 
 LICENSE = ["corpus=cc-by-4.0", "outputs=gemma"]
 

@@ -10,18 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.align import align
-from pipeline.project.mass import teacher_mass
-from pipeline.store import Folder, data_name, inspect, iter_capture, verify
-from pipeline.store.seal import seal
-from pipeline.store.share import pull, push
-from pipeline.store.subset import Where, chosen_parts, number_ranges
-from schemas.config import AlignConfig
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import CaptureManifest, Part, TargetManifest, content_hash, read_manifest
-from schemas.progress import Silent
-from schemas.share_config import PullConfig, PushConfig
-from schemas.tables import CAPTURE
+from xtoken.pipeline.align import align
+from xtoken.pipeline.project.mass import teacher_mass
+from xtoken.pipeline.store import Folder, data_name, inspect, iter_capture, verify
+from xtoken.pipeline.store.seal import seal
+from xtoken.pipeline.store.share import pull, push
+from xtoken.pipeline.store.subset import Where, chosen_parts, number_ranges
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import CaptureManifest, Part, TargetManifest, content_hash, read_manifest
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.share_config import PullConfig, PushConfig
+from xtoken.schemas.tables import CAPTURE
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "captures"
 

@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.store import Folder, committed, data_name, iter_capture, verify, write_parquet
-from pipeline.store.checks import CaptureCheck
-from pipeline.store.publish import commit_name
-from pipeline.store.verify import TargetCheck
-from schemas.errors import VerificationError, XtokenError
-from schemas.manifest import CaptureManifest, CodecInfo, read_manifest
-from schemas.tables import CAPTURE, LOSSES, target_columns, targets
+from xtoken.pipeline.store import Folder, committed, data_name, iter_capture, verify, write_parquet
+from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.publish import commit_name
+from xtoken.pipeline.store.verify import TargetCheck
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.manifest import CaptureManifest, CodecInfo, read_manifest
+from xtoken.schemas.tables import CAPTURE, LOSSES, target_columns, targets
 
 
 def test_a_good_capture_passes_with_its_figures(kept_capture):

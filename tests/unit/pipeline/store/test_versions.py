@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.align.run import align
-from pipeline.store import decode, decode_tau_rest, inspect, iter_capture, load_vocab, verify
-from schemas.config import AlignConfig
-from schemas.errors import XtokenError
-from schemas.manifest import CaptureManifest, TargetManifest, read_any_manifest, read_manifest
-from schemas.progress import Silent
-from schemas.tables import OLDEST_READ, SCHEMA_VERSIONS
-from trainer.data.samples import Layout, read_sample
-from trainer.data.targets import Targets
-from trainer.losses import open_loss
-from trainer.losses.base import LossSetup
+from xtoken.pipeline.align.run import align
+from xtoken.pipeline.store import decode, decode_tau_rest, inspect, iter_capture, load_vocab, verify
+from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_any_manifest, read_manifest
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.tables import OLDEST_READ, SCHEMA_VERSIONS
+from xtoken.trainer.data.samples import Layout, read_sample
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.losses import open_loss
+from xtoken.trainer.losses.base import LossSetup
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "captures"
 CAPTURES = sorted(path.name for path in GOLDEN.glob("v*") if (path / "vocab.parquet").exists())

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.teachers import open_teacher
-from pipeline.teachers.base import Teacher
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import PrecomputeConfig
+from xtoken.pipeline.teachers import open_teacher
+from xtoken.pipeline.teachers.base import Teacher
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.teachers import check_backend, open_teacher
-from pipeline.teachers.base import Draws
-from pipeline.teachers.draws import Sampler, counted, cut_draws, draw_row, join_draws
-from pipeline.teachers.fake_teacher import FakeTeacher
-from pipeline.teachers.logit_rows import RowReader, cut, draw, join
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.manifest import TeacherInfo
+from xtoken.pipeline.teachers import check_backend, open_teacher
+from xtoken.pipeline.teachers.base import Draws
+from xtoken.pipeline.teachers.draws import Sampler, counted, cut_draws, draw_row, join_draws
+from xtoken.pipeline.teachers.fake_teacher import FakeTeacher
+from xtoken.pipeline.teachers.logit_rows import RowReader, cut, draw, join
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TeacherInfo
 
 INFO = TeacherInfo(
     model="toy",

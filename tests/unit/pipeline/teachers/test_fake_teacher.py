@@ -6,12 +6,12 @@ import sys
 import numpy as np
 import pytest
 
-from pipeline.teachers import open_teacher
-from pipeline.teachers.fake_teacher import FakeTeacher
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.manifest import TeacherInfo
+from xtoken.pipeline.teachers import open_teacher
+from xtoken.pipeline.teachers.fake_teacher import FakeTeacher
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TeacherInfo
 
 INFO = TeacherInfo(
     model="toy",

@@ -11,11 +11,11 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from pipeline.teachers import hf_teacher, open_teacher
-from pipeline.teachers.base import TeacherRows
-from pipeline.tokens import TokenTable
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
+from xtoken.pipeline.teachers import hf_teacher, open_teacher
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
 
 VOCAB = 101
 TOKENS = 97  # the tokenizer knows fewer ids than the head has rows, as padded heads do

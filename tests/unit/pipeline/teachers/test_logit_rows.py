@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.teachers.logit_rows import RowReader, cut, join, top_k
+from xtoken.pipeline.teachers.logit_rows import RowReader, cut, join, top_k
 
 
 def ranking(values: torch.Tensor) -> np.ndarray:

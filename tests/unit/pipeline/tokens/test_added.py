@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pipeline.tokens import load_tokenizer
-from pipeline.tokens.added import Added, place, stretch_ends
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.pipeline.tokens.added import Added, place, stretch_ends
 
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.tokens.cuts import keeps_tokens
+from xtoken.pipeline.tokens.cuts import keeps_tokens
 
 BPE = {"type": "BPE", "vocab": {}, "merges": []}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from pipeline.tokens import load_tokenizer, refuse_long_prefix
-from schemas.errors import XtokenError
+from xtoken.pipeline.tokens import load_tokenizer, refuse_long_prefix
+from xtoken.schemas.errors import XtokenError
 
 
 def byte_level(normalizer: Any | None = None, *, drop: str = "") -> Tokenizer:

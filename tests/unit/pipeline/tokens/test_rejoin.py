@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.tokens.rejoin import Block, blocks, differing_block, dummy_space, map_ends
+from xtoken.pipeline.tokens.rejoin import Block, blocks, differing_block, dummy_space, map_ends
 
 
 def nfkc(text: str) -> bytes:

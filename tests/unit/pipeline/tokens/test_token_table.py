@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.tokens import TokenTable, load_tokenizer
-from schemas.errors import VerificationError
-from schemas.tables import MERGES, VOCAB
+from xtoken.pipeline.tokens import TokenTable, load_tokenizer
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.tables import MERGES, VOCAB
 
 
 def small(**changes: object) -> TokenTable:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from pipeline.tokens import Encoded, TextTokenizer, load_tokenizer
+from xtoken.pipeline.tokens import Encoded, TextTokenizer, load_tokenizer
 
 NAMES = ("smollm2", "gemma3", "llama3", "qwen3", "llama2", "gpt4o")
 TEXTS = {

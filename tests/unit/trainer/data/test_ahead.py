@@ -12,14 +12,14 @@ import fsspec
 import numpy as np
 import pytest
 
-from schemas.errors import VerificationError
-from trainer.data import plan as plans
-from trainer.data.batches import STEPS_AHEAD, Loader, Position, StepBatch
-from trainer.data.micro import Micro
-from trainer.data.samples import Layout
-from trainer.data.sources import Sources
-from trainer.data.targets import RowGroup, Targets
-from trainer.losses.base import Columns, Loss, View
+from xtoken.schemas.errors import VerificationError
+from xtoken.trainer.data import plan as plans
+from xtoken.trainer.data.batches import STEPS_AHEAD, Loader, Position, StepBatch
+from xtoken.trainer.data.micro import Micro
+from xtoken.trainer.data.samples import Layout
+from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.targets import RowGroup, Targets
+from xtoken.trainer.losses.base import Columns, Loss, View
 
 LENGTHS = [[9, 12, 5, 7, 11, 6], [6, 8, 10], [13, 4, 9, 9, 3, 7, 8], [5] * 6]
 TOTAL = sum(map(len, LENGTHS))
@@ -63,7 +63,7 @@ def same(ours: Any, theirs: Any) -> bool:
         return list(ours) == list(theirs) and all(same(ours[key], theirs[key]) for key in ours)
     if isinstance(ours, (list, tuple)):
         return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    if type(ours).__module__.startswith("trainer.data") and not isinstance(ours, Position):
+    if type(ours).__module__.startswith("xtoken.trainer.data") and not isinstance(ours, Position):
         return all(same(getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(ours))
     return bool(ours == theirs)
 

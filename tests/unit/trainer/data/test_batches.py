@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from schemas.errors import VerificationError, XtokenError
-from trainer.data import plan
-from trainer.data.batches import Loader, Position
-from trainer.data.micro import split_micros
-from trainer.data.samples import Layout, Sample, SampleTargets, context_token, read_sample
-from trainer.data.sources import Sources
-from trainer.data.targets import Targets
-from trainer.losses.base import Columns, Loss, View
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.trainer.data import plan
+from xtoken.trainer.data.batches import Loader, Position
+from xtoken.trainer.data.micro import split_micros
+from xtoken.trainer.data.samples import Layout, Sample, SampleTargets, context_token, read_sample
+from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.losses.base import Columns, Loss, View
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7]]
 TOTAL = sum(map(len, LENGTHS))

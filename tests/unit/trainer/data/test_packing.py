@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.data.layout import running
-from trainer.data.micro import Micro, split_micros
-from trainer.data.packing import Shape, packed_shapes, padded_shapes
-from trainer.data.samples import Layout, Sample, read_samples
-from trainer.data.targets import Targets
-from trainer.losses.base import Columns, Loss, View
+from xtoken.trainer.data.layout import running
+from xtoken.trainer.data.micro import Micro, split_micros
+from xtoken.trainer.data.packing import Shape, packed_shapes, padded_shapes
+from xtoken.trainer.data.samples import Layout, Sample, read_samples
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.losses.base import Columns, Loss, View
 
 
 class Reads(Loss):

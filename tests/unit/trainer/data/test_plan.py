@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
-from schemas.errors import XtokenError
-from trainer.data import plan as plans
-from trainer.data.plan import Plan, Position
-from trainer.data.sources import OwnedGroup, Sources
-from trainer.data.targets import Targets
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.data import plan as plans
+from xtoken.trainer.data.plan import Plan, Position
+from xtoken.trainer.data.sources import OwnedGroup, Sources
+from xtoken.trainer.data.targets import Targets
 
 LENGTHS = [[5] * 9, [4] * 2, [6] * 7, [3], [8] * 12, [5] * 4]
 TOTAL = sum(map(len, LENGTHS))

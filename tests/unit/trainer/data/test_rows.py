@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from schemas.errors import VerificationError
-from schemas.tables import LOSSES
-from schemas.train_config import LossOptions
-from trainer.data.rows import NORMALISED_WITHIN
-from trainer.data.samples import Layout, Sample, read_sample, read_samples
-from trainer.data.targets import RowGroup, Targets
-from trainer.losses import open_loss
-from trainer.losses.base import Loss, LossSetup
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.tables import LOSSES
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.data.rows import NORMALISED_WITHIN
+from xtoken.trainer.data.samples import Layout, Sample, read_sample, read_samples
+from xtoken.trainer.data.targets import RowGroup, Targets
+from xtoken.trainer.losses import open_loss
+from xtoken.trainer.losses.base import Loss, LossSetup
 
 TEACHING = [name for name in LOSSES if name != "ce"]
 

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trainer.data.batches import Loader, Position
-from trainer.data.samples import Layout, sample_weights
-from trainer.data.sources import Sources
-from trainer.data.targets import Targets
-from trainer.losses.base import Columns, Loss, View
+from xtoken.trainer.data.batches import Loader, Position
+from xtoken.trainer.data.samples import Layout, sample_weights
+from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.losses.base import Columns, Loss, View
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10]]
 
@@ -122,7 +122,7 @@ def test_weighting_follows_what_is_stored(two: list[str], weighting: str) -> Non
     """Against a softmax made by hand from the columns."""
     found = sources(two)
     shape = layout(weighting=weighting)
-    from trainer.data.samples import read_sample
+    from xtoken.trainer.data.samples import read_sample
 
     compared = 0
     for group in found.groups:

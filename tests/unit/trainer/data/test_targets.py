@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from schemas.errors import VerificationError
-from trainer.data.targets import Targets
+from xtoken.schemas.errors import VerificationError
+from xtoken.trainer.data.targets import Targets
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "captures"
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from schemas.errors import XtokenError
-from schemas.train_config import LossOptions
-from trainer.data.targets import Targets
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.data.targets import Targets
 
 LOSSES = ("p-kl", "sparse-kl", "byte-prefix", "alm")
 

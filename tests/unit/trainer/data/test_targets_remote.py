@@ -7,9 +7,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from schemas.errors import VerificationError
-from trainer.data.sources import Sources
-from trainer.data.targets import RowGroup, Targets
+from xtoken.schemas.errors import VerificationError
+from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.targets import RowGroup, Targets
 
 COLUMNS = ("student_ids", "chunk_student_end")
 LENGTHS = [[5, 9, 4], [7, 3], [6]]

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from schemas.manifest import TokenizerInfo
-from trainer.evaluate import EvalSample
-from trainer.evaluate.completions import complete
-from trainer.evaluate.spelling import Spelling
-from trainer.objective import Student
-from trainer.student.model import load_student
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.trainer.evaluate import EvalSample
+from xtoken.trainer.evaluate.completions import complete
+from xtoken.trainer.evaluate.spelling import Spelling
+from xtoken.trainer.objective import Student
+from xtoken.trainer.student.model import load_student
 
 V = 24
 SPELLING = Spelling((b"", b"", *(bytes([97 + i]) for i in range(V - 2))), ("bos", "eos", *[None] * (V - 2)))

@@ -14,18 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from schemas.categories import CATEGORIES
-from schemas.errors import XtokenError
-from schemas.progress import Silent
-from schemas.train_config import EvalConfig
-from trainer.data.samples import Layout, read_sample
-from trainer.data.targets import Targets
-from trainer.evaluate import EvalSample, evaluate
-from trainer.evaluate.spelling import token_bytes
-from trainer.losses import reference
-from trainer.losses.base import ProjectionArrays
-from trainer.losses.pkl import PKL, heaviest
-from trainer.student.model import load_student
+from xtoken.schemas.categories import CATEGORIES
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.train_config import EvalConfig
+from xtoken.trainer.data.samples import Layout, read_sample
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.evaluate import EvalSample, evaluate
+from xtoken.trainer.evaluate.spelling import token_bytes
+from xtoken.trainer.losses import reference
+from xtoken.trainer.losses.base import ProjectionArrays
+from xtoken.trainer.losses.pkl import PKL, heaviest
+from xtoken.trainer.student.model import load_student
 
 SAMPLES = [
     EvalSample(np.array([3, 4, 5, 6, 1], np.int32), 9, 2, "a#0", "web"),
@@ -85,8 +85,8 @@ def test_batches_and_blocks_change_nothing(
 ) -> None:
     rows: list[dict[str, Any]] = []
     evaluate(eval_config(student_dir, text="given"), student_info, SAMPLES, Silent(), rows)
-    monkeypatch.setattr("trainer.evaluate.bits_per_byte._MICRO_TOKENS", 1)
-    monkeypatch.setattr("trainer.blocks.BLOCK_ELEMENTS", 50)  # two positions
+    monkeypatch.setattr("xtoken.trainer.evaluate.bits_per_byte._MICRO_TOKENS", 1)
+    monkeypatch.setattr("xtoken.trainer.blocks.BLOCK_ELEMENTS", 50)  # two positions
     apart: list[dict[str, Any]] = []
     evaluate(eval_config(student_dir, text="given"), student_info, SAMPLES, Silent(), apart)
     assert [row["bits"] for row in apart] == pytest.approx([row["bits"] for row in rows], rel=1e-5)
@@ -165,8 +165,8 @@ def test_heaviest_takes_the_larger_weight_then_the_lower_id() -> None:
 
 
 def test_training_mode_is_given_back(student_dir: str, student_info: Any) -> None:
-    from trainer.evaluate import measure_student
-    from trainer.objective import Student
+    from xtoken.trainer.evaluate import measure_student
+    from xtoken.trainer.objective import Student
 
     for mode in (True, False):
         model = load_student(student_dir, torch.device("cpu"), False).train(mode)

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from schemas.categories import CATEGORIES
-from trainer.data.targets import Targets
-from trainer.evaluate.spelling import Spelling, token_bytes
+from xtoken.schemas.categories import CATEGORIES
+from xtoken.trainer.data.targets import Targets
+from xtoken.trainer.evaluate.spelling import Spelling, token_bytes
 
 
 def test_text_joins_bytes_before_it_decodes() -> None:
@@ -34,7 +34,7 @@ def test_token_bytes_of_targets(make_targets: Callable[..., str]) -> None:
 def test_a_changed_vocabulary_is_refused(make_targets: Callable[..., str]) -> None:
     from pathlib import Path
 
-    from schemas.errors import VerificationError
+    from xtoken.schemas.errors import VerificationError
 
     root = make_targets([[5, 5]])
     path = Path(root) / "student_vocab.parquet"

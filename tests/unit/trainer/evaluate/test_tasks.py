@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from schemas.errors import XtokenError
-from schemas.progress import Silent
-from schemas.train_config import EvalConfig
-from trainer.evaluate import evaluate
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.progress import Silent
+from xtoken.schemas.train_config import EvalConfig
+from xtoken.trainer.evaluate import evaluate
 
 
 def test_lm_eval_is_not_installed(student_dir: str, student_info: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "trainer.evaluate.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "xtoken.trainer.evaluate.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     config = EvalConfig(model=student_dir, tasks=["arc_easy"], device="cpu")

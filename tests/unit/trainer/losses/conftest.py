@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.train_config import LossOptions
-from trainer.losses.base import LossSetup, ProjectionArrays, View, VocabArrays
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, View, VocabArrays
 
 V, U = 24, 30
 SPECIALS = 2  # bos and eos

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.errors import XtokenError
-from trainer.losses import reference
-from trainer.losses.alm import ALM, EPS, log1mexp
-from trainer.losses.base import View
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.losses import reference
+from xtoken.trainer.losses.alm import ALM, EPS, log1mexp
+from xtoken.trainer.losses.base import View
 
 EXACT = 1e-9  # the reference takes 1 - e^-1e-6 as a difference: ten digits are left
 FLOAT32 = 2e-5  # float32 log-probabilities of size 10, relative

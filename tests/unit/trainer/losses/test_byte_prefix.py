@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.errors import VerificationError
-from trainer.losses import reference
-from trainer.losses.base import LossSetup, View, VocabArrays
-from trainer.losses.byte_prefix import BytePrefix
+from xtoken.schemas.errors import VerificationError
+from xtoken.trainer.losses import reference
+from xtoken.trainer.losses.base import LossSetup, View, VocabArrays
+from xtoken.trainer.losses.byte_prefix import BytePrefix
 
 EXACT = 1e-10  # float64 sums of some dozen terms
 FLOAT32 = 2e-5  # float32 log-probabilities of size 10, relative

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from schemas.tables import LOSSES, targets
-from trainer.losses import REGISTRY, open_loss, reference
-from trainer.losses.ce import cross_entropy_total
+from xtoken.schemas.tables import LOSSES, targets
+from xtoken.trainer.losses import REGISTRY, open_loss, reference
+from xtoken.trainer.losses.ce import cross_entropy_total
 
 EXACT = 1e-12  # float64, five terms
 

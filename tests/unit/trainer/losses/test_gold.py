@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.errors import VerificationError, XtokenError
-from trainer.losses import reference
-from trainer.losses.base import View
-from trainer.losses.gold import GOLD
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.trainer.losses import reference
+from xtoken.trainer.losses.base import View
+from xtoken.trainer.losses.gold import GOLD
 
 EXACT = 1e-10  # float64 sums of some dozen terms
 FLOAT32 = 2e-6  # float32 masses that sum to 1, absolute

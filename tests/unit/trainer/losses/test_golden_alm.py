@@ -24,9 +24,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.train_config import LossOptions
-from trainer.losses.alm import ALM, EPS
-from trainer.losses.base import LossSetup, ProjectionArrays, View, VocabArrays
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.losses.alm import ALM, EPS
+from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, View, VocabArrays
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 FILES = ["alm_01", "alm_03", "alm_05", "alm_07"]

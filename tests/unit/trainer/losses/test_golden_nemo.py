@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.train_config import LossOptions
-from trainer.losses import open_loss
-from trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
-from trainer.losses.ce import cross_entropy_total
-from trainer.step import Mixing
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.losses import open_loss
+from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
+from xtoken.trainer.losses.ce import cross_entropy_total
+from xtoken.trainer.step import Mixing
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 PRINTED = 1e-7  # the files hold nine digits

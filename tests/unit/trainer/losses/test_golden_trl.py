@@ -24,10 +24,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.train_config import LossOptions
-from trainer.losses.base import Loss, LossSetup, ProjectionArrays, View, VocabArrays
-from trainer.losses.gold import GOLD
-from trainer.losses.uld import ULD
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.losses.base import Loss, LossSetup, ProjectionArrays, View, VocabArrays
+from xtoken.trainer.losses.gold import GOLD
+from xtoken.trainer.losses.uld import ULD
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 FILES = ["trl_uld_01", "trl_uld_03", "trl_uld_05", "trl_uld_07"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.errors import VerificationError
-from trainer.losses import open_loss, reference
-from trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
+from xtoken.schemas.errors import VerificationError
+from xtoken.trainer.losses import open_loss, reference
+from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
 
 EXACT = 1e-10  # float64 sums of some hundred terms
 FLOAT32 = 2e-5  # float32 log-probabilities of size 10, relative

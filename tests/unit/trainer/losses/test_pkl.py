@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.errors import VerificationError
-from trainer.losses import open_loss, reference
-from trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
-from trainer.losses.pkl import PKL
+from xtoken.schemas.errors import VerificationError
+from xtoken.trainer.losses import open_loss, reference
+from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
+from xtoken.trainer.losses.pkl import PKL
 
 EXACT = 1e-10  # float64 sums of some hundred terms; W's weights pass through float32 on both sides
 ROUNDED_W = 1e-6  # float32 rows of W sum to 1 within 1e-7, and a row inside the kept set counts as wholly inside

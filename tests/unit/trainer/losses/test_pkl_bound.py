@@ -12,11 +12,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pipeline.align.kernels_project import FATES, project_rows
-from schemas.train_config import LossOptions
-from trainer.losses import open_loss
-from trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
-from trainer.losses.sparse_kl import NOTHING
+from xtoken.pipeline.align.kernels_project import FATES, project_rows
+from xtoken.schemas.train_config import LossOptions
+from xtoken.trainer.losses import open_loss
+from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
+from xtoken.trainer.losses.sparse_kl import NOTHING
 
 CELLS, UNREACHED = 12, 9
 SIZE = CELLS + UNREACHED

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.errors import XtokenError
-from trainer.losses import reference
-from trainer.losses.base import View
-from trainer.losses.uld import ULD
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.losses import reference
+from xtoken.trainer.losses.base import View
+from xtoken.trainer.losses.uld import ULD
 
 EXACT = 1e-10  # float64 sums of some dozen terms
 FLOAT32 = 1e-5  # float32 probabilities, absolute

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from report_runs import write_run
 
-from trainer.report.groups import Group, Spread, baseline, comparable, differences, group_runs, shortened, spread
-from trainer.report.run_folder import read_run
+from xtoken.trainer.report.groups import Group, Spread, baseline, comparable, differences, group_runs, shortened, spread
+from xtoken.trainer.report.run_folder import read_run
 
 
 def groups(folder: Path, *runs: dict[str, object]) -> list[Group]:

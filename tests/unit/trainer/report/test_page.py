@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from report_runs import write_lines, write_run
 
-from schemas.errors import XtokenError
-from schemas.train_config import ReportConfig
-from trainer.report.markup import Html, element, p_text, shown, table
-from trainer.report.page import write_report
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.train_config import ReportConfig
+from xtoken.trainer.report.markup import Html, element, p_text, shown, table
+from xtoken.trainer.report.page import write_report
 
 VOID = {"meta", "link", "br"}
 

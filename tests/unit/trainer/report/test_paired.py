@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from report_runs import write_lines, write_run
 
-from trainer.report.groups import group_runs
-from trainer.report.paired import compare, holm, over_documents, over_seeds, paired
-from trainer.report.run_folder import read_run
+from xtoken.trainer.report.groups import group_runs
+from xtoken.trainer.report.paired import compare, holm, over_documents, over_seeds, paired
+from xtoken.trainer.report.run_folder import read_run
 
 
 def test_the_t_test_and_its_interval_by_hand() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from report_runs import write_run
 
-from schemas.errors import XtokenError
-from trainer.report.run_folder import read_run
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.report.run_folder import read_run
 
 
 def test_a_finished_run(tmp_path: Path) -> None:
@@ -129,8 +129,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in HOSTILE.items() for text in texts])
 def test_wrong_types_are_named_and_nothing_else_is_raised(tmp_path: Path, name: str, text: str) -> None:
-    from trainer.report.groups import group_runs
-    from trainer.report.verdict import Verdict
+    from xtoken.trainer.report.groups import group_runs
+    from xtoken.trainer.report.verdict import Verdict
 
     root = write_run(tmp_path / "run", "ce", steps=2, held_out=False)
     if name == "summary.json":

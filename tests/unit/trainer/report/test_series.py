@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from report_runs import write_run
 
-from trainer.report.curves import draw
-from trainer.report.groups import Group, group_runs
-from trainer.report.run_folder import read_run
-from trainer.report.series import POINTS, Curve, Panel, panels, smooth, window_of
+from xtoken.trainer.report.curves import draw
+from xtoken.trainer.report.groups import Group, group_runs
+from xtoken.trainer.report.run_folder import read_run
+from xtoken.trainer.report.series import POINTS, Curve, Panel, panels, smooth, window_of
 
 
 def read(*roots: str) -> list[Group]:

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from trainer.report.tables import shown
+from xtoken.trainer.report.tables import shown
 
 ROWS = [
     {

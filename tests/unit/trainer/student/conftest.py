@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from schemas.manifest import TokenizerInfo
-from schemas.train_config import TrainConfig
-from trainer.student.model import open_student
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.train_config import TrainConfig
+from xtoken.trainer.student.model import open_student
 
 WIDTH = 264  # eight columns more than there are bytes
 _SIZES: dict[str, Any] = {

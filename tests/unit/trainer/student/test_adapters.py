@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from schemas.errors import XtokenError
-from trainer.student.adapters import add_adapters, merged, require_adapters, save_adapter
-from trainer.student.model import load_student, prepare, save_student
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.student.adapters import add_adapters, merged, require_adapters, save_adapter
+from xtoken.trainer.student.model import load_student, prepare, save_student
 
 CPU = torch.device("cpu")
 FAMILIES = ("untied", "tied", "gemma3", "gpt2", "mamba")

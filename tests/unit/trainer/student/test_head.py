@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from schemas.errors import XtokenError
-from trainer.student.head import find_head, packing_changes_nothing, pick_packing
+from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.student.head import find_head, packing_changes_nothing, pick_packing
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

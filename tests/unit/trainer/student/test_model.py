@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from schemas.errors import XtokenError
-from schemas.manifest import TokenizerInfo
-from schemas.train_config import TrainConfig
-from trainer.student.model import decoder_layers, head_width, load_student, open_student, prepare, save_student
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.train_config import TrainConfig
+from xtoken.trainer.student.model import decoder_layers, head_width, load_student, open_student, prepare, save_student
 
 CPU = torch.device("cpu")
 FAMILIES = ("untied", "tied", "gemma3", "gpt2", "mamba")
@@ -58,7 +58,7 @@ def test_saved_student_is_a_whole_folder(
 
 def test_the_bytes_tokenizer_on_disk_is_ours(scratch: Callable[..., Any], tmp_path: Path) -> None:
     """Its hash is that of 'bytes', so that a saved student fits targets that were aligned for 'bytes'."""
-    from pipeline.tokens import load_tokenizer
+    from xtoken.pipeline.tokens import load_tokenizer
 
     save_student(scratch("tied"), "bytes", tmp_path / "model")
     ours, written = (load_tokenizer(source).table.info for source in ("bytes", str(tmp_path / "model")))
@@ -118,7 +118,7 @@ def test_a_failed_save_leaves_the_old_folder(
     def full(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("trainer.student.model.copy_tokenizer", full)
+    monkeypatch.setattr("xtoken.trainer.student.model.copy_tokenizer", full)
     with pytest.raises(OSError, match="No space"):
         save_student(model, "bytes", out)
     assert (out / "model.safetensors").read_bytes() == before

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from schemas.errors import XtokenError
-from schemas.manifest import TokenizerInfo
-from schemas.train_config import TrainConfig
-from trainer.student.model import open_student
-from trainer.student.scratch import read_config
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.train_config import TrainConfig
+from xtoken.trainer.student.model import open_student
+from xtoken.trainer.student.scratch import read_config
 
 CPU = torch.device("cpu")
 EXAMPLES = Path(__file__).resolve().parents[4] / "examples" / "configs"

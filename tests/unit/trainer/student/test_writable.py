@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from schemas.errors import XtokenError
-from schemas.manifest import TokenizerInfo
-from schemas.train_config import TrainConfig
-from trainer.ranks import gathered
-from trainer.student.model import load_student, open_student, rehearse_save, save_student
-from trainer.student.writable import mend_settings
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.schemas.train_config import TrainConfig
+from xtoken.trainer.ranks import gathered
+from xtoken.trainer.student.model import load_student, open_student, rehearse_save, save_student
+from xtoken.trainer.student.writable import mend_settings
 
 CPU = torch.device("cpu")
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -124,7 +124,7 @@ def test_a_quantised_student_is_refused(
 
     model = scratch("tied")
     model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="gptq"))
-    monkeypatch.setattr("trainer.student.model.load_student", lambda *_: model)
+    monkeypatch.setattr("xtoken.trainer.student.model.load_student", lambda *_: model)
     config = configure({}, from_scratch=None, student="acme/q")
     with pytest.raises(XtokenError, match=r"student 'acme/q' is quantised \(gptq\).*give the model"):
         open_student(config, CPU, bytes_info)
@@ -172,7 +172,7 @@ def test_tokenizer_files_that_cannot_be_copied_are_said(
     def unreadable(*_: Any) -> None:
         raise PermissionError(13, "Permission denied", "tokenizer.json")
 
-    monkeypatch.setattr("trainer.student.model.copy_tokenizer", unreadable)
+    monkeypatch.setattr("xtoken.trainer.student.model.copy_tokenizer", unreadable)
     with pytest.raises(XtokenError, match=r"tokenizer 'acme' cannot be copied \(.*denied.*make them readable"):
         rehearse_save(scratch("tied"), "acme", tmp_path / "rehearsal")
 
