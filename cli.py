@@ -1,6 +1,6 @@
 """The verbs of xtoken: parse, build the configuration, call, show. Nothing else lives here.
 
-Every verb is declared by a configuration of ``xtoken.schemas.config``: its fields are the flags. This is
+Every verb is declared by a configuration of ``xtoken.schemas.configs.artifacts``: its fields are the flags. This is
 also the only place where the pipeline and the trainer meet.
 """
 
@@ -18,19 +18,26 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from pydantic import BaseModel
 
-from xtoken.schemas.answer import RANK, Answer, Interrupted
-from xtoken.schemas.capture_config import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
-from xtoken.schemas.config import AlignConfig, DemoConfig, InspectConfig, ProjectConfig, QueryConfig, VerifyConfig
+from xtoken.schemas.configs.artifacts import (
+    AlignConfig,
+    DemoConfig,
+    InspectConfig,
+    ProjectConfig,
+    QueryConfig,
+    VerifyConfig,
+)
+from xtoken.schemas.configs.capture import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
+from xtoken.schemas.configs.share import CardConfig, MergeConfig, PullConfig, PushConfig
+from xtoken.schemas.configs.train import EvalConfig, ReportConfig, TrainConfig
 from xtoken.schemas.errors import TRACEBACK, XtokenError, named
-from xtoken.schemas.flags import App, build, build_each, command, flag, options
-from xtoken.schemas.home import settle_home
-from xtoken.schemas.inside import refuse_inside
-from xtoken.schemas.places import refuse_lost_folder
-from xtoken.schemas.progress import Bars
-from xtoken.schemas.share_config import CardConfig, MergeConfig, PullConfig, PushConfig
-from xtoken.schemas.terminal import Output, delivered, read_input, remarks
-from xtoken.schemas.train_config import EvalConfig, ReportConfig, TrainConfig
-from xtoken.trainer.report.tables import shown
+from xtoken.schemas.io.cache_folders import settle_home
+from xtoken.schemas.io.overlap import refuse_inside
+from xtoken.schemas.io.paths import refuse_lost_folder
+from xtoken.schemas.ui.answer import RANK, Answer, Interrupted
+from xtoken.schemas.ui.flags import App, build, build_each, command, flag, options
+from xtoken.schemas.ui.progress import Bars
+from xtoken.schemas.ui.tables import shown
+from xtoken.schemas.ui.terminal import Output, delivered, read_input, remarks
 
 if TYPE_CHECKING:
     from xtoken.pipeline.tokens import TextTokenizer
@@ -132,7 +139,7 @@ def _ready(made: Any, answer: Answer) -> Any:
 )
 def run_precompute(configs: list[PrecomputeConfig], bars: Bars) -> Figures:
     """Capture a teacher's rows over a corpus, or those of several, one after the other."""
-    from xtoken.pipeline.capture.several import run_teachers
+    from xtoken.pipeline.capture.multi_teacher import run_teachers
 
     return run_teachers(configs, bars)
 
@@ -140,14 +147,14 @@ def run_precompute(configs: list[PrecomputeConfig], bars: Bars) -> Figures:
 @verb(StatusConfig, "xtoken status s3://team/capture --watch 10")
 def run_status(config: StatusConfig, bars: Bars) -> Figures | Iterator[Figures]:  # noqa: ARG001
     """Say how a capture gets on."""
-    from xtoken.pipeline.capture.status import status
+    from xtoken.pipeline.capture.monitor.status import status
 
     return status(config.path) if config.watch is None else _watched(config.path, config.watch)
 
 
 def _watched(path: str, seconds: float) -> Iterator[Figures]:
     """Look again and again, on a terminal in the same place, until the run has ended."""
-    from xtoken.pipeline.capture.status import goes_on, status
+    from xtoken.pipeline.capture.monitor.status import goes_on, status
 
     with contextlib.suppress(KeyboardInterrupt):
         while True:
@@ -290,7 +297,7 @@ def run_verify(config: VerifyConfig, bars: Bars) -> Figures:
 @verb(PushConfig, "xtoken share push capture s3://team/capture --license corpus=cc-by-4.0,outputs=gemma", share_app)
 def run_share_push(config: PushConfig, bars: Bars) -> Figures:
     """Publish a capture with its card."""
-    from xtoken.pipeline.store.share import push
+    from xtoken.pipeline.share.push_pull import push
 
     return push(config, bars)
 
@@ -298,7 +305,7 @@ def run_share_push(config: PushConfig, bars: Bars) -> Figures:
 @verb(PullConfig, "xtoken share pull s3://team/capture capture --parts 0-9", share_app)
 def run_share_pull(config: PullConfig, bars: Bars) -> Figures:
     """Fetch a capture."""
-    from xtoken.pipeline.store.share import pull
+    from xtoken.pipeline.share.push_pull import pull
 
     return pull(config, bars)
 
@@ -309,7 +316,7 @@ verb(VerifyConfig, "xtoken share verify s3://team/capture", share_app)(run_verif
 @verb(CardConfig, "xtoken share card capture --license corpus=cc-by-4.0,outputs=gemma", share_app)
 def run_share_card(config: CardConfig, bars: Bars) -> Figures:
     """Write a capture's dataset card."""
-    from xtoken.pipeline.store.card import write_card
+    from xtoken.pipeline.share.card.card import write_card
 
     return write_card(config, bars)
 
@@ -317,7 +324,7 @@ def run_share_card(config: CardConfig, bars: Bars) -> Figures:
 @verb(MergeConfig, "xtoken share merge capture-a,capture-b joined", share_app)
 def run_share_merge(config: MergeConfig, bars: Bars) -> Figures:
     """Join captures."""
-    from xtoken.pipeline.store.merge import merge
+    from xtoken.pipeline.share.merge import merge
 
     return merge(config, bars)
 
@@ -325,7 +332,7 @@ def run_share_merge(config: MergeConfig, bars: Bars) -> Figures:
 @verb(EstimateConfig, "xtoken estimate corpus.jsonl.zst --teacher Qwen/Qwen3-4B --k 32")
 def run_estimate(config: EstimateConfig, bars: Bars) -> Figures:
     """What a capture will cost."""
-    from xtoken.pipeline.capture.estimate import estimate
+    from xtoken.pipeline.capture.estimate.pilot import estimate
 
     return estimate(config, bars)
 

@@ -25,9 +25,9 @@ from benchmarks.align_corpus import build
 from benchmarks.align_turns import Figures
 from benchmarks.machine import machine, machine_line
 from xtoken.pipeline.align import align
-from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.ui.progress import Silent
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEFAULT_PART = align_read.DEFAULT_PART

@@ -22,9 +22,9 @@ from xtoken.pipeline.store.publish import commit_name, data_name
 from xtoken.pipeline.store.reader import iter_parquet, records
 from xtoken.pipeline.store.seal import SIDE_FILES, seal
 from xtoken.pipeline.store.writer import ROW_GROUP, write_parquet
-from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.configs.capture import CorpusConfig
 from xtoken.schemas.manifest import MANIFEST, CaptureManifest, Part, provenance, read_manifest
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.ui.progress import Silent
 
 
 def stored_batches(capture: str) -> list[pa.RecordBatch]:

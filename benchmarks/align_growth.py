@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.align_corpus import build, head
 from benchmarks.align_turns import Figures
 from xtoken.pipeline.align import align
-from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -65,7 +65,7 @@ def one_connection(files: list[str]) -> int:
 
 
 def by_product(files: list[str]) -> int:
-    """With the checks of ``xtoken.schemas.limits``."""
+    """With the checks of ``xtoken.schemas.io.parquet_limits``."""
     return sum(count(iter_parquet(path)) for path in files)
 
 

@@ -23,7 +23,7 @@ from xtoken.pipeline.project.build import build_w
 from xtoken.pipeline.project.projection import Projection
 from xtoken.pipeline.store.reader import iter_capture, load_vocab
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent

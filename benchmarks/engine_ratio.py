@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, machine_line
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -65,7 +65,7 @@ def settings(model: str, corpus: Path, out: Path) -> PrecomputeConfig:
 def capture(config: PrecomputeConfig) -> dict[str, float]:
     """Tokens and seconds of a run with one worker."""
     from xtoken.pipeline.capture import LocalExecutor, precompute
-    from xtoken.schemas.progress import Silent
+    from xtoken.schemas.ui.progress import Silent
 
     watching = Watching()
 
@@ -89,7 +89,7 @@ def bare(config: PrecomputeConfig) -> dict[str, float]:
     from xtoken.pipeline.teachers.vllm_options import engine_options, find_platform
     from xtoken.pipeline.teachers.vllm_start import start_llm
     from xtoken.pipeline.tokens import load_tokenizer
-    from xtoken.schemas.progress import Silent
+    from xtoken.schemas.ui.progress import Silent
 
     tokenizer = load_tokenizer(config.teacher)
     plan = make_plan(config, config.shard_bytes, Silent())

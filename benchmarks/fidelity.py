@@ -48,7 +48,7 @@ from benchmarks.fidelity_rows import DEFAULT, DRAWN, DROPPED, FLOORED, SETTINGS,
 from benchmarks.machine import machine
 from xtoken.pipeline.corpus import Corpus, Document
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.configs.capture import CorpusConfig
 from xtoken.trainer.losses.base import Loss
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,8 +25,8 @@ from xtoken.pipeline.project.build import build_w
 from xtoken.pipeline.project.projection import EXACT, Projection
 from xtoken.pipeline.teachers.base import shows_bos
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
-from xtoken.schemas.train_config import LossOptions
+from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.data.samples import context_token
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import Loss, LossSetup, ProjectionArrays, View, VocabArrays

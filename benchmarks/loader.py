@@ -26,7 +26,7 @@ from benchmarks.loader_inputs import filled, grown
 from benchmarks.machine import machine, machine_line
 from xtoken.trainer.data.batches import Loader
 from xtoken.trainer.data.layout import Layout, running
-from xtoken.trainer.data.micro import split_micros
+from xtoken.trainer.data.micro_batch import split_micros
 from xtoken.trainer.data.packing import Shape, packed_shapes, padded_shapes
 from xtoken.trainer.data.samples import read_samples
 from xtoken.trainer.data.sources import Sources

@@ -39,10 +39,10 @@ from torch import Tensor
 from benchmarks.losses_dense import gradient, load_dense
 from benchmarks.losses_inputs import POSITIONS, K, prepare
 from benchmarks.machine import machine
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.tables import LOSSES
-from xtoken.schemas.train_config import LossOptions
 from xtoken.trainer.data.batches import Loader
-from xtoken.trainer.data.micro import Micro
+from xtoken.trainer.data.micro_batch import Micro
 from xtoken.trainer.data.samples import Layout, context_token
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets

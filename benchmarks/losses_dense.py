@@ -24,8 +24,8 @@ from xtoken.pipeline.align.prefix import PrefixMaps
 from xtoken.pipeline.project.projection import Projection
 from xtoken.pipeline.store import iter_capture, load_vocab
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.train_config import LossOptions
-from xtoken.trainer.data.micro import Micro
+from xtoken.schemas.configs.train import LossOptions
+from xtoken.trainer.data.micro_batch import Micro
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses.alm import binary_kl
 

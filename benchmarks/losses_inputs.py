@@ -22,10 +22,10 @@ from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE
 from xtoken.pipeline.teachers.logit_rows import RowReader
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
-from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.manifest import MANIFEST, CaptureManifest, CodecInfo, CorpusInfo, TeacherInfo, provenance
-from xtoken.schemas.progress import Silent
 from xtoken.schemas.tables import CAPTURE, LOSSES
+from xtoken.schemas.ui.progress import Silent
 
 POSITIONS = 512
 K = 64

@@ -27,23 +27,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.machine import machine, machine_line
-from xtoken.pipeline.capture.pilot import corpus_codes
 from xtoken.pipeline.capture.plan import Plan, SliceReader, make_plan
-from xtoken.pipeline.capture.settings import codec_info
-from xtoken.pipeline.capture.work import Lease, News
+from xtoken.pipeline.capture.run_identity import codec_info
+from xtoken.pipeline.capture.token_codes import corpus_codes
 from xtoken.pipeline.capture.worker import CaptureWorker, sample_batches
 from xtoken.pipeline.corpus import Window, all_windows
+from xtoken.pipeline.executors.protocol import Lease, News
 from xtoken.pipeline.store import Folder, Packed, Sample, encode, write_parquet
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.codes import Codes
 from xtoken.pipeline.store.writer import group_rows
 from xtoken.pipeline.teachers.base import Batch, TeacherRows, stream_batches
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import Part, TeacherInfo
-from xtoken.schemas.progress import Silent
 from xtoken.schemas.tables import capture
+from xtoken.schemas.ui.progress import Silent
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

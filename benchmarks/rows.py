@@ -23,7 +23,7 @@ from xtoken.pipeline.corpus import Corpus, windows
 from xtoken.pipeline.teachers import hf_teacher, model_source
 from xtoken.pipeline.teachers.logit_rows import top_k
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.capture_config import CorpusConfig, PrecomputeConfig
+from xtoken.schemas.configs.capture import CorpusConfig, PrecomputeConfig
 
 ENTRIES, DRAWS, WINDOW, BLOCK = 128, 200, 512, 64
 

@@ -25,19 +25,19 @@ import psutil
 
 from benchmarks.machine import machine, machine_line
 from benchmarks.scaling_engine import Crowd, SleepingJob, write_rows
-from xtoken.pipeline.capture.leases import Leases
-from xtoken.pipeline.capture.pilot import corpus_codes
 from xtoken.pipeline.capture.plan import settle_plan
 from xtoken.pipeline.capture.precompute import write_vocab
-from xtoken.pipeline.capture.ray_executor import RayCrew, RayExecutor
-from xtoken.pipeline.capture.ray_metrics import RayMetrics
-from xtoken.pipeline.capture.ray_nodes import Share
-from xtoken.pipeline.capture.work import Event
+from xtoken.pipeline.capture.token_codes import corpus_codes
 from xtoken.pipeline.capture.worker import open_tokenizer
+from xtoken.pipeline.executors.leases import Leases
+from xtoken.pipeline.executors.protocol import Event
+from xtoken.pipeline.executors.ray_cluster import Share
+from xtoken.pipeline.executors.ray_driver import RayCrew, RayExecutor
+from xtoken.pipeline.executors.ray_metrics import RayMetrics
 from xtoken.pipeline.store import Folder
 from xtoken.pipeline.store.files import StopRun
-from xtoken.schemas.capture_config import PrecomputeConfig
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.ui.progress import Silent
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -12,16 +12,16 @@ import numpy as np
 
 from benchmarks.overhead import InstantTeacher
 from xtoken.pipeline.capture.plan import load_plan
-from xtoken.pipeline.capture.ray_worker import Report
-from xtoken.pipeline.capture.work import Lease, News
 from xtoken.pipeline.capture.worker import CaptureWorker, open_tokenizer
+from xtoken.pipeline.executors.protocol import Lease, News
+from xtoken.pipeline.executors.ray_actor import Report
 from xtoken.pipeline.store import Folder
 from xtoken.pipeline.store.codes import read_codes
 from xtoken.pipeline.store.reader import VOCAB_FILE, read_table
 from xtoken.pipeline.teachers.base import Batch, TeacherRows
 from xtoken.pipeline.teachers.fake_teacher import open_teacher
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.manifest import Part
 
 ROWS = 8192

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.machine import machine, machine_line
 from xtoken.pipeline.store import iter_capture
-from xtoken.schemas.train_config import LossOptions
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.data.batches import Loader, StepBatch
 from xtoken.trainer.data.samples import Layout, context_token
 from xtoken.trainer.data.sources import Sources

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 from numba import njit
 from numba.core.caching import FunctionCache
 
-from xtoken.schemas.home import settle_home
+from xtoken.schemas.io.cache_folders import settle_home
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -24,7 +24,7 @@ def compiled(function: _F) -> _F:
 
 
 def _cache(function: Callable[..., Any]) -> "_Cache | None":
-    """Beside the source, else in the user's cache folder, else in ours (see ``xtoken.schemas.home``), else nowhere."""
+    """Beside the source, else in the user's cache folder, else in ours (``schemas.io.cache_folders``), else nowhere."""
     if not os.path.isabs(os.path.expanduser("~")):  # numba would make a folder of that name here
         settle_home()
     for _ in range(2):

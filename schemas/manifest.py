@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.remote import open_url
+from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.tables import DROPPABLE, LOSSES, OLDEST_READ, SCHEMA_VERSIONS, capture
 
 MANIFEST = "manifest.json"

@@ -1,4 +1,4 @@
-"""What a capture's driver writes into the folder while it works, for whoever looks; see ``pipeline.capture.board``."""
+"""status.json: what a capture's driver writes while it works; see ``pipeline.capture.monitor.dashboard``."""
 
 import re
 from typing import Annotated

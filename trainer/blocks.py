@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xtoken.trainer.data.micro import Lesson, Micro
+from xtoken.trainer.data.micro_batch import Lesson, Micro
 from xtoken.trainer.losses.base import FeatureLoss, Loss, View
 
 # Logits held at once in float32: 64 MB, or 128 MB on a GPU. The gradient of the head is as large as the head and is

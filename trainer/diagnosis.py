@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from xtoken.trainer.data.batches import StepBatch
-from xtoken.trainer.data.micro import Lesson, Micro
+from xtoken.trainer.data.micro_batch import Lesson, Micro
 from xtoken.trainer.objective import score
 from xtoken.trainer.run import write_json
 from xtoken.trainer.step import seed_all

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
-from xtoken.schemas.progress import Progress, Silent
+from xtoken.schemas.ui.progress import Progress, Silent
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.evaluate import EvalSample, measure_student
 from xtoken.trainer.evaluate.completions import complete

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
-from xtoken.schemas.progress import Progress, Silent
-from xtoken.schemas.train_config import TrainConfig
+from xtoken.schemas.ui.progress import Progress, Silent
 from xtoken.trainer.data.batches import StepBatch
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.diagnosis import diagnose

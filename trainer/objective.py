@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from xtoken.trainer.blocks import Block, block_view, collects, spans, tensor, view
-from xtoken.trainer.data.micro import Lesson, Micro
+from xtoken.trainer.data.micro_batch import Lesson, Micro
 from xtoken.trainer.losses.base import FeatureLoss, Loss
 from xtoken.trainer.losses.ce import cross_entropy_total
 from xtoken.trainer.student.head import Head, find_head

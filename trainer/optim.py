@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from xtoken.schemas.train_config import TrainConfig
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.trainer.losses.base import Loss
 from xtoken.trainer.ranks import like
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo, digest, provenance
-from xtoken.schemas.train_config import TrainConfig
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.lock import LOCK
 from xtoken.trainer.ranks import Ranks, device_name

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
-from xtoken.schemas.train_config import TrainConfig
 from xtoken.trainer.checkpoint import Policy, Restored, refuse_dtypes, restore_checkpoint, save_checkpoint
 from xtoken.trainer.data.batches import Loader, Position
 from xtoken.trainer.data.samples import Layout, context_token

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from xtoken.trainer.data.batches import StepBatch
-from xtoken.trainer.data.micro import Micro
+from xtoken.trainer.data.micro_batch import Micro
 from xtoken.trainer.losses.base import Loss
 from xtoken.trainer.objective import score
 from xtoken.trainer.ranks import Ranks
@@ -22,7 +22,7 @@ from xtoken.trainer.ranks import Ranks
 
 @dataclass(frozen=True)
 class Mixing:
-    """How KD and CE become one objective (see ``xtoken.schemas.train_config.TrainConfig.mix``)."""
+    """How KD and CE become one objective (see ``xtoken.schemas.configs.train.TrainConfig.mix``)."""
 
     mode: str
     kd_weight: float

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.train_config import TrainConfig
 
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb-id"
 # Seconds that W&B's service keeps lines in memory. At its default of 15, a kill takes lines of steps before the last

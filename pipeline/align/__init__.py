@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xtoken.schemas.config import AlignConfig
+    from xtoken.schemas.configs.artifacts import AlignConfig
     from xtoken.schemas.manifest import TargetManifest
-    from xtoken.schemas.progress import Progress
+    from xtoken.schemas.ui.progress import Progress
 
 
 def align(config: "AlignConfig", progress: "Progress") -> "TargetManifest":
@@ -16,8 +16,8 @@ def align(config: "AlignConfig", progress: "Progress") -> "TargetManifest":
 
 
 def run_captures(config: "AlignConfig", progress: "Progress") -> "dict[str, Any]":
-    """See ``xtoken.pipeline.align.several.run_captures``."""
-    from xtoken.pipeline.align.several import run_captures as run
+    """See ``xtoken.pipeline.align.multi_capture.run_captures``."""
+    from xtoken.pipeline.align.multi_capture import run_captures as run
 
     return run(config, progress)
 

@@ -22,10 +22,10 @@ from xtoken.pipeline.store.publish import data_name
 from xtoken.pipeline.store.reader import ids_of_codes, local_part, records
 from xtoken.pipeline.store.writer import ROW_GROUP
 from xtoken.schemas.errors import VerificationError
-from xtoken.schemas.limits import batches, group_chunks, open_parquet, reading
+from xtoken.schemas.io.parquet_headers import Chunk
+from xtoken.schemas.io.parquet_limits import batches, group_chunks, open_parquet, reading
+from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.manifest import CaptureManifest, Part, read_manifest
-from xtoken.schemas.pages import Chunk
-from xtoken.schemas.remote import open_url
 
 # What an entry takes from its page to the target it becomes: two ids, gap, log-probability, probability, target and
 # the writer's copies of it; and what a loss adds.

@@ -2,12 +2,12 @@
 
 from itertools import islice
 
-from xtoken.pipeline.align.peek import peek
-from xtoken.pipeline.align.texts import CorpusTexts, refuse_without_text
+from xtoken.pipeline.align.plain_columns import peek
+from xtoken.pipeline.align.sample_texts import CorpusTexts, refuse_without_text
 from xtoken.pipeline.store import StopRun
 from xtoken.pipeline.store.left_out import without_rows
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.heads import refuse_narrow_head, stated_rows
 from xtoken.schemas.manifest import CaptureManifest, TokenizerInfo

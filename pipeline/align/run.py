@@ -11,20 +11,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from xtoken.pipeline.align.claim import claim, run_settings
 from xtoken.pipeline.align.refusals import refuse_losses, refuse_narrow_student, refuse_no_text
-from xtoken.pipeline.align.skipped import SKIPPED_FILE, Skipped, note_skipped
+from xtoken.pipeline.align.run_identity import claim, run_settings
+from xtoken.pipeline.align.skipped_samples import SKIPPED_FILE, Skipped, note_skipped
 from xtoken.pipeline.align.stage import AlignJob, refuse_other_tokenizer
-from xtoken.pipeline.capture.executor import LocalExecutor, refuse_unshared
-from xtoken.pipeline.capture.work import Event, Executor
+from xtoken.pipeline.executors.local import LocalExecutor, refuse_unshared
+from xtoken.pipeline.executors.protocol import Event, Executor
 from xtoken.pipeline.project.build import build_w
 from xtoken.pipeline.project.files import read_projection, write_table, write_tables
 from xtoken.pipeline.project.projection import Projection
 from xtoken.pipeline.store import Folder, clean, committed, load_vocab
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
 from xtoken.pipeline.tokens import TokenTable, load_tokenizer, refuse_long_prefix
-from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import IncompleteRun, Unreachable
+from xtoken.schemas.io.remote import patiently
 from xtoken.schemas.manifest import (
     MANIFEST,
     WHOLE_TARGETS,
@@ -36,9 +37,8 @@ from xtoken.schemas.manifest import (
     provenance,
     read_manifest,
 )
-from xtoken.schemas.progress import Progress
-from xtoken.schemas.remote import patiently
 from xtoken.schemas.tables import SCHEMA_VERSIONS
+from xtoken.schemas.ui.progress import Progress
 
 STUDENT_VOCAB_FILE = "student_vocab.parquet"
 _NAMED = 5
@@ -125,7 +125,7 @@ def _projection(config: AlignConfig, student: TokenTable, capture: CaptureManife
 def _executor(config: AlignConfig) -> Executor:
     if config.ray is None:
         return LocalExecutor(config.workers)
-    from xtoken.pipeline.capture.ray_executor import RayExecutor
+    from xtoken.pipeline.executors.ray_driver import RayExecutor
 
     return RayExecutor(
         config.ray, config.workers, 0.0, device="cpu", lease_seconds=config.lease_seconds, cpus_per_worker=1

@@ -17,9 +17,9 @@ from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import join
 from xtoken.pipeline.align.parts import CaptureParts
 from xtoken.pipeline.align.rows import Recipe
+from xtoken.pipeline.align.sample_texts import CorpusTexts, refuse_without_text
 from xtoken.pipeline.align.targets import Maps, target_batch
-from xtoken.pipeline.align.texts import CorpusTexts, refuse_without_text
-from xtoken.pipeline.capture.work import OneByOne, Tell, tell_nobody
+from xtoken.pipeline.executors.protocol import OneByOne, Tell, tell_nobody
 from xtoken.pipeline.project.projection import Projection, Unreached
 from xtoken.pipeline.store.columns import flat
 from xtoken.pipeline.store.publish import Figures, publish_part
@@ -27,11 +27,11 @@ from xtoken.pipeline.store.reader import load_vocab
 from xtoken.pipeline.store.unpack import row_columns
 from xtoken.pipeline.store.writer import group_rows, write_parquet
 from xtoken.pipeline.tokens import Encoded, TextTokenizer, load_tokenizer
-from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.limits import check_pages, reading
+from xtoken.schemas.io.parquet_limits import check_pages, reading
+from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.manifest import CodecInfo, Part, TokenizerInfo
-from xtoken.schemas.remote import open_url
 from xtoken.schemas.tables import targets
 
 

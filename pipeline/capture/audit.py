@@ -22,8 +22,8 @@ from pydantic import ValidationError
 
 from xtoken.pipeline.capture.differences import differences
 from xtoken.pipeline.capture.plan import load_plan
-from xtoken.pipeline.capture.settings import codec_info, read_small, read_teacher
-from xtoken.pipeline.capture.stages import Audit
+from xtoken.pipeline.capture.run_identity import codec_info, read_small, read_teacher
+from xtoken.pipeline.capture.worker_threads import Audit
 from xtoken.pipeline.store import Folder, iter_parquet
 from xtoken.pipeline.store.codes import restore_ids
 from xtoken.pipeline.store.columns import list_lengths
@@ -33,10 +33,10 @@ from xtoken.pipeline.store.unpack import row_columns
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import Teacher, TeacherRows
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.io.remote import named_errors, patiently
 from xtoken.schemas.manifest import MOST_AUDITS, AuditRecord, Part, TeacherInfo
-from xtoken.schemas.remote import named_errors, patiently
 
 _NAME = re.compile(r"part-\d{5,}\.json")
 _RECORD_BYTES = 1 << 16

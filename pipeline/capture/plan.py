@@ -13,14 +13,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from xtoken.pipeline.capture.rendered import Look
-from xtoken.pipeline.capture.settings import another_run
+from xtoken.pipeline.capture.rendered_chat import Look
+from xtoken.pipeline.capture.run_identity import another_run
 from xtoken.pipeline.corpus import Corpus, Document, Listing
 from xtoken.pipeline.store import Folder, StopRun
-from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.configs.capture import CorpusConfig
 from xtoken.schemas.errors import Unreachable, VerificationError, XtokenError
 from xtoken.schemas.manifest import CorpusInfo, digest
-from xtoken.schemas.progress import Progress
+from xtoken.schemas.ui.progress import Progress
 
 PLAN_FILE = "plan.json"
 # What decides which documents there are, in which order and under which ids.

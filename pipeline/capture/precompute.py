@@ -11,12 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xtoken.pipeline.capture.audit import accepted_audits
-from xtoken.pipeline.capture.board import Board
-from xtoken.pipeline.capture.executor import LocalExecutor, refuse_unshared
-from xtoken.pipeline.capture.pilot import corpus_codes, look_at_some
+from xtoken.pipeline.capture.monitor.dashboard import Board
 from xtoken.pipeline.capture.plan import PLAN_FILE, Plan, check_files, settle_plan
-from xtoken.pipeline.capture.rendered import Look
-from xtoken.pipeline.capture.settings import (
+from xtoken.pipeline.capture.rendered_chat import Look
+from xtoken.pipeline.capture.run_identity import (
     RUN_FILE,
     TEACHER_FILE,
     codec_info,
@@ -26,8 +24,10 @@ from xtoken.pipeline.capture.settings import (
     run_settings,
     settle_settings,
 )
-from xtoken.pipeline.capture.work import Executor, Job
+from xtoken.pipeline.capture.token_codes import corpus_codes, look_at_some
 from xtoken.pipeline.capture.worker import CaptureJob, open_tokenizer
+from xtoken.pipeline.executors.local import LocalExecutor, refuse_unshared
+from xtoken.pipeline.executors.protocol import Executor, Job
 from xtoken.pipeline.store import Folder, clean, committed, data_name, read_table
 from xtoken.pipeline.store.codes import Codes, with_codes
 from xtoken.pipeline.store.figures import bos_figure
@@ -36,14 +36,14 @@ from xtoken.pipeline.store.seal import SUMS_FILE, seal
 from xtoken.pipeline.teachers import check_backend
 from xtoken.pipeline.teachers.base import entries_asked
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError, last_words
 from xtoken.schemas.heads import refuse_narrow_head, stated_rows
-from xtoken.schemas.inside import refuse_inside
+from xtoken.schemas.io.overlap import refuse_inside
+from xtoken.schemas.io.remote import patiently
 from xtoken.schemas.manifest import MANIFEST, ONE_DEVICE, CaptureManifest, Part, provenance, read_manifest
-from xtoken.schemas.progress import Progress
-from xtoken.schemas.remote import patiently
 from xtoken.schemas.tables import SCHEMA_VERSIONS
+from xtoken.schemas.ui.progress import Progress
 
 _NAMED = 5
 _OWN = ("data", "commits")  # folders below --out
@@ -143,7 +143,7 @@ def _settle(
 def _executor(config: PrecomputeConfig) -> Executor:
     if config.ray is None:
         return LocalExecutor(config.workers or 1, config.lease_seconds)
-    from xtoken.pipeline.capture.ray_executor import RayExecutor
+    from xtoken.pipeline.executors.ray_driver import RayExecutor
 
     gpus, parallel = config.gpus_per_worker, config.tensor_parallel
     device = "cpu" if config.backend == "fake" else config.device

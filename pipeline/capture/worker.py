@@ -15,12 +15,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xtoken.pipeline.capture.audit import open_audit
-from xtoken.pipeline.capture.devices import engines_per_gpu, pin_gpus
 from xtoken.pipeline.capture.plan import Plan, SliceReader, load_plan
-from xtoken.pipeline.capture.settings import codec_info, sees_bos, settle_teacher
-from xtoken.pipeline.capture.stages import Audit, Prepared, Stages, text_bytes
-from xtoken.pipeline.capture.work import Lease, Say, Tell, tell_nobody
+from xtoken.pipeline.capture.run_identity import codec_info, sees_bos, settle_teacher
+from xtoken.pipeline.capture.worker_threads import Audit, Prepared, Stages, text_bytes
 from xtoken.pipeline.corpus import Window, all_windows
+from xtoken.pipeline.executors.gpus import engines_per_gpu, pin_gpus
+from xtoken.pipeline.executors.protocol import Lease, Say, Tell, tell_nobody
 from xtoken.pipeline.store import Folder, Packed, Sample, capture_batch, encode, publish_part, write_parquet
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.codes import Codes, read_codes
@@ -31,10 +31,10 @@ from xtoken.pipeline.store.writer import ROW_GROUP, group_rows
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import Teacher, TeacherRows, entries_asked
 from xtoken.pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.io.remote import patiently
 from xtoken.schemas.manifest import Part, TeacherInfo
-from xtoken.schemas.remote import patiently
 from xtoken.schemas.tables import capture
 
 _NO_GAPS = np.zeros(0, np.uint16)
@@ -118,7 +118,7 @@ def check_teacher(config: PrecomputeConfig, info: TeacherInfo) -> None:
 
 
 class CaptureWorker:
-    """See ``xtoken.pipeline.capture.work.Worker``; the steps of ``Stages`` are its methods."""
+    """See ``xtoken.pipeline.executors.protocol.Worker``; the steps of ``Stages`` are its methods."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class CaptureWorker:
         self.context = np.array([] if bos is None else [bos], np.int32)
 
     def serve(self, leases: Iterator[Lease], say: Say) -> None:
-        """See ``pipeline.capture.work.Worker``; how the steps overlap is in ``pipeline.capture.stages``."""
+        """See ``pipeline.executors.protocol.Worker``; ``worker_threads`` overlaps the steps."""
         Stages(self, self._teacher, self.audit).serve(leases, say)
 
     def prepare(self, shard: int) -> Prepared | Part:

@@ -14,9 +14,9 @@ import pyarrow as pa
 from xtoken.pipeline.corpus.damage import check_head, problem_of
 from xtoken.pipeline.corpus.listing import FORMATS, CorpusFile, list_files, reader_of, suffix_of
 from xtoken.pipeline.corpus.readers import Fields, FileProblem, Problem, Row
-from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.configs.capture import CorpusConfig
 from xtoken.schemas.errors import Unreachable, XtokenError
-from xtoken.schemas.remote import may_pass, named_errors, open_filesystem
+from xtoken.schemas.io.remote import may_pass, named_errors, open_filesystem
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Memory for checking ids: about 100 bytes each. Later ids are not checked.

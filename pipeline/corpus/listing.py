@@ -11,7 +11,7 @@ from typing import Any
 from xtoken.pipeline.corpus.readers import Reader
 from xtoken.pipeline.corpus.splits import left_out
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.remote import named_errors
+from xtoken.schemas.io.remote import named_errors
 
 # suffix -> (module, reader)
 FORMATS = {

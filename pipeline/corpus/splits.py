@@ -8,7 +8,7 @@ import posixpath
 import re
 from collections.abc import Sequence
 
-from xtoken.schemas.capture_config import ALL, ONLY, TRAIN, split_named
+from xtoken.schemas.configs.capture import ALL, ONLY, TRAIN, split_named
 from xtoken.schemas.errors import XtokenError
 
 _TEXT = (".txt", ".md")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xtoken.pipeline.html.visible import visible
 from xtoken.pipeline.page.sample import Sample, Targets, Vocabulary
-from xtoken.pipeline.page.visible import visible
 
 UNIT = 1e-4  # nats, of everything but a capture's rows
 _UNKNOWN = "?"

@@ -17,10 +17,10 @@ from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import data_name
 from xtoken.pipeline.store.reader import iter_capture, iter_parquet, local_part, records
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.limits import batches, open_parquet, reading
+from xtoken.schemas.io.parquet_headers import Compact
+from xtoken.schemas.io.parquet_limits import batches, open_parquet, reading
+from xtoken.schemas.io.remote import in_parallel, open_url, read_tail
 from xtoken.schemas.manifest import CaptureManifest, Part
-from xtoken.schemas.pages import Compact
-from xtoken.schemas.remote import in_parallel, open_url, read_tail
 
 WORST = "worst"
 _NEAR = 5

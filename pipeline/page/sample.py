@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from xtoken.pipeline.html.visible import Piece, visible
 from xtoken.pipeline.page.find import WORST, find, find_worst, read_sample
-from xtoken.pipeline.page.visible import Piece, visible
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.codec import Unpacked
 from xtoken.pipeline.store.codes import restore_ids
@@ -15,7 +15,7 @@ from xtoken.pipeline.store.left_out import LeftOut, without_rows
 from xtoken.pipeline.store.reader import ids_of_codes, load_vocab, read_side_table
 from xtoken.pipeline.store.unpack import row_columns, unpack
 from xtoken.pipeline.store.verify import TargetCheck
-from xtoken.schemas.config import InspectConfig
+from xtoken.schemas.configs.artifacts import InspectConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import CaptureManifest, TargetManifest, content_hash, read_any_manifest, read_manifest
 from xtoken.schemas.tables import VOCAB, target_columns

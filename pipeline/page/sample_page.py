@@ -4,12 +4,12 @@ import math
 import re
 from typing import Any
 
+from xtoken.pipeline.html.frame import asset, document, escaped, facts, short
+from xtoken.pipeline.html.visible import plain, visible
 from xtoken.pipeline.page.data import sample_data
-from xtoken.pipeline.page.frame import asset, document, escaped, facts, short
 from xtoken.pipeline.page.sample import Sample, load_sample
-from xtoken.pipeline.page.visible import plain, visible
 from xtoken.pipeline.store.files import Folder
-from xtoken.schemas.config import InspectConfig
+from xtoken.schemas.configs.artifacts import InspectConfig
 from xtoken.schemas.errors import XtokenError
 
 _LONGEST_NAME = 80
@@ -87,8 +87,8 @@ def sample_page(sample: Sample) -> str:
         '<aside id="dock" aria-label="rows and targets"></aside>'
     )
     data = {**sample_data(sample), "edges": EDGES, "bytes": shown["bytes"], "bpb": shown.get("bits_per_byte")}
-    script = f"(() => {{'use strict';\n{asset('sample.js')}{asset('sample_tables.js')}start();\n}})();"
-    return document(f"{name} - xtoken", body, asset("sample.css"), script=script, data=data)
+    script = f"(() => {{'use strict';\n{_asset('sample.js')}{_asset('sample_tables.js')}start();\n}})();"
+    return document(f"{name} - xtoken", body, _asset("sample.css"), script=script, data=data)
 
 
 def _facts(shown: dict[str, Any]) -> list[tuple[str, str]]:
@@ -125,3 +125,7 @@ def _how(sample: Sample) -> str:
         "Each box is a chunk: the teacher's tokens above, coloured by how they surprised, the text, the student's "
         f"tokens below. Strong borders are chunks of several tokens. {keys}, up and down within one. {last}"
     )
+
+
+def _asset(name: str) -> str:
+    return asset(name, "xtoken.pipeline.page")

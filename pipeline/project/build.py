@@ -28,7 +28,7 @@ def build_w(student: "TokenTable", teacher: "TokenTable", rule: str = "pieces", 
     Args:
         student: tokens of the rows.
         teacher: tokens of the columns.
-        rule: see ``xtoken.schemas.config.ProjectConfig.rule`` and ``xtoken.pipeline.project.rules``.
+        rule: see ``xtoken.schemas.configs.artifacts.ProjectConfig.rule`` and ``xtoken.pipeline.project.rules``.
         seed: of rule ``random``.
 
     Raises:

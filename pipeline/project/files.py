@@ -13,12 +13,12 @@ from xtoken.pipeline.project.mass import teacher_mass
 from xtoken.pipeline.project.page import coverage_page
 from xtoken.pipeline.project.projection import TO_REST, Projection
 from xtoken.pipeline.store.files import Folder
-from xtoken.schemas.config import ProjectConfig
+from xtoken.schemas.configs.artifacts import ProjectConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.limits import read_whole, reading
+from xtoken.schemas.io.parquet_limits import read_whole, reading
 from xtoken.schemas.manifest import MANIFEST, ProjectionManifest, TokenizerInfo, provenance, read_manifest
-from xtoken.schemas.progress import Progress
 from xtoken.schemas.tables import UNREACHED, W
+from xtoken.schemas.ui.progress import Progress
 
 if TYPE_CHECKING:
     from xtoken.pipeline.tokens import TokenTable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.pipeline.page.frame import document, escaped, facts, short
+from xtoken.pipeline.html.frame import document, escaped, facts, short
 from xtoken.pipeline.project.coverage import EMPTY, Audit
 from xtoken.pipeline.project.page_style import STYLE
 from xtoken.pipeline.project.projection import EXACT, KINDS, ROLE

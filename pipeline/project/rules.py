@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from xtoken.pipeline.project.categories import categories, selected
 from xtoken.pipeline.project.pieces import PIECES_KEPT, RAW_WEIGHTS, Segmenter
 from xtoken.pipeline.project.projection import RANDOM, REVERSE, ROLE
-from xtoken.schemas.config import RULES
+from xtoken.schemas.configs.artifacts import RULES
 from xtoken.schemas.errors import XtokenError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Entries:
 
 
 def apply_rule(rule: str, seed: int, entries: Entries, student: "TokenTable", teacher: "TokenTable") -> Entries:
-    """What a rule of ``xtoken.schemas.config.ProjectConfig`` makes of the default entries.
+    """What a rule of ``xtoken.schemas.configs.artifacts.ProjectConfig`` makes of the default entries.
 
     Raises:
         XtokenError: the rule is unknown.

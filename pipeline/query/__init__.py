@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xtoken.schemas.config import QueryConfig
+    from xtoken.schemas.configs.artifacts import QueryConfig
 
 
 def query(config: "QueryConfig") -> dict[str, Any]:

@@ -18,9 +18,9 @@ from xtoken.pipeline.store.left_out import without_rows
 from xtoken.pipeline.store.reader import VOCAB_FILE, load_vocab, local_part, read_side_table, records
 from xtoken.schemas.categories import category
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.limits import check_file, reading
+from xtoken.schemas.io.parquet_limits import check_file, reading
+from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.manifest import CaptureManifest, Part, TargetManifest, content_hash, read_manifest
-from xtoken.schemas.remote import open_url
 from xtoken.schemas.tables import CODED, LOSSES, UNREACHED, VOCAB, W, capture, targets
 
 _SQL_TYPES = {"int32": "INTEGER", "uint8": "UTINYINT", "uint16": "USMALLINT", "float": "FLOAT", "string": "VARCHAR"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from xtoken.pipeline.query.folders import quoted
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.remote import protocol
+from xtoken.schemas.io.remote import protocol
 
 MOST = 10_000  # rows that are held for --json; a terminal shows fewer
 _BATCH = 2048

@@ -18,7 +18,7 @@ from xtoken.pipeline.query.folders import CaptureFolder, TargetsFolder, refuse_o
 from xtoken.pipeline.query.functions import functions
 from xtoken.pipeline.query.output import refuse_other_suffix, shown_rows, write_rows
 from xtoken.pipeline.query.views import Catalog, sql
-from xtoken.schemas.config import QueryConfig
+from xtoken.schemas.configs.artifacts import QueryConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_any_manifest
 

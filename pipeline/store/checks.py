@@ -20,9 +20,9 @@ from xtoken.pipeline.store.left_out import fill_left_out, without_rows
 from xtoken.pipeline.store.publish import Figures
 from xtoken.pipeline.store.writer import ROW_GROUP
 from xtoken.schemas.errors import VerificationError
-from xtoken.schemas.limits import batches, check_file, open_parquet, reading
+from xtoken.schemas.io.parquet_limits import batches, check_file, open_parquet, reading
+from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.manifest import CaptureManifest, CodecInfo
-from xtoken.schemas.remote import open_url
 from xtoken.schemas.tables import CODED, SCHEMA_VERSIONS, capture
 
 # The codec refuses rows whose kept mass is above 1 + 1e-3; float32 rounding adds nothing of that size.
@@ -65,7 +65,7 @@ class CaptureCheck:
         """Check columns, footer and page headers of a local part, for a reader that is not ours (then ``batch``).
 
         Raises:
-            VerificationError: another schema, or it asks for more than ``xtoken.schemas.limits`` allows.
+            VerificationError: another schema, or it asks for more than ``xtoken.schemas.io.parquet_limits`` allows.
         """
         with reading(path, "'xtoken verify' lists what is damaged"), open_url(path) as file:
             refuse_other_columns(check_file(file, path), self.schema)

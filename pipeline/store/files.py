@@ -17,7 +17,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from fsspec.implementations.local import LocalFileSystem
 
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.remote import named_errors, open_filesystem, open_url, protocol, refuse_special
+from xtoken.schemas.io.remote import named_errors, open_filesystem, open_url, protocol, refuse_special
 
 _BLOCK = 1 << 20
 _REMOTE_BLOCK = 4 << 20

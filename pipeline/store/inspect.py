@@ -18,7 +18,9 @@ from xtoken.pipeline.store.reader import iter_capture, iter_parquet, load_vocab,
 from xtoken.pipeline.store.unpack import unpack
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.limits import reading
+from xtoken.schemas.io.parquet_headers import read_chunks
+from xtoken.schemas.io.parquet_limits import reading
+from xtoken.schemas.io.remote import in_parallel, read_tail
 from xtoken.schemas.manifest import (
     MANIFEST,
     AnyManifest,
@@ -29,8 +31,6 @@ from xtoken.schemas.manifest import (
     content_hash,
     read_any_manifest,
 )
-from xtoken.schemas.pages import read_chunks
-from xtoken.schemas.remote import in_parallel, read_tail
 from xtoken.schemas.tables import targets
 
 _SAMPLES = 3

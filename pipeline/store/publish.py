@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from xtoken.pipeline.store.files import Folder, disk_full_named
 from xtoken.schemas.errors import Unreachable, VerificationError, XtokenError
+from xtoken.schemas.io.remote import in_parallel, named_errors, patiently
 from xtoken.schemas.manifest import Part, part_name
-from xtoken.schemas.remote import in_parallel, named_errors, patiently
 
 DATA = "data"
 COMMITS = "commits"

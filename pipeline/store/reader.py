@@ -12,11 +12,11 @@ from xtoken.pipeline.store.left_out import LeftOut
 from xtoken.pipeline.store.publish import committed, data_name, read_commit
 from xtoken.pipeline.store.writer import ROW_GROUP
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.cache import cached
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.limits import batches, open_parquet, read_whole, reading
+from xtoken.schemas.io.cache import cached
+from xtoken.schemas.io.parquet_limits import batches, open_parquet, read_whole, reading
+from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.manifest import MANIFEST, CaptureManifest, Part, read_any_manifest, read_manifest
-from xtoken.schemas.remote import open_url
 from xtoken.schemas.tables import CODED
 
 VOCAB_FILE = "vocab.parquet"

@@ -14,8 +14,8 @@ from xtoken.pipeline.store.publish import Check, Figures, committed, data_name
 from xtoken.pipeline.store.reader import check_side_file, ids_of_codes, load_vocab
 from xtoken.pipeline.store.seal import SIDE_FILES as SIDE_FILES
 from xtoken.pipeline.store.seal import manifest_problems, seal_problems
-from xtoken.schemas.cache import fresh
 from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.io.cache import fresh
 from xtoken.schemas.manifest import AnyManifest, CaptureManifest, Part, TargetManifest, read_any_manifest
 from xtoken.schemas.tables import TargetColumn, target_columns, targets
 

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from xtoken.pipeline.store.codec import Packed
 from xtoken.pipeline.store.codes import Codes
 from xtoken.pipeline.store.sampled import PackedDraws
-from xtoken.schemas.remote import open_filesystem
+from xtoken.schemas.io.remote import open_filesystem
 from xtoken.schemas.tables import CAPTURE, CODED
 
 ROW_GROUP = 32
-_MOST_GROUPS = 1 << 11  # readers refuse more than twice as many (``xtoken.schemas.limits``)
+_MOST_GROUPS = 1 << 11  # readers refuse more than twice as many (``xtoken.schemas.io.parquet_limits``)
 
 
 @dataclass(frozen=True)

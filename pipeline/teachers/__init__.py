@@ -8,7 +8,7 @@ from xtoken.schemas.errors import XtokenError
 if TYPE_CHECKING:
     from xtoken.pipeline.teachers.base import Teacher
     from xtoken.pipeline.tokens import TokenTable
-    from xtoken.schemas.capture_config import PrecomputeConfig
+    from xtoken.schemas.configs.capture import PrecomputeConfig
 
 
 class Backend(NamedTuple):

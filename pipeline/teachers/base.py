@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.schemas.capture_config import PrecomputeConfig, RowsConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig, RowsConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TeacherInfo, TokenizerInfo
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.pipeline.teachers.base import Draws
-from xtoken.schemas.capture_config import RowsConfig
+from xtoken.schemas.configs.capture import RowsConfig
 from xtoken.schemas.errors import XtokenError
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from xtoken.pipeline.teachers.base import Batch, Draws, TeacherRows, entries_asked, stream_batches
 from xtoken.pipeline.teachers.draws import Sampler, counted, draw_row
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TeacherInfo, digest
 

@@ -25,7 +25,7 @@ from xtoken.pipeline.teachers.base import Batch, TeacherRows, check_prompt, entr
 from xtoken.pipeline.teachers.draws import Sampler
 from xtoken.pipeline.teachers.logit_rows import RowReader, cut, join
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.devices import auto_device
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TeacherInfo

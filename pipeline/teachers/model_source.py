@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from xtoken.pipeline.teachers.base import entries_asked, shows_bos
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import digest
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from xtoken.pipeline.teachers import model_source
 from xtoken.pipeline.teachers.vllm_memory import Gpu, memory_share
 from xtoken.pipeline.teachers.vllm_parent import EndsWithParent
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 
 # Runner V1 makes the float32 log-softmax of one prompt's share of a step at once: 2 GB a copy at most.

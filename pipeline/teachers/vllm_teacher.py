@@ -29,7 +29,7 @@ from xtoken.pipeline.teachers.vllm_replies import Entries, read_entries
 from xtoken.pipeline.teachers.vllm_rows import RULES, arrange
 from xtoken.pipeline.teachers.vllm_start import CannotStart, Overheard, lacks_memory, start_llm
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TeacherInfo
 

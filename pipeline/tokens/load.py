@@ -18,7 +18,7 @@ from xtoken.pipeline.tokens.interface import TextTokenizer
 from xtoken.pipeline.tokens.roles import SideFiles, refuse_missing_tokens
 from xtoken.pipeline.tokens.spec import Spec, read_spec, without_control_tokens
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.hub import commit_of, hub_file, there
+from xtoken.schemas.io.hub_files import commit_of, hub_file, there
 
 _FILE = "tokenizer.json"
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "config.json")

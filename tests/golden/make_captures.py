@@ -122,7 +122,7 @@ def audit(name: str) -> None:
     from xtoken.pipeline.capture.worker import open_tokenizer
     from xtoken.pipeline.store import Folder
     from xtoken.pipeline.teachers import open_teacher
-    from xtoken.schemas.capture_config import PrecomputeConfig
+    from xtoken.schemas.configs.capture import PrecomputeConfig
 
     flags = {flag[2:].replace("-", "_"): value for flag, value in zip(*[iter(RUNS[name][1:])] * 2, strict=True)}
     taus = {"temperatures": flags.pop("temperatures").split(",")} if "temperatures" in flags else {}

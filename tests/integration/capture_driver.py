@@ -11,9 +11,9 @@ from fault_jobs import FaultyJob
 
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.capture.worker import CaptureJob
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.ui.progress import Silent
 
 
 def main(path: str) -> int:

@@ -9,7 +9,7 @@ import s3fs
 from fault_runs import Run, documents, settings, write_corpus
 from s3_server import S3Server, serve
 
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 
 
 def _forward(folder: Path, sequences: list[list[int]]) -> Iterator[Any]:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.pipeline.capture.stages import Prepared
 from xtoken.pipeline.capture.worker import CaptureJob, CaptureWorker
+from xtoken.pipeline.capture.worker_threads import Prepared
 from xtoken.pipeline.store import Sample
 from xtoken.pipeline.teachers.base import Batch, Teacher, TeacherRows
 from xtoken.pipeline.tokens import Encoded, TextTokenizer, TokenTable
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.manifest import Part
 
 _WAIT_SECONDS = 120.0
@@ -32,7 +32,7 @@ class Panic(BaseException):
 
 @dataclass(frozen=True)
 class FaultyJob:
-    """A ``xtoken.pipeline.capture.work.Job``; it may be sent to worker processes.
+    """A ``xtoken.pipeline.executors.protocol.Job``; it may be sent to worker processes.
 
     Attributes:
         config: of the capture.

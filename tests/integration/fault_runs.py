@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from xtoken.pipeline.store import Folder, verify
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from typing import Any
 
 from fault_runs import Run, commits, events, orphans, running, same_as
 
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 
 WORKERS = 3
 PACE = 0.15  # seconds of each batch, so that kills meet work

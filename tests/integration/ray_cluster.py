@@ -72,7 +72,7 @@ def metrics_of_run(folder: str) -> dict[str, float]:
     """Run six shards, one of them poison, over the connection that is there; what Prometheus would read of it."""
     from ray_jobs import NotingJob, Watching
 
-    from xtoken.pipeline.capture.ray_executor import RayExecutor
+    from xtoken.pipeline.executors.ray_driver import RayExecutor
 
     job = NotingJob(folder, {0: "poison", 5: "wait run_0_3"})
     assert list(RayExecutor("auto", 2, 0).run(job, range(6), Watching())) == [0]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xtoken.pipeline.capture.work import Event, OneByOne, tell_nobody
+from xtoken.pipeline.executors.protocol import Event, OneByOne, tell_nobody
 from xtoken.pipeline.store import DiskFull
 from xtoken.schemas.errors import Unreachable, XtokenError
 from xtoken.schemas.manifest import Part

@@ -12,12 +12,12 @@ from xtoken.pipeline.align import align
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.project import project
 from xtoken.pipeline.store.verify import verify
-from xtoken.schemas.capture_config import PrecomputeConfig
-from xtoken.schemas.config import AlignConfig, ProjectConfig
+from xtoken.schemas.configs.artifacts import AlignConfig, ProjectConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import IncompleteRun, XtokenError
 from xtoken.schemas.manifest import MANIFEST, CaptureManifest, TargetManifest, content_hash, read_manifest
-from xtoken.schemas.progress import Silent
 from xtoken.schemas.tables import targets
+from xtoken.schemas.ui.progress import Silent
 
 TEXT = "Größe 12345 — привет, мир! 東京タワー 👩\u200d👧 def f(x): return x ** 2\r\n\n"
 

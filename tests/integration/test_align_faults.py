@@ -30,10 +30,10 @@ from typer.testing import CliRunner
 from xtoken import cli
 from xtoken.pipeline.align import align
 from xtoken.pipeline.store import inspect, verify
-from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import IncompleteRun, VerificationError, XtokenError
 from xtoken.schemas.manifest import MANIFEST, CaptureManifest, TargetManifest, read_manifest
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.data.targets import Targets
 
 KILLS = 6

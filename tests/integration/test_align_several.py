@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from xtoken import cli
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.store import verify
-from xtoken.schemas.capture_config import PrecomputeConfig
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 

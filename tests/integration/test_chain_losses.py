@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from xtoken import cli
 from xtoken.pipeline.store import load_vocab
 from xtoken.pipeline.tokens import TokenTable, load_tokenizer
-from xtoken.schemas.train_config import LossOptions
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.data.batches import Loader
 from xtoken.trainer.data.samples import Layout, context_token
 from xtoken.trainer.data.sources import Sources

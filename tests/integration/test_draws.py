@@ -24,9 +24,9 @@ from xtoken.pipeline.project.files import read_projection
 from xtoken.pipeline.store import iter_capture, load_vocab
 from xtoken.pipeline.teachers.fake_teacher import FakeTeacher
 from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.manifest import TeacherInfo
 from xtoken.schemas.tables import target_columns
-from xtoken.schemas.train_config import LossOptions
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import LossSetup, View

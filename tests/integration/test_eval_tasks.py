@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from xtoken.schemas.configs.train import EvalConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
-from xtoken.schemas.progress import Silent
-from xtoken.schemas.train_config import EvalConfig
+from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.evaluate import evaluate
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'xtoken[tasks]'")

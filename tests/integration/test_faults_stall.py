@@ -9,7 +9,7 @@ from fault_runs import Run, documents, events, same_as
 
 from xtoken.pipeline.store import Folder, committed, data_name, iter_capture, publish_part
 from xtoken.pipeline.store.publish import Figures
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.manifest import Part
 
 LEASE = 10.0  # seconds; after twice as long a worker is killed

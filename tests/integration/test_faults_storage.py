@@ -20,10 +20,10 @@ from s3_server import S3Server
 from xtoken.pipeline.capture.plan import SliceReader, make_plan
 from xtoken.pipeline.store import Folder, committed, publish_part
 from xtoken.pipeline.store.publish import Figures, commit, commit_name, data_name, read_commit
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import Unreachable
-from xtoken.schemas.progress import Silent
-from xtoken.schemas.remote import open_url, patiently, read_tail
+from xtoken.schemas.io.remote import open_url, patiently, read_tail
+from xtoken.schemas.ui.progress import Silent
 
 ENOUGH = 20  # faults without which a storm has proved nothing
 # A client gives up on a silent server after a second, so that tests end.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from xtoken import cli
-from xtoken.schemas.answer import Interrupted
+from xtoken.schemas.ui.answer import Interrupted
 
 ROOT = Path(cli.__file__).resolve().parent
 TEXT = ROOT / "examples" / "data" / "moby-dick-held-out.jsonl"

@@ -11,12 +11,12 @@ from browser import Browser, chromium
 
 from xtoken.pipeline.align import align
 from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.html.visible import plain, visible
 from xtoken.pipeline.page.sample import Sample, load_sample
 from xtoken.pipeline.page.sample_page import write_page
-from xtoken.pipeline.page.visible import plain, visible
-from xtoken.schemas.capture_config import PrecomputeConfig
-from xtoken.schemas.config import AlignConfig, InspectConfig
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.configs.artifacts import AlignConfig, InspectConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.ui.progress import Silent
 
 TINY = Path(__file__).resolve().parents[1] / "golden" / "captures" / "tiny"
 ATTACK = "</script><script>owned=1</script><img src=x onerror=owned=1><svg onload=owned=1>&lt;b a='\"{{"

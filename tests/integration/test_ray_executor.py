@@ -13,11 +13,11 @@ from ray_cluster import HERE, ROOT, alive, cluster, kill_machine, wait_until
 from ray_jobs import TOKENS, NotingJob, Watching, note, notes
 
 from xtoken.pipeline.capture import precompute
-from xtoken.pipeline.capture.ray_executor import RayExecutor
+from xtoken.pipeline.executors.ray_driver import RayExecutor
 from xtoken.pipeline.store import DiskFull, verify
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.ui.progress import Silent
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_lease_comes_back_to_the_worker_that_had_it_when_storage_was_out_of_re
 
 
 def test_another_version_on_a_node_is_refused(nodes, tmp_path, monkeypatch):
-    monkeypatch.setattr("xtoken.pipeline.capture.ray_executor.code_version", lambda: "0.0.1")
+    monkeypatch.setattr("xtoken.pipeline.executors.ray_driver.code_version", lambda: "0.0.1")
     with pytest.raises(XtokenError, match=r"has xtoken .*started by xtoken 0\.0\.1; install xtoken 0\.0\.1 on every"):
         run(nodes, NotingJob(str(tmp_path)), range(4), workers=1)
     assert notes(tmp_path, "open_") == []
@@ -199,7 +199,7 @@ def test_ray_local_starts_a_ray_of_its_own_and_ends_it(tmp_path):
     """In a process of its own: this one has a cluster."""
     code = (
         "import sys; from ray_jobs import NotingJob, Watching\n"
-        "from xtoken.pipeline.capture.ray_executor import RayExecutor\n"
+        "from xtoken.pipeline.executors.ray_driver import RayExecutor\n"
         "import ray; assert RayExecutor('local', 3, None).run(NotingJob(sys.argv[1]), range(6), Watching()) == {}\n"
         "assert not ray.is_initialized()"
     )
@@ -223,7 +223,7 @@ def test_an_address_where_nothing_answers(tmp_path):
 def test_workers_end_with_their_driver(nodes, tmp_path, number, code):
     code_of_driver = (
         "import sys; from ray_jobs import NotingJob, Watching\n"
-        "from xtoken.pipeline.capture.ray_executor import RayExecutor\n"
+        "from xtoken.pipeline.executors.ray_driver import RayExecutor\n"
         "job = NotingJob(sys.argv[2], dict.fromkeys(range(2), 'wait never'))\n"
         "RayExecutor(sys.argv[1], 2, 0).run(job, range(2), Watching())"
     )

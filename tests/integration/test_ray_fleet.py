@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from xtoken.pipeline.capture.dry_run import dry_run
-from xtoken.pipeline.capture.fleet import Fleet, fleet_of_ray
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.pipeline.capture.estimate.dry_run import dry_run
+from xtoken.pipeline.executors.fleet import Fleet, fleet_of_ray
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.ui.progress import Silent
 
 ray = pytest.importorskip("ray")
 
@@ -49,7 +49,7 @@ def test_a_dry_run_asks_the_cluster_first_and_takes_its_pilot_there(
     with open(corpus, "w") as file:
         file.write("some words\n" * 500)
     flags = {"corpus": corpus, "out": f"{folder}/out", "backend": "fake", "k": 4, "shard_bytes": 100}
-    monkeypatch.setattr("xtoken.pipeline.capture.dry_run.take_pilot", None)  # not in this process
+    monkeypatch.setattr("xtoken.pipeline.capture.estimate.dry_run.take_pilot", None)  # not in this process
     found = dry_run(config(**flags, gpus_per_worker=0.5, gpu_price=2.0, dry_run=True), Silent())
     assert (found["workers"], found["gpus"]) == (8, 4.0)
     assert found["cost"] == pytest.approx(found["gpu_hours"] * 2, abs=0.01)

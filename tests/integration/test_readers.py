@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.share.card.card import write_card
 from xtoken.pipeline.store import iter_capture, load_vocab
-from xtoken.pipeline.store.card import write_card
 from xtoken.pipeline.store.unpack import unpack
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.share import CardConfig
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
-from xtoken.schemas.progress import Silent
-from xtoken.schemas.share_config import CardConfig
+from xtoken.schemas.ui.progress import Silent
 
 pytestmark = pytest.mark.engine
 DOCUMENTS = {

@@ -74,8 +74,8 @@ def teams(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def capture(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real capture of SmolLM2-135M over short pieces of prose, a part for each two."""
     from xtoken.pipeline.capture import precompute
-    from xtoken.schemas.capture_config import PrecomputeConfig
-    from xtoken.schemas.progress import Silent
+    from xtoken.schemas.configs.capture import PrecomputeConfig
+    from xtoken.schemas.ui.progress import Silent
 
     folder = tmp_path_factory.mktemp("alpha")
     text = json.loads(TEXT.read_text(encoding="utf-8"))["text"]

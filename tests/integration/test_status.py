@@ -17,13 +17,13 @@ import pytest
 from s3_server import S3Server
 
 from xtoken import cli
-from xtoken.pipeline.capture.status import status
-from xtoken.schemas.answer import Interrupted
+from xtoken.pipeline.capture.monitor.status import status
+from xtoken.schemas.ui.answer import Interrupted
 
 ROOT = Path(cli.__file__).resolve().parent
 PATIENCE = 120.0
 # The command, but for a status that is written often: a fast machine must not be done before it tells of work.
-COMMAND = "import xtoken.pipeline.capture.board as board; board._EVERY = 0.2; import cli; cli.main()"
+COMMAND = "import xtoken.pipeline.capture.monitor.dashboard as board; board._EVERY = 0.2; import cli; cli.main()"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from toys import toys
 from train_kill import Child, Nursery, nursery
 
-from xtoken.schemas.train_config import TrainConfig
+from xtoken.schemas.configs.train import TrainConfig
 
 KILLS = 20
 STEPS = 40

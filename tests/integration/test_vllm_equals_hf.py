@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.manifest import TeacherInfo
 
 ROOT = Path(__file__).resolve().parents[2]

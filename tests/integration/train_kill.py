@@ -140,10 +140,10 @@ def _child(job: dict[str, Any]) -> None:
 def _train(job: dict[str, Any]) -> int:
     import numpy as np
 
+    from xtoken.schemas.configs.train import TrainConfig
     from xtoken.schemas.errors import XtokenError
     from xtoken.schemas.manifest import TokenizerInfo
-    from xtoken.schemas.progress import Silent
-    from xtoken.schemas.train_config import TrainConfig
+    from xtoken.schemas.ui.progress import Silent
     from xtoken.trainer.evaluate.samples import EvalSample
     from xtoken.trainer.loop import train
 

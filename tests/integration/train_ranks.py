@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.manifest import TokenizerInfo
-from xtoken.schemas.progress import Silent
-from xtoken.schemas.train_config import TrainConfig
+from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer import loop
 from xtoken.trainer.evaluate import EvalSample
 from xtoken.trainer.step import Figures

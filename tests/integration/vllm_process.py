@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 
 K = 8

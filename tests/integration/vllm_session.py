@@ -19,7 +19,7 @@ from xtoken.pipeline.teachers import vllm_engine
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.pipeline.teachers.vllm_replies import Entries, TensorRows
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 
 if TYPE_CHECKING:
     from xtoken.pipeline.teachers.vllm_teacher import VllmTeacher

@@ -9,7 +9,7 @@ import numpy as np
 
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 
 
 def main(model: str, source: str, target: str) -> None:

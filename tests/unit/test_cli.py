@@ -126,9 +126,9 @@ def test_version_is_the_installed_one() -> None:
 
 def test_what_the_demo_says_is_a_command_that_does_the_same() -> None:
     """Arguments without names, lists of them, and flags whose name is not their field's."""
-    from xtoken.schemas.config import AlignConfig
-    from xtoken.schemas.progress import Bars
-    from xtoken.schemas.train_config import ReportConfig
+    from xtoken.schemas.configs.artifacts import AlignConfig
+    from xtoken.schemas.configs.train import ReportConfig
+    from xtoken.schemas.ui.progress import Bars
 
     said, done = [], []
 

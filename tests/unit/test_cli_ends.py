@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from xtoken import cli
-from xtoken.schemas.config import InspectConfig
+from xtoken.schemas.configs.artifacts import InspectConfig
 
 RUNNER = CliRunner()
 # Every verb with an output, up to its name; what they read is not there, so whatever is said is said before reading.

@@ -1,8 +1,12 @@
 """The rules of the house that a machine can check."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Collection
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -58,11 +62,78 @@ def test_no_module_goes_by_its_old_name() -> None:
             assert not {name.split(".")[0] for name in names} & OURS, path
 
 
-def test_importing_the_package_imports_nothing_else() -> None:
+def test_importing_the_package_imports_no_library() -> None:
     code = "import sys; before = set(sys.modules); import xtoken; print(*sorted(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "tests")
-    assert [name for name in done.stdout.split() if name != "xtoken"] == []
+    assert {name.split(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names == {"xtoken"}
     assert xtoken.__version__ == version("xtoken")
+
+
+# Each folder of pipeline/ imports only from those to its left; pipeline/README.md shows them in this order.
+ORDER = (
+    *("tokens", "corpus", "html", "teachers", "store", "project", "executors", "query", "page", "capture", "align"),
+    "share",
+)
+
+
+def modules(layer: str) -> dict[str, Path]:
+    """The modules of a layer, by dotted name."""
+    names = {}
+    for path in sorted((ROOT / layer).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(("xtoken", *(parts[:-1] if parts[-1] == "__init__" else parts)))] = path
+    return names
+
+
+def imports_of(name: str, path: Path, known: Collection[str]) -> set[str]:
+    """Modules of ``known`` that a file imports when it is imported itself, or (in functions) later."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {one for one in found if one in known and one != name}
+
+
+def test_folders_of_the_pipeline_import_only_from_their_left() -> None:
+    names = modules("pipeline")
+    assert {name.split(".")[2] for name in names if name.count(".") > 1} == set(ORDER)
+    upward = []
+    for name, path in names.items():
+        for other in imports_of(name, path, names):
+            if name.count(".") > 1 and other.count(".") > 1:
+                here, there = ORDER.index(name.split(".")[2]), ORDER.index(other.split(".")[2])
+                upward += [f"{name} imports {other}"] if there > here else []
+    assert upward == []
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_no_module_imports_itself_by_way_of_others(layer: str) -> None:
+    """Imports in functions count, too; those of a package's own ``__init__`` by its modules do not exist."""
+    names = modules(layer)
+    edges = {name: imports_of(name, path, names) for name, path in names.items()}
+    packages = {name for name, path in names.items() if path.name == "__init__.py"}
+    edges = {name: {one for one in others if one not in packages} for name, others in edges.items()}
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
+
+
+def test_no_folder_of_the_pipeline_is_a_warehouse() -> None:
+    """The largest holds less than a fifth of its lines."""
+    lines = Counter(dict.fromkeys(ORDER, 0))
+    for name, path in modules("pipeline").items():
+        if name.count(".") > 1:
+            lines[name.split(".")[2]] += path.read_text(encoding="utf-8").count("\n")
+    largest, count = lines.most_common(1)[0]
+    assert count < 0.2 * lines.total(), f"{largest}: {count} of {lines.total()}"
+
+
+def test_the_readme_of_the_pipeline_shows_its_folders_in_order() -> None:
+    text = (ROOT / "pipeline" / "README.md").read_text(encoding="utf-8")
+    assert tuple(re.findall(r"^\| `(\w+)/` ", text, re.MULTILINE)) == ORDER
 
 
 def test_only_the_command_line_prints() -> None:

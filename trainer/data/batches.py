@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from xtoken.schemas.errors import XtokenError
-from xtoken.trainer.data.micro import Micro, split_micros
+from xtoken.trainer.data.micro_batch import Micro, split_micros
 from xtoken.trainer.data.plan import Plan, Position
 from xtoken.trainer.data.samples import Layout, Sample, read_samples
 from xtoken.trainer.data.sources import OwnedGroup, Sources

@@ -17,16 +17,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from xtoken.schemas.cache import Cache, cached
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.heads import needed_rows, refuse_narrow_head, stated_rows
-from xtoken.schemas.lacking import lacking_columns, lacking_note
-from xtoken.schemas.limits import batches, check_footer, check_group, group_chunks, open_parquet, read_whole, reading
+from xtoken.schemas.io.cache import Cache, cached
+from xtoken.schemas.io.parquet_headers import Chunk
+from xtoken.schemas.io.parquet_limits import (
+    batches,
+    check_footer,
+    check_group,
+    group_chunks,
+    open_parquet,
+    read_whole,
+    reading,
+)
+from xtoken.schemas.io.remote import in_parallel, is_local, open_url, read_footer
 from xtoken.schemas.manifest import Part, TargetManifest, TokenizerInfo, content_hash, part_name, read_manifest
-from xtoken.schemas.pages import Chunk
-from xtoken.schemas.remote import in_parallel, is_local, open_url, read_footer
+from xtoken.schemas.missing_mass import lacking_columns, lacking_note
 from xtoken.schemas.tables import VOCAB, W, targets
-from xtoken.schemas.train_config import LossOptions
 from xtoken.trainer.losses.base import Array, ProjectionArrays, VocabArrays
 
 W_FILE, VOCAB_FILE = "w.parquet", "student_vocab.parquet"

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from xtoken.schemas.configs.train import EvalConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
-from xtoken.schemas.progress import Progress
-from xtoken.schemas.train_config import EvalConfig
+from xtoken.schemas.ui.progress import Progress
 from xtoken.trainer.evaluate.samples import EvalSample
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import torch
 from xtoken.schemas.categories import CATEGORIES
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
-from xtoken.schemas.progress import Progress
+from xtoken.schemas.ui.progress import Progress
 from xtoken.trainer.blocks import block_view
-from xtoken.trainer.data.micro import Micro, split_micros
+from xtoken.trainer.data.micro_batch import Micro, split_micros
 from xtoken.trainer.data.samples import Layout, context_token, read_samples
 from xtoken.trainer.data.targets import RowGroup, Targets
 from xtoken.trainer.evaluate.bits_per_byte import micro_tokens

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
-from xtoken.schemas.progress import Progress
-from xtoken.trainer.data.micro import Micro, split_micros
+from xtoken.schemas.ui.progress import Progress
+from xtoken.trainer.data.micro_batch import Micro, split_micros
 from xtoken.trainer.data.samples import Sample, context_token
 from xtoken.trainer.evaluate.samples import EvalSample
 from xtoken.trainer.evaluate.together import together

@@ -17,9 +17,9 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from xtoken.schemas.configs.train import EvalConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.progress import Progress
-from xtoken.schemas.train_config import EvalConfig
+from xtoken.schemas.ui.progress import Progress
 from xtoken.trainer.objective import Student
 
 _CPU_BATCH = 4

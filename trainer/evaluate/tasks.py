@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xtoken.schemas.configs.train import EvalConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.progress import Progress
-from xtoken.schemas.train_config import EvalConfig
+from xtoken.schemas.ui.progress import Progress
 
 if TYPE_CHECKING:
     from xtoken.trainer.objective import Student

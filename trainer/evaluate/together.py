@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from xtoken.trainer.data.micro import Micro, make_micro
+from xtoken.trainer.data.micro_batch import Micro, make_micro
 from xtoken.trainer.data.samples import Sample
 from xtoken.trainer.objective import Student
 from xtoken.trainer.ranks import Ranks

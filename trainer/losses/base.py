@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.tables import target_columns
-from xtoken.schemas.train_config import LossOptions
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]

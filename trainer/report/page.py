@@ -7,8 +7,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from xtoken.schemas.configs.train import ReportConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.train_config import ReportConfig
 from xtoken.trainer.report.curves import draw, legend
 from xtoken.trainer.report.details import (
     breakdown_section,

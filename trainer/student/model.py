@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.devices import auto_device
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.hub import require_known
+from xtoken.schemas.io.hub_files import require_known
 from xtoken.schemas.manifest import TokenizerInfo
-from xtoken.schemas.train_config import TrainConfig
 from xtoken.trainer.student.scratch import build_student
 from xtoken.trainer.student.tokenizer_files import copy_tokenizer
 from xtoken.trainer.student.writable import mend_settings

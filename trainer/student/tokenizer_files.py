@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.hub import commit_of, hub_file, there
+from xtoken.schemas.io.hub_files import commit_of, hub_file, there
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -9,8 +9,8 @@ import pytest
 
 from xtoken.pipeline.store import write_parquet
 from xtoken.schemas.errors import VerificationError
-from xtoken.schemas.limits import check_pages
-from xtoken.schemas.pages import read_chunks
+from xtoken.schemas.io.parquet_headers import read_chunks
+from xtoken.schemas.io.parquet_limits import check_pages
 
 SCHEMA = pa.schema([("sample_id", pa.string()), ("values", pa.list_(pa.int32()))])
 ROWS = 100

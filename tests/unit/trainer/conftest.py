@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.manifest import Part, TargetManifest, TeacherInfo, TokenizerInfo, part_name
 from xtoken.schemas.tables import LOSSES, VOCAB, W, target_columns, targets
-from xtoken.schemas.train_config import LossOptions
 from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
 
 V, U = 24, 30

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 import xtoken.trainer.loop as loop
 import xtoken.trainer.start as start
+from xtoken.schemas.configs.train import EvalConfig, TrainConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.progress import Silent
-from xtoken.schemas.train_config import EvalConfig, TrainConfig
+from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.evaluate import EvalSample, evaluate
 from xtoken.trainer.loop import train

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.progress import Silent
-from xtoken.schemas.train_config import TrainConfig
+from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.lock import LOCK, only_trainer
 from xtoken.trainer.loop import train
 from xtoken.trainer.record import lacking

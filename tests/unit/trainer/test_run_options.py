@@ -12,9 +12,9 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.progress import Silent
-from xtoken.schemas.train_config import TrainConfig
+from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer import loop
 from xtoken.trainer.evaluate import EvalSample
 from xtoken.trainer.loop import train

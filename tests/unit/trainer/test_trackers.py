@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.train_config import TrainConfig
 from xtoken.trainer.trackers import Trackers, flat, require_trackers
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from xtoken.pipeline.align import run_captures
-from xtoken.schemas.config import AlignConfig
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.configs.artifacts import AlignConfig
+from xtoken.schemas.ui.progress import Silent
 
 TAU = Path(__file__).parents[3] / "golden" / "captures" / "v3-tau"  # rows with normalisers at 0.5 and 2
 

@@ -9,10 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from xtoken.pipeline.align import run_captures
 from xtoken.pipeline.capture import precompute
-from xtoken.schemas.capture_config import PrecomputeConfig
-from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.configs.artifacts import AlignConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.ui.progress import Silent
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,11 @@ from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.project import build_w
 from xtoken.pipeline.store import load_vocab
 from xtoken.pipeline.tokens import Encoded, TokenTable, load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
-from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.configs.artifacts import AlignConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import CodecInfo
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.ui.progress import Silent
 
 TEXT = "The ﬁrst ofﬁce, ２０２６: x² and ①, then plain words again.\n"
 CODEC = CodecInfo(k=16, min_p=0.003, step=1 / 32)

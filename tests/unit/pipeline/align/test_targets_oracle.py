@@ -29,10 +29,10 @@ from xtoken.pipeline.project import Projection, build_w
 from xtoken.pipeline.project.projection import EXACT, PIECES, TO_REST
 from xtoken.pipeline.store import load_vocab
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.manifest import CaptureManifest, CodecInfo, TokenizerInfo, read_manifest
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.ui.progress import Silent
 
 TEXT = (
     "Größe 12345, naïve façade — привет, мир! 東京タワーと नमस्ते दुनिया; 👩\u200d👩\u200d👧 🙂.\r\n"

@@ -20,10 +20,10 @@ from xtoken.pipeline.store.codes import with_codes
 from xtoken.pipeline.store.publish import AUDITS
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import TeacherRows
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import Unreachable, VerificationError, XtokenError
 from xtoken.schemas.manifest import AuditRecord
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.ui.progress import Silent
 
 STEP = 1 / 32
 ROUNDED = 2.0**-16  # of a realised log-probability as it is stored, relative

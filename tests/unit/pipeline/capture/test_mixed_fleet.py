@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.capture import precompute, worker
 from xtoken.pipeline.capture.audit import open_audit
-from xtoken.pipeline.capture.work import Event, Job, Lease, Watch
+from xtoken.pipeline.executors.protocol import Event, Job, Lease, Watch
+from xtoken.pipeline.share.push_pull import pull
 from xtoken.pipeline.store import Folder, verify
-from xtoken.pipeline.store.share import pull
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import TeacherRows
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.share import PullConfig
 from xtoken.schemas.manifest import ONE_DEVICE, CaptureManifest, read_manifest
-from xtoken.schemas.progress import Silent
-from xtoken.schemas.share_config import PullConfig
+from xtoken.schemas.ui.progress import Silent
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 NOISE = 2e-3  # nats: what kernels of two devices differ by

@@ -8,9 +8,9 @@ import pytest
 from xtoken.pipeline.capture.plan import PLAN_FILE, SliceReader, check_files, load_plan, make_plan, settle_plan
 from xtoken.pipeline.corpus import Corpus
 from xtoken.pipeline.store import Folder, StopRun
-from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.configs.capture import CorpusConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.ui.progress import Silent
 
 TEXTS = [f"document {number} " + "word " * (number * 7 % 40) for number in range(60)]
 

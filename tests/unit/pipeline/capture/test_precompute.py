@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from xtoken.pipeline.capture import precompute
-from xtoken.pipeline.capture.dry_run import dry_run
-from xtoken.pipeline.capture.work import Event, Lease
+from xtoken.pipeline.capture.estimate.dry_run import dry_run
+from xtoken.pipeline.executors.protocol import Event, Lease
 from xtoken.pipeline.store import DiskFull, committed, data_name, verify
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import IncompleteRun, VerificationError, XtokenError
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.ui.progress import Silent
 
 # The package exports the function under the module's name.
 module = importlib.import_module("xtoken.pipeline.capture.precompute")

@@ -9,15 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from xtoken.pipeline.capture import precompute
-from xtoken.pipeline.capture.settings import codec_info
+from xtoken.pipeline.capture.run_identity import codec_info
 from xtoken.pipeline.store import data_name, iter_capture, verify
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CodecInfo
-from xtoken.schemas.progress import Silent
 from xtoken.schemas.tables import capture
+from xtoken.schemas.ui.progress import Silent
 
 TEXTS = ["Alpha beta, 42 gammas. " * 12, "x", "naïve café\n" * 10, "tail 👩‍👩‍👧 tail", "x"]
 

@@ -13,11 +13,11 @@ from xtoken.pipeline.store import data_name, decode, decode_tau_rest, inspect, i
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
-from xtoken.schemas.progress import Silent
 from xtoken.schemas.tables import CAPTURE, capture
+from xtoken.schemas.ui.progress import Silent
 
 TEXTS = ["Alpha beta, 42 gammas. " * 20, "x", "naïve café\n" * 15]
 TEMPERATURES = [2.0, 4.0]

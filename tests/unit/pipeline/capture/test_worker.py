@@ -6,20 +6,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from xtoken.pipeline.capture.pilot import corpus_codes
 from xtoken.pipeline.capture.plan import settle_plan
 from xtoken.pipeline.capture.precompute import write_vocab
-from xtoken.pipeline.capture.settings import sees_bos
-from xtoken.pipeline.capture.work import Lease
+from xtoken.pipeline.capture.run_identity import sees_bos
+from xtoken.pipeline.capture.token_codes import corpus_codes
 from xtoken.pipeline.capture.worker import CaptureJob, chunk_counts, length_batches
+from xtoken.pipeline.executors.protocol import Lease
 from xtoken.pipeline.store import committed, decode, iter_capture
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.writer import rounded
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.ui.progress import Silent
 
 TEXTS = ["One sentence, then 42 more; naïve. " * 20, "x", "日本語 and English\n" * 15, "tail 👩‍👩‍👧"]
 

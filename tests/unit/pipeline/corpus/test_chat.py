@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from xtoken.pipeline.corpus import Corpus
-from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.configs.capture import CorpusConfig
 from xtoken.schemas.errors import XtokenError
 
 OPENAI = [{"role": "user", "content": "How many boats?"}, {"role": "assistant", "content": "Seventeen."}]

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from xtoken.pipeline.corpus import Corpus, Document
-from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.configs.capture import CorpusConfig
 from xtoken.schemas.errors import XtokenError
 
 TEXTS = ["One.", "Zwei größere\r\nZeilen.", "e\u0301 三", "four\x00"]

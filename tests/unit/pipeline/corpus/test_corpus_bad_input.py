@@ -12,7 +12,7 @@ import zstandard
 from fsspec.implementations.memory import MemoryFileSystem
 
 from xtoken.pipeline.corpus import Corpus
-from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.configs.capture import CorpusConfig
 from xtoken.schemas.errors import Unreachable, XtokenError
 
 GOOD = b'{"text": "good", "id": 1}\n'

@@ -13,7 +13,7 @@ import zstandard
 from fsspec.implementations.local import LocalFileSystem
 
 from xtoken.pipeline.corpus import Corpus
-from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.configs.capture import CorpusConfig
 from xtoken.schemas.errors import Unreachable, XtokenError
 
 TEXTS = [f"document {number}, {'words ' * 9}" for number in range(9)]

@@ -8,9 +8,9 @@ import pytest
 
 from xtoken.pipeline.corpus import Corpus
 from xtoken.pipeline.corpus.splits import split_of
-from xtoken.schemas.capture_config import CorpusConfig
+from xtoken.schemas.configs.capture import CorpusConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.flags import build
+from xtoken.schemas.ui.flags import build
 
 CLONE = {  # as "git clone" of a hub's dataset leaves it, and a few things that tools put there
     "README.md": "---\nlicense: mit\n---\n# Boats",

@@ -9,9 +9,9 @@ import pytest
 from xtoken.pipeline.align import align
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.page.sample import Sample, load_sample
-from xtoken.schemas.capture_config import PrecomputeConfig
-from xtoken.schemas.config import AlignConfig, InspectConfig
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.configs.artifacts import AlignConfig, InspectConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.ui.progress import Silent
 
 TEXTS = {
     "attack": "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> &lt; ",

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from xtoken.pipeline.html.visible import visible
 from xtoken.pipeline.page.data import UNIT, chunk_bytes, sample_data
 from xtoken.pipeline.page.sample import Sample
-from xtoken.pipeline.page.visible import visible
 
 NAMES = ["attack.txt:0#0", "unseen.txt:0#0", "scripts.txt:0#0", "plain.txt:0#0"]
 Load = Callable[..., Sample]

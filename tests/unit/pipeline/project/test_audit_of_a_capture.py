@@ -13,11 +13,11 @@ from xtoken.pipeline.project import Audit, build_w, coverage, project
 from xtoken.pipeline.project.mass import Mass, teacher_mass
 from xtoken.pipeline.store import iter_capture
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.capture_config import PrecomputeConfig
-from xtoken.schemas.config import ProjectConfig
+from xtoken.schemas.configs.artifacts import ProjectConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.manifest import CaptureManifest, ProjectionManifest, read_manifest
-from xtoken.schemas.progress import Silent
-from xtoken.trainer.report.tables import figure_tables
+from xtoken.schemas.ui.progress import Silent
+from xtoken.schemas.ui.tables import figure_tables
 
 TEXTS = {"a.txt": "The quick fox, 12345 jumps; naïve. " * 12, "b.txt": "日本語 x = [1, 22]\n\t" * 20, "c.txt": "short"}
 STEP = 1 / 32

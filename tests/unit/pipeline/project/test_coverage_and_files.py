@@ -13,10 +13,10 @@ from xtoken.pipeline.project.mass import Mass
 from xtoken.pipeline.project.projection import DROPPED, TO_REST
 from xtoken.pipeline.tokens import TokenTable, load_tokenizer
 from xtoken.schemas.categories import CATEGORIES, category
-from xtoken.schemas.config import ProjectConfig
+from xtoken.schemas.configs.artifacts import ProjectConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import MANIFEST, ProjectionManifest, read_manifest
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.ui.progress import Silent
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 from xtoken.pipeline.align import align
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.query import query
-from xtoken.schemas.capture_config import PrecomputeConfig
-from xtoken.schemas.config import AlignConfig, QueryConfig
-from xtoken.schemas.progress import Silent
+from xtoken.schemas.configs.artifacts import AlignConfig, QueryConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.ui.progress import Silent
 
 TEXTS = {
     "book/en/one": "The quick brown fox, 12345 jumps; naïve café. " * 12,

@@ -23,7 +23,7 @@ from xtoken import cli
 from xtoken.pipeline.query import query
 from xtoken.pipeline.query.output import MOST
 from xtoken.pipeline.query.run import _interruptible
-from xtoken.schemas.config import QueryConfig
+from xtoken.schemas.configs.artifacts import QueryConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 
 from .conftest import ask

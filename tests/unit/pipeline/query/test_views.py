@@ -9,11 +9,11 @@ import pytest
 
 from xtoken.pipeline.query import query
 from xtoken.pipeline.query.views import Catalog, read_view, read_views
-from xtoken.pipeline.store.share import pull
-from xtoken.schemas.config import QueryConfig
+from xtoken.pipeline.share.push_pull import pull
+from xtoken.schemas.configs.artifacts import QueryConfig
+from xtoken.schemas.configs.share import PullConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.progress import Silent
-from xtoken.schemas.share_config import PullConfig
+from xtoken.schemas.ui.progress import Silent
 
 from .conftest import ask
 

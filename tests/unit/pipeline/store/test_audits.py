@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from xtoken.pipeline.share.card.card import card_files
+from xtoken.pipeline.share.merge import merge
+from xtoken.pipeline.share.push_pull import pull
 from xtoken.pipeline.store import inspect, verify
-from xtoken.pipeline.store.card import card_files
 from xtoken.pipeline.store.figures import audits_line, capture_figures
-from xtoken.pipeline.store.merge import merge
 from xtoken.pipeline.store.seal import seal
-from xtoken.pipeline.store.share import pull
+from xtoken.schemas.configs.share import MergeConfig, PullConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import AuditRecord, CaptureManifest, read_manifest
-from xtoken.schemas.progress import Silent
-from xtoken.schemas.share_config import MergeConfig, PullConfig
+from xtoken.schemas.ui.progress import Silent
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "captures"
 SETTINGS = {"max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.8, "prefix_caching": False, "runner": "v1"}

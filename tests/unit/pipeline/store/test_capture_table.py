@@ -10,7 +10,7 @@ from xtoken.pipeline.store.codes import read_codes, recode
 from xtoken.pipeline.store.reader import read_table
 from xtoken.pipeline.store.writer import group_rows
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.limits import GROUPS
+from xtoken.schemas.io.parquet_limits import GROUPS
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
 from xtoken.schemas.tables import CAPTURE
 

@@ -1,6 +1,6 @@
 """Captures and targets from strangers: each case once did harm, or would; every reader refuses it in words.
 
-``benchmarks/fuzz_store.py`` makes thousands more; a fixed few hundred of them run here in a process of their own.
+``tests/fuzz/store.py`` makes thousands more; a fixed few hundred of them run here in a process of their own.
 """
 
 import hashlib
@@ -15,20 +15,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fuzz import bombs as fuzz_bombs
+from fuzz import store as fuzz_store
+from fuzz import thrift as fuzz_thrift
+from fuzz.mutations import seal, seal_sums, write
 
-from benchmarks import fuzz_bombs, fuzz_store, fuzz_thrift
-from benchmarks.fuzz_mutations import seal, seal_sums, write
+from xtoken.pipeline.share.push_pull import pull
 from xtoken.pipeline.store import inspect, iter_capture, verify
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.reader import read_table
 from xtoken.pipeline.store.seal import seal as seal_artifact
-from xtoken.pipeline.store.share import pull
-from xtoken.schemas import limits
+from xtoken.schemas.configs.share import PullConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.limits import check_file, reading
+from xtoken.schemas.io import parquet_limits as limits
+from xtoken.schemas.io.parquet_limits import check_file, reading
 from xtoken.schemas.manifest import CaptureManifest, Part, read_any_manifest, read_manifest
-from xtoken.schemas.progress import Silent
-from xtoken.schemas.share_config import PullConfig
+from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.data.targets import Targets
 
 GOLDEN = fuzz_store.GOLDEN
@@ -268,7 +270,7 @@ def test_target_columns_of_another_type_are_refused(targets: Path) -> None:
 def test_markup_in_names_is_shown_as_it_is(capture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    from xtoken.trainer.report.tables import figure_tables
+    from xtoken.schemas.ui.tables import figure_tables
 
     root = edit(capture, lambda m: m["teacher"].update(model="[/bold]'; DROP TABLE x; --"))
     Console().print(*figure_tables(inspect(root)), sep="\n")

@@ -16,11 +16,11 @@ from xtoken.pipeline.store import data_name, inspect, verify, write_parquet
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.sampled import PackedDraws, decode_draws, encode_draws
 from xtoken.pipeline.teachers.base import Draws
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
-from xtoken.schemas.progress import Silent
 from xtoken.schemas.tables import capture
+from xtoken.schemas.ui.progress import Silent
 
 DRAWS = 20
 SCHEMA = capture(codec="sampled")

@@ -11,11 +11,11 @@ import torch
 
 from xtoken.pipeline.align.run import align
 from xtoken.pipeline.store import decode, decode_tau_rest, inspect, iter_capture, load_vocab, verify
-from xtoken.schemas.config import AlignConfig
+from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_any_manifest, read_manifest
-from xtoken.schemas.progress import Silent
 from xtoken.schemas.tables import OLDEST_READ, SCHEMA_VERSIONS
+from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.data.samples import Layout, read_sample
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss

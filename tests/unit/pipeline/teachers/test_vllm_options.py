@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from xtoken.schemas.capture_config import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 
 if importlib.util.find_spec("vllm") is None:

@@ -15,7 +15,7 @@ import pytest
 from xtoken.schemas.errors import VerificationError
 from xtoken.trainer.data import plan as plans
 from xtoken.trainer.data.batches import STEPS_AHEAD, Loader, Position, StepBatch
-from xtoken.trainer.data.micro import Micro
+from xtoken.trainer.data.micro_batch import Micro
 from xtoken.trainer.data.samples import Layout
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import RowGroup, Targets

@@ -13,7 +13,7 @@ import pytest
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.trainer.data import plan
 from xtoken.trainer.data.batches import Loader, Position
-from xtoken.trainer.data.micro import split_micros
+from xtoken.trainer.data.micro_batch import split_micros
 from xtoken.trainer.data.samples import Layout, Sample, SampleTargets, context_token, read_sample
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets

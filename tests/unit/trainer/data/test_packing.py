@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from xtoken.trainer.data.layout import running
-from xtoken.trainer.data.micro import Micro, split_micros
+from xtoken.trainer.data.micro_batch import Micro, split_micros
 from xtoken.trainer.data.packing import Shape, packed_shapes, padded_shapes
 from xtoken.trainer.data.samples import Layout, Sample, read_samples
 from xtoken.trainer.data.targets import Targets

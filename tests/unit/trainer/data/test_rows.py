@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.tables import LOSSES
-from xtoken.schemas.train_config import LossOptions
 from xtoken.trainer.data.rows import NORMALISED_WITHIN
 from xtoken.trainer.data.samples import Layout, Sample, read_sample, read_samples
 from xtoken.trainer.data.targets import RowGroup, Targets

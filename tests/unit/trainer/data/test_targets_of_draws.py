@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.train_config import LossOptions
 from xtoken.trainer.data.targets import Targets
 
 LOSSES = ("p-kl", "sparse-kl", "byte-prefix", "alm")

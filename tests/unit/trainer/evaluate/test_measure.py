@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from xtoken.schemas.categories import CATEGORIES
+from xtoken.schemas.configs.train import EvalConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.progress import Silent
-from xtoken.schemas.train_config import EvalConfig
+from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.data.samples import Layout, read_sample
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.evaluate import EvalSample, evaluate

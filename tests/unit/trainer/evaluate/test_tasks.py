@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from xtoken.schemas.configs.train import EvalConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.progress import Silent
-from xtoken.schemas.train_config import EvalConfig
+from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.evaluate import evaluate
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xtoken.schemas.train_config import LossOptions
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, View, VocabArrays
 
 V, U = 24, 30

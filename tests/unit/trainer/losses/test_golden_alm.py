@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xtoken.schemas.train_config import LossOptions
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.losses.alm import ALM, EPS
 from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, View, VocabArrays
 

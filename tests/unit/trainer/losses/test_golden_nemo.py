@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xtoken.schemas.train_config import LossOptions
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
 from xtoken.trainer.losses.ce import cross_entropy_total

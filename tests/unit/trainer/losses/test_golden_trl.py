@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xtoken.schemas.train_config import LossOptions
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.losses.base import Loss, LossSetup, ProjectionArrays, View, VocabArrays
 from xtoken.trainer.losses.gold import GOLD
 from xtoken.trainer.losses.uld import ULD

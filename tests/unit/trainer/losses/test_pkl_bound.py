@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from xtoken.pipeline.align.kernels_project import FATES, project_rows
-from xtoken.schemas.train_config import LossOptions
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
 from xtoken.trainer.losses.sparse_kl import NOTHING

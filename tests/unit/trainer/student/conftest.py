@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.manifest import TokenizerInfo
-from xtoken.schemas.train_config import TrainConfig
 from xtoken.trainer.student.model import open_student
 
 WIDTH = 264  # eight columns more than there are bytes

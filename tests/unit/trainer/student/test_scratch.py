@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
-from xtoken.schemas.train_config import TrainConfig
 from xtoken.trainer.student.model import open_student
 from xtoken.trainer.student.scratch import read_config
 

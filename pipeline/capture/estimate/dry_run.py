@@ -1,0 +1,141 @@
+"""precompute --dry-run: everything that can be checked, and what the run would take; nothing is written to --out."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xtoken.pipeline.capture.estimate.pilot import Pilot, take_pilot
+from xtoken.pipeline.capture.monitor.event_log import log_path
+from xtoken.pipeline.capture.monitor.status import committed_indices, duration
+from xtoken.pipeline.capture.plan import check_files, load_plan, settle_plan
+from xtoken.pipeline.capture.precompute import refuse_places
+from xtoken.pipeline.capture.run_identity import check_settings, run_settings
+from xtoken.pipeline.capture.worker import open_tokenizer
+from xtoken.pipeline.executors.fleet import Fleet, fleet_here, fleet_of_ray
+from xtoken.pipeline.store import Folder
+from xtoken.pipeline.store.figures import bos_figure
+from xtoken.pipeline.teachers import check_backend
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.configs.capture import EstimateConfig, PrecomputeConfig
+from xtoken.schemas.ui.progress import Progress
+
+_PILOT_TOKENS: int = EstimateConfig.model_fields["pilot_tokens"].default
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Bytes of text of each shard that this run, or this cell of it, is to do, and which are committed."""
+
+    sizes: dict[int, int]
+    done: set[int]
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    @property
+    def left(self) -> int:
+        """Bytes of text that are not committed."""
+        return sum(size for index, size in self.sizes.items() if index not in self.done)
+
+
+def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
+    """Say what ``precompute`` with these settings would do, from a pilot that is really scored.
+
+    Args:
+        config: what would run. With ``--ray``, the cluster is asked for its machines, and where they have GPUs the
+            pilot runs on one of them; else it runs on this machine.
+        progress: told bytes of text.
+
+    Returns:
+        Figures: shards, tokens, bytes on disk, hours, GPU hours and cost, of all workers that would run.
+
+    Raises:
+        XtokenError: what would stop the run before its first shard: input, settings, folder, teacher or cluster.
+    """
+    refuse_places(config)
+    folder = Folder(config.out)
+    bos = _check_settings(config, folder)
+    if (plan := load_plan(folder)) is not None:
+        settle_plan(folder, config, config.shard_bytes, progress)
+        check_files(config.out, plan, config)
+    fleet = fleet_of_ray(config) if config.ray is not None else None
+    pilot = _pilot(config, fleet, progress)
+    sizes = [shard.text_bytes for shard in plan.shards] if plan is not None else pilot.pool.sizes
+    which, count = config.cells
+    mine = {index: size for index, size in enumerate(sizes) if index % count == which}
+    work = _Work(mine, committed_indices(folder) & mine.keys())
+    return {
+        "dry_run": "nothing was written",
+        "plan": "there" if plan is not None else "would be made",
+        **pilot.pool.listing.figures,
+        **bos,
+        "shards": len(work.sizes),
+        "shards_done": len(work.done),
+        "shards_left": len(work.sizes) - len(work.done),
+        **_disk(folder, work, pilot),
+        **_time(config, work, pilot, fleet or fleet_here(config, pilot.device)),
+        "log": str(log_path(config, folder) or "none"),
+    }
+
+
+def _pilot(config: PrecomputeConfig, fleet: Fleet | None, progress: Progress) -> Pilot:
+    if fleet is not None and fleet.gpus and config.ray != "local":
+        from xtoken.pipeline.capture.estimate.ray_pilot import take_pilot_on_ray
+
+        return take_pilot_on_ray(config, _PILOT_TOKENS, fleet.gpus, progress)
+    with tempfile.TemporaryDirectory(prefix="xtoken-dry-run-") as scratch:
+        return take_pilot(config.model_copy(update={"out": scratch}), _PILOT_TOKENS, progress)
+
+
+def _check_settings(config: PrecomputeConfig, folder: Folder) -> dict[str, str]:
+    """Refuse what precompute refuses, without leaving the record of settings that it leaves; a word about BOS."""
+    check_backend(config)
+    table = open_tokenizer(config).table
+    student = load_tokenizer(config.student).table if config.student is not None else None
+    settings = run_settings(config, table, student)
+    check_settings(folder, settings)
+    return bos_figure(table.info, shown=settings["bos"])
+
+
+def _disk(folder: Folder, work: _Work, pilot: Pilot) -> dict[str, Any]:
+    per_byte = pilot.costs.tokens.value
+    found = {
+        "documents": pilot.pool.documents,
+        "text_bytes": work.text_bytes,
+        "tokens": round(work.text_bytes * per_byte),
+        "tokens_left": round(work.left * per_byte),
+        "bytes_per_token": round(pilot.bytes_per_token, 3),
+        "disk_bytes": round(work.text_bytes * per_byte * pilot.bytes_per_token + pilot.costs.vocab),
+        "disk_bytes_left": round(work.left * per_byte * pilot.bytes_per_token),
+    }
+    return found | ({"disk_bytes_free": _free(Path(folder.at("")))} if folder.local else {})
+
+
+def _free(path: Path) -> int:
+    """Room on the disk that a folder is on, or would be."""
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(there).free
+
+
+def _time(config: PrecomputeConfig, work: _Work, pilot: Pilot, fleet: Fleet) -> dict[str, Any]:
+    """Hours of wall clock, GPUs and their cost; every worker has the pilot's speed."""
+    found: dict[str, Any] = {
+        "workers": fleet.workers,
+        "gpus": round(fleet.workers * fleet.gpus, 3),
+        "rows_per_s_of_one": pilot.rate,
+        "measured_on": pilot.device,
+    }
+    if fleet.gpus and pilot.device == "cpu" and config.backend != "fake":
+        return found | {"hours": "unknown: the pilot ran on a CPU and workers have GPUs; try on a machine that has one"}
+    tokens = work.left * pilot.costs.tokens.value
+    # no more workers than shards
+    engines = fleet.engines * min(1.0, (len(work.sizes) - len(work.done)) / fleet.workers)
+    hours = (pilot.start_up + tokens / (pilot.rate * engines)) / 3600 if engines else 0.0
+    gpu_hours = hours * fleet.gpus * min(fleet.workers, len(work.sizes) - len(work.done))
+    found |= {"hours": round(hours, 4), "time": duration(hours * 3600), "gpu_hours": round(gpu_hours, 4)}
+    if config.gpu_price is None:
+        return found
+    return found | {"cost": round(gpu_hours * config.gpu_price, 2)}

@@ -1,0 +1,375 @@
+"""What a capture will cost, from a pilot that is really scored, or from a capture that exists.
+
+The corpus is read once. Text taken evenly from it is tokenized, windows taken evenly from that text are scored, encoded
+and written to a temporary folder by the code that writes a capture; what was written is extrapolated. Figures named
+``low`` and ``high`` are the 95 % interval that the pilot itself gives: they say how rough it is, not what is sure.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from xtoken.pipeline.capture.estimate.sampling import POOL, Pool, Ratio, evenly, ratio, take_pool
+from xtoken.pipeline.capture.plan import Plan
+from xtoken.pipeline.capture.precompute import write_vocab
+from xtoken.pipeline.capture.rendered_chat import Look
+from xtoken.pipeline.capture.run_identity import codec_info
+from xtoken.pipeline.capture.worker import CaptureWorker, check_teacher, open_tokenizer, sample_batches
+from xtoken.pipeline.corpus import Window, windows
+from xtoken.pipeline.executors.fleet import fleet_here
+from xtoken.pipeline.executors.gpus import engines_per_gpu
+from xtoken.pipeline.store import NO_REST, Folder, Sample, list_column, write_parquet
+from xtoken.pipeline.store.codes import Codes, codes_by_use
+from xtoken.pipeline.store.inspect import column_bytes
+from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, iter_parquet
+from xtoken.pipeline.store.writer import ROW_GROUP
+from xtoken.pipeline.teachers import check_backend, open_teacher
+from xtoken.pipeline.teachers.base import entries_asked
+from xtoken.pipeline.tokens import TextTokenizer
+from xtoken.schemas.configs.capture import EstimateConfig, PrecomputeConfig, RowsConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import CaptureManifest, CodecInfo, CorpusInfo, read_manifest
+from xtoken.schemas.tables import capture
+from xtoken.schemas.ui.progress import Progress
+
+# Columns that no teacher is needed for: measured on all the text that was tokenized.
+_TEXT_COLUMNS = ("sample_id", "text", "teacher_ids", "teacher_end")
+# Bytes of text per token that a pilot may need at most: more of the corpus is kept than is scored.
+_WIDEST = 8
+_UNITS = 64  # groups of windows that the spread is taken over, at most
+
+
+@dataclass
+class _Told:
+    """Passes on how far a worker is (see ``Tell``)."""
+
+    progress: Progress
+    done: int = 0
+
+    def __call__(self, done: int) -> None:
+        self.progress.advance(done - self.done)
+        self.done = done
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the pilot says about every other token.
+
+    Attributes:
+        tokens: of the whole corpus; tokens per byte of text, with its error.
+        columns: bytes per token.
+        row_bytes: those of the columns that the teacher's rows make, together, with their error.
+        overhead: bytes of all files that are no column.
+        vocab: bytes of the token tables.
+    """
+
+    tokens: Ratio
+    columns: dict[str, float]
+    row_bytes: Ratio
+    overhead: float
+    vocab: int
+
+
+def estimate(config: EstimateConfig, progress: Progress) -> dict[str, Any]:
+    """Say what ``precompute`` with the same flags would write and how long it would take; nothing is left on disk.
+
+    Args:
+        config: what would run, and how much of it runs now.
+        progress: told bytes of text.
+
+    Returns:
+        Figures: bytes, tokens, hours of wall clock; ``low`` and ``high`` are None where one window tells no spread.
+
+    Raises:
+        XtokenError: bad input, a teacher that cannot be loaded or does not fit the flags, or ``like`` no capture.
+    """
+    if config.like is not None:
+        return _like(config, read_manifest(config.like, CaptureManifest), progress)
+    with tempfile.TemporaryDirectory(prefix="xtoken-estimate-") as folder:
+        given = {name: getattr(config, name) for name in RowsConfig.model_fields}
+        return _piloted(config, PrecomputeConfig(**given, out=folder), progress)
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What a pilot found.
+
+    Attributes:
+        pool: the corpus and what was taken from it.
+        costs: what a token costs.
+        rate: rows per second of one worker with the machine for itself, once its engine is warm.
+        start_up: seconds until the engine is ready.
+        device: what the engine runs on.
+        tokens, windows: what was scored; all there is if ``whole``.
+    """
+
+    pool: Pool
+    costs: Costs
+    rate: float
+    start_up: float
+    device: str
+    tokens: int
+    windows: int
+    whole: bool
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of a capture's parts."""
+        return sum(self.costs.columns.values()) + self.costs.overhead / (self.costs.tokens.value * self.pool.text_bytes)
+
+
+def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pilot:
+    """Read the corpus once, and score about so many tokens of it; ``config.out`` is a folder to write to.
+
+    Raises:
+        XtokenError: bad input, or a teacher that cannot be loaded or does not fit the flags.
+    """
+    check_backend(config)
+    tokenizer = open_tokenizer(config)
+    if entries_asked(config) > tokenizer.table.size:
+        size = tokenizer.table.size
+        raise XtokenError(f"--k {config.k} is more than the vocabulary's {size} tokens; use --k {size}")
+    look = Look.of(config, tokenizer)
+    pool = take_pool(config, config.shard_bytes, max(POOL, _WIDEST * tokens), progress, look)
+    pieces = [list(windows(piece, tokenizer, config.max_tokens)) for piece in pool.pieces]
+    chosen = _choose([window for piece in pieces for window in piece], tokens)
+    began = time.monotonic()
+    worker, device = _open_worker(config, pool, tokenizer)
+    opened = time.monotonic() - began
+    samples, seconds = _score(worker, chosen, progress)
+    rows = sum(len(sample.realised_logprob) for sample in samples)
+    return Pilot(
+        pool=pool,
+        costs=_costs(config, pool, pieces, samples, tokenizer),
+        rate=rows / max(seconds, 1e-9),
+        start_up=opened,
+        device=device,
+        tokens=sum(len(sample.teacher_ids) for sample in samples),
+        windows=len(samples),
+        whole=pool.whole and len(samples) == sum(map(len, pieces)),
+    )
+
+
+def _piloted(asked: EstimateConfig, config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
+    pilot = take_pilot(config, asked.pilot_tokens, progress)
+    return {
+        **_corpus_figures(pilot.pool, pilot.costs.tokens),
+        **_disk_figures(pilot.costs, pilot.pool.text_bytes),
+        **_row_figures(config),
+        **_time_figures(pilot, config),
+        "pilot_tokens": pilot.tokens,
+        "pilot_windows": pilot.windows,
+        "whole_corpus_scored": pilot.whole,
+    }
+
+
+def _choose(found: Sequence[Window], tokens: int) -> list[Window]:
+    """About so many tokens, evenly from all windows."""
+    total = sum(len(window.encoded.ids) for window in found)
+    return evenly(found, math.ceil(len(found) * tokens / max(total, 1)))
+
+
+def _open_worker(config: PrecomputeConfig, pool: Pool, tokenizer: TextTokenizer) -> tuple[CaptureWorker, str]:
+    """The worker of a capture, without a shard to run, and what it runs on."""
+    info = CorpusInfo(source=config.corpus, hash="", documents=pool.documents, text_bytes=pool.text_bytes)
+    plan = Plan(corpus=info, files=pool.files, shard_bytes=config.shard_bytes, shards=[])
+    teacher = open_teacher(config, tokenizer.table, engines_per_gpu(config))
+    check_teacher(config, teacher.info)
+    return CaptureWorker(config, plan, tokenizer, teacher, None), teacher.info.device
+
+
+def _score(worker: CaptureWorker, chosen: Sequence[Window], progress: Progress) -> tuple[list[Sample], float]:
+    """Samples of the windows, and the seconds they took once the engine was warm."""
+    text_bytes = sum(len(window.encoded.text.encode()) for window in chosen)
+    progress.start("pilot", text_bytes, "bytes")
+    worker.score([min(chosen, key=lambda window: len(window.encoded.ids))])
+    began = time.monotonic()
+    samples = worker.score(chosen, _Told(progress))
+    seconds = time.monotonic() - began
+    progress.finish()
+    return samples, seconds
+
+
+def _costs(
+    config: PrecomputeConfig,
+    pool: Pool,
+    pieces: Sequence[Sequence[Window]],
+    samples: Sequence[Sample],
+    tokenizer: TextTokenizer,
+) -> Costs:
+    folder, codec = Path(config.out), codec_info(config)
+    schema = capture(codec.temperatures, codec.name)
+    found = [window for piece in pieces for window in piece]
+    codes = codes_by_use((window.encoded.ids for window in found), tokenizer.table.size)
+    tokens = _tokens_per_byte(pool, pieces)
+    pool_tokens, pilot_tokens = sum(map(_size, found)), sum(len(sample.teacher_ids) for sample in samples)
+    text_schema = pa.schema([field for field in schema if field.name in _TEXT_COLUMNS])
+    text, _ = _written(folder / "text.parquet", text_schema, _text_batches(found, text_schema, text=config.text))
+    rows, overhead = _written(folder / "rows.parquet", schema, sample_batches(samples, schema, codes))
+    columns = {name: (text[name] / pool_tokens if name in text else rows[name] / pilot_tokens) for name in rows}
+    write_vocab(Folder(config.out), tokenizer.table, codes)
+    total = tokens.value * pool.text_bytes
+    # a part's last group of rows is not full
+    groups = total / pool_tokens * len(found) / ROW_GROUP + pool.shards / 2
+    return Costs(
+        tokens=tokens,
+        columns=columns,
+        row_bytes=_row_bytes(folder, samples, schema, codes, pilot_tokens / total),
+        overhead=overhead * max(groups, pool.shards),
+        vocab=sum((folder / name).stat().st_size for name in (VOCAB_FILE, MERGES_FILE)),
+    )
+
+
+def _tokens_per_byte(pool: Pool, pieces: Sequence[Sequence[Window]]) -> Ratio:
+    tokens = [sum(map(_size, piece)) for piece in pieces]
+    sizes = [len("".join(window.encoded.text for window in piece).encode()) for piece in pieces]
+    if pool.whole:
+        return ratio([sum(tokens)], [pool.text_bytes], 1.0)
+    # longer documents were taken more often, in proportion: each counts once
+    shares = [count / size for count, size in zip(tokens, sizes, strict=True)]
+    return ratio(shares, [1.0] * len(shares), sum(sizes) / pool.text_bytes)
+
+
+def _row_bytes(folder: Path, samples: Sequence[Sample], schema: pa.Schema, codes: Codes, seen: float) -> Ratio:
+    """Bytes per token of what the rows take, over groups of windows that are written by themselves."""
+    count = min(_UNITS, len(samples))
+    units = [samples[index * len(samples) // count : (index + 1) * len(samples) // count] for index in range(count)]
+    sizes = []
+    for unit in units:
+        found, _ = _written(folder / "unit.parquet", schema, sample_batches(unit, schema, codes))
+        sizes.append(sum(size for name, size in found.items() if name not in _TEXT_COLUMNS))
+    return ratio(sizes, [sum(len(sample.teacher_ids) for sample in unit) for unit in units], seen)
+
+
+def _size(window: Window) -> int:
+    return len(window.encoded.ids)
+
+
+def _written(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> tuple[dict[str, int], float]:
+    """Bytes of each column of a file, and what else it takes per group of rows."""
+    write_parquet(str(path), schema, batches)
+    metadata = pq.read_metadata(path)
+    with path.open("rb") as file:
+        columns = dict(column_bytes(file, path.name))
+    return columns, (path.stat().st_size - sum(columns.values())) / metadata.num_row_groups
+
+
+def _text_batches(found: Sequence[Window], schema: pa.Schema, *, text: bool) -> Iterator[pa.RecordBatch]:
+    for start in range(0, len(found), ROW_GROUP):
+        part = found[start : start + ROW_GROUP]
+        columns = [
+            pa.array([window.sample_id for window in part]),
+            pa.array([window.encoded.text if text else None for window in part], pa.string()),
+            list_column([window.encoded.ids for window in part], "teacher_ids", schema),
+            list_column([window.encoded.ends for window in part], "teacher_end", schema),
+        ]
+        yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _corpus_figures(pool: Pool, tokens: Ratio) -> dict[str, Any]:
+    total = tokens.value * pool.text_bytes
+    return {
+        **pool.listing.figures,
+        "documents": pool.documents,
+        "text_bytes": pool.text_bytes,
+        "tokens": round(total),
+        **_range("tokens", total, tokens.error),
+        "tokens_per_byte": tokens.value,
+    }
+
+
+def _disk_figures(costs: Costs, text_bytes: int) -> dict[str, Any]:
+    tokens = costs.tokens.value * text_bytes
+    in_rows = tokens * sum(size for name, size in costs.columns.items() if name not in _TEXT_COLUMNS)
+    parts = tokens * sum(costs.columns.values()) + costs.overhead
+    # text is known from all that was tokenized, rows only from the pilot
+    error = math.hypot(costs.tokens.error, costs.row_bytes.error * in_rows / parts)
+    return {
+        "disk_bytes": round(parts + costs.vocab),
+        **_range("disk_bytes", parts, error, costs.vocab),
+        "vocabulary_bytes": costs.vocab,
+        "bytes_per_token": {
+            **{name: round(size, 3) for name, size in costs.columns.items()},
+            "all": round(parts / tokens, 3),
+        },
+    }
+
+
+def _range(name: str, value: float, error: float, fixed: int = 0) -> dict[str, int | None]:
+    """``low`` and ``high`` of a figure; None where the pilot has one window."""
+    ends = {"low": value * max(0.0, 1.0 - error), "high": value * (1.0 + error)}
+    return {f"{name}_{end}": None if math.isnan(error) else round(at + fixed) for end, at in ends.items()}
+
+
+def _row_figures(config: PrecomputeConfig) -> dict[str, Any]:
+    """What the codec keeps of the pilot's rows."""
+    codec = codec_info(config)
+    path = str(Path(config.out) / "rows.parquet")
+    rows, entries, rest = 0, 0, [np.zeros(0)]
+    counted, steps = ("kept", "rest_gap") if codec.name == "topk" else ("drawn", None)
+    for batch in iter_parquet(path, [name for name in (counted, steps) if name]):
+        counts = batch[counted].flatten().to_numpy()
+        rows, entries = rows + len(counts), entries + int(counts.sum())
+        if steps is not None:
+            rest.append(_mass(batch[steps].flatten().to_numpy(), codec.step))
+    if codec.name == "sampled":
+        return {"draws": codec.draws, "distinct_ids_per_row": entries / max(rows, 1)}
+    rest_R = np.concatenate(rest)
+    return {
+        "entries_per_row": entries / max(rows, 1),
+        "mass_not_kept_mean": float(rest_R.mean()) if rows else 0.0,
+        "mass_not_kept_rms": float(np.sqrt((rest_R**2).mean())) if rows else 0.0,
+    }
+
+
+def _mass(steps_R: NDArray[np.uint16], step: float) -> NDArray[np.float64]:
+    return np.where(steps_R == NO_REST, 0.0, np.exp(-step * steps_R.astype(np.float64)))
+
+
+def _time_figures(pilot: Pilot, config: PrecomputeConfig) -> dict[str, Any]:
+    """Rows per second are of one worker with the machine for itself."""
+    fleet = fleet_here(config, pilot.device)
+    tokens = pilot.costs.tokens.value * pilot.pool.text_bytes
+    return {
+        "rows_per_s": pilot.rate,
+        "start_up_s": pilot.start_up,
+        "workers": fleet.workers,
+        "workers_that_add_speed": fleet.engines,
+        "hours": (pilot.start_up + tokens / (pilot.rate * fleet.engines)) / 3600,
+    }
+
+
+def _like(config: EstimateConfig, manifest: CaptureManifest, progress: Progress) -> dict[str, Any]:
+    """Figures from the parts of a capture that exists."""
+    parts = [part for part in manifest.parts if part.tokens and part.text_bytes]
+    if not parts:
+        raise XtokenError(f"--like {config.like} holds no tokens to go by; name another capture, or leave it out")
+    pool = take_pool(config, config.shard_bytes, POOL, progress)
+    sizes, counts = [part.file_bytes for part in parts], [part.tokens for part in parts]
+    # another corpus than the capture's is of parts that were not seen
+    tokens = ratio(counts, [part.text_bytes for part in parts], 0.0)
+    disk = ratio(sizes, counts, 0.0)
+    total = tokens.value * pool.text_bytes
+    return {
+        **_corpus_figures(pool, tokens),
+        "disk_bytes": round(total * disk.value),
+        **_range("disk_bytes", total * disk.value, math.hypot(tokens.error, disk.error)),
+        "bytes_per_token": disk.value,
+        "entries_per_row": sum(part.entries for part in parts) / max(sum(part.rows for part in parts), 1),
+        "hours": "unknown: a capture does not record its speed; leave --like out to time a pilot",
+        "settings": f"those of {config.like}: {_settings(manifest.codec)}, {manifest.max_tokens} tokens per sample, "
+        f"teacher {manifest.teacher.model}",
+    }
+
+
+def _settings(codec: CodecInfo) -> str:
+    return f"{codec.draws} draws" if codec.name == "sampled" else f"k {codec.k}, min_p {codec.min_p:g}"

@@ -1,0 +1,233 @@
+"""What makes two runs the same run, and the records that keep different ones out of one folder."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from xtoken.pipeline.store import STEP, Folder
+from xtoken.pipeline.teachers.base import shows_bos
+from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.configs.capture import PrecomputeConfig, RowsConfig
+from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.io.remote import open_url
+from xtoken.schemas.manifest import MANIFEST, CodecInfo, EngineSettings, TeacherInfo, digest
+from xtoken.schemas.tables import PARTS_SINCE
+
+RUN_FILE = "run.json"
+TEACHER_FILE = "teacher.json"
+_ENGINE = "engine_settings"  # stands in teacher.json beside the fields of TeacherInfo
+_TEACHER_BYTES = 4 << 20
+# Workers record the teacher, and where all is committed none starts.
+_TEACHER_ANEW = (
+    "put a copy of it there, or remove it with commits/part-00000.json and data/part-00000.parquet and run the same "
+    "command again, which makes these anew"
+)
+_SETTINGS: TypeAdapter[EngineSettings] = TypeAdapter(EngineSettings)
+# Names whose presence without run.json means that the folder is somebody else's.
+_FOREIGN = (MANIFEST, "data", "commits", "config.json", "w.parquet", "metrics.jsonl")
+
+
+def codec_info(config: RowsConfig) -> CodecInfo:
+    """The codec a run's settings ask for."""
+    if config.codec == "sampled":
+        return CodecInfo(name="sampled", draws=config.draws, seed=config.seed)
+    return CodecInfo(k=config.k, min_p=config.min_p, step=STEP, temperatures=[1.0, *config.temperatures])
+
+
+def sees_bos(config: PrecomputeConfig, table: TokenTable) -> bool:
+    """Whether the teacher is shown BOS before each sample.
+
+    Raises:
+        XtokenError: ``--bos always`` for a tokenizer that has none.
+    """
+    if config.bos == "always" and table.info.bos_id is None:
+        raise XtokenError(f"--bos always, but the tokenizer {table.info.name!r} has no BOS; use --bos auto")
+    return shows_bos(config, table.info)
+
+
+def run_settings(config: PrecomputeConfig, table: TokenTable, student: TokenTable | None) -> dict[str, Any]:
+    """Settings that must not differ between the runs that fill one folder."""
+    return {
+        # of the parts: what a later version adds to the manifest is no reason to begin anew
+        "schema_version": PARTS_SINCE,
+        "teacher": config.teacher,
+        "backend": config.backend,
+        "revision": config.revision,
+        "dtype": config.dtype,
+        "tokenizer_hash": table.info.hash,
+        "bos": sees_bos(config, table),
+        **_codec_settings(config),
+        "temperatures": config.temperatures or None,
+        "max_tokens": config.max_tokens,
+        "text": config.text,
+        "student_hash": student.info.hash if student is not None else None,
+    }
+
+
+def _codec_settings(config: PrecomputeConfig) -> dict[str, Any]:
+    """What decides the rows; None is what a run.json from before there were draws says by its silence."""
+    if config.codec == "sampled":
+        names = {"codec": "sampled", "draws": config.draws, "seed": config.seed}
+        return {"k": None, "min_p": None, "step": None, **names}
+    return {"k": config.k, "min_p": config.min_p, "step": STEP, "codec": None, "draws": None, "seed": None}
+
+
+def settle_settings(folder: Folder, settings: dict[str, Any]) -> bool:
+    """Record the settings in a fresh folder; in a used one they must be the same.
+
+    Returns:
+        Whether the folder was fresh.
+
+    Raises:
+        XtokenError: the folder belongs to another run; the message names what differs.
+    """
+    _refuse_foreign(folder)
+    folder.make("")
+    return _settle(folder, RUN_FILE, settings)
+
+
+def check_settings(folder: Folder, settings: dict[str, Any]) -> None:
+    """Compare the settings with those of the folder, if it has any; nothing is written.
+
+    Raises:
+        XtokenError: as ``settle_settings``.
+    """
+    _refuse_foreign(folder)
+    if folder.exists(RUN_FILE):
+        _compare(folder, RUN_FILE, settings)
+
+
+def settle_teacher(folder: Folder, info: TeacherInfo, settings: Mapping[str, Any] | None = None) -> TeacherInfo:
+    """Record the teacher that was opened; every later one must be the same, on whatever device.
+
+    Args:
+        folder: the run's.
+        info: of the engine; decides what the same is, but for the device and how many of them, which move no row by
+            more than rounding (parts name theirs), and for the way rows leave the engine: both ways give the same rows,
+            and one worker that falls back must not end a run. Audits name the way of each.
+        settings: what the engine was started with. The first engine's are recorded; others may differ, as batches and
+            memory do from machine to machine.
+
+    Returns:
+        The teacher that the run began with.
+
+    Raises:
+        XtokenError: another teacher or engine than the run began with.
+    """
+    record = {**info.model_dump(), _ENGINE: _SETTINGS.validate_python(dict(settings or {}))}
+    _settle(folder, TEACHER_FILE, record, free=(_ENGINE, "capture_path", "device", "tensor_parallel"))
+    return read_teacher(folder)
+
+
+def read_teacher(folder: Folder) -> TeacherInfo:
+    """The teacher that the workers recorded.
+
+    Raises:
+        VerificationError: the record is damaged.
+    """
+    return _read_teacher(folder)[0]
+
+
+def read_engine_settings(folder: Folder) -> EngineSettings:
+    """What the first engine was started with; empty where an older release recorded the teacher.
+
+    Raises:
+        VerificationError: the record is damaged.
+    """
+    return _read_teacher(folder)[1]
+
+
+def _read_teacher(folder: Folder) -> tuple[TeacherInfo, EngineSettings]:
+    try:
+        record = json.loads(read_small(folder, TEACHER_FILE, _TEACHER_BYTES))
+        settings = _SETTINGS.validate_python(record.pop(_ENGINE, {}))
+        return TeacherInfo.model_validate(record), settings
+    except FileNotFoundError as error:
+        raise VerificationError(f"{folder.url(TEACHER_FILE)} is missing; {_TEACHER_ANEW}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise VerificationError(f"{folder.url(TEACHER_FILE)} is damaged ({said}); {_TEACHER_ANEW}") from error
+
+
+def read_small(folder: Folder, name: str, limit: int) -> bytes:
+    """Content of a file of at most ``limit`` bytes; FileNotFoundError when absent.
+
+    Raises:
+        VerificationError: it is longer, or a symbolic link.
+    """
+    url = folder.url(name)
+    if folder.is_link(name):
+        raise VerificationError(f"{url} is a symbolic link; an artifact holds plain files only")
+    with open_url(url) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise VerificationError(f"{url} has more than the {limit} bytes that are read; something else wrote it")
+    return data
+
+
+def read_record(folder: Folder, name: str, *, needed: bool) -> dict[str, Any]:
+    """A record that a run wrote as it began.
+
+    Args:
+        folder: the run's.
+        name: of the record.
+        needed: whether the run cannot go on where it is removed.
+
+    Raises:
+        VerificationError: it is no JSON object, or one that says nothing.
+    """
+    try:
+        found = json.loads(folder.read(name))
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict) and found:
+        return found
+    mend = (
+        "put a copy of it there (the same command with another --out writes the same one as it starts)"
+        if needed
+        else "remove it"
+    )
+    raise VerificationError(
+        f"{folder.url(name)} is damaged: it holds no settings; {mend} and run the same command again"
+    )
+
+
+def run_hash(plan_hash: str, teacher: TeacherInfo, settings: dict[str, Any], codec: CodecInfo) -> str:
+    """Identity of a run: plan, teacher, tokenizer, codec and options."""
+    options = {name: settings[name] for name in ("tokenizer_hash", "bos", "max_tokens", "text")}
+    return digest([plan_hash, teacher.model_dump(), options, codec.model_dump()])
+
+
+def another_run(folder: Folder, differ: list[str]) -> XtokenError:
+    """The error that names what two runs differ in."""
+    return XtokenError(
+        f"{folder.root} holds another run ({'; '.join(differ)}); repeat its settings or use another --out"
+    )
+
+
+def _settle(folder: Folder, name: str, now: dict[str, Any], free: tuple[str, ...] = ()) -> bool:
+    """Write a record, or compare with the one that is there in all but what is ``free``; whether it was written."""
+    if folder.create(name, json.dumps(now, indent=1).encode() + b"\n"):
+        return True
+    _compare(folder, name, now, free)
+    return False
+
+
+def _refuse_foreign(folder: Folder) -> None:
+    known = {name for name in folder.names() if name in _FOREIGN}
+    if known and not folder.exists(RUN_FILE):
+        raise XtokenError(f"{folder.root} holds {sorted(known)[0]!r} but no capture; use another --out")
+
+
+def _compare(folder: Folder, name: str, now: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+    # without run.json, what lies there would be somebody else's; other records are made again
+    needed = name == RUN_FILE and any(one in _FOREIGN for one in folder.names())
+    there = read_record(folder, name, needed=needed)
+    keys = sorted({*there, *now}.difference(free))
+    differ = [
+        f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys if there.get(key) != now.get(key)
+    ]
+    if differ:
+        raise another_run(folder, differ)

@@ -1,0 +1,250 @@
+"""A capture worker's three stages, overlapped so that the engine never waits for Python.
+
+One thread reads and tokenizes shards ahead, the caller's thread keeps the engine fed, one thread packs rows, writes
+Parquet and commits. Queues between them are short, so memory does not grow with the corpus. When the engine raises,
+every shard in it is suspect: they fail, and the worker ends, for nobody knows what state the engine is in; a second
+attempt at a shard has the engine to itself, so that the guilty one is found.
+"""
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xtoken.pipeline.corpus import Window
+from xtoken.pipeline.executors.protocol import Lease, News, Say, portable
+from xtoken.pipeline.store import Sample
+from xtoken.pipeline.teachers.base import EngineLost, Teacher, TeacherRows
+from xtoken.schemas.manifest import Part
+
+Audit = Callable[[int], None]
+"""Looks at a committed shard by other means; called while the engine rests."""
+
+_ROWS_WAITING = 16  # samples that the engine is done with and that are not packed yet
+_TELL_SECONDS = 0.5
+_BEAT_SECONDS, _MOST_BEATS = 20.0, 180  # during an audit; one that takes longer than an hour hangs
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A shard that is ready for the engine.
+
+    Attributes:
+        pieces: its windows, in order.
+        prompts: int32 [T] of each, context included.
+        batches: indices of the pieces that have rows, in batches of like lengths.
+        counts: for the commit record.
+    """
+
+    shard: int
+    pieces: list[Window]
+    prompts: list[NDArray[np.int32]]
+    batches: list[list[int]]
+    counts: Counter[str]
+
+
+class Steps(Protocol):
+    """What the stages do, one method each."""
+
+    def prepare(self, shard: int) -> Prepared | Part:
+        """Read and tokenize a shard; what is committed already, by whomever, is not done again."""
+        ...
+
+    def sample(self, piece: Window, rows: TeacherRows | None) -> Sample:
+        """Pack the rows of one window."""
+        ...
+
+    def publish(self, prepared: Prepared, samples: Sequence[Sample]) -> Part:
+        """Write, verify and commit a shard."""
+        ...
+
+
+@dataclass(eq=False)
+class _Shard:
+    """A shard on its way through the stages."""
+
+    lease: Lease
+    prepared: Prepared
+    unanswered: int = 0  # windows in the engine
+    fed: bool = False  # nothing of it is left to be given to the engine
+    done: int = 0  # bytes of text scored
+    told: float = 0.0
+    rows: dict[int, Sample] = field(default_factory=dict)
+    closed: threading.Event = field(default_factory=threading.Event)  # committed or failed
+    part: Part | None = None  # once it is committed
+    held: bool = False  # its news waits for the audit: a driver without open shards ends its workers
+
+
+_Key = tuple[_Shard, int]
+_Batch = Sequence[tuple[_Key, NDArray[np.int32]]]
+_Scored = tuple[_Shard, int, TeacherRows] | tuple[_Shard, None, None] | None
+
+
+def text_bytes(piece: Window) -> int:
+    """Bytes of a window's text."""
+    ends = piece.encoded.ends
+    return int(ends[-1]) if len(ends) else 0
+
+
+class Stages:
+    """One worker's threads and the queues between them."""
+
+    def __init__(self, steps: Steps, teacher: Teacher, audit: Audit | None = None) -> None:
+        self._steps = steps
+        self._teacher = teacher
+        self._audit = audit
+        self._prepared: queue.Queue[_Shard | None] = queue.Queue(maxsize=1)
+        self._scored: queue.Queue[_Scored] = queue.Queue(maxsize=_ROWS_WAITING)
+        self._in_engine: list[_Shard] = []
+        self._say: Say = _nobody
+
+    def serve(self, leases: Iterator[Lease], say: Say) -> None:
+        """See ``xtoken.pipeline.executors.protocol.Worker``; the engine is used by the calling thread only."""
+        self._say = say
+        threading.Thread(target=self._read_ahead, args=(leases,), name="xtoken-reader", daemon=True).start()
+        publisher = threading.Thread(target=self._publish_all, name="xtoken-publisher", daemon=True)
+        publisher.start()
+        try:
+            self._run_engine()
+        except Exception as error:
+            for shard in self._in_engine:
+                self._fail(shard, error)
+            if not self._in_engine and not isinstance(error, EngineLost):  # the audit refuses the rows
+                say(News("broken", error=portable(error)))
+        finally:
+            self._scored.put(None)
+            publisher.join()
+
+    def _run_engine(self) -> None:
+        audited = self._audit is None
+        while not audited:
+            shard = self._prepared.get()
+            if shard is None:
+                return
+            shard.held = True
+            self._stream(self._feed_one(shard))
+            shard.closed.wait()
+            if shard.part is not None:
+                self._look_at(shard)
+                self._say(News("part", shard.lease.shard, part=shard.part))
+                audited = True
+        self._stream(self._feed_all())
+
+    def _look_at(self, shard: _Shard) -> None:
+        """Audit a committed shard; the driver hears that the worker lives, for loading a model can outlast a lease."""
+        assert self._audit is not None
+        done = threading.Event()
+        beat = threading.Thread(target=self._beat, args=(shard, done), name="xtoken-beat", daemon=True)
+        beat.start()
+        try:
+            self._audit(shard.lease.shard)
+        finally:
+            done.set()
+            beat.join()
+
+    def _beat(self, shard: _Shard, done: threading.Event) -> None:
+        for _ in range(_MOST_BEATS):
+            if done.wait(_BEAT_SECONDS):
+                return
+            self._say(News("told", shard.lease.shard, done=shard.done))
+
+    def _stream(self, batches: Iterator[_Batch | None]) -> None:
+        for key, rows in self._teacher.stream(batches):
+            shard, index = cast(_Key, key)
+            shard.unanswered -= 1
+            self._scored.put((shard, index, rows))
+            self._progress(shard, index)
+            self._finish(shard)
+
+    def _feed_all(self) -> Iterator[_Batch | None]:
+        """Batches of shard after shard; None while the next one is not ready and the engine has work left."""
+        while True:
+            shard: _Shard | None
+            try:
+                shard = self._prepared.get(block=not self._in_engine)
+            except queue.Empty:
+                yield None
+                continue
+            if shard is None:
+                return
+            alone = shard.lease.attempt > 1
+            while alone and self._in_engine:
+                yield None
+            yield from self._feed_one(shard)
+            while alone and self._in_engine:
+                yield None
+
+    def _feed_one(self, shard: _Shard) -> Iterator[_Batch | None]:
+        prepared = shard.prepared
+        self._in_engine.append(shard)
+        for batch in prepared.batches:
+            if shard.closed.is_set():  # failed while being packed
+                break
+            shard.unanswered += len(batch)
+            yield [((shard, index), prepared.prompts[index]) for index in batch]
+        shard.fed = True
+        self._finish(shard)
+
+    def _finish(self, shard: _Shard) -> None:
+        """Pass a shard on once all of it is answered."""
+        if shard.fed and shard.unanswered == 0 and shard in self._in_engine:
+            self._in_engine.remove(shard)
+            self._scored.put((shard, None, None))
+
+    def _progress(self, shard: _Shard, index: int) -> None:
+        shard.done += text_bytes(shard.prepared.pieces[index])
+        now = time.monotonic()
+        if now - shard.told > _TELL_SECONDS:
+            shard.told = now
+            self._say(News("told", shard.lease.shard, done=shard.done))
+
+    def _fail(self, shard: _Shard, error: BaseException) -> None:
+        if not shard.closed.is_set():
+            shard.closed.set()
+            self._say(News("failed", shard.lease.shard, error=portable(error)))
+
+    def _read_ahead(self, leases: Iterator[Lease]) -> None:
+        for lease in leases:
+            self._say(News("begun", lease.shard))
+            try:
+                prepared = self._steps.prepare(lease.shard)
+            except BaseException as error:  # a panic of the tokenizer's is no Exception
+                self._say(News("failed", lease.shard, error=portable(error)))
+                continue
+            if isinstance(prepared, Part):
+                self._say(News("part", lease.shard, part=prepared))
+            else:
+                self._prepared.put(_Shard(lease, prepared))
+        self._prepared.put(None)
+
+    def _publish_all(self) -> None:
+        while (scored := self._scored.get()) is not None:
+            shard, index, rows = scored
+            if shard.closed.is_set():
+                continue
+            try:
+                if index is None or rows is None:
+                    self._publish(shard)
+                else:
+                    shard.rows[index] = self._steps.sample(shard.prepared.pieces[index], rows)
+            except BaseException as error:
+                self._fail(shard, error)
+
+    def _publish(self, shard: _Shard) -> None:
+        pieces = shard.prepared.pieces
+        samples = [shard.rows.get(at) or self._steps.sample(piece, None) for at, piece in enumerate(pieces)]
+        shard.part = self._steps.publish(shard.prepared, samples)
+        shard.rows.clear()
+        shard.closed.set()
+        if not shard.held:
+            self._say(News("part", shard.lease.shard, part=shard.part))
+
+
+def _nobody(news: News) -> None:
+    del news

@@ -1,0 +1,1 @@
+"""Where workers run: in processes of this machine, or in actors of a Ray cluster."""

@@ -1,0 +1,67 @@
+"""How many workers and GPUs a run's settings mean, here or on a cluster."""
+
+from dataclasses import dataclass
+
+from xtoken.pipeline.executors.gpus import visible_gpus
+from xtoken.schemas.configs.capture import PrecomputeConfig
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The workers of a run.
+
+    Attributes:
+        workers: how many.
+        gpus: what each of them has, a fraction where several share one; 0 on CPU.
+        engines: as many as run at full speed; workers that share a processor count as one.
+    """
+
+    workers: int
+    gpus: float
+    engines: float
+
+
+def gpus_of_worker(config: PrecomputeConfig, device: str) -> float:
+    """GPUs that one worker has, a fraction where several share one.
+
+    Args:
+        config: what runs.
+        device: as the engine names it (see ``TeacherInfo``): ``cpu``, or a GPU's name.
+    """
+    if device == "cpu":
+        return 0.0
+    if config.gpus_per_worker is not None:
+        return config.gpus_per_worker
+    if config.ray is not None or config.device != "auto":
+        return float(config.tensor_parallel)
+    # workers of one machine share what it has
+    return min(float(config.tensor_parallel), max(1, len(visible_gpus())) / (config.workers or 1))
+
+
+def fleet_here(config: PrecomputeConfig, device: str) -> Fleet:
+    """The workers of a run on this machine; ``device`` as for ``gpus_of_worker``."""
+    workers, gpus = config.workers or 1, gpus_of_worker(config, device)
+    if config.backend == "fake":
+        return Fleet(workers, 0.0, workers)
+    # on CPU one real engine uses all cores already
+    return Fleet(workers, gpus, max(1.0, int(workers * gpus / config.tensor_parallel)))
+
+
+def fleet_of_ray(config: PrecomputeConfig) -> Fleet:
+    """The workers of a run on a Ray cluster as it is now.
+
+    Raises:
+        XtokenError: no Ray, no cluster, or no machine of it has the GPUs of one worker.
+    """
+    from xtoken.pipeline.executors.ray_cluster import alive, joined, share_of
+
+    assert config.ray is not None
+    with joined(config.ray, config.workers or 1):
+        nodes = alive()
+        share = share_of(nodes, config.workers, config.gpus_per_worker, config.tensor_parallel, config.device)
+    workers = config.workers or max(1, share.places(nodes) if share.gpus else 1)
+    if config.backend == "fake":
+        return Fleet(workers, share.gpus, workers)
+    if not share.gpus:
+        return Fleet(workers, 0.0, min(workers, len(nodes)))
+    return Fleet(workers, share.gpus, workers * min(1.0, share.gpus / config.tensor_parallel))

@@ -1,0 +1,1 @@
+"""Moving artifacts: push, pull, true subsets, merge, and the dataset card."""

@@ -1,0 +1,249 @@
+"""The parts of a card that say what one capture is: facts, counts, fidelity, alignment, limits."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from xtoken.pipeline.share.card.alignment import Alignment
+from xtoken.pipeline.share.card.markup import code, plain, public
+from xtoken.pipeline.share.card.stats import RowStats, quantile
+from xtoken.pipeline.store.figures import audits_line, capture_figures
+from xtoken.pipeline.store.left_out import without_rows
+from xtoken.schemas.manifest import CaptureManifest, content_hash
+from xtoken.schemas.tables import capture
+from xtoken.schemas.ui.progress import brief
+
+_NAMED = 5
+_MEASURED_STEP, _MEASURED_KL = 1 / 32, "2.5e-5"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; numbers are written for people."""
+    lines = [head, ["---"] * len(head), *([brief(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def facts(manifest: CaptureManifest) -> str:
+    """Teacher, tokenizer, rows, corpus, origin."""
+    teacher, tokenizer, corpus = manifest.teacher, manifest.tokenizer, manifest.corpus
+    context = "BOS before each" if manifest.bos else "without BOS"
+    lines = [
+        f"**Teacher**: {code(public(teacher.model))}, revision {code(teacher.revision or 'not recorded')}, "
+        f"{_precision(manifest)}",
+        f"**Engine**: {code(teacher.backend)} {code(teacher.engine_version)} on {code(teacher.device)}, rows taken by "
+        f"{code(teacher.capture_path)}",
+        f"**Tokenizer**: {code(tokenizer.name)}, {tokenizer.size:,} ids, hash {code(tokenizer.hash)}",
+        f"**Context**: samples of at most {manifest.max_tokens:,} tokens, {context}, each scored on its own (the model "
+        f"takes {teacher.context:,})",
+        f"**Rows**: {rows_stored(manifest)}",
+        f"**Corpus**: {code(public(corpus.source))}, {corpus.documents:,} documents, {corpus.text_bytes:,} bytes, hash "
+        f"{code(corpus.hash)}",
+        *([f"**Audited**: {audits_line(manifest.audits, code)}"] if manifest.audits else []),
+        *_origins(manifest),
+        f"**Content hash**: {code(content_hash(manifest))}; schema version {manifest.schema_version}, xtoken "
+        f"{code(manifest.xtoken_version)}",
+    ]
+    return bullets(lines)
+
+
+def _precision(manifest: CaptureManifest) -> str:
+    teacher = manifest.teacher
+    quantized = f", quantised by {code(teacher.quantization)}" if teacher.quantization else ""
+    hashes = [("config", teacher.config_hash), ("weights", teacher.weights_hash)]
+    named = "".join(f", {name} hash {code(value)}" for name, value in hashes if value)
+    return f"in {code(teacher.dtype)} with a head in {code(teacher.head_dtype)}{quantized}{named}"
+
+
+def _origins(manifest: CaptureManifest) -> list[str]:
+    lines = []
+    for origin in manifest.derived_from[:_NAMED]:
+        chosen = [("parts", origin.parts), ("samples where", origin.where)]
+        named = "".join(f", {name} {code(value)}" for name, value in chosen if value)
+        lines.append(f"**Made from** the capture with content hash {code(origin.content_hash)}{named}")
+    more = len(manifest.derived_from) - _NAMED
+    return [*lines, *([f"**Made from** {more} captures more, see `manifest.json`"] if more > 0 else [])]
+
+
+def rows_stored(manifest: CaptureManifest) -> str:
+    """What of each row the capture holds, in words."""
+    codec = manifest.codec
+    if without_rows(manifest.left_out):
+        return "none; only the log-probability of each token in the text"
+    if codec.name == "sampled":
+        return (
+            f"codec `sampled`: {codec.draws:,} draws with replacement from the teacher's whole distribution, seed "
+            f"{codec.seed}, and its entropy"
+        )
+    others = ", ".join(f"{tau:g}" for tau in codec.temperatures[1:])
+    return (
+        f"codec `topk`: the entries of probability {codec.min_p:g} and more, at least 1 and at most {codec.k}, and the "
+        f"mass of all others (REST), in steps of {codec.step:g} nats"
+        + (f"; REST also at temperatures {others}" if others else "")
+    )
+
+
+def schema(manifest: CaptureManifest) -> pa.Schema:
+    """The capture's table."""
+    codec = manifest.codec
+    return capture(codec.temperatures, codec.name, manifest.left_out, version=manifest.schema_version)
+
+
+def counts(manifest: CaptureManifest) -> str:
+    """Samples, tokens, rows, bytes."""
+    figures = capture_figures(manifest)
+    parts = manifest.parts
+    entries = "different draws per row" if manifest.codec.name == "sampled" else "entries per row"
+    rows: list[tuple[str, object]] = [
+        ("samples", figures["samples"]),
+        ("tokens", figures["tokens"]),
+        ("rows", figures["rows"]),
+        ("text, bytes", figures["text_bytes"]),
+        ("files in data/", len(parts)),
+        ("files in data/, bytes", sum(part.file_bytes for part in parts)),
+        ("bytes per token", figures["bytes_per_token"]),
+    ]
+    if not without_rows(manifest.left_out):
+        rows.insert(3, (entries, figures["entries_per_row"]))
+    return table(["", "count"], rows)
+
+
+def columns(manifest: CaptureManifest, sizes: Mapping[str, float]) -> str:
+    """Each column's type, bytes per token and meaning."""
+    rows = [
+        (f"`{field.name}`", str(field.type).replace("<element: ", " of ").replace(" not null>", ""),
+         f"{sizes.get(field.name, 0.0):.2f}", (field.metadata or {}).get(b"doc", b"").decode().replace("|", "or"))
+        for field in schema(manifest)
+    ]  # fmt: skip
+    return table(["column", "type", "bytes", "holds"], rows)
+
+
+def fidelity(manifest: CaptureManifest, stats: RowStats) -> str:
+    """What the rows keep of the teacher's distribution."""
+    if not stats.rows:
+        return "There are no rows."
+    rows: list[tuple[str, object]] = [("teacher's bits per byte of this text", stats.bits_per_byte)]
+    notes = []
+    if not without_rows(manifest.left_out):
+        sampled = manifest.codec.name == "sampled"
+        rows += _sampled_rows(stats) if sampled else _topk_rows(stats)
+        notes = [_sampled_note(manifest) if sampled else _topk_note(manifest)]
+    return "\n\n".join([table(["", "measured on all rows"], rows), *notes])
+
+
+def _topk_rows(stats: RowStats) -> list[tuple[str, object]]:
+    quantiles = [f"{stats.rest_quantile(share):.4f}" for share in (0.5, 0.9, 0.99)]
+    entries = [quantile(stats.entries, share) for share in (0.5, 0.9, 0.99)]
+    return [
+        ("mass not kept, mean", f"{stats.rest_moment(1):.4f}"),
+        ("mass not kept, root mean square", f"{stats.rest_moment(2) ** 0.5:.4f}"),
+        ("mass not kept, median, 90 %, 99 %", ", ".join(quantiles)),
+        ("entries per row, median, 90 %, 99 %", ", ".join(map(str, entries))),
+        ("entropy, REST as one cell, mean in nats", stats.entropy_nats / stats.rows),
+        ("token of the text is the first entry", f"{stats.share_within(1):.1%}"),
+        ("token of the text is among the first 5", f"{stats.share_within(5):.1%}"),
+        ("token of the text is kept", f"{stats.share_within(len(stats.rank)):.1%}"),
+    ]
+
+
+def _topk_note(manifest: CaptureManifest) -> str:
+    step = manifest.codec.step
+    note = (
+        "The mass of what is not kept is one stored number (REST) and never renormalised away, so the entries kept are "
+        f"exact up to rounding to {step:g} nats. That rounding costs a KL of at most {step * step / 8:.1e} nats per "
+        "row once a row is made to sum to 1 (Hoeffding's lemma: every logarithm is within half a step)"
+    )
+    measured = f"; on real rows xtoken's `benchmarks/results/codec.md` has {_MEASURED_KL} on average"
+    return note + (measured if step == _MEASURED_STEP else "") + "."
+
+
+def _sampled_rows(stats: RowStats) -> list[tuple[str, object]]:
+    entries = [quantile(stats.entries, share) for share in (0.5, 0.9, 0.99)]
+    return [
+        ("different draws per row, median, 90 %, 99 %", ", ".join(map(str, entries))),
+        ("entropy of the whole rows, mean in nats", stats.entropy_nats / stats.rows),
+        ("token of the text was drawn most (or first among equals)", f"{stats.share_within(1):.1%}"),
+        ("token of the text was drawn", f"{stats.share_within(len(stats.rank)):.1%}"),
+    ]
+
+
+def _sampled_note(manifest: CaptureManifest) -> str:
+    draws = manifest.codec.draws
+    worst = 0.5 / np.sqrt(draws)
+    return (
+        "Draws are unbiased: on average they give every probability exactly, the tail's too. One row's estimate of a "
+        f"probability p has the standard error sqrt(p (1 - p) / {draws}), at most {worst:.3f}."
+    )
+
+
+def alignment(manifest: CaptureManifest, found: Sequence[Alignment]) -> str:
+    """How students' tokens meet the teacher's: chunks, and those of one token on either side."""
+    rows = [
+        (code(one.student), one.samples, _percent(one.one_to_one, one.chunks), _ratio(one.text_bytes, one.chunks),
+         _ratio(one.text_bytes, one.student_tokens))
+        for one in found
+    ]  # fmt: skip
+    summed: Counter[str] = Counter()
+    for part in manifest.parts:
+        summed.update(part.counts)
+    if not rows and summed["chunks"]:
+        text_bytes = sum(part.text_bytes for part in manifest.parts)
+        rows = [
+            ("given when it was captured", sum(part.samples for part in manifest.parts),
+             _percent(summed["chunks_1_1"], summed["chunks"]), _ratio(text_bytes, summed["chunks"]),
+             _ratio(text_bytes, summed["student_tokens"]))
+        ]  # fmt: skip
+    if not rows:
+        return "Not measured; `xtoken share card CAPTURE --students NAME` counts it for any tokenizer."
+    head = ["student's tokenizer", "samples", "chunks of 1 token each", "bytes per chunk", "bytes per student token"]
+    return "A chunk is a span that both tokenizations cut at the same bytes.\n\n" + table(head, rows)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def _ratio(part: int, whole: int) -> str:
+    return f"{part / whole:.2f}" if whole else "-"
+
+
+def limits(manifest: CaptureManifest, *, has_text: bool) -> str:
+    """What is not in the capture."""
+    codec, left = manifest.codec, set(manifest.left_out)
+    taus = ", ".join(f"{tau:g}" for tau in codec.temperatures)
+    lines = ["Each sample was scored on its own: no context crosses from one window of a document to the next."]
+    if without_rows(manifest.left_out):
+        lines.append("The rows' entries were left out: only losses of the text's own log-probabilities can be trained.")
+    elif codec.name == "sampled":
+        lines.append("Draws serve losses that are linear in the teacher's probabilities; others need `topk`.")
+        lines.append("Draws are at temperature 1; other temperatures cannot be derived from them.")
+    else:
+        lines.append("Which tokens share REST is not known, only how much they have together.")
+        lines.append(f"REST is stored at temperature {taus}; at others it cannot be derived exactly.")
+    if not has_text:
+        lines.append("The text is not included: aligning needs the corpus with the hash above (`--corpus`).")
+    if "space_logprob" in left:
+        lines.append("`space_logprob` was left out: `alm` runs without its correction for spaces.")
+    lines += _missing(manifest)
+    lines.append("A teacher's mistakes and biases, and the text's, are in its rows; nothing was filtered.")
+    return bullets(lines)
+
+
+def _missing(manifest: CaptureManifest) -> list[str]:
+    lines = []
+    if manifest.set_aside:
+        named = ", ".join(str(index) for index in sorted(manifest.set_aside)[:_NAMED])
+        more = f" and {len(manifest.set_aside) - _NAMED} more" if len(manifest.set_aside) > _NAMED else ""
+        lines.append(f"Shards that failed are missing: {named}{more}; `manifest.json` has their errors.")
+    if manifest.corpus.bad:
+        bad = ", ".join(f"{plain(reason)}: {count:,}" for reason, count in sorted(manifest.corpus.bad.items())[:_NAMED])
+        lines.append(f"Documents skipped or mended: {bad}.")
+    if any(origin.where or origin.parts for origin in manifest.derived_from):
+        lines.append("This is a subset: the corpus above is the whole one.")
+    return lines

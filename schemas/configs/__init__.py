@@ -1,0 +1,1 @@
+"""The configuration of every verb: its fields are the flags."""

@@ -1,0 +1,214 @@
+"""Configuration of the verbs after capture. The fields are the flags; the descriptions are the help.
+
+A field marked ``ARGUMENT`` is positional on the command line. Values that a user can get
+wrong are checked here, before anything expensive starts.
+"""
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from xtoken.schemas.categories import CATEGORIES
+from xtoken.schemas.configs.base import (
+    ARGUMENT,
+    OUT_FILE,
+    OUT_FOLDER,
+    OUT_PAGE,
+    PLACE,
+    Config,
+    argument,
+    memory_size,
+    ray_address,
+)
+from xtoken.schemas.tables import LOSSES
+
+RULES = ("pieces", "first-piece", "reverse", "random")
+
+
+class ProjectConfig(Config):
+    """Build W between a student's and a teacher's tokenizer and audit it."""
+
+    student: str = Field(
+        description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.",
+        json_schema_extra=PLACE,
+    )
+    teacher: str = Field(
+        description="Teacher tokenizer likewise, or a capture, whose own vocabulary is used.", json_schema_extra=PLACE
+    )
+    out: str = Field(
+        description="Folder for w.parquet, unreached.parquet, manifest.json and coverage.html.",
+        json_schema_extra=OUT_FOLDER,
+    )
+    rule: str = Field(
+        "pieces",
+        description="How W is built: pieces; first-piece (all weight on it); reverse (also teacher to student pieces); "
+        "random (same counts, random targets: the control); masked:CATEGORY (that category's rows left out).",
+    )
+    seed: int = Field(0, description="Seed of --rule random.")
+    mass_rows: int = Field(
+        1_000_000, ge=1, description="With a capture as teacher: rows whose mass the audit is weighted by."
+    )
+
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, value: str) -> str:
+        name, colon, category = value.partition(":")
+        if name == "masked":
+            if category not in (*CATEGORIES, "numerals"):
+                listed = ", ".join(("numerals", *CATEGORIES))
+                raise ValueError(f"masked needs a category, as in masked:numerals; choose from {listed}")
+        elif name not in RULES or colon:
+            raise ValueError(f"rule {value!r} is unknown; choose from {', '.join(RULES)}, masked:CATEGORY")
+        return value
+
+
+class AlignConfig(Config):
+    """Align a capture with a student's tokenizer and build targets through W."""
+
+    captures: list[str] = Field(
+        description="Capture folder or URL; several of one corpus, separated by commas, for several teachers.",
+        json_schema_extra=ARGUMENT | PLACE,
+    )
+    student: str = Field(
+        description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.",
+        json_schema_extra=PLACE,
+    )
+    out: str = Field(
+        description="Folder for the targets, of several captures one below it for each; the same command resumes.",
+        json_schema_extra=OUT_FOLDER,
+    )
+    w: str | None = Field(
+        None, description="Folder written by 'xtoken project'; built when left out.", json_schema_extra=PLACE
+    )
+    corpus: str | None = Field(
+        None,
+        description="Corpus of a capture made with --no-text; its hash must be the same.",
+        json_schema_extra=PLACE,
+    )
+    losses: list[str] = Field(
+        default=["p-kl"], description=f"Losses the targets serve: {', '.join(LOSSES)}.", alias="for"
+    )
+    merge: Literal["first", "last", "mean"] = Field(
+        "first",
+        description="How a chunk's rows become one: the first; the last (gold, uld: TRL's 'bayesian'); the mean of "
+        "log-probabilities (p-kl, h-kl: NeMo-RL's way).",
+    )
+    tau: float = Field(1.0, gt=0.0, allow_inf_nan=False, description="Distillation temperature of teacher and student.")
+    entries: int | None = Field(
+        None, ge=1, description="p-kl: most entries of a chunk's target, the others go to REST; all when left out."
+    )
+    unreached: Literal["prefix", "rest", "none"] = Field(
+        "prefix", description="Mass of teacher tokens W does not reach: to the longest prefix, to REST, or dropped."
+    )
+    on_bad: Literal["refuse", "set-aside"] = Field(
+        "refuse",
+        description="A part that cannot be read, or a sample that the student's tokenizer cannot represent: refuse "
+        "(do the others, then end with an error) or set-aside (finish the targets without it, and name it).",
+    )
+    workers: int = Field(1, ge=1, description="Worker processes, or Ray's workers of one CPU each.")
+    ray: str | None = Field(
+        None, description="Run on Ray: 'local', 'auto' (the cluster this machine is of), or HOST:PORT of its head."
+    )
+    lease_seconds: float = Field(
+        1800.0, gt=0.0, allow_inf_nan=False, description="Time a worker may take for one part under --ray."
+    )
+    memory_limit: str = Field("1GB", description="Memory a worker may use for what it reads, such as 512MB or 2GB.")
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    _an_address = field_validator("ray")(ray_address)
+
+    _a_limit = field_validator("memory_limit")(memory_size)
+
+    @field_validator("losses")
+    @classmethod
+    def _known_losses(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in LOSSES:
+                raise ValueError(f"loss {name!r} is unknown; choose from {', '.join(LOSSES)}")
+        if not value:
+            raise ValueError(f"no loss named; choose from {', '.join(LOSSES)}")
+        return [name for name in LOSSES if name in value]
+
+    @model_validator(mode="after")
+    def _losses_know_the_merge(self) -> "AlignConfig":
+        known = {"last": ("ce", "gold", "uld", "alm"), "mean": ("ce", "p-kl", "h-kl", "alm")}
+        for loss in self.losses:
+            if self.merge != "first" and loss not in known[self.merge]:
+                raise ValueError(
+                    f"loss {loss!r} is not defined with --merge {self.merge}, which serves "
+                    f"{', '.join(known[self.merge])}; leave --merge out, or leave {loss} out of --for"
+                )
+        return self
+
+
+class InspectConfig(Config):
+    """Say what a folder is: counts, bytes per token, three samples; or draw one sample as a page."""
+
+    path: str = argument("Folder or URL of a capture, projection, targets or run.")
+    html: str | None = Field(
+        None,
+        description="Id of a sample: write one self-contained page with its text, teacher and student tokens, chunks, "
+        "surprise, and the teacher's rows beside the targets. 'worst' is the sample that surprised the teacher most.",
+    )
+    capture: str | None = Field(
+        None, description="With --html of targets: the capture they were aligned from.", json_schema_extra=PLACE
+    )
+    out: str | None = Field(
+        None, description="With --html: the page; named after the sample when left out.", json_schema_extra=OUT_PAGE
+    )
+
+    @model_validator(mode="after")
+    def _a_page_is_asked_for(self) -> "InspectConfig":
+        for name, value in (("capture", self.capture), ("out", self.out)):
+            if value is not None and self.html is None:
+                raise ValueError(f"{name} goes with html; say --html SAMPLE too, or leave --{name} out")
+        return self
+
+
+class QueryConfig(Config):
+    """Ask a capture or targets with SQL, over views that name things as the documentation does.
+
+    Without SQL, list the views and their columns. See docs/query.md.
+    """
+
+    path: str = argument("Folder or URL of a capture or of targets.")
+    sql: str | None = Field(
+        None, description="A query in DuckDB's SQL; - reads it from standard input.", json_schema_extra=ARGUMENT
+    )
+    capture: str | None = Field(
+        None,
+        description="With targets: the capture they were aligned from, for its views too.",
+        json_schema_extra=PLACE,
+    )
+    out: str | None = Field(
+        None,
+        description="Write the rows here: .parquet, .csv, .json or .jsonl; shown when left out.",
+        json_schema_extra=OUT_FILE,
+    )
+    memory_limit: str = Field("1GB", description="Memory DuckDB may use, such as 512MB or 2GB.")
+
+    _a_limit = field_validator("memory_limit")(memory_size)
+
+
+class VerifyConfig(Config):
+    """Check every file's sha256, schema, counts and row invariants; exit code 3 when something is wrong."""
+
+    path: str = argument("Folder or URL of a capture, projection or targets.")
+    audit: bool = Field(False, description="Also show how rows compared with the same tokens scored another way.")
+
+
+class DemoConfig(Config):
+    """Walk the whole way on real models: capture, W, align, train with P-KL and with CE alone, compare."""
+
+    out: str = Field(
+        "demo-run",
+        description="Folder for everything the demo writes; a rerun resumes.",
+        json_schema_extra=OUT_FOLDER,
+    )
+    teacher: str | None = Field(
+        None, description="Teacher; by default the Gemma-3-270m that 'make demo' prepares.", json_schema_extra=PLACE
+    )
+    student: str | None = Field(
+        None, description="Student; by default the SmolLM2-135M that 'make demo' prepares.", json_schema_extra=PLACE
+    )
+    steps: int = Field(30, ge=1, description="Optimizer steps of each run.")

@@ -1,0 +1,256 @@
+"""Configuration of the verbs that make a capture; see ``xtoken.schemas.configs.artifacts``."""
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from xtoken.schemas.configs.base import OUT_FOLDER, OUT_LOG, PLACE, Config, argument, ray_address
+
+TRAIN, ALL, ONLY = "train", "all", "only"
+# Words for splits, as Hugging Face's datasets finds them in names of files.
+_SPLITS = {
+    TRAIN: ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def split_named(word: str) -> str | None:
+    """The split that a word means; None if it means none."""
+    return next((split for split, words in _SPLITS.items() if word in words), None)
+
+
+class CorpusConfig(Config):
+    """Which documents are read, and what happens to bad ones."""
+
+    corpus: str = argument(
+        "File, folder or fsspec URL: .jsonl[.zst|.gz], .parquet, .arrow, .txt, .md, or a saved Hugging Face dataset."
+    )
+    text_field: str = Field("text", description="Field or column that holds the text.")
+    id_field: str | None = Field(None, description="Field with a unique document id; else file name and record number.")
+    split: list[str] = Field(
+        default=[TRAIN],
+        description="Files of a folder that are read: train (and those that name no split), validation, test, all; "
+        "only: whichever split there is, if it is one.",
+    )
+    limit: int | None = Field(None, ge=1, description="Read only the first N documents.")
+    on_bad: Literal["stop", "skip"] = Field(
+        "stop", description="A bad document stops the run, or is counted and skipped."
+    )
+
+    @field_validator("split")
+    @classmethod
+    def _known_splits(cls, value: list[str]) -> list[str]:
+        known = [*_SPLITS, ALL, ONLY]
+        found = [split_named(word) or word for word in value]
+        for word in found or [""]:
+            if word not in known:
+                raise ValueError(
+                    f"{word!r} is none of {', '.join(known)}; any other file or folder is read by its name"
+                )
+        return sorted(set(found), key=known.index)
+
+
+class RowsConfig(CorpusConfig):
+    """Which teacher gives rows of which corpus, and what is kept of them."""
+
+    teacher: str = Field(description="Hugging Face id or folder of the teacher.", json_schema_extra=PLACE)
+    backend: Literal["hf", "vllm", "fake"] = Field("hf", description="Engine that runs the teacher.")
+    on_rendered: Literal["stop", "text"] = Field(
+        "stop",
+        description="Text that looks rendered by a chat template, by the teacher's control tokens in it, stops the run "
+        "or is taken as text.",
+    )
+    codec: Literal["topk", "sampled"] = Field(
+        "topk", description="topk serves every loss; sampled (full rows: hf) is unbiased for p-kl, sparse-kl, the root."
+    )
+    k: int = Field(64, ge=1, le=255, description="topk: keep at most K entries per position.")
+    min_p: float = Field(
+        0.003, ge=0.0, lt=1.0, description="topk: keep entries of at least this probability (and always one)."
+    )
+    draws: int = Field(50, ge=1, le=1000, description="sampled: draws per position.")
+    seed: int = Field(0, ge=0, description="sampled: the draws follow from it and the sample's tokens.")
+    max_tokens: int = Field(
+        512, ge=8, description="Most teacher tokens per sample; longer documents are cut into windows."
+    )
+    bos: Literal["auto", "always", "never"] = Field(
+        "auto", description="Show the teacher BOS first; auto: as its tokenizer does."
+    )
+    text: bool = Field(True, description="Store the text in the capture; without it, align needs --corpus.")
+    workers: int | None = Field(
+        None, ge=1, description="Workers, one engine each; left out: 1, or as many as a Ray cluster has GPUs for."
+    )
+    tensor_parallel: int = Field(1, ge=1, description="vllm: GPUs of one machine that share one teacher.")
+    gpu_memory: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="vllm: share of a GPU's memory that one engine may take; left out: all but what logits need.",
+    )
+    shard_bytes: int = Field(1 << 20, ge=1, description="Text per shard in bytes: what one crash can cost.")
+    batch_tokens: int = Field(2048, ge=1, description="Teacher tokens per forward call.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float32 on CPU, bfloat16 on GPU."
+    )
+    temperatures: list[float] = Field(
+        default=[],
+        description="Also store the exact normaliser at these temperatures, such as 2,4 (needs full rows: hf).",
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    revision: str | None = Field(None, description="Revision of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _parallel_where_it_exists(self) -> "RowsConfig":
+        if self.tensor_parallel > 1 and self.backend != "vllm":
+            raise ValueError(f"tensor_parallel={self.tensor_parallel} needs --backend vllm; {self.backend} has none")
+        return self
+
+    @model_validator(mode="after")
+    def _memory_where_it_is_taken(self) -> "RowsConfig":
+        if self.gpu_memory is not None and self.backend != "vllm":
+            raise ValueError(f"gpu_memory={self.gpu_memory:g} is for --backend vllm, not {self.backend}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _min_p_must_leave_room(self) -> "RowsConfig":
+        if self.min_p * self.k > 1 and self.min_p > 0.5:
+            raise ValueError(
+                f"min_p={self.min_p} keeps at most one entry whatever k is; use --k 1 or a smaller --min-p"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _flags_of_one_codec(self) -> "RowsConfig":
+        others = {"topk": ("draws", "seed"), "sampled": ("k", "min_p")}[self.codec]
+        for name in others:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise ValueError(f"{flag} means nothing to --codec {self.codec}; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _draws_are_of_temperature_1(self) -> "RowsConfig":
+        if self.codec == "sampled" and self.temperatures:
+            named = ",".join(f"{tau:g}" for tau in self.temperatures)
+            raise ValueError(f"--codec sampled draws at temperature 1, so --temperatures {named} needs --codec topk")
+        return self
+
+    @field_validator("temperatures")
+    @classmethod
+    def _positive_temperatures(cls, value: list[float]) -> list[float]:
+        for tau in value:
+            if not 0 < tau < float("inf"):
+                raise ValueError(f"a temperature of {tau:g} divides by nothing; give numbers above 0, such as 2,4")
+        return sorted(set(value) - {1.0})
+
+
+class PrecomputeConfig(RowsConfig):
+    """Run a teacher over a corpus and store its rows: the most probable entries, or draws."""
+
+    out: str = Field(
+        description="Folder or URL of the capture; the same command resumes. Several teachers: a folder each below.",
+        json_schema_extra=OUT_FOLDER,
+    )
+    student: str | None = Field(
+        None,
+        description="Tokenizer of an intended student: checked on every sample while the teacher runs.",
+        json_schema_extra=PLACE,
+    )
+    ray: str | None = Field(
+        None, description="Run workers on Ray: local (started here), auto (the cluster this runs on), or HOST:PORT."
+    )
+    gpus_per_worker: float | None = Field(
+        None, ge=0.0, description="GPUs that Ray gives a worker, such as 0.5; left out: --tensor-parallel, or 0 on CPU."
+    )
+    lease_seconds: float = Field(
+        900.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="A worker without progress for so long loses its shards.",
+    )
+    cell: str | None = Field(
+        None, description="I/N: run only every Nth shard, from the Ith; N independent runs may fill one --out."
+    )
+    audit: Literal["path", "hf", "none"] = Field(
+        "path", description="Each worker checks rows of its own: path (the engine's other way out), hf (transformers)."
+    )
+    audit_rows: int = Field(200, ge=1, description="Rows that each worker's audit looks at, at least.")
+    dry_run: bool = Field(False, description="Print the plan with tokens, bytes, hours and cost; write nothing.")
+    gpu_price: float | None = Field(None, ge=0.0, description="Price of one GPU hour, for the cost under --dry-run.")
+    log: str | None = Field(
+        None,
+        description="File for one JSON line per event; left out: log.jsonl in a local --out, none elsewhere.",
+        json_schema_extra=OUT_LOG,
+    )
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """(which, of how many), counted from 0; (0, 1) is the whole."""
+        if self.cell is None:
+            return 0, 1
+        which, _, count = self.cell.partition("/")
+        return int(which) - 1, int(count)
+
+    @field_validator("cell")
+    @classmethod
+    def _one_of_many(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", value)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise ValueError(f"{value!r} is no cell; write 1/8, 2/8, ... 8/8")
+        return value
+
+    @field_validator("log")
+    @classmethod
+    def _can_be_appended_to(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError(f"{value!r} is no local file, and nothing can be appended to others; name a local one")
+        return value
+
+    _an_address = field_validator("ray")(ray_address)
+
+    @model_validator(mode="after")
+    def _a_price_is_for_a_plan(self) -> "PrecomputeConfig":
+        if self.gpu_price is not None and not self.dry_run:
+            raise ValueError(
+                f"gpu_price={self.gpu_price:g} is for the cost under --dry-run; say that too, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_fit(self) -> "PrecomputeConfig":
+        if self.gpus_per_worker is not None and self.ray is None:
+            raise ValueError("gpus_per_worker is for Ray; say --ray too, or CUDA_VISIBLE_DEVICES without it")
+        if self.gpus_per_worker is not None and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(f"gpus_per_worker={self.gpus_per_worker:g}: only less than one GPU can be a fraction")
+        if self.gpus_per_worker is not None and 0 < self.gpus_per_worker < self.tensor_parallel > 1:
+            raise ValueError(
+                f"gpus_per_worker={self.gpus_per_worker:g} is less than tensor_parallel={self.tensor_parallel}; "
+                "leave it out"
+            )
+        return self
+
+
+class EstimateConfig(RowsConfig):
+    """Say how many bytes, how long and how much disk a capture takes, before it runs."""
+
+    pilot_tokens: int = Field(
+        2000, ge=1, description="Teacher tokens that are really scored, taken evenly from the corpus."
+    )
+    like: str | None = Field(
+        None,
+        description="Take bytes from this capture, run no teacher; speed is then unknown.",
+        json_schema_extra=PLACE,
+    )
+
+
+class StatusConfig(Config):
+    """Say how a capture gets on, from any shell or machine that can read it."""
+
+    path: str = argument("Folder or URL of a capture that is being made, or was.")
+    watch: float | None = Field(
+        None, gt=0.0, allow_inf_nan=False, description="Look again every so many seconds, until the run ends."
+    )

@@ -1,0 +1,272 @@
+"""Configuration of training and measuring. The fields are the flags; the descriptions are the help."""
+
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from xtoken.schemas.configs.base import ARGUMENT, ARGUMENTS, OUT_FOLDER, OUT_PAGE, PLACE, Config, argument
+from xtoken.schemas.tables import LOSSES
+
+
+class LossOptions(Config):
+    """What the losses leave open. One value serves every teacher of a run."""
+
+    kl: Literal["forward", "reverse"] = Field(
+        "forward", description="p-kl, h-kl, sparse-kl: KL(teacher||student) or KL(student||teacher)."
+    )
+    rest: Literal["bucket", "drop"] = Field(
+        "bucket",
+        description="p-kl, sparse-kl: mass not kept is one cell, or both sides are renormalised without it.",
+    )
+    common_weight: float = Field(1.0, ge=0.0, description="h-kl: weight of the KL on the common set.")
+    uld_weight: float = Field(1.0, ge=0.0, description="h-kl: weight of the sorted L1 part.")
+    uncommon_topk: int = Field(8192, ge=1, description="h-kl: longest sorted list outside the common set.")
+    beta: float = Field(0.5, ge=0.0, le=1.0, description="gold: 0 is KL(teacher||student), 1 the reverse.")
+    alm: Literal["binary-kl", "limit", "abs", "reverse"] = Field(
+        "binary-kl", description="alm: divergence of chunk likelihoods; limit is binary-kl at alm-tau to infinity."
+    )
+    alm_tau: float = Field(100.0, gt=0.0, allow_inf_nan=False, description="alm: tau_b of binary-kl and reverse.")
+    debias: list[str] = Field(
+        default=[], description="alm: outcome (next token starts with a space, both sides) and merge (join chunks)."
+    )
+    alm_threshold: float = Field(
+        0.1, gt=0.0, lt=1.0, description="alm: --debias merge ends a chunk above this P(next starts with a space)."
+    )
+    prefix: list[str] = Field(
+        default=["root", "interior", "child"], description="byte-prefix: its terms, any of root, interior, child."
+    )
+
+    @field_validator("debias", "prefix")
+    @classmethod
+    def _known_terms(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        known = {"debias": ("outcome", "merge"), "prefix": ("root", "interior", "child")}[str(info.field_name)]
+        for name in value:
+            if name not in known:
+                raise ValueError(f"{name!r} is unknown; choose from {', '.join(known)}")
+        if not value and info.field_name == "prefix":
+            raise ValueError(f"byte-prefix needs a term; choose from {', '.join(known)}")
+        return [name for name in known if name in value]
+
+
+class TrainConfig(LossOptions):
+    """Train a student from stored targets; no teacher is needed."""
+
+    targets: list[str] = Field(
+        description="Folders or URLs written by 'xtoken align', one per teacher, separated by commas.",
+        json_schema_extra=ARGUMENT | PLACE,
+    )
+    student: str | None = Field(None, description="Hugging Face id or folder of the student.", json_schema_extra=PLACE)
+    from_scratch: str | None = Field(
+        None,
+        description="A config.json: train this architecture from random weights instead (goes with --tokenizer).",
+        json_schema_extra=PLACE,
+    )
+    tokenizer: str | None = Field(
+        None, description="Tokenizer of a student whose folder holds none, such as 'bytes'.", json_schema_extra=PLACE
+    )
+    out: str = Field(
+        description="Folder for checkpoints, metrics.jsonl and the trained model; reruns resume.",
+        json_schema_extra=OUT_FOLDER,
+    )
+    loss: list[str] = Field(
+        default=["p-kl"],
+        description="Distillation loss ('xtoken losses' lists them), or one per target folder; ce: the text alone.",
+    )
+    weights: list[float] = Field(
+        default=[], description="One weight per target folder, at least 0; scaled to sum to 1. Equal when left out."
+    )
+    weighting: Literal["static", "ce", "entropy", "confidence"] = Field(
+        "static",
+        description="static: --weights; else per sample, a softmax over the teachers that hold it of -CE, -entropy or "
+        "the largest probability, times --weights.",
+    )
+    learn_w: bool = Field(False, description="p-kl: train W's weights too; its zeros stay.")
+    w_lr: float = Field(1e-2, gt=0.0, description="Peak learning rate of W under --learn-w.")
+    mix: Literal["fixed", "dynamic"] = Field(
+        "fixed", description="fixed: kd_weight KD + ce_weight CE; dynamic: sg(CE/KD) KD + CE."
+    )
+    kd_weight: float = Field(1.0, ge=0.0, description="Weight of KD under --mix fixed.")
+    ce_weight: float = Field(0.1, ge=0.0, description="Weight of CE under --mix fixed.")
+    steps: int = Field(100, ge=1, description="Optimizer steps.")
+    step_tokens: int = Field(4096, ge=1, description="Student tokens per optimizer step, to the nearest sample.")
+    micro_tokens: int = Field(1024, ge=1, description="Padded student tokens per forward pass; the rest accumulates.")
+    batching: Literal["auto", "pack", "pad"] = Field(
+        "auto",
+        description="pack: several samples in a row that cannot see each other; pad: one sample per row, rows of like "
+        "length together; auto: pack where a probe of the model shows that it changes nothing.",
+    )
+    decoders: int = Field(2, ge=1, description="Threads that read and decode targets ahead of the model.")
+    streams: int | None = Field(
+        None,
+        ge=1,
+        description="Shares of the data that each step takes an equal part of, dealt to ranks; as many as ranks when "
+        "left out. The same number gives the same steps on any number of ranks that divides it.",
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="Under torchrun: ddp keeps the model on every rank, fsdp (FSDP2) shards it."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory."
+    )
+    compile: bool = Field(False, description="Compile the student's layers with torch.compile.")
+    kernel: Literal["auto", "eager", "liger"] = Field(
+        "auto", description="Kernel of --loss ce on CUDA; auto: Liger where it is installed, else eager blocks."
+    )
+    lora: int | None = Field(None, ge=1, description="Train LoRA adapters of this rank (peft) instead of all weights.")
+    lora_alpha: float | None = Field(None, gt=0.0, description="LoRA's alpha; twice the rank when left out.")
+    max_tokens: int = Field(1024, ge=8, description="Student tokens per sample; the rest of a sample is cut off.")
+    lr: float = Field(5e-5, gt=0.0, description="Peak learning rate of AdamW.")
+    warmup: int = Field(10, ge=0, description="Steps of linear warm-up; then cosine to a tenth.")
+    weight_decay: float = Field(0.01, ge=0.0, description="AdamW weight decay on matrices.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
+    clip: float = Field(1.0, gt=0.0, description="Largest gradient norm.")
+    seed: int = Field(0, ge=0, description="Seed of the sample order, of dropout and of random weights.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    autocast: Literal["auto", "none", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, none on CPU.")
+    save_every: int = Field(50, ge=1, description="Steps between checkpoints.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    keep_every: int | None = Field(None, ge=1, description="Checkpoints at multiples of this many steps stay for good.")
+    spike: float = Field(
+        20.0,
+        ge=0.0,
+        description="Stop when KD or CE lies this many deviations above its median of the last 50 steps; 0: only when "
+        "it is no number.",
+    )
+    rollback: int = Field(
+        0,
+        ge=0,
+        description="Go back to the last checkpoint and leave out the step at fault, this many times, before stopping.",
+    )
+    eval_every: int | None = Field(None, ge=1, description="Steps between evaluations on held-out data.")
+    completions: int = Field(
+        4, ge=0, description="Held-out samples whose beginning the student completes before and after."
+    )
+    tensorboard: bool = Field(False, description="Also write events for TensorBoard into OUT/tensorboard.")
+    wandb: str | None = Field(None, description="Also log to this project of Weights & Biases.")
+    eval_text: str | None = Field(
+        None, description="Held-out text or corpus file: bits per byte before and after.", json_schema_extra=PLACE
+    )
+    eval_id_field: str | None = Field(
+        None,
+        description="Field of --eval-text that holds the document's id, whose part before the last '/' is its source.",
+    )
+    eval_targets: str | None = Field(
+        None,
+        description="Held-out targets: KL to the teacher and agreement before and after.",
+        json_schema_extra=PLACE,
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "TrainConfig":
+        if not self.targets:
+            raise ValueError("no target folder named; 'xtoken align' writes one")
+        for name in self.loss:
+            if name not in LOSSES:
+                raise ValueError(f"loss {name!r} is unknown; choose from {', '.join(LOSSES)}")
+        if len(self.loss) not in (1, len(self.targets)):
+            raise ValueError(
+                f"--loss names {len(self.loss)} losses for {len(self.targets)} target folders; give one, or one each"
+            )
+        if "ce" in self.loss and len(set(self.loss)) > 1:
+            raise ValueError("loss 'ce' has no teacher; leave it out, CE is mixed in by --ce-weight")
+        if self.mix == "fixed" and self.loss != ["ce"] and self.kd_weight == 0:
+            raise ValueError("kd_weight=0 trains on nothing but CE; say --loss ce for that")
+        if self.learn_w and "p-kl" not in self.loss:
+            raise ValueError("--learn-w trains the W of p-kl, and no target folder is trained with p-kl")
+        return self
+
+    @model_validator(mode="after")
+    def _one_student(self) -> "TrainConfig":
+        if (self.student is None) == (self.from_scratch is None):
+            raise ValueError("give --student ID or FOLDER, or --from-scratch config.json, not both and not neither")
+        if self.from_scratch is not None and self.tokenizer is None:
+            raise ValueError("--from-scratch has no tokenizer of its own; give --tokenizer ID, FOLDER or 'bytes'")
+        if self.from_scratch is not None and self.lora is not None:
+            raise ValueError("--lora adapts trained weights, and --from-scratch has none; leave one of them out")
+        if self.learn_w and self.parallel == "fsdp":
+            raise ValueError("--learn-w goes with --parallel ddp; W is no part of the model that fsdp shards")
+        if self.lora_alpha is not None and self.lora is None:
+            raise ValueError("--lora-alpha goes with --lora RANK; give it, or leave --lora-alpha out")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> "TrainConfig":
+        if self.weights and len(self.weights) != len(self.targets):
+            raise ValueError(f"--weights has {len(self.weights)} numbers for {len(self.targets)} target folders")
+        for weight in self.weights:
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"teacher weight {weight:g} must be a number of at least 0")
+        if self.weights and sum(self.weights) == 0:
+            raise ValueError("the teacher weights sum to 0, so nothing would be distilled; make one of them positive")
+        return self
+
+    @property
+    def losses(self) -> list[str]:
+        """One loss per target folder."""
+        return self.loss * len(self.targets) if len(self.loss) == 1 else list(self.loss)
+
+    @property
+    def source(self) -> str:
+        """Where the student comes from."""
+        return self.student or self.from_scratch or ""
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where its tokenizer comes from."""
+        return self.tokenizer or self.student or ""
+
+
+class EvalConfig(Config):
+    """Measure a model on held-out text and, when given, against stored teacher rows."""
+
+    model: str = argument("Hugging Face id or folder of the model.")
+    tokenizer: str | None = Field(
+        None, description="Tokenizer of a model whose folder holds none, such as 'bytes'.", json_schema_extra=PLACE
+    )
+    text: str | None = Field(None, description="Held-out corpus: bits per byte.", json_schema_extra=PLACE)
+    targets: str | None = Field(
+        None, description="Held-out targets: KL to the teacher and top-1 agreement.", json_schema_extra=PLACE
+    )
+    tasks: list[str] = Field(default=[], description="Tasks of lm-eval, such as gsm8k,mmlu (needs xtoken[tasks]).")
+    task_path: str | None = Field(
+        None, description="Folder with further task files for lm-eval.", json_schema_extra=PLACE
+    )
+    shots: int | None = Field(
+        None, ge=0, description="Examples shown per question of --tasks; the task's own when left out."
+    )
+    text_field: str = Field("text", description="Field or column that holds the text.")
+    id_field: str | None = Field(
+        None, description="Field that holds the document's id, whose part before the last '/' is its source."
+    )
+    limit: int | None = Field(None, ge=1, description="Read only the first N documents.")
+    max_tokens: int = Field(1024, ge=8, description="Longest window in tokens.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _something_to_measure(self) -> "EvalConfig":
+        if self.text is None and self.targets is None and not self.tasks:
+            raise ValueError(
+                "nothing to measure on; give --text FILE, --targets DIR, --tasks NAMES, or several of them"
+            )
+        for name, value in (("--task-path", self.task_path), ("--shots", self.shots)):
+            if value is not None and not self.tasks:
+                raise ValueError(f"{name} goes with --tasks; name the tasks, or leave {name} out")
+        return self
+
+
+class ReportConfig(Config):
+    """Draw runs as one self-contained HTML page: curves, held-out figures, paired tests, what differs, completions.
+
+    Runs that differ in nothing but their seed become one band.
+    """
+
+    runs: list[str] = Field(description="Folders of 'xtoken train'.", json_schema_extra=ARGUMENTS | PLACE)
+    out: str = Field("report.html", description="The page.", json_schema_extra=OUT_PAGE)
+
+    @model_validator(mode="after")
+    def _some_runs(self) -> "ReportConfig":
+        if not self.runs:
+            raise ValueError("no run named; 'xtoken train' writes one")
+        return self

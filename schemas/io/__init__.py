@@ -1,0 +1,1 @@
+"""Files and URLs: opening, caching, and what untrusted files may ask for."""

@@ -1,0 +1,1 @@
+"""The command line: flags, progress, tables, and what a verb prints at its end."""

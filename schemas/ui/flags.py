@@ -1,0 +1,142 @@
+"""How a configuration becomes flags, and words of the command line a configuration."""
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from xtoken.schemas.configs.base import place_of
+from xtoken.schemas.errors import TRACEBACK, XtokenError, named
+from xtoken.schemas.ui.terminal import close_streams, open_streams, remarks
+
+C = TypeVar("C", bound=BaseModel)
+LISTS = (list[str], list[float])  # written with commas on the command line
+
+
+class App(typer.Typer):
+    """An application whose standard streams are fit for use, and that ends in one line whatever happens."""
+
+    def __call__(self, *words: Any, **options: Any) -> Any:
+        """See ``typer.Typer``."""
+        open_streams()
+        try:
+            return super().__call__(*words, **options)
+        except Exception as error:
+            if os.environ.get(TRACEBACK):
+                raise
+            told = named(error)
+            remarks(soft_wrap=True).out(f"error: {told}", highlight=False)
+            raise SystemExit(told.exit_code) from error
+        finally:
+            close_streams()
+
+
+def flag(name: str, field: FieldInfo) -> str:
+    """A field's flag, without its dashes."""
+    return (field.alias or name).replace("_", "-")
+
+
+def options(model: type[BaseModel], repeat: str | None = None) -> list[inspect.Parameter]:
+    """One typer parameter per field of a configuration, arguments first.
+
+    Args:
+        model: the configuration.
+        repeat: field whose flag may be given several times, one configuration for each (see ``build_each``).
+    """
+    parameters = []
+    for name, field in model.model_fields.items():
+        kind: Any = field.annotation
+        default: Any = inspect.Parameter.empty if field.default is PydanticUndefined else field.default
+        if kind in LISTS and not _many(field):
+            kind, default = str, default if default is inspect.Parameter.empty else ",".join(map(str, default))
+        if name == repeat:
+            kind = list[kind]
+        annotation = Annotated[kind, _info(name, field, repeat)]
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    # Arguments stand first on the command line whatever class declared them.
+    return sorted(parameters, key=lambda p: not isinstance(p.annotation.__metadata__[0], type(typer.Argument())))
+
+
+def _info(name: str, field: FieldInfo, repeat: str | None) -> Any:
+    if _positional(field):
+        return typer.Argument(help=field.description)
+    shown = f"--{flag(name, field)}"
+    if field.annotation is bool and field.default is True:
+        shown = f"{shown}/--no-{flag(name, field)}"
+    again = " Give it again for one after the other." if name == repeat else ""
+    return typer.Option(shown, help=f"{field.description}{again}")
+
+
+def _positional(field: FieldInfo) -> bool:
+    """Whether it is an argument, which no flag names."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("argument"))
+
+
+def _many(field: FieldInfo) -> bool:
+    """Whether an argument takes several words."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("many"))
+
+
+def build(model: type[C], values: dict[str, Any]) -> C:
+    """The configuration that words of the command line make; lists are still text.
+
+    Raises:
+        XtokenError: a value is refused; the message names its flag.
+    """
+    given = dict(values)
+    for name, field in model.model_fields.items():
+        if field.annotation in LISTS and name in given:
+            given[name] = _items(given[name], field)
+    try:
+        return model(**given)
+    except ValidationError as error:
+        raise XtokenError(_refusal(model, error)) from error
+
+
+def _items(given: Any, field: FieldInfo) -> list[str]:
+    """What stands between the commas. An empty path stays, to be refused: a list is not to shrink by an unset name."""
+    words = given if isinstance(given, list) else [given]
+    items = [item.strip() for word in words for item in str(word).split(",")]
+    if place_of(field) is not None and (any(items) or field.is_required()):
+        return items
+    return [item for item in items if item]
+
+
+def build_each(model: type[C], values: dict[str, Any], repeat: str | None) -> list[C]:
+    """One configuration for each value of the flag that may be repeated.
+
+    Raises:
+        XtokenError: as ``build``.
+    """
+    if repeat is None:
+        return [build(model, values)]
+    return [build(model, {**values, repeat: value}) for value in values[repeat]]
+
+
+def _refusal(model: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    known = model.model_fields.get(name)
+    where = f"--{flag(name, known)}: " if known is not None else f"--{name}: " * bool(name)
+    where = where.removeprefix("--").upper() if known is not None and _positional(known) else where
+    found = f" (it is {first['input']!r})" if first["type"] != "value_error" else ""
+    return where + first["msg"].removeprefix("Value error, ") + found
+
+
+def command(
+    function: Callable[..., None], parameters: list[inspect.Parameter], switches: dict[str, Any]
+) -> Callable[..., None]:
+    """``function`` as typer takes it: with the parameters, then switches (name to annotation) that default to off."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    added = [inspect.Parameter(name, keyword, default=False, annotation=kind) for name, kind in switches.items()]
+    shown: Any = function
+    shown.__signature__ = inspect.Signature([*parameters, *added])
+    shown.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, *added]}
+    return function

@@ -1,0 +1,202 @@
+"""A worker's stages: what overlaps, what is blamed for what, and when the engine rests."""
+
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from xtoken.pipeline.capture.worker_threads import Prepared, Stages
+from xtoken.pipeline.executors.protocol import Lease
+from xtoken.pipeline.store import DiskFull
+from xtoken.pipeline.teachers.base import EngineLost
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import Part
+
+WAIT = 120  # seconds until a test says that something never happens
+
+
+def piece(size: int = 5):
+    return SimpleNamespace(encoded=SimpleNamespace(ends=np.array([size])))
+
+
+@dataclass
+class Toy:
+    """Steps over shards of two batches of two windows; rows are the key, samples are the rows."""
+
+    bad: dict[int, str] = field(default_factory=dict)
+    published: list[int] = field(default_factory=list)
+    hold: threading.Event | None = None  # publishing waits for it
+    windows: int = 4
+
+    def prepare(self, shard):
+        if self.bad.get(shard) == "committed":
+            return self.part(shard)
+        if self.bad.get(shard) == "prepare":
+            raise XtokenError(f"document of shard {shard} is bad")
+        pieces = [piece() for _ in range(self.windows)]
+        prompts = [np.array([shard, index]) for index in range(self.windows)]
+        batches = [[0, 1], [2, 3]] if self.windows else []
+        return Prepared(shard, pieces, prompts, batches, Counter())
+
+    def sample(self, piece, rows):  # noqa: ARG002
+        if rows is not None and self.bad.get(rows[0]) == "sample":
+            raise XtokenError(f"rows of shard {rows[0]} cannot be packed")
+        return rows or "no rows"
+
+    def publish(self, prepared, samples):
+        if self.hold is not None:
+            assert self.hold.wait(WAIT)
+        if self.bad.get(prepared.shard) == "full":
+            raise DiskFull("no room")
+        assert samples == [(prepared.shard, index) for index in range(self.windows)]
+        self.published.append(prepared.shard)
+        return self.part(prepared.shard)
+
+    def part(self, shard):
+        numbers = dict.fromkeys(("samples", "tokens", "rows", "entries", "text_bytes", "file_bytes"), 1)
+        return Part(index=shard, sha256="0" * 64, **numbers)
+
+
+@dataclass
+class Engine:
+    """Answers a batch late: when the next one is there, when nothing is ready, or when no more come."""
+
+    bad: dict[int, Exception] = field(default_factory=dict)
+    seen: list = field(default_factory=list)
+    scored: threading.Event = field(default_factory=threading.Event)
+
+    def stream(self, batches):
+        waiting = []
+        for batch in batches:
+            self.seen.append(None if batch is None else int(batch[0][1][0]))
+            assert batch is not None or waiting, "None is only given while something is unanswered"
+            yield from self._answer(waiting)
+            waiting = [] if batch is None else list(batch)
+        yield from self._answer(waiting)
+
+    def _answer(self, waiting):
+        for key, ids in reversed(waiting):
+            if int(ids[0]) in self.bad:
+                raise self.bad[int(ids[0])]
+            if int(ids[0]) == 1:
+                self.scored.set()
+            yield key, (int(ids[0]), int(ids[1]))
+
+
+def serve(steps, engine, leases, audit=None):
+    news = []
+    Stages(steps, engine, audit).serve(iter(leases), news.append)
+    return news
+
+
+def said(news, kind):
+    return [one.shard for one in news if one.kind == kind]
+
+
+def leases(*shards):
+    return [Lease(shard) for shard in shards]
+
+
+def test_every_shard_is_published_whole_and_in_the_order_of_its_windows():
+    toy, engine = Toy(), Engine()
+    news = serve(toy, engine, leases(3, 1, 2))
+    assert toy.published == [3, 1, 2]
+    assert said(news, "begun") == said(news, "part") == [3, 1, 2]
+    assert said(news, "failed") == []
+    assert [one.done for one in news if one.kind == "told"][:1] == [5]
+
+
+def test_what_somebody_committed_is_not_done_again():
+    toy, engine = Toy(bad={1: "committed"}), Engine()
+    assert sorted(said(serve(toy, engine, leases(0, 1, 2)), "part")) == [0, 1, 2]
+    assert toy.published == [0, 2]
+    assert 1 not in engine.seen
+
+
+def test_a_shard_without_rows_is_published_too():
+    news = serve(Toy(windows=0), Engine(), leases(0, 1))
+    assert said(news, "part") == [0, 1]
+
+
+def test_the_engine_goes_on_while_a_shard_is_published():
+    toy, engine = Toy(hold=threading.Event()), Engine()
+    thread = threading.Thread(target=serve, args=(toy, engine, leases(0, 1)))
+    thread.start()
+    assert engine.scored.wait(WAIT), "shard 1 is scored though shard 0 is not published"
+    assert toy.published == []
+    toy.hold.set()
+    thread.join(WAIT)
+    assert toy.published == [0, 1]
+
+
+@pytest.mark.parametrize("step", ["prepare", "sample"])
+def test_a_bad_shard_fails_alone(step):
+    news = serve(Toy(bad={1: step}), Engine(), leases(0, 1, 2))
+    assert said(news, "part") == [0, 2]
+    (failed,) = [one for one in news if one.kind == "failed"]
+    assert failed.shard == 1
+    assert "shard 1" in str(failed.error)
+    assert type(failed.error) is XtokenError
+
+
+def test_an_error_that_befalls_all_keeps_its_class():
+    news = serve(Toy(bad={0: "full"}), Engine(), leases(0))
+    (failed,) = [one for one in news if one.kind == "failed"]
+    assert type(failed.error) is DiskFull
+
+
+def test_an_engine_that_raises_fails_what_is_in_it_and_the_worker_ends():
+    toy = Toy()
+    news = serve(toy, Engine(bad={1: ValueError("CUDA error")}), leases(0, 1, 2, 3, 4))
+    assert "part" in {one.kind for one in news if one.shard == 0}, "what the engine was done with is published"
+    assert 1 in said(news, "failed")
+    assert set(said(news, "failed")) <= {1, 2}, "its neighbour is suspect too, nobody else"
+    assert "CUDA error" in str(next(one for one in news if one.kind == "failed").error)
+    assert not {3, 4} & {*said(news, "part"), *said(news, "failed")}
+
+
+def test_a_second_attempt_has_the_engine_to_itself():
+    engine = Engine()
+    serve(Toy(), engine, [Lease(0), Lease(1, 2), Lease(2)])
+    seen = [shard for shard in engine.seen if shard is not None]
+    assert seen == [0, 0, 1, 1, 2, 2]
+    first, last = engine.seen.index(1), len(engine.seen) - engine.seen[::-1].index(1)
+    assert engine.seen[first - 1] is None, "the engine was drained before it"
+    assert engine.seen[last] is None, "and after it"
+
+
+def test_the_audit_comes_after_the_first_commit_and_once():
+    toy, engine = Toy(), Engine()
+    audited = []
+    news = serve(
+        toy, engine, leases(5, 6, 7), lambda shard: audited.append((shard, list(toy.published), set(engine.seen)))
+    )
+    assert audited == [(5, [5], {5})]
+    assert toy.published == said(news, "part") == [5, 6, 7]
+
+
+def test_a_first_shard_that_fails_is_not_audited():
+    audited = []
+    news = serve(Toy(bad={0: "sample"}), Engine(), leases(0, 1), audited.append)
+    assert audited == [1]
+    assert said(news, "part") == [1]
+
+
+def test_an_audit_that_refuses_stops_the_run():
+    def refuse(shard):
+        raise XtokenError(f"shard {shard} is of another model")
+
+    news = serve(Toy(), Engine(), leases(0, 1), refuse)
+    assert said(news, "part") == [], "the driver hears nothing that it could end the run over"
+    assert [str(one.error) for one in news if one.kind == "broken"] == ["shard 0 is of another model"]
+
+
+def test_an_engine_that_ends_during_the_audit_ends_its_worker_only():
+    def die(shard):
+        raise EngineLost("the engine's process ended")
+
+    news = serve(Toy(), Engine(), leases(0, 1), die)
+    assert not {"broken", "failed", "part"} & {one.kind for one in news}
