@@ -1,5 +1,6 @@
 """Real models and tokenizers for tests, prepared on first use, and figures shown at the end of a run."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -38,6 +39,16 @@ FIGURE = "figure"
 def _ctrl_c_works() -> None:
     """A background job of a script ignores Ctrl-C, and so would every process that these tests start and interrupt."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def no_garbage_collection() -> Generator[None]:
+    """For tests that interrupt themselves: Python drops a KeyboardInterrupt that arrives in a callback of the collector,
+    and hypothesis has one.
+    """
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -37,6 +37,7 @@ class Rule:
         method: HTTP method; any when empty.
         path: what the path must contain.
         most: how often it happens at most.
+        latest: from this request on it is certain, if it has not happened yet.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Rule:
     method: str = ""
     path: str = ""
     most: int = 1 << 30
+    latest: int = 1 << 30
 
     @property
     def name(self) -> str:
@@ -53,12 +55,16 @@ class Rule:
 
 
 def storm(chance: float) -> list[Rule]:
-    """Every fault, each with its share of ``chance``; silence is rarer, since a client's patience is long."""
+    """Every fault, each with its share of ``chance``; silence is rarer, since a client's patience is long.
+
+    How many requests a run makes depends on its timing, so chance alone would leave a fault out now and then.
+    """
     both = [Rule(kind, after=after) for kind in ("500", "503", "reset") for after in (False, True)]
     kinds = [*both, Rule("slow"), Rule("truncated", method="GET"), Rule("truncated", method="GET")]
     share = chance / len(kinds)
-    silent = [Rule("silent", share / 4, after) for after in (False, True)]
-    return [Rule(rule.kind, share, rule.after, rule.method) for rule in kinds] + silent
+    rules = [replace(rule, chance=share) for rule in kinds]
+    rules += [Rule("silent", share / 4, after) for after in (False, True)]
+    return [replace(rule, latest=8 * number) for number, rule in enumerate(rules, 1)]
 
 
 class FaultProxy:
@@ -91,7 +97,8 @@ class FaultProxy:
             self.requests += 1
             for rule in self.rules:
                 about = rule.method in ("", method) and rule.path in path
-                if about and self._random.random() < rule.chance and self.happened[rule.name] < rule.most:
+                due = self.requests >= rule.latest and not self.happened[rule.name]
+                if about and (due or self._random.random() < rule.chance) and self.happened[rule.name] < rule.most:
                     self.happened[rule.name] += 1
                     return rule
         return None

@@ -80,7 +80,7 @@ def test_another_thread_is_never_asked() -> None:
 def test_a_second_sigterm_ends_a_process_at_once() -> None:
     """A process of its own, which has no handler: it lives through the first and dies of the second."""
     code = (
-        "import os, signal, trainer.signals; from xtoken.trainer.signals import preemption\n"
+        "import os, signal, xtoken.trainer.signals; from xtoken.trainer.signals import preemption\n"
         "xtoken.trainer.signals.SAME = 0.0\n"
         "with preemption() as preempted:\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print(preempted.asked, flush=True)\n"

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from xtoken.pipeline.capture import devices, precompute, worker
+from xtoken.pipeline.capture import precompute, worker
+from xtoken.pipeline.executors import gpus as devices
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Silent

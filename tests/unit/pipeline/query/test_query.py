@@ -118,6 +118,7 @@ def _to_another_thread() -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("no_garbage_collection")
 @pytest.mark.parametrize("send", [_to_whoever_hears, _to_another_thread])
 @pytest.mark.parametrize("seconds", [0.0, 0.02, 0.3])
 def test_ctrl_c_stops_a_query(seconds: float, send: Callable[[], None]) -> None:

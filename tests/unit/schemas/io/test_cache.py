@@ -206,7 +206,10 @@ def _reader(seed: int, files: list[tuple[str, str, int]], limit: int, wrong: "mu
                 wrong.put(f"{sizes} bytes")
 
 
-def _run_readers(count: int, files: list[tuple[str, str, int]], limit: int) -> list[str]:
+def _run_readers(
+    count: int, files: list[tuple[str, str, int]], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[4]))  # where a new process finds this module
     context = multiprocessing.get_context("spawn")
     wrong: multiprocessing.Queue[str] = context.Queue()
     readers = [context.Process(target=_reader, args=(seed, files, limit, wrong)) for seed in range(count)]
@@ -226,7 +229,7 @@ def test_processes_that_evict_each_others_files_read_the_right_bytes(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENED", str(tmp_path / "opened"))
-    assert _run_readers(3, files_of("a-100", "b-300", "c-300", "d-200", "e-250"), 1000) == []
+    assert _run_readers(3, files_of("a-100", "b-300", "c-300", "d-200", "e-250"), 1000, monkeypatch) == []
     assert 5 < (tmp_path / "opened").stat().st_size < 120  # some were evicted, some were found
     assert not [name for name in names(cache) if name.endswith(".tmp")]
 
@@ -235,7 +238,7 @@ def test_processes_that_want_the_same_files_download_each_once(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENED", str(tmp_path / "opened"))
-    assert _run_readers(3, files_of("a-300", "b-300", "c-300"), 1000) == []
+    assert _run_readers(3, files_of("a-300", "b-300", "c-300"), 1000, monkeypatch) == []
     assert (tmp_path / "opened").stat().st_size == 3
 
 

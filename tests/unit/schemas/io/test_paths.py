@@ -2,12 +2,14 @@
 
 import importlib
 import os
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from xtoken.schemas import configs
 from xtoken.schemas.configs.artifacts import AlignConfig, QueryConfig
 from xtoken.schemas.configs.base import Config, place_of
 from xtoken.schemas.configs.capture import CorpusConfig, PrecomputeConfig
@@ -40,8 +42,8 @@ _HOLD_OTHERS |= {"backend", "wandb", "tasks", "ray", "cell", "revision", "audit"
 
 def every_config() -> list[type[Config]]:
     """The configurations of all verbs."""
-    for name in ("capture_config", "config", "share_config", "train_config"):
-        importlib.import_module(f"xtoken.schemas.{name}")
+    for module in pkgutil.iter_modules(configs.__path__, "xtoken.schemas.configs."):
+        importlib.import_module(module.name)
     found: list[type[Config]] = []
     waiting: list[type[Config]] = [Config]
     while waiting:

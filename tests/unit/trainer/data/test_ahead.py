@@ -200,6 +200,7 @@ def test_an_error_of_a_thread_is_raised_by_step(root: str) -> None:
     wait_for_no_threads()
 
 
+@pytest.mark.usefixtures("no_garbage_collection")
 def test_an_interrupt_reaches_a_waiting_caller(root: str, spy: Spy) -> None:
     spy.go.clear()
     with open_loader(root) as loader:

@@ -313,4 +313,4 @@ def test_the_template_is_shipped() -> None:
     assert spec is not None
     assert spec.origin is not None
     names = {path.name for path in Path(spec.origin).parent.glob("*.md")}
-    assert names == {f"card_{name}.md" for name in ("template", "reading_any", "reading_topk", "reading_sampled")}
+    assert names == {f"{name}.md" for name in ("template", "reading_any", "reading_topk", "reading_sampled")}
