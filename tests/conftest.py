@@ -43,8 +43,8 @@ def _ctrl_c_works() -> None:
 
 @pytest.fixture
 def no_garbage_collection() -> Generator[None]:
-    """For tests that interrupt themselves: Python drops a KeyboardInterrupt that arrives in a callback of the collector,
-    and hypothesis has one.
+    """For tests that interrupt themselves: Python drops an interrupt that arrives in a callback of the collector, such
+    as hypothesis has.
     """
     gc.disable()
     yield
