@@ -77,8 +77,8 @@ def _text_tokens(table: "TokenTable") -> list[tuple[int, bytes]]:
 
 
 def _role_rows(student: "TokenTable", teacher: "TokenTable") -> Entries:
-    found = [(student.id_of(role), teacher.id_of(role)) for role in SHARED_ROLES]
-    pairs = [(s, t) for s, t in found if s is not None and t is not None]
+    both = [(student.id_of(role), teacher.id_of(role)) for role in SHARED_ROLES]
+    pairs = [(s, t) for s, t in both if s is not None and t is not None]
     return _entries([s for s, _ in pairs], [t for _, t in pairs], [1.0] * len(pairs), [ROLE] * len(pairs))
 
 
@@ -125,6 +125,6 @@ def _unreached(
     pieces = teacher.pieces()
     for at, t in enumerate(missing.tolist()):
         if teacher.role[t] is None:
-            found, _ = longest_prefix(exact, longest, pieces[t])
-            moved_to[at] = TO_REST if found is None else found
+            prefix, _ = longest_prefix(exact, longest, pieces[t])
+            moved_to[at] = TO_REST if prefix is None else prefix
     return missing, moved_to

@@ -19,8 +19,8 @@ HOLE = -1  # an id without a token
 def categories(table: "TokenTable") -> NDArray[np.int8]:
     """int8 [V]: index into ``CATEGORIES`` of each token, or ``HOLE``."""
     code: dict[str | None, int] = {name: at for at, name in enumerate(CATEGORIES)} | {None: HOLE}
-    found = (code[category(text, role)] for text, role in zip(table.pieces(), table.role, strict=True))
-    return np.fromiter(found, np.int8, table.size)
+    codes = (code[category(text, role)] for text, role in zip(table.pieces(), table.role, strict=True))
+    return np.fromiter(codes, np.int8, table.size)
 
 
 def selected(name: str) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ def coverage(audit: Audit) -> dict[str, Any]:
     table = _by_category(audit)
     text_V = np.array([role is None for role in audit.student.role]) & (audit.student.lengths > 0)
     filled = int((audit.row_V != EMPTY).sum())
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "advice": advice(audit, table),
         "empty_text_rows": int((text_V & (audit.row_V == EMPTY)).sum()),
         "mean_nonzeros": _share(len(audit.projection.student_id), filled),
@@ -93,8 +93,8 @@ def coverage(audit: Audit) -> dict[str, Any]:
         "categories": table,
     }
     if audit.mass is not None:
-        found |= {"mass_rows": audit.mass.rows, "mass_by_category": _mass_by_category(audit)}
-    return found
+        summary |= {"mass_rows": audit.mass.rows, "mass_by_category": _mass_by_category(audit)}
+    return summary
 
 
 def advice(audit: Audit, table: dict[str, dict[str, int]]) -> dict[str, str]:

@@ -68,15 +68,15 @@ def refuse_other_projection(root: str, student: TokenizerInfo, teacher: Tokenize
     if not Folder(root).exists(MANIFEST):
         _refuse_foreign(root)
         return
-    found = read_manifest(root, ProjectionManifest)
-    for side, old, new in (("student", found.student, student), ("teacher", found.teacher, teacher)):
+    manifest = read_manifest(root, ProjectionManifest)
+    for side, old, new in (("student", manifest.student, student), ("teacher", manifest.teacher, teacher)):
         if old.hash != new.hash:
             raise XtokenError(
                 f"{root} holds W for another {side} tokenizer: {old.name} ({old.hash[:12]}), "
                 f"not {new.name} ({new.hash[:12]}); give another --out"
             )
     for name, default in (("rule", "pieces"), ("seed", 0)):
-        there, now = found.options.get(name, default), options.get(name, default)
+        there, now = manifest.options.get(name, default), options.get(name, default)
         if there != now:
             raise XtokenError(f"{root} holds W built with {name} {there}, not {now}; give another --out")
 
@@ -141,17 +141,17 @@ def read_tables(root: str, sha256: dict[str, str], student: TokenizerInfo, teach
     folder = Folder(root)
     w = _verified(folder, W_FILE, sha256, W)
     unreached = _verified(folder, UNREACHED_FILE, sha256, UNREACHED)
-    found = Projection.from_tables(w, unreached, student, teacher)
-    _check_ids(root, found)
-    return found
+    projection = Projection.from_tables(w, unreached, student, teacher)
+    _check_ids(root, projection)
+    return projection
 
 
-def _check_ids(root: str, found: Projection) -> None:
+def _check_ids(root: str, projection: Projection) -> None:
     for name, ids, low, size in (
-        ("student_id", found.student_id, 0, found.student.size),
-        ("teacher_id", found.teacher_id, 0, found.teacher.size),
-        ("unreached", found.unreached, 0, found.teacher.size),
-        ("moved_to", found.moved_to, TO_REST, found.teacher.size),
+        ("student_id", projection.student_id, 0, projection.student.size),
+        ("teacher_id", projection.teacher_id, 0, projection.teacher.size),
+        ("unreached", projection.unreached, 0, projection.teacher.size),
+        ("moved_to", projection.moved_to, TO_REST, projection.teacher.size),
     ):
         if len(ids) and (ids.min() < low or ids.max() >= size):
             raise VerificationError(f"W in {root} has a {name} outside its vocabulary; build it again")

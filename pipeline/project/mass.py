@@ -40,11 +40,11 @@ def teacher_mass(capture: str, limit: int) -> Mass | None:
     for batch in iter_capture(capture, row_columns(manifest.codec)):
         if rows >= limit:
             break
-        found = unpack(batch, manifest.codec)
-        taken = min(limit - rows, len(found.rest_logprob))
-        stop = int(found.offsets[taken])
-        mass_U += np.bincount(found.ids[:stop], np.exp(found.logprob[:stop]), len(mass_U))
-        rest += float(np.exp(found.rest_logprob[:taken]).sum())
+        rows_of_batch = unpack(batch, manifest.codec)
+        taken = min(limit - rows, len(rows_of_batch.rest_logprob))
+        stop = int(rows_of_batch.offsets[taken])
+        mass_U += np.bincount(rows_of_batch.ids[:stop], np.exp(rows_of_batch.logprob[:stop]), len(mass_U))
+        rest += float(np.exp(rows_of_batch.rest_logprob[:taken]).sum())
         rows += taken
     if not mass_U.any():  # no rows, or a subset left them out
         return None

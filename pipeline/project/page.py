@@ -102,7 +102,7 @@ def literal(data: bytes) -> str:
 def _headline(audit: Audit, figures: dict[str, Any], rule: str) -> str:
     rows, advice = figures["rows"], figures["advice"]
     student, teacher = audit.projection.student, audit.projection.teacher
-    found = [
+    lines = [
         (f"{rows['exact']['share']:.1%}", f"of {student.size:,} student ids are exact"),
         (f"{rows['pieces']['share']:.1%}", "are spelt in pieces"),
         (f"{figures['columns']['moved']['share']:.1%}", f"of {teacher.size:,} teacher ids are reached by prefix only"),
@@ -110,10 +110,10 @@ def _headline(audit: Audit, figures: dict[str, Any], rule: str) -> str:
     ]
     if audit.mass is not None:
         mass = figures["columns"]["exact"]["mass"]
-        found.insert(1, (f"{mass:.1%}", f"of the teacher's mass is on exact tokens ({audit.mass.rows:,} rows)"))
+        lines.insert(1, (f"{mass:.1%}", f"of the teacher's mass is on exact tokens ({audit.mass.rows:,} rows)"))
     return (
         f'<p class="advice">Advice: <b>{escaped(advice["loss"])}</b> {escaped(advice["reason"])}.</p>'
-        f"{facts(found)}"
+        f"{facts(lines)}"
         f"<p class=note>Student {escaped(student.name)}, tokenizer {student.hash[:12]}. "
         f"Teacher {escaped(teacher.name)}, tokenizer {teacher.hash[:12]}. "
         f"Rule {escaped(rule)}, W {audit.projection.hash[:12]}.</p>"
@@ -181,8 +181,8 @@ def _teacher_table(figures: dict[str, Any]) -> str:
     rows = [[label(name), *(f"{row[key]:,}" for key in keys)] for name, row in figures["categories"].items()]
     if mass is not None:
         heads += ["mass", "of it exact", "pieces only", "moved", "lost"]
-        for row, found in zip(rows, mass.values(), strict=True):
-            row += [f"{found[key]:.2%}" if found[key] else "–" for key in ("mass", *keys[1:])]
+        for row, of_category in zip(rows, mass.values(), strict=True):
+            row += [f"{of_category[key]:.2%}" if of_category[key] else "–" for key in ("mass", *keys[1:])]
     moved = ", ".join(f"{label(name)} ({one['tokens']:,})" for name, one in figures["moved_into"].items())
     return _table(heads, rows) + (f"<p>Moved tokens go mostly to: {moved}.</p>" if moved else "")
 
@@ -227,8 +227,8 @@ def _examples(audit: Audit, code: int) -> list[int]:
 
 
 def _spread(ids: NDArray[np.int64], limit: int) -> list[int]:
-    found: list[int] = ids[np.unique(np.linspace(0, len(ids) - 1, min(limit, len(ids))).astype(int))].tolist()
-    return found
+    chosen: list[int] = ids[np.unique(np.linspace(0, len(ids) - 1, min(limit, len(ids))).astype(int))].tolist()
+    return chosen
 
 
 def _entry(audit: Audit, at: int) -> str:

@@ -90,9 +90,9 @@ def longest_prefix(by_bytes: dict[bytes, int], longest: int, text: bytes) -> tup
         text: the bytes to match.
     """
     for length in range(min(longest, len(text)), 0, -1):
-        found = by_bytes.get(text[:length])
-        if found is not None:
-            return found, length
+        token_id = by_bytes.get(text[:length])
+        if token_id is not None:
+            return token_id, length
     return None, 0
 
 

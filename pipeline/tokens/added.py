@@ -50,7 +50,7 @@ def place(text: str, ids: Sequence[int], added: Mapping[int, Added], stretch: St
         added: the added tokens among them.
         stretch: gives byte ends of the tokens of a text without added ones, or None where they are another text's.
     """
-    found = [np.zeros(0, np.int32)]
+    ends_of = [np.zeros(0, np.int32)]
     at = size = first = 0  # character, byte and token where the stretch begins
     fresh = True  # a normaliser puts a blank in front of what follows
     for index, token in enumerate(ids):
@@ -61,14 +61,14 @@ def place(text: str, ids: Sequence[int], added: Mapping[int, Added], stretch: St
             return None
         ends, stop = placed
         fresh = not added[token].own_blank
-        found.append(ends + np.int32(size))
+        ends_of.append(ends + np.int32(size))
         size += len(text[at:stop].encode())
-        found.append(np.array([size], np.int32))
+        ends_of.append(np.array([size], np.int32))
         at, first = stop, index + 1
     last = stretch(text[at:], ids[first:])
     if last is None:
         return None
-    all_ends: NDArray[np.int32] = np.concatenate([*found, last + np.int32(size)])
+    all_ends: NDArray[np.int32] = np.concatenate([*ends_of, last + np.int32(size)])
     if len(all_ends):  # what no token spells at the end of the text belongs to the last one
         all_ends[all_ends == all_ends[-1]] = len(text.encode())
     return all_ends

@@ -40,9 +40,9 @@ def keeps_tokens(data: Mapping[str, Any]) -> bool:
         return False
     if not all(_is_local(part) for part in components(data.get("normalizer"))):
         return False
-    found = [_ends_at_cuts(part) for part in components(data.get("pre_tokenizer"))]
+    at_cuts = [_ends_at_cuts(part) for part in components(data.get("pre_tokenizer"))]
     # a model that looks up whole pre-tokens before it merges must have them end at the cut
-    return None not in found and (True in found or not model.get("ignore_merges"))
+    return None not in at_cuts and (True in at_cuts or not model.get("ignore_merges"))
 
 
 def _is_local(part: Mapping[str, Any]) -> bool:

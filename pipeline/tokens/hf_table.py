@@ -112,8 +112,8 @@ def _bytes(token: str, spec: Spec) -> bytes:
     if token in spec.added:
         return token.encode()
     # As the ByteLevel decoder does: a token with a character outside the alphabet is literal.
-    found = [_ALPHABET.get(character) for character in token]
-    return token.encode() if None in found else bytes(byte for byte in found if byte is not None)
+    values = [_ALPHABET.get(character) for character in token]
+    return token.encode() if None in values else bytes(byte for byte in values if byte is not None)
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -117,8 +117,8 @@ class HfTokenizer:
         joined, spelt = self._joined(ids), self._spelt(text)
         space = dummy_space(joined, spelt)
         if space is not None:
-            found = blocks(text, self._spelt) if spelt != text.encode() else None
-            return self._encoded(text, ids, space, found, snapped=False)
+            mapping = blocks(text, self._spelt) if spelt != text.encode() else None
+            return self._encoded(text, ids, space, mapping, snapped=False)
         normal = text if keep_text else self.normalise(text)
         if normal != text:
             return self._place(normal, self._ids(normal), keep_text=True)
@@ -130,10 +130,10 @@ class HfTokenizer:
         if ends is not None:
             return Encoded(text, np.array(ids, dtype=np.int32), ends, snapped=True)
         space = int(joined[:1] == b" " and not text.startswith(" "))
-        found = differing_block(joined[space:], text.encode())
-        if not found[0].text and not found[-1].text:
+        differing = differing_block(joined[space:], text.encode())
+        if not differing[0].text and not differing[-1].text:
             raise self._mismatch(joined, text, ids)
-        return self._encoded(text, ids, space, found, snapped=True)
+        return self._encoded(text, ids, space, differing, snapped=True)
 
     def _placed(self, text: str, ids: Sequence[int]) -> NDArray[np.int32] | None:
         return place(text, ids, self._added, self._stretch)
@@ -141,24 +141,24 @@ class HfTokenizer:
     def _stretch(self, text: str, ids: Sequence[int]) -> NDArray[np.int32] | None:
         """Ends of the tokens of a text without added ones, see ``place``."""
         raw = text.encode()
-        seen, found = self._seen(text), None
+        seen, mapping = self._seen(text), None
         if any(self._strips):
-            found = stripped(blocks(text, self._seen), *self._strips)
-            seen = b"".join(block.seen for block in found)
+            mapping = stripped(blocks(text, self._seen), *self._strips)
+            seen = b"".join(block.seen for block in mapping)
         if not len(ids):
             return None if seen else np.zeros(0, np.int32)
         ends = stretch_ends([self._pieces[token] for token in ids], seen)
         if ends is None or seen == raw:
             return ends
-        return map_ends(ends, found or blocks(text, self._seen))
+        return map_ends(ends, mapping or blocks(text, self._seen))
 
     def _encoded(
-        self, text: str, tokens: list[int], space: int, found: list[Block] | None, *, snapped: bool
+        self, text: str, tokens: list[int], space: int, mapping: list[Block] | None, *, snapped: bool
     ) -> Encoded:
         """Tokens with their byte ends; a dummy space (0 or 1 bytes) is taken off the first token."""
         ids = np.array(tokens, dtype=np.int32)
         ends = np.cumsum(self._lengths[ids], dtype=np.int32) - np.int32(space)
-        return Encoded(text, ids, ends if found is None else map_ends(ends, found), snapped)
+        return Encoded(text, ids, ends if mapping is None else map_ends(ends, mapping), snapped)
 
     def _ids(self, text: str) -> list[int]:
         with named_failures(f"tokenizer {self.table.info.name!r} fails on a text", "use another tokenizer"):

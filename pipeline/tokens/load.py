@@ -47,8 +47,8 @@ def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_cod
     if local is not None:
         side = {name: _read_json(path.parent / name) for name in _SIDE_FILES if there(path.parent / name)}
     else:
-        found = {name: hub_file(source, name, commit_of(path) or revision) for name in _SIDE_FILES}
-        side = {name: _read_json(file) for name, file in found.items() if file is not None}
+        files = {name: hub_file(source, name, commit_of(path) or revision) for name in _SIDE_FILES}
+        side = {name: _read_json(file) for name, file in files.items() if file is not None}
     # The name goes into manifests: a model's name, not where it lies on one machine.
     name = source if local is None else (path.resolve().parent.name if path.name == _FILE else path.stem)
     return _assemble(name, path, data, SideFiles(*(side.get(name, {}) for name in _SIDE_FILES)))
@@ -166,8 +166,8 @@ def _local_file(source: str) -> Path | None:
     if path.is_dir():
         if there(path / _FILE):
             return path / _FILE
-        found = sorted(file.name for pattern in _FOREIGN for file in path.glob(pattern))
-        holds = f"only {', '.join(found[:3])}" if found else "no tokenizer"
+        foreign = sorted(file.name for pattern in _FOREIGN for file in path.glob(pattern))
+        holds = f"only {', '.join(foreign[:3])}" if foreign else "no tokenizer"
         raise XtokenError(f"folder {source} holds {holds}, but {_FILE} is needed; {_CONVERT}")
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or path.suffix == ".json":
         raise XtokenError(f"{source} does not exist; give a folder with {_FILE}, that file, a hub id, or 'bytes'")

@@ -39,20 +39,20 @@ def blocks(text: str, flatten: Flatten) -> list[Block]:
     Words first; a changed word is cut further into characters with their combining marks where
     that gives the same result. If not even words normalise independently, what differs is one block.
     """
-    found = [block for word in _WORDS.findall(text) for block in _word_blocks(word, flatten)]
+    parts = [block for word in _WORDS.findall(text) for block in _word_blocks(word, flatten)]
     seen = flatten(text)
-    if b"".join(block.seen for block in found) == seen:
-        return found
+    if b"".join(block.seen for block in parts) == seen:
+        return parts
     return _trimmed(seen, text.encode())
 
 
-def stripped(found: list[Block], left: bool, right: bool) -> list[Block]:
+def stripped(parts: list[Block], left: bool, right: bool) -> list[Block]:
     """Blocks of which a tokenizer does not see the blanks at the ends of the text."""
-    seen = [bool(block.seen.strip()) for block in found]
-    first = seen.index(True) if True in seen else len(found)
-    last = len(found) - seen[::-1].index(True) if True in seen else 0
-    unseen = {*(range(first) if left else ()), *(range(last, len(found)) if right else ())}
-    return [Block(b"", block.text) if at in unseen else block for at, block in enumerate(found)]
+    seen = [bool(block.seen.strip()) for block in parts]
+    first = seen.index(True) if True in seen else len(parts)
+    last = len(parts) - seen[::-1].index(True) if True in seen else 0
+    unseen = {*(range(first) if left else ()), *(range(last, len(parts)) if right else ())}
+    return [Block(b"", block.text) if at in unseen else block for at, block in enumerate(parts)]
 
 
 def _trimmed(seen: bytes, text: bytes) -> list[Block]:
@@ -96,7 +96,7 @@ def _common(first: bytes, second: bytes) -> int:
     return int(differ[0]) if len(differ) else len(first)
 
 
-def map_ends(ends: NDArray[np.int32], found: list[Block]) -> NDArray[np.int32]:
+def map_ends(ends: NDArray[np.int32], parts: list[Block]) -> NDArray[np.int32]:
     """Ends in the bytes seen -> ends in the bytes of the text.
 
     An end inside a changed block moves up to the block's end, so that no token claims to end before
@@ -104,13 +104,13 @@ def map_ends(ends: NDArray[np.int32], found: list[Block]) -> NDArray[np.int32]:
 
     Args:
         ends: int32 [T], never decreasing, at most the sum of the blocks' ``seen`` lengths.
-        found: the blocks, in order.
+        parts: the blocks, in order.
     """
-    seen_end = np.cumsum([len(block.seen) for block in found])
-    text_end = np.cumsum([len(block.text) for block in found])
-    same = np.array([block.seen == block.text for block in found])
+    seen_end = np.cumsum([len(block.seen) for block in parts])
+    text_end = np.cumsum([len(block.text) for block in parts])
+    same = np.array([block.seen == block.text for block in parts])
     # The first block that ends at or after each end; an end of 0 stays at 0.
-    index = np.minimum(np.searchsorted(seen_end, ends, side="left"), len(found) - 1)
+    index = np.minimum(np.searchsorted(seen_end, ends, side="left"), len(parts) - 1)
     inside = np.where(same[index], ends - seen_end[index], 0)
     mapped = np.where(ends == 0, 0, text_end[index] + inside).astype(np.int32)
     # A block seen as nothing at the end of the text belongs to the last token.

@@ -47,14 +47,14 @@ def declared_tokens(side: SideFiles, names: Mapping[int, str]) -> dict[str, str 
             special_tokens_map.json, config.json.
         names: id -> token, for config.json, which names ids.
     """
-    found: dict[str, str | None] = {}
+    name_of_role: dict[str, str | None] = {}
     for role in _DECLARED:
         for source in (side.tokenizer_config, side.special_tokens_map):
-            if role not in found and f"{role}_token" in source:
-                found[role] = _content(source[f"{role}_token"])
-        if role not in found and f"{role}_token_id" in side.config:
-            found[role] = names.get(_one_id(side.config[f"{role}_token_id"], names))
-    return found
+            if role not in name_of_role and f"{role}_token" in source:
+                name_of_role[role] = _content(source[f"{role}_token"])
+        if role not in name_of_role and f"{role}_token_id" in side.config:
+            name_of_role[role] = names.get(_one_id(side.config[f"{role}_token_id"], names))
+    return name_of_role
 
 
 def _content(value: Any) -> str | None:
@@ -104,12 +104,12 @@ def assign_roles(
     for role in PRIORITY:
         if role in declared:
             token = declared[role]
-            found = [others.get(token) if token else None]
+            candidates = [others.get(token) if token else None]
         else:
-            found = [specials.get(name) for name in _KNOWN[role]]
+            candidates = [specials.get(name) for name in _KNOWN[role]]
             if role == "unk":
-                found.insert(0, others.get(unk_token) if unk_token else None)
-        token_id = next((known for known in found if known is not None), None)
+                candidates.insert(0, others.get(unk_token) if unk_token else None)
+        token_id = next((known for known in candidates if known is not None), None)
         if token_id is not None:
             roles.setdefault(token_id, role)
     for token_id in specials.values():

@@ -76,9 +76,9 @@ def components(component: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any
         yield component
 
 
-def _damaged(name: str, entry: str, found: object, rule: str) -> NoReturn:
+def _damaged(name: str, entry: str, value: object, rule: str) -> NoReturn:
     raise XtokenError(
-        f"tokenizer {name!r}: {entry} of tokenizer.json is {str(found)[:80]!r}, but {rule}; the file is damaged or was "
+        f"tokenizer {name!r}: {entry} of tokenizer.json is {str(value)[:80]!r}, but {rule}; the file is damaged or was "
         "edited by hand: fetch it again"
     )
 
@@ -155,12 +155,12 @@ def _added_ids(tokens: Sequence[Mapping[str, Any]], normalizer: Mapping[str, Any
     parts = list(components(normalizer))
     replaced = any(part["type"] == "Replace" and part.get("pattern") == {"String": " "} for part in parts)
     prepended = any(part["type"] == "Prepend" for part in parts)
-    found = {}
+    added = {}
     for token in tokens:
         normal = bool(token.get("normalized"))
         blanks = {"spared": normal and replaced, "own_blank": normal and prepended}
-        found[token["id"]] = Added(token["content"], bool(token.get("rstrip")), **blanks)
-    return found
+        added[token["id"]] = Added(token["content"], bool(token.get("rstrip")), **blanks)
+    return added
 
 
 def _check_ids(vocab: Mapping[str, int], name: str) -> None:
@@ -176,13 +176,13 @@ def _check_ids(vocab: Mapping[str, int], name: str) -> None:
 def _merges(merges: Any, name: str) -> list[tuple[str, str]]:
     if not isinstance(merges, list | None):
         _damaged(name, "the entry 'merges'", merges, "it must be a list")
-    found = []
+    pairs = []
     for at, merge in enumerate(merges or []):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) and one for one in pair)):
             _damaged(name, f"merge {at}", merge, "a merge is two tokens, as a list or with one blank between them")
-        found.append((pair[0], pair[1]))
-    return found
+        pairs.append((pair[0], pair[1]))
+    return pairs
 
 
 def _unk_token(model: Mapping[str, Any], name: str) -> str | None:

@@ -96,13 +96,13 @@ class TokenTable:
 
     def by_bytes(self) -> dict[bytes, int]:
         """Bytes -> id. An ordinary token wins over ``<0xHH>``, then the lower id; empty tokens are left out."""
-        found: dict[bytes, int] = {}
+        id_of_bytes: dict[bytes, int] = {}
         pieces = self.pieces()
         for fallback in (False, True):
             for token_id in np.flatnonzero(self.byte_fallback == fallback).tolist():
                 if pieces[token_id]:
-                    found.setdefault(pieces[token_id], token_id)
-        return found
+                    id_of_bytes.setdefault(pieces[token_id], token_id)
+        return id_of_bytes
 
     def starts_with_space(self) -> NDArray[np.bool_]:
         """bool [V]: the token's first byte is a space."""
@@ -114,8 +114,8 @@ class TokenTable:
     @cached_property
     def _spells_something(self) -> NDArray[np.bool_]:
         """bool [V]: the token has bytes, and is not a lone blank, which may be a dummy space."""
-        found: NDArray[np.bool_] = (self.lengths > 1) | ((self.lengths == 1) & ~self.starts_with_space())
-        return found
+        splits: NDArray[np.bool_] = (self.lengths > 1) | ((self.lengths == 1) & ~self.starts_with_space())
+        return splits
 
     def moved_ends(self, ids_T: NDArray[np.int32], end_T: NDArray[np.int32]) -> int:
         """Tokens of a text whose own end is not known: they have bytes, and end where the token before them does."""
@@ -165,8 +165,8 @@ class TokenTable:
 def _refuse_foreign(vocab: pa.Table, merges: pa.Table, info: TokenizerInfo) -> None:
     """Raise VerificationError for tables of other columns, of another size, or with merges of tokens that are none."""
     for table, schema in ((vocab, VOCAB), (merges, MERGES)):
-        found = [table.schema.field(i) for i in map(table.schema.get_field_index, schema.names) if i >= 0]
-        if found != list(schema):
+        fields = [table.schema.field(i) for i in map(table.schema.get_field_index, schema.names) if i >= 0]
+        if fields != list(schema):
             raise VerificationError(
                 f"the vocabulary tables of {info.name[:100]!r} have columns {table.schema.names[:20]}, not those of "
                 "the format; fetch or build the artifact again"
