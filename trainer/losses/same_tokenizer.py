@@ -1,6 +1,6 @@
 """``sparse-kl``: KL per position to a teacher that shares the student's tokenizer, so that nothing is projected.
 
-    KL(p_T || p_S) over the kept ids and REST, or its reverse; see ``xtoken.trainer.losses.sparse_kl``
+    KL(p_T || p_S) over the kept ids and REST, or its reverse; see ``xtoken.trainer.losses.divergence``
 
 Stored per chunk, which is one token here: the kept ids, their log-probabilities and REST. It is P-KL (X-Token,
 arXiv 2605.21699) with W the identity.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
 from xtoken.trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
-from xtoken.trainer.losses.sparse_kl import NOTHING, kept_and_rest, sparse_kl
+from xtoken.trainer.losses.divergence import NOTHING, kept_and_rest, kl_with_tail
 
 
 class SameTokenizer(Loss):
@@ -51,7 +51,7 @@ class SameTokenizer(Loss):
             logq_K, rest_P = kept_and_rest(view.logp_PV, place_K, place_K, outside_K)
             rest_logq_C = rest_P[view.first_C]
         logp_K, rest_logp_C = view.columns["skl_logprob"], view.columns["skl_rest_logprob"]
-        return sparse_kl(logp_K, logq_K, chunk_K, rest_logp_C, rest_logq_C, self.kl)
+        return kl_with_tail(logp_K, logq_K, chunk_K, rest_logp_C, rest_logq_C, self.kl)
 
 
 def open_loss(setup: LossSetup) -> SameTokenizer:

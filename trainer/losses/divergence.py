@@ -40,7 +40,7 @@ NOTHING = math.exp(-60)
 LOG_FLOOR = -24 * math.log(2)  # reverse only: a sum of float32 probabilities cannot tell a smaller REST from none
 
 
-def sparse_kl(
+def kl_with_tail(
     logp_K: Tensor,
     logq_K: Tensor,
     chunk_K: Tensor,
