@@ -16,7 +16,7 @@ from xtoken.trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, o
 from xtoken.trainer.losses.divergence import NOTHING, kept_and_rest, kl_with_tail
 
 
-class SameTokenizer(Loss):
+class SparseKL(Loss):
     """Sparse KL against the columns ``skl_*`` of the target table."""
 
     columns = Columns.of("sparse-kl")
@@ -54,6 +54,6 @@ class SameTokenizer(Loss):
         return kl_with_tail(logp_K, logq_K, chunk_K, rest_logp_C, rest_logq_C, self.kl)
 
 
-def open_loss(setup: LossSetup) -> SameTokenizer:
+def open_loss(setup: LossSetup) -> SparseKL:
     """See ``xtoken.trainer.losses.open_loss``."""
-    return SameTokenizer(setup)
+    return SparseKL(setup)
