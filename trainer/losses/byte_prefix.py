@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.base import Loss, LossSetup, View, owners
 from xtoken.trainer.losses.chain_rule import chunk_positions, cut
 from xtoken.trainer.losses.divergence import NOTHING, group_logsumexp, kept_and_rest, kl_with_tail, ranges
+from xtoken.trainer.ragged import Arrays, Columns
 
 
 class BytePrefix(Loss):

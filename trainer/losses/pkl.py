@@ -39,8 +39,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Arrays, Columns, Loss, LossSetup, ProjectionArrays, View, owners
+from xtoken.trainer.losses.base import Loss, LossSetup, ProjectionArrays, View, owners
 from xtoken.trainer.losses.divergence import NOTHING, group_logsumexp, kept_and_rest, kl_with_tail, ranges
+from xtoken.trainer.ragged import Arrays, Columns
 
 ROW_SUM_ROUNDING = 1e-6  # float32 weights of a row sum to 1 within this
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.base import Loss, LossSetup, View, owners
 from xtoken.trainer.losses.divergence import NOTHING, kept_and_rest, kl_with_tail
+from xtoken.trainer.ragged import Arrays, Columns
 
 
 class SparseKL(Loss):
