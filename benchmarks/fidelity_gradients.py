@@ -151,12 +151,12 @@ def gradient(loss: Loss, window: Window, columns: dict[str, NDArray[Any]]) -> tu
     leaf = window.logp_CV.clone().requires_grad_()
     every_C = torch.arange(len(leaf))
     view = View(
-        leaf,
-        torch.zeros_like(every_C),
         every_C,
         torch.ones_like(every_C),
         torch.full_like(every_C, -1),
         {name: torch.from_numpy(value) for name, value in columns.items()},
+        logp_PV=leaf,
+        label_P=torch.zeros_like(every_C),
     )
     total = loss.terms(view).sum()
     (grad_CV,) = torch.autograd.grad(total, leaf)

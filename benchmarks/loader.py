@@ -25,13 +25,14 @@ import numpy as np
 from benchmarks.loader_inputs import filled, grown
 from benchmarks.machine import machine, machine_line
 from xtoken.trainer.data.batches import Loader
-from xtoken.trainer.data.layout import Layout, running
+from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.micro_batch import split_micros
 from xtoken.trainer.data.packing import Shape, packed_shapes, padded_shapes
 from xtoken.trainer.data.samples import read_samples
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
-from xtoken.trainer.losses.base import Columns, Loss, View
+from xtoken.trainer.losses.base import Loss, View
+from xtoken.trainer.ragged import Columns, running
 
 RESULTS = Path(__file__).resolve().parent / "results"
 K, MAX_TOKENS, STEP_TOKENS, MICRO_TOKENS = 32, 1024, 32_768, 8_192
@@ -71,7 +72,7 @@ def timed(root: str, threads: int, packing: bool) -> Figures:
         while tokens < TIMED_TOKENS:
             batch = loader.step()
             tokens, inputs, padded = tokens + batch.tokens, inputs + batch.predicted, padded + batch.padded
-            entries += sum(len(micro.lessons[0].columns["pkl_ids"]) for micro in batch.micros)
+            entries += sum(len(micro.targets[0].columns["pkl_ids"]) for micro in batch.micros)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     return {
         "tokens_per_cpu_s": tokens / cpu,

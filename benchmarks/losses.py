@@ -42,8 +42,9 @@ from benchmarks.machine import machine
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.tables import LOSSES
 from xtoken.trainer.data.batches import Loader
+from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.micro_batch import Micro
-from xtoken.trainer.data.samples import Layout, context_token
+from xtoken.trainer.data.samples import context_token
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
@@ -136,7 +137,7 @@ def _case(folder: str, name: str, what: str) -> dict[str, Any]:
     inputs = root / ("same" if name == "sparse-kl" else "cross")
     logits_PV = torch.from_numpy(np.load(root / "student.npy"))
     micro, losses = _lesson(inputs, name, logits_PV.shape[1])
-    chunks = len(micro.lessons[0].first_C)
+    chunks = len(micro.targets[0].first_C)
     factors = (CE_WEIGHT / POSITIONS, KD_WEIGHT / max(1, chunks))
     ours, dense = _ours(logits_PV, micro, losses, factors), _dense(inputs, name, logits_PV, micro, factors)
     if what == "profile":

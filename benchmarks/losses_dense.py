@@ -91,13 +91,13 @@ def load_dense(folder: Path, name: str, micro: Micro) -> Dense:
     """Maps and rows for the loss ``name``, from what ``losses_inputs.prepare`` wrote."""
     targets = Targets(str(folder / "targets"))
     group = targets.read(targets.groups[0], ("chunk_student_end", "chunk_teacher_end"))
-    lesson = micro.lessons[0]
+    held = micro.targets[0]
     ends = [group.values(key, 0).astype(np.int64) for key in ("chunk_student_end", "chunk_teacher_end")]
     starts = [np.concatenate([[0], end[:-1]]) for end in ends]
     # the student sees BOS first, the teacher does not: its row r predicts token r + 1
     used_C = (starts[1] >= 1) & (ends[0] <= len(micro.label_P))
-    if len(lesson.first_C):
-        assert (starts[0][used_C] == lesson.first_C).all()
+    if len(held.first_C):
+        assert (starts[0][used_C] == held.first_C).all()
     teacher = load_vocab(str(folder / "capture"))
     ids = _teacher_ids(folder)
     w, (student_ids, teacher_ids) = targets.w, _pairs(targets)

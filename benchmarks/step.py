@@ -32,7 +32,8 @@ from benchmarks.machine import machine, machine_line
 from xtoken.pipeline.store import iter_capture
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.data.batches import Loader, StepBatch
-from xtoken.trainer.data.samples import Layout, context_token
+from xtoken.trainer.data.layout import Layout
+from xtoken.trainer.data.samples import context_token
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
@@ -171,9 +172,9 @@ class Live:
             logits = self.bench.model(input_ids=ids, position_ids=positions, use_cache=False).logits
             logp_PV = logits.flatten(0, 1)[torch.from_numpy(micro.place_P)].log_softmax(-1)
             ce = -logp_PV.gather(1, torch.from_numpy(micro.label_P)[:, None]).sum()
-            lesson, kd = micro.lessons[0], logp_PV.new_zeros(())
+            targets, kd = micro.targets[0], logp_PV.new_zeros(())
             for number, name in enumerate(micro.sample_ids):
-                first_C = torch.from_numpy(lesson.first_C[lesson.sample_C == number])
+                first_C = torch.from_numpy(targets.first_C[targets.sample_C == number])
                 target_CU = self._teacher_rows(name)[self.rows[name][: len(first_C)]]
                 q_CU = (self.wt_UV @ logp_PV[first_C].exp().T).T
                 terms = target_CU.exp() * (target_CU - q_CU.clamp(min=1e-10).log())

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xtoken.trainer.data.micro_batch import Lesson, Micro
+from xtoken.trainer.data.micro_batch import Micro, TeacherTargets
 from xtoken.trainer.losses.base import FeatureLoss, Loss, View
 
 # Logits held at once in float32: 64 MB, or 128 MB on a GPU. The gradient of the head is as large as the head and is
@@ -43,7 +43,8 @@ class Block:
 def spans(micro: Micro, vocabulary: int, losses: Sequence[Loss], on_gpu: bool) -> Iterator[tuple[int, int]]:
     """First position and one past the last of each block; chunks of ``losses`` are not torn."""
     size = max(1, (GPU_BLOCK_ELEMENTS if on_gpu else BLOCK_ELEMENTS) // vocabulary)
-    whole = [lesson for lesson, loss in zip(micro.lessons, losses, strict=False) if not collects(loss)]
+    # a loss that collects the features of all positions first does not mind where blocks end
+    whole = [targets for targets, loss in zip(micro.targets, losses, strict=False) if not collects(loss)]
     low = 0
     while low < len(micro.place_P):
         high = _whole_chunks(whole, low, min(low + size, len(micro.place_P)))
@@ -56,47 +57,53 @@ def collects(loss: Loss) -> bool:
     return isinstance(loss, FeatureLoss) and not loss.local
 
 
-def _whole_chunks(lessons: Sequence[Lesson], low: int, high: int) -> int:
+def _whole_chunks(teachers: Sequence[TeacherTargets], low: int, high: int) -> int:
     """The nearest position to ``high``, before it if possible, at which no teacher's chunk is torn."""
+    # teachers' chunks overlap: moving the end out of one's chunk can tear another's, so each loop runs to a fixed point
     end = high
-    while end > low and (torn := [start for lesson in lessons if (start := _torn(lesson, end)[0]) < end]):
+    while end > low and (torn := [start for one in teachers if (start := _torn(one, end)[0]) < end]):
         end = min(torn)
     if end > low:
         return end
-    while torn := [stop for lesson in lessons if (stop := _torn(lesson, high)[1]) > high]:
+    # one chunk, or a chain of overlapping ones, is longer than a block: the block grows to hold it
+    while torn := [stop for one in teachers if (stop := _torn(one, high)[1]) > high]:
         high = max(torn)
     return high
 
 
-def _torn(lesson: Lesson, at: int) -> tuple[int, int]:
+def _torn(targets: TeacherTargets, at: int) -> tuple[int, int]:
     """Start and stop of the chunk that holds the positions before and after ``at``; ``at`` twice if there is none."""
-    chunk = int(np.searchsorted(lesson.first_C, at)) - 1
+    # the last chunk that starts before ``at``; one that starts there is whole
+    chunk = int(np.searchsorted(targets.first_C, at)) - 1
     if chunk < 0:
         return at, at
-    first = int(lesson.first_C[chunk])
-    stop = first + int(lesson.length_C[chunk])
+    first = int(targets.first_C[chunk])
+    stop = first + int(targets.length_C[chunk])
     return (first, stop) if stop > at else (at, at)
 
 
-def block_view(block: Block, micro: Micro, lesson: Lesson, loss: Loss) -> View:
+def block_view(block: Block, micro: Micro, targets: TeacherTargets, loss: Loss) -> View:
     """What ``loss`` sees of a block; its columns are checked."""
-    return view(block.logp(loss.temperature), micro, lesson, loss, (block.low, block.high))
+    return view(block.logp(loss.temperature), micro, targets, loss, (block.low, block.high))
 
 
-def view(logp_PV: Tensor, micro: Micro, lesson: Lesson, loss: Loss, span: tuple[int, int]) -> View:
+def view(logp_PV: Tensor, micro: Micro, targets: TeacherTargets, loss: Loss, span: tuple[int, int]) -> View:
     """What ``loss`` sees of positions; its columns are checked."""
-    low, high = span
-    device, (first, last) = logp_PV.device, lesson.chunks(low, high)
-    arrays = lesson.slice(low, high)
-    loss.check(arrays)
-    next_C = lesson.next_C[first:last]
-    places = (lesson.first_C[first:last] - low, lesson.length_C[first:last], np.where(next_C >= 0, next_C - low, -1))
-    first_C, length_C, following_C = (tensor(place, device) for place in places)
-    columns = {name: tensor(array, device) for name, array in arrays.items()}
-    return View(logp_PV, tensor(micro.label_P[low:high], device), first_C, length_C, following_C, columns)
+    piece, device = targets.slice(*span), logp_PV.device
+    # on the CPU, where a bad id is an error; on a GPU it would be an assertion of a kernel, or a silent read elsewhere
+    loss.check(piece.columns)
+    return View(
+        logp_PV=logp_PV,
+        label_P=tensor(micro.label_P[slice(*span)], device),
+        first_C=tensor(piece.first_C, device),
+        length_C=tensor(piece.length_C, device),
+        next_C=tensor(piece.next_C, device),
+        columns={name: tensor(array, device) for name, array in piece.columns.items()},
+    )
 
 
 def tensor(array: Any, device: torch.device) -> Tensor:
     """A copy on the device, without waiting for it."""
-    found = torch.from_numpy(np.array(array))
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+    copy = torch.from_numpy(np.array(array))
+    # only from pinned memory does a copy to the GPU run beside what the GPU computes meanwhile
+    return copy.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else copy

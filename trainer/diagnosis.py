@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from xtoken.trainer.data.batches import StepBatch
-from xtoken.trainer.data.micro_batch import Lesson, Micro
+from xtoken.trainer.data.micro_batch import Micro, TeacherTargets
 from xtoken.trainer.objective import score
 from xtoken.trainer.run import write_json
 from xtoken.trainer.step import seed_all
@@ -26,13 +26,13 @@ def diagnose(training: "Training", batch: StepBatch, verdict: Verdict, seed: str
     """
     ranks = training.ranks
     alone = [one for micro in batch.micros for one in single_samples(micro)]
-    found = []
+    rows = []
     for at in range(int(ranks.max(len(alone)))):  # a sharded model runs on all ranks or none
         micro = alone[min(at, len(alone) - 1)]
         seed_all(seed, micro)
         row = _score(training, micro)
-        found += [row] if at < len(alone) else []
-    scores = [one for part in ranks.gather(found) for one in part]
+        rows += [row] if at < len(alone) else []
+    scores = [one for part in ranks.gather(rows) for one in part]
     diagnosis = Diagnosis(training.counted.step + 1, verdict, scores)
     if ranks.first:
         write_json(training.run.root / DIAGNOSIS, diagnosis.record())
@@ -40,10 +40,10 @@ def diagnose(training: "Training", batch: StepBatch, verdict: Verdict, seed: str
 
 
 def _score(training: "Training", micro: Micro) -> SampleScore:
-    teachers = len(micro.lessons)
+    teachers = len(micro.targets)
     with torch.no_grad():
         sums = training.wrapped(score, micro, (0.0,) * (1 + teachers))[1].tolist()
-    chunks = [len(lesson.first_C) for lesson in micro.lessons]
+    chunks = [len(targets.first_C) for targets in micro.targets]
     plain = sums[1 + teachers : 1 + 2 * teachers]
     kd = tuple(value / count if count else None for value, count in zip(plain, chunks, strict=True))
     tokens = len(micro.label_P)
@@ -64,19 +64,11 @@ def single_samples(micro: Micro) -> Iterator[Micro]:
                 place_P=length,
                 label_P=micro.label_P[low:high],
                 sample_P=np.zeros(high - low, np.int64),
-                lessons=tuple(_lesson(lesson, number, low, high) for lesson in micro.lessons),
+                targets=tuple(_alone(targets, number, low, high) for targets in micro.targets),
             )
 
 
-def _lesson(lesson: Lesson, number: int, low: int, high: int) -> Lesson:
-    first, last = lesson.chunks(low, high)
-    next_C = lesson.next_C[first:last]
-    return Lesson(
-        lesson.first_C[first:last] - low,
-        lesson.length_C[first:last],
-        np.where(next_C >= 0, next_C - low, -1),
-        np.zeros(last - first, np.int64),
-        lesson.weight_B[number : number + 1],
-        lesson.slice(low, high),
-        lesson.spec,
-    )
+def _alone(targets: TeacherTargets, number: int, low: int, high: int) -> TeacherTargets:
+    """One sample's, of positions ``low`` to ``high`` of a micro-batch."""
+    chunks = targets.slice(low, high)
+    return TeacherTargets.of(chunks, np.zeros(len(chunks.first_C), np.int64), targets.weight_B[number : number + 1])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from xtoken.trainer.blocks import Block, block_view, collects, spans, tensor, view
-from xtoken.trainer.data.micro_batch import Lesson, Micro
+from xtoken.trainer.data.micro_batch import Micro, TeacherTargets
 from xtoken.trainer.losses.base import FeatureLoss, Loss
 from xtoken.trainer.losses.ce import cross_entropy_total
 from xtoken.trainer.student.head import Head, find_head
@@ -283,7 +283,7 @@ class _Scorer:
     def _collect(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> dict[int, _Features]:
         """First pass over the blocks for losses that need the features of all positions, without gradient."""
         wanted = {i: loss for i, loss in enumerate(self.losses) if isinstance(loss, FeatureLoss) and collects(loss)}
-        wanted = {i: loss for i, loss in wanted.items() if len(self.micro.lessons[i].first_C)}
+        wanted = {i: loss for i, loss in wanted.items() if len(self.micro.targets[i].first_C)}
         if not wanted:
             return {}
         pieces: dict[int, list[Tensor]] = {i: [] for i in wanted}
@@ -296,10 +296,10 @@ class _Scorer:
         return {i: self._features(i, loss, torch.cat(pieces[i])) for i, loss in wanted.items()}
 
     def _features(self, i: int, loss: FeatureLoss, feature_PF: Tensor) -> _Features:
-        lesson, leaf = self.micro.lessons[i], feature_PF.requires_grad_()
+        targets, leaf = self.micro.targets[i], feature_PF.requires_grad_()
         with torch.enable_grad():
-            seen = view(leaf.new_zeros(0, 0), self.micro, lesson, loss, (0, len(self.micro.place_P)))
-            weighted, plain = _weigh(loss.terms_of(leaf, seen), lesson.weight_B[lesson.sample_C], loss)
+            seen = view(leaf.new_zeros(0, 0), self.micro, targets, loss, (0, len(self.micro.place_P)))
+            weighted, plain = _weigh(loss.terms_of(leaf, seen), targets.weight_B[targets.sample_C], loss)
             (grad_PF,) = torch.autograd.grad(weighted, leaf)
         self.sums[1 + i], self.sums[1 + len(self.losses) + i] = weighted.detach(), plain.detach()
         return _Features(float(weighted.detach()), float(plain.detach()), grad_PF)
@@ -310,23 +310,23 @@ class _Scorer:
         ce = cross_entropy_total(block.logp(), label_P)
         self.sums[0] += ce.detach()
         terms: list[Tensor | None] = [ce]
-        for i, (lesson, loss) in enumerate(zip(self.micro.lessons, self.losses, strict=True)):
+        for i, (targets, loss) in enumerate(zip(self.micro.targets, self.losses, strict=True)):
             if isinstance(loss, FeatureLoss) and collects(loss):
                 terms.append(_linearised(block, loss, label_P, collected[i]) if i in collected else None)
             else:
-                terms.append(self._term(i, block, lesson, loss))
+                terms.append(self._term(i, block, targets, loss))
         used = [f * term for f, term in zip(self.factors, terms, strict=True) if term is not None and f]
         return torch.stack(used).sum() if used else None
 
-    def _term(self, i: int, block: Block, lesson: Lesson, loss: Loss) -> Tensor | None:
-        first, last = lesson.chunks(block.low, block.high)
+    def _term(self, i: int, block: Block, targets: TeacherTargets, loss: Loss) -> Tensor | None:
+        first, last = targets.chunks(block.low, block.high)
         if loss.per == "chunk" and first == last:
             return None
-        seen = block_view(block, self.micro, lesson, loss)
+        seen = block_view(block, self.micro, targets, loss)
         if self.agree and i == 0 and first < last:
             self._compare(loss.agrees(seen))
-        owner = lesson.sample_C[first:last] if loss.per == "chunk" else self.micro.sample_P[block.low : block.high]
-        weighted, plain = _weigh(loss.terms(seen), lesson.weight_B[owner], loss)
+        owner = targets.sample_C[first:last] if loss.per == "chunk" else self.micro.sample_P[block.low : block.high]
+        weighted, plain = _weigh(loss.terms(seen), targets.weight_B[owner], loss)
         self.sums[1 + i] += weighted.detach()
         self.sums[1 + len(self.losses) + i] += plain.detach()
         return weighted

@@ -14,8 +14,10 @@ from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.trainer.checkpoint import Policy, Restored, refuse_dtypes, restore_checkpoint, save_checkpoint
-from xtoken.trainer.data.batches import Loader, Position
-from xtoken.trainer.data.samples import Layout, context_token
+from xtoken.trainer.data.batches import Loader
+from xtoken.trainer.data.layout import Layout
+from xtoken.trainer.data.plan import Position
+from xtoken.trainer.data.samples import context_token
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss

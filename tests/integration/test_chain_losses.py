@@ -19,7 +19,8 @@ from xtoken.pipeline.store import load_vocab
 from xtoken.pipeline.tokens import TokenTable, load_tokenizer
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.data.batches import Loader
-from xtoken.trainer.data.samples import Layout, context_token
+from xtoken.trainer.data.layout import Layout
+from xtoken.trainer.data.samples import context_token
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss

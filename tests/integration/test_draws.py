@@ -134,7 +134,7 @@ def gradients(root: str, loss: str, **options: Any) -> tuple[Rows, list[int], Ro
         fields = {name: torch.as_tensor(np.ascontiguousarray(value)) for name, value in columns.items()}
         start, length = fields.pop("first").long(), fields.pop("length").long()
         label, after = torch.zeros(positions, dtype=torch.int64), torch.full_like(start, -1)
-        view = View(torch.log_softmax(z_PV, -1), label, start, length, after, fields)
+        view = View(start, length, after, fields, logp_PV=torch.log_softmax(z_PV, -1), label_P=label)
         opened.terms(view).sum().backward()
         assert z_PV.grad is not None
         found.append(z_PV.grad.numpy())

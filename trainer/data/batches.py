@@ -13,13 +13,12 @@ from types import TracebackType
 from typing import TypeVar
 
 from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.micro_batch import Micro, split_micros
 from xtoken.trainer.data.plan import Plan, Position
-from xtoken.trainer.data.samples import Layout, Sample, read_samples
+from xtoken.trainer.data.samples import Sample, read_samples
 from xtoken.trainer.data.sources import OwnedGroup, Sources
 from xtoken.trainer.data.stream import Share, Stream, result_of
-
-__all__ = ["Loader", "Position", "StepBatch"]
 
 # Steps laid out before they are asked for: one that is ready while the next is made.
 STEPS_AHEAD = 2
@@ -164,7 +163,7 @@ class Loader:
             micros,
             sum(share.tokens for share in shares),
             sum(len(micro.label_P) for micro in micros),
-            tuple(sum(len(micro.lessons[i].first_C) for micro in micros) for i in teachers),
+            tuple(sum(len(micro.targets[i].first_C) for micro in micros) for i in teachers),
             tuple(sum(sample.targets[i] is not None for sample in samples) for i in teachers),
             sum(sample.cut for sample in samples),
             tuple(share.position for share in shares),

@@ -1,79 +1,51 @@
-"""Samples of one forward pass, and what each teacher wants learnt from it.
+"""Samples of one forward pass, and each teacher's targets for them.
 
 Shapes: B samples (in ``input_BL`` rows), L inputs of a row, P predicting positions, C chunks of a teacher, K entries.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.trainer.data.layout import running
 from xtoken.trainer.data.packing import Shape, packed_shapes, padded_shapes
-from xtoken.trainer.data.samples import Sample, SampleTargets
-from xtoken.trainer.losses.base import Array, Columns, Loss
-
-Ints = NDArray[np.int64]
+from xtoken.trainer.data.samples import Sample
+from xtoken.trainer.losses.base import Loss
+from xtoken.trainer.ragged import Array, Columns, Ints, Ragged, running
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """One teacher's targets for a micro-batch.
+class TeacherTargets(Ragged[Array]):
+    """One teacher's targets for a micro-batch: all samples in order, positions counted in P of the micro-batch.
 
     Attributes:
-        first_C, length_C, next_C: int64, as in ``View``, positions counted in P of the micro-batch; ascending.
         sample_C: int64, the sample of each chunk.
         weight_B: float64, the teacher's weight in each sample; 0 where it does not hold it.
-        columns: the loss's columns, all samples in order; spec: their axes.
     """
 
-    first_C: Ints
-    length_C: Ints
-    next_C: Ints
     sample_C: Ints
     weight_B: NDArray[np.float64]
-    columns: Mapping[str, Array]
-    spec: Columns
 
-    @cached_property
-    def entry_starts(self) -> dict[str, Ints]:
-        """Per count column, the first entry of each chunk or position, and the number of entries."""
-        return {name: running(self.columns[name]) for name in self.spec.entries}
-
-    def chunks(self, low: int, high: int) -> tuple[int, int]:
-        """First chunk, and one past the last, whose first position lies in ``low`` to ``high``."""
-        first, last = np.searchsorted(self.first_C, [low, high]).tolist()
-        return first, last
-
-    def slice(self, low: int, high: int) -> dict[str, Array]:
-        """The columns that belong to positions ``low`` to ``high`` and to the chunks that start there; views."""
-        first, last = self.chunks(low, high)
-        picked = {name: self.columns[name][first:last] for name in self.spec.chunk}
-        picked |= {name: self.columns[name][low:high] for name in self.spec.token}
-        for count_name, names in self.spec.entries.items():
-            begin, end = (first, last) if count_name in self.spec.chunk else (low, high)
-            starts = self.entry_starts[count_name]
-            start, stop = int(starts[begin]), int(starts[end])
-            picked[count_name] = self.columns[count_name][begin:end].astype(np.int64)
-            picked |= {name: self.columns[name][start:stop] for name in names}
-        return picked
+    @classmethod
+    def of(cls, chunks: Ragged[Array], sample_C: Ints, weight_B: NDArray[np.float64]) -> "TeacherTargets":
+        """From the chunks of all samples."""
+        return cls(chunks.first_C, chunks.length_C, chunks.next_C, chunks.columns, chunks.spec, sample_C, weight_B)
 
 
 @dataclass(frozen=True)
 class Micro:
-    """Samples of one forward pass: rows of one or several samples, filled up on the right.
+    """Samples of one forward pass: rows of one or several samples, padded on the right.
 
     No attention mask goes with it: rows are causal, and the samples of a row are told apart by positions that start
-    again. What fills a row is a segment of its own.
+    again. The padding of a row is a segment of its own.
 
     Attributes:
         sample_ids: the samples, row after row.
-        input_BL, position_BL: int64, tokens and position ids; 0 at the first input of each sample and of the filling.
+        input_BL, position_BL: int64, tokens and position ids; 0 at the first input of each sample and of the padding.
         place_P: int64, flat places in [B, L] that predict a token. label_P: int64, these tokens.
         sample_P: int64, the sample of each position.
-        lessons: one per teacher.
+        targets: one per teacher.
     """
 
     sample_ids: tuple[str, ...]
@@ -82,7 +54,7 @@ class Micro:
     place_P: Ints
     label_P: Ints
     sample_P: Ints
-    lessons: tuple[Lesson, ...]
+    targets: tuple[TeacherTargets, ...]
 
 
 def make_micro(rows: Sequence[Sequence[Sample]], width: int, losses: Sequence[Loss]) -> Micro:
@@ -108,41 +80,26 @@ def make_micro(rows: Sequence[Sequence[Sample]], width: int, losses: Sequence[Lo
         place_P,
         np.concatenate([sample.sequence[1:] for sample in samples]).astype(np.int64),
         np.repeat(np.arange(len(samples)), length_B),
-        tuple(_lesson(samples, length_B, source, loss.columns) for source, loss in enumerate(losses)),
+        tuple(_teacher_targets(samples, length_B, at, loss.columns) for at, loss in enumerate(losses)),
     )
 
 
-def _lesson(samples: Sequence[Sample], length_B: Ints, source: int, spec: Columns) -> Lesson:
+def _teacher_targets(samples: Sequence[Sample], length_B: Ints, teacher: int, spec: Columns) -> TeacherTargets:
     parts = [
-        sample.targets[source] or _nothing(spec, int(length)) for sample, length in zip(samples, length_B, strict=True)
+        sample.targets[teacher] or Ragged.empty(spec, length)
+        for sample, length in zip(samples, length_B.tolist(), strict=True)
     ]
-    chunks_B = [len(part.first_C) for part in parts]
-    offset_C = np.repeat(running(length_B)[:-1], chunks_B)
-    next_C = np.concatenate([part.next_C for part in parts])
-    lesson = Lesson(
-        np.concatenate([part.first_C for part in parts]) + offset_C,
-        np.concatenate([part.length_C for part in parts]),
-        np.where(next_C >= 0, next_C + offset_C, -1),
-        np.repeat(np.arange(len(samples)), chunks_B),
-        np.array([sample.weights[source] for sample in samples], np.float64),
-        {name: np.concatenate([part.columns[name] for part in parts]) for name in spec.names},
-        spec,
-    )
-    assert lesson.entry_starts is not None  # worked out here, in a reader's thread, not in the step
-    return lesson
-
-
-def _nothing(spec: Columns, positions: int) -> SampleTargets:
-    """The targets of a sample that a teacher does not hold."""
-    none = np.zeros(0, np.int64)
-    columns = {name: np.zeros(positions if name in spec.token else 0, np.int32) for name in spec.names}
-    return SampleTargets(none, none, none, columns)
+    weight_B = np.array([sample.weights[teacher] for sample in samples], np.float64)
+    sample_C = np.repeat(np.arange(len(samples)), [len(part.first_C) for part in parts])
+    targets = TeacherTargets.of(Ragged.concat(parts, length_B, spec), sample_C, weight_B)
+    assert targets.entry_starts is not None  # worked out here, in a reader's thread, not in the step
+    return targets
 
 
 def split_micros(
     samples: Sequence[Sample], micro_tokens: int, losses: Sequence[Loss], pack_tokens: int | None = None
 ) -> list[Micro]:
-    """Micro-batches of at most ``micro_tokens`` inputs, filling included (or one row), widest first.
+    """Micro-batches of at most ``micro_tokens`` inputs, padding included (or one row), widest first.
 
     Args:
         samples: those without an input are left out.

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.data.layout import SCORE_COLUMNS, Layout, SampleTargets, running
+from xtoken.trainer.data.layout import SCORE_COLUMNS, Layout
 from xtoken.trainer.data.targets import RowGroup
-from xtoken.trainer.losses.base import Array, Columns, Loss
+from xtoken.trainer.losses.base import Loss
+from xtoken.trainer.ragged import Array, Columns, Ints, Ragged, running
 
 NORMALISED_WITHIN = 1e-3  # float32 log-probabilities of up to 256 cells sum to 1 far closer than this
-Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
@@ -51,31 +51,23 @@ class _Rows:
 
 @dataclass(frozen=True)
 class GroupTargets:
-    """What one teacher says about the samples of a row group.
+    """One teacher's targets for the samples of a row group.
 
     Attributes:
-        first_C, length_C, next_C: as in ``SampleTargets``, valid chunks only; chunk_R: the rows' offsets in them.
-        columns: values; bounds: where each row's begin and end.
-        score_R: see ``SampleTargets``.
+        whole: the valid chunks of all rows, each row's positions counted from its own first.
+        chunk_R: the rows' offsets in these chunks. bounds: where each row's values of a column begin and end.
+        score_R: what a sample's weight is a softmax of; NaN = the teacher has no distribution there.
     """
 
-    first_C: Ints
-    length_C: Ints
-    next_C: Ints
+    whole: Ragged[Array]
     chunk_R: list[int]
-    columns: Mapping[str, Array]
     bounds: Mapping[str, tuple[list[int], list[int]]]
     score_R: list[float]
 
-    def row(self, row: int) -> SampleTargets:
+    def row(self, row: int) -> Ragged[Array]:
         """One sample's; views."""
-        low, high = self.chunk_R[row], self.chunk_R[row + 1]
-        columns = {
-            name: values[self.bounds[name][0][row] : self.bounds[name][1][row]] for name, values in self.columns.items()
-        }
-        return SampleTargets(
-            self.first_C[low:high], self.length_C[low:high], self.next_C[low:high], columns, self.score_R[row]
-        )
+        spans = {name: slice(begin_R[row], end_R[row]) for name, (begin_R, end_R) in self.bounds.items()}
+        return self.whole.part(slice(self.chunk_R[row], self.chunk_R[row + 1]), spans)
 
 
 def group_targets(group: RowGroup, loss: Loss, layout: Layout) -> GroupTargets:
@@ -118,15 +110,9 @@ def _cut(rows: _Rows, loss: Loss, layout: Layout, score_R: list[float]) -> Group
             begin_R, stop_R = entry_S[low_R], entry_S[high_R]
         columns |= values
         bounds |= dict.fromkeys(names, (begin_R.tolist(), stop_R.tolist()))
-    return GroupTargets(
-        (start_C + shift)[chosen],
-        (end_C - start_C)[chosen],
-        next_C[chosen],
-        valid_R.tolist(),
-        columns,
-        bounds,
-        score_R,
-    )
+    first_C, length_C = (start_C + shift)[chosen], (end_C - start_C)[chosen]
+    whole = Ragged(first_C, length_C, next_C[chosen], columns, loss.columns)
+    return GroupTargets(whole, valid_R.tolist(), bounds, score_R)
 
 
 def _entries_of_chunks(

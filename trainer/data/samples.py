@@ -1,21 +1,20 @@
-"""From stored rows to one training sample with what each teacher says about it.
+"""From stored rows to one training sample with each teacher's targets for it.
 
 Shapes: S student tokens, P predicted positions, C chunks, K entries summed over chunks or positions.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.schemas.manifest import TokenizerInfo
-from xtoken.trainer.data.layout import Layout, SampleTargets
+from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.rows import GroupTargets, group_targets
 from xtoken.trainer.data.targets import RowGroup
-
-__all__ = ["Layout", "Sample", "SampleTargets", "context_token", "read_sample", "read_samples", "with_context"]
+from xtoken.trainer.ragged import Array, Ragged
 
 Stored = tuple[RowGroup, int]  # a row of a row group
 
@@ -26,14 +25,14 @@ class Sample:
 
     Attributes:
         sequence: int32, the context token (if any) and the student tokens; position j predicts token j + 1.
-        targets: per teacher, None where it does not hold the sample.
+        targets: per teacher, positions counted from the sample's first; None where it does not hold the sample.
         weights: per teacher, summing to 1 over those that hold the sample (or all 0).
         cut: tokens of the stored sample beyond ``Layout.max_tokens``.
     """
 
     sample_id: str
     sequence: NDArray[np.int32]
-    targets: tuple[SampleTargets | None, ...]
+    targets: tuple[Ragged[Array] | None, ...]
     weights: tuple[float, ...]
     cut: int = 0
 
@@ -53,9 +52,9 @@ def with_context(ids: NDArray[np.int32], layout: Layout) -> NDArray[np.int32]:
     ids = ids[: layout.max_tokens]
     if layout.context is None:
         return ids.astype(np.int32)
-    found = np.empty(len(ids) + 1, np.int32)
-    found[0], found[1:] = layout.context, ids
-    return found
+    sequence = np.empty(len(ids) + 1, np.int32)
+    sequence[0], sequence[1:] = layout.context, ids
+    return sequence
 
 
 def read_sample(stored: Sequence[Stored | None], layout: Layout) -> Sample:
@@ -79,20 +78,15 @@ def read_samples(stored: Sequence[Sequence[Stored | None]], layout: Layout) -> l
         for source, one in enumerate(rows):
             if one is not None and (source, id(one[0])) not in opened:
                 opened[source, id(one[0])] = group_targets(one[0], layout.losses[source], layout)
-    return [
-        _sample(
-            next(one for one in rows if one is not None),
-            tuple(None if one is None else opened[at, id(one[0])].row(one[1]) for at, one in enumerate(rows)),
-            layout,
-        )
-        for rows in stored
-    ]
+    return [_sample(rows, opened, layout) for rows in stored]
 
 
-def _sample(stored: Stored, targets: tuple[SampleTargets | None, ...], layout: Layout) -> Sample:
-    group, row = stored
+def _sample(stored: Sequence[Stored | None], opened: Mapping[tuple[int, int], GroupTargets], layout: Layout) -> Sample:
+    group, row = next(one for one in stored if one is not None)
     ids = group.values("student_ids", row)
-    scores = [None if one is None else one.score for one in targets]
+    held = [None if one is None else (opened[at, id(one[0])], one[1]) for at, one in enumerate(stored)]
+    targets = tuple(None if one is None else one[0].row(one[1]) for one in held)
+    scores = [None if one is None else one[0].score_R[one[1]] for one in held]
     weights = sample_weights(layout.weights, scores, layout.weighting)
     cut = max(0, len(ids) - layout.max_tokens)
     return Sample(group.sample_ids[row], with_context(ids, layout), targets, weights, cut)
@@ -101,7 +95,7 @@ def _sample(stored: Stored, targets: tuple[SampleTargets | None, ...], layout: L
 def sample_weights(base: Sequence[float], scores: Sequence[float | None], weighting: str) -> tuple[float, ...]:
     """Weights of a sample's teachers: ``base``, or ``base`` times exp(score), over those that hold it; they sum to 1.
 
-    A score of NaN (the teacher holds the sample but has no row in it) takes part only when no other does.
+    A score of NaN (the teacher holds the sample but has no distribution in it) takes part only when no other does.
     """
     held = [score is not None for score in scores]
     raw = [weight * here for weight, here in zip(base, held, strict=True)]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.trainer.data.samples import Layout, Stored
+from xtoken.trainer.data.layout import Layout
+from xtoken.trainer.data.samples import Stored
 from xtoken.trainer.data.targets import GroupRef, RowGroup, Targets, share_cache
 
 

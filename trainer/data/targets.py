@@ -35,7 +35,8 @@ from xtoken.schemas.io.remote import in_parallel, is_local, open_url, read_foote
 from xtoken.schemas.manifest import Part, TargetManifest, TokenizerInfo, content_hash, part_name, read_manifest
 from xtoken.schemas.missing_mass import lacking_columns, lacking_note
 from xtoken.schemas.tables import VOCAB, W, targets
-from xtoken.trainer.losses.base import Array, ProjectionArrays, VocabArrays
+from xtoken.trainer.losses.base import ProjectionArrays, VocabArrays
+from xtoken.trainer.ragged import Array
 
 W_FILE, VOCAB_FILE = "w.parquet", "student_vocab.parquet"
 _SIDE_TABLES = {W_FILE: W, VOCAB_FILE: VOCAB}

@@ -15,8 +15,9 @@ from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.ui.progress import Progress
 from xtoken.trainer.blocks import block_view
+from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.micro_batch import Micro, split_micros
-from xtoken.trainer.data.samples import Layout, context_token, read_samples
+from xtoken.trainer.data.samples import context_token, read_samples
 from xtoken.trainer.data.targets import RowGroup, Targets
 from xtoken.trainer.evaluate.bits_per_byte import micro_tokens
 from xtoken.trainer.evaluate.spelling import token_bytes
@@ -116,7 +117,7 @@ def agreement(
     with torch.no_grad():
         for micro in together(student, micros(), ranks):
             for block in student.blocks(micro, layout.losses):
-                view = block_view(block, micro, micro.lessons[0], loss)
+                view = block_view(block, micro, micro.targets[0], loss)
                 if len(view.first_C):
                     tally.add(loss.terms(view), loss.agrees(view), group_V[view.label_P[view.first_C]])
     progress.finish()

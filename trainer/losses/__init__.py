@@ -66,7 +66,7 @@ REGISTRY = {
         "docs/losses.md",
     ),
     "sparse-kl": Entry(
-        "same_tokenizer",
+        "sparse_kl",
         "the row itself, token by token, REST as one cell",
         "rows, REST",
         "one shared tokenizer",

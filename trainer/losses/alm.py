@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtoken.schemas.errors import XtokenError
-from xtoken.trainer.losses.base import Array, Arrays, Columns, FeatureLoss, LossSetup, View
+from xtoken.trainer.losses.base import FeatureLoss, LossSetup, View
 from xtoken.trainer.losses.chain_rule import chunk_positions
 from xtoken.trainer.losses.token_set import set_mass
+from xtoken.trainer.ragged import Array, Arrays, Columns
 
 EPS = 1e-6  # keeps a chunk of probability 1 away from log(0); the paper's code takes the same
 

@@ -5,9 +5,9 @@ N entries of W.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,40 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtoken.schemas.configs.train import LossOptions
-from xtoken.schemas.tables import target_columns
-
-Array = NDArray[Any]
-Arrays = Mapping[str, Array]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of the target table a loss reads, by axis.
-
-    Attributes:
-        chunk: one value per chunk, count columns included.
-        token: one value per student token, count columns included.
-        entries: count column -> columns with that many values per chunk or token.
-    """
-
-    chunk: tuple[str, ...] = ()
-    token: tuple[str, ...] = ()
-    entries: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, loss: str, *more: str) -> "Columns":
-        """The columns that the schema holds for ``loss``, and ``more`` of every table's chunk columns."""
-        found = target_columns([loss], base=False)
-        chunk = [name for name, axis in found if axis == "chunk"]
-        token = [name for name, axis in found if axis == "token"]
-        counts = dict.fromkeys(axis for _, axis in found if axis not in ("chunk", "token"))
-        entries = {count: tuple(name for name, axis in found if axis == count) for count in counts}
-        return cls((*chunk, *more), tuple(token), entries)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All columns."""
-        return (*self.chunk, *self.token, *(name for names in self.entries.values() for name in names))
+from xtoken.trainer.ragged import Arrays, Columns, Ragged
 
 
 @dataclass(frozen=True)
@@ -114,26 +81,20 @@ class LossSetup:
     learn_w: bool = False
 
 
-@dataclass(frozen=True)
-class View:
+@dataclass(frozen=True, kw_only=True)
+class View(Ragged[Tensor]):
     """Consecutive positions of a micro-batch, whole chunks only, with what is to be learnt there.
+
+    Its columns are those the loss declares, on the device of the log-probabilities.
 
     Attributes:
         logp_PV: normalised log-probabilities at the loss's ``temperature``, at least float32.
-        label_P: int64, the realised token that each position predicts.
-        first_C: int64, the position that predicts the chunk's first token; ascending.
-        length_C: int64, student tokens of the chunk: positions ``first_C`` to ``first_C + length_C - 1``.
-        next_C: int64, the position that predicts the token after the chunk, -1 if its sample has none. It may lie
-            behind the last position of the view.
-        columns: the columns the loss declares: chunk columns of these C chunks, token columns of these P positions.
+        label_P: int64, the token that each position predicts in the text.
     """
 
     logp_PV: Tensor
     label_P: Tensor
-    first_C: Tensor
-    length_C: Tensor
-    next_C: Tensor
-    columns: Mapping[str, Tensor]
+    spec: Columns = Columns()  # noqa: RUF009 - frozen; a view is cut no further
 
     @property
     def first_rows(self) -> Tensor:

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.base import Loss, LossSetup, View, owners
 from xtoken.trainer.losses.chain_rule import chunk_positions, cut
-from xtoken.trainer.losses.sparse_kl import NOTHING, group_logsumexp, kept_and_rest, ranges, sparse_kl
+from xtoken.trainer.losses.divergence import NOTHING, group_logsumexp, kept_and_rest, kl_with_tail, ranges
+from xtoken.trainer.ragged import Arrays, Columns
 
 
 class BytePrefix(Loss):
@@ -75,7 +76,7 @@ class BytePrefix(Loss):
         logp, rest_P = kept_and_rest(view.logp_PV, torch.cat([place_K, place_E]), place_K, nothing_K)
         logq_K, logq_E = cut(logp, place_K, place_E)
         rest_logp_P = torch.where(wanted_P, columns["prefix_rest_logprob"], -torch.inf)
-        kl_P = sparse_kl(columns["prefix_logprob"][wanted_K], logq_K, position_K, rest_logp_P, rest_P)
+        kl_P = kl_with_tail(columns["prefix_logprob"][wanted_K], logq_K, position_K, rest_logp_P, rest_P)
         return kl_P + self._child(columns["child_count"], columns["child_logprob"], logq_E, group_E)
 
     def _wanted(self, view: View) -> Tensor:

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from xtoken.trainer.losses.base import Columns, Loss, LossSetup, View
+from xtoken.trainer.losses.base import Loss, LossSetup, View
+from xtoken.trainer.ragged import Columns
 
 
 def cross_entropy_total(logp_PV: Tensor, label_P: Tensor) -> Tensor:

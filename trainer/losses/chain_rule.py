@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xtoken.schemas.errors import XtokenError
 from xtoken.trainer.losses.base import LossSetup, View
-from xtoken.trainer.losses.sparse_kl import ranges
+from xtoken.trainer.losses.divergence import ranges
 
 
 def chain_merge(setup: LossSetup, loss: str) -> str:

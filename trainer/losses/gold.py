@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.base import Loss, LossSetup, View, owners
 from xtoken.trainer.losses.chain_rule import chain_merge, chunk_row, cut, realised_places
 from xtoken.trainer.losses.sorted_l1 import padded, sorted_l1
 from xtoken.trainer.losses.token_set import set_mass, set_plogp
+from xtoken.trainer.ragged import Arrays, Columns
 
 LOG_FLOOR = math.log(1e-8)  # TRL's least probability of a teacher token in the reverse KL
 

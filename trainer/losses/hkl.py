@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Arrays, Columns, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.base import Loss, LossSetup, View, owners
+from xtoken.trainer.losses.divergence import cells, ranges
 from xtoken.trainer.losses.sorted_l1 import padded
-from xtoken.trainer.losses.sparse_kl import cells, ranges
+from xtoken.trainer.ragged import Arrays, Columns
 
 
 class HKL(Loss):

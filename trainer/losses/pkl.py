@@ -11,7 +11,7 @@ How a chunk becomes one distribution (``merge`` of the targets):
 
 Stored per chunk: teacher ids that W reaches, their log-probabilities and REST, unreached mass already moved. Only the
 columns of W that a chunk keeps are touched; nothing of size chunks x teacher vocabulary exists. See
-``xtoken.trainer.losses.sparse_kl`` for the divergence and REST.
+``xtoken.trainer.losses.divergence`` for the divergence and REST.
 
 How far the value can lie above that of the whole row. Under ``--unreached rest`` never: the stored row is the whole one
 with cells put together. Under ``prefix`` an unkept token may belong, by its prefix, to a kept cell, and stands in REST
@@ -39,8 +39,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Arrays, Columns, Loss, LossSetup, ProjectionArrays, View, owners
-from xtoken.trainer.losses.sparse_kl import NOTHING, group_logsumexp, kept_and_rest, ranges, sparse_kl
+from xtoken.trainer.losses.base import Loss, LossSetup, ProjectionArrays, View, owners
+from xtoken.trainer.losses.divergence import NOTHING, group_logsumexp, kept_and_rest, kl_with_tail, ranges
+from xtoken.trainer.ragged import Arrays, Columns
 
 ROW_SUM_ROUNDING = 1e-6  # float32 weights of a row sum to 1 within this
 
@@ -90,7 +91,7 @@ class PKL(Loss):
             rest_logq_C = rest_P[view.first_C]
         logq_K = group_logsumexp(logp_E + logw_E, kept_J[pair_E], len(ids_K))
         logp_K, rest_logp_C = view.columns["pkl_logprob"], view.columns["pkl_rest_logprob"]
-        return sparse_kl(logp_K, logq_K, chunk_K, rest_logp_C, rest_logq_C, self.kl)
+        return kl_with_tail(logp_K, logq_K, chunk_K, rest_logp_C, rest_logq_C, self.kl)
 
     def agrees(self, view: View) -> Tensor:
         """The teacher token of the largest weight in the W row of the student's token is the teacher's.

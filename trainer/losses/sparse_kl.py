@@ -1,137 +1,60 @@
-"""KL between a stored row and the student, with everything not kept as one cell, REST.
+"""``sparse-kl``: KL per position to a teacher that shares the student's tokenizer, so that nothing is projected.
 
-    forward  sum_A p (log p - log q) + rest (log rest - log q_rest)        q_rest = 1 - sum_A q
-    reverse  sum_A q (log q - log p) + q_rest (log q_rest - log rest)
+    KL(p_T || p_S) over the kept ids and REST, or its reverse; see ``xtoken.trainer.losses.divergence``
 
-Neither is negative: both are the KL of two distributions over the kept cells and REST. ``drop`` leaves REST out and
-renormalises both sides over the kept cells.
+Stored per chunk, which is one token here: the kept ids, their log-probabilities and REST. It is P-KL (X-Token,
+arXiv 2605.21699) with W the identity.
 
-What the bucket costs, against the whole row: by the chain rule of KL
-
-    full - bucket = rest * KL(p given tail || q given tail)  >= 0,
-
-so the bucket never overstates the full KL, is exact where the student shares the tail out as the teacher does, and is
-off by at most rest * max over the tail of log((p_t / rest) / (q_t / q_rest)). With respect to log q the two gradients
-differ by rest * (q given tail - p given tail): by at most 2 rest in L1 norm. All of that where what is not kept lies
-outside the kept cells; ``xtoken.trainer.losses.pkl`` says what else there is.
-
-Of draws (targets of codec ``sampled``) p are shares of draws and there is no REST. The gradient is linear in them,
-hence that of the whole row in the mean. The value is not: it is too high by the entropy that the shares lack in the
-mean, which does not depend on the student. ``reverse`` and ``drop`` are not linear; ``trainer.data.targets`` refuses
-them.
-
-Shapes: P positions, V student vocabulary, C chunks, K kept entries summed over chunks, E values read, M cells only
-partly counted as outside, N values in G groups, J ranges.
+Shapes: C chunks, V vocabulary, K kept entries summed over chunks.
 """
-
-import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from xtoken.trainer.losses.base import owners
-
-# What a student token adds to REST when all of it lies inside the kept set, instead of 0. So log q_rest is a number
-# without a search for each row's maximum: q_rest is at least NOTHING, and its reciprocal is far from float32's limit.
-# The gradient is right while q_rest is above it.
-NOTHING = math.exp(-60)
-LOG_FLOOR = -24 * math.log(2)  # reverse only: a sum of float32 probabilities cannot tell a smaller REST from none
+from xtoken.schemas.errors import VerificationError
+from xtoken.trainer.losses.base import Loss, LossSetup, View, owners
+from xtoken.trainer.losses.divergence import NOTHING, kept_and_rest, kl_with_tail
+from xtoken.trainer.ragged import Arrays, Columns
 
 
-def sparse_kl(
-    logp_K: Tensor,
-    logq_K: Tensor,
-    chunk_K: Tensor,
-    rest_logp_C: Tensor,
-    rest_logq_C: Tensor | None,
-    kl: str = "forward",
-) -> Tensor:
-    """KL of each chunk, [C] nats.
+class SparseKL(Loss):
+    """Sparse KL against the columns ``skl_*`` of the target table."""
 
-    Args:
-        logp_K: teacher log-probabilities; with REST they sum to 1 in each chunk.
-        logq_K: student log-probabilities of the same cells, finite.
-        chunk_K: chunk of each entry; none is without entries.
-        rest_logp_C: log of the teacher's REST; -inf = none. ``reverse`` raises it to ``LOG_FLOOR``.
-        rest_logq_C: log of the student's REST, finite; None drops REST (``rest_logp_C`` may then be NaN).
-        kl: ``forward`` is KL(teacher||student), ``reverse`` KL(student||teacher).
+    columns = Columns.of("sparse-kl")
 
-    No chunk counts below zero. Rounding can bring the sum of a well-matched chunk to about -1e-7; only the value is
-    floored there, since a clamp would also cut the gradient, which is exact.
-    """
-    logp_K, chunks = logp_K.to(logq_K.dtype), len(rest_logp_C)
-    if rest_logq_C is None:
-        logp_K = logp_K - group_logsumexp(logp_K, chunk_K, chunks)[chunk_K]
-        logq_K = logq_K - group_logsumexp(logq_K, chunk_K, chunks)[chunk_K]
-        cells_C = logq_K.new_zeros(chunks)
-    else:
-        rest_logp_C = rest_logp_C.to(logq_K.dtype)
-        cells_C = cells(rest_logp_C.clamp(min=LOG_FLOOR) if kl == "reverse" else rest_logp_C, rest_logq_C, kl)
-    kl_C = cells_C.index_add(0, chunk_K, cells(logp_K, logq_K, kl))
-    return kl_C + (kl_C.clamp(min=0) - kl_C).detach()
+    def __init__(self, setup: LossSetup) -> None:
+        self.temperature, self.kl, self.drop = setup.tau, setup.options.kl, setup.options.rest == "drop"
+        self.size = setup.student_size
 
+    def check(self, arrays: Arrays) -> None:
+        """Every kept id must be one of the student's."""
+        ids = arrays["skl_ids"]
+        outside = (ids < 0) | (ids >= self.size)
+        if outside.any():
+            raise VerificationError(
+                f"id {int(ids[outside][0])} in skl_ids is none of the student's {self.size}; write the targets again"
+            )
 
-def cells(logp: Tensor, logq: Tensor, kl: str) -> Tensor:
-    """What each cell adds to the KL. A teacher probability of 0 adds nothing; ``reverse`` takes it as ``LOG_FLOOR``."""
-    if kl == "reverse":
-        return logq.exp() * (logq - torch.where(logp == -torch.inf, LOG_FLOOR, logp))
-    return logp.exp() * (logp.clamp(min=torch.finfo(logp.dtype).min) - logq)
+    def agrees(self, view: View) -> Tensor:
+        """The student's most probable token is the teacher's; the first of a chunk's entries is its most probable."""
+        count_C = view.columns["skl_count"]
+        first_C = view.columns["skl_ids"][count_C.cumsum(0) - count_C]
+        return view.logp_PV.detach().argmax(dim=1)[view.first_C] == first_C
+
+    def terms(self, view: View) -> Tensor:
+        """KL of each chunk at its first position, [C] nats."""
+        chunk_K = owners(view.columns["skl_count"])
+        place_K = view.first_C[chunk_K] * view.logp_PV.shape[1] + view.columns["skl_ids"].long()
+        if self.drop:
+            logq_K, rest_logq_C = view.logp_PV.reshape(-1).index_select(0, place_K), None
+        else:
+            outside_K = torch.full_like(place_K, NOTHING, dtype=view.logp_PV.dtype)
+            logq_K, rest_P = kept_and_rest(view.logp_PV, place_K, place_K, outside_K)
+            rest_logq_C = rest_P[view.first_C]
+        logp_K, rest_logp_C = view.columns["skl_logprob"], view.columns["skl_rest_logprob"]
+        return kl_with_tail(logp_K, logq_K, chunk_K, rest_logp_C, rest_logq_C, self.kl)
 
 
-def ranges(start_J: Tensor, count_J: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 [E] twice: the ranges ``start`` to ``start + count - 1`` one after the other, the index of each one's range
-    and its value."""
-    range_E = owners(count_J)
-    before_J = count_J.cumsum(0) - count_J
-    return range_E, torch.arange(len(range_E), device=count_J.device) + (start_J - before_J)[range_E]
-
-
-def group_logsumexp(x_N: Tensor, group_N: Tensor, groups: int) -> Tensor:
-    """[G] log of the sum of exp(x) over each group's values."""
-    top_G = x_N.new_full((groups,), -torch.inf).scatter_reduce(0, group_N, x_N.detach(), "amax")
-    scaled_N = (x_N - top_G[group_N]).exp()
-    return top_G + x_N.new_zeros(groups).index_add(0, group_N, scaled_N).log()
-
-
-def kept_and_rest(logp_PV: Tensor, place_E: Tensor, place_M: Tensor, share_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities at some places, and the log of the mass outside the kept cells at every position.
-
-    Args:
-        logp_PV: normalised log-probabilities.
-        place_E: places in [P, V], row by row, whose log-probabilities are wanted.
-        place_M: places, each once, that lie inside the kept cells in part or whole.
-        share_M: the part of each that lies outside, at least ``NOTHING``. Places not named lie outside.
-
-    Returns:
-        [E] log-probabilities; [P] log of sum_s p(s) share(s). The second is the complement 1 - sum_A q as a sum of
-        non-negative parts: log1mexp(log sum_A q) would cost less, but as sum_A q nears 1 its gradient divides one
-        rounding error by another, exactly where REST must pull.
-
-    One buffer of size [P, V] is made; it becomes the gradient. A second backward pass through it raises.
-    """
-    inputs = (logp_PV.contiguous(), place_E, place_M, share_M)
-    logp_E, rest_P = _KeptAndRest.apply(*inputs)  # type: ignore[no-untyped-call]
-    return logp_E, rest_P
-
-
-class _KeptAndRest(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logp_PV: Tensor, place_E: Tensor, place_M: Tensor, share_M: Tensor) -> tuple[Tensor, Tensor]:
-        outside_PV = logp_PV.exp()
-        p_M = outside_PV.view(-1).index_select(0, place_M)
-        outside_PV.view(-1).index_copy_(0, place_M, p_M * share_M)
-        rest_P = outside_PV.sum(1)
-        ctx.save_for_backward(outside_PV, rest_P, p_M, place_E, place_M)
-        return logp_PV.view(-1).index_select(0, place_E), rest_P.log()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_E: Tensor, grad_P: Tensor) -> tuple[Tensor, None, None, Tensor]:
-        outside_PV, rest_P, p_M, place_E, place_M = ctx.saved_tensors
-        pull_P = grad_P / rest_P
-        grad_share_M = p_M * pull_P[place_M // outside_PV.shape[1]]
-        grad_PV = outside_PV.mul_(pull_P[:, None])
-        grad_PV.view(-1).index_add_(0, place_E, grad_E)
-        return grad_PV, None, None, grad_share_M
+def open_loss(setup: LossSetup) -> SparseKL:
+    """See ``xtoken.trainer.losses.open_loss``."""
+    return SparseKL(setup)

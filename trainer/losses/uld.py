@@ -9,9 +9,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from xtoken.trainer.losses.base import Columns, Loss, LossSetup, View
+from xtoken.trainer.losses.base import Loss, LossSetup, View
 from xtoken.trainer.losses.chain_rule import chain_merge, chunk_row, gather, realised_places
 from xtoken.trainer.losses.sorted_l1 import padded, sorted_l1
+from xtoken.trainer.ragged import Columns
 
 
 class ULD(Loss):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xtoken.schemas.errors import XtokenError
 from xtoken.trainer.data.batches import Loader
-from xtoken.trainer.data.samples import Layout
+from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss

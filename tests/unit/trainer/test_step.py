@@ -10,7 +10,7 @@ import torch
 import xtoken.trainer.blocks as blocks_module
 from xtoken.trainer.blocks import spans, view
 from xtoken.trainer.data.batches import Loader, StepBatch
-from xtoken.trainer.data.samples import Layout
+from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.diagnosis import single_samples
@@ -116,7 +116,7 @@ def test_gradient_is_that_of_the_definition(
     (micro,) = batch.micros
     student.model.zero_grad(set_to_none=True)
     logp = logits_of(student, batch).log_softmax(-1)
-    seen = view(logp, micro, micro.lessons[0], loss, (0, len(micro.label_P)))
+    seen = view(logp, micro, micro.targets[0], loss, (0, len(micro.label_P)))
     kd = loss.terms(seen).sum() / len(seen.first_C)
     ce = -logp[torch.arange(len(micro.label_P)), torch.from_numpy(micro.label_P)].mean()
     (0.7 * kd + 0.3 * ce).backward()
@@ -140,7 +140,7 @@ def test_temperature_scales_logits_and_terms(
     (micro,) = batch.micros
     with torch.no_grad():
         logits = logits_of(student, batch)
-        seen = view((logits / 2).log_softmax(-1), micro, micro.lessons[0], cold, (0, len(micro.label_P)))
+        seen = view((logits / 2).log_softmax(-1), micro, micro.targets[0], cold, (0, len(micro.label_P)))
         kd = 4 * cold.terms(seen).sum() / len(seen.first_C)
         ce = torch.nn.functional.cross_entropy(logits, torch.from_numpy(micro.label_P))
     assert figures.kd == pytest.approx(float(kd), rel=1e-9)
@@ -163,10 +163,10 @@ def test_several_teachers_add_up(
     student.model.zero_grad(set_to_none=True)
     logp = logits_of(student, batch).log_softmax(-1)
     total, kd = -0.3 * logp[torch.arange(len(micro.label_P)), torch.from_numpy(micro.label_P)].mean(), 0.0
-    for lesson, loss, chunks, plain in zip(micro.lessons, losses, batch.chunks, figures.teachers, strict=True):
-        terms = loss.terms(view(logp, micro, lesson, loss, (0, len(micro.label_P))))
-        owner = micro.sample_P if loss.per == "token" else lesson.sample_C
-        mean = (terms * torch.from_numpy(lesson.weight_B[owner])).sum() / chunks
+    for targets, loss, chunks, plain in zip(micro.targets, losses, batch.chunks, figures.teachers, strict=True):
+        terms = loss.terms(view(logp, micro, targets, loss, (0, len(micro.label_P))))
+        owner = micro.sample_P if loss.per == "token" else targets.sample_C
+        mean = (terms * torch.from_numpy(targets.weight_B[owner])).sum() / chunks
         total, kd = total + 0.7 * mean, kd + float(mean.detach())
         assert plain == pytest.approx(float(terms.detach().sum()) / chunks, rel=1e-9)
     total.backward()
@@ -185,7 +185,7 @@ def test_learned_w_gets_the_gradient_of_the_definition(
     batch = batch_of([root], [loss], 1000)
     (micro,) = batch.micros
     seen = view(
-        logits_of(student, batch).detach().log_softmax(-1), micro, micro.lessons[0], loss, (0, len(micro.label_P))
+        logits_of(student, batch).detach().log_softmax(-1), micro, micro.targets[0], loss, (0, len(micro.label_P))
     )
     (expected,) = torch.autograd.grad(loss.terms(seen).sum() / len(seen.first_C) * 0.7, theta)
     monkeypatch.setattr(blocks_module, "BLOCK_ELEMENTS", 24 * 3)
@@ -199,13 +199,13 @@ def test_blocks_do_not_tear_chunks(
 ) -> None:
     loss = loss_of(pair, "p-kl")
     (micro,) = batch_of([make_targets(LENGTHS)], [loss], 1000).micros
-    (lesson,) = micro.lessons
+    (targets,) = micro.targets
     for size in range(1, 9):
         monkeypatch.setattr(blocks_module, "BLOCK_ELEMENTS", 24 * size)
         found = list(spans(micro, 24, [loss], on_gpu=False))
         assert [low for low, _ in found] == [0, *(high for _, high in found[:-1])]
         assert found[-1][1] == len(micro.label_P)
-        for first, length in zip(lesson.first_C, lesson.length_C, strict=True):
+        for first, length in zip(targets.first_C, targets.length_C, strict=True):
             assert any(low <= first and first + length <= high for low, high in found)
         assert all(high - low <= max(size, 2) for low, high in found), "no chunk here is longer than 2"
 
@@ -319,7 +319,7 @@ def test_scale_and_cap_of_a_head_get_their_gradient(
     (micro,) = batch.micros
     student.model.zero_grad(set_to_none=True)
     logp = logits_of(student, batch).log_softmax(-1)
-    seen = view(logp, micro, micro.lessons[0], loss, (0, len(micro.label_P)))
+    seen = view(logp, micro, micro.targets[0], loss, (0, len(micro.label_P)))
     ce = -logp[torch.arange(len(micro.label_P)), torch.from_numpy(micro.label_P)].mean()
     (0.7 * loss.terms(seen).sum() / len(seen.first_C) + 0.3 * ce).backward()
     assert figures.ce == pytest.approx(float(ce.detach()), rel=1e-9)
@@ -356,7 +356,7 @@ def test_agreement_counts_equal_first_tokens(
     with torch.no_grad():
         logp = logits_of(student, batch).log_softmax(-1)
         sums = score(Objective(student, [loss]), micro, (0.0, 0.0), agree=True)[1]
-    said = [_said(name, micro.lessons[0].columns, chunk, int(first)) for chunk, first in _firsts(micro)]
+    said = [_said(name, micro.targets[0].columns, chunk, int(first)) for chunk, first in _firsts(micro)]
     mine = [int(logp[int(first)].argmax()) for _, first in _firsts(micro)]
     if name == "p-kl":
         mine = [int(pair.weight_VU[token].argmax()) if pair.weight_VU[token].any() else -1 for token in mine]
@@ -365,7 +365,7 @@ def test_agreement_counts_equal_first_tokens(
 
 
 def _firsts(micro: Any) -> list[tuple[int, Any]]:
-    return list(enumerate(micro.lessons[0].first_C))
+    return list(enumerate(micro.targets[0].first_C))
 
 
 def _said(name: str, columns: Any, chunk: int, position: int) -> int | None:

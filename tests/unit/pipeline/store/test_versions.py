@@ -16,7 +16,8 @@ from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_any_manifest, read_manifest
 from xtoken.schemas.tables import OLDEST_READ, SCHEMA_VERSIONS
 from xtoken.schemas.ui.progress import Silent
-from xtoken.trainer.data.samples import Layout, read_sample
+from xtoken.trainer.data.layout import Layout
+from xtoken.trainer.data.samples import read_sample
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import LossSetup

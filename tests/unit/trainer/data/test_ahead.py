@@ -14,12 +14,14 @@ import pytest
 
 from xtoken.schemas.errors import VerificationError
 from xtoken.trainer.data import plan as plans
-from xtoken.trainer.data.batches import STEPS_AHEAD, Loader, Position, StepBatch
+from xtoken.trainer.data.batches import STEPS_AHEAD, Loader, StepBatch
+from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.micro_batch import Micro
-from xtoken.trainer.data.samples import Layout
+from xtoken.trainer.data.plan import Position
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import RowGroup, Targets
-from xtoken.trainer.losses.base import Columns, Loss, View
+from xtoken.trainer.losses.base import Loss, View
+from xtoken.trainer.ragged import Columns
 
 LENGTHS = [[9, 12, 5, 7, 11, 6], [6, 8, 10], [13, 4, 9, 9, 3, 7, 8], [5] * 6]
 TOTAL = sum(map(len, LENGTHS))

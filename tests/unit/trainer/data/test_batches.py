@@ -12,12 +12,15 @@ import pytest
 
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.trainer.data import plan
-from xtoken.trainer.data.batches import Loader, Position
+from xtoken.trainer.data.batches import Loader
+from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.micro_batch import split_micros
-from xtoken.trainer.data.samples import Layout, Sample, SampleTargets, context_token, read_sample
+from xtoken.trainer.data.plan import Position
+from xtoken.trainer.data.samples import Sample, context_token, read_sample
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
-from xtoken.trainer.losses.base import Columns, Loss, View
+from xtoken.trainer.losses.base import Loss, View
+from xtoken.trainer.ragged import Columns, Ragged
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7]]
 TOTAL = sum(map(len, LENGTHS))
@@ -120,7 +123,7 @@ def read_first(root: str, shape: Layout) -> tuple[Sample, Any]:
     return read_sample([(group, 0)], shape), group
 
 
-def only(sample: Sample) -> SampleTargets:
+def only(sample: Sample) -> Ragged[Any]:
     (targets,) = sample.targets
     assert targets is not None
     return targets
@@ -162,8 +165,10 @@ def test_micro_batch_places_and_chunks() -> None:
     }
     other = columns | {"pkl_ids": np.array([6, 7])}
     one = np.array([1])
-    short = Sample("short", np.array([0, 7, 8], np.int32), (SampleTargets(one, one, one * -1, columns),), (1.0,))
-    long = Sample("long", np.array([0, 3, 4, 5, 6], np.int32), (SampleTargets(one * 2, one, one * 3, other),), (0.5,))
+    short = Sample("short", np.array([0, 7, 8], np.int32), (Ragged(one, one, one * -1, columns, PKL.columns),), (1.0,))
+    long = Sample(
+        "long", np.array([0, 3, 4, 5, 6], np.int32), (Ragged(one * 2, one, one * 3, other, PKL.columns),), (0.5,)
+    )
     (micro,) = split_micros([short, long], 64, [PKL])
     assert micro.sample_ids == ("long", "short")
     np.testing.assert_array_equal(micro.input_BL, [[0, 3, 4, 5], [0, 7, 0, 0]])
@@ -171,14 +176,14 @@ def test_micro_batch_places_and_chunks() -> None:
     np.testing.assert_array_equal(micro.place_P, [0, 1, 2, 3, 4, 5])
     np.testing.assert_array_equal(micro.label_P, [3, 4, 5, 6, 7, 8])
     np.testing.assert_array_equal(micro.sample_P, [0, 0, 0, 0, 1, 1])
-    (lesson,) = micro.lessons
-    np.testing.assert_array_equal(lesson.first_C, [2, 5])
-    np.testing.assert_array_equal(lesson.next_C, [3, -1])
-    np.testing.assert_array_equal(lesson.sample_C, [0, 1])
-    np.testing.assert_array_equal(lesson.weight_B, [0.5, 1.0])
-    np.testing.assert_array_equal(lesson.slice(3, 6)["pkl_ids"], [4, 5])
-    np.testing.assert_array_equal(lesson.slice(0, 3)["pkl_ids"], [6, 7])
-    assert len(lesson.slice(0, 2)["pkl_ids"]) == 0
+    (targets,) = micro.targets
+    np.testing.assert_array_equal(targets.first_C, [2, 5])
+    np.testing.assert_array_equal(targets.next_C, [3, -1])
+    np.testing.assert_array_equal(targets.sample_C, [0, 1])
+    np.testing.assert_array_equal(targets.weight_B, [0.5, 1.0])
+    np.testing.assert_array_equal(targets.slice(3, 6).columns["pkl_ids"], [4, 5])
+    np.testing.assert_array_equal(targets.slice(0, 3).columns["pkl_ids"], [6, 7])
+    assert len(targets.slice(0, 2).columns["pkl_ids"]) == 0
 
 
 @pytest.mark.parametrize("context", [0, None])
@@ -191,8 +196,8 @@ def test_token_columns_follow_the_predicted_tokens(make_targets: Callable[..., s
     np.testing.assert_array_equal(only(sample).columns["prefix_count"], counts[low:5])
     np.testing.assert_array_equal(only(sample).columns["prefix_ids"], ids[counts[:low].sum() : counts[:5].sum()])
     (micro,) = split_micros([sample], 64, [PREFIX])
-    assert len(micro.lessons[0].columns["child_count"]) == len(micro.label_P)
-    piece = micro.lessons[0].slice(1, 3)
+    assert len(micro.targets[0].columns["child_count"]) == len(micro.label_P)
+    piece = micro.targets[0].slice(1, 3).columns
     np.testing.assert_array_equal(piece["prefix_count"], counts[low + 1 : low + 3])
     assert len(piece["prefix_ids"]) == counts[low + 1 : low + 3].sum()
 

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xtoken.trainer.data.layout import running
+from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.micro_batch import Micro, split_micros
 from xtoken.trainer.data.packing import Shape, packed_shapes, padded_shapes
-from xtoken.trainer.data.samples import Layout, Sample, read_samples
+from xtoken.trainer.data.samples import Sample, read_samples
 from xtoken.trainer.data.targets import Targets
-from xtoken.trainer.losses.base import Columns, Loss, View
+from xtoken.trainer.losses.base import Loss, View
+from xtoken.trainer.ragged import Columns, running
 
 
 class Reads(Loss):
@@ -88,14 +89,17 @@ def by_sample(micros: list[Micro]) -> dict[str, list[Any]]:
             place = micro.place_P[here]
             lists = [micro.input_BL.flat[place], micro.position_BL.flat[place], micro.label_P[here]]
             assert (np.diff(place) == 1).all()
-            for lesson in micro.lessons:
+            for targets in micro.targets:
                 low, high = int(here[0]), int(here[-1]) + 1
-                mine = lesson.sample_C == at
-                first, last = lesson.chunks(low, high)
+                mine = targets.sample_C == at
+                first, last = targets.chunks(low, high)
                 assert np.flatnonzero(mine).tolist() == list(range(first, last))
-                next_C = lesson.next_C[mine]
-                lists += [lesson.first_C[mine] - low, lesson.length_C[mine], np.where(next_C < 0, -1, next_C - low)]
-                lists += [lesson.weight_B[[at]], *(array for _, array in sorted(lesson.slice(low, high).items()))]
+                next_C = targets.next_C[mine]
+                lists += [targets.first_C[mine] - low, targets.length_C[mine], np.where(next_C < 0, -1, next_C - low)]
+                lists += [
+                    targets.weight_B[[at]],
+                    *(array for _, array in sorted(targets.slice(low, high).columns.items())),
+                ]
             found[name] = [array.tolist() for array in lists]
     return found
 
@@ -147,14 +151,14 @@ def test_positions_start_again_at_each_sample_and_at_the_filling(
 def test_a_slice_is_what_counting_gives(samples: tuple[list[Sample], Layout]) -> None:
     found, layout = samples
     (micro,) = split_micros(found, 10_000, layout.losses, 16)
-    for lesson in micro.lessons:
+    for targets in micro.targets:
         for low, high in [(0, 7), (3, 30), (20, len(micro.label_P))]:
-            first, last = lesson.chunks(low, high)
-            picked = lesson.slice(low, high)
-            for count_name, names in lesson.spec.entries.items():
-                begin, end = (first, last) if count_name in lesson.spec.chunk else (low, high)
-                count = lesson.columns[count_name]
+            first, last = targets.chunks(low, high)
+            picked = targets.slice(low, high).columns
+            for count_name, names in targets.spec.entries.items():
+                begin, end = (first, last) if count_name in targets.spec.chunk else (low, high)
+                count = targets.columns[count_name]
                 for name in names:
-                    expected = lesson.columns[name][count[:begin].sum() : count[:end].sum()]
+                    expected = targets.columns[name][count[:begin].sum() : count[:end].sum()]
                     np.testing.assert_array_equal(picked[name], expected)
                 np.testing.assert_array_equal(picked[count_name], count[begin:end])

@@ -10,8 +10,9 @@ import torch
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.tables import LOSSES
+from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.rows import NORMALISED_WITHIN
-from xtoken.trainer.data.samples import Layout, Sample, read_sample, read_samples
+from xtoken.trainer.data.samples import Sample, read_sample, read_samples
 from xtoken.trainer.data.targets import RowGroup, Targets
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import Loss, LossSetup

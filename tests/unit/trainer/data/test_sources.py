@@ -9,11 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from xtoken.trainer.data.batches import Loader, Position
-from xtoken.trainer.data.samples import Layout, sample_weights
+from xtoken.trainer.data.batches import Loader
+from xtoken.trainer.data.layout import Layout
+from xtoken.trainer.data.plan import Position
+from xtoken.trainer.data.samples import sample_weights
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
-from xtoken.trainer.losses.base import Columns, Loss, View
+from xtoken.trainer.losses.base import Loss, View
+from xtoken.trainer.ragged import Columns
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10]]
 
@@ -108,13 +111,13 @@ def test_counts_and_weights_of_a_step(two: list[str]) -> None:
     found = Loader(sources(two), layout(weights=(3.0, 1.0)), step_tokens=1000, micro_tokens=1000, seed=0).step()
     assert found.held == (8, 6)
     (micro,) = found.micros
-    assert found.chunks == tuple(len(lesson.first_C) for lesson in micro.lessons)
+    assert found.chunks == tuple(len(targets.first_C) for targets in micro.targets)
     assert found.chunks[0] > found.chunks[1] > 0
     partial = [micro.sample_ids.index(name) for name in ("doc0#1", "doc1#2")]
     for row in range(8):
         expected = (1.0, 0.0) if row in partial else (0.75, 0.25)
-        assert tuple(lesson.weight_B[row] for lesson in micro.lessons) == expected
-    assert set(micro.lessons[1].sample_C.tolist()).isdisjoint(partial)
+        assert tuple(targets.weight_B[row] for targets in micro.targets) == expected
+    assert set(micro.targets[1].sample_C.tolist()).isdisjoint(partial)
 
 
 @pytest.mark.parametrize("weighting", ["ce", "entropy", "confidence"])

@@ -18,7 +18,8 @@ from xtoken.schemas.categories import CATEGORIES
 from xtoken.schemas.configs.train import EvalConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Silent
-from xtoken.trainer.data.samples import Layout, read_sample
+from xtoken.trainer.data.layout import Layout
+from xtoken.trainer.data.samples import read_sample
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.evaluate import EvalSample, evaluate
 from xtoken.trainer.evaluate.spelling import token_bytes

@@ -109,12 +109,12 @@ def build_view(
 ) -> View:
     """A view of the positions with logits ``z_PV``; chunks of one token, labels 0 and no next position if not given."""
     return View(
-        torch.log_softmax(z_PV / tau, -1),
-        _integers([0] * len(z_PV) if label is None else label),
         _integers(first),
         _integers([1] * len(first) if length is None else length),
         _integers([-1] * len(first) if following is None else following),
         {name: torch.as_tensor(np.asarray(values)) for name, values in (columns or {}).items()},
+        logp_PV=torch.log_softmax(z_PV / tau, -1),
+        label_P=_integers([0] * len(z_PV) if label is None else label),
     )
 
 

@@ -113,7 +113,7 @@ def view_of(student: Side, groups: Sequence[Sequence[int]], columns: Any) -> Vie
     last = [student.end[group[-1]] for group in groups]
     length = [stop - at - 1 for at, stop in zip(first, last, strict=True)]
     label, first_C, length_C = (torch.tensor(values) for values in ([*student.ids[1:], 0], first, length))
-    return View(student.logp_TV, label, first_C, length_C, torch.tensor(last) - 1, columns)
+    return View(first_C, length_C, torch.tensor(last) - 1, columns, logp_PV=student.logp_TV, label_P=label)
 
 
 class Result(NamedTuple):

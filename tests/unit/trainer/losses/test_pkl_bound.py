@@ -16,7 +16,7 @@ from xtoken.pipeline.align.kernels_project import FATES, project_rows
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
-from xtoken.trainer.losses.sparse_kl import NOTHING
+from xtoken.trainer.losses.divergence import NOTHING
 
 CELLS, UNREACHED = 12, 9
 SIZE = CELLS + UNREACHED

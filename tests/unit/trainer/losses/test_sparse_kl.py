@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
 from xtoken.trainer.losses import open_loss, reference
-from xtoken.trainer.losses.sparse_kl import NOTHING, group_logsumexp, kept_and_rest, ranges, sparse_kl
+from xtoken.trainer.losses.divergence import NOTHING, group_logsumexp, kept_and_rest, kl_with_tail, ranges
 
 EXACT = 1e-10  # float64 sums of some hundred terms
 FLOAT32 = 2e-5  # float32 log-probabilities of size 10, relative
@@ -36,23 +36,23 @@ def log(*values: float) -> Tensor:
 def test_by_hand(kl: str, drop: bool, expected: float) -> None:
     """p = (.5, .3 | .2), q = (.25, .25 | .5); without REST (.625, .375) and (.5, .5)."""
     rest, rest_q = (log(float("nan")), None) if drop else (log(0.2), log(0.5))
-    found = sparse_kl(log(0.5, 0.3), log(0.25, 0.25), torch.tensor([0, 0]), rest, rest_q, kl)
+    found = kl_with_tail(log(0.5, 0.3), log(0.25, 0.25), torch.tensor([0, 0]), rest, rest_q, kl)
     assert found.tolist() == pytest.approx([expected], rel=1e-12)
 
 
 def test_no_rest_is_an_empty_cell_forward_and_the_floor_in_reverse() -> None:
     p, q, chunk, none = log(0.5, 0.5), log(0.4, 0.5), torch.tensor([0, 0]), log(0.0)
     forward = 0.5 * np.log(1.25)
-    assert float(sparse_kl(p, q, chunk, none, log(0.1))) == pytest.approx(forward, rel=1e-12)
+    assert float(kl_with_tail(p, q, chunk, none, log(0.1))) == pytest.approx(forward, rel=1e-12)
     reverse = 0.4 * np.log(0.8) + 0.1 * (np.log(0.1) - np.log(2.0**-24))
     for rest in (none, none.clamp(min=-100), log(2.0**-24)):  # what float32 sums cannot see is none
-        assert float(sparse_kl(p, q, chunk, rest, log(0.1), "reverse")) == pytest.approx(reverse, rel=1e-12)
+        assert float(kl_with_tail(p, q, chunk, rest, log(0.1), "reverse")) == pytest.approx(reverse, rel=1e-12)
 
 
 def test_the_floor_at_zero_keeps_the_gradient() -> None:
     """Log-probabilities that sum to 1 + 1e-6 give a KL of -1e-6: reported as 0, with the gradient as it is."""
     q = torch.tensor([0.5, 0.5], dtype=torch.float64).log().add(1e-6).requires_grad_()
-    found = sparse_kl(log(0.5, 0.5), q, torch.tensor([0, 0]), log(0.0), log(1e-30))
+    found = kl_with_tail(log(0.5, 0.5), q, torch.tensor([0, 0]), log(0.0), log(1e-30))
     (grad,) = torch.autograd.grad(found.sum(), q)
     assert found.tolist() == [0.0]
     assert grad.tolist() == pytest.approx([-0.5, -0.5])
@@ -76,7 +76,7 @@ def test_truncation_costs_the_conditional_kl_of_the_tail() -> None:
         p, q, kept = tails(rng)
         rest, rest_q = p[kept:].sum(), q[kept:].sum()
         inside = torch.zeros(kept, dtype=torch.long)
-        bucket = float(sparse_kl(log(*p[:kept]), log(*q[:kept]), inside, log(rest), log(rest_q)))
+        bucket = float(kl_with_tail(log(*p[:kept]), log(*q[:kept]), inside, log(rest), log(rest_q)))
         full = float((p * np.log(p / q)).sum())
         tail_p, tail_q = p[kept:] / rest, q[kept:] / rest_q
         assert full - bucket == pytest.approx(rest * (tail_p * np.log(tail_p / tail_q)).sum(), abs=1e-12)
@@ -90,7 +90,7 @@ def test_truncation_turns_the_gradient_by_at_most_twice_rest() -> None:
         p, q, kept = tails(rng)
         rest, inside = p[kept:].sum(), torch.zeros(kept, dtype=torch.long)
         logq = log(*q).requires_grad_()
-        bucket = sparse_kl(log(*p[:kept]), logq[:kept], inside, log(rest), logq[kept:].logsumexp(0)[None])
+        bucket = kl_with_tail(log(*p[:kept]), logq[:kept], inside, log(rest), logq[kept:].logsumexp(0)[None])
         (grad,) = torch.autograd.grad(bucket.sum(), logq)
         distance = np.abs(grad.numpy() + p).sum()  # the full KL's gradient is -p
         assert distance <= 2 * rest + 1e-12
