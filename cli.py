@@ -272,7 +272,7 @@ def run_inspect(config: InspectConfig, bars: Bars) -> Figures:  # noqa: ARG001
         from xtoken.pipeline.page.sample_page import write_page
 
         return write_page(config)
-    from xtoken.pipeline.store import inspect
+    from xtoken.pipeline.store.inspect import inspect
 
     return inspect(config.path)
 
@@ -288,7 +288,7 @@ def run_query(config: QueryConfig, bars: Bars) -> Figures:  # noqa: ARG001
 @verb(VerifyConfig, "xtoken verify s3://team/capture")
 def run_verify(config: VerifyConfig, bars: Bars) -> Figures:
     """Check every byte."""
-    from xtoken.pipeline.store import verify
+    from xtoken.pipeline.store.verify import verify
 
     bars.start("verify", None, "bytes")
     return {"verified": "every file is as its manifest says", **verify(config.path, bars.advance, audit=config.audit)}

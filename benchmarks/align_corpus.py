@@ -15,10 +15,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from xtoken.pipeline.capture.plan import PLAN_FILE, Plan, Shard, make_plan
-from xtoken.pipeline.store import Folder, publish_part
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.columns import list_lengths
-from xtoken.pipeline.store.publish import commit_name, data_name
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import commit_name, data_name, publish_part
 from xtoken.pipeline.store.reader import iter_parquet, records
 from xtoken.pipeline.store.seal import SIDE_FILES, seal
 from xtoken.pipeline.store.writer import ROW_GROUP, write_parquet

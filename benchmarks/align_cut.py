@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from benchmarks.align_turns import Figures, best, in_turn, lines_of
 from xtoken.pipeline.align.kernels import boundaries_batch
-from xtoken.pipeline.store import Folder
 from xtoken.pipeline.store.columns import flat, list_lengths
+from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import data_name
 from xtoken.pipeline.store.reader import iter_capture, iter_parquet, records
 from xtoken.pipeline.store.writer import write_parquet

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from benchmarks.align_turns import Figures, best, in_turn, lines_of
 from xtoken.pipeline.align.kernels_project import FATES, project_rows
 from xtoken.pipeline.project.build import build_w
+from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.reader import iter_capture, load_vocab
-from xtoken.pipeline.store.unpack import row_columns, unpack
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.manifest import CaptureManifest, CodecInfo, read_manifest
 
@@ -94,11 +94,11 @@ class RowSet:
     @classmethod
     def of(cls, batch: pa.RecordBatch, codec: CodecInfo) -> "RowSet":
         """Decode rows and normalise them."""
-        found = unpack(batch, codec)
+        found = open_codec(codec).decode(batch)
         length_R = np.diff(found.offsets)
-        total_R = np.log(np.add.reduceat(np.exp(found.logprob), found.offsets[:-1]) + np.exp(found.rest_logprob))
+        total_R = np.log(np.add.reduceat(np.exp(found.logprob), found.offsets[:-1]) + np.exp(found.tail_logprob))
         logprob_K = found.logprob - np.repeat(total_R, length_R)
-        return cls(found.offsets, found.ids, logprob_K, np.exp(logprob_K), found.rest_logprob - total_R)
+        return cls(found.offsets, found.ids, logprob_K, np.exp(logprob_K), found.tail_logprob - total_R)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def real_rows(capture: str, most: int) -> RowSet:
     found = 0
     for batch in iter_capture(capture):
         held.append(batch)
-        found += len(batch[row_columns(manifest.codec)[0]].flatten())
+        found += len(batch["realised_logprob"].flatten())
         if found >= most:
             break
     table = pa.Table.from_batches(held).combine_chunks()

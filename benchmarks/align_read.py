@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.align_corpus import build
 from benchmarks.align_turns import Figures, in_turn
-from xtoken.pipeline.store import Folder
 from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import data_name
 from xtoken.pipeline.store.reader import iter_parquet, records
 from xtoken.pipeline.store.writer import ROW_GROUP

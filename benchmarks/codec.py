@@ -28,14 +28,17 @@ import zstandard
 from numpy.typing import NDArray
 
 from benchmarks.machine import machine, machine_line
-from xtoken.pipeline.store import NO_REST, Packed, Sample, decode, encode, write_parquet
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.topk import NO_TAIL, Packed, decode, encode
 from xtoken.pipeline.store.codes import Codes, codes_by_use, inverse, restore_ids
 from xtoken.pipeline.store.columns import flat
 from xtoken.pipeline.store.inspect import column_bytes
-from xtoken.pipeline.store.writer import ROW_GROUP, capture_batch
+from xtoken.pipeline.store.writer import ROW_GROUP, Sample, capture_batch, write_parquet
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.pipeline.tokens import TokenTable, load_tokenizer
-from xtoken.schemas.tables import CAPTURE
+from xtoken.schemas.manifest import CodecInfo
+
+CAPTURE = open_codec(CodecInfo(k=64)).schema()
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -147,10 +150,10 @@ def codec_kl(raw: Raw, packed: Packed, step: float = 1 / 32) -> tuple[float, flo
     exact_K = raw.rows.logprob.astype(np.float64)[kept_RE]
     starts_R = found.offsets[:-1]
     kept_R = np.add.reduceat(np.exp(exact_K), starts_R)
-    rest_R = np.where(packed.rest_gap == NO_REST, 0.0, np.clip(1 - kept_R, 1e-12, 1))
-    total_R = np.add.reduceat(np.exp(found.logprob), starts_R) + np.exp(found.rest_logprob)
+    rest_R = np.where(packed.rest_gap == NO_TAIL, 0.0, np.clip(1 - kept_R, 1e-12, 1))
+    total_R = np.add.reduceat(np.exp(found.logprob), starts_R) + np.exp(found.tail_logprob)
     inner_R = np.add.reduceat(np.exp(exact_K) * (exact_K - found.logprob), starts_R)
-    safe_R = np.where(rest_R > 0, found.rest_logprob, 0.0)
+    safe_R = np.where(rest_R > 0, found.tail_logprob, 0.0)
     kl_R = inner_R + rest_R * (np.log(np.maximum(rest_R, 1e-12)) - safe_R) + np.log(total_R)
     return float(kl_R.mean()), float(np.quantile(kl_R, 0.99))
 

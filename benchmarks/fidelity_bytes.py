@@ -18,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.fidelity_rows import Setting, kept_rows, packed, points, tail_counts
-from xtoken.pipeline.store import Packed, Sample, capture_batch, write_parquet
+from xtoken.pipeline.store.codecs import open_codec, record_of
+from xtoken.pipeline.store.codecs.sampled import PackedDraws
+from xtoken.pipeline.store.codecs.topk import Packed
 from xtoken.pipeline.store.codes import Codes, codes_by_use
 from xtoken.pipeline.store.inspect import column_bytes
-from xtoken.pipeline.store.sampled import PackedDraws
-from xtoken.pipeline.store.writer import ROW_GROUP
+from xtoken.pipeline.store.writer import ROW_GROUP, Sample, capture_batch, write_parquet
 from xtoken.pipeline.teachers.base import TeacherRows
-from xtoken.schemas.tables import capture
+from xtoken.schemas.codecs import CODECS
 
 ROWS = {"topk": ("kept", "topk_codes", "topk_gap", "rest_gap"), "sampled": ("drawn", "draw_codes", "draw_count")}
 WINDOWS = 64  # two full groups of rows: some 30,000 tokens
@@ -125,7 +126,7 @@ def _packed_draws(drawn: Sequence[NDArray[np.int64]]) -> PackedDraws:
 
 def _written(raw: Raw, rows: Packed | PackedDraws, codec: str) -> float:
     """Compressed bytes of the codec's row columns per token."""
-    schema = capture(codec=codec)
+    schema = open_codec(record_of(codec, CODECS[codec].settings())).schema()
     samples = list(_samples(raw, rows))
     batches = (
         capture_batch(samples[at : at + ROW_GROUP], schema, raw.codes) for at in range(0, len(samples), ROW_GROUP)

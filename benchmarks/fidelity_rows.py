@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xtoken.pipeline.align.kernels_rows import normalised
 from xtoken.pipeline.align.rows import Rows
-from xtoken.pipeline.store import Packed, decode, encode
+from xtoken.pipeline.store.codecs.topk import Packed, decode, encode
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.pipeline.teachers.logit_rows import top_k
 
@@ -88,7 +88,7 @@ def kept_rows(head: TeacherRows, setting: Setting, size: int) -> Rows:
     """The head through the codec and back; ``drop`` renormalises it without REST."""
     found = packed(head, setting, size)
     back = decode(found.kept, found.topk_ids, found.topk_gap, found.rest_gap)
-    rest_R = np.full(len(found.kept), -np.inf) if setting.family == "drop" else back.rest_logprob
+    rest_R = np.full(len(found.kept), -np.inf) if setting.family == "drop" else back.tail_logprob
     logprob_K, rest_R = normalised(back.offsets, back.logprob, rest_R)
     return Rows.of(back.offsets, back.ids, logprob_K, rest_R)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xtoken.pipeline.align.prefix import PrefixMaps
 from xtoken.pipeline.project.projection import Projection
-from xtoken.pipeline.store import iter_capture, load_vocab
+from xtoken.pipeline.store.reader import iter_capture, load_vocab
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.data.micro_batch import Micro

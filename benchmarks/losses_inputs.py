@@ -17,15 +17,21 @@ from torch import Tensor
 
 from xtoken.pipeline.align import align
 from xtoken.pipeline.project.files import write_table
-from xtoken.pipeline.store import STEP, Folder, Sample, capture_batch, committed, encode, publish_part, write_parquet
 from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.topk import STEP, encode
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import committed, publish_part
 from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE
+from xtoken.pipeline.store.writer import Sample, capture_batch, write_parquet
 from xtoken.pipeline.teachers.logit_rows import RowReader
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.manifest import MANIFEST, CaptureManifest, CodecInfo, CorpusInfo, TeacherInfo, provenance
-from xtoken.schemas.tables import CAPTURE, LOSSES
+from xtoken.schemas.tables import LOSSES
 from xtoken.schemas.ui.progress import Silent
+
+CAPTURE = open_codec(CodecInfo(k=64)).schema()
 
 POSITIONS = 512
 K = 64

@@ -33,16 +33,17 @@ from xtoken.pipeline.capture.token_codes import corpus_codes
 from xtoken.pipeline.capture.worker import CaptureWorker, sample_batches
 from xtoken.pipeline.corpus import Window, all_windows
 from xtoken.pipeline.executors.protocol import Lease, News
-from xtoken.pipeline.store import Folder, Packed, Sample, encode, write_parquet
 from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.topk import Packed, encode
 from xtoken.pipeline.store.codes import Codes
-from xtoken.pipeline.store.writer import group_rows
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.writer import Sample, group_rows, write_parquet
 from xtoken.pipeline.teachers.base import Batch, TeacherRows, stream_batches
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import Part, TeacherInfo
-from xtoken.schemas.tables import capture
 from xtoken.schemas.ui.progress import Silent
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,7 +210,7 @@ class Stages:
 
     def _store(self, samples: list[Sample]) -> None:
         codec, name, folder = codec_info(self.capture.config), "stage.parquet", Folder(str(self.folder))
-        schema, url = capture(codec.temperatures, codec.name), folder.url(name)
+        schema, url = open_codec(codec).schema(), folder.url(name)
         batches = self._lap("columns", lambda: list(sample_batches(samples, schema, self.capture.codes)))
         self._lap("write", lambda: write_parquet(url, schema, batches, group_rows(len(samples))))
         check = CaptureCheck(self.capture.tokenizer.table.size, codec)

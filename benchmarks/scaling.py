@@ -34,8 +34,7 @@ from xtoken.pipeline.executors.protocol import Event
 from xtoken.pipeline.executors.ray_cluster import Share
 from xtoken.pipeline.executors.ray_driver import RayCrew, RayExecutor
 from xtoken.pipeline.executors.ray_metrics import RayMetrics
-from xtoken.pipeline.store import Folder
-from xtoken.pipeline.store.files import StopRun
+from xtoken.pipeline.store.files import Folder, StopRun
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.ui.progress import Silent
 

@@ -15,8 +15,8 @@ from xtoken.pipeline.capture.plan import load_plan
 from xtoken.pipeline.capture.worker import CaptureWorker, open_tokenizer
 from xtoken.pipeline.executors.protocol import Lease, News
 from xtoken.pipeline.executors.ray_actor import Report
-from xtoken.pipeline.store import Folder
 from xtoken.pipeline.store.codes import read_codes
+from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.reader import VOCAB_FILE, read_table
 from xtoken.pipeline.teachers.base import Batch, TeacherRows
 from xtoken.pipeline.teachers.fake_teacher import open_teacher

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import machine, machine_line
-from xtoken.pipeline.store import iter_capture
+from xtoken.pipeline.store.reader import iter_capture
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.data.batches import Loader, StepBatch
 from xtoken.trainer.data.layout import Layout

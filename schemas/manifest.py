@@ -16,13 +16,15 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
+from xtoken.schemas.codecs import CodecSettings, foreign_fields, known_codec, settings_of
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.remote import open_url
-from xtoken.schemas.tables import DROPPABLE, LOSSES, OLDEST_READ, SCHEMA_VERSIONS, capture
+from xtoken.schemas.tables import LOSSES, OLDEST_READ, SCHEMA_VERSIONS
 
 MANIFEST = "manifest.json"
 
@@ -110,27 +112,38 @@ class TeacherInfo(_Record):
 
 
 class CodecInfo(_Record):
-    """How rows were made into integers: the most probable entries (``topk``), or draws (``sampled``)."""
+    """Which codec made rows into integers, and with which settings (``xtoken.schemas.codecs``), flat."""
 
-    name: Literal["topk", "sampled"] = "topk"
+    name: str = "topk"
     k: int = Field(0, ge=0, le=255, description="topk: most entries of a row")
     min_p: float = Field(0.0, ge=0.0, lt=1.0, description="topk: smallest probability kept beside the first entry")
     step: float = Field(1 / 32, gt=0.0, le=1.0, description="topk: unit of the gaps in nats")
     temperatures: list[float] = Field(
         [1.0], max_length=256, description="rows carry an exact normaliser at these; 1 comes first"
     )
-    draws: int = Field(0, ge=0, le=65535, description="sampled: draws of a row")
-    seed: int = Field(0, ge=-(1 << 63), lt=1 << 64, description="sampled: what the draws follow from")
+    draws: int = Field(0, ge=0, le=65535, description="sampled: sampled tokens of a row")
+    seed: int = Field(0, ge=-(1 << 63), lt=1 << 64, description="sampled: what the sampled tokens follow from")
+
+    _known = field_validator("name")(known_codec)
+
+    @property
+    def settings(self) -> CodecSettings:
+        """Those of the codec, as a run's configuration has them."""
+        return settings_of(self.name, {**self.model_dump(), "temperatures": self.temperatures[1:]})
 
     @model_validator(mode="after")
     def _consistent(self) -> "CodecInfo":
-        if (self.k >= 1, self.draws >= 1) != (self.name == "topk", self.name == "sampled"):
-            raise ValueError(f"codec {self.name} with k={self.k} and draws={self.draws}")
         others = self.temperatures[1:]
         if self.temperatures[:1] != [1.0] or not all(0 < tau < float("inf") and tau != 1 for tau in others):
             raise ValueError(f"temperatures {self.temperatures} are not 1 and other positive numbers")
-        if self.name == "sampled" and others:
-            raise ValueError("draws are of temperature 1")
+        for field in foreign_fields(self.name):
+            if getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"codec {self.name} with {field}={getattr(self, field)}, which it does not have")
+        try:
+            _ = self.settings
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise ValueError(f"codec {self.name} with {wrong['loc'][0]}={wrong['input']!r}: {wrong['msg']}") from error
         return self
 
 
@@ -230,15 +243,6 @@ class CaptureManifest(_Manifest):
             raise ValueError(f"parts name devices, which version {self.schema_version} does not know")
         return self
 
-    @model_validator(mode="after")
-    def _whole_groups_left_out(self) -> "CaptureManifest":
-        codec, left = self.codec, set(self.left_out)
-        there = set(capture(codec.temperatures, codec.name, version=self.schema_version).names)
-        groups = [there.intersection(group) for group in DROPPABLE.values()]
-        if left != {name for group in groups if group <= left for name in group}:
-            raise ValueError(f"left_out {self.left_out} is no list of whole groups of optional columns")
-        return self
-
 
 class ProjectionManifest(_Manifest):
     schema_version: int = SCHEMA_VERSIONS["projection"]
@@ -261,13 +265,13 @@ class TargetManifest(_Manifest):
     unreached: str
     merge: str = Field("first", description="how a chunk's rows became one: first | last | mean")
     tau: float = Field(1.0, gt=0.0, description="temperature of the stored distributions")
-    codec: Literal["topk", "sampled"] = Field(
-        "topk", description="codec of the capture: draws serve linear losses only"
-    )
+    codec: str = Field("topk", description="codec of the capture: sampled tokens serve linear losses only")
     run_hash: str
     set_aside: dict[int, str] = Field(
         default_factory=dict, description="parts that could not be built, with their error"
     )
+
+    _known = field_validator("codec")(known_codec)
 
     @model_serializer(mode="wrap")
     def _as_its_version_has_it(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -30,21 +30,6 @@ _HEAD = [
     _field("teacher_ids", _list(pa.int32()), "[T] tokens; no BOS; eos last if complete"),
     _field("teacher_end", _list(pa.int32()), "[T] cumulative byte ends in text"),
 ]
-# What says the teacher's distributions, by codec.
-_ROWS = {
-    "topk": [
-        _field("kept", _list(pa.uint8()), "[R] entries kept in the row, 1 to k"),
-        _field("topk_codes", _list(pa.int32()), "[K] kept teacher tokens by their code in vocab.parquet, rank order"),
-        _field("topk_gap", _list(pa.uint16()), "[K] steps: rank 0 -logprob, later ranks distance to the rank before"),
-        _field("rest_gap", _list(pa.uint16()), "[R] steps: -log of the mass not kept; 65535 = none"),
-    ],
-    "sampled": [
-        _field("drawn", _list(pa.uint16()), "[R] different tokens drawn in the row"),
-        _field("draw_codes", _list(pa.int32()), "[K] these tokens by their code in vocab.parquet, most draws first"),
-        _field("draw_count", _list(pa.uint16()), "[K] draws of each; a row's add up to the manifest's codec.draws"),
-        _field("entropy", _list(pa.float32()), "[R] nats: entropy of the whole row"),
-    ],
-}
 _TAIL = [
     # float32 rounded to 16 significant bits: exact enough by far, and its empty byte costs nothing
     _field("realised_logprob", _list(pa.float32()), "[R] nats: log-probability of the token in the text"),
@@ -58,44 +43,49 @@ _TAIL = [
     _field("complete", pa.bool_(), "the sample ends where its document ends"),
     _field("snapped", pa.bool_(), "some ends were moved up to a safe byte"),
 ]
-_TAU_REST_ODDS = _field(
-    "tau_rest_odds",
-    _list(pa.int16()),
-    "[R * n] steps, a row's n values together: log(REST / kept mass) at each temperature of the manifest's codec above "
-    "the first, p(v)^(1/tau) normalised over the whole vocabulary; -32768 = no REST",
-)
-# What a subset may leave out: groups of columns that stand or fall together. Readers see null, or rows without entries.
-DROPPABLE = {
-    "text": ("text",),
-    "rows": (
-        *("kept", "topk_ids", "topk_codes", "topk_gap", "rest_gap", "tau_rest_odds"),
-        *("drawn", "draw_codes", "draw_count", "entropy"),
-    ),
-    "space_logprob": ("space_logprob",),
-}
+# What a subset may leave out: columns, and the codec's own ("rows") all together. Readers see null, or rows without
+# entries.
+OPTIONAL = ("text", "rows", "space_logprob")
+# Ends of the names of columns that hold teacher tokens by code, and of what readers see.
+_CODES, _IDS = "_codes", "_ids"
 
 
-# Columns that name tokens by code, and what readers make of them: the teacher's ids.
-CODED = {"topk_codes": "topk_ids", "draw_codes": "draw_ids"}
+def holds_codes(name: str) -> bool:
+    """Whether a column holds teacher tokens by their code in vocab.parquet."""
+    return name.endswith(_CODES)
+
+
+def read_as(name: str) -> str:
+    """What readers call a column of a capture: ``topk_ids`` (the teacher's) what is stored as ``topk_codes``."""
+    return name.removesuffix(_CODES) + _IDS if holds_codes(name) else name
+
+
+def stored_as(name: str) -> str:
+    """What a column that readers know is called on disk; all ids but those of the text stand by code."""
+    return name.removesuffix(_IDS) + _CODES if name.endswith(_IDS) and name != "teacher_ids" else name
 
 
 def capture(
-    temperatures: Iterable[float] = (), codec: str = "topk", left_out: Iterable[str] = (), *, version: int = PARTS_SINCE
+    rows: Iterable[pa.Field] = (),
+    last: Iterable[pa.Field] = (),
+    left_out: Iterable[str] = (),
+    *,
+    version: int = PARTS_SINCE,
 ) -> pa.Schema:
-    """Schema of a capture.
+    """Schema of a capture; what a codec stores says ``xtoken.pipeline.store.codecs.base.Codec.schema``.
 
     Args:
-        temperatures: at which rows carry their REST (1 always does).
-        codec: topk | sampled.
-        left_out: columns that a subset dropped, whole groups of ``DROPPABLE``.
-        version: schema version of the manifest; in version 1 ``topk_ids`` stood where ``topk_codes`` stands.
+        rows, last: columns of the codec, and those that stand at the end.
+        left_out: columns that a subset dropped.
+        version: schema version of the manifest; version 1 held ids where codes stand now.
     """
-    fields = [*_HEAD, *_ROWS[codec], *_TAIL, *([_TAU_REST_ODDS] if set(temperatures) - {1.0} else [])]
+    fields = [*_HEAD, *rows, *_TAIL, *last]
     dropped = set(left_out)
-    named = [field.with_name(CODED.get(field.name, field.name)) if version == 1 else field for field in fields]
+    named = [field.with_name(read_as(field.name)) if version == 1 else field for field in fields]
     return pa.schema([field for field in named if field.name not in dropped])
 
 
+# What every capture has, whatever its codec.
 CAPTURE = capture()
 
 

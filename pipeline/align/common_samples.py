@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from xtoken.pipeline.align.plain_columns import peek
 from xtoken.pipeline.align.queries import query
-from xtoken.pipeline.store import StopRun
+from xtoken.pipeline.store.files import StopRun
 from xtoken.schemas.errors import Unreachable, XtokenError
 from xtoken.schemas.manifest import CaptureManifest
 from xtoken.schemas.tables import CAPTURE

@@ -119,19 +119,3 @@ def realised(
         if start_C[chunk] >= 0:
             out[chunk] = realised_R[start_C[chunk] : end_C[chunk]].sum()
     return out
-
-
-@compiled
-def row_figures(
-    offsets_R: NDArray[np.int64], logprob_K: NDArray[np.float64], rest_R: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Entropy of each row in nats, REST as one cell, and its largest kept probability; [R] each."""
-    entropy_R, top_R = np.zeros(len(rest_R), np.float64), np.zeros(len(rest_R), np.float64)
-    for row in range(len(rest_R)):
-        if rest_R[row] > -np.inf:
-            entropy_R[row] = -np.exp(rest_R[row]) * rest_R[row]
-        for at in range(offsets_R[row], offsets_R[row + 1]):
-            p = np.exp(logprob_K[at])
-            entropy_R[row] -= p * logprob_K[at]
-            top_R[row] = max(top_R[row], p)
-    return entropy_R, top_R

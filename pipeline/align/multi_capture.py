@@ -17,9 +17,10 @@ from xtoken.pipeline.align.run_identity import RUN_FILE
 from xtoken.pipeline.align.skipped_samples import SKIPPED_FILE
 from xtoken.pipeline.capture.multi_teacher import names_below
 from xtoken.pipeline.executors.local import refuse_unshared
-from xtoken.pipeline.store import DiskFull, Folder, iter_parquet
 from xtoken.pipeline.store.columns import flat
 from xtoken.pipeline.store.figures import target_figures
+from xtoken.pipeline.store.files import DiskFull, Folder
+from xtoken.pipeline.store.reader import iter_parquet
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import IncompleteRun, PartlyDone, XtokenError

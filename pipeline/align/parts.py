@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from xtoken.pipeline.store.checks import CaptureCheck, refuse_other_columns
+from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codes import Codes, restore_ids
 from xtoken.pipeline.store.files import Folder, StopRun
-from xtoken.pipeline.store.left_out import LeftOut
+from xtoken.pipeline.store.left_out import LeftOut, optional_columns
 from xtoken.pipeline.store.publish import data_name
 from xtoken.pipeline.store.reader import ids_of_codes, local_part, records
 from xtoken.pipeline.store.writer import ROW_GROUP
@@ -33,7 +34,6 @@ _ENTRY_BYTES, _LOSS_BYTES = 64, 16
 _SHARE = 4  # of the limit is for one batch; the rest is DuckDB's, and room
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 _UNITS["Ti"] = 1 << 40
-_ENTRIES = ("topk_codes", "topk_ids", "draw_codes", "draw_ids")
 
 
 def size_in_bytes(size: str) -> int:
@@ -109,7 +109,8 @@ class CaptureParts:
 
     def _rows_at_once(self, chunks: list[Chunk], rows: int, name: str) -> int:
         """Samples of a row group that are read at once, of about equal numbers of entries."""
-        entries = max((chunk.values for chunk in chunks if chunk.column in _ENTRIES), default=0)
+        own = optional_columns(open_codec(self.manifest.codec))["rows"]
+        entries = max((chunk.values for chunk in chunks if chunk.column in own), default=0)
         each = entries / max(1, rows) * (_ENTRY_BYTES + _LOSS_BYTES * self.losses)
         room = size_in_bytes(self.memory_limit) / _SHARE
         if each > room:

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from xtoken.pipeline.store import Folder, iter_parquet
 from xtoken.pipeline.store.checks import CaptureCheck
-from xtoken.pipeline.store.reader import local_part
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.reader import iter_parquet, local_part
 from xtoken.schemas.manifest import CaptureManifest, Part
 from xtoken.schemas.tables import CAPTURE
 

@@ -4,9 +4,10 @@ from itertools import islice
 
 from xtoken.pipeline.align.plain_columns import peek
 from xtoken.pipeline.align.sample_texts import CorpusTexts, refuse_without_text
-from xtoken.pipeline.store import StopRun
+from xtoken.pipeline.store.files import StopRun
 from xtoken.pipeline.store.left_out import without_rows
 from xtoken.pipeline.tokens import TokenTable
+from xtoken.schemas.codecs import registered
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.heads import refuse_narrow_head, stated_rows
@@ -29,7 +30,7 @@ def refuse_losses(config: AlignConfig, student: TokenizerInfo, capture: CaptureM
             f"({student.hash[:12]}) is not the teacher's, {teacher.name} ({teacher.hash[:12]}); take --for p-kl"
         )
     _refuse_without_rows(config, capture)
-    if capture.codec.name == "sampled":
+    if registered(capture.codec.name).linear:
         _refuse_biased(config)
     if tau in capture.codec.temperatures:
         return

@@ -11,12 +11,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xtoken.pipeline.align.chunks import Joined
-from xtoken.pipeline.align.kernels import row_figures
 from xtoken.pipeline.align.kernels_rows import mean_rows, tempered
-from xtoken.pipeline.store import decode_tau_rest
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.base import Codec
 from xtoken.pipeline.store.columns import flat, list_lengths
-from xtoken.pipeline.store.kernels import level_table, whole_rows
-from xtoken.pipeline.store.unpack import row_columns, unpack
+from xtoken.schemas.codecs import registered
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.manifest import CodecInfo
 
@@ -46,8 +45,8 @@ class Recipe:
 
     @property
     def drawn(self) -> bool:
-        """Whether rows are draws: shares that are right in the mean, so that targets must be linear in them."""
-        return self.codec.name == "sampled"
+        """Whether rows are right in the mean only, so that targets must be linear in them."""
+        return registered(self.codec.name).linear
 
 
 @dataclass(frozen=True)
@@ -103,20 +102,21 @@ class RowBatch:
         Raises:
             VerificationError: lists of a sample do not fit each other.
         """
-        rows_N = list_lengths(batch, row_columns(recipe.codec)[0])
+        rows_N, codec = list_lengths(batch, "realised_logprob"), open_codec(recipe.codec)
         first_N = batch["first_row"].to_numpy().astype(np.int64)
-        _check_lengths(batch, rows_N, first_N, recipe)
-        plain, entropy_R, top1_R = _drawn_rows(batch, recipe) if recipe.drawn else _kept_rows(batch, recipe)
+        _check_lengths(batch, rows_N, first_N, codec)
+        whole = codec.whole(batch)
+        plain = Rows(whole.offsets, whole.ids, whole.logprob, whole.tail_logprob, whole.p)
         rows, realised_R = plain, flat(batch, "realised_logprob").astype(np.float64)
         if recipe.tau != 1:
-            rest_R = _rest_at(batch, recipe, len(plain.rest))
+            rest_R = codec.tail_at(batch, recipe.tau, len(plain.rest))
             logprob_K, shift_R = tempered(plain.offsets, plain.logprob, rest_R, recipe.tau)
             rows = Rows.of(plain.offsets, plain.ids, logprob_K, rest_R)
             # The scale comes from rounded entries, so the token may end up a step above certainty.
             realised_R = np.minimum(realised_R / recipe.tau - shift_R, 0.0)
         offset_N = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows_N)])
         unknown_R = np.diff(plain.offsets) == 0
-        entropy_R, top1_R = np.where(unknown_R, np.nan, entropy_R), np.where(unknown_R, np.nan, top1_R)
+        entropy_R, top1_R = (np.where(unknown_R, np.nan, values) for values in (whole.entropy, whole.top1))
         return cls(rows, entropy_R, top1_R, realised_R, offset_N, first_N)
 
     def spans(self, samples: Sequence[Joined]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -133,25 +133,6 @@ class RowBatch:
         if sample.chunks.lead:
             no_row_C[0] = True
         return np.where(no_row_C, -1, start_C + shift), end_C + shift
-
-
-_Decoded = tuple[Rows, NDArray[np.float64], NDArray[np.float64]]
-
-
-def _kept_rows(batch: pa.RecordBatch, recipe: Recipe) -> _Decoded:
-    """Rows of codec ``topk`` over what they add up to, with entropy and largest probability [R]."""
-    kept, ids, gap, rest_gap = (flat(batch, name) for name in row_columns(recipe.codec))
-    step = recipe.codec.step
-    offsets, logprob_K, p_K, rest_R, entropy_R, top1_R = whole_rows(kept, gap, rest_gap, step, level_table(step))
-    return Rows(offsets, ids, logprob_K, rest_R, p_K), entropy_R, top1_R
-
-
-def _drawn_rows(batch: pa.RecordBatch, recipe: Recipe) -> _Decoded:
-    """Draws as shares, which are right in the mean; the entropy is that of whole rows."""
-    found = unpack(batch, recipe.codec)
-    _, top1_R = row_figures(found.offsets, found.logprob, found.rest_logprob)
-    rows = Rows.of(found.offsets, found.ids, found.logprob, found.rest_logprob)
-    return rows, flat(batch, "entropy").astype(np.float64), top1_R
 
 
 def merge_rows(
@@ -173,22 +154,10 @@ def merge_rows(
     return Rows.of(*found), np.where(start_C < 0, -1, np.arange(len(start_C)))
 
 
-def _rest_at(batch: pa.RecordBatch, recipe: Recipe, rows: int) -> NDArray[np.float64]:
-    """REST at the recipe's temperature, [R]; NaN where the capture does not know it."""
-    if not recipe.rest_known:
-        return np.full(rows, np.nan)
-    codec = recipe.codec
-    return decode_tau_rest(flat(batch, "tau_rest_odds"), codec.temperatures, recipe.tau, codec.step)
-
-
-def _check_lengths(
-    batch: pa.RecordBatch, rows_N: NDArray[np.int64], first_N: NDArray[np.int64], recipe: Recipe
-) -> None:
+def _check_lengths(batch: pa.RecordBatch, rows_N: NDArray[np.int64], first_N: NDArray[np.int64], codec: Codec) -> None:
     """Raise VerificationError where a sample's lists do not fit each other (compiled loops do not look)."""
     wanted = {"teacher_ids": rows_N + first_N, "teacher_end": rows_N + first_N, "realised_logprob": rows_N}
-    wanted["entropy" if recipe.drawn else "rest_gap"] = rows_N
-    if recipe.tau != 1 and recipe.rest_known:
-        wanted["tau_rest_odds"] = rows_N * (len(recipe.codec.temperatures) - 1)
+    wanted |= {name: length_N for name, length_N in codec.lengths(batch, rows_N).items() if name in batch.schema.names}
     has_space_N = batch["space_logprob"].is_valid().to_numpy(zero_copy_only=False)
     wanted["space_logprob"] = np.where(has_space_N, rows_N, 0)
     for name, length_N in wanted.items():

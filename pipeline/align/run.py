@@ -20,7 +20,9 @@ from xtoken.pipeline.executors.protocol import Event, Executor
 from xtoken.pipeline.project.build import build_w
 from xtoken.pipeline.project.files import read_projection, write_table, write_tables
 from xtoken.pipeline.project.projection import Projection
-from xtoken.pipeline.store import Folder, clean, committed, load_vocab
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import clean, committed
+from xtoken.pipeline.store.reader import load_vocab
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
 from xtoken.pipeline.tokens import TokenTable, load_tokenizer, refuse_long_prefix
 from xtoken.schemas.configs.artifacts import AlignConfig

@@ -5,7 +5,7 @@ from typing import Any
 
 from xtoken.pipeline.capture.run_identity import read_record
 from xtoken.pipeline.project.projection import Projection
-from xtoken.pipeline.store import Folder
+from xtoken.pipeline.store.files import Folder
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, content_hash

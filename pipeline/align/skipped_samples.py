@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from xtoken.pipeline.align.plain_columns import peek
-from xtoken.pipeline.store import Folder, iter_parquet
-from xtoken.pipeline.store.reader import local_part
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.reader import iter_parquet, local_part
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, Part
 

@@ -21,10 +21,10 @@ from xtoken.pipeline.align.sample_texts import CorpusTexts, refuse_without_text
 from xtoken.pipeline.align.targets import Maps, target_batch
 from xtoken.pipeline.executors.protocol import OneByOne, Tell, tell_nobody
 from xtoken.pipeline.project.projection import Projection, Unreached
+from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.columns import flat
 from xtoken.pipeline.store.publish import Figures, publish_part
 from xtoken.pipeline.store.reader import load_vocab
-from xtoken.pipeline.store.unpack import row_columns
 from xtoken.pipeline.store.writer import group_rows, write_parquet
 from xtoken.pipeline.tokens import Encoded, TextTokenizer, load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig
@@ -122,7 +122,7 @@ class AlignWorker(OneByOne):
         for read in self.parts.read(shard):
             batch = read if texts is None else texts.fill(read)
             refuse_without_text(batch, self.job.capture)
-            _refuse_foreign_ids(batch, (row_columns(self.job.codec)[1], "teacher_ids"), self.maps.teacher_size)
+            _refuse_foreign_ids(batch, [*open_codec(self.job.codec).id_columns, "teacher_ids"], self.maps.teacher_size)
             samples = join(batch, encode(self.tokenizer, batch), eos_id)
             found, figures = target_batch(batch, samples, self.maps, self.recipe)
             written.add(batch, found, figures, summary_batch(batch, samples, found, self.job.config.losses))

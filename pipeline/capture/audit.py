@@ -24,12 +24,12 @@ from xtoken.pipeline.capture.differences import differences
 from xtoken.pipeline.capture.plan import load_plan
 from xtoken.pipeline.capture.run_identity import codec_info, read_small, read_teacher
 from xtoken.pipeline.capture.worker_threads import Audit
-from xtoken.pipeline.store import Folder, iter_parquet
+from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codes import restore_ids
 from xtoken.pipeline.store.columns import list_lengths
+from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import AUDITS, read_commit
-from xtoken.pipeline.store.reader import ids_of_codes, local_part, stored_columns
-from xtoken.pipeline.store.unpack import row_columns
+from xtoken.pipeline.store.reader import ids_of_codes, iter_parquet, local_part, stored_columns
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import Teacher, TeacherRows
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable
@@ -104,7 +104,7 @@ def _refuse_other_rows(record: AuditRecord, root: str, model: str) -> None:
     common = record.ids_in_common if top1 is None else top1
     if record.realised_mean <= _MOST_REALISED and entries <= _MOST_ENTRIES and common >= _LEAST_COMMON:
         return
-    what = "draws are the same" if top1 is None else "rows have the same most probable token"
+    what = "sampled tokens are the same" if top1 is None else "rows have the same most probable token"
     raise XtokenError(
         f"{_not_of(root, model, record.against)}: {common:.1%} of the {what} (asked for are {_LEAST_COMMON:.0%}), "
         f"log-probabilities differ on average by {record.realised_mean:.3g} nats for the text's tokens (at most "
@@ -286,9 +286,8 @@ class _Audit:
     def _sample(self, part: Part) -> pa.RecordBatch:
         """Whole samples of a part, drawn at random until they have the wanted rows; as a reader sees them."""
         codes = ids_of_codes(self.folder.root)
-        names = ["sample_id", "teacher_ids", "first_row", *row_columns(codec_info(self.config)), _ROW_LENGTH]
-        if self.config.codec == "sampled":
-            names.append("entropy")
+        columns = open_codec(codec_info(self.config)).whole_columns
+        names = list(dict.fromkeys(["sample_id", "teacher_ids", "first_row", *columns, _ROW_LENGTH]))
         with local_part(self.folder, part.index, part) as path:
             rows_N = np.concatenate([list_lengths(batch, _ROW_LENGTH) for batch in iter_parquet(path, [_ROW_LENGTH])])
             chosen = self._chosen(rows_N, part.index)

@@ -18,8 +18,8 @@ from xtoken.pipeline.capture.monitor.status import read_status
 from xtoken.pipeline.capture.plan import PLAN_FILE, load_plan
 from xtoken.pipeline.capture.precompute import precompute
 from xtoken.pipeline.corpus import Corpus
-from xtoken.pipeline.store import Folder, StopRun
 from xtoken.pipeline.store.figures import capture_figures
+from xtoken.pipeline.store.files import Folder, StopRun
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import PartlyDone, XtokenError
 from xtoken.schemas.status import RunStatus

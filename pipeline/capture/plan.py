@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from xtoken.pipeline.capture.rendered_chat import Look
 from xtoken.pipeline.capture.run_identity import another_run
 from xtoken.pipeline.corpus import Corpus, Document, Listing
-from xtoken.pipeline.store import Folder, StopRun
+from xtoken.pipeline.store.files import Folder, StopRun
 from xtoken.schemas.configs.capture import CorpusConfig
 from xtoken.schemas.errors import Unreachable, VerificationError, XtokenError
 from xtoken.schemas.manifest import CorpusInfo, digest

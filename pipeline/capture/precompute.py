@@ -28,10 +28,11 @@ from xtoken.pipeline.capture.token_codes import corpus_codes, look_at_some
 from xtoken.pipeline.capture.worker import CaptureJob, open_tokenizer
 from xtoken.pipeline.executors.local import LocalExecutor, refuse_unshared
 from xtoken.pipeline.executors.protocol import Executor, Job
-from xtoken.pipeline.store import Folder, clean, committed, data_name, read_table
 from xtoken.pipeline.store.codes import Codes, with_codes
 from xtoken.pipeline.store.figures import bos_figure
-from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import clean, committed, data_name
+from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, read_table
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
 from xtoken.pipeline.teachers import check_backend
 from xtoken.pipeline.teachers.base import entries_asked
@@ -157,7 +158,7 @@ def _forget(folder: Folder) -> None:
 
 
 def _checked_settings(config: PrecomputeConfig, table: TokenTable) -> dict[str, Any]:
-    if entries_asked(config) > table.size:
+    if entries_asked(config, table.size) > table.size:
         raise XtokenError(f"--k {config.k} is more than the vocabulary's {table.size} tokens; use --k {table.size}")
     if config.backend != "fake":  # which has no head
         rows = stated_rows(config.teacher, config.revision)

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from xtoken.pipeline.store import STEP, Folder
+from xtoken.pipeline.store.codecs import open_codec, record_of
+from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.teachers.base import shows_bos
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.capture import PrecomputeConfig, RowsConfig
@@ -17,6 +18,8 @@ from xtoken.schemas.tables import PARTS_SINCE
 
 RUN_FILE = "run.json"
 TEACHER_FILE = "teacher.json"
+# Of a codec's identity, those that each run.json has, in this order.
+_CODEC_NAMES = ("k", "min_p", "step", "codec", "draws", "seed")
 _ENGINE = "engine_settings"  # stands in teacher.json beside the fields of TeacherInfo
 _TEACHER_BYTES = 4 << 20
 # Workers record the teacher, and where all is committed none starts.
@@ -31,9 +34,7 @@ _FOREIGN = (MANIFEST, "data", "commits", "config.json", "w.parquet", "metrics.js
 
 def codec_info(config: RowsConfig) -> CodecInfo:
     """The codec a run's settings ask for."""
-    if config.codec == "sampled":
-        return CodecInfo(name="sampled", draws=config.draws, seed=config.seed)
-    return CodecInfo(k=config.k, min_p=config.min_p, step=STEP, temperatures=[1.0, *config.temperatures])
+    return record_of(config.codec, config.codec_settings)
 
 
 def sees_bos(config: PrecomputeConfig, table: TokenTable) -> bool:
@@ -67,11 +68,8 @@ def run_settings(config: PrecomputeConfig, table: TokenTable, student: TokenTabl
 
 
 def _codec_settings(config: PrecomputeConfig) -> dict[str, Any]:
-    """What decides the rows; None is what a run.json from before there were draws says by its silence."""
-    if config.codec == "sampled":
-        names = {"codec": "sampled", "draws": config.draws, "seed": config.seed}
-        return {"k": None, "min_p": None, "step": None, **names}
-    return {"k": config.k, "min_p": config.min_p, "step": STEP, "codec": None, "draws": None, "seed": None}
+    """What decides the rows; None is what a run.json that does not have the name says by its silence."""
+    return {**dict.fromkeys(_CODEC_NAMES), **open_codec(codec_info(config)).identity}
 
 
 def settle_settings(folder: Folder, settings: dict[str, Any]) -> bool:

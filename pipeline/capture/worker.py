@@ -21,13 +21,13 @@ from xtoken.pipeline.capture.worker_threads import Audit, Prepared, Stages, text
 from xtoken.pipeline.corpus import Window, all_windows
 from xtoken.pipeline.executors.gpus import engines_per_gpu, pin_gpus
 from xtoken.pipeline.executors.protocol import Lease, Say, Tell, tell_nobody
-from xtoken.pipeline.store import Folder, Packed, Sample, capture_batch, encode, publish_part, write_parquet
 from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codes import Codes, read_codes
-from xtoken.pipeline.store.publish import read_commit
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import publish_part, read_commit
 from xtoken.pipeline.store.reader import VOCAB_FILE, read_table
-from xtoken.pipeline.store.sampled import PackedDraws, encode_draws
-from xtoken.pipeline.store.writer import ROW_GROUP, group_rows
+from xtoken.pipeline.store.writer import ROW_GROUP, Sample, capture_batch, group_rows, write_parquet
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import Teacher, TeacherRows, entries_asked
 from xtoken.pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
@@ -35,13 +35,6 @@ from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.remote import patiently
 from xtoken.schemas.manifest import Part, TeacherInfo
-from xtoken.schemas.tables import capture
-
-_NO_GAPS = np.zeros(0, np.uint16)
-_NO_ROWS: dict[str, Packed | PackedDraws] = {
-    "topk": Packed(np.zeros(0, np.uint8), np.zeros(0, np.int32), _NO_GAPS, _NO_GAPS, np.zeros(0, np.int16)),
-    "sampled": PackedDraws.empty(),
-}
 
 
 @dataclass(frozen=True)
@@ -113,7 +106,7 @@ def check_teacher(config: PrecomputeConfig, info: TeacherInfo) -> None:
             f"--max-tokens {config.max_tokens} and one more do not fit the {info.context} tokens of {info.model}'s "
             f"context; use --max-tokens {info.context - 1} or less"
         )
-    if entries_asked(config) > info.vocab_rows:
+    if entries_asked(config, info.vocab_rows) > info.vocab_rows:
         raise XtokenError(f"--k {config.k} is more than the {info.vocab_rows} rows of {info.model}'s head")
 
 
@@ -138,7 +131,7 @@ class CaptureWorker:
         self.audit: Audit | None = None
         self.device: str | None = None  # where it is not what the run began on
         self._reader = SliceReader(config, plan)
-        self._codec = codec_info(config)
+        self._codec = open_codec(codec_info(config))
         bos = tokenizer.table.info.bos_id if sees_bos(config, tokenizer.table) else None
         self.context = np.array([] if bos is None else [bos], np.int32)
 
@@ -174,9 +167,8 @@ class CaptureWorker:
             self._tokenizer.table.moved_ends(one.teacher_ids, one.teacher_end) for one in samples if one.snapped
         )
         counts = {**prepared.counts, "snapped": sum(sample.snapped for sample in samples), "ends_moved": moved}
-        schema = capture(self._codec.temperatures, self._codec.name)
-        write = partial(_write, samples, schema, self._codes, counts)
-        check = CaptureCheck(self._tokenizer.table.size, self._codec)
+        write = partial(_write, samples, self._codec.schema(), self._codes, counts)
+        check = CaptureCheck(self._tokenizer.table.size, self._codec.info)
         return publish_part(self._config.out, prepared.shard, write, check, device=self.device)
 
     def _prompts(self, pieces: Sequence[Window]) -> tuple[list[NDArray[np.int32]], list[list[int]]]:
@@ -207,7 +199,7 @@ class CaptureWorker:
             text=encoded.text if self._config.text else None,
             teacher_ids=encoded.ids,
             teacher_end=encoded.ends,
-            packed=_NO_ROWS[self._codec.name] if rows is None else self._pack(piece, rows),
+            packed=self._codec.no_rows() if rows is None else self._pack(piece, rows),
             realised_logprob=empty if rows is None else rows.target_logprob,
             space_logprob=empty if rows is None else rows.space_logprob,
             first_row=0 if len(self.context) else 1,
@@ -215,20 +207,9 @@ class CaptureWorker:
             snapped=encoded.snapped,
         )
 
-    def _pack(self, piece: Window, rows: TeacherRows) -> Packed | PackedDraws:
-        size, codec = self._tokenizer.table.size, self._codec
+    def _pack(self, piece: Window, rows: TeacherRows) -> object:
         try:
-            if codec.name == "sampled":
-                assert rows.draws is not None, "the backend was asked for draws"
-                return encode_draws(rows.draws, draws=codec.draws, vocab_size=size)
-            return encode(
-                rows,
-                k=codec.k,
-                min_p=codec.min_p,
-                vocab_size=size,
-                step=codec.step,
-                temperatures=codec.temperatures[1:],
-            )
+            return self._codec.encode(rows, self._tokenizer.table.size)
         except XtokenError as error:
             raise XtokenError(f"sample {piece.sample_id!r}: {error}") from error
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.corpus import Window
 from xtoken.pipeline.executors.protocol import Lease, News, Say, portable
-from xtoken.pipeline.store import Sample
+from xtoken.pipeline.store.writer import Sample
 from xtoken.pipeline.teachers.base import EngineLost, Teacher, TeacherRows
 from xtoken.schemas.manifest import Part
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.html.visible import visible
 from xtoken.pipeline.page.sample import Sample, Targets, Vocabulary
+from xtoken.pipeline.store.codecs import open_codec
 
 UNIT = 1e-4  # nats, of everything but a capture's rows
 _UNKNOWN = "?"
@@ -78,19 +79,20 @@ def chunk_bytes(sample: Sample, ends: Sequence[int]) -> list[bytes]:
 
 
 def _rows(sample: Sample, teacher: Used) -> dict[str, Any]:
-    """The teacher's rows: tokens, steps, REST."""
+    """The teacher's rows: tokens, steps, tail mass."""
     if sample.rows is None:
         return {"rows": None}
-    rows, codec = sample.rows, sample.manifest.codec
-    drawn = codec.name == "sampled"
-    unit = UNIT if drawn else codec.step
+    rows, codec = sample.rows, open_codec(sample.manifest.codec)
+    unit = codec.unit or UNIT
     ends = rows.offsets.tolist()
-    found = [
-        [teacher.places(rows.ids[start:end].tolist()), _gaps(rows.logprob[start:end], unit), _whole(rest, unit)]
-        for (start, end), rest in zip(pairwise(ends), rows.rest_logprob.tolist(), strict=True)
+    shown = [
+        [teacher.places(rows.ids[start:end].tolist()), _gaps(rows.logprob[start:end], unit), _whole(tail, unit)]
+        for (start, end), tail in zip(pairwise(ends), rows.tail_logprob.tolist(), strict=True)
     ]
-    more = {"draws": codec.draws, "entropy": [_whole(-e, UNIT) for e in sample.row["entropy"]]} if drawn else {}
-    return {"rows": found, "step": unit, **more}
+    more = codec.page_data(sample.row)
+    if "entropy" in more:
+        more["entropy"] = [_whole(-entropy, UNIT) for entropy in more["entropy"]]
+    return {"rows": shown, "step": unit, **more}
 
 
 def _tokens_as_chunks(sample: Sample) -> list[list[Any]]:

@@ -8,12 +8,12 @@ import pyarrow as pa
 from xtoken.pipeline.html.visible import Piece, visible
 from xtoken.pipeline.page.find import WORST, find, find_worst, read_sample
 from xtoken.pipeline.store.checks import CaptureCheck
-from xtoken.pipeline.store.codec import Unpacked
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.rows import Unpacked
 from xtoken.pipeline.store.codes import restore_ids
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.left_out import LeftOut, without_rows
 from xtoken.pipeline.store.reader import ids_of_codes, load_vocab, read_side_table
-from xtoken.pipeline.store.unpack import row_columns, unpack
 from xtoken.pipeline.store.verify import TargetCheck
 from xtoken.schemas.configs.artifacts import InspectConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
@@ -117,8 +117,9 @@ def _read_capture(root: str, manifest: CaptureManifest, name: str, part: int | N
     stored = read_sample(root, find(root, name, None if part is None else [part]), check.schema)
     check.batch(stored)
     batch = LeftOut.of(manifest).fill(restore_ids(stored, ids_of_codes(root)))
-    rows = None if without_rows(manifest.left_out) else unpack(batch, manifest.codec)
-    spare = row_columns(manifest.codec)
+    codec = open_codec(manifest.codec)
+    rows = None if without_rows(manifest.left_out) else codec.decode(batch)
+    spare = set(codec.columns).intersection(codec.own)
     row = {column: values[0] for column, values in batch.to_pydict().items() if column not in spare}
     table = load_vocab(root)
     return Sample(manifest, row, rows, Vocabulary(table.pieces(), list(table.role)))

@@ -8,6 +8,7 @@ from xtoken.pipeline.html.frame import asset, document, escaped, facts, short
 from xtoken.pipeline.html.visible import plain, visible
 from xtoken.pipeline.page.data import sample_data
 from xtoken.pipeline.page.sample import Sample, load_sample
+from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.files import Folder
 from xtoken.schemas.configs.artifacts import InspectConfig
 from xtoken.schemas.errors import XtokenError
@@ -108,8 +109,9 @@ def _remarks(sample: Sample) -> str:
         "The text was not stored; it is put together from the tokens' bytes.": row["text"] is None,
         "The rows were left out of this subset.": sample.rows is None,
         "Some ends were moved up to a safe byte.": row["snapped"],
-        f"Rows are {sample.manifest.codec.draws} draws each.": sample.manifest.codec.name == "sampled",
     }
+    if (remark := open_codec(sample.manifest.codec).remark) is not None:
+        remarks[remark] = True
     if targets is not None and targets.manifest.tau != 1:
         remarks[f"Targets are at temperature {targets.manifest.tau:g}, rows at 1."] = True
     return "".join(f" {words}" for words, true in remarks.items() if true)

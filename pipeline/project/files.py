@@ -54,7 +54,7 @@ def project(config: ProjectConfig, progress: Progress) -> ProjectionManifest:
 
 def _tables(config: ProjectConfig) -> "tuple[TokenTable, TokenTable, bool]":
     """Both vocabularies, and whether the teacher's is that of a capture."""
-    from xtoken.pipeline.store import load_vocab
+    from xtoken.pipeline.store.reader import load_vocab
     from xtoken.pipeline.tokens import load_tokenizer
 
     student = load_tokenizer(config.student).table

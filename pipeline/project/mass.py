@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.reader import iter_capture
-from xtoken.pipeline.store.unpack import row_columns, unpack
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
 
 
@@ -18,8 +18,8 @@ class Mass:
     """A teacher's rows added up.
 
     Attributes:
-        share_U: float64, share of all probability that lies on each token as a kept entry, or of all draws.
-        not_kept: share that lies in REST; together they sum to 1.
+        share_U: float64, share of all probability that lies on each token as an entry.
+        not_kept: share that lies in the tail; together they sum to 1.
         rows: how many rows were read.
     """
 
@@ -37,14 +37,15 @@ def teacher_mass(capture: str, limit: int) -> Mass | None:
     """
     manifest = read_manifest(capture, CaptureManifest)
     mass_U, rest, rows = np.zeros(manifest.tokenizer.size), 0.0, 0
-    for batch in iter_capture(capture, row_columns(manifest.codec)):
+    codec = open_codec(manifest.codec)
+    for batch in iter_capture(capture, codec.columns):
         if rows >= limit:
             break
-        rows_of_batch = unpack(batch, manifest.codec)
-        taken = min(limit - rows, len(rows_of_batch.rest_logprob))
-        stop = int(rows_of_batch.offsets[taken])
-        mass_U += np.bincount(rows_of_batch.ids[:stop], np.exp(rows_of_batch.logprob[:stop]), len(mass_U))
-        rest += float(np.exp(rows_of_batch.rest_logprob[:taken]).sum())
+        decoded = codec.decode(batch)
+        taken = min(limit - rows, len(decoded.tail_logprob))
+        stop = int(decoded.offsets[taken])
+        mass_U += np.bincount(decoded.ids[:stop], np.exp(decoded.logprob[:stop]), len(mass_U))
+        rest += float(np.exp(decoded.tail_logprob[:taken]).sum())
         rows += taken
     if not mass_U.any():  # no rows, or a subset left them out
         return None

@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from xtoken.pipeline.query.functions import Function, Lookup, Spell, row_functions
+from xtoken.pipeline.query.views import View, read_view
 from xtoken.pipeline.store.checks import CaptureCheck, refuse_other_columns
+from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codes import inverse, read_codes
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.left_out import without_rows
@@ -21,7 +23,7 @@ from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.parquet_limits import check_file, reading
 from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.manifest import CaptureManifest, Part, TargetManifest, content_hash, read_manifest
-from xtoken.schemas.tables import CODED, LOSSES, UNREACHED, VOCAB, W, capture, targets
+from xtoken.schemas.tables import LOSSES, UNREACHED, VOCAB, W, read_as, targets
 
 _SQL_TYPES = {"int32": "INTEGER", "uint8": "UTINYINT", "uint16": "USMALLINT", "float": "FLOAT", "string": "VARCHAR"}
 _SQL_TYPES |= {"int16": "SMALLINT"}
@@ -47,13 +49,18 @@ class CaptureFolder:
     def held(self) -> dict[str, bool]:
         """What views may need of it."""
         rows = not without_rows(self.manifest.left_out)
-        codec = self.manifest.codec.name
-        return {"capture": True, "rows": rows, "topk": rows and codec == "topk", "sampled": rows and codec == "sampled"}
+        return {"capture": True, "rows": rows}
+
+    def views(self) -> list[View]:
+        """Views that are not files of their own: ``_rows`` as the codec has it, where rows are there."""
+        if without_rows(self.manifest.left_out):
+            return []
+        return [read_view("capture", "_rows.sql", open_codec(self.manifest.codec).rows_sql)]
 
     def reasons(self) -> dict[str, str]:
         """Why something is not there, and the way out."""
         rows = f"{self.root} is a subset that left the teacher's rows out; pull it again with --columns text,rows"
-        return {"rows": rows, "topk": rows, "sampled": rows}
+        return {"rows": rows}
 
     def notes(self) -> list[str]:
         """What is null in views that are there."""
@@ -74,12 +81,12 @@ class CaptureFolder:
 
     def _stored(self, session: Connection) -> None:
         manifest = self.manifest
-        check, codec = CaptureCheck.of(manifest), manifest.codec
+        check, codec = CaptureCheck.of(manifest), open_codec(manifest.codec)
         paths = _paths(self.root, self.stack, check.file, manifest.parts)
-        whole = capture(codec.temperatures, codec.name)
-        on_disk = {name: CODED[name] for name in CODED} if manifest.schema_version == 1 else {}
+        whole = codec.schema()
+        on_disk = {name: read_as(name) for name in whole.names} if manifest.schema_version == 1 else {}
         _view_of_files(session, "capture._stored", paths, whole, check.schema, on_disk)
-        session.execute(f"SET VARIABLE step = CAST({codec.step!r} AS DOUBLE)")
+        session.execute(f"SET VARIABLE step = CAST({manifest.codec.step!r} AS DOUBLE)")
         for name, function in row_functions(codec).items():
             register(session, name, function)
 

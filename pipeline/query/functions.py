@@ -15,10 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from xtoken.pipeline.store.codec import decode
-from xtoken.pipeline.store.sampled import decode_draws
+from xtoken.pipeline.store.codecs.base import Codec
 from xtoken.schemas.errors import VerificationError
-from xtoken.schemas.manifest import CodecInfo
 
 Ints = NDArray[np.int64]
 _UNSPELLED = 0x3F  # '?'
@@ -42,11 +40,10 @@ def functions() -> dict[str, Function]:
     }
 
 
-def row_functions(codec: CodecInfo) -> dict[str, Function]:
+def row_functions(codec: Codec) -> dict[str, Function]:
     """``unpack_rows`` of a capture's codec."""
-    counts = {"topk": "UTINYINT[]", "sampled": "USMALLINT[]"}[codec.name]
     gives = "STRUCT(place INTEGER[], rank INTEGER[], logprob DOUBLE[])"
-    return {"unpack_rows": Function(UnpackRows(codec), (counts, "INTEGER[]", "USMALLINT[]"), gives)}
+    return {"unpack_rows": Function(UnpackRows(codec), codec.sql_types, gives)}
 
 
 def readable(raw: pa.Array) -> pa.Array:
@@ -109,23 +106,18 @@ class UnpackRows:
         VerificationError: the lists of a sample do not fit each other.
     """
 
-    codec: CodecInfo
+    codec: Codec
 
     def __call__(self, counts: pa.Array, codes: pa.Array, values: pa.Array) -> pa.Array:
-        """Args: ``kept``, ``topk_codes`` and ``topk_gap`` of [N] samples, or what draws have in their place."""
+        """Args: entries of each row, their tokens and the codec's values, of [N] samples."""
         lists, stored = _Lists.of(counts), _Lists.of(values)
         place_K, rank_K, size_N = _places(lists, stored.length_N)
         if (_Lists.of(codes).length_N != size_N).any():
             raise VerificationError("a sample has not as many ids as entries; 'xtoken verify' lists what is damaged")
-        ids, value_K = np.zeros(0, np.int32), stored.values.astype(np.uint16)
-        if self.codec.name == "sampled":
-            found = decode_draws(lists.values, ids, value_K, self.codec.draws)
-        else:
-            found = decode(lists.values, ids, value_K, np.zeros(0, np.uint16), self.codec.step)
         columns: dict[str, NDArray[Any]] = {
             "place": place_K.astype(np.int32),
             "rank": rank_K.astype(np.int32),
-            "logprob": found.logprob,
+            "logprob": self.codec.sql_logprob(lists.values, stored.values),
         }
         return _struct_of_lists(size_N, columns)
 

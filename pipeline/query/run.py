@@ -123,7 +123,7 @@ def opened(config: QueryConfig, stack: ExitStack) -> Asked:
         if config.capture is not None:
             raise XtokenError(f"{config.path} is a capture itself; --capture goes with targets: leave it out")
         source = CaptureFolder(config.path, stack)
-        return Asked((source,), Catalog.of(["capture"], source.held(), source.reasons(), ""))
+        return Asked((source,), Catalog.of(["capture"], source.held(), source.reasons(), "", source.views()))
     if not isinstance(manifest, TargetManifest):
         raise XtokenError(f"{config.path} holds a {manifest.kind}; ask a capture, or targets, which hold W too")
     found = TargetsFolder(config.path, stack)
@@ -132,7 +132,8 @@ def opened(config: QueryConfig, stack: ExitStack) -> Asked:
     source = CaptureFolder(config.capture, stack)
     refuse_other_capture(found, source)
     held, reasons = found.held() | source.held(), found.reasons() | source.reasons()
-    return Asked((found, source), Catalog.of(["targets", "joined", "capture"], held, reasons, "teacher_"))
+    catalog = Catalog.of(["targets", "joined", "capture"], held, reasons, "teacher_", source.views())
+    return Asked((found, source), catalog)
 
 
 def session(config: QueryConfig) -> Any:

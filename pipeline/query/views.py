@@ -108,18 +108,26 @@ class Catalog:
     prefix: str = ""
 
     @classmethod
-    def of(cls, folders: Iterable[str], held: Mapping[str, bool], reasons: Mapping[str, str], prefix: str) -> "Catalog":
+    def of(
+        cls,
+        folders: Iterable[str],
+        held: Mapping[str, bool],
+        reasons: Mapping[str, str],
+        prefix: str,
+        first: Iterable[View] = (),
+    ) -> "Catalog":
         """Choose variants by what is held.
 
         Args:
             folders: sets of views.
             held: what views may need, and whether it is there.
             reasons: for what is not there, why, and the way out.
+            first: views that come before those of the files.
         """
         there = {need for need, has in held.items() if has}
         views: dict[str, View] = {}
         lacking: dict[str, str] = {}
-        for view in read_views(folders):
+        for view in (*first, *read_views(folders)):
             lacks = view.lacks(there)
             if not lacks:
                 views.setdefault(view.name, view)

@@ -16,12 +16,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xtoken.pipeline.store.checks import CaptureCheck, read_checked
+from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.left_out import optional_columns
 from xtoken.pipeline.store.writer import group_rows, write_parquet
 from xtoken.schemas.configs.share import PullConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import AnyManifest, CaptureManifest, Origin, Part, content_hash, provenance
-from xtoken.schemas.tables import DROPPABLE
 
 _MEMORY = "512MB"
 _INDEX = "_xtoken_row"
@@ -91,13 +92,13 @@ def left_out_columns(config: PullConfig, manifest: CaptureManifest) -> list[str]
         XtokenError: a wanted group of columns is not in the source either.
     """
     whole = CaptureCheck.of(manifest.model_copy(update={"left_out": []})).schema
-    gone = set(manifest.left_out)
-    keep = set(DROPPABLE) if not config.columns else set(config.columns) - {"none"}
+    gone, groups = set(manifest.left_out), optional_columns(open_codec(manifest.codec))
+    keep = set(groups) if not config.columns else set(config.columns) - {"none"}
     for group in config.columns:
-        if group in DROPPABLE and gone.intersection(DROPPABLE[group]):
+        if group in groups and gone.intersection(groups[group]):
             raise XtokenError(f"--columns {group}: {config.source} is a subset that left it out; ask a fuller copy")
-    for group in set(DROPPABLE) - keep:
-        gone.update(DROPPABLE[group])
+    for group in set(groups) - keep:
+        gone.update(groups[group])
     return [name for name in whole.names if name in gone]
 
 

@@ -1,9 +1,9 @@
 """What must hold in every row of a capture, checked on the file itself before it is published and by verify.
 
-Shapes: N samples of one batch, T teacher tokens, R rows, K kept entries, all of the batch together.
+Shapes: N samples of one batch, T teacher tokens, R rows, all of the batch together.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +12,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from xtoken.pipeline.store.checks_sampled import check_draws
-from xtoken.pipeline.store.columns import any_per_sample, check_ids, refuse
-from xtoken.pipeline.store.columns import flat as flat
-from xtoken.pipeline.store.columns import list_lengths as list_lengths
-from xtoken.pipeline.store.left_out import fill_left_out, without_rows
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.base import Codec
+from xtoken.pipeline.store.columns import any_per_sample, check_ids, flat, list_lengths, refuse
+from xtoken.pipeline.store.left_out import fill_left_out, refuse_partly_left_out, without_rows
 from xtoken.pipeline.store.publish import Figures
 from xtoken.pipeline.store.writer import ROW_GROUP
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.io.parquet_limits import batches, check_file, open_parquet, reading
 from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.manifest import CaptureManifest, CodecInfo
-from xtoken.schemas.tables import CODED, SCHEMA_VERSIONS, capture
+from xtoken.schemas.tables import SCHEMA_VERSIONS, read_as
 
-# The codec refuses rows whose kept mass is above 1 + 1e-3; float32 rounding adds nothing of that size.
-_SUM_SLACK = 2e-3
-_RowsCheck = Callable[[pa.RecordBatch, NDArray[np.int64], int, CodecInfo], NDArray[np.int64]]
+_ABOVE_0 = 2e-3  # of a log-probability: what rounding adds, and more
 
 
 @dataclass(frozen=True)
@@ -41,14 +38,19 @@ class CaptureCheck:
 
     @classmethod
     def of(cls, manifest: CaptureManifest) -> "CaptureCheck":
-        """The check of a finished capture's parts."""
+        """The check of a finished capture's parts.
+
+        Raises:
+            VerificationError: the manifest leaves out what no subset does.
+        """
+        refuse_partly_left_out(manifest)
         return cls(manifest.tokenizer.size, manifest.codec, manifest.left_out, manifest.schema_version)
 
     def __call__(self, url: str) -> Figures:
         """Check every row.
 
         Raises:
-            VerificationError: the file is no Parquet of the capture schema, or a sample breaks a rule.
+            VerificationError: the file is not Parquet of the capture schema, or a sample breaks a rule.
         """
         total = np.zeros(5, np.int64)
         for batch in read_checked(url, self.schema):
@@ -59,7 +61,7 @@ class CaptureCheck:
     @property
     def schema(self) -> pa.Schema:
         """What a part's columns must be."""
-        return capture(self.codec.temperatures, self.codec.name, self.left_out, version=self.version)
+        return open_codec(self.codec).schema(self.left_out, version=self.version)
 
     def file(self, path: str) -> None:
         """Check columns, footer and page headers of a local part, for a reader that is not ours (then ``batch``).
@@ -76,11 +78,11 @@ class CaptureCheck:
         Raises:
             VerificationError: a sample breaks a rule.
         """
-        rows_checked = _no_entries if without_rows(self.left_out) else _ROWS[self.codec.name]
         # codes are 0 to V-1 as ids are: what holds of the ones holds of the others
-        renamed = batch.rename_columns([CODED.get(name, name) for name in batch.schema.names])
-        whole = fill_left_out(renamed, self.left_out, self.codec)
-        return _check_batch(whole, self.vocab_size, self.codec, rows_checked)
+        renamed = batch.rename_columns([read_as(name) for name in batch.schema.names])
+        codec = open_codec(self.codec)
+        whole = fill_left_out(renamed, self.left_out, codec)
+        return _check_batch(whole, self.vocab_size, None if without_rows(self.left_out) else codec)
 
 
 def read_checked(url: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -101,7 +103,8 @@ def refuse_other_columns(parquet: Any, schema: pa.Schema) -> None:
         raise VerificationError(f"columns are {parquet.schema_arrow.names[:50]}, not those of the format")
 
 
-def _check_batch(batch: pa.RecordBatch, vocab_size: int, codec: CodecInfo, rows_checked: _RowsCheck) -> list[int]:
+def _check_batch(batch: pa.RecordBatch, vocab_size: int, codec: Codec | None) -> list[int]:
+    """Check all columns, the codec's unless a subset left them out."""
     tokens_N = list_lengths(batch, "teacher_ids")
     first_N = batch["first_row"].to_numpy()
     rows_N = tokens_N - first_N
@@ -109,27 +112,10 @@ def _check_batch(batch: pa.RecordBatch, vocab_size: int, codec: CodecInfo, rows_
     refuse(batch, list_lengths(batch, "teacher_end") != tokens_N, "teacher_end has another length than its tokens")
     _check_ends(batch, tokens_N)
     check_ids(batch, "teacher_ids", tokens_N, vocab_size)
-    entries_N = rows_checked(batch, rows_N, vocab_size, codec)
-    _check_realised(batch, rows_N)
+    entries_N = np.zeros_like(rows_N) if codec is None else codec.check(batch, rows_N, vocab_size)
+    _check_labels(batch, rows_N)
     last = int(flat(batch, "teacher_end")[np.cumsum(tokens_N) - 1].sum())
     return [batch.num_rows, int(tokens_N.sum()), int(rows_N.sum()), int(entries_N.sum()), last]
-
-
-def _check_topk(
-    batch: pa.RecordBatch, rows_N: NDArray[np.int64], vocab_size: int, codec: CodecInfo
-) -> NDArray[np.int64]:
-    """Check the columns of codec ``topk``; returns the entries of each sample, [N]."""
-    for name in ("kept", "rest_gap"):
-        refuse(batch, list_lengths(batch, name) != rows_N, f"{name} has another length than its tokens")
-    _check_temperatures(batch, rows_N, codec)
-    return _check_entries(batch, rows_N, vocab_size, codec)
-
-
-def _check_temperatures(batch: pa.RecordBatch, rows_N: NDArray[np.int64], codec: CodecInfo) -> None:
-    others = len(codec.temperatures) - 1
-    if others:
-        bad_N = list_lengths(batch, "tau_rest_odds") != rows_N * others
-        refuse(batch, bad_N, f"tau_rest_odds has not {others} values for each row")
 
 
 def _check_ends(batch: pa.RecordBatch, tokens_N: NDArray[np.int64]) -> None:
@@ -143,52 +129,16 @@ def _check_ends(batch: pa.RecordBatch, tokens_N: NDArray[np.int64]) -> None:
     refuse(batch, has_text_N & (end_T[stops_N - 1] != bytes_N), "the last teacher_end is not the length of the text")
 
 
-def _check_entries(
-    batch: pa.RecordBatch, rows_N: NDArray[np.int64], vocab_size: int, codec: CodecInfo
-) -> NDArray[np.int64]:
-    kept_R = flat(batch, "kept")
-    bad_N = any_per_sample((kept_R < 1) | (kept_R > codec.k), rows_N)
-    refuse(batch, bad_N, f"kept is not between 1 and {codec.k}")
-    running_R = np.concatenate([[0], np.cumsum(kept_R, dtype=np.int64)])
-    stops_N = np.cumsum(rows_N)
-    entries_N: NDArray[np.int64] = running_R[stops_N] - running_R[stops_N - rows_N]
-    for name in ("topk_ids", "topk_gap"):
-        refuse(batch, list_lengths(batch, name) != entries_N, f"{name} has not as many entries as kept says")
-    _check_rows(batch, rows_N, vocab_size, codec.step)
-    return entries_N
-
-
-def _check_rows(batch: pa.RecordBatch, rows_N: NDArray[np.int64], vocab_size: int, step: float) -> None:
-    """Ids lie in the vocabulary, none twice in a row, and a row sums to one within half a step of quantisation."""
-    from xtoken.pipeline.store.kernels import RULES, level_table, row_faults
-
-    kept, ids, gap, rest = (flat(batch, name) for name in ("kept", "topk_ids", "topk_gap", "rest_gap"))
-    fault_R = row_faults(kept, ids, gap, rest, vocab_size, step, _SUM_SLACK, level_table(step))
-    for fault, rule in enumerate(RULES[1:], 1):
-        refuse(batch, any_per_sample(fault_R == fault, rows_N), rule.format(vocab_size - 1))
-
-
-def _check_realised(batch: pa.RecordBatch, rows_N: NDArray[np.int64]) -> None:
+def _check_labels(batch: pa.RecordBatch, rows_N: NDArray[np.int64]) -> None:
     refuse(
         batch, list_lengths(batch, "realised_logprob") != rows_N, "realised_logprob has another length than its rows"
     )
-    realised_R = flat(batch, "realised_logprob")
-    bad_N = any_per_sample(np.isnan(realised_R) | (realised_R > _SUM_SLACK), rows_N)
-    refuse(batch, bad_N, "realised_logprob is no log-probability")
+    label_R = flat(batch, "realised_logprob")
+    bad_N = any_per_sample(np.isnan(label_R) | (label_R > _ABOVE_0), rows_N)
+    refuse(batch, bad_N, "realised_logprob is not a log-probability")
     has_space_N = batch["space_logprob"].is_valid().to_numpy(zero_copy_only=False)
     bad_N = has_space_N & (list_lengths(batch, "space_logprob") != rows_N)
     refuse(batch, bad_N, "space_logprob has another length than its rows")
     space = flat(batch, "space_logprob")
-    bad_N = any_per_sample(np.isnan(space) | (space > _SUM_SLACK), np.where(has_space_N, rows_N, 0))
-    refuse(batch, bad_N, "space_logprob is no log-probability")
-
-
-def _no_entries(
-    batch: pa.RecordBatch, rows_N: NDArray[np.int64], vocab_size: int, codec: CodecInfo
-) -> NDArray[np.int64]:
-    """Of a subset without the teacher's distributions there is nothing to check, and no sample has entries, [N]."""
-    del batch, vocab_size, codec
-    return np.zeros_like(rows_N)
-
-
-_ROWS: dict[str, _RowsCheck] = {"topk": _check_topk, "sampled": check_draws}
+    bad_N = any_per_sample(np.isnan(space) | (space > _ABOVE_0), np.where(has_space_N, rows_N, 0))
+    refuse(batch, bad_N, "space_logprob is not a log-probability")

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.schemas.tables import CAPTURE_VOCAB, CODED, VOCAB
+from xtoken.schemas.tables import CAPTURE_VOCAB, VOCAB, holds_codes, read_as
 
 Codes = NDArray[np.int32]
 
@@ -60,11 +60,11 @@ def restore_ids(batch: pa.RecordBatch, id_of_code: Codes | None) -> pa.RecordBat
     Raises:
         VerificationError: a code outside the vocabulary.
     """
-    for name, restored in CODED.items():
-        at = batch.schema.get_field_index(name)
-        if at < 0 or id_of_code is None:
-            continue
-        batch = batch.set_column(at, batch.schema.field(at).with_name(restored), _mapped(batch[name], id_of_code))
+    if id_of_code is None:
+        return batch
+    for at, field in enumerate(batch.schema):
+        if holds_codes(field.name):
+            batch = batch.set_column(at, field.with_name(read_as(field.name)), _mapped(batch.column(at), id_of_code))
     return batch
 
 
@@ -74,10 +74,9 @@ def recode(batch: pa.RecordBatch, code_of_code: Codes) -> pa.RecordBatch:
     Raises:
         VerificationError: a code outside the vocabulary.
     """
-    for name in CODED:
-        at = batch.schema.get_field_index(name)
-        if at >= 0:
-            batch = batch.set_column(at, batch.schema.field(at), _mapped(batch[name], code_of_code))
+    for at, field in enumerate(batch.schema):
+        if holds_codes(field.name):
+            batch = batch.set_column(at, field, _mapped(batch.column(at), code_of_code))
     return batch
 
 

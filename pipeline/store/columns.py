@@ -25,6 +25,15 @@ def flat(batch: pa.RecordBatch, name: str) -> NDArray[Any]:
     return values
 
 
+def sums_per_sample(batch: pa.RecordBatch, name: str) -> NDArray[np.int64]:
+    """[N] sum of each sample's counts."""
+    running = np.concatenate([np.zeros(1, np.int64), np.cumsum(flat(batch, name), dtype=np.int64)])
+    lengths_N = list_lengths(batch, name)
+    stops_N = np.cumsum(lengths_N)
+    sums_N: NDArray[np.int64] = running[stops_N] - running[stops_N - lengths_N]
+    return sums_N
+
+
 def refuse(batch: pa.RecordBatch, bad_N: NDArray[np.bool_], rule: str) -> None:
     """Raise VerificationError for the first sample that breaks a rule."""
     if bad_N.any():

@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 
 from xtoken.pipeline.store.checks import CaptureCheck
-from xtoken.pipeline.store.codec import Unpacked, decode_tau_rest
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.base import Codec
 from xtoken.pipeline.store.figures import worst_figures
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import committed, data_name
 from xtoken.pipeline.store.reader import iter_capture, iter_parquet, load_vocab, local_part
-from xtoken.pipeline.store.unpack import unpack
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.parquet_headers import read_chunks
@@ -25,7 +24,6 @@ from xtoken.schemas.manifest import (
     MANIFEST,
     AnyManifest,
     CaptureManifest,
-    CodecInfo,
     Part,
     TargetManifest,
     content_hash,
@@ -143,24 +141,24 @@ def _capture_samples(root: str, manifest: CaptureManifest) -> list[dict[str, Any
         # rows that a subset dropped are made up by the reader
         if not manifest.left_out:
             CaptureCheck.of(manifest).batch(row)
-    return [_capture_sample(row, table, manifest.codec) for row in first]
+    return [_capture_sample(row, table, open_codec(manifest.codec)) for row in first]
 
 
-def _capture_sample(batch: pa.RecordBatch, table: TokenTable, codec: CodecInfo) -> dict[str, Any]:
+def _capture_sample(batch: pa.RecordBatch, table: TokenTable, codec: Codec) -> dict[str, Any]:
     """The sample's first tokens, and the teacher's best entries where it was to guess one in the middle.
 
     ``batch`` holds the one sample.
     """
-    row, rows = batch.to_pylist()[0], unpack(batch, codec)
+    row, rows = batch.to_pylist()[0], codec.decode(batch)
     ids = row["teacher_ids"]
     shown: dict[str, Any] = {
         "sample_id": row["sample_id"],
         "tokens": len(ids),
         "first_tokens": [_readable(table, token) for token in ids[:_FIRST_TOKENS]],
     }
-    if not len(rows.rest_logprob):
+    if not len(rows.tail_logprob):
         return shown
-    middle = len(rows.rest_logprob) // 2
+    middle = len(rows.tail_logprob) // 2
     start, stop = (int(offset) for offset in rows.offsets[middle : middle + 2])
     best = range(start, min(stop, start + _TOP))
     position = middle + row["first_row"]
@@ -169,29 +167,9 @@ def _capture_sample(batch: pa.RecordBatch, table: TokenTable, codec: CodecInfo) 
         "before": "".join(_readable(table, token) for token in ids[max(0, position - 8) : position]),
         "in_text": _readable(table, ids[position]),
         "teacher": [[_readable(table, int(rows.ids[at])), round(float(rows.logprob[at]), 3)] for at in best],
-        **(_entropy(row, middle) if codec.name == "sampled" else _rest(row, rows, middle, codec)),
+        **codec.described(row, rows, middle),
     }
     return shown
-
-
-def _entropy(row: dict[str, Any], at: int) -> dict[str, Any]:
-    """What is known of the whole row ``at`` beside its draws."""
-    return {"entropy": round(float(row["entropy"][at]), 3)}
-
-
-def _rest(row: dict[str, Any], rows: Unpacked, at: int, codec: CodecInfo) -> dict[str, Any]:
-    """REST of row ``at`` at each temperature."""
-    shown = {"rest_logprob": _shown(rows.rest_logprob[at])}
-    others = codec.temperatures[1:]
-    if not others:
-        return shown
-    gaps = np.asarray(row["tau_rest_odds"])
-    rest = {f"{tau:g}": decode_tau_rest(gaps, codec.temperatures, tau, codec.step)[at] for tau in others}
-    return {**shown, "tau_rest_logprob": {tau: _shown(value) for tau, value in rest.items()}}
-
-
-def _shown(logprob: float) -> float:
-    return round(max(float(logprob), -1e4), 3)  # JSON has no -inf
 
 
 def _target_samples(root: str, manifest: TargetManifest) -> list[dict[str, Any]]:

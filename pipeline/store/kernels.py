@@ -138,3 +138,19 @@ def whole_rows(
         entropy_R[row] = entropy
         top_R[row] = p_K[low] if at > low else 0.0  # gaps are not negative: the first is the largest
     return offsets, logprob_K, p_K, rest_R, entropy_R, top_R
+
+
+@compiled
+def row_figures(
+    offsets_R: NDArray[np.int64], logprob_K: NDArray[np.float64], tail_R: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Entropy of each row in nats, the tail as one cell, and its largest entry's probability; [R] each."""
+    entropy_R, top_R = np.zeros(len(tail_R), np.float64), np.zeros(len(tail_R), np.float64)
+    for row in range(len(tail_R)):
+        if tail_R[row] > -np.inf:
+            entropy_R[row] = -np.exp(tail_R[row]) * tail_R[row]
+        for at in range(offsets_R[row], offsets_R[row + 1]):
+            p = np.exp(logprob_K[at])
+            entropy_R[row] -= p * logprob_K[at]
+            top_R[row] = max(top_R[row], p)
+    return entropy_R, top_R

@@ -1,4 +1,4 @@
-"""Columns that a subset dropped, as readers see them: null, or rows that kept no entry and are all REST.
+"""Columns that a subset dropped, as readers see them: null, or rows without entries.
 
 Shapes: N samples of one batch, R teacher rows of all of them.
 """
@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.base import Codec
 from xtoken.pipeline.store.columns import list_lengths
+from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.manifest import CaptureManifest, CodecInfo
-from xtoken.schemas.tables import CODED, DROPPABLE, capture
+from xtoken.schemas.tables import OPTIONAL, stored_as
 
-# One value per row that says "no entry kept": REST is then 1.
-_PER_ROW = {"kept": 0, "rest_gap": 0, "drawn": 0, "entropy": np.nan}
-_ALL_REST = np.iinfo(np.int16).max
 _EVERY_ROW = "realised_logprob"  # never dropped, one value per row
 
 
@@ -36,61 +36,78 @@ class LeftOut:
 
     @classmethod
     def of(cls, manifest: CaptureManifest) -> "LeftOut":
-        """What this capture lacks."""
+        """What this capture lacks.
+
+        Raises:
+            VerificationError: it leaves out what no subset does.
+        """
+        refuse_partly_left_out(manifest)
         return cls(manifest.left_out, manifest.codec, manifest.schema_version)
 
     @property
     def schema(self) -> pa.Schema:
         """Columns of the capture's parts."""
-        return capture(self.codec.temperatures, self.codec.name, self.names, version=self.version)
+        return open_codec(self.codec).schema(self.names, version=self.version)
 
     def stored(self, columns: Sequence[str] | None) -> Sequence[str] | None:
         """Those of the wanted columns that are there, and what ``fill`` needs; None = all."""
         if columns is None or not self.names:
             return columns
-        gone = _whole_groups(self.names)
+        gone = _whole_groups(self.names, open_codec(self.codec))
         return [name for name in dict.fromkeys([*columns, _EVERY_ROW]) if name not in gone]
 
     def fill(self, batch: pa.RecordBatch, columns: Sequence[str] | None = None) -> pa.RecordBatch:
         """The batch with the wanted columns, those left out made up; all when ``columns`` is left out."""
         if not self.names:
             return batch
-        filled = fill_left_out(batch, self.names, self.codec)
+        filled = fill_left_out(batch, self.names, open_codec(self.codec))
         return filled if columns is None else filled.select(list(columns))
 
 
 def without_rows(left_out: Sequence[str]) -> bool:
     """Whether the teacher's distributions are among what was dropped."""
-    return bool(set(left_out).intersection(DROPPABLE["rows"]))
+    return bool(set(left_out).difference(OPTIONAL))
 
 
-def fill_left_out(batch: pa.RecordBatch, left_out: Sequence[str], codec: CodecInfo) -> pa.RecordBatch:
+def optional_columns(codec: Codec) -> dict[str, set[str]]:
+    """Columns of each of ``xtoken.schemas.tables.OPTIONAL``, on disk and as readers know them."""
+    return {name: {*codec.own, *map(stored_as, codec.own)} if name == "rows" else {name} for name in OPTIONAL}
+
+
+def refuse_partly_left_out(manifest: CaptureManifest) -> None:
+    """Raise VerificationError unless what a manifest leaves out is whole groups of optional columns."""
+    codec, left = open_codec(manifest.codec), set(manifest.left_out)
+    there = set(codec.schema(version=manifest.schema_version).names)
+    groups = [there & group for group in optional_columns(codec).values()]
+    if left != {name for group in groups if group <= left for name in group}:
+        raise VerificationError(
+            f"manifest.json: left_out {manifest.left_out} is not a list of whole groups of optional columns; fetch the "
+            "artifact again"
+        )
+
+
+def fill_left_out(batch: pa.RecordBatch, left_out: Sequence[str], codec: Codec) -> pa.RecordBatch:
     """The batch with the dropped columns appended, under the names that readers know (``topk_ids``, not codes).
 
     It must hold ``realised_logprob`` where the teacher's distributions were dropped.
     """
-    gone = _whole_groups(left_out)
-    for field in capture(codec.temperatures, codec.name, version=1):
+    gone = _whole_groups(left_out, codec)
+    for field in codec.schema(version=1):
         if field.name in gone:
             batch = batch.append_column(field, _missing(batch, field, codec))
     return batch
 
 
-def _whole_groups(names: Sequence[str]) -> set[str]:
+def _whole_groups(names: Sequence[str], codec: Codec) -> set[str]:
     """All names of the groups that these columns are of, on disk and as readers know them."""
-    gone = {name for group in DROPPABLE.values() if set(group).intersection(names) for name in group}
-    return gone | {CODED.get(name, name) for name in gone}
+    return {name for group in optional_columns(codec).values() if group.intersection(names) for name in group}
 
 
-def _missing(batch: pa.RecordBatch, field: pa.Field, codec: CodecInfo) -> pa.Array:
+def _missing(batch: pa.RecordBatch, field: pa.Field, codec: Codec) -> pa.Array:
     if field.nullable:
         return pa.nulls(batch.num_rows, field.type)
-    rows_N = list_lengths(batch, _EVERY_ROW)
-    if field.name == "tau_rest_odds":
-        return _lists(field, rows_N * (len(codec.temperatures) - 1), _ALL_REST)
-    if field.name in _PER_ROW:
-        return _lists(field, rows_N, _PER_ROW[field.name])
-    return _lists(field, np.zeros_like(rows_N), 0)
+    per_row, value = codec.filled(field.name)
+    return _lists(field, list_lengths(batch, _EVERY_ROW) * per_row, value)
 
 
 def _lists(field: pa.Field, lengths_N: NDArray[np.int64], value: float) -> pa.Array:

@@ -17,7 +17,7 @@ from xtoken.schemas.io.cache import cached
 from xtoken.schemas.io.parquet_limits import batches, open_parquet, read_whole, reading
 from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.manifest import MANIFEST, CaptureManifest, Part, read_any_manifest, read_manifest
-from xtoken.schemas.tables import CODED
+from xtoken.schemas.tables import stored_as
 
 VOCAB_FILE = "vocab.parquet"
 MERGES_FILE = "merges.parquet"
@@ -50,7 +50,7 @@ def iter_capture(
 
     Args:
         root: capture folder or URL.
-        columns: names of ``xtoken.schemas.tables.capture``, but topk_ids and draw_ids; all when left out.
+        columns: names of the capture's table, but ``topk_ids`` for ``topk_codes``; all when left out.
         parts: part numbers; all committed ones when left out.
 
     Raises:
@@ -133,8 +133,9 @@ def ids_of_codes(root: str) -> Codes | None:
 
 def stored_columns(columns: Sequence[str] | None, id_of_code: Codes | None) -> list[str] | None:
     """Names on disk of columns as readers know them; None = all."""
-    on_disk = {restored: name for name, restored in CODED.items()} if id_of_code is not None else {}
-    return None if columns is None else [on_disk.get(name, name) for name in columns]
+    if columns is None:
+        return None
+    return list(columns) if id_of_code is None else [stored_as(name) for name in columns]
 
 
 def load_vocab(root: str) -> TokenTable:

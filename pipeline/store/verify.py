@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from xtoken.pipeline.store.checks import CaptureCheck, flat, list_lengths, read_checked
+from xtoken.pipeline.store.checks import CaptureCheck, read_checked
+from xtoken.pipeline.store.columns import flat, list_lengths, sums_per_sample
 from xtoken.pipeline.store.figures import audit_rows, worst_figures
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import Check, Figures, committed, data_name
@@ -201,10 +202,7 @@ def _check_lengths(batch: pa.RecordBatch, columns: Sequence[TargetColumn]) -> No
 
 def _sums(batch: pa.RecordBatch, name: str) -> NDArray[np.int64]:
     """[N] sum of each sample's counts."""
-    counts, lengths_N = flat(batch, name), list_lengths(batch, name)
+    counts = flat(batch, name)
     if len(counts) and counts.min() < 0:
         raise VerificationError(f"batch of sample {batch['sample_id'][0].as_py()!r}: {name} has a negative count")
-    running = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-    stops_N = np.cumsum(lengths_N)
-    sums_N: NDArray[np.int64] = running[stops_N] - running[stops_N - lengths_N]
-    return sums_N
+    return sums_per_sample(batch, name)

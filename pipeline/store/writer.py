@@ -13,11 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from xtoken.pipeline.store.codec import Packed
 from xtoken.pipeline.store.codes import Codes
-from xtoken.pipeline.store.sampled import PackedDraws
 from xtoken.schemas.io.remote import open_filesystem
-from xtoken.schemas.tables import CAPTURE, CODED
+from xtoken.schemas.tables import CAPTURE, holds_codes, read_as
 
 ROW_GROUP = 32
 _MOST_GROUPS = 1 << 11  # readers refuse more than twice as many (``xtoken.schemas.io.parquet_limits``)
@@ -25,13 +23,13 @@ _MOST_GROUPS = 1 << 11  # readers refuse more than twice as many (``xtoken.schem
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of the capture table (shapes as in ``xtoken.schemas.tables.CAPTURE``)."""
+    """One row of the capture table (shapes as in ``xtoken.schemas.tables``); ``packed`` is what its codec encoded."""
 
     sample_id: str
     text: str | None
     teacher_ids: NDArray[np.int32]
     teacher_end: NDArray[np.int32]
-    packed: Packed | PackedDraws
+    packed: object
     realised_logprob: NDArray[np.float32]
     space_logprob: NDArray[np.float32] | None
     first_row: int
@@ -39,12 +37,12 @@ class Sample:
     snapped: bool
 
 
-def capture_batch(samples: Sequence[Sample], schema: pa.Schema = CAPTURE, codes: Codes | None = None) -> pa.RecordBatch:
-    """Samples as a record batch of ``schema``: a capture of either codec, with or without other temperatures.
+def capture_batch(samples: Sequence[Sample], schema: pa.Schema, codes: Codes | None = None) -> pa.RecordBatch:
+    """Samples as a record batch of ``schema``, whatever its codec.
 
     Args:
         samples: with teacher ids.
-        schema: of ``xtoken.schemas.tables.capture``.
+        schema: of ``xtoken.pipeline.store.codecs.base.Codec.schema``.
         codes: int32 [U], the code of each id; each id its own when left out.
     """
     columns: dict[str, Any] = {
@@ -63,9 +61,9 @@ def capture_batch(samples: Sequence[Sample], schema: pa.Schema = CAPTURE, codes:
 
 def _values(sample: Sample, name: str) -> NDArray[Any] | None:
     """A sample's list in a column of the capture, as it came from the teacher."""
-    name = CODED.get(name, name)
-    found: NDArray[Any] | None = getattr(sample if hasattr(sample, name) else sample.packed, name)
-    return found
+    name = read_as(name)
+    values: NDArray[Any] | None = getattr(sample if hasattr(sample, name) else sample.packed, name)
+    return values
 
 
 def rounded(value: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -81,7 +79,7 @@ def list_column(
     """Rows of one list column of ``schema`` as Arrow: tokens by their codes, floats rounded; None is a null row.
 
     Args:
-        codes: int32 [U], the code of each id, for columns of ``schemas.tables.CODED``; each id its own when left out.
+        codes: int32 [U], the code of each id, for columns that hold codes; each id its own when left out.
     """
     kind = schema.field(name).type
     lengths = [0 if row is None else len(row) for row in rows]
@@ -89,7 +87,7 @@ def list_column(
     np.cumsum(lengths, out=offsets[1:])
     present = [row for row in rows if row is not None]
     values: NDArray[Any] = np.concatenate(present) if present else np.zeros(0)
-    if name in CODED and codes is not None:
+    if holds_codes(name) and codes is not None:
         values = codes[values]
     elif values.dtype == np.float32:
         values = rounded(values)

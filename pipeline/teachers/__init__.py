@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from xtoken.schemas.codecs import registered
 from xtoken.schemas.errors import XtokenError
 
 if TYPE_CHECKING:
@@ -39,11 +40,11 @@ def check_backend(config: "PrecomputeConfig") -> None:
     """Refuse what the backend cannot give, before anything is read or loaded.
 
     Raises:
-        XtokenError: draws, or normalisers at other temperatures, from a backend that sees no whole rows.
+        XtokenError: a codec that needs whole rows, or normalisers at other temperatures, from a backend that sees none.
     """
-    if config.codec == "sampled" and not BACKENDS[config.backend].full_rows:
+    if registered(config.codec).whole_rows and not BACKENDS[config.backend].full_rows:
         raise XtokenError(
-            f"--codec sampled draws from whole teacher rows, and backend {config.backend!r} gives only the top k; "
+            f"--codec {config.codec} needs whole teacher rows, and backend {config.backend!r} gives only the top k; "
             "use --backend hf, or --codec topk"
         )
     if config.temperatures and not BACKENDS[config.backend].full_rows:

@@ -1,4 +1,4 @@
-"""What a teacher engine gives: rows of top-k log-probabilities, or draws, as numpy and nothing else.
+"""What a teacher engine gives: distributions (rows) as top-k log-probabilities, or sampled tokens, in numpy only.
 
 Shapes: T tokens of one sequence, R = T - 1 rows, K entries per row, n temperatures other than 1.
 """
@@ -21,13 +21,13 @@ class EngineLost(XtokenError):
 
 @dataclass(frozen=True)
 class Draws:
-    """Draws from whole rows; here K is the number of different ids drawn, all rows together.
+    """Tokens sampled from whole rows; here K is the number of different ids sampled, all rows together.
 
     Attributes:
-        drawn: int32 [R], different ids drawn in each row.
-        ids: int32 [K], rows in order, most draws first, then ascending.
-        count: int32 [K], draws of each; a row's sum to the number asked for.
-        entropy: float32 [R], nats, of the whole distribution drawn from.
+        drawn: int32 [R], different ids sampled in each row.
+        ids: int32 [K], rows in order, most often sampled first, then ascending.
+        count: int32 [K], how often each was sampled; a row's sum to the number asked for.
+        entropy: float32 [R], nats, of the whole distribution sampled from.
     """
 
     drawn: NDArray[np.int32]
@@ -43,13 +43,13 @@ class TeacherRows:
     Attributes:
         ids: int32 [R, K], most probable first, ties by lower id.
         logprob: float32 [R, K], nats, of the whole output head (no renormalisation, temperature 1).
-        target_logprob: float32 [R], nats, of the realised token.
+        target_logprob: float32 [R], nats, of the label (the token in the text).
         target_rank: int32 [R], 1 = the most probable token.
         lse: float32 [R], log-sum-exp of the raw logits, or None where the engine does not tell.
         space_logprob: float32 [R], log P(next token starts with a space), or None without full rows.
         tau_lognorm: float32 [R, n], log sum_v p(v)^(1/tau) over the whole output head at each of
             ``PrecomputeConfig.temperatures``, so that log p_tau(v) = log p(v) / tau minus it; None if none were asked.
-        draws: draws from the tokenizer's ids, under codec ``sampled`` only.
+        draws: tokens sampled from the tokenizer's ids; None if none were asked.
     """
 
     ids: NDArray[np.int32]
@@ -105,9 +105,10 @@ def stream_batches(teacher: Teacher, batches: Iterator[Batch | None]) -> Iterato
         yield from zip(keys, teacher.rows(sequences), strict=True)
 
 
-def entries_asked(config: RowsConfig) -> int:
-    """K of the engine: ``--k``, or one where draws are stored."""
-    return config.k if config.codec == "topk" else 1
+def entries_asked(config: RowsConfig, width: int) -> int:
+    """K of the engine, whose output head is so wide: what the codec asks for (of ``topk`` that is ``--k``)."""
+    asked = config.codec_settings.entries
+    return width if asked is None else asked
 
 
 def shows_bos(config: PrecomputeConfig, tokenizer: TokenizerInfo) -> bool:

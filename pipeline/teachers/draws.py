@@ -1,16 +1,16 @@
-"""Draws from whole teacher rows by systematic sampling, with numpy and nothing else.
+"""Tokens of whole teacher distributions (rows) by systematic sampling, with numpy and nothing else.
 
-With C the cumulative distribution in the order of ids and one uniform number u of a row, token v is drawn
+With C the cumulative distribution in the order of ids and one uniform number u of a row, token v is sampled
 
     floor(D C_v + u) - floor(D C_{v-1} + u)
 
-times: D p_v in the mean over u, never a whole draw away from it, and D draws in all. That is far less noise than D
-draws on their own. Draw j is found as the first token with C_v >= (j + 1 - u) / D, which is the same.
+times: D p_v in the mean over u, never a whole one away from it, and D in all. That is far less noise than D independent
+samples. Sample j is the first token with C_v >= (j + 1 - u) / D, which is the same.
 
-Drawn from is the distribution over the tokenizer's ids: what a padded output head puts behind them is left out and
+Sampled from is the distribution over the tokenizer's ids: what a padded output head puts behind them is left out and
 the rest renormalised.
 
-Shapes: T tokens of a sequence, R = T - 1 rows, D draws of a row, K different ids drawn, rows after each other,
+Shapes: T tokens of a sequence, R = T - 1 rows, D samples of a row, K different ids sampled, rows after each other,
 U teacher vocabulary.
 """
 
@@ -28,12 +28,12 @@ from xtoken.schemas.errors import XtokenError
 
 @dataclass(frozen=True)
 class Sampler:
-    """What rows are drawn with.
+    """What rows are sampled with.
 
     Attributes:
         draws: D, of each row.
         seed: of the uniform numbers.
-        size: ids from here on (a padded head) are not drawn.
+        size: ids from here on (a padded head) are not sampled.
     """
 
     draws: int
@@ -42,13 +42,14 @@ class Sampler:
 
     @classmethod
     def of(cls, config: RowsConfig, size: int) -> "Sampler | None":
-        """The sampler of a run; None where its codec keeps the most probable entries."""
-        return cls(config.draws, config.seed, size) if config.codec == "sampled" else None
+        """The sampler of a run; None where its codec asks for no sampled tokens."""
+        sampling = config.codec_settings.sampling
+        return None if sampling is None else cls(*sampling, size)
 
     def uniforms(self, ids: NDArray[np.int32]) -> NDArray[np.float64]:
         """[R] numbers in [0, 1) of a sequence of T tokens (BOS included).
 
-        They follow from the seed and the tokens alone, so that batches, workers and shards change no draw. Raw output
+        They follow from the seed and the tokens alone, so that batches, workers and shards change no sample. Raw output
         of the generator is used, which numpy promises not to change.
         """
         key = blake2b(f"{self.seed}:".encode() + ids.astype("<i4").tobytes(), digest_size=16).digest()
@@ -57,13 +58,13 @@ class Sampler:
 
 
 def thresholds(uniform_R: NDArray[np.float64], draws: int) -> NDArray[np.float64]:
-    """[R, D] in (0, 1], ascending: draw j is the first token whose cumulative share reaches number j."""
-    found_RD: NDArray[np.float64] = (np.arange(1, draws + 1) - uniform_R[:, None]) / draws
-    return found_RD
+    """[R, D] in (0, 1], ascending: sample j is the first token whose cumulative share reaches number j."""
+    share_RD: NDArray[np.float64] = (np.arange(1, draws + 1) - uniform_R[:, None]) / draws
+    return share_RD
 
 
 def draw_row(p_U: NDArray[np.float64], uniform: float, draws: int) -> NDArray[np.int32]:
-    """[D] ids drawn from one row, ascending.
+    """[D] ids sampled from one row, ascending.
 
     Args:
         p_U: what each id weighs; need not sum to 1.
@@ -72,8 +73,8 @@ def draw_row(p_U: NDArray[np.float64], uniform: float, draws: int) -> NDArray[np
     """
     running_U = np.cumsum(p_U)
     share_D = thresholds(np.array([uniform]), draws)[0]
-    found_D: NDArray[np.int32] = np.searchsorted(running_U, share_D * running_U[-1]).astype(np.int32)
-    return found_D
+    ids_D: NDArray[np.int32] = np.searchsorted(running_U, share_D * running_U[-1]).astype(np.int32)
+    return ids_D
 
 
 def refuse_empty(mass_R: NDArray[np.float64], size: int) -> None:
@@ -85,7 +86,7 @@ def refuse_empty(mass_R: NDArray[np.float64], size: int) -> None:
 
 
 def counted(ids_RD: NDArray[np.int32], entropy_R: NDArray[np.float32]) -> Draws:
-    """Draws of rows in the order in which they are stored, from ids that ascend within each row."""
+    """Sampled tokens of rows in the order in which they are stored, from ids that ascend within each row."""
     rows, draws = ids_RD.shape
     new_RD = np.ones(ids_RD.shape, np.bool_)
     new_RD[:, 1:] = ids_RD[:, 1:] != ids_RD[:, :-1]
@@ -100,7 +101,7 @@ def counted(ids_RD: NDArray[np.int32], entropy_R: NDArray[np.float32]) -> Draws:
 
 
 def join_draws(parts: Sequence[Draws | None]) -> Draws | None:
-    """Consecutive rows as one; all parts have draws or none has."""
+    """Consecutive rows as one; all parts have sampled tokens or none has."""
     present = [part for part in parts if part is not None]
     assert len(present) in (0, len(parts))
     if not present:
@@ -109,9 +110,9 @@ def join_draws(parts: Sequence[Draws | None]) -> Draws | None:
     return Draws(*(np.concatenate([getattr(part, name) for part in present]) for name in names))
 
 
-def cut_draws(found: Draws | None, start: int, stop: int) -> Draws | None:
-    """Draws of rows ``start`` to ``stop``."""
-    if found is None:
+def cut_draws(draws: Draws | None, start: int, stop: int) -> Draws | None:
+    """Sampled tokens of rows ``start`` to ``stop``."""
+    if draws is None:
         return None
-    low, high = int(found.drawn[:start].sum()), int(found.drawn[:stop].sum())
-    return Draws(found.drawn[start:stop], found.ids[low:high], found.count[low:high], found.entropy[start:stop])
+    low, high = int(draws.drawn[:start].sum()), int(draws.drawn[:stop].sum())
+    return Draws(draws.drawn[start:stop], draws.ids[low:high], draws.count[low:high], draws.entropy[start:stop])

@@ -1,7 +1,7 @@
 """A toy teacher: an exact distribution computed from the last two token ids, without any model.
 
 A few hundred candidate tokens get hashed scores, every other token the same low score, so that
-top-k, REST, ranks and the mass of tokens that start with a space are known in closed form for
+top-k, tail mass, ranks and the mass of tokens that start with a space are known in closed form for
 any vocabulary. The whole pipeline is tested on it. Nothing but numpy is needed.
 
 Shapes: R rows, C candidates, K entries asked for, U teacher vocabulary, n temperatures other than 1.
@@ -72,7 +72,7 @@ class FakeTeacher:
         return TeacherRows(ids_RK, logprob_RK, target_R, rank_R, lse_R, space_R, given, draws)
 
     def _draw(self, before_R: NDArray[np.int64], last_R: NDArray[np.int64], uniform_R: NDArray[np.float64]) -> Draws:
-        """Draws from the distribution over all tokens, one row of them at a time."""
+        """Tokens sampled from the distribution over all of them, one row at a time."""
         assert self._sampler is not None
         size, draws = len(self._space_U), self._sampler.draws
         ids_RD, entropy_R = np.zeros((len(last_R), draws), np.int32), np.zeros(len(last_R), np.float32)
@@ -130,7 +130,7 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable) -> FakeTeacher:
     Raises:
         XtokenError: k is larger than the vocabulary.
     """
-    k = entries_asked(config)
+    k = entries_asked(config, table.size)
     if k > table.size:
         raise XtokenError(f"--k {config.k} is more than the vocabulary's {table.size} tokens; use --k {table.size}")
     info = TeacherInfo(
@@ -150,7 +150,7 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable) -> FakeTeacher:
 
 
 def _floor(size: int) -> float:
-    """Score of a token that is no candidate: below every candidate's (0 and more), all of them weigh about e^2."""
+    """Score of a token that is not a candidate: below every candidate's (0 and more), all of them weigh about e^2."""
     return float(min(-1.0, 2.0 - np.log(size)))
 
 

@@ -145,7 +145,7 @@ class HfTeacher:
         """Score sequences (see ``xtoken.pipeline.teachers.base.Teacher``).
 
         Raises:
-            XtokenError: a token the model has no row for, logits that are no numbers, or not enough memory.
+            XtokenError: a token the model has no row for, logits that are NaN or inf, or not enough memory.
         """
         for ids in batch:
             check_prompt(ids, self.info)
@@ -192,7 +192,7 @@ class HfTeacher:
         return [cut(rows, start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
 
     def _uniforms(self, sequences: list[NDArray[np.int32]]) -> NDArray[np.float64] | None:
-        """Numbers of all rows of the sequences, one after the other; None where nothing is drawn."""
+        """Numbers of all rows of the sequences, one after the other; None where nothing is sampled."""
         sampler = self._reader.sampler
         return None if sampler is None else np.concatenate([sampler.uniforms(ids) for ids in sequences])
 
@@ -226,7 +226,7 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable) -> HfTeacher:
     info = _info(config, model_config, model, source, device)
     space = np.flatnonzero(table.starts_with_space()[: info.vocab_rows])
     space_P, sampler = torch.from_numpy(space).to(device), Sampler.of(config, table.size)
-    reader = RowReader(entries_asked(config), space_P, tuple(config.temperatures), sampler)
+    reader = RowReader(entries_asked(config, info.vocab_rows), space_P, tuple(config.temperatures), sampler)
     attention = str(getattr(model.config, "_attn_implementation", ""))
     return HfTeacher(source, reader, info, device, config.batch_tokens, attention)
 
@@ -331,7 +331,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise XtokenError(f"--device {name!r} is no device; use auto, cpu, cuda or cuda:N") from error
+        raise XtokenError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N") from error
     if device.type not in BLOCK_LOGITS:
         raise XtokenError(f"--device {name!r}: the hf backend runs on cpu and cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

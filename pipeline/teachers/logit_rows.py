@@ -1,7 +1,7 @@
 """Rows of a teacher from its raw logits, exact in ties.
 
 Shapes: N positions, U teacher vocabulary, K entries asked for, P tokens that start with a space, n temperatures,
-D draws of a row.
+D sampled tokens of a row.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class RowReader:
         k: entries per row.
         space_P: int64 [P], ids of the tokens that start with a space.
         temperatures: those of ``TeacherRows.tau_lognorm``.
-        sampler: of ``TeacherRows.draws``; None = no draws.
+        sampler: of ``TeacherRows.draws``; None = nothing is sampled.
     """
 
     k: int
@@ -36,13 +36,13 @@ class RowReader:
     sampler: Sampler | None = None
 
     def read(self, logits_NU: Tensor, target_N: Tensor, uniform_N: NDArray[np.float64] | None = None) -> TeacherRows:
-        """Rows of N positions from float32 logits, which are overwritten, and the int64 realised tokens.
+        """Rows of N positions from float32 logits, which are overwritten, and the int64 labels (tokens of the text).
 
         Order and rank follow the float32 log-probabilities, ties by lower id. ``uniform_N`` are the positions'
         numbers from the sampler, where there is one.
 
         Raises:
-            XtokenError: the logits are not finite numbers, or the tokenizer's ids have no mass to draw from.
+            XtokenError: the logits are not finite numbers, or the tokenizer's ids have no mass to sample from.
         """
         lse_N = logits_NU.logsumexp(dim=-1)
         if not bool(torch.isfinite(lse_N).all()):
@@ -77,21 +77,21 @@ def tau_lognorm(logprob_NU: Tensor, temperatures: Sequence[float]) -> Tensor:
 
 
 def draw(logprob_NU: Tensor, uniform_N: NDArray[np.float64] | None, sampler: Sampler) -> Draws:
-    """Draws from rows of log-probabilities, added up in float64 (see ``xtoken.pipeline.teachers.draws``).
+    """Tokens sampled from rows of log-probabilities, added up in float64 (see ``xtoken.pipeline.teachers.draws``).
 
     Raises:
-        XtokenError: a row has no mass on the ids that may be drawn.
+        XtokenError: a row has no mass on the ids that may be sampled.
     """
     assert uniform_N is not None, "a sampler needs a number for each row"
     share_ND = torch.from_numpy(thresholds(uniform_N, sampler.draws)).to(logprob_NU.device)
     splits = min(_TAU_SPLIT, len(logprob_NU))
     parts = zip(logprob_NU.tensor_split(splits), share_ND.tensor_split(splits), strict=True)
-    found = [_draw_part(logprob[:, : sampler.size], share, sampler.size) for logprob, share in parts]
-    return counted(_ints(torch.cat([ids for ids, _ in found])), _floats(torch.cat([h for _, h in found])))
+    drawn = [_draw_part(logprob[:, : sampler.size], share, sampler.size) for logprob, share in parts]
+    return counted(_ints(torch.cat([ids for ids, _ in drawn])), _floats(torch.cat([h for _, h in drawn])))
 
 
 def _draw_part(logprob_NU: Tensor, share_ND: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """int64 [N, D] ids drawn, ascending, and float32 [N] entropy in nats."""
+    """int64 [N, D] ids sampled, ascending, and float32 [N] entropy in nats."""
     p_NU = logprob_NU.double().exp_()
     surprise_N = torch.special.entr(p_NU).sum(dim=-1)
     mass_N = p_NU.cumsum_(dim=-1)[:, -1].clone()

@@ -54,7 +54,7 @@ def check_request(config: PrecomputeConfig, model_config: Any, table: TokenTable
         XtokenError: k is larger than the vocabulary, or a sample does not fit the context.
     """
     width = vocab_rows(model_config)
-    if entries_asked(config) > width:
+    if entries_asked(config, width) > width:
         raise XtokenError(f"--k {config.k} is more than the {width} rows of {config.teacher}; use --k {width} or less")
     room = context(model_config) - int(shows_bos(config, table.info)) - spare
     if config.max_tokens > room:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from xtoken.schemas.codecs import CODECS, CodecSettings, foreign_fields, known_codec, settings_of
 from xtoken.schemas.configs.base import OUT_FOLDER, OUT_LOG, PLACE, Config, argument, ray_address
 
 TRAIN, ALL, ONLY = "train", "all", "only"
@@ -62,8 +63,10 @@ class RowsConfig(CorpusConfig):
         description="Text that looks rendered by a chat template, by the teacher's control tokens in it, stops the run "
         "or is taken as text.",
     )
-    codec: Literal["topk", "sampled"] = Field(
-        "topk", description="topk serves every loss; sampled (full rows: hf) is unbiased for p-kl, sparse-kl, the root."
+    codec: str = Field(
+        "topk",
+        description="topk serves every loss; sampled (full rows: hf) is unbiased for p-kl, sparse-kl, the root.",
+        json_schema_extra={"choices": list(CODECS)},
     )
     k: int = Field(64, ge=1, le=255, description="topk: keep at most K entries per position.")
     min_p: float = Field(
@@ -121,20 +124,25 @@ class RowsConfig(CorpusConfig):
             )
         return self
 
+    _known_codec = field_validator("codec")(known_codec)
+
+    @property
+    def codec_settings(self) -> CodecSettings:
+        """``TopK(k, min_p, temperatures)``, ``Sampled(draws, seed)``, or what ``codec`` has, from the flat fields."""
+        return settings_of(self.codec, {name: getattr(self, name) for name in RowsConfig.model_fields})
+
     @model_validator(mode="after")
     def _flags_of_one_codec(self) -> "RowsConfig":
-        others = {"topk": ("draws", "seed"), "sampled": ("k", "min_p")}[self.codec]
+        others = foreign_fields(self.codec)
+        if self.temperatures and "temperatures" in others:
+            named = ",".join(f"{tau:g}" for tau in self.temperatures)
+            raise ValueError(
+                f"--codec {self.codec} stores rows at temperature 1 only, so --temperatures {named} needs --codec topk"
+            )
         for name in others:
             if getattr(self, name) != type(self).model_fields[name].default:
                 flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
                 raise ValueError(f"{flag} means nothing to --codec {self.codec}; leave one of them out")
-        return self
-
-    @model_validator(mode="after")
-    def _draws_are_of_temperature_1(self) -> "RowsConfig":
-        if self.codec == "sampled" and self.temperatures:
-            named = ",".join(f"{tau:g}" for tau in self.temperatures)
-            raise ValueError(f"--codec sampled draws at temperature 1, so --temperatures {named} needs --codec topk")
         return self
 
     @field_validator("temperatures")

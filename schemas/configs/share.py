@@ -5,7 +5,7 @@ import re
 from pydantic import Field, field_validator, model_validator
 
 from xtoken.schemas.configs.base import ARGUMENT, OUT_FOLDER, PLACE, Config, argument
-from xtoken.schemas.tables import DROPPABLE
+from xtoken.schemas.tables import OPTIONAL
 
 LICENSED = ("corpus", "outputs")
 PART_RANGES = re.compile(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*")
@@ -36,8 +36,8 @@ class PullConfig(Config):
     @classmethod
     def _known_columns(cls, value: list[str]) -> list[str]:
         for name in value:
-            if name not in (*DROPPABLE, "none"):
-                raise ValueError(f"{name!r} is no optional column; choose from {', '.join(DROPPABLE)}, or 'none'")
+            if name not in (*OPTIONAL, "none"):
+                raise ValueError(f"{name!r} is not an optional column; choose from {', '.join(OPTIONAL)}, or 'none'")
         if "none" in value and len(value) > 1:
             raise ValueError("'none' stands alone")
         return value

@@ -71,7 +71,10 @@ def _info(name: str, field: FieldInfo, repeat: str | None) -> Any:
     if field.annotation is bool and field.default is True:
         shown = f"{shown}/--no-{flag(name, field)}"
     again = " Give it again for one after the other." if name == repeat else ""
-    return typer.Option(shown, help=f"{field.description}{again}")
+    extra = field.json_schema_extra
+    choices = extra.get("choices") if isinstance(extra, dict) else None
+    metavar = f"[{'|'.join(map(str, choices))}]" if isinstance(choices, list) else None
+    return typer.Option(shown, help=f"{field.description}{again}", metavar=metavar)
 
 
 def _positional(field: FieldInfo) -> bool:

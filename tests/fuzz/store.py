@@ -105,7 +105,7 @@ def make_case(number: int, work: Path, seed: int = SEED) -> Path:
 def _inspect(root: str, _out: str) -> None:
     from rich.console import Console
 
-    from xtoken.pipeline.store import inspect
+    from xtoken.pipeline.store.inspect import inspect
     from xtoken.schemas.ui.tables import figure_tables
 
     found = inspect(root)
@@ -114,20 +114,20 @@ def _inspect(root: str, _out: str) -> None:
 
 
 def _verify(root: str, _out: str) -> None:
-    from xtoken.pipeline.store import verify
+    from xtoken.pipeline.store.verify import verify
 
     verify(root)
 
 
 def _drain(root: str, _out: str) -> None:
-    from xtoken.pipeline.store import iter_capture
+    from xtoken.pipeline.store.reader import iter_capture
 
     for batch in iter_capture(root):
         batch.validate(full=True)
 
 
 def _vocab(root: str, _out: str) -> None:
-    from xtoken.pipeline.store import load_vocab
+    from xtoken.pipeline.store.reader import load_vocab
 
     load_vocab(root).by_bytes()
 
@@ -313,7 +313,7 @@ def _worker(seed: int, numbers: list[int]) -> None:
     """Run cases and write a line of JSON before and after each."""
     import resource
 
-    from xtoken.pipeline.store import verify
+    from xtoken.pipeline.store.verify import verify
 
     for name in ("v1-topk", "v2-targets"):  # imports and compiled loops belong to no case
         verify(str(GOLDEN / name))

@@ -120,7 +120,7 @@ def audit(name: str) -> None:
     """What a worker of an engine with settings and two ways out leaves; the fake teacher has neither."""
     from xtoken.pipeline.capture.audit import open_audit
     from xtoken.pipeline.capture.worker import open_tokenizer
-    from xtoken.pipeline.store import Folder
+    from xtoken.pipeline.store.files import Folder
     from xtoken.pipeline.teachers import open_teacher
     from xtoken.schemas.configs.capture import PrecomputeConfig
 

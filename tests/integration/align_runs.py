@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from fault_runs import ROOT, Run, files, orphans
 
-from xtoken.pipeline.store import verify
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.manifest import TargetManifest, read_manifest
 
 STUDENT, LOSSES = "bytes", "p-kl,h-kl,byte-prefix"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.capture.worker import CaptureJob, CaptureWorker
 from xtoken.pipeline.capture.worker_threads import Prepared
-from xtoken.pipeline.store import Sample
+from xtoken.pipeline.store.writer import Sample
 from xtoken.pipeline.teachers.base import Batch, Teacher, TeacherRows
 from xtoken.pipeline.tokens import Encoded, TextTokenizer, TokenTable
 from xtoken.schemas.configs.capture import PrecomputeConfig

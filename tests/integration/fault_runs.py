@@ -18,7 +18,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from xtoken.pipeline.store import Folder, verify
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
 

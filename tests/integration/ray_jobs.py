@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from xtoken.pipeline.executors.protocol import Event, OneByOne, tell_nobody
-from xtoken.pipeline.store import DiskFull
+from xtoken.pipeline.store.files import DiskFull
 from xtoken.schemas.errors import Unreachable, XtokenError
 from xtoken.schemas.manifest import Part
 

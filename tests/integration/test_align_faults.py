@@ -29,7 +29,8 @@ from typer.testing import CliRunner
 
 from xtoken import cli
 from xtoken.pipeline.align import align
-from xtoken.pipeline.store import inspect, verify
+from xtoken.pipeline.store.inspect import inspect
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import IncompleteRun, VerificationError, XtokenError
 from xtoken.schemas.manifest import MANIFEST, CaptureManifest, TargetManifest, read_manifest

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from xtoken import cli
 from xtoken.pipeline.capture import precompute
-from xtoken.pipeline.store import verify
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.data.sources import Sources

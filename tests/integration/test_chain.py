@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from xtoken import cli
-from xtoken.pipeline.store import load_vocab
+from xtoken.pipeline.store.reader import load_vocab
 from xtoken.pipeline.tokens import load_tokenizer
 
 TEXT = Path(cli.__file__).resolve().parent / "examples" / "data" / "moby-dick-held-out.jsonl"

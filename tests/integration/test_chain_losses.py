@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from xtoken import cli
-from xtoken.pipeline.store import load_vocab
+from xtoken.pipeline.store.reader import load_vocab
 from xtoken.pipeline.tokens import TokenTable, load_tokenizer
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.data.batches import Loader

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from xtoken import cli
 from xtoken.pipeline.project.files import read_projection
-from xtoken.pipeline.store import iter_capture, load_vocab
+from xtoken.pipeline.store.reader import iter_capture, load_vocab
 from xtoken.pipeline.teachers.fake_teacher import FakeTeacher
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.train import LossOptions

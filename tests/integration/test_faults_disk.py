@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fault_runs import Run, commits, files, orphans, same_as
 
-from xtoken.pipeline.store import Folder
+from xtoken.pipeline.store.files import Folder
 
 SAID = r"no room to write in .*what is committed stays: free some space and run the same command again"
 

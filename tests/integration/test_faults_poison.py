@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from fault_runs import Run, files, same_as
 
-from xtoken.pipeline.store import committed, verify
+from xtoken.pipeline.store.publish import committed
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
 
 # In one document of the corpus only: a line of argparse's.
@@ -23,7 +24,7 @@ SAID = {
 
 def guilty(config) -> int:
     """The shard that the document with the word is in."""
-    from xtoken.pipeline.store import iter_capture
+    from xtoken.pipeline.store.reader import iter_capture
 
     found = [
         index

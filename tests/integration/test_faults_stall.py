@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from fault_runs import Run, documents, events, same_as
 
-from xtoken.pipeline.store import Folder, committed, data_name, iter_capture, publish_part
-from xtoken.pipeline.store.publish import Figures
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import Figures, committed, data_name, publish_part
+from xtoken.pipeline.store.reader import iter_capture
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.manifest import Part
 

@@ -18,8 +18,8 @@ from fault_runs import Run, ended, fetch, running, same_as, wait_for, workers_of
 from s3_server import S3Server
 
 from xtoken.pipeline.capture.plan import SliceReader, make_plan
-from xtoken.pipeline.store import Folder, committed, publish_part
-from xtoken.pipeline.store.publish import Figures, commit, commit_name, data_name, read_commit
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import Figures, commit, commit_name, committed, data_name, publish_part, read_commit
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import Unreachable
 from xtoken.schemas.io.remote import open_url, patiently, read_tail

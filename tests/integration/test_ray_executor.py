@@ -14,7 +14,8 @@ from ray_jobs import TOKENS, NotingJob, Watching, note, notes
 
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.executors.ray_driver import RayExecutor
-from xtoken.pipeline.store import DiskFull, verify
+from xtoken.pipeline.store.files import DiskFull
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Silent

@@ -15,8 +15,8 @@ import pytest
 
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.share.card.card import write_card
-from xtoken.pipeline.store import iter_capture, load_vocab
-from xtoken.pipeline.store.unpack import unpack
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.reader import iter_capture, load_vocab
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.configs.share import CardConfig
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
@@ -68,7 +68,7 @@ def _decoded(capture: Path, name: str) -> list[tuple[int, int, bytes, float]]:
         for at in range(batch.num_rows):
             one = batch.slice(at, 1)
             if name == one["sample_id"][0].as_py():
-                rows, first = unpack(one, codec), one["first_row"][0].as_py()
+                rows, first = open_codec(codec).decode(one), one["first_row"][0].as_py()
                 row = np.repeat(np.arange(len(rows.offsets) - 1), np.diff(rows.offsets))
                 entries = zip(row.tolist(), rows.ids.tolist(), rows.logprob.tolist(), strict=True)
                 return [(first + r, token, table.token(token), logprob) for r, token, logprob in entries]

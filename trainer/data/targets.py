@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from xtoken.schemas.codecs import registered
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.heads import needed_rows, refuse_narrow_head, stated_rows
@@ -226,7 +227,7 @@ class Targets:
             XtokenError: REST is needed at a temperature the capture holds no normaliser of, debiasing without the
                 teacher's P(next token starts with a space), or what draws of teacher rows cannot serve.
         """
-        if self.manifest.codec == "sampled":
+        if registered(self.manifest.codec).linear:
             self._refuse_biased(loss, options)
         rest = {"p-kl": "pkl_rest_logprob", "sparse-kl": "skl_rest_logprob"}.get(loss)
         if rest and options.rest == "bucket" and self.manifest.merge != "mean" and self._unknown(rest):
@@ -252,7 +253,7 @@ class Targets:
         if loss == "byte-prefix" and options.prefix != ["root"]:
             reasons.append("byte-prefix has no interior and child targets of draws; use --prefix root")
         if reasons:
-            raise XtokenError(f"{self.root} was built from draws (codec sampled): {'; '.join(reasons)}")
+            raise XtokenError(f"{self.root} was built from draws (codec {self.manifest.codec}): {'; '.join(reasons)}")
 
     def _unknown(self, rest_column: str) -> bool:
         group = self.read(self.groups[0], (rest_column,))

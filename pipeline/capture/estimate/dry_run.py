@@ -14,8 +14,8 @@ from xtoken.pipeline.capture.precompute import refuse_places
 from xtoken.pipeline.capture.run_identity import check_settings, run_settings
 from xtoken.pipeline.capture.worker import open_tokenizer
 from xtoken.pipeline.executors.fleet import Fleet, fleet_here, fleet_of_ray
-from xtoken.pipeline.store import Folder
 from xtoken.pipeline.store.figures import bos_figure
+from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.teachers import check_backend
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.capture import EstimateConfig, PrecomputeConfig

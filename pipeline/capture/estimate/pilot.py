@@ -10,13 +10,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from xtoken.pipeline.capture.estimate.sampling import POOL, Pool, Ratio, evenly, ratio, take_pool
 from xtoken.pipeline.capture.plan import Plan
@@ -27,18 +26,18 @@ from xtoken.pipeline.capture.worker import CaptureWorker, check_teacher, open_to
 from xtoken.pipeline.corpus import Window, windows
 from xtoken.pipeline.executors.fleet import fleet_here
 from xtoken.pipeline.executors.gpus import engines_per_gpu
-from xtoken.pipeline.store import NO_REST, Folder, Sample, list_column, write_parquet
-from xtoken.pipeline.store.codes import Codes, codes_by_use
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codes import Codes, codes_by_use, restore_ids
+from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.inspect import column_bytes
-from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, iter_parquet
-from xtoken.pipeline.store.writer import ROW_GROUP
+from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, ids_of_codes, iter_parquet, stored_columns
+from xtoken.pipeline.store.writer import ROW_GROUP, Sample, list_column, write_parquet
 from xtoken.pipeline.teachers import check_backend, open_teacher
 from xtoken.pipeline.teachers.base import entries_asked
 from xtoken.pipeline.tokens import TextTokenizer
 from xtoken.schemas.configs.capture import EstimateConfig, PrecomputeConfig, RowsConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.manifest import CaptureManifest, CodecInfo, CorpusInfo, read_manifest
-from xtoken.schemas.tables import capture
+from xtoken.schemas.manifest import CaptureManifest, CorpusInfo, read_manifest
 from xtoken.schemas.ui.progress import Progress
 
 # Columns that no teacher is needed for: measured on all the text that was tokenized.
@@ -135,7 +134,7 @@ def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pil
     """
     check_backend(config)
     tokenizer = open_tokenizer(config)
-    if entries_asked(config) > tokenizer.table.size:
+    if entries_asked(config, tokenizer.table.size) > tokenizer.table.size:
         size = tokenizer.table.size
         raise XtokenError(f"--k {config.k} is more than the vocabulary's {size} tokens; use --k {size}")
     look = Look.of(config, tokenizer)
@@ -206,8 +205,7 @@ def _costs(
     samples: Sequence[Sample],
     tokenizer: TextTokenizer,
 ) -> Costs:
-    folder, codec = Path(config.out), codec_info(config)
-    schema = capture(codec.temperatures, codec.name)
+    folder, schema = Path(config.out), open_codec(codec_info(config)).schema()
     found = [window for piece in pieces for window in piece]
     codes = codes_by_use((window.encoded.ids for window in found), tokenizer.table.size)
     tokens = _tokens_per_byte(pool, pieces)
@@ -312,27 +310,14 @@ def _range(name: str, value: float, error: float, fixed: int = 0) -> dict[str, i
 
 def _row_figures(config: PrecomputeConfig) -> dict[str, Any]:
     """What the codec keeps of the pilot's rows."""
-    codec = codec_info(config)
     path = str(Path(config.out) / "rows.parquet")
-    rows, entries, rest = 0, 0, [np.zeros(0)]
-    counted, steps = ("kept", "rest_gap") if codec.name == "topk" else ("drawn", None)
-    for batch in iter_parquet(path, [name for name in (counted, steps) if name]):
-        counts = batch[counted].flatten().to_numpy()
-        rows, entries = rows + len(counts), entries + int(counts.sum())
-        if steps is not None:
-            rest.append(_mass(batch[steps].flatten().to_numpy(), codec.step))
-    if codec.name == "sampled":
-        return {"draws": codec.draws, "distinct_ids_per_row": entries / max(rows, 1)}
-    rest_R = np.concatenate(rest)
-    return {
-        "entries_per_row": entries / max(rows, 1),
-        "mass_not_kept_mean": float(rest_R.mean()) if rows else 0.0,
-        "mass_not_kept_rms": float(np.sqrt((rest_R**2).mean())) if rows else 0.0,
-    }
+    return open_codec(codec_info(config)).estimate(partial(_rows_as_read, path))
 
 
-def _mass(steps_R: NDArray[np.uint16], step: float) -> NDArray[np.float64]:
-    return np.where(steps_R == NO_REST, 0.0, np.exp(-step * steps_R.astype(np.float64)))
+def _rows_as_read(path: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    id_of_code = ids_of_codes(str(Path(path).parent))
+    for batch in iter_parquet(path, stored_columns(columns, id_of_code)):
+        yield restore_ids(batch, id_of_code)
 
 
 def _time_figures(pilot: Pilot, config: PrecomputeConfig) -> dict[str, Any]:
@@ -366,10 +351,6 @@ def _like(config: EstimateConfig, manifest: CaptureManifest, progress: Progress)
         "bytes_per_token": disk.value,
         "entries_per_row": sum(part.entries for part in parts) / max(sum(part.rows for part in parts), 1),
         "hours": "unknown: a capture does not record its speed; leave --like out to time a pilot",
-        "settings": f"those of {config.like}: {_settings(manifest.codec)}, {manifest.max_tokens} tokens per sample, "
-        f"teacher {manifest.teacher.model}",
+        "settings": f"those of {config.like}: {open_codec(manifest.codec).brief}, {manifest.max_tokens} tokens per "
+        f"sample, teacher {manifest.teacher.model}",
     }
-
-
-def _settings(codec: CodecInfo) -> str:
-    return f"{codec.draws} draws" if codec.name == "sampled" else f"k {codec.k}, min_p {codec.min_p:g}"

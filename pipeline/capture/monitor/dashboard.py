@@ -22,7 +22,7 @@ from xtoken.pipeline.capture.run_identity import read_teacher
 from xtoken.pipeline.corpus import Listing
 from xtoken.pipeline.executors.fleet import gpus_of_worker
 from xtoken.pipeline.executors.protocol import Event
-from xtoken.pipeline.store import Folder
+from xtoken.pipeline.store.files import Folder
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError, last_words
 from xtoken.schemas.manifest import Part, code_version

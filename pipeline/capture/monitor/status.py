@@ -8,7 +8,7 @@ from typing import Any
 
 from xtoken.pipeline.capture.plan import PLAN_FILE, Plan, load_plan
 from xtoken.pipeline.capture.run_identity import RUN_FILE
-from xtoken.pipeline.store import Folder
+from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import COMMITS, read_commit
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.remote import in_parallel

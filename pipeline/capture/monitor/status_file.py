@@ -7,7 +7,7 @@ skipped, and the next one says more anyway.
 import contextlib
 import threading
 
-from xtoken.pipeline.store import Folder
+from xtoken.pipeline.store.files import Folder
 from xtoken.schemas.errors import XtokenError
 
 _PATIENCE = 10.0  # seconds that the end of a run waits for storage

@@ -12,7 +12,9 @@ from xtoken.pipeline.share.card import sections as sections
 from xtoken.pipeline.share.card.alignment import Alignment, alignments
 from xtoken.pipeline.share.card.markup import code, latex, license_lines, one_line, plain, public, quoted
 from xtoken.pipeline.share.card.plots import BYTES, PLOTS, draw_plots
-from xtoken.pipeline.share.card.stats import RowStats, read_stats
+from xtoken.pipeline.share.card.stats import read_stats
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.row_stats import RowStats
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.inspect import bytes_per_token
 from xtoken.pipeline.store.left_out import without_rows
@@ -22,7 +24,7 @@ from xtoken.pipeline.store.seal import SUMS_FILE, seal
 from xtoken.schemas.configs.share import LICENSED, CardConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import MANIFEST, CaptureManifest, content_hash, part_name, read_manifest
-from xtoken.schemas.tables import CODED
+from xtoken.schemas.tables import stored_as
 from xtoken.schemas.ui.progress import Progress, Silent
 
 README = "README.md"
@@ -122,7 +124,7 @@ def card_files(
     stats = read_stats(root, manifest, progress or Silent())
     there = sections.schema(manifest).names
     sizes = {name: size for name, size in bytes_per_token(root, manifest).items() if name in there}
-    plots = draw_plots(sizes, stats, manifest.codec.name)
+    plots = draw_plots(sizes, stats, open_codec(manifest.codec).plot_label)
     fields = _fields(root, manifest, licenses, title, stats, sizes, aligned, list(plots))
     return {README: Template(_read("template.md")).substitute(fields).encode(), **plots}
 
@@ -205,15 +207,14 @@ def _license(manifest: CaptureManifest, licenses: dict[str, str]) -> str:
 
 
 def _reading(manifest: CaptureManifest) -> str:
-    codec = manifest.codec
+    codec = open_codec(manifest.codec)
     first = min((part.index for part in manifest.parts), default=0)
-    values = {"step": repr(codec.step), "draws": str(codec.draws), "part": part_name(first), "sql": "", "numpy": ""}
-    stored = "topk_codes" if codec.name == "topk" else "draw_codes"
+    values = {name: repr(value) for name, value in manifest.codec} | {"part": part_name(first), "sql": "", "numpy": ""}
     by_code = manifest.schema_version > 1  # version 1 held ids
-    values["ids"] = stored if by_code else CODED[stored]
+    values["ids"] = next((stored_as(name) if by_code else name for name in codec.id_columns), "")
     values["key"], values["code_note"] = ("code", _CODE_NOTE) if by_code else ("token_id", "")
     if not without_rows(manifest.left_out):
-        sql, numpy = Template(_read(f"reading_{codec.name}.md")).substitute(values).split("\n===\n")
+        sql, numpy = Template(codec.recipe).substitute(values).split("\n===\n")
         values |= {"sql": sql.strip(), "numpy": numpy.strip()}
     return Template(_read("reading_any.md")).substitute(values).strip()
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.pipeline.share.card.stats import ENTROPY_BIN, RowStats, quantile, rest_mass
+from xtoken.pipeline.store.codecs.row_stats import ENTROPY_BIN, RowStats, quantile, tail_mass
 
 BYTES, MASS, ENTRIES, ENTROPY = (
     f"plots/{name}.png" for name in ("bytes-per-token", "mass-kept", "entries-per-row", "entropy")
@@ -16,24 +16,23 @@ BYTES, MASS, ENTRIES, ENTROPY = (
 PLOTS = (BYTES, MASS, ENTRIES, ENTROPY)
 _INK, _GRID, _WIDTH, _HEIGHT = "#1f5a8a", "#d9d9d9", 5.2, 3.0
 _MOST_BARS = 64
-_RESTS = 10.0 ** np.arange(-4, 0.01, 0.05)  # where the curve of the mass not kept is drawn
+_TAILS = 10.0 ** np.arange(-4, 0.01, 0.05)  # where the curve of the tail mass is drawn
 
 
-def draw_plots(columns: Mapping[str, float], stats: RowStats, codec: str) -> dict[str, bytes]:
+def draw_plots(columns: Mapping[str, float], stats: RowStats, entries: str) -> dict[str, bytes]:
     """Name -> PNG of each plot that the capture has numbers for; nothing at all without matplotlib.
 
     Args:
         columns: bytes per token by column.
         stats: of its rows.
-        codec: topk | sampled.
+        entries: what a row's entries are called.
     """
     try:
         import matplotlib
     except ImportError:
         return {}
-    entries = "entries kept in a row" if codec == "topk" else "different tokens drawn in a row"
     drawings: dict[str, Callable[[Any], None]] = {BYTES: partial(_bars_by_column, columns=columns)}
-    if stats.rest.any():
+    if stats.tail.any():
         drawings[MASS] = partial(_mass_curve, stats=stats)
     if stats.entries.any():
         drawings[ENTRIES] = partial(_entry_bars, counts=stats.entries, what=entries)
@@ -75,14 +74,14 @@ def _bars_by_column(axis: Any, columns: Mapping[str, float]) -> None:
 
 
 def _mass_curve(axis: Any, stats: RowStats) -> None:
-    mass, share = rest_mass(stats.step)[::-1], np.cumsum(stats.rest[::-1]) / stats.rest.sum()
-    within = np.searchsorted(mass, _RESTS, side="right")  # levels whose mass is at most this
-    axis.plot(_RESTS, np.concatenate([[0.0], share])[within], color=_INK, linewidth=1.8)
+    mass, share = tail_mass(stats.step)[::-1], np.cumsum(stats.tail[::-1]) / stats.tail.sum()
+    within = np.searchsorted(mass, _TAILS, side="right")  # levels whose mass is at most this
+    axis.plot(_TAILS, np.concatenate([[0.0], share])[within], color=_INK, linewidth=1.8)
     axis.set_xscale("log")
-    axis.set_xlim(_RESTS[0], 1.0)
+    axis.set_xlim(_TAILS[0], 1.0)
     axis.set_ylim(0.0, 1.02)
     axis.grid(color=_GRID)
-    _label(axis, "Mass not kept (REST)", "probability in none of a row's kept entries", "share of rows up to it")
+    _label(axis, "Tail mass", "probability in none of a row's kept entries", "share of rows up to it")
 
 
 def _entry_bars(axis: Any, counts: NDArray[np.int64], what: str) -> None:

@@ -3,20 +3,19 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 import pyarrow as pa
 
 from xtoken.pipeline.share.card.alignment import Alignment
 from xtoken.pipeline.share.card.markup import code, plain, public
-from xtoken.pipeline.share.card.stats import RowStats, quantile
+from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.row_stats import RowStats
 from xtoken.pipeline.store.figures import audits_line, capture_figures
 from xtoken.pipeline.store.left_out import without_rows
 from xtoken.schemas.manifest import CaptureManifest, content_hash
-from xtoken.schemas.tables import capture
 from xtoken.schemas.ui.progress import brief
 
 _NAMED = 5
-_MEASURED_STEP, _MEASURED_KL = 1 / 32, "2.5e-5"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -73,33 +72,20 @@ def _origins(manifest: CaptureManifest) -> list[str]:
 
 def rows_stored(manifest: CaptureManifest) -> str:
     """What of each row the capture holds, in words."""
-    codec = manifest.codec
     if without_rows(manifest.left_out):
         return "none; only the log-probability of each token in the text"
-    if codec.name == "sampled":
-        return (
-            f"codec `sampled`: {codec.draws:,} draws with replacement from the teacher's whole distribution, seed "
-            f"{codec.seed}, and its entropy"
-        )
-    others = ", ".join(f"{tau:g}" for tau in codec.temperatures[1:])
-    return (
-        f"codec `topk`: the entries of probability {codec.min_p:g} and more, at least 1 and at most {codec.k}, and the "
-        f"mass of all others (REST), in steps of {codec.step:g} nats"
-        + (f"; REST also at temperatures {others}" if others else "")
-    )
+    return open_codec(manifest.codec).sentence
 
 
 def schema(manifest: CaptureManifest) -> pa.Schema:
     """The capture's table."""
-    codec = manifest.codec
-    return capture(codec.temperatures, codec.name, manifest.left_out, version=manifest.schema_version)
+    return CaptureCheck.of(manifest).schema
 
 
 def counts(manifest: CaptureManifest) -> str:
     """Samples, tokens, rows, bytes."""
     figures = capture_figures(manifest)
     parts = manifest.parts
-    entries = "different draws per row" if manifest.codec.name == "sampled" else "entries per row"
     rows: list[tuple[str, object]] = [
         ("samples", figures["samples"]),
         ("tokens", figures["tokens"]),
@@ -110,7 +96,7 @@ def counts(manifest: CaptureManifest) -> str:
         ("bytes per token", figures["bytes_per_token"]),
     ]
     if not without_rows(manifest.left_out):
-        rows.insert(3, (entries, figures["entries_per_row"]))
+        rows.insert(3, (open_codec(manifest.codec).entries_label, figures["entries_per_row"]))
     return table(["", "count"], rows)
 
 
@@ -129,57 +115,11 @@ def fidelity(manifest: CaptureManifest, stats: RowStats) -> str:
     if not stats.rows:
         return "There are no rows."
     rows: list[tuple[str, object]] = [("teacher's bits per byte of this text", stats.bits_per_byte)]
-    notes = []
+    notes: list[str] = []
     if not without_rows(manifest.left_out):
-        sampled = manifest.codec.name == "sampled"
-        rows += _sampled_rows(stats) if sampled else _topk_rows(stats)
-        notes = [_sampled_note(manifest) if sampled else _topk_note(manifest)]
+        of_codec, note = open_codec(manifest.codec).fidelity(stats)
+        rows, notes = rows + of_codec, [note]
     return "\n\n".join([table(["", "measured on all rows"], rows), *notes])
-
-
-def _topk_rows(stats: RowStats) -> list[tuple[str, object]]:
-    quantiles = [f"{stats.rest_quantile(share):.4f}" for share in (0.5, 0.9, 0.99)]
-    entries = [quantile(stats.entries, share) for share in (0.5, 0.9, 0.99)]
-    return [
-        ("mass not kept, mean", f"{stats.rest_moment(1):.4f}"),
-        ("mass not kept, root mean square", f"{stats.rest_moment(2) ** 0.5:.4f}"),
-        ("mass not kept, median, 90 %, 99 %", ", ".join(quantiles)),
-        ("entries per row, median, 90 %, 99 %", ", ".join(map(str, entries))),
-        ("entropy, REST as one cell, mean in nats", stats.entropy_nats / stats.rows),
-        ("token of the text is the first entry", f"{stats.share_within(1):.1%}"),
-        ("token of the text is among the first 5", f"{stats.share_within(5):.1%}"),
-        ("token of the text is kept", f"{stats.share_within(len(stats.rank)):.1%}"),
-    ]
-
-
-def _topk_note(manifest: CaptureManifest) -> str:
-    step = manifest.codec.step
-    note = (
-        "The mass of what is not kept is one stored number (REST) and never renormalised away, so the entries kept are "
-        f"exact up to rounding to {step:g} nats. That rounding costs a KL of at most {step * step / 8:.1e} nats per "
-        "row once a row is made to sum to 1 (Hoeffding's lemma: every logarithm is within half a step)"
-    )
-    measured = f"; on real rows xtoken's `benchmarks/results/codec.md` has {_MEASURED_KL} on average"
-    return note + (measured if step == _MEASURED_STEP else "") + "."
-
-
-def _sampled_rows(stats: RowStats) -> list[tuple[str, object]]:
-    entries = [quantile(stats.entries, share) for share in (0.5, 0.9, 0.99)]
-    return [
-        ("different draws per row, median, 90 %, 99 %", ", ".join(map(str, entries))),
-        ("entropy of the whole rows, mean in nats", stats.entropy_nats / stats.rows),
-        ("token of the text was drawn most (or first among equals)", f"{stats.share_within(1):.1%}"),
-        ("token of the text was drawn", f"{stats.share_within(len(stats.rank)):.1%}"),
-    ]
-
-
-def _sampled_note(manifest: CaptureManifest) -> str:
-    draws = manifest.codec.draws
-    worst = 0.5 / np.sqrt(draws)
-    return (
-        "Draws are unbiased: on average they give every probability exactly, the tail's too. One row's estimate of a "
-        f"probability p has the standard error sqrt(p (1 - p) / {draws}), at most {worst:.3f}."
-    )
 
 
 def alignment(manifest: CaptureManifest, found: Sequence[Alignment]) -> str:
@@ -215,17 +155,12 @@ def _ratio(part: int, whole: int) -> str:
 
 def limits(manifest: CaptureManifest, *, has_text: bool) -> str:
     """What is not in the capture."""
-    codec, left = manifest.codec, set(manifest.left_out)
-    taus = ", ".join(f"{tau:g}" for tau in codec.temperatures)
+    left = set(manifest.left_out)
     lines = ["Each sample was scored on its own: no context crosses from one window of a document to the next."]
     if without_rows(manifest.left_out):
         lines.append("The rows' entries were left out: only losses of the text's own log-probabilities can be trained.")
-    elif codec.name == "sampled":
-        lines.append("Draws serve losses that are linear in the teacher's probabilities; others need `topk`.")
-        lines.append("Draws are at temperature 1; other temperatures cannot be derived from them.")
     else:
-        lines.append("Which tokens share REST is not known, only how much they have together.")
-        lines.append(f"REST is stored at temperature {taus}; at others it cannot be derived exactly.")
+        lines += open_codec(manifest.codec).limits
     if not has_text:
         lines.append("The text is not included: aligning needs the corpus with the hash above (`--corpus`).")
     if "space_logprob" in left:

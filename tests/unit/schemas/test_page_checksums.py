@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from xtoken.pipeline.store import write_parquet
+from xtoken.pipeline.store.writer import write_parquet
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.io.parquet_headers import read_chunks
 from xtoken.schemas.io.parquet_limits import check_pages

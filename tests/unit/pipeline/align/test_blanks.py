@@ -21,13 +21,13 @@ from xtoken.pipeline.align.rows import Recipe, Rows
 from xtoken.pipeline.align.stage import encode
 from xtoken.pipeline.align.targets import Maps, target_batch
 from xtoken.pipeline.project.build import build_w
-from xtoken.pipeline.store import Sample, capture_batch
-from xtoken.pipeline.store.codec import STEP
-from xtoken.pipeline.store.codec import encode as pack
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.topk import STEP
+from xtoken.pipeline.store.codecs.topk import encode as pack
+from xtoken.pipeline.store.writer import Sample, capture_batch
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
 from xtoken.schemas.manifest import CodecInfo
-from xtoken.schemas.tables import capture
 
 LOSSES = ["p-kl", "h-kl", "gold", "uld", "alm", "byte-prefix"]
 CODEC = CodecInfo(k=8, min_p=0.0, step=STEP)
@@ -61,7 +61,7 @@ def made(teacher: TextTokenizer, text: str, dists: dict[int, Dist]) -> pa.Record
         complete=False,
         snapped=encoded.snapped,
     )
-    batch = capture_batch([sample], capture(CODEC.temperatures, CODEC.name), None)
+    batch = capture_batch([sample], open_codec(CODEC).schema(), None)
     at = batch.schema.get_field_index("topk_codes")
     if at >= 0:
         batch = batch.rename_columns(["topk_ids" if name == "topk_codes" else name for name in batch.schema.names])

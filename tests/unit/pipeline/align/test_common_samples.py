@@ -8,7 +8,7 @@ import pytest
 
 from xtoken.pipeline.align.common_samples import CLASSES, compare, refuse_nothing_in_common
 from xtoken.pipeline.capture import precompute
-from xtoken.pipeline.store import iter_capture
+from xtoken.pipeline.store.reader import iter_capture
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, read_manifest

@@ -25,14 +25,17 @@ from xtoken.pipeline.align.rows import Recipe, Rows
 from xtoken.pipeline.align.stage import encode
 from xtoken.pipeline.align.targets import Maps, target_batch
 from xtoken.pipeline.project import Projection, build_w
-from xtoken.pipeline.store import Sample, capture_batch, iter_parquet, write_parquet
-from xtoken.pipeline.store import encode as pack
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.topk import encode as pack
 from xtoken.pipeline.store.codes import restore_ids
+from xtoken.pipeline.store.reader import iter_parquet
+from xtoken.pipeline.store.writer import Sample, capture_batch, write_parquet
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer
 from xtoken.schemas.manifest import CodecInfo
-from xtoken.schemas.tables import CAPTURE
 from xtoken.trainer.losses.base import VocabArrays
+
+CAPTURE = open_codec(CodecInfo(k=64)).schema()
 
 # The worked numbers are printed to four digits.
 PRINTED = 5e-5

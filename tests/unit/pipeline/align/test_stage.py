@@ -21,7 +21,7 @@ from xtoken.pipeline.align.stage import AlignJob, encode
 from xtoken.pipeline.align.targets import Maps, target_batch
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.project import build_w
-from xtoken.pipeline.store import load_vocab
+from xtoken.pipeline.store.reader import load_vocab
 from xtoken.pipeline.tokens import Encoded, TokenTable, load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig

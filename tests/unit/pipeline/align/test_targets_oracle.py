@@ -27,7 +27,7 @@ from xtoken.pipeline.align.targets import Maps, Routes, target_batch
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.project import Projection, build_w
 from xtoken.pipeline.project.projection import EXACT, PIECES, TO_REST
-from xtoken.pipeline.store import load_vocab
+from xtoken.pipeline.store.reader import load_vocab
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import VerificationError

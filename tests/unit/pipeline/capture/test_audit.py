@@ -15,9 +15,10 @@ from xtoken.pipeline.capture import audit as audit_module
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.capture.audit import accepted_audits, open_audit, read_audits
 from xtoken.pipeline.capture.worker import open_tokenizer
-from xtoken.pipeline.store import Folder, committed, iter_capture
 from xtoken.pipeline.store.codes import with_codes
-from xtoken.pipeline.store.publish import AUDITS
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import AUDITS, committed
+from xtoken.pipeline.store.reader import iter_capture
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.schemas.configs.capture import PrecomputeConfig

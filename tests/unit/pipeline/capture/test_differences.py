@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from xtoken.pipeline.capture.differences import differences
-from xtoken.pipeline.store import encode
+from xtoken.pipeline.store.codecs.topk import encode
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.schemas.manifest import CodecInfo
 

@@ -14,7 +14,8 @@ from xtoken.pipeline.capture import precompute, worker
 from xtoken.pipeline.capture.audit import open_audit
 from xtoken.pipeline.executors.protocol import Event, Job, Lease, Watch
 from xtoken.pipeline.share.push_pull import pull
-from xtoken.pipeline.store import Folder, verify
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.verify import verify
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.schemas.configs.capture import PrecomputeConfig

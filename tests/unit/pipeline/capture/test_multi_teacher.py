@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from xtoken import cli
 from xtoken.pipeline.capture.multi_teacher import each_below, teacher_name
-from xtoken.pipeline.store import verify
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, read_manifest

@@ -7,7 +7,7 @@ import pytest
 
 from xtoken.pipeline.capture.plan import PLAN_FILE, SliceReader, check_files, load_plan, make_plan, settle_plan
 from xtoken.pipeline.corpus import Corpus
-from xtoken.pipeline.store import Folder, StopRun
+from xtoken.pipeline.store.files import Folder, StopRun
 from xtoken.schemas.configs.capture import CorpusConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.ui.progress import Silent

@@ -11,7 +11,9 @@ import pytest
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.capture.estimate.dry_run import dry_run
 from xtoken.pipeline.executors.protocol import Event, Lease
-from xtoken.pipeline.store import DiskFull, committed, data_name, verify
+from xtoken.pipeline.store.files import DiskFull
+from xtoken.pipeline.store.publish import committed, data_name
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import IncompleteRun, VerificationError, XtokenError
 from xtoken.schemas.manifest import CaptureManifest, read_manifest

@@ -15,7 +15,7 @@ from xtoken.pipeline.capture.run_identity import (
     settle_settings,
     settle_teacher,
 )
-from xtoken.pipeline.store import Folder
+from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import VerificationError, XtokenError

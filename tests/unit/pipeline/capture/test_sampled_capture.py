@@ -10,13 +10,15 @@ import pytest
 
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.capture.run_identity import codec_info
-from xtoken.pipeline.store import data_name, iter_capture, verify
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.publish import data_name
+from xtoken.pipeline.store.reader import iter_capture
+from xtoken.pipeline.store.verify import verify
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CodecInfo
-from xtoken.schemas.tables import capture
 from xtoken.schemas.ui.progress import Silent
 
 TEXTS = ["Alpha beta, 42 gammas. " * 12, "x", "naïve café\n" * 10, "tail 👩‍👩‍👧 tail", "x"]
@@ -68,7 +70,7 @@ def test_rows_are_the_teachers_draws(config):
     assert report["rows"] == seen
     assert report["entries"] == sum(sum(row["drawn"]) for row in samples(config.out).values())
     found = pq.read_schema(Path(config.out) / data_name(0))
-    assert found.equals(capture(codec="sampled"), check_metadata=True)
+    assert found.equals(open_codec(manifest.codec).schema(), check_metadata=True)
 
 
 def test_batches_workers_and_shards_change_no_draw(config, tmp_path):

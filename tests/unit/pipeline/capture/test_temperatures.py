@@ -9,15 +9,23 @@ import pyarrow.parquet as pq
 import pytest
 
 from xtoken.pipeline.capture import precompute
-from xtoken.pipeline.store import data_name, decode, decode_tau_rest, inspect, iter_capture, verify, write_parquet
 from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.topk import decode, decode_tau_tail
+from xtoken.pipeline.store.inspect import inspect
+from xtoken.pipeline.store.publish import data_name
+from xtoken.pipeline.store.reader import iter_capture
+from xtoken.pipeline.store.verify import verify
+from xtoken.pipeline.store.writer import write_parquet
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.manifest import CaptureManifest, read_manifest
-from xtoken.schemas.tables import CAPTURE, capture
+from xtoken.schemas.manifest import CaptureManifest, CodecInfo, read_manifest
 from xtoken.schemas.ui.progress import Silent
+
+CAPTURE = open_codec(CodecInfo(k=64)).schema()
+TAU_CODEC = open_codec(CodecInfo(k=64, temperatures=[1.0, 2.0, 4.0]))
 
 TEXTS = ["Alpha beta, 42 gammas. " * 20, "x", "naïve café\n" * 15]
 TEMPERATURES = [2.0, 4.0]
@@ -57,7 +65,7 @@ def test_every_row_holds_its_rest_at_each_temperature(config):
         found = decode(*(np.array(sample[name]) for name in ("kept", "topk_ids", "topk_gap", "rest_gap")))
         gaps = np.array(sample["tau_rest_odds"], np.int16)
         for tau in TEMPERATURES:
-            rest_R = decode_tau_rest(gaps, manifest.codec.temperatures, tau, manifest.codec.step)
+            rest_R = decode_tau_tail(gaps, manifest.codec.temperatures, tau, manifest.codec.step)
             for r in range(len(sample["kept"])):
                 p_U = np.exp(full.logprob[r].astype(np.float64) / tau)
                 kept = np.isin(full.ids[r], found.ids[found.offsets[r] : found.offsets[r + 1]])
@@ -82,7 +90,7 @@ def test_without_temperatures_nothing_changes(config, tmp_path):
     assert with_.plan_hash == without.plan_hash
     ours, theirs = (pa.Table.from_batches(iter_capture(where)) for where in (config.out, plain.out))
     assert ours.drop_columns(["tau_rest_odds"]).equals(theirs)
-    assert ours.schema.names == capture(TEMPERATURES, version=1).names
+    assert ours.schema.names == TAU_CODEC.schema(version=1).names
 
 
 def test_a_killed_run_resumes_to_the_same_bytes_and_other_temperatures_are_refused(config):
@@ -114,7 +122,7 @@ def test_a_run_begun_before_there_were_temperatures_resumes_without_and_refuses_
 def test_a_column_of_another_length_is_damage(config, tmp_path):
     manifest = precompute(config, Silent())
     check = CaptureCheck(manifest.tokenizer.size, manifest.codec)
-    schema = capture(TEMPERATURES)
+    schema = TAU_CODEC.schema()
     rows = pq.read_table(Path(config.out) / data_name(0)).to_pylist()
     copy = str(tmp_path / "part.parquet")
     write_parquet(copy, schema, [pa.RecordBatch.from_pylist(rows, schema)])

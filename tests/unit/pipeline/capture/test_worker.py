@@ -12,8 +12,10 @@ from xtoken.pipeline.capture.run_identity import sees_bos
 from xtoken.pipeline.capture.token_codes import corpus_codes
 from xtoken.pipeline.capture.worker import CaptureJob, chunk_counts, length_batches
 from xtoken.pipeline.executors.protocol import Lease
-from xtoken.pipeline.store import committed, decode, iter_capture
+from xtoken.pipeline.store.codecs.topk import decode
 from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import committed
+from xtoken.pipeline.store.reader import iter_capture
 from xtoken.pipeline.store.writer import rounded
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.tokens import load_tokenizer
@@ -81,7 +83,7 @@ def test_rows_are_the_teachers(config, bos):
             np.testing.assert_array_equal(found.ids[span], full.ids[r, :count])
             np.testing.assert_allclose(found.logprob[span], full.logprob[r, :count], atol=1 / 64 + 1e-6)
             rest = 1 - np.exp(full.logprob[r, :count].astype(float)).sum()
-            assert found.rest_logprob[r] == pytest.approx(np.log(rest), abs=1 / 64 + 1e-6)
+            assert found.tail_logprob[r] == pytest.approx(np.log(rest), abs=1 / 64 + 1e-6)
             assert count == min(16, max(1, (full.logprob[r] >= np.log(0.01)).sum()))
 
 

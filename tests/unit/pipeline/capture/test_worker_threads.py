@@ -10,7 +10,7 @@ import pytest
 
 from xtoken.pipeline.capture.worker_threads import Prepared, Stages
 from xtoken.pipeline.executors.protocol import Lease
-from xtoken.pipeline.store import DiskFull
+from xtoken.pipeline.store.files import DiskFull
 from xtoken.pipeline.teachers.base import EngineLost
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import Part

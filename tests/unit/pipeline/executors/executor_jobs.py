@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xtoken.pipeline.capture import LocalExecutor
 from xtoken.pipeline.executors.protocol import Event, OneByOne, tell_nobody
-from xtoken.pipeline.store import DiskFull
+from xtoken.pipeline.store.files import DiskFull
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import Part
 

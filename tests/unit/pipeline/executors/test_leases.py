@@ -7,7 +7,7 @@ import pytest
 from xtoken.pipeline.executors import leases as module
 from xtoken.pipeline.executors.leases import ATTEMPTS, Leases
 from xtoken.pipeline.executors.protocol import News
-from xtoken.pipeline.store import DiskFull
+from xtoken.pipeline.store.files import DiskFull
 from xtoken.schemas.errors import Unreachable, XtokenError
 from xtoken.schemas.manifest import Part
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from xtoken.pipeline.capture import LocalExecutor
-from xtoken.pipeline.store import DiskFull
+from xtoken.pipeline.store.files import DiskFull
 from xtoken.schemas.errors import XtokenError
 
 HERE = Path(__file__).resolve().parent

@@ -4,7 +4,7 @@ import pytest
 
 from xtoken.pipeline.executors.leases import ATTEMPTS
 from xtoken.pipeline.executors.open_failures import Openings
-from xtoken.pipeline.store import DiskFull
+from xtoken.pipeline.store.files import DiskFull
 from xtoken.schemas.errors import Unreachable, XtokenError
 
 

@@ -37,7 +37,7 @@ def test_rows_are_what_decode_gives(sample_of: Load, name: str) -> None:
         start, end = sample.rows.offsets[at : at + 2]
         assert [data["teacher"][place][0] for place in places] == sample.rows.ids[start:end].tolist()
         assert nats(gaps, data["step"]) == sample.rows.logprob[start:end].tolist()
-        assert (-math.inf if rest is None else -rest * data["step"]) == sample.rows.rest_logprob[at]
+        assert (-math.inf if rest is None else -rest * data["step"]) == sample.rows.tail_logprob[at]
     realised = [-value * UNIT for value in data["realised"]]
     assert realised == pytest.approx(sample.row["realised_logprob"], abs=UNIT)
 

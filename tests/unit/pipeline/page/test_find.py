@@ -9,8 +9,9 @@ import pytest
 
 from xtoken.pipeline.page import find as module
 from xtoken.pipeline.page.find import Place, all_ids, find, find_worst, read_sample
-from xtoken.pipeline.store import Folder, data_name
 from xtoken.pipeline.store.checks import CaptureCheck
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.publish import data_name
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
 from xtoken.schemas.tables import targets as target_schema

@@ -11,7 +11,7 @@ from rich.console import Console
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.project import Audit, build_w, coverage, project
 from xtoken.pipeline.project.mass import Mass, teacher_mass
-from xtoken.pipeline.store import iter_capture
+from xtoken.pipeline.store.reader import iter_capture
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.artifacts import ProjectConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig

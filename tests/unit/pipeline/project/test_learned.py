@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from xtoken.pipeline.project import Projection, build_w, moved_rows, read_projection, write_learned
 from xtoken.pipeline.project.files import write_table, write_tables
 from xtoken.pipeline.project.learned import STUDENT_VOCAB_FILE, named, reweighted
-from xtoken.pipeline.store import inspect, verify
+from xtoken.pipeline.store.inspect import inspect
+from xtoken.pipeline.store.verify import verify
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import MANIFEST, ProjectionManifest, TargetManifest, TeacherInfo, provenance, read_manifest

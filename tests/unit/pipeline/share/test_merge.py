@@ -14,8 +14,10 @@ from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.share.destination import Destination
 from xtoken.pipeline.share.merge import merge
 from xtoken.pipeline.share.push_pull import pull
-from xtoken.pipeline.store import data_name, iter_capture, load_vocab, verify
+from xtoken.pipeline.store.publish import data_name
+from xtoken.pipeline.store.reader import iter_capture, load_vocab
 from xtoken.pipeline.store.seal import seal
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.configs.share import MergeConfig, PullConfig

@@ -19,9 +19,10 @@ from xtoken.pipeline.share import transfer as transfer_module
 from xtoken.pipeline.share.destination import Destination, HubDestination
 from xtoken.pipeline.share.push_pull import pull, push
 from xtoken.pipeline.share.shipment import CLAIM_FILE
-from xtoken.pipeline.store import DiskFull, Folder, data_name, verify
-from xtoken.pipeline.store.publish import clean, commit_name
+from xtoken.pipeline.store.files import DiskFull, Folder
+from xtoken.pipeline.store.publish import clean, commit_name, data_name
 from xtoken.pipeline.store.seal import seal
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.artifacts import ProjectConfig
 from xtoken.schemas.configs.share import PullConfig, PushConfig
 from xtoken.schemas.errors import VerificationError, XtokenError

@@ -14,8 +14,12 @@ from xtoken.pipeline.align import align
 from xtoken.pipeline.project.mass import teacher_mass
 from xtoken.pipeline.share.push_pull import pull, push
 from xtoken.pipeline.share.subset import Where, chosen_parts, number_ranges
-from xtoken.pipeline.store import Folder, data_name, inspect, iter_capture, verify
+from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.inspect import inspect
+from xtoken.pipeline.store.publish import data_name
+from xtoken.pipeline.store.reader import iter_capture
 from xtoken.pipeline.store.seal import seal
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.share import PullConfig, PushConfig
 from xtoken.schemas.errors import VerificationError, XtokenError

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from xtoken.pipeline.share.card.card import card_files
 from xtoken.pipeline.share.merge import merge
 from xtoken.pipeline.share.push_pull import pull
-from xtoken.pipeline.store import inspect, verify
 from xtoken.pipeline.store.figures import audits_line, capture_figures
+from xtoken.pipeline.store.inspect import inspect
 from xtoken.pipeline.store.seal import seal
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.share import MergeConfig, PullConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import AuditRecord, CaptureManifest, read_manifest

@@ -5,14 +5,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from xtoken.pipeline.store import committed, iter_capture, iter_parquet, load_vocab, write_parquet
+from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codes import read_codes, recode
-from xtoken.pipeline.store.reader import read_table
-from xtoken.pipeline.store.writer import group_rows
+from xtoken.pipeline.store.publish import committed
+from xtoken.pipeline.store.reader import iter_capture, iter_parquet, load_vocab, read_table
+from xtoken.pipeline.store.writer import group_rows, write_parquet
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.parquet_limits import GROUPS
-from xtoken.schemas.manifest import CaptureManifest, read_manifest
-from xtoken.schemas.tables import CAPTURE
+from xtoken.schemas.manifest import CaptureManifest, CodecInfo, read_manifest
+
+CAPTURE = open_codec(CodecInfo(k=64)).schema()
 
 NUMBERS = ("teacher_ids", "teacher_end", "kept", "topk_codes", "topk_gap", "rest_gap", "realised_logprob")
 

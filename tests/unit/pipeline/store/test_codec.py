@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xtoken.pipeline.store import NO_REST, STEP, Packed, decode, decode_tau_rest, encode
+from xtoken.pipeline.store.codecs.topk import NO_TAIL, STEP, Packed, decode, decode_tau_tail, encode
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.schemas.errors import XtokenError
 
@@ -38,7 +38,7 @@ def slow_row(ids, logprob, k, min_p, vocab_size):
         running += gap * Fraction(STEP)
         gaps.append(gap)
     rest = 1 - sum(Decimal(value).exp() for _, value in kept)
-    rest_gap = NO_REST if rest <= 0 else math.floor(-rest.ln() / Decimal(STEP) + Decimal("0.5"))
+    rest_gap = NO_TAIL if rest <= 0 else math.floor(-rest.ln() / Decimal(STEP) + Decimal("0.5"))
     return [t for t, _ in kept], gaps, rest_gap, float(rest)
 
 
@@ -113,7 +113,7 @@ def test_padded_head_and_impossible_tokens_are_rest():
     packed = encode(rows_of([[9, 3, 4, 5]], [logprob]), k=4, min_p=0.0, vocab_size=9)
     assert packed.topk_ids.tolist() == [3, 4]
     found = decode(packed.kept, packed.topk_ids, packed.topk_gap, packed.rest_gap)
-    assert np.exp(found.rest_logprob[0]) == pytest.approx(0.625, rel=STEP)
+    assert np.exp(found.tail_logprob[0]) == pytest.approx(0.625, rel=STEP)
 
 
 def test_one_entry_is_kept_below_min_p_and_rest_of_a_sure_row_is_small():
@@ -124,8 +124,8 @@ def test_one_entry_is_kept_below_min_p_and_rest_of_a_sure_row_is_small():
 
 def test_no_mass_left():
     packed = encode(rows_of([[1, 2]], [[0.0, -np.inf]]), k=8, min_p=0.01, vocab_size=9)
-    assert packed.rest_gap.tolist() == [NO_REST]
-    assert decode(packed.kept, packed.topk_ids, packed.topk_gap, packed.rest_gap).rest_logprob[0] == -np.inf
+    assert packed.rest_gap.tolist() == [NO_TAIL]
+    assert decode(packed.kept, packed.topk_ids, packed.topk_gap, packed.rest_gap).tail_logprob[0] == -np.inf
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_rest_at_other_temperatures_is_what_the_kept_entries_leave(size, sharpne
         np.testing.assert_array_equal(getattr(packed, name), getattr(plain, name))
     offsets = decode(packed.kept, packed.topk_ids, packed.topk_gap, packed.rest_gap).offsets
     for tau in TEMPERATURES:
-        found = decode_tau_rest(packed.tau_rest_odds, (1.0, *TEMPERATURES), tau, STEP)
+        found = decode_tau_tail(packed.tau_rest_odds, (1.0, *TEMPERATURES), tau, STEP)
         assert found.shape == (len(rows.ids),)
         for r, logprob in enumerate(rows.logprob):
             kept = np.isin(rows.ids[r], packed.topk_ids[offsets[r] : offsets[r + 1]])
@@ -188,20 +188,20 @@ def test_nothing_is_left_at_any_temperature_where_all_is_kept(sharpness):
     packed = encode(whole_rows(200, sharpness), k=200, min_p=0.0, vocab_size=200, temperatures=TEMPERATURES)
     assert (packed.tau_rest_odds == -32768).all()
     for tau in TEMPERATURES:
-        assert np.isneginf(decode_tau_rest(packed.tau_rest_odds, (1.0, *TEMPERATURES), tau, STEP)).all()
+        assert np.isneginf(decode_tau_tail(packed.tau_rest_odds, (1.0, *TEMPERATURES), tau, STEP)).all()
 
 
 def test_a_temperature_that_was_not_captured_is_named():
     for held, message in (((1.0, 2.0), "temperature 4 .*it holds 2.*--temperatures 4"), ((1.0,), "holds none but 1")):
         with pytest.raises(XtokenError, match=message):
-            decode_tau_rest(np.zeros(2, np.int16), held, 4.0, STEP)
+            decode_tau_tail(np.zeros(2, np.int16), held, 4.0, STEP)
     with pytest.raises(XtokenError, match="temperature 1 "):
-        decode_tau_rest(np.zeros(2, np.int16), (1.0, 2.0), 1.0, STEP)
+        decode_tau_tail(np.zeros(2, np.int16), (1.0, 2.0), 1.0, STEP)
 
 
 def test_normalisers_that_belong_to_other_rows_are_refused():
     rows = whole_rows(20, 1.0)
-    for spoil, message in ((-1.0, "sum to 2.7"), (np.nan, "no numbers")):
+    for spoil, message in ((-1.0, "sum to 2.7"), (np.nan, "NaN or inf")):
         wrong = replace(rows, tau_lognorm=rows.tau_lognorm + np.float32(spoil))
         with pytest.raises(XtokenError, match=message):
             encode(wrong, k=20, min_p=0.0, vocab_size=20, temperatures=TEMPERATURES)

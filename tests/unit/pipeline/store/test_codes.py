@@ -5,9 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from xtoken.pipeline.store import iter_capture, iter_parquet
 from xtoken.pipeline.store.codes import codes_by_use, inverse, read_codes, recode, restore_ids, with_codes
-from xtoken.pipeline.store.reader import ids_of_codes, read_table
+from xtoken.pipeline.store.reader import ids_of_codes, iter_capture, iter_parquet, read_table
 from xtoken.pipeline.store.writer import rounded
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.errors import VerificationError

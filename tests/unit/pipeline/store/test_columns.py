@@ -6,11 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xtoken.pipeline.store import Packed, Sample, capture_batch, list_column
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.topk import Packed
 from xtoken.pipeline.store.columns import any_per_sample, check_ids
-from xtoken.pipeline.store.writer import rounded
+from xtoken.pipeline.store.writer import Sample, capture_batch, list_column, rounded
 from xtoken.schemas.errors import VerificationError
-from xtoken.schemas.tables import CAPTURE
+from xtoken.schemas.manifest import CodecInfo
+
+CAPTURE = open_codec(CodecInfo(k=64)).schema()
 
 
 @given(st.lists(st.lists(st.booleans(), max_size=4), max_size=8))

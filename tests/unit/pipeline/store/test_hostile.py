@@ -21,10 +21,11 @@ from fuzz import thrift as fuzz_thrift
 from fuzz.mutations import seal, seal_sums, write
 
 from xtoken.pipeline.share.push_pull import pull
-from xtoken.pipeline.store import inspect, iter_capture, verify
 from xtoken.pipeline.store.checks import CaptureCheck
-from xtoken.pipeline.store.reader import read_table
+from xtoken.pipeline.store.inspect import inspect
+from xtoken.pipeline.store.reader import iter_capture, read_table
 from xtoken.pipeline.store.seal import seal as seal_artifact
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.share import PullConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io import parquet_limits as limits

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from xtoken.pipeline.store import inspect
+from xtoken.pipeline.store.inspect import inspect
 from xtoken.schemas.errors import VerificationError, XtokenError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from xtoken.pipeline.store.codec import NO_REST, decode
+from xtoken.pipeline.store.codecs.topk import NO_TAIL, decode
 from xtoken.pipeline.store.kernels import LEVELS, RULES, level_table, levels, row_faults, whole_rows
 
 STEP = 1 / 32
@@ -28,7 +28,7 @@ def rows_of(seed: int, rows: int = 200) -> tuple[NDArray[Any], ...]:
         part /= part.sum()
         level = np.floor(np.log(part[:-1]) / -STEP + 0.5).astype(np.int64)
         gaps.append(np.diff(level, prepend=0).astype(np.uint16))
-        rests.append(NO_REST if part[-1] == 0 else round(-math.log(part[-1]) / STEP))
+        rests.append(NO_TAIL if part[-1] == 0 else round(-math.log(part[-1]) / STEP))
     return kept, ids, np.concatenate(gaps), np.array(rests, np.uint16)
 
 
@@ -49,10 +49,10 @@ def test_whole_rows_sum_to_one(far: bool) -> None:
     assert offsets.tolist() == plain.offsets.tolist()
     for row in range(len(kept)):
         span = slice(offsets[row], offsets[row + 1])
-        scale = math.log(np.exp(plain.logprob[span]).sum() + math.exp(plain.rest_logprob[row]))
+        scale = math.log(np.exp(plain.logprob[span]).sum() + math.exp(plain.tail_logprob[row]))
         assert logprob[span] == pytest.approx(plain.logprob[span] - scale, abs=1e-12)
         assert p[span] == pytest.approx(np.exp(logprob[span]), abs=1e-14)
-        assert rest_R[row] == pytest.approx(plain.rest_logprob[row] - scale, abs=1e-12)
+        assert rest_R[row] == pytest.approx(plain.tail_logprob[row] - scale, abs=1e-12)
         assert p[span].sum() + math.exp(rest_R[row]) == pytest.approx(1, abs=1e-12)
         cells = np.append(p[span], math.exp(rest_R[row]))
         cells = cells[cells > 0]

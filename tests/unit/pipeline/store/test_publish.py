@@ -7,8 +7,8 @@ import uuid
 
 import pytest
 
-from xtoken.pipeline.store import DiskFull, Figures, Folder, clean, committed, data_name, publish_part
-from xtoken.pipeline.store.publish import commit_name
+from xtoken.pipeline.store.files import DiskFull, Folder
+from xtoken.pipeline.store.publish import Figures, clean, commit_name, committed, data_name, publish_part
 from xtoken.schemas.errors import VerificationError, XtokenError
 
 

@@ -12,18 +12,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from xtoken.pipeline.capture import precompute
-from xtoken.pipeline.store import data_name, inspect, verify, write_parquet
 from xtoken.pipeline.store.checks import CaptureCheck
-from xtoken.pipeline.store.sampled import PackedDraws, decode_draws, encode_draws
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.sampled import PackedDraws, decode_draws, encode_draws
+from xtoken.pipeline.store.inspect import inspect
+from xtoken.pipeline.store.publish import data_name
+from xtoken.pipeline.store.verify import verify
+from xtoken.pipeline.store.writer import write_parquet
 from xtoken.pipeline.teachers.base import Draws
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.manifest import CaptureManifest, read_manifest
-from xtoken.schemas.tables import capture
+from xtoken.schemas.manifest import CaptureManifest, CodecInfo, read_manifest
 from xtoken.schemas.ui.progress import Silent
 
 DRAWS = 20
-SCHEMA = capture(codec="sampled")
+SCHEMA = open_codec(CodecInfo(name="sampled", draws=DRAWS)).schema()
 TEXTS = ["The quick brown fox, 12345 jumps; naïve café. " * 4, "日本語 and tabs\t\n" * 8, "x"]
 
 
@@ -44,8 +47,8 @@ def test_draws_come_back_as_log_shares_without_rest():
     assert found.offsets.tolist() == [0, 2, 3]
     assert found.ids.tolist() == [4, 1, 8]
     np.testing.assert_allclose(np.exp(found.logprob), [0.6, 0.4, 1.0])
-    assert np.isneginf(found.rest_logprob).all()
-    assert len(found.rest_logprob) == 2
+    assert np.isneginf(found.tail_logprob).all()
+    assert len(found.tail_logprob) == 2
     empty = PackedDraws.empty()
     assert decode_draws(empty.drawn, empty.draw_ids, empty.draw_count, DRAWS).offsets.tolist() == [0]
 
@@ -61,14 +64,14 @@ def test_large_vocabularies_and_many_draws_fit():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"entropy": np.array([np.nan, 0], np.float32)}, "entropy is no number"),
-        ({"entropy": np.array([np.inf, 0], np.float32)}, "entropy is no number"),
-        ({"entropy": np.array([0.7, -0.1], np.float32)}, "entropy is no number"),
-        ({"count": np.array([12, 7, 20], np.int32)}, "has 19 draws, not 20"),
+        ({"entropy": np.array([np.nan, 0], np.float32)}, "entropy is NaN, inf or negative"),
+        ({"entropy": np.array([np.inf, 0], np.float32)}, "entropy is NaN, inf or negative"),
+        ({"entropy": np.array([0.7, -0.1], np.float32)}, "entropy is NaN, inf or negative"),
+        ({"count": np.array([12, 7, 20], np.int32)}, "has 19 sampled tokens, not 20"),
         ({"count": np.array([20, 0, 20], np.int32)}, "the backend is broken"),
         ({"count": np.array([21, -1, 20], np.int32)}, "the backend is broken"),
-        ({"ids": np.array([4, 1, 9], np.int32)}, "outside 0 to 8 was drawn"),
-        ({"ids": np.array([4, -1, 8], np.int32)}, "outside 0 to 8 was drawn"),
+        ({"ids": np.array([4, 1, 9], np.int32)}, "outside 0 to 8 was sampled"),
+        ({"ids": np.array([4, -1, 8], np.int32)}, "outside 0 to 8 was sampled"),
     ],
 )
 def test_what_is_no_row_of_draws_is_refused(changes, message):
@@ -148,16 +151,16 @@ BROKEN = {
     "not as many entries as drawn": put("drawn", 3, 19),
     r"draw_\w+ has an id outside 0 to 255": put("draw_codes", 5, 256),
     r"draw_\w+ has an id outside 0 to 255 ": put("draw_codes", 5, -(2**31)),
-    "drawn less than once": moved,
-    "the draws of a row are not 20": less_of_one,
-    "the draws of a row are not 20 ": put("draw_count", 0, 65535),
+    "sampled less than once": moved,
+    "the sampled tokens of a row are not 20": less_of_one,
+    "the sampled tokens of a row are not 20 ": put("draw_count", 0, 65535),
     "an id stands twice in one row": twice,
     "order": turned,
     "entropy is not between 0 and 5.545": put("entropy", 2, float("nan")),
     "entropy is not between 0 and 5.545 ": put("entropy", 2, float("inf")),
     "entropy is not between 0 and 5.545  ": put("entropy", 2, -0.01),
     "entropy is not between 0 and 5.545   ": put("entropy", 2, 5.56),
-    "realised_logprob is no log-probability": put("realised_logprob", 1, float("nan")),
+    "realised_logprob is not a log-probability": put("realised_logprob", 1, float("nan")),
     "realised_logprob has another length": shorter("realised_logprob"),
 }
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xtoken.pipeline.store import verify
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.seal import SUMS_FILE, read_sums, seal, sums_text
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.errors import VerificationError, XtokenError
 
 

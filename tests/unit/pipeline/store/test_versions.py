@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from xtoken.pipeline.align.run import align
-from xtoken.pipeline.store import decode, decode_tau_rest, inspect, iter_capture, load_vocab, verify
+from xtoken.pipeline.store.codecs.topk import decode, decode_tau_tail
+from xtoken.pipeline.store.inspect import inspect
+from xtoken.pipeline.store.reader import iter_capture, load_vocab
+from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_any_manifest, read_manifest
@@ -80,11 +83,11 @@ def test_topk_rows_decode_to_what_the_teacher_said(name: str) -> None:
         assert count == codec.k or wanted["logprob"][count] < np.log(codec.min_p)
         np.testing.assert_allclose(found.logprob[here], wanted["logprob"][:count], atol=codec.step / 2 + 1e-5)
         left = 1 - np.exp(wanted["logprob"][:count]).sum()
-        np.testing.assert_allclose(found.rest_logprob[at], np.log(left), atol=codec.step / 2 + 1e-4)
+        np.testing.assert_allclose(found.tail_logprob[at], np.log(left), atol=codec.step / 2 + 1e-4)
         assert row["realised_logprob"][at] == pytest.approx(wanted["realised_logprob"], rel=2.0**-16, abs=1e-5)
         for tau, logprob in wanted.get("tau_logprob", {}).items():
             odds = np.asarray(row["tau_rest_odds"], np.int16)
-            rest_R = decode_tau_rest(odds, codec.temperatures, float(tau), codec.step)
+            rest_R = decode_tau_tail(odds, codec.temperatures, float(tau), codec.step)
             left = 1 - np.exp(logprob[:count]).sum()
             np.testing.assert_allclose(rest_R[at], np.log(left), atol=codec.step / 2 + 2e-3)
 

@@ -218,7 +218,7 @@ def test_info_says_which_model_it_was(table: TokenTable, tmp_path: Path) -> None
         ({"max_tokens": 65}, "use --max-tokens 64 or less"),
         ({"max_tokens": 64, "bos": "always"}, "use --max-tokens 63 or less"),
         ({"device": "cuda:99"}, "cuda:99.*torch sees"),
-        ({"device": "graphics"}, "is no device"),
+        ({"device": "graphics"}, "is not a device"),
         ({"device": "meta"}, "runs on cpu and cuda"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from xtoken.pipeline.store import STEP, Packed, decode, decode_tau_rest, encode
+from xtoken.pipeline.store.codecs.topk import STEP, Packed, decode, decode_tau_tail, encode
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.pipeline.tokens import TokenTable, load_tokenizer
@@ -75,7 +75,7 @@ def assert_rest(packed: Packed, dense_RU: NDArray[np.float64]) -> None:
     offsets = decode(packed.kept, packed.topk_ids, packed.topk_gap, packed.rest_gap).offsets
     assert packed.tau_rest_odds is not None
     for tau in TEMPERATURES:
-        found_R = decode_tau_rest(packed.tau_rest_odds, [1.0, *TEMPERATURES], tau, STEP)
+        found_R = decode_tau_tail(packed.tau_rest_odds, [1.0, *TEMPERATURES], tau, STEP)
         assert len(found_R) == len(dense_RU)
         for r, row_U in enumerate(np.exp(torch.log_softmax(torch.from_numpy(dense_RU) / tau, -1).numpy())):
             rest = np.delete(row_U, packed.topk_ids[offsets[r] : offsets[r + 1]]).sum()

@@ -15,7 +15,7 @@ from xtoken.pipeline.capture.monitor.rate import Rate
 from xtoken.pipeline.capture.monitor.status import read_status
 from xtoken.pipeline.capture.plan import Plan, Shard
 from xtoken.pipeline.executors.protocol import Event
-from xtoken.pipeline.store import Folder
+from xtoken.pipeline.store.files import Folder
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CorpusInfo, Part, TeacherInfo

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from xtoken import cli
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.capture.monitor.status import duration, goes_on, status
-from xtoken.pipeline.store import committed
+from xtoken.pipeline.store.publish import committed
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, read_manifest

@@ -23,7 +23,7 @@ from xtoken.pipeline.share.card.card import card_files, size_category, write_car
 from xtoken.pipeline.share.card.markup import HUB_LICENSES, code, latex, license_lines, one_line, plain, public
 from xtoken.pipeline.share.card.plots import PLOTS
 from xtoken.pipeline.share.card.stats import RowStats, quantile, read_stats
-from xtoken.pipeline.store import iter_capture
+from xtoken.pipeline.store.reader import iter_capture
 from xtoken.pipeline.store.seal import PLOTS as SEALED_PLOTS
 from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.capture import PrecomputeConfig

@@ -1,5 +1,5 @@
--- Rows whose entries are draws.
--- Needs: sampled, rows
+-- Rows whose entries are sampled tokens.
+-- Needs: rows
 SELECT
     sample_id, text, teacher_ids, teacher_end, realised_logprob, space_logprob, first_row, complete, snapped,
     CAST(drawn AS INTEGER[]) AS kept,

@@ -1,5 +1,5 @@
 -- Rows whose entries are the most probable tokens.
--- Needs: topk, rows
+-- Needs: rows
 SELECT
     sample_id, text, teacher_ids, teacher_end, realised_logprob, space_logprob, first_row, complete, snapped,
     CAST(kept AS INTEGER[]) AS kept,
