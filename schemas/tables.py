@@ -200,12 +200,12 @@ class EntryTable:
     Attributes:
         name: stem of the view: ``NAME_entries``.
         counts: count columns of one axis.
-        split: where there are two, the view's boolean column that is true of the first.
+        split: where there are two, the view's boolean column that is true of the first, and what it means.
     """
 
     name: str
     counts: tuple[str, ...]
-    split: str = ""
+    split: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,8 @@ _FACTOR = LossColumn(
     "value",
     "factor: the chunk's other tokens",
 )
+_COMMON = ("common", "one of the pairs that are compared token by token; the others are compared as sorted lists")
+_MATCHED = ("matched", "it has a student token of equal bytes; the others are compared as sorted lists")
 _TAIL_DOC = "[C] nats: log of REST; -inf = none; NaN = unknown at this temperature, entries are then renormalised"
 # Each loss of this project by name; to add one is an entry here, a file on each side, and its options.
 LOSSES: dict[str, LossSchema] = {
@@ -307,7 +309,7 @@ LOSSES: dict[str, LossSchema] = {
                 "logprob",
             ),
         ),
-        (EntryTable("hkl", ("hkl_common_count", "hkl_other_count"), split="common"),),
+        (EntryTable("hkl", ("hkl_common_count", "hkl_other_count"), split=_COMMON),),
         merges=("first", "mean"),
     ),
     "gold": LossSchema(
@@ -320,7 +322,7 @@ LOSSES: dict[str, LossSchema] = {
             LossColumn("gold_other_logprob", FLOATS, "gold_other_count", "[K] nats, descending", "logprob"),
             _FACTOR,
         ),
-        (EntryTable("gold", ("gold_count", "gold_other_count"), split="matched"),),
+        (EntryTable("gold", ("gold_count", "gold_other_count"), split=_MATCHED),),
         merges=("first", "last"),
     ),
     "uld": LossSchema(
