@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import GeneratorType
 from typing import Any
 
+from xtoken.schemas.tables import LOSSES
+
 # (module, name in it, step). A name of a class is a method; of a table of functions, each of them.
 Steps = Sequence[tuple[str, str, str]]
 STAGE, PARTS = "xtoken.pipeline.align.stage", "xtoken.pipeline.align.parts"
@@ -28,8 +30,12 @@ STEPS: Steps = (
     (STAGE, "target_batch", "other columns"),
     ("xtoken.pipeline.align.rows", "RowBatch.of", "restore, decode, normalise"),
     ("xtoken.pipeline.align.rows", "RowBatch.spans", "rows of chunks"),
-    ("xtoken.pipeline.align.targets", "merge_rows", "rows of chunks"),
-    ("xtoken.pipeline.align.targets", "_COLUMNS", "targets"),
+    ("xtoken.pipeline.align.losses.base", "merge_rows", "rows of chunks"),
+    *(
+        (f"xtoken.pipeline.align.losses.{loss.module}", "Builder.columns", f"targets: {name}")
+        for name, loss in LOSSES.items()
+        if loss.columns
+    ),
 )
 TOKENIZE = "tokenize (the library)"
 

@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -38,6 +39,16 @@ _Count = Annotated[int, Field(ge=0, le=1 << 53)]
 _Size = Annotated[int, Field(ge=0, le=_MOST_TOKENS)]
 _Nats = Annotated[float, Field(ge=0.0)]
 _Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _known_loss(name: str) -> str:
+    """Asked when a manifest is read, so that a loss may be added to ``LOSSES`` after this module was imported."""
+    if name not in LOSSES:
+        raise ValueError(f"loss {name!r} is unknown; this release knows {', '.join(LOSSES)}")
+    return name
+
+
+_Loss = Annotated[str, AfterValidator(_known_loss)]
 # Version of targets whose manifest sets no part aside; the one after differs by that field only.
 WHOLE_TARGETS = 3
 # Version of captures made on one kind of device; the one after says of which device a part is, and nothing else.
@@ -261,7 +272,7 @@ class TargetManifest(_Manifest):
     teacher_tokenizer: TokenizerInfo
     student: TokenizerInfo
     w_hash: str
-    losses: list[Literal[LOSSES]]  # type: ignore[valid-type]
+    losses: list[_Loss]
     unreached: str
     merge: str = Field("first", description="how a chunk's rows became one: first | last | mean")
     tau: float = Field(1.0, gt=0.0, description="temperature of the stored distributions")

@@ -12,17 +12,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_LISTS = {"h-kl": ("hkl_common", "hkl_other"), "gold": ("gold", "gold_other"), "uld": ("uld",)}
+from xtoken.schemas.tables import LOSSES
+
 _LITTLE = 0.01  # of a row: not worth a word
 
 
 def lacking_columns(loss: str, tau: float, merge: str) -> Sequence[str]:
-    """Target columns to look into; none where a loss has REST, or none at temperature 1.
+    """Target columns to look into; none of a loss that has the tail mass, and none at temperature 1.
 
-    Merged rows (``mean``) are no distributions: what they lack does not show.
+    Merged rows (``mean``) are not distributions: what they lack does not show.
     """
-    stems = _LISTS.get(loss, ()) if tau != 1 and merge != "mean" else ()
-    return [f"{stem}_{what}" for stem in stems for what in ("count", "logprob")]
+    schema = LOSSES[loss]
+    if tau == 1 or merge == "mean" or any(column.holds == "tail" for column in schema.columns):
+        return []
+    counts = [count for table in schema.entry_tables for count in table.counts]
+    return [name for count in counts for name in (count, *(column.name for column in schema.along(count, "logprob")))]
 
 
 def lacking_note(root: str, losses: Sequence[str], tau: float, values: Mapping[str, NDArray[Any]]) -> str | None:

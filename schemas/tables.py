@@ -5,7 +5,8 @@ C chunks, K kept entries summed over a sample's rows or chunks. Logarithms are n
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -128,8 +129,15 @@ UNREACHED = pa.schema(
 )
 
 
+Holds = Literal["count", "student ids", "teacher ids", "shared ids", "ranks", "logprob", "tail", "value"]
+INTS, FLOATS = _list(pa.int32()), _list(pa.float32())
+
+
 def _column(name: str, kind: pa.DataType, axis: str, doc: str) -> pa.Field:
-    """A target column. ``axis`` says what it has one value (or, for lists, one element) of: see ``TargetColumn``."""
+    """A target column. ``axis`` says what it has one value (or, for lists, one element) of: see ``TargetColumn``.
+
+    Both texts are written into the footer of every part: to change one is to change what lies on disk.
+    """
     return pa.field(name, kind, nullable=False, metadata={"doc": doc, "axis": axis})
 
 
@@ -137,126 +145,247 @@ _TARGET_BASE = [
     _column("sample_id", pa.string(), "sample", "as in the capture"),
     _column("teacher_entropy", pa.float32(), "sample", "nats: mean over chunk rows, REST as one cell; NaN = no row"),
     _column("teacher_top1", pa.float32(), "sample", "mean over chunk rows of the largest probability; NaN = no row"),
-    _column("student_ids", _list(pa.int32()), "token", "[S] tokens; no BOS; eos last if complete"),
-    _column("student_end", _list(pa.int32()), "token", "[S] cumulative byte ends"),
-    _column("chunk_student_end", _list(pa.int32()), "chunk", "[C] index after the chunk's last student token"),
-    _column("chunk_teacher_end", _list(pa.int32()), "chunk", "[C] index after the chunk's last teacher token"),
-    _column(
-        "teacher_logprob", _list(pa.float32()), "chunk", "[C] nats: sum over the chunk's realised tokens; NaN = no row"
-    ),
+    _column("student_ids", INTS, "token", "[S] tokens; no BOS; eos last if complete"),
+    _column("student_end", INTS, "token", "[S] cumulative byte ends"),
+    _column("chunk_student_end", INTS, "chunk", "[C] index after the chunk's last student token"),
+    _column("chunk_teacher_end", INTS, "chunk", "[C] index after the chunk's last teacher token"),
+    _column("teacher_logprob", FLOATS, "chunk", "[C] nats: sum over the chunk's realised tokens; NaN = no row"),
 ]
+
+
+@dataclass(frozen=True)
+class LossColumn:
+    """A column that one loss (or several) adds to a target table.
+
+    Attributes:
+        name: its name on disk.
+        type: ``INTS`` or ``FLOATS``, a list per sample.
+        axis: see ``TargetColumn``; a count column stands before the columns whose axis it is.
+        doc: a line, written into the footer of every part.
+        holds: what its elements are. ``count``: entries of each chunk or token. ``student ids``; ``teacher ids``,
+            reached through W; ``shared ids``, of the one vocabulary of both sides. ``ranks``: places among the
+            student's text tokens in order of (bytes, id), two columns of them being a range. ``logprob``: nats of an
+            entry, which adds to its target's mass. ``tail``: log of the tail mass of a target. ``value``: any other
+            log-probability.
+        label: of a value, what a page calls it.
+    """
+
+    name: str
+    type: pa.DataType
+    axis: str
+    doc: str
+    holds: Holds
+    label: str = ""
+
+    @property
+    def field(self) -> pa.Field:
+        """As it lies on disk."""
+        return _column(self.name, self.type, self.axis, self.doc)
+
+
+@dataclass(frozen=True)
+class EntryTable:
+    """Count columns whose entries belong together: one view of 'xtoken query', and one mass that is at most 1.
+
+    Attributes:
+        name: stem of the view: ``NAME_entries``.
+        counts: count columns of one axis.
+        split: where there are two, the view's boolean column that is true of the first, and what it means.
+    """
+
+    name: str
+    counts: tuple[str, ...]
+    split: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class LossSchema:
+    """Everything that the layers have to know of a loss without importing it.
+
+    Attributes:
+        module: its file in ``pipeline/align/losses`` and in ``trainer/losses``, without .py.
+        columns: those that it adds to a target table, in order.
+        tables: how their entries belong together; left out: each count column alone, named without ``_count``.
+        merges: values of 'xtoken align --merge' that it is defined with.
+    """
+
+    module: str
+    columns: tuple[LossColumn, ...] = ()
+    tables: tuple[EntryTable, ...] = ()
+    merges: tuple[str, ...] = ("first",)
+
+    @property
+    def entry_tables(self) -> tuple[EntryTable, ...]:
+        """``tables``, or what they are when left out."""
+        counts = (column.name for column in self.columns if column.holds == "count")
+        return self.tables or tuple(EntryTable(name.removesuffix("_count"), (name,)) for name in counts)
+
+    def column(self, name: str) -> LossColumn:
+        """One of the columns."""
+        return next(column for column in self.columns if column.name == name)
+
+    def along(self, axis: str, *holds: Holds) -> list[LossColumn]:
+        """Columns of an axis that hold one of these."""
+        return [column for column in self.columns if column.axis == axis and column.holds in holds]
+
+    def tail_of(self, table: EntryTable) -> LossColumn | None:
+        """The column with the tail mass of a table's targets, named after the table."""
+        name = f"{table.name}_rest_logprob"
+        return next((column for column in self.columns if column.name == name and column.holds == "tail"), None)
+
 
 # A chunk whose first teacher token has no row has count 0 and takes no part in the loss. Log-probabilities are nats at
 # the manifest's temperature, except those of the text itself (teacher_logprob, alm_space_logprob), which are at 1.
-_FACTOR = _column(
+_FACTOR = LossColumn(
     "factor_logprob",
-    _list(pa.float32()),
+    FLOATS,
     "chunk",
     "[C] nats: what the chunk's row is multiplied by, the realised tokens after it (merge first) or before (last)",
+    "value",
+    "factor: the chunk's other tokens",
 )
-_TARGET_LOSS = {
-    "ce": [],
-    "p-kl": [
-        _column("pkl_count", _list(pa.int32()), "chunk", "[C] entries of the chunk"),
-        _column("pkl_ids", _list(pa.int32()), "pkl_count", "[K] teacher ids, most probable first, all reached by W"),
-        _column(
-            "pkl_logprob",
-            _list(pa.float32()),
-            "pkl_count",
-            "[K] nats, after unreached mass moved; exp sums to 1 with REST",
+_COMMON = ("common", "one of the pairs that are compared token by token; the others are compared as sorted lists")
+_MATCHED = ("matched", "it has a student token of equal bytes; the others are compared as sorted lists")
+_TAIL_DOC = "[C] nats: log of REST; -inf = none; NaN = unknown at this temperature, entries are then renormalised"
+# Each loss of this project by name; to add one is an entry here, a file on each side, and its options.
+LOSSES: dict[str, LossSchema] = {
+    "ce": LossSchema("ce", merges=("first", "last", "mean")),
+    "p-kl": LossSchema(
+        "pkl",
+        (
+            LossColumn("pkl_count", INTS, "chunk", "[C] entries of the chunk", "count"),
+            LossColumn(
+                "pkl_ids",
+                INTS,
+                "pkl_count",
+                "[K] teacher ids, most probable first, all reached by W",
+                "teacher ids",
+            ),
+            LossColumn(
+                "pkl_logprob",
+                FLOATS,
+                "pkl_count",
+                "[K] nats, after unreached mass moved; exp sums to 1 with REST",
+                "logprob",
+            ),
+            LossColumn("pkl_rest_logprob", FLOATS, "chunk", _TAIL_DOC, "tail"),
         ),
-        _column(
-            "pkl_rest_logprob",
-            _list(pa.float32()),
-            "chunk",
-            "[C] nats: log of REST; -inf = none; NaN = unknown at this temperature, entries are then renormalised",
+        merges=("first", "mean"),
+    ),
+    "h-kl": LossSchema(
+        "hkl",
+        (
+            LossColumn("hkl_common_count", INTS, "chunk", "[C] entries in the common set", "count"),
+            LossColumn(
+                "hkl_common_ids",
+                INTS,
+                "hkl_common_count",
+                "[K] student ids of pairs in C, most probable first",
+                "student ids",
+            ),
+            LossColumn(
+                "hkl_common_logprob",
+                FLOATS,
+                "hkl_common_count",
+                "[K] nats: teacher log-probability of the pair",
+                "logprob",
+            ),
+            LossColumn("hkl_other_count", INTS, "chunk", "[C] kept entries outside C", "count"),
+            LossColumn(
+                "hkl_other_logprob",
+                FLOATS,
+                "hkl_other_count",
+                "[K] nats: teacher log-probabilities outside C, descending",
+                "logprob",
+            ),
         ),
-    ],
-    "h-kl": [
-        _column("hkl_common_count", _list(pa.int32()), "chunk", "[C] entries in the common set"),
-        _column(
-            "hkl_common_ids",
-            _list(pa.int32()),
-            "hkl_common_count",
-            "[K] student ids of pairs in C, most probable first",
+        (EntryTable("hkl", ("hkl_common_count", "hkl_other_count"), split=_COMMON),),
+        merges=("first", "mean"),
+    ),
+    "gold": LossSchema(
+        "gold",
+        (
+            LossColumn("gold_count", INTS, "chunk", "[C] kept entries with a student token of equal bytes", "count"),
+            LossColumn("gold_ids", INTS, "gold_count", "[K] these student ids, most probable first", "student ids"),
+            LossColumn("gold_logprob", FLOATS, "gold_count", "[K] nats, descending", "logprob"),
+            LossColumn("gold_other_count", INTS, "chunk", "[C] kept entries without one", "count"),
+            LossColumn("gold_other_logprob", FLOATS, "gold_other_count", "[K] nats, descending", "logprob"),
+            _FACTOR,
         ),
-        _column(
-            "hkl_common_logprob",
-            _list(pa.float32()),
-            "hkl_common_count",
-            "[K] nats: teacher log-probability of the pair",
+        (EntryTable("gold", ("gold_count", "gold_other_count"), split=_MATCHED),),
+        merges=("first", "last"),
+    ),
+    "uld": LossSchema(
+        "uld",
+        (
+            LossColumn("uld_count", INTS, "chunk", "[C] kept entries", "count"),
+            LossColumn("uld_logprob", FLOATS, "uld_count", "[K] nats, descending", "logprob"),
+            _FACTOR,
         ),
-        _column("hkl_other_count", _list(pa.int32()), "chunk", "[C] kept entries outside C"),
-        _column(
-            "hkl_other_logprob",
-            _list(pa.float32()),
-            "hkl_other_count",
-            "[K] nats: teacher log-probabilities outside C, descending",
+        merges=("first", "last"),
+    ),
+    "alm": LossSchema(
+        "alm",
+        (
+            LossColumn(
+                "alm_space_logprob",
+                FLOATS,
+                "chunk",
+                "[C] nats: log P(the token after the chunk starts with a space); NaN = no row, or not captured",
+                "value",
+                "the next token starts with a space",
+            ),
         ),
-    ],
-    "gold": [
-        _column("gold_count", _list(pa.int32()), "chunk", "[C] kept entries with a student token of equal bytes"),
-        _column("gold_ids", _list(pa.int32()), "gold_count", "[K] these student ids, most probable first"),
-        _column("gold_logprob", _list(pa.float32()), "gold_count", "[K] nats, descending"),
-        _column("gold_other_count", _list(pa.int32()), "chunk", "[C] kept entries without one"),
-        _column("gold_other_logprob", _list(pa.float32()), "gold_other_count", "[K] nats, descending"),
-        _FACTOR,
-    ],
-    "uld": [
-        _column("uld_count", _list(pa.int32()), "chunk", "[C] kept entries"),
-        _column("uld_logprob", _list(pa.float32()), "uld_count", "[K] nats, descending"),
-        _FACTOR,
-    ],
-    "alm": [
-        _column(
-            "alm_space_logprob",
-            _list(pa.float32()),
-            "chunk",
-            "[C] nats: log P(the token after the chunk starts with a space); NaN = no row, or not captured",
+        merges=("first", "last", "mean"),
+    ),
+    "byte-prefix": LossSchema(
+        "byte_prefix",
+        (
+            LossColumn("prefix_count", INTS, "token", "[S] entries of the target that predicts this token", "count"),
+            LossColumn("prefix_ids", INTS, "prefix_count", "[K] student ids, most probable first", "student ids"),
+            LossColumn("prefix_logprob", FLOATS, "prefix_count", "[K] nats; exp sums to 1 with REST", "logprob"),
+            LossColumn("prefix_rest_logprob", FLOATS, "token", "[S] nats: log of REST; -inf = none", "tail"),
+            LossColumn(
+                "child_count",
+                INTS,
+                "token",
+                "[S] teacher groups of the chunk before whose next bytes the student spells from here on",
+                "count",
+            ),
+            LossColumn(
+                "child_low",
+                INTS,
+                "child_count",
+                "[K] first of the student tokens that start with the group's next bytes, as a rank among the student's "
+                "text tokens in order of (bytes, id)",
+                "ranks",
+            ),
+            LossColumn("child_high", INTS, "child_count", "[K] rank after the last of them, above child_low", "ranks"),
+            LossColumn("child_logprob", FLOATS, "child_count", "[K] nats: log of the group's mass", "logprob"),
         ),
-    ],
-    "byte-prefix": [
-        _column("prefix_count", _list(pa.int32()), "token", "[S] entries of the target that predicts this token"),
-        _column("prefix_ids", _list(pa.int32()), "prefix_count", "[K] student ids, most probable first"),
-        _column("prefix_logprob", _list(pa.float32()), "prefix_count", "[K] nats; exp sums to 1 with REST"),
-        _column("prefix_rest_logprob", _list(pa.float32()), "token", "[S] nats: log of REST; -inf = none"),
-        _column(
-            "child_count",
-            _list(pa.int32()),
-            "token",
-            "[S] teacher groups of the chunk before whose next bytes the student spells from here on",
+    ),
+    "sparse-kl": LossSchema(
+        "sparse_kl",
+        (
+            LossColumn("skl_count", INTS, "chunk", "[C] kept entries; both tokenizers are the same", "count"),
+            LossColumn("skl_ids", INTS, "skl_count", "[K] ids, most probable first", "shared ids"),
+            LossColumn("skl_logprob", FLOATS, "skl_count", "[K] nats; exp sums to 1 with REST", "logprob"),
+            LossColumn("skl_rest_logprob", FLOATS, "chunk", _TAIL_DOC, "tail"),
         ),
-        _column(
-            "child_low",
-            _list(pa.int32()),
-            "child_count",
-            "[K] first of the student tokens that start with the group's next bytes, as a rank among the student's "
-            "text tokens in order of (bytes, id)",
-        ),
-        _column("child_high", _list(pa.int32()), "child_count", "[K] rank after the last of them, above child_low"),
-        _column("child_logprob", _list(pa.float32()), "child_count", "[K] nats: log of the group's mass"),
-    ],
-    "sparse-kl": [
-        _column("skl_count", _list(pa.int32()), "chunk", "[C] kept entries; both tokenizers are the same"),
-        _column("skl_ids", _list(pa.int32()), "skl_count", "[K] ids, most probable first"),
-        _column("skl_logprob", _list(pa.float32()), "skl_count", "[K] nats; exp sums to 1 with REST"),
-        _column(
-            "skl_rest_logprob",
-            _list(pa.float32()),
-            "chunk",
-            "[C] nats: log of REST; -inf = none; NaN = unknown at this temperature, entries are then renormalised",
-        ),
-    ],
+    ),
 }
 
-LOSSES = tuple(_TARGET_LOSS)
+
+def loss_columns(losses: Iterable[str]) -> list[LossColumn]:
+    """The columns that these losses add to a target table, in order, each once."""
+    wanted = set(losses)
+    columns = (column for name, loss in LOSSES.items() if name in wanted for column in loss.columns)
+    return list({column.name: column for column in columns}.values())
 
 
 def targets(losses: Iterable[str]) -> pa.Schema:
     """Schema of a target table that serves these losses (names of ``LOSSES``)."""
-    wanted = set(losses)
-    extra = {field.name: field for loss in LOSSES if loss in wanted for field in _TARGET_LOSS[loss]}
-    return pa.schema([*_TARGET_BASE, *extra.values()])
+    return pa.schema([*_TARGET_BASE, *(column.field for column in loss_columns(losses))])
 
 
 class TargetColumn(NamedTuple):

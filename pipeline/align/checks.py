@@ -1,4 +1,6 @@
-"""What must hold in every part of targets before it is published, said in SQL (``sql/check``). A breach is a defect.
+"""What must hold in every part of targets before it is published, in SQL. A breach is a defect.
+
+``sql/check.sql`` judges what all tables have; the rules of a loss follow from what its columns hold.
 
 What has an element per entry is too much to hold until a part is whole, so numpy and a kernel boil it down to extremes
 of each sample first; SQL judges them, and the bytes that chunks cover.
@@ -19,31 +21,29 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.align.chunks import Joined
 from xtoken.pipeline.align.kernels_targets import masses
+from xtoken.pipeline.align.losses import builder
+from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.queries import query
 from xtoken.pipeline.align.rows import Recipe
-from xtoken.pipeline.align.targets import Maps
 from xtoken.pipeline.store.columns import flat, list_lengths
 from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.tables import LOSSES, EntryTable, LossSchema, loss_columns
 
-# What a chunk's (byte-prefix: a token's) entries add up to: its name, counts and log-probabilities, and REST.
-_MASSES = {
-    "p-kl": (("pkl_mass", (("pkl_count", "pkl_logprob"),), "pkl_rest_logprob"),),
-    "h-kl": (
-        ("hkl_mass", (("hkl_common_count", "hkl_common_logprob"), ("hkl_other_count", "hkl_other_logprob")), None),
-    ),
-    "gold": (("gold_mass", (("gold_count", "gold_logprob"), ("gold_other_count", "gold_other_logprob")), None),),
-    "uld": (("uld_mass", (("uld_count", "uld_logprob"),), None),),
-    "byte-prefix": (
-        ("prefix_mass", (("prefix_count", "prefix_logprob"),), "prefix_rest_logprob"),
-        ("child_mass", (("child_count", "child_logprob"),), None),
-    ),
-    "sparse-kl": (("skl_mass", (("skl_count", "skl_logprob"),), "skl_rest_logprob"),),
-}
-# Columns of which the smallest and largest of each sample are judged, the largest, and those that are.
-_IDS = ("student_ids", "pkl_ids", "hkl_common_ids", "gold_ids", "prefix_ids", "child_low", "child_high", "skl_ids")
-_LOGPROBS = ("teacher_logprob", "factor_logprob", "alm_space_logprob")
 _AS_THEY_ARE = ("sample_id", "student_ids", "student_end", "chunk_student_end", "chunk_teacher_end")
 _CONFIDENCE = ("teacher_entropy", "teacher_top1")
+# What is wrong with a sample whose extremes are outside these, by what a column holds. Sums may be off by rounding to
+# float32, and the codec's steps may put a label a little above certainty.
+_RULES = {
+    "count": (("{0} is negative", "{0}_low < 0"),),
+    "student ids": (("{0} has an id outside the student's vocabulary", "{0}_low < 0 OR {0}_high >= $student"),),
+    "teacher ids": (("{0} has an id outside the teacher's vocabulary", "{0}_low < 0 OR {0}_high >= $teacher"),),
+    "shared ids": (("{0} has an id outside the vocabulary", "{0}_low < 0 OR {0}_high >= $student"),),
+    "value": (("{0} is not a log-probability", "{0}_high > 2e-3"),),
+    "tail": (
+        ("{0} is not a log-probability", "{0}_high > 1e-5"),
+        ("{0} is NaN where the tail mass is known", "NOT $rest_unknown AND {0}_unknown > 0"),
+    ),
+}
 
 
 def summary_batch(
@@ -64,19 +64,15 @@ def summary_batch(
     columns["student_end_step"] = _least_step(found, "student_end", np.zeros_like(lead_N))
     for name in ("chunk_student_end", "chunk_teacher_end"):
         columns[f"{name}_step"] = _least_step(found, name, lead_N)
-    present = set(found.schema.names)
-    for name in present.intersection(_IDS):
-        lengths_N, values = list_lengths(found, name), flat(found, name)
-        columns[f"{name}_low"] = _reduced(np.minimum, values, lengths_N)
-        columns[f"{name}_high"] = _reduced(np.maximum, values, lengths_N)
-    for name in present.intersection(_LOGPROBS):
-        columns[f"{name}_high"] = _greatest(flat(found, name), list_lengths(found, name))
-    if "child_low" in present:
-        width_K = flat(found, "child_high") - flat(found, "child_low")
-        columns["child_range_low"] = _reduced(np.minimum, width_K, list_lengths(found, "child_low"))
-    for loss in losses:
-        for name, parts, rest in _MASSES.get(loss, ()):
-            columns.update(_masses(found, name, parts, rest))
+    columns |= _extremes(found, "student_ids") | {"teacher_logprob_high": _greatest(found, "teacher_logprob")}
+    for column in loss_columns(losses):
+        if column.holds == "value":
+            columns[f"{column.name}_high"] = _greatest(found, column.name)
+        elif column.holds not in ("logprob", "tail"):
+            columns |= _extremes(found, column.name)
+    for schema in (LOSSES[loss] for loss in losses):
+        for table in schema.entry_tables:
+            columns |= _masses(found, schema, table) | _ranges(found, schema, table)
     return pa.table(columns)
 
 
@@ -89,10 +85,17 @@ def _reduced(by: np.ufunc, values: NDArray[Any], lengths_N: NDArray[np.int64]) -
     return pa.array(found_N, mask=~filled_N)
 
 
-def _greatest(values: NDArray[Any], lengths_N: NDArray[np.int64]) -> pa.Array:
+def _extremes(found: pa.RecordBatch, name: str) -> dict[str, pa.Array]:
+    """The smallest and the largest of each sample's values."""
+    lengths_N, values = list_lengths(found, name), flat(found, name)
+    by = {"low": np.minimum, "high": np.maximum}
+    return {f"{name}_{which}": _reduced(reduce, values, lengths_N) for which, reduce in by.items()}
+
+
+def _greatest(found: pa.RecordBatch, name: str) -> pa.Array:
     """The largest number of each sample's values, [N]; null where it has none but NaN."""
-    found = _reduced(np.fmax, values, lengths_N)
-    return pc.if_else(pc.is_nan(found), pa.scalar(None, found.type), found)
+    largest = _reduced(np.fmax, flat(found, name), list_lengths(found, name))
+    return pc.if_else(pc.is_nan(largest), pa.scalar(None, largest.type), largest)
 
 
 def _least_step(found: pa.RecordBatch, name: str, spared_N: NDArray[np.int32]) -> pa.Array:
@@ -104,24 +107,63 @@ def _least_step(found: pa.RecordBatch, name: str, spared_N: NDArray[np.int32]) -
     return _reduced(np.minimum, step, lengths_N)
 
 
-def _masses(
-    found: pa.RecordBatch, name: str, parts: Sequence[tuple[str, str]], rest: str | None
-) -> dict[str, pa.Array]:
-    """Extremes of what the entries of some columns add up to with REST where it is known, of REST and of counts."""
-    lengths_N = list_lengths(found, parts[0][0])
-    total_C = np.sum([masses(flat(found, count), np.exp(flat(found, logprob))) for count, logprob in parts], axis=0)
-    columns = {}
-    if rest is not None:
-        rest_C = flat(found, rest)
-        unknown_C = np.isnan(rest_C)
-        total_C = total_C + np.where(unknown_C, 0.0, np.exp(rest_C.astype(np.float64)))
-        columns[f"{rest}_high"] = _greatest(rest_C, lengths_N)
-        columns[f"{rest}_unknown"] = _reduced(np.add, unknown_C.astype(np.int32), lengths_N)
-    for count, _ in parts:
-        columns[f"{count}_low"] = _reduced(np.minimum, flat(found, count), lengths_N)
-    columns[f"{name}_low"] = _reduced(np.minimum, total_C, lengths_N)
-    columns[f"{name}_high"] = _reduced(np.maximum, total_C, lengths_N)
+def _masses(found: pa.RecordBatch, schema: LossSchema, table: EntryTable) -> dict[str, pa.Array]:
+    """Extremes of what the entries of a table add up to, with the tail mass where that is known, and of the latter."""
+    lengths_N = list_lengths(found, table.counts[0])
+    logprobs = [(count, column.name) for count in table.counts for column in schema.along(count, "logprob")]
+    if not logprobs:
+        return {}
+    total_C = np.sum([masses(flat(found, count), np.exp(flat(found, name))) for count, name in logprobs], axis=0)
+    columns, tail = {}, schema.tail_of(table)
+    if tail is not None:
+        tail_C = flat(found, tail.name)
+        unknown_C = np.isnan(tail_C)
+        total_C = total_C + np.where(unknown_C, 0.0, np.exp(tail_C.astype(np.float64)))
+        columns[f"{tail.name}_high"] = _greatest(found, tail.name)
+        columns[f"{tail.name}_unknown"] = _reduced(np.add, unknown_C.astype(np.int32), lengths_N)
+    columns[f"{table.name}_mass_low"] = _reduced(np.minimum, total_C, lengths_N)
+    columns[f"{table.name}_mass_high"] = _reduced(np.maximum, total_C, lengths_N)
     return columns
+
+
+def _ranges(found: pa.RecordBatch, schema: LossSchema, table: EntryTable) -> dict[str, pa.Array]:
+    """The narrowest of each sample's ranges of ranks: ``HIGH_above_LOW`` by the names of the two columns."""
+    columns = {}
+    for count in table.counts:
+        for low, high in zip(*[iter(column.name for column in schema.along(count, "ranks"))] * 2, strict=True):
+            width_K = flat(found, high) - flat(found, low)
+            columns[f"{high}_above_{low}"] = _reduced(np.minimum, width_K, list_lengths(found, low))
+    return columns
+
+
+def rules_of(loss: str) -> dict[str, str]:
+    """What must hold of a loss's columns: a sentence, and the SQL condition under which a sample breaks it.
+
+    Follows from what the columns hold (``xtoken.schemas.tables.LOSSES``); the loss's builder may have more.
+    """
+    schema = LOSSES[loss]
+    rules = {
+        sentence.format(column.name): condition.format(column.name)
+        for column in schema.columns
+        for sentence, condition in _RULES.get(column.holds, ())
+    }
+    for table in schema.entry_tables:
+        names = " and ".join(column.name for count in table.counts for column in schema.along(count, "logprob"))
+        above = f"{table.name}_mass_high > 1 + 1e-5"
+        if names and schema.tail_of(table) is not None:
+            # of samples, what no cell holds is left out
+            whole = f"{above} OR (NOT $drawn AND {table.name}_mass_low < 1 - 1e-5)"
+            rules[f"{names} and the tail mass do not sum to 1"] = whole
+        elif names:
+            rules[f"{names} sum{'' if ' and ' in names else 's'} to more than 1"] = above
+    return {**rules, **builder(loss).rules}
+
+
+def rules_sql(loss: str) -> str:
+    """A query over ``built`` with a row per sample and rule of a loss that it breaks; empty where it has no rule."""
+    quoted = {sentence.replace("'", "''"): condition for sentence, condition in rules_of(loss).items()}
+    cases = ",\n".join(f"    CASE WHEN {condition} THEN '{sentence}' END" for sentence, condition in quoted.items())
+    return f"SELECT sample_id, unnest([\n{cases}\n]) AS rule FROM built" if cases else ""
 
 
 @dataclass(frozen=True)
@@ -151,7 +193,7 @@ class Rules:
             "drawn": self.recipe.drawn,
             "rest_unknown": self.recipe.tau != 1 and not self.recipe.rest_known,
         }
-        texts = [query(f"check/{name}") for name in ("base", *(loss for loss in self.recipe.losses if loss != "ce"))]
+        texts = [query("check"), *filter(None, map(rules_sql, self.recipe.losses))]
         joined = " UNION ALL ".join(f"({text})" for text in texts)
         used = {name: value for name, value in known.items() if re.search(rf"\${name}\b", joined)}
         self._connection.register("built", built)

@@ -1,7 +1,10 @@
 """What an align run refuses before any worker starts: a pair, a capture or settings that a loss has no meaning with."""
 
+from collections.abc import Sequence
 from itertools import islice
 
+from xtoken.pipeline.align.losses import builders
+from xtoken.pipeline.align.losses.base import TargetBuilder
 from xtoken.pipeline.align.plain_columns import peek
 from xtoken.pipeline.align.sample_texts import CorpusTexts, refuse_without_text
 from xtoken.pipeline.store.files import StopRun
@@ -12,37 +15,26 @@ from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.heads import refuse_narrow_head, stated_rows
 from xtoken.schemas.manifest import CaptureManifest, TokenizerInfo
-
-# Losses that have no meaning without the mass not kept.
-_NEED_REST = ("h-kl", "gold", "uld", "byte-prefix")
-# Losses that are served by the log-probability of the text alone (ALM's correction reads space_logprob).
-_NEED_NO_ROWS = ("ce", "alm")
-# Losses whose targets are no linear function of a row.
-_NOT_LINEAR = {"h-kl": "compares sorted lists", "gold": "compares sorted lists", "uld": "compares sorted lists"}
+from xtoken.schemas.tables import LOSSES
 
 
 def refuse_losses(config: AlignConfig, student: TokenizerInfo, capture: CaptureManifest) -> None:
     """Raise XtokenError for a loss that this pair or this capture (the first of ``config``) cannot serve."""
-    teacher, tau = capture.tokenizer, config.tau
-    if "sparse-kl" in config.losses and student.hash != teacher.hash:
-        raise XtokenError(
-            f"sparse-kl compares rows of one vocabulary, but the student's tokenizer {student.name} "
-            f"({student.hash[:12]}) is not the teacher's, {teacher.name} ({teacher.hash[:12]}); take --for p-kl"
-        )
-    _refuse_without_rows(config, capture)
+    losses, tau = builders(config.losses), config.tau
+    for loss in losses:
+        loss.refuse(config, student, capture)
+    _refuse_without_rows(config, losses, capture)
     if registered(capture.codec.name).linear:
-        _refuse_biased(config)
+        _refuse_biased(config, losses)
     if tau in capture.codec.temperatures:
         return
-    refused = [loss for loss in config.losses if loss in _NEED_REST]
-    if "p-kl" in config.losses and config.merge == "mean":
-        refused.append("p-kl with --merge mean")
+    refused = [words for loss in losses if (words := loss.without_tail(config))]
     if refused:
         stored = ", ".join(f"{known:g}" for known in capture.codec.temperatures)
         raise XtokenError(
-            f"{', '.join(refused)} at --tau {tau:g} needs the mass not kept at that temperature, and "
-            f"{config.captures[0]} stores it at {stored} only; capture again with "
-            f"--temperatures {tau:g}, or leave --tau out"
+            f"{', '.join(refused)} at --tau {tau:g} needs the tail mass (what was not kept) at that temperature, and "
+            f"{config.captures[0]} stores it at {stored} only; capture again with --temperatures {tau:g}, or leave "
+            "--tau out"
         )
 
 
@@ -52,32 +44,30 @@ def refuse_narrow_student(config: AlignConfig, student: TokenTable) -> None:
         refuse_narrow_head(config.student, stated_rows(config.student), student.role, student.pieces())
 
 
-def _refuse_without_rows(config: AlignConfig, capture: CaptureManifest) -> None:
+def _refuse_without_rows(config: AlignConfig, losses: Sequence[TargetBuilder], capture: CaptureManifest) -> None:
     """Raise XtokenError for a loss that needs the distributions, where a subset left them out."""
-    refused = [loss for loss in config.losses if loss not in _NEED_NO_ROWS]
+    refused = [loss.name for loss in losses if loss.needs_rows]
     if refused and without_rows(capture.left_out):
+        others = ",".join(loss.name for loss in builders(LOSSES) if not loss.needs_rows)
         raise XtokenError(
             f"{config.captures[0]} is a subset without the teacher's rows, which --for {','.join(refused)} needs; take "
-            f"--for {','.join(_NEED_NO_ROWS)}, or fetch the capture with rows among its --columns"
+            f"--for {others}, or fetch the capture with rows among its --columns"
         )
 
 
-def _refuse_biased(config: AlignConfig) -> None:
-    """Raise XtokenError for what draws cannot serve: their shares are right in the mean, and so is only what is
+def _refuse_biased(config: AlignConfig, losses: Sequence[TargetBuilder]) -> None:
+    """Raise XtokenError for what samples cannot serve: their shares are right in the mean, and so is only what is
     linear in them."""
-    reasons = [f"--for {loss} {_NOT_LINEAR[loss]}" for loss in config.losses if loss in _NOT_LINEAR]
+    reasons = [reason for loss in losses for reason in loss.biased(config)]
     if config.tau != 1:
         reasons.append(f"--tau {config.tau:g} takes powers of probabilities")
     if config.merge == "mean":
         reasons.append("--merge mean takes means of logarithms")
-    if "p-kl" in config.losses and config.unreached != "prefix":
-        what = {"none": "divides by what was drawn", "rest": "lets the student's REST depend on what was drawn"}
-        reasons.append(f"--unreached {config.unreached} {what[config.unreached]} (prefix does not)")
     if reasons:
+        linear = ", ".join(loss.name for loss in builders(LOSSES) if not loss.not_linear)
         raise XtokenError(
-            f"{config.captures[0]} holds draws of teacher rows, and only what is linear in them is right in the mean: "
-            f"{'; '.join(reasons)}. Leave it out (ce, alm, p-kl, sparse-kl and byte-prefix remain), or capture with "
-            "--codec topk"
+            f"{config.captures[0]} holds samples of the teacher's distributions, and only what is linear in them is "
+            f"right in the mean: {'; '.join(reasons)}. Leave it out ({linear} remain), or capture with --codec topk"
         )
 
 

@@ -15,10 +15,12 @@ import pyarrow.compute as pc
 
 from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import join
+from xtoken.pipeline.align.losses import builders
+from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.parts import CaptureParts
 from xtoken.pipeline.align.rows import Recipe
 from xtoken.pipeline.align.sample_texts import CorpusTexts, refuse_without_text
-from xtoken.pipeline.align.targets import Maps, target_batch
+from xtoken.pipeline.align.targets import target_batch
 from xtoken.pipeline.executors.protocol import OneByOne, Tell, tell_nobody
 from xtoken.pipeline.project.projection import Projection, Unreached
 from xtoken.pipeline.store.codecs import open_codec
@@ -68,7 +70,8 @@ class AlignJob:
         refuse_other_tokenizer("student", tokenizer.table.info, self.projection.student)
         unreached: Unreached = config.unreached
         teacher = load_vocab(self.capture)
-        maps = Maps.of(self.projection, unreached, tokenizer.table, teacher, prefix="byte-prefix" in config.losses)
+        prefix = any(loss.needs_prefix_maps for loss in builders(config.losses))
+        maps = Maps.of(self.projection, unreached, tokenizer.table, teacher, prefix=prefix)
         texts = CorpusTexts(self.capture, config.corpus) if config.corpus else None
         recipe = Recipe(config.losses, config.merge, config.tau, self.codec, config.entries)
         parts = CaptureParts(self.capture, config.memory_limit, len(config.losses))

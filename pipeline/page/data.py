@@ -1,13 +1,13 @@
 """A sample as the JSON that its page's script reads: short, and exact where the store is.
 
 Log-probabilities are whole numbers of a unit, later ranks as the distance to the rank before, so that errors never add
-up; REST that is none is null, REST that is unknown is "?". Tokens are named by their place in a list of those used.
+up; no tail mass is null, an unknown one is "?". Tokens are named by their place in a list of those used.
 
 Shapes: T teacher tokens, R teacher rows, S student tokens, C chunks, K entries.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from xtoken.pipeline.html.visible import visible
 from xtoken.pipeline.page.sample import Sample, Targets, Vocabulary
 from xtoken.pipeline.store.codecs import open_codec
+from xtoken.schemas.tables import LOSSES, LossSchema
 
 UNIT = 1e-4  # nats, of everything but a capture's rows
 _UNKNOWN = "?"
@@ -55,7 +56,7 @@ def sample_data(sample: Sample) -> dict[str, Any]:
         found["s"] = student.places(sample.targets.row["student_ids"])
         found["chunks"] = _chunks(sample, sample.targets)
         found["merge"], found["tau"] = sample.targets.manifest.merge, sample.targets.manifest.tau
-        found["targets"] = _targets(sample.targets, teacher, student)
+        found["layout"], found["targets"] = _targets(sample.targets, teacher, student)
         found["moved"] = _moved(sample, sample.targets, teacher)
         found["student"] = student.listed()
     return {**found, "teacher": teacher.listed()}
@@ -79,7 +80,7 @@ def chunk_bytes(sample: Sample, ends: Sequence[int]) -> list[bytes]:
 
 
 def _rows(sample: Sample, teacher: Used) -> dict[str, Any]:
-    """The teacher's rows: tokens, steps, tail mass."""
+    """The teacher's distributions: tokens, steps, tail mass."""
     if sample.rows is None:
         return {"rows": None}
     rows, codec = sample.rows, open_codec(sample.manifest.codec)
@@ -113,7 +114,7 @@ def _chunks(sample: Sample, targets: Targets) -> list[list[Any]]:
 
 
 def _moved(sample: Sample, targets: Targets, teacher: Used) -> dict[int, int]:
-    """Where the mass goes of tokens in the sample's rows that W does not reach: a token, -1 REST, -2 nowhere."""
+    """Where the mass of tokens that W does not reach goes: a token, -1 the tail mass, -2 nowhere."""
     if targets.projection is None or sample.rows is None:
         return {}
     route_U = targets.projection.routes(targets.manifest.unreached)  # type: ignore[arg-type]
@@ -123,68 +124,75 @@ def _moved(sample: Sample, targets: Targets, teacher: Used) -> dict[int, int]:
     return dict(zip(teacher.places(gone.tolist()), to, strict=True))
 
 
-def _targets(targets: Targets, teacher: Used, student: Used) -> dict[str, Any]:
-    """What each loss that the script knows holds, per chunk, for byte-prefix per student token."""
+def _targets(targets: Targets, teacher: Used, student: Used) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How each loss with columns is laid out, and its values at each chunk or student token.
+
+    A layout is the axis and a list of [kind, word] parts; a place holds the values of each part after the other:
+    ``tokens`` (of side "t" or "s"): tokens and gaps; ``list``: gaps; ``tail``; ``groups``: [first token, tokens,
+    log-mass] of each; ``value`` (with its label).
+    """
+    layout, values = {}, {}
+    for loss in targets.manifest.losses:
+        if LOSSES[loss].columns:
+            layout[loss], columns = _loss(LOSSES[loss], targets, teacher, student)
+            values[loss] = [list(place) for place in zip(*columns, strict=True)]
+    return layout, values
+
+
+def _loss(
+    schema: LossSchema, targets: Targets, teacher: Used, student: Used
+) -> tuple[dict[str, Any], list[Iterable[Any]]]:
+    """The layout of a loss, and a column for each value of a place; a loss with token columns is drawn by tokens."""
     row = targets.row
-    made: dict[str, Callable[[], list[Any]]] = {
-        "p-kl": lambda: _distributions(row, "pkl", teacher),
-        "h-kl": lambda: _pairs(row, "hkl_common", "hkl_other", student),
-        "byte-prefix": lambda: _prefixes(targets, student),
-        "sparse-kl": lambda: _distributions(row, "skl", teacher),
-        "gold": lambda: _pairs(row, "gold", "gold_other", student),
-        "uld": lambda: [[gaps, lp] for gaps, lp in zip(_lists(row, "uld"), _factor(row), strict=True)],
-        "alm": lambda: [_whole(value, UNIT) for value in row["alm_space_logprob"]],
-    }
-    return {loss: make() for loss, make in made.items() if loss in targets.manifest.losses}
+    axis = "token" if any(column.axis == "token" for column in schema.columns) else "chunk"
+    parts: list[list[str]] = []
+    columns: list[Iterable[Any]] = []
+    for table in schema.entry_tables:
+        for count in table.counts:
+            if schema.column(count).axis == axis:
+                shown, made = _entries(schema, count, targets, teacher, student)
+                parts, columns = parts + shown, columns + made
+        tail = schema.tail_of(table)
+        if tail is not None and tail.axis == axis:
+            parts.append(["tail", ""])
+            columns.append([_whole(value, UNIT) for value in row[tail.name]])
+    for column in schema.along(axis, "value"):
+        parts.append(["value", column.label or column.name])
+        columns.append([_whole(value, UNIT) for value in row[column.name]])
+    through_w = any(column.holds == "teacher ids" for column in schema.columns)
+    return {"axis": axis, "parts": parts, "moved": through_w}, columns
 
 
-def _distributions(row: dict[str, Any], name: str, used: Used) -> list[Any]:
-    """[tokens, gaps, REST] of each row of a target."""
-    rest = (_whole(value, UNIT) for value in row[f"{name}_rest_logprob"])
-    return [[ids, gaps, r] for ids, gaps, r in zip(_ids(row, name, used), _lists(row, name), rest, strict=True)]
+def _entries(
+    schema: LossSchema, count: str, targets: Targets, teacher: Used, student: Used
+) -> tuple[list[list[str]], list[Iterable[Any]]]:
+    """The part of one count column."""
+    row, counts = targets.row, targets.row[count]
+    ids = schema.along(count, "student ids", "teacher ids", "shared ids")
+    ranks, logprobs = schema.along(count, "ranks"), schema.along(count, "logprob")
+    if not logprobs:
+        return [], []
+    levels = _cut(row[logprobs[0].name], counts)
+    if len(ranks) == 2:
+        low, high = (_cut(row[column.name], counts) for column in ranks)
+        in_order = _in_order_of_bytes(targets.student) if row[ranks[0].name] else []
+        groups = [
+            [[student.places([in_order[a]])[0], b - a, _whole(value, UNIT)] for a, b, value in zip(*one, strict=True)]
+            for one in zip(low, high, levels, strict=True)
+        ]
+        return [["groups", ""]], [groups]
+    gaps = [_gaps(np.array(values), UNIT) for values in levels]
+    if not ids:
+        return [["list", ""]], [gaps]
+    side = "s" if ids[0].holds == "student ids" else "t"
+    used = student if side == "s" else teacher
+    return [["tokens", side]], [[used.places(tokens) for tokens in _cut(row[ids[0].name], counts)], gaps]
 
 
-def _pairs(row: dict[str, Any], name: str, others: str, student: Used) -> list[Any]:
-    """[student tokens, gaps, gaps of the others] of each chunk, and the factor where the loss has one."""
-    factor = [[lp] for lp in _factor(row)] if name == "gold" else [[] for _ in row["chunk_student_end"]]
-    columns = (_ids(row, name, student), _lists(row, name), _lists(row, others), factor)
-    return [[ids, gaps, rest, *more] for ids, gaps, rest, more in zip(*columns, strict=True)]
-
-
-def _prefixes(targets: Targets, student: Used) -> list[Any]:
-    """[tokens, gaps, REST, child groups] of each student token; a group is [first token, tokens, log-mass]."""
-    row, in_order = targets.row, _in_order_of_bytes(targets)
-    groups = zip(
-        _cut(row["child_low"], row["child_count"]),
-        _cut(row["child_high"], row["child_count"]),
-        _cut(row["child_logprob"], row["child_count"]),
-        strict=True,
-    )
-    children = [
-        [[student.places([in_order[low]])[0], high - low, _whole(lp, UNIT)] for low, high, lp in zip(*one, strict=True)]
-        for one in groups
-    ]
-    return [[*one, more] for one, more in zip(_distributions(row, "prefix", student), children, strict=True)]
-
-
-def _in_order_of_bytes(targets: Targets) -> list[int]:
-    """The student's text tokens in order of (bytes, id); empty where no sample of these targets needs it."""
-    if not targets.row["child_low"]:
-        return []
-    pieces, role = targets.student.pieces, targets.student.role
+def _in_order_of_bytes(student: Vocabulary) -> list[int]:
+    """The student's text tokens in order of (bytes, id)."""
+    pieces, role = student.pieces, student.role
     return sorted((at for at, data in enumerate(pieces) if data and role[at] is None), key=pieces.__getitem__)
-
-
-def _ids(row: dict[str, Any], name: str, used: Used) -> Iterator[list[int]]:
-    return (used.places(ids) for ids in _cut(row[f"{name}_ids"], row[f"{name}_count"]))
-
-
-def _lists(row: dict[str, Any], name: str) -> Iterator[list[int]]:
-    return (_gaps(np.array(lp), UNIT) for lp in _cut(row[f"{name}_logprob"], row[f"{name}_count"]))
-
-
-def _factor(row: dict[str, Any]) -> list[int | str | None]:
-    return [_whole(value, UNIT) for value in row["factor_logprob"]]
 
 
 def _cut(values: Sequence[Any], counts: Sequence[int]) -> Iterator[Sequence[Any]]:

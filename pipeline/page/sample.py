@@ -18,7 +18,7 @@ from xtoken.pipeline.store.verify import TargetCheck
 from xtoken.schemas.configs.artifacts import InspectConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import CaptureManifest, TargetManifest, content_hash, read_any_manifest, read_manifest
-from xtoken.schemas.tables import VOCAB, target_columns
+from xtoken.schemas.tables import LOSSES, VOCAB, LossColumn, loss_columns, target_columns
 
 if TYPE_CHECKING:
     from xtoken.pipeline.project.projection import Projection
@@ -131,7 +131,7 @@ def _targets(root: str, manifest: TargetManifest, batch: pa.RecordBatch, teacher
     _check_ends(row, teacher_tokens)
     _check_ids(row, manifest)
     projection = None
-    if "p-kl" in manifest.losses:
+    if any(column.holds == "teacher ids" for column in loss_columns(manifest.losses)):
         from xtoken.pipeline.project.files import read_tables
 
         projection = read_tables(root, manifest.files, manifest.student, manifest.teacher_tokenizer)
@@ -163,11 +163,20 @@ def _check_ends(row: dict[str, Any], teacher_tokens: int) -> None:
 def _check_ids(row: dict[str, Any], manifest: TargetManifest) -> None:
     """Ids must be of the vocabulary whose tokens they name."""
     student, teacher = manifest.student.size, manifest.teacher_tokenizer.size
-    sizes = {"student_ids": student, "pkl_ids": teacher, "skl_ids": teacher, "hkl_common_ids": student}
-    sizes |= {"gold_ids": student, "prefix_ids": student, "child_low": student, "child_high": student + 1}
-    for name, size in sizes.items():
-        if not all(0 <= token < size for token in row.get(name, ())):
+    of = {"student ids": student, "teacher ids": teacher, "shared ids": teacher, "ranks": student}
+    sizes = {column.name: of[column.holds] for column in loss_columns(manifest.losses) if column.holds in of}
+    # of two columns of ranks the second is where a range ends, one behind its last
+    ends = {pair[1].name for loss in manifest.losses for pair in _ranges(loss)}
+    for name, size in {"student_ids": student, **sizes}.items():
+        if not all(0 <= token < size + (name in ends) for token in row[name]):
             raise VerificationError(f"sample {row['sample_id']!r}: {name} has an id outside 0 to {size - 1}")
+
+
+def _ranges(loss: str) -> list[list[LossColumn]]:
+    """The columns of ranks along each count column that has two."""
+    schema = LOSSES[loss]
+    along = [schema.along(column.name, "ranks") for column in schema.columns if column.holds == "count"]
+    return [columns for columns in along if len(columns) == 2]
 
 
 def _student(root: str, manifest: TargetManifest) -> Vocabulary:

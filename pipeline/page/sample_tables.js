@@ -1,5 +1,5 @@
 // The dock: the teacher's row at a token, and beside it what each loss makes of the chunk.
-const MOVED_TO = {"-1": "REST", "-2": "nowhere"};
+const MOVED_TO = {"-1": "tail mass", "-2": "nowhere"};
 const MOST_OTHERS = 8;
 
 function percent(p) {
@@ -31,8 +31,8 @@ function entries(places, gaps, unit) {
 }
 
 function restRow(rest, unit) {
-  if (rest === "?") return entry("", ["REST is unknown at this temperature"], null, {kind: "rest"});
-  return entry("", ["REST", make("small", {}, rest === null ? " none" : " all others")], rest === null ? null : rest * unit, {kind: "rest"});
+  if (rest === "?") return entry("", ["tail mass: unknown at this temperature"], null, {kind: "rest"});
+  return entry("", ["tail mass", make("small", {}, rest === null ? " none" : " all others")], rest === null ? null : rest * unit, {kind: "rest"});
 }
 
 function destination(place) {
@@ -76,20 +76,14 @@ function takers(chunk) {
   return found;
 }
 
-function distribution(side, [places, gaps, rest], from = {}, real = null) {
-  const rows = entries(places, gaps, data.unit).map(([place, value], i) => {
+// Entries with tokens; "from" says which tokens gave their mass to each.
+function tokenRows(side, places, gaps, from = {}, real = null) {
+  return entries(places, gaps, data.unit).map(([place, value], i) => {
     const given = [...(from[place] || [])], more = given.length > MOST_OTHERS ? ` and ${given.length - MOST_OTHERS} more` : "";
     const mark = given.length ? [make("small", {class: "moved"}, " takes ", ...list(given.slice(0, MOST_OTHERS), side), more)] : [];
     const known = (side === "t" ? data.teacher : data.student)[place][0];
     return entry(i + 1, [piece(side, place), ...mark], value, {kind: place === real ? "real" : null, id: known});
   });
-  return [table([...rows, restRow(rest, data.unit)], side === "t" ? "teacher token" : "student token")];
-}
-
-function pairs([places, gaps, others, factor]) {
-  const rows = entries(places, gaps, data.unit).map(([place, value], i) =>
-    entry(i + 1, [piece("s", place)], value, {id: data.student[place][0]}));
-  return [table([...rows, ...unpaired(others), ...factorRow(factor)], "paired student token")];
 }
 
 // Probabilities that are compared as a sorted list, without tokens.
@@ -104,42 +98,61 @@ function unpaired(gaps, word = "other") {
   return rows;
 }
 
-const factorRow = (factor) => (typeof factor === "number" ? [entry("", [make("small", {}, "factor: the chunk's other tokens")], factor * data.unit, {kind: "rest"})] : []);
-
-function alm(space, chunk) {
-  const likelihood = entry("", ["the chunk, as it stands in the text"], data.chunks[chunk][4] * data.unit);
-  const next = typeof space === "number" ? entry("", ["the next token starts with a space"], space * data.unit) : null;
-  const none = make("tr", {}, make("td"), make("td", {class: "name", colspan: 4}, make("small", {}, "whether a space comes next was not captured")));
-  return [table([likelihood, next || none], "likelihood of")];
+function valueRow(label, value) {
+  if (value === "?") return make("tr", {}, make("td"), make("td", {class: "name", colspan: 4}, make("small", {}, `not known: ${label}`)));
+  return entry("", [make("small", {}, label)], value === null ? null : value * data.unit, {kind: "rest"});
 }
 
-function prefixes(chunk) {
+function groupRow([place, size, value]) {
+  const name = [make("small", {}, "child group from "), piece("s", place), make("small", {}, ` on, ${count(size, "token")}`)];
+  return entry("", name, value * data.unit, {kind: "rest"});
+}
+
+// What a loss says of a place: its parts one after the other, each taking the values that it is made of.
+function targetTable(name, values, from, real) {
+  const {parts} = data.layout[name], kinds = parts.map(([kind]) => kind), rows = [], side = parts.find(([kind]) => kind === "tokens")?.[1];
+  let next = 0;
+  const take = () => values[next++];
+  for (const [kind, word] of parts) {
+    if (kind === "tokens") rows.push(...tokenRows(word, take(), take(), from, real));
+    else if (kind === "list") rows.push(...unpaired(take(), side ? "other" : "kept entry"));
+    else if (kind === "tail") rows.push(restRow(take(), data.unit));
+    else if (kind === "groups") rows.push(...take().map(groupRow));
+    else rows.push(valueRow(word, take()));
+  }
+  const one = `${side === "t" ? "teacher" : "student"} token`;
+  return table(rows, side ? (kinds.includes("list") ? `paired ${one}` : one) : kinds.includes("list") ? "sorted list" : "likelihood of");
+}
+
+const likelihood = (chunk) => entry("", ["the chunk, as it stands in the text"], data.chunks[chunk][4] * data.unit);
+
+function ofChunk(name, chunk) {
+  const made = targetTable(name, data.targets[name][chunk], data.layout[name].moved ? takers(chunk) : {}, null);
+  // of values alone, the likelihood that all targets have is what they belong to
+  if (data.layout[name].parts.every(([kind]) => kind === "value")) made.querySelector("tbody").prepend(likelihood(chunk));
+  return [made];
+}
+
+function ofTokens(name, chunk) {
   const [from, to] = span(chunk, "s"), k = at.side === "s" ? at.k : from;
   if (from === to) return [make("p", {}, "no student token")];
   const choose = make("div", {class: "tabs"});
   for (let one = from; to - from > 1 && one < to; one++) {
     const button = make("button", {"aria-pressed": one === k}, piece("s", data.s[one]));
-    button.addEventListener("click", () => { tab = "byte-prefix"; show(chunk, "s", one); });
+    button.addEventListener("click", () => { tab = name; show(chunk, "s", one); });
     choose.append(button);
   }
-  const found = data.targets["byte-prefix"][k];
-  if (!found[0].length && !found[3].length) return [choose, make("p", {}, "no target for ", piece("s", data.s[k]))];
-  const body = distribution("s", found, {}, data.s[k]), rows = found[3].map(([place, size, value]) =>
-    entry("", [make("small", {}, "child group from "), piece("s", place), make("small", {}, ` on, ${count(size, "token")}`)], value * data.unit, {kind: "rest"}));
-  body[0].querySelector("tbody").append(...rows);
-  return [choose, ...body];
+  const values = data.targets[name][k], lists = values.filter(Array.isArray);
+  if (lists.length && !lists.some((one) => one.length)) return [choose, make("p", {}, "no target for ", piece("s", data.s[k]))];
+  return [choose, targetTable(name, values, {}, data.s[k])];
 }
 
-const RENDER = {
-  "p-kl": (found, chunk) => distribution("t", found, takers(chunk)),
-  "sparse-kl": (found) => distribution("t", found),
-  "h-kl": (found) => pairs(found), gold: (found) => pairs(found),
-  uld: ([gaps, factor]) => [table([...unpaired(gaps, "kept entry"), ...factorRow(factor)], "sorted list")],
-  "byte-prefix": (_, chunk) => prefixes(chunk), alm,
+// The loss that is shown: of a student token of its own says something a loss that is laid out by tokens.
+const byTokens = (name) => data.layout[name]?.axis === "token";
+const loss = () => {
+  const chosen = tab === "row" ? losses[0] : tab;
+  return at.side === "s" && !byTokens(chosen) ? losses.find(byTokens) ?? chosen : chosen;
 };
-
-// The loss that is shown: only byte-prefix says something of a student token of its own.
-const loss = () => (at.side === "s" && losses.includes("byte-prefix") ? "byte-prefix" : tab === "row" ? losses[0] : tab);
 
 // Which of the chunk's rows its target is made of.
 const FROM = {first: "the row of its first token", last: "the row of its last token", mean: "the mean of its rows"};
@@ -147,8 +160,9 @@ const FROM = {first: "the row of its first token", last: "the row of its last to
 function targetPane(chunk) {
   const name = loss(), title = [make("span", {}, `${name} target`)];
   if (data.chunks[chunk][4] === null) return pane("target", [...title, make("small", {}, "no row, so no target")]);
-  if (!["byte-prefix", "alm"].includes(name)) title.push(make("small", {}, `of the chunk, from ${FROM[data.merge]}`));
-  return pane("target", title, ...RENDER[name](data.targets[name][chunk], chunk));
+  const {axis, parts} = data.layout[name];
+  if (axis === "chunk" && parts.some(([kind]) => kind !== "value")) title.push(make("small", {}, `of the chunk, from ${FROM[data.merge]}`));
+  return pane("target", title, ...(axis === "token" ? ofTokens : ofChunk)(name, chunk));
 }
 
 function tabs() {
@@ -165,7 +179,7 @@ function tabs() {
 
 function choose(name) {
   tab = name;
-  if (at.side === "s" && name !== "byte-prefix") show(at.chunk);
+  if (at.side === "s" && !byTokens(name)) show(at.chunk);
   else drawDock();
 }
 
@@ -193,7 +207,7 @@ function drawDock() {
   drawBars();
 }
 
-// One scale for both tables: their longest bar. REST has none, it would be the longest of all.
+// One scale for both tables: their longest bar. The tail mass has none, it would be the longest of all.
 function drawBars() {
   const bars = [...dock.querySelectorAll("b[data-p]")], most = Math.max(...bars.map((bar) => Number(bar.dataset.p)), 1e-12);
   for (const bar of bars) bar.style.width = `${(100 * bar.dataset.p) / most}%`;

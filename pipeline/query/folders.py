@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from xtoken.pipeline.query.functions import Function, Lookup, Spell, row_functions
+from xtoken.pipeline.query.loss_views import serves_student_mass
 from xtoken.pipeline.query.views import View, read_view
 from xtoken.pipeline.store.checks import CaptureCheck, refuse_other_columns
 from xtoken.pipeline.store.codecs import open_codec
@@ -130,13 +131,15 @@ class TargetsFolder:
 
     def held(self) -> dict[str, bool]:
         """What views may need of it."""
-        return {loss: loss in self.manifest.losses for loss in LOSSES} | {"capture": False}
+        mass = any(map(serves_student_mass, self.manifest.losses))
+        return {loss: loss in self.manifest.losses for loss in LOSSES} | {"student_mass": mass, "capture": False}
 
     def reasons(self) -> dict[str, str]:
         """Why something is not there, and the way out."""
         served = list(dict.fromkeys(["ce", *self.manifest.losses]))
         no_capture = f"it reads the capture that {self.root} was aligned from too; name it with --capture"
-        return {loss: self._no_loss(loss, served) for loss in LOSSES} | {"capture": no_capture}
+        reasons = {loss: self._no_loss(loss, served) for loss in LOSSES}
+        return {**reasons, "student_mass": reasons["p-kl"], "capture": no_capture}
 
     def _no_loss(self, loss: str, served: list[str]) -> str:
         common = set(targets(["ce"]).names)

@@ -1,7 +1,8 @@
 """Views as their .sql files say: a sentence, what they need, their columns, and the query.
 
-A file is ``sql/<set>/<view>.sql``, or ``<view>.<variant>.sql`` where several ways lead to the same columns: the first
-whose needs are met is taken. Views whose name starts with ``_`` serve others and are not listed.
+The views of losses come from the schema (``loss_views.py``). A file is ``sql/<set>/<view>.sql``, or
+``<view>.<variant>.sql`` where several ways lead to the same columns: the first whose needs are met is taken. Views
+whose name starts with ``_`` serve others and are not listed.
 """
 
 import re
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from xtoken.pipeline.query.loss_views import loss_views
 from xtoken.schemas.errors import XtokenError
 
 _COLUMN = re.compile(r"-- (\w+): (.+)")
@@ -85,12 +87,15 @@ def sql(name: str) -> str:
 
 
 def read_views(folders: Iterable[str]) -> list[View]:
-    """All files of some sets, by name."""
-    found = []
+    """All views of some sets, by name: those of files, and of targets those of each loss."""
+    views = []
     for folder in folders:
         of_folder = sorted(files("xtoken.pipeline.query").joinpath("sql", folder).iterdir(), key=lambda file: file.name)
-        found += [read_view(folder, file.name, file.read_text(encoding="utf-8")) for file in of_folder]
-    return found
+        in_order = [read_view(folder, file.name, file.read_text(encoding="utf-8")) for file in of_folder]
+        if folder == "targets":
+            in_order += [read_view(folder, name, text) for name, text in loss_views()]
+        views += sorted(in_order, key=lambda view: view.name)
+    return views
 
 
 @dataclass(frozen=True)

@@ -131,12 +131,12 @@ class AlignConfig(Config):
 
     @model_validator(mode="after")
     def _losses_know_the_merge(self) -> "AlignConfig":
-        known = {"last": ("ce", "gold", "uld", "alm"), "mean": ("ce", "p-kl", "h-kl", "alm")}
-        for loss in self.losses:
-            if self.merge != "first" and loss not in known[self.merge]:
+        known = [name for name, loss in LOSSES.items() if self.merge in loss.merges]
+        for name in self.losses:
+            if name not in known:
                 raise ValueError(
-                    f"loss {loss!r} is not defined with --merge {self.merge}, which serves "
-                    f"{', '.join(known[self.merge])}; leave --merge out, or leave {loss} out of --for"
+                    f"loss {name!r} is not defined with --merge {self.merge}, which serves {', '.join(known)}; "
+                    f"leave --merge out, or leave {name} out of --for"
                 )
         return self
 

@@ -1,5 +1,5 @@
 -- Student tokens that no target gives any probability, those that the text uses most first.
--- Needs: p-kl | h-kl
+-- Needs: student_mass
 -- student_id: the token
 -- bytes: its bytes
 -- token: its bytes as text

@@ -17,9 +17,10 @@ import pytest
 from xtoken.pipeline.align.blanks import shifted_row
 from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import join
+from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.rows import Recipe, Rows
 from xtoken.pipeline.align.stage import encode
-from xtoken.pipeline.align.targets import Maps, target_batch
+from xtoken.pipeline.align.targets import target_batch
 from xtoken.pipeline.project.build import build_w
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codecs.topk import STEP

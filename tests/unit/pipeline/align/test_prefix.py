@@ -18,12 +18,14 @@ import pytest
 from xtoken.pipeline.align.blanks import Shifted
 from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import Chunks, Joined, join
+from xtoken.pipeline.align.losses.byte_prefix import prefix_columns
+from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.parts import with_teacher_eos
-from xtoken.pipeline.align.prefix import PrefixMaps, prefix_columns
+from xtoken.pipeline.align.prefix import PrefixMaps
 from xtoken.pipeline.align.queries import query
 from xtoken.pipeline.align.rows import Recipe, Rows
 from xtoken.pipeline.align.stage import encode
-from xtoken.pipeline.align.targets import Maps, target_batch
+from xtoken.pipeline.align.targets import target_batch
 from xtoken.pipeline.project import Projection, build_w
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codecs.topk import encode as pack

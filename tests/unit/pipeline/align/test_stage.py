@@ -15,10 +15,11 @@ import pytest
 
 from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import Chunks, Joined, join
+from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.parts import CaptureParts
 from xtoken.pipeline.align.rows import Recipe, RowBatch
 from xtoken.pipeline.align.stage import AlignJob, encode
-from xtoken.pipeline.align.targets import Maps, target_batch
+from xtoken.pipeline.align.targets import target_batch
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.project import build_w
 from xtoken.pipeline.store.reader import load_vocab
@@ -153,26 +154,26 @@ BREACHES: dict[tuple[str, int], tuple[Any, str]] = {
     ("student_end", 0): (lambda ends: [0, *ends[1:]], "two sides of a chunk cover different bytes"),
     ("chunk_student_end", 0): (lambda ends: [ends[0] + 1, *ends[1:]], "two sides of a chunk cover different bytes"),
     ("chunk_teacher_end", 0): (lambda ends: [ends[0] + 1, *ends[1:]], "two sides of a chunk cover different bytes"),
-    ("teacher_logprob", 0): (0.5, "teacher_logprob is no log-probability"),
+    ("teacher_logprob", 0): (0.5, "teacher_logprob is not a log-probability"),
     ("pkl_ids", 0): (10**6, "pkl_ids has an id outside the teacher's vocabulary"),
     ("gold_ids", 0): (-1, f"gold_ids {OUTSIDE}"),
     ("hkl_common_ids", 0): (10**6, f"hkl_common_ids {OUTSIDE}"),
     ("prefix_ids", 0): (10**6, f"prefix_ids {OUTSIDE}"),
-    ("prefix_logprob", 0): (0.5, "prefix_logprob and REST do not sum to 1"),
-    ("pkl_logprob", 0): (-30.0, "pkl_logprob and REST do not sum to 1"),
-    ("pkl_rest_logprob", 0): (0.0, "pkl_logprob and REST do not sum to 1"),
-    ("pkl_rest_logprob", 1): (0.5, "pkl_rest_logprob is no log-probability"),
-    ("pkl_rest_logprob", 2): (math.nan, "pkl_rest_logprob is NaN where REST is known"),
+    ("prefix_logprob", 0): (0.5, "prefix_logprob and the tail mass do not sum to 1"),
+    ("pkl_logprob", 0): (-30.0, "pkl_logprob and the tail mass do not sum to 1"),
+    ("pkl_rest_logprob", 0): (0.0, "pkl_logprob and the tail mass do not sum to 1"),
+    ("pkl_rest_logprob", 1): (0.5, "pkl_rest_logprob is not a log-probability"),
+    ("pkl_rest_logprob", 2): (math.nan, "pkl_rest_logprob is NaN where the tail mass is known"),
     ("hkl_other_logprob", 0): (0.5, "hkl_common_logprob and hkl_other_logprob sum to more than 1"),
     ("gold_other_logprob", 0): (0.5, "gold_logprob and gold_other_logprob sum to more than 1"),
     ("uld_logprob", 0): (0.5, "uld_logprob sums to more than 1"),
-    ("factor_logprob", 0): (0.5, "factor_logprob is no log-probability"),
-    ("alm_space_logprob", 0): (0.5, "alm_space_logprob is no log-probability"),
+    ("factor_logprob", 0): (0.5, "factor_logprob is not a log-probability"),
+    ("alm_space_logprob", 0): (0.5, "alm_space_logprob is not a log-probability"),
     ("child_high", 0): (10**6, "a child range is empty or outside the student's tokens"),
     ("child_low", 0): (10**6, "a child range is empty or outside the student's tokens"),
     ("child_logprob", 0): (0.5, "child_logprob sums to more than 1"),
     ("teacher_entropy", 0): (-0.5, "teacher_entropy is negative"),
-    ("teacher_top1", 0): (1.5, "teacher_top1 is no probability"),
+    ("teacher_top1", 0): (1.5, "teacher_top1 is not a probability"),
 }
 Checked = tuple[pa.RecordBatch, list[Joined], pa.RecordBatch, Rules]
 

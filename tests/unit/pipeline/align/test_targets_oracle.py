@@ -19,11 +19,12 @@ import pytest
 from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import Joined, join
 from xtoken.pipeline.align.kernels_project import project_rows
+from xtoken.pipeline.align.maps import Maps, Routes
 from xtoken.pipeline.align.parts import CaptureParts
 from xtoken.pipeline.align.queries import query
 from xtoken.pipeline.align.rows import Recipe
 from xtoken.pipeline.align.stage import encode
-from xtoken.pipeline.align.targets import Maps, Routes, target_batch
+from xtoken.pipeline.align.targets import target_batch
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.project import Projection, build_w
 from xtoken.pipeline.project.projection import EXACT, PIECES, TO_REST
@@ -344,7 +345,7 @@ def test_p_kl_where_rest_is_unknown(capture: Path, tokenizer_file: Callable[[str
             assert not count or sum(map(math.exp, values)) == pytest.approx(1, abs=1e-5)
         maps = Maps.of(projection, "rest", tokenizer.table)
         known = recipe(["p-kl"], tau=2.0)
-        with pytest.raises(VerificationError, match="pkl_rest_logprob is NaN where REST is known"):
+        with pytest.raises(VerificationError, match="pkl_rest_logprob is NaN where the tail mass is known"):
             Rules(maps, known).check(summary_batch(batch, samples, targets, ["p-kl"]))
 
 

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pytest
 
 from xtoken.pipeline.align.chunks import Chunks, Joined
+from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.rows import Recipe, RowBatch
-from xtoken.pipeline.align.targets import Maps, target_batch
+from xtoken.pipeline.align.targets import target_batch
 from xtoken.pipeline.project import build_w
 from xtoken.pipeline.tokens import Encoded, TokenTable
 from xtoken.schemas.manifest import CodecInfo

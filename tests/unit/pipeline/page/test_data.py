@@ -95,7 +95,7 @@ def test_rest_others_and_likelihoods(sample_of: Load) -> None:
     factor = [math.nan if one[1] == "?" else -one[1] * UNIT for one in found["uld"]]
     assert factor == pytest.approx(row["factor_logprob"], abs=UNIT, nan_ok=True)
     assert [one[3] for one in found["gold"]] == [one[1] for one in found["uld"]]
-    space = [math.nan if one == "?" else -one * UNIT for one in found["alm"]]
+    space = [math.nan if one == "?" else -one * UNIT for (one,) in found["alm"]]
     assert space == pytest.approx(row["alm_space_logprob"], abs=UNIT, nan_ok=True)
     assert any(math.isfinite(one) for one in space)
 

@@ -13,7 +13,7 @@ import pytest
 from xtoken.schemas.categories import category
 from xtoken.schemas.errors import XtokenError
 
-from .conftest import TEXTS, ask
+from .conftest import TEXTS, aligned, ask
 
 
 def stored(root: Path) -> list[dict[str, Any]]:
@@ -186,6 +186,22 @@ def test_never_reached_by_h_kl(byte_targets: Path) -> None:
     assert found == {token for token, role in roles.items() if role != "hole"} - given
 
 
+def test_never_reached_by_a_student_of_the_teachers_tokenizer(same_targets: Path) -> None:
+    given = {token for sample in stored(same_targets) for token in sample["skl_ids"]}
+    size = len(table(same_targets, "student_vocab.parquet"))
+    holes = ask(same_targets, "SELECT count(*) AS n FROM student_vocab WHERE role = 'hole'")[0]["n"]
+    assert ask(same_targets, "SELECT count(*) AS n FROM never_reached") == [{"n": size - holes - len(given)}]
+
+
+def test_never_reached_needs_a_loss_that_names_tokens(capture: Path, tmp_path: Path) -> None:
+    found = aligned(capture, "bytes", ["uld"], tmp_path / "uld")
+    with pytest.raises(XtokenError, match=r"never_reached is not here: it reads the columns of loss p-kl"):
+        ask(found, "FROM never_reached")
+    factors = [value for sample in stored(found) for value in sample["factor_logprob"]]
+    values = [row["factor_logprob"] for row in ask(found, "FROM uld_chunk_values LIMIT 100000")]
+    assert values == [value if math.isfinite(value) else None for value in factors]
+
+
 def test_coverage_by_category(capture: Path, targets: Path) -> None:
     vocab = {row["token_id"]: row for row in table(capture, "vocab.parquet")}
     id_of_code = {row["code"]: token for token, row in vocab.items()}
@@ -281,7 +297,7 @@ def test_chunk_tokens_are_the_same_text_on_both_sides(capture: Path, targets: Pa
 
 def test_what_targets_do_not_hold_is_refused_by_name(same_targets: Path, targets: Path) -> None:
     with pytest.raises(XtokenError, match=r"pkl_ids, pkl_logprob.*--for sparse-kl,p-kl"):
-        ask(same_targets, "FROM never_reached")
+        ask(same_targets, "FROM pkl_entries")
     with pytest.raises(XtokenError, match=r"uld_entries is not here: it reads the columns of loss uld \(uld_count"):
         ask(same_targets, "SELECT * FROM uld_entries")
     with pytest.raises(XtokenError, match=r"coverage_by_category is not here.*name it with --capture"):

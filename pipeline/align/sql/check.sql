@@ -30,7 +30,7 @@ SELECT
             ) THEN 'chunks stop before the last common boundary' END,
         CASE WHEN teacher_entropy < -1e-5 THEN 'teacher_entropy is negative' END,
         CASE WHEN teacher_top1 <= 0 OR (teacher_top1 > 1 + 1e-5 AND NOT isnan(teacher_top1))
-            THEN 'teacher_top1 is no probability' END,
-        CASE WHEN teacher_logprob_high > 2e-3 THEN 'teacher_logprob is no log-probability' END
+            THEN 'teacher_top1 is not a probability' END,
+        CASE WHEN teacher_logprob_high > 2e-3 THEN 'teacher_logprob is not a log-probability' END
     ]) AS rule
 FROM cuts

@@ -1,0 +1,23 @@
+"""Losses as align builds them, by the file that the schema names, imported on use."""
+
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+from xtoken.pipeline.align.losses.base import TargetBuilder
+from xtoken.schemas.tables import LOSSES
+
+
+def builder(loss: str) -> TargetBuilder:
+    """What builds the target columns of a loss of ``LOSSES``; a loss without columns has no file here."""
+    schema = LOSSES[loss]
+    if not schema.columns:
+        return TargetBuilder(loss)
+    module: Any = import_module(f"{__name__}.{schema.module}")
+    found: TargetBuilder = module.Builder(loss)
+    return found
+
+
+def builders(losses: Iterable[str]) -> list[TargetBuilder]:
+    """``builder`` of each."""
+    return [builder(loss) for loss in losses]

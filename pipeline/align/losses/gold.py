@@ -1,0 +1,20 @@
+"""GOLD: entries with a student token of equal bytes token by token, all others as a sorted list."""
+
+from typing import ClassVar
+
+from xtoken.pipeline.align.losses.base import Built, Source, TargetBuilder
+
+_NAMES = ("gold_count", "gold_ids", "gold_logprob", "gold_other_count", "gold_other_logprob")
+
+
+class Builder(TargetBuilder):
+    """Columns ``gold_*`` and ``factor_logprob``."""
+
+    needs_rows: ClassVar[bool] = True
+    needs_tail: ClassVar[bool] = True
+    not_linear: ClassVar[str] = "compares sorted lists"
+
+    def columns(self, source: Source) -> Built:
+        """See ``TargetBuilder``."""
+        columns = dict(zip(_NAMES, source.split(source.maps.matched_U), strict=True))
+        return {**columns, "factor_logprob": source.label_factor()}, {}

@@ -1,0 +1,99 @@
+"""W and both vocabularies as the kernels need them.
+
+Shapes: M targets of moved mass, U teacher vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xtoken.pipeline.align.blanks import Blanks
+from xtoken.pipeline.align.kernels_project import FATES, MASS_CLASSES
+from xtoken.pipeline.align.prefix import PrefixMaps
+from xtoken.pipeline.project.projection import TO_REST, Projection, Unreached
+from xtoken.pipeline.tokens import TokenTable
+
+
+class Routes(NamedTuple):
+    """The sparse map that teacher rows go through, as ``project_rows`` takes it."""
+
+    fate_U: NDArray[np.int8]
+    mass_class_U: NDArray[np.int8]
+    offset_U: NDArray[np.int64]
+    to_M: NDArray[np.int32]
+    share_M: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, route_U: NDArray[np.int32], column_U: NDArray[np.int8]) -> "Routes":
+        """Routes of W: a token stays, or all its mass goes to one other token, to REST, or nowhere.
+
+        Args:
+            route_U: ``Projection.routes``.
+            column_U: ``Projection.columns_by_kind``.
+        """
+        stays_U, spread_U = route_U == np.arange(len(route_U)), route_U >= 0
+        fate_U = np.select([stays_U, spread_U, route_U == TO_REST], [0, 1, 2], 3).astype(np.int8)
+        class_U = np.select([stays_U, spread_U], [column_U, MASS_CLASSES.index("moved")], MASS_CLASSES.index("lost"))
+        moved_U = fate_U == FATES.index("spread")
+        offset_U = np.concatenate([np.zeros(1, np.int64), np.cumsum(moved_U)])
+        to_M = route_U[moved_U]
+        return cls(fate_U, class_U.astype(np.int8), offset_U, to_M, np.ones(len(to_M)))
+
+
+@dataclass(frozen=True)
+class Maps:
+    """W and the vocabularies as the kernels need them; arrays [U] over the teacher's (see ``Projection``).
+
+    Attributes:
+        student_size, teacher_size: tokens of each vocabulary.
+        student_text: the student's tokens with bytes.
+        routes: where each teacher token's mass goes.
+        pair_U: the student token paired with it in H-KL's common set, or -1.
+        matched_U: likewise in strict GOLD's.
+        prefix: for byte-prefix, else None.
+        blanks: both vocabularies where the teacher's is known, else None.
+        moves: mass of teacher tokens that the student cannot reach moves to a prefix of theirs.
+    """
+
+    student_size: int
+    teacher_size: int
+    student_text: int
+    routes: Routes
+    pair_U: NDArray[np.int32]
+    matched_U: NDArray[np.int32]
+    prefix: PrefixMaps | None
+    blanks: Blanks | None = None
+    moves: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        projection: Projection,
+        unreached: Unreached,
+        student: TokenTable,
+        teacher: TokenTable | None = None,
+        *,
+        prefix: bool = True,
+    ) -> "Maps":
+        """Maps of one projection under one policy for unreached teacher tokens.
+
+        Args:
+            projection: W.
+            unreached: what becomes of teacher tokens that no row of W reaches.
+            student: its tokens.
+            teacher: its tokens; without them no row is shifted and there are no maps for byte-prefix.
+            prefix: make the maps for byte-prefix.
+        """
+        return cls(
+            projection.student.size,
+            projection.teacher.size,
+            sum(bool(size) and role is None for size, role in zip(student.lengths.tolist(), student.role, strict=True)),
+            Routes.of(projection.routes(unreached), projection.columns_by_kind()),
+            projection.common_student(),
+            projection.matched_student(),
+            PrefixMaps.of(student, teacher, projection) if teacher is not None and prefix else None,
+            None if teacher is None else Blanks(student, teacher),
+            unreached == "prefix",
+        )
