@@ -44,7 +44,7 @@ def run_teachers(configs: Sequence[PrecomputeConfig], progress: Progress) -> dic
 
     Args:
         configs: alike but for the teacher.
-        progress: told bytes of corpus text.
+        progress: shows bytes of corpus text.
 
     Returns:
         Figures of the capture; of several, a row for each.

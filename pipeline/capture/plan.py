@@ -88,7 +88,7 @@ def make_plan(config: CorpusConfig, shard_bytes: int, progress: Progress, look: 
     Args:
         config: the corpus.
         shard_bytes: as above.
-        progress: told the bytes of text read.
+        progress: shows the bytes of text read.
         look: shown every document.
 
     Raises:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xtoken.pipeline.capture.audit import accepted_audits
-from xtoken.pipeline.capture.monitor.dashboard import Board
+from xtoken.pipeline.capture.monitor.dashboard import Dashboard
 from xtoken.pipeline.capture.plan import PLAN_FILE, Plan, check_files, settle_plan
 from xtoken.pipeline.capture.rendered_chat import Look
 from xtoken.pipeline.capture.run_identity import (
@@ -78,7 +78,7 @@ def precompute(
 
     Args:
         config: what to run, on what, and where to.
-        progress: told bytes of corpus text done.
+        progress: shows bytes of corpus text done.
         make_job: what workers open.
         executor: where they run; left out: what the settings say.
 
@@ -175,9 +175,9 @@ def _work(run: _Run, executor: Executor | None, make_job: MakeJob, progress: Pro
         progress.start(f"{run.config.out} is complete, nothing to do", None, "bytes")
         progress.finish()
         return _finish(run, {})
-    with Board(run.folder, run.plan, run.config, done, progress) as board:
-        failed = _run(run, executor, make_job, missing, board, progress) if missing else {}
-        board.enter("sealing")
+    with Dashboard(run.folder, run.plan, run.config, done, progress) as dashboard:
+        failed = _run(run, executor, make_job, missing, dashboard, progress) if missing else {}
+        dashboard.enter("sealing")
         manifest = patiently(partial(_finish, run, failed)) if run.config.cell is None else None
         if failed:
             raise IncompleteRun(_incomplete(failed, len(run.plan.shards), run.config.out))
@@ -185,12 +185,17 @@ def _work(run: _Run, executor: Executor | None, make_job: MakeJob, progress: Pro
 
 
 def _run(
-    run: _Run, executor: Executor | None, make_job: MakeJob, missing: list[int], board: Board, progress: Progress
+    run: _Run,
+    executor: Executor | None,
+    make_job: MakeJob,
+    missing: list[int],
+    dashboard: Dashboard,
+    progress: Progress,
 ) -> dict[int, str]:
-    board.log_corpus(check_files(run.config.out, run.plan, run.config))
-    progress.start("precompute", board.text_bytes, "bytes", board.text_bytes_done)
+    dashboard.log_corpus(check_files(run.config.out, run.plan, run.config))
+    progress.start("precompute", dashboard.text_bytes, "bytes", dashboard.text_bytes_done)
     try:
-        return (executor or _executor(run.config)).run(make_job(run.config), missing, board)
+        return (executor or _executor(run.config)).run(make_job(run.config), missing, dashboard)
     finally:
         progress.finish()
         _clean(run)
@@ -295,6 +300,6 @@ def _incomplete(failed: dict[int, str], shards: int, out: str) -> str:
     named = "\n".join(f"  shard {index}: {last_words(error)}" for index, error in list(failed.items())[:_NAMED])
     more = f"\n  and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
     return (
-        f"{len(failed)} of {shards} shards were set aside after three attempts, the others are committed in {out}:\n"
+        f"{len(failed)} of {shards} shards were quarantined after three attempts, the others are committed in {out}:\n"
         f"{named}{more}\nthe log and {MANIFEST} hold all they said; run the same command again to try them once more"
     )

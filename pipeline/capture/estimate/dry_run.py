@@ -42,12 +42,12 @@ class _Work:
 
 
 def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
-    """Say what ``precompute`` with these settings would do, from a pilot that is really scored.
+    """Report what ``precompute`` with these settings would do, from a pilot that is really scored.
 
     Args:
         config: what would run. With ``--ray``, the cluster is asked for its machines, and where they have GPUs the
             pilot runs on one of them; else it runs on this machine.
-        progress: told bytes of text.
+        progress: shows bytes of text.
 
     Returns:
         Figures: shards, tokens, bytes on disk, hours, GPU hours and cost, of all workers that would run.

@@ -50,7 +50,7 @@ _UNITS = 64  # groups of windows that the spread is taken over, at most
 
 @dataclass
 class _Told:
-    """Passes on how far a worker is (see ``Tell``)."""
+    """Passes on how far a worker is (see ``OnProgress``)."""
 
     progress: Progress
     done: int = 0
@@ -80,14 +80,14 @@ class Costs:
 
 
 def estimate(config: EstimateConfig, progress: Progress) -> dict[str, Any]:
-    """Say what ``precompute`` with the same flags would write and how long it would take; nothing is left on disk.
+    """Estimate what ``precompute`` with the same flags would write and how long it would take; nothing is left on disk.
 
     Args:
         config: what would run, and how much of it runs now.
-        progress: told bytes of text.
+        progress: shows bytes of text.
 
     Returns:
-        Figures: bytes, tokens, hours of wall clock; ``low`` and ``high`` are None where one window tells no spread.
+        Figures: bytes, tokens, hours of wall clock; ``low`` and ``high`` are None where one window gives no spread.
 
     Raises:
         XtokenError: bad input, a teacher that cannot be loaded or does not fit the flags, or ``like`` no capture.

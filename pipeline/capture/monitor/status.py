@@ -41,7 +41,7 @@ class _Found:
 
     @property
     def live(self) -> list[RunStatus]:
-        """Statuses of drivers that are at work and were heard of."""
+        """Statuses of drivers that are at work and have written lately."""
         both = zip(self.statuses, self.ages, strict=True)
         return [status for status, age in both if status.phase in LIVE and age <= _SILENT]
 
@@ -82,7 +82,7 @@ def goes_on(figures: dict[str, Any]) -> bool:
 
 
 def status(path: str, now: datetime | None = None) -> dict[str, Any]:
-    """How a capture stands: phase, figures, and a row for each driver, worker and shard set aside.
+    """How a capture stands: phase, figures, and a row for each driver, worker and quarantined shard.
 
     Args:
         path: folder or URL that precompute writes, or wrote.
@@ -102,7 +102,7 @@ def status(path: str, now: datetime | None = None) -> dict[str, Any]:
         **_trouble(found),
         "drivers": [_driver(one, age) for one, age in zip(found.statuses, found.ages, strict=True)],
         "workers": [row for one in live for row in _workers(one, now or datetime.now(UTC))],
-        "set_aside": _set_aside(found),
+        "set_aside": _quarantined_rows(found),
     }
 
 
@@ -202,7 +202,7 @@ def _shard_figures(found: _Found) -> dict[str, Any]:
         "shards": found.shards or None,
         "shards_done": done,
         "shards_in_flight": sum(one.shards_in_flight for one in live),
-        "shards_set_aside": max(len(_set_aside_errors(found)), sum(one.shards_set_aside for one in live)),
+        "shards_set_aside": max(len(_quarantined_errors(found)), sum(one.shards_set_aside for one in live)),
         "share_done": round(_bytes_done(found) / text, 4) if text else None,
     }
 
@@ -285,8 +285,8 @@ def _workers(one: RunStatus, now: datetime) -> Iterator[dict[str, Any]]:
         }
 
 
-def _set_aside_errors(found: _Found) -> dict[int, str]:
-    """Shards set aside that nobody has committed since."""
+def _quarantined_errors(found: _Found) -> dict[int, str]:
+    """Quarantined shards that nobody has committed since."""
     # a run that is at work tries those of the one before again
     errors = dict(found.manifest.set_aside) if found.manifest is not None and not found.live else {}
     for one in found.statuses:
@@ -294,8 +294,8 @@ def _set_aside_errors(found: _Found) -> dict[int, str]:
     return {shard: error for shard, error in sorted(errors.items()) if shard not in found.records}
 
 
-def _set_aside(found: _Found) -> list[dict[str, Any]]:
-    return [{"shard": shard, "error": error} for shard, error in _set_aside_errors(found).items()]
+def _quarantined_rows(found: _Found) -> list[dict[str, Any]]:
+    return [{"shard": shard, "error": error} for shard, error in _quarantined_errors(found).items()]
 
 
 def duration(seconds: float) -> str:
