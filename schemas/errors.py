@@ -12,7 +12,8 @@ from typing import Any
 TRACEBACK = "XTOKEN_TRACEBACK"  # set it, and the command line raises what it cannot name
 # What the system refuses; any file may meet it, wherever in the code.
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full, or what one may take of it
+_EXHAUSTED = (*NO_ROOM, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 _BROKEN = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO)
 _MEMORY = ("OutOfMemory", "DefaultCPUAllocator", "bad_alloc")  # as torch, DuckDB and C++ say it
 _NO_TEMPORARY = "No usable temporary directory"  # as tempfile says it, without a number that tells

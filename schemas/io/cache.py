@@ -19,9 +19,10 @@ from typing import IO, Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.errors import NO_ROOM, VerificationError, XtokenError
 from xtoken.schemas.io.paths import plain
-from xtoken.schemas.io.remote import NO_ROOM, named_errors, open_filesystem, refuse_special
+from xtoken.schemas.io.remote import named_errors, open_filesystem, refuse_special
+from xtoken.schemas.io.sizes import parse_size
 
 FOLDER, BYTES = "XTOKEN_CACHE", "XTOKEN_CACHE_BYTES"
 DEFAULT_FOLDER, DEFAULT_BYTES = "~/.cache/xtoken", "20GB"
@@ -29,7 +30,6 @@ _BLOCK = 8 << 20
 _POLL_SECONDS = 0.1
 _PATIENCE_SECONDS = 60  # for room that other readers hold; downloads of others are waited for to their end
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", re.IGNORECASE)
 _TMP = re.compile(r"([0-9a-z]+)\.(\d+)\.[0-9a-f]+\.tmp")
 
 
@@ -101,13 +101,16 @@ class Cache:
         """The cache that XTOKEN_CACHE and XTOKEN_CACHE_BYTES describe.
 
         Raises:
-            XtokenError: the size is no size, or the folder cannot be made.
+            XtokenError: the size cannot be read, or the folder cannot be made.
         """
         try:
             folder = Path(plain(os.environ.get(FOLDER) or DEFAULT_FOLDER))
         except ValueError as error:
             raise XtokenError(f"{FOLDER}: {error}") from error
-        limit = parse_size(os.environ.get(BYTES) or DEFAULT_BYTES)
+        try:
+            limit = parse_size(os.environ.get(BYTES) or DEFAULT_BYTES)
+        except ValueError as error:
+            raise XtokenError(f"{BYTES}={error}") from error
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -259,19 +262,6 @@ class Cache:
                 f"folder on a larger disk, or {BYTES} to less"
             ) from error
         return found
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``20GB``, ``512MiB`` or ``1000000``.
-
-    Raises:
-        XtokenError: it is none of these.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise XtokenError(f"{BYTES}={text!r} is no size; write bytes, or 20GB, 512MiB")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
 
 
 def _copy(source: Any, target: "IO[bytes] | None", limit: int | None) -> tuple[str, int]:

@@ -20,11 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from xtoken.schemas.errors import Unreachable, VerificationError, XtokenError
+from xtoken.schemas.errors import NO_ROOM, Unreachable, VerificationError, XtokenError
 from xtoken.schemas.io.parquet_limits import FOOTER_BYTES
 from xtoken.schemas.io.paths import is_chain
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WRONG_PLACE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)  # says nothing about the artifact
 _AT_ONCE = 16  # small requests wait for the network, not for us
 _TAIL = 1 << 16  # bytes that hold nearly every Parquet footer

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from xtoken.pipeline.capture import precompute, worker
-from xtoken.pipeline.executors import gpus
+from xtoken.pipeline.executors import gpus as devices
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Silent
@@ -16,9 +16,9 @@ from xtoken.schemas.ui.progress import Silent
     [("0,1,2", 1, "1"), ("4, 6", 1, "6"), ("4,6", 2, "4"), ("3", 5, "3"), ("", 1, ""), ("GPU-a,GPU-b", 0, "GPU-a")],
 )
 def test_a_slot_takes_one_of_the_visible_gpus(monkeypatch, visible, slot, expected):
-    monkeypatch.setenv(gpus.VISIBLE, visible)
-    gpus.pin_gpus(slot)
-    assert os.environ[gpus.VISIBLE] == expected
+    monkeypatch.setenv(devices.VISIBLE, visible)
+    devices.pin_gpus(slot)
+    assert os.environ[devices.VISIBLE] == expected
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,9 @@ def test_a_slot_takes_one_of_the_visible_gpus(monkeypatch, visible, slot, expect
     [("0,1,2,3,4", 1, "2,3"), ("0,1,2,3,4", 2, "0,1"), ("5,6", 3, "5,6"), ("7", 0, "7")],
 )
 def test_tensor_parallel_workers_take_groups(monkeypatch, visible, slot, expected):
-    monkeypatch.setenv(gpus.VISIBLE, visible)
-    gpus.pin_gpus(slot, 2)
-    assert os.environ[gpus.VISIBLE] == expected
+    monkeypatch.setenv(devices.VISIBLE, visible)
+    devices.pin_gpus(slot, 2)
+    assert os.environ[devices.VISIBLE] == expected
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,9 @@ def test_tensor_parallel_workers_take_groups(monkeypatch, visible, slot, expecte
     ],
 )
 def test_engines_that_share_a_gpu_are_counted(monkeypatch, visible, flags, engines):
-    monkeypatch.setenv(gpus.VISIBLE, visible)
+    monkeypatch.setenv(devices.VISIBLE, visible)
     config = PrecomputeConfig.model_validate({"corpus": "c", "teacher": "t", "out": "o", **flags})
-    assert gpus.engines_per_gpu(config) == engines
+    assert devices.engines_per_gpu(config) == engines
 
 
 def test_more_than_one_gpu_is_no_fraction():
@@ -69,7 +69,7 @@ def test_more_than_one_gpu_is_no_fraction():
     ],
 )
 def test_a_worker_sees_its_gpu_and_its_engine_knows_who_shares_it(monkeypatch, tmp_path, flags, visible, engines):
-    monkeypatch.setenv(gpus.VISIBLE, "0,1")
+    monkeypatch.setenv(devices.VISIBLE, "0,1")
     (tmp_path / "corpus.txt").write_text("some words")
     known = {"corpus": str(tmp_path / "corpus.txt"), "teacher": "bytes", "out": str(tmp_path / "out"), "k": 4}
     precompute(PrecomputeConfig.model_validate({**known, "backend": "fake"}), Silent())
@@ -82,16 +82,16 @@ def test_a_worker_sees_its_gpu_and_its_engine_knows_who_shares_it(monkeypatch, t
     monkeypatch.setattr(worker, "open_teacher", opened)
     with pytest.raises(XtokenError, match="far enough"):
         worker.CaptureJob(PrecomputeConfig.model_validate(known | flags)).open(3)
-    assert (os.environ[gpus.VISIBLE], told) == (visible, engines)
+    assert (os.environ[devices.VISIBLE], told) == (visible, engines)
 
 
 def test_without_the_variable_the_machine_is_asked(monkeypatch, tmp_path):
-    monkeypatch.setenv(gpus.VISIBLE, "undone")  # what the code sets below is undone too
-    monkeypatch.delenv(gpus.VISIBLE)
-    monkeypatch.setattr(gpus, "_DEV", tmp_path)
-    gpus.pin_gpus(0)
-    assert gpus.VISIBLE not in os.environ
+    monkeypatch.setenv(devices.VISIBLE, "undone")  # what the code sets below is undone too
+    monkeypatch.delenv(devices.VISIBLE)
+    monkeypatch.setattr(devices, "_DEV", tmp_path)
+    devices.pin_gpus(0)
+    assert devices.VISIBLE not in os.environ
     for name in ("nvidia0", "nvidia1", "nvidiactl"):
         (tmp_path / name).touch()
-    gpus.pin_gpus(1)
-    assert os.environ[gpus.VISIBLE] == "1"
+    devices.pin_gpus(1)
+    assert os.environ[devices.VISIBLE] == "1"
