@@ -34,7 +34,7 @@ from xtoken.pipeline.store.figures import bos_figure
 from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
 from xtoken.pipeline.teachers import check_backend
-from xtoken.pipeline.teachers.base import entries_asked
+from xtoken.pipeline.teachers.base import refuse_k
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError, last_words
@@ -157,8 +157,7 @@ def _forget(folder: Folder) -> None:
 
 
 def _checked_settings(config: PrecomputeConfig, table: TokenTable) -> dict[str, Any]:
-    if entries_asked(config) > table.size:
-        raise XtokenError(f"--k {config.k} is more than the vocabulary's {table.size} tokens; use --k {table.size}")
+    refuse_k(config, table.size, f"the vocabulary's {table.size} tokens")
     if config.backend != "fake":  # which has no head
         rows = stated_rows(config.teacher, config.revision)
         refuse_narrow_head(config.teacher, rows, table.role, table.pieces())

@@ -29,7 +29,7 @@ from xtoken.pipeline.store.reader import VOCAB_FILE, read_table
 from xtoken.pipeline.store.sampled import PackedDraws, encode_draws
 from xtoken.pipeline.store.writer import ROW_GROUP, group_rows
 from xtoken.pipeline.teachers import open_teacher
-from xtoken.pipeline.teachers.base import Teacher, TeacherRows, entries_asked
+from xtoken.pipeline.teachers.base import Teacher, TeacherRows, refuse_k
 from xtoken.pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
@@ -113,8 +113,7 @@ def check_teacher(config: PrecomputeConfig, info: TeacherInfo) -> None:
             f"--max-tokens {config.max_tokens} and one more do not fit the {info.context} tokens of {info.model}'s "
             f"context; use --max-tokens {info.context - 1} or less"
         )
-    if entries_asked(config) > info.vocab_rows:
-        raise XtokenError(f"--k {config.k} is more than the {info.vocab_rows} rows of {info.model}'s head")
+    refuse_k(config, info.vocab_rows, f"the {info.vocab_rows} rows of {info.model}'s head")
 
 
 class CaptureWorker:

@@ -4,13 +4,14 @@ import math
 import re
 from typing import Any
 
-from xtoken.pipeline.html.frame import asset, document, escaped, facts, short
+from xtoken.pipeline.html.frame import asset, document, facts, short
 from xtoken.pipeline.html.visible import plain, visible
 from xtoken.pipeline.page.data import sample_data
 from xtoken.pipeline.page.sample import Sample, load_sample
 from xtoken.pipeline.store.files import Folder
 from xtoken.schemas.configs.artifacts import InspectConfig
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.ui.markup import escaped
 
 _LONGEST_NAME = 80
 # Bits of surprise at which the next colour begins; the script and the style sheet have one colour each.

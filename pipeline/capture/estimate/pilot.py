@@ -33,7 +33,7 @@ from xtoken.pipeline.store.inspect import column_bytes
 from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, iter_parquet
 from xtoken.pipeline.store.writer import ROW_GROUP
 from xtoken.pipeline.teachers import check_backend, open_teacher
-from xtoken.pipeline.teachers.base import entries_asked
+from xtoken.pipeline.teachers.base import refuse_k
 from xtoken.pipeline.tokens import TextTokenizer
 from xtoken.schemas.configs.capture import EstimateConfig, PrecomputeConfig, RowsConfig
 from xtoken.schemas.errors import XtokenError
@@ -49,7 +49,7 @@ _UNITS = 64  # groups of windows that the spread is taken over, at most
 
 
 @dataclass
-class _Told:
+class _Shown:
     """Passes on how far a worker is (see ``OnProgress``)."""
 
     progress: Progress
@@ -135,9 +135,7 @@ def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pil
     """
     check_backend(config)
     tokenizer = open_tokenizer(config)
-    if entries_asked(config) > tokenizer.table.size:
-        size = tokenizer.table.size
-        raise XtokenError(f"--k {config.k} is more than the vocabulary's {size} tokens; use --k {size}")
+    refuse_k(config, tokenizer.table.size, f"the vocabulary's {tokenizer.table.size} tokens")
     look = Look.of(config, tokenizer)
     pool = take_pool(config, config.shard_bytes, max(POOL, _WIDEST * tokens), progress, look)
     pieces = [list(windows(piece, tokenizer, config.max_tokens)) for piece in pool.pieces]
@@ -193,7 +191,7 @@ def _score(worker: CaptureWorker, chosen: Sequence[Window], progress: Progress) 
     progress.start("pilot", text_bytes, "bytes")
     worker.score([min(chosen, key=lambda window: len(window.encoded.ids))])
     began = time.monotonic()
-    samples = worker.score(chosen, _Told(progress))
+    samples = worker.score(chosen, _Shown(progress))
     seconds = time.monotonic() - began
     progress.finish()
     return samples, seconds
