@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.share.card.alignment import alignments
 from xtoken.pipeline.share.card.card import card_files, size_category, write_card
-from xtoken.pipeline.share.card.markup import HUB_LICENSES, code, latex, license_lines, one_line, plain, public
+from xtoken.pipeline.share.card.markup import HUB_LICENSES, code, latex, license_fields, one_line, plain, public
 from xtoken.pipeline.share.card.plots import PLOTS
 from xtoken.pipeline.share.card.stats import RowStats, quantile, read_stats
 from xtoken.pipeline.store import iter_capture
@@ -152,11 +152,13 @@ def test_front_matter_is_what_the_hub_reads(kept_capture: Path) -> None:
 
 def test_licences() -> None:
     same = {"corpus": "CC-BY-4.0", "outputs": "cc-by-4.0"}
-    assert license_lines(same) == ['license: "cc-by-4.0"']
-    linked = license_lines({"corpus": "my own", "outputs": "https://example.org/terms"})
-    assert linked[:2] == ["license: other", 'license_name: "corpus-my-own-outputs-example.org-terms"']
-    assert linked[2:] == ['license_link: "https://example.org/terms"']
-    assert license_lines({"corpus": "other", "outputs": "other"})[0] == "license: other"
+    assert license_fields(same) == {"license": "cc-by-4.0"}
+    assert license_fields({"corpus": "my own", "outputs": "https://example.org/terms"}) == {
+        "license": "other",
+        "license_name": "corpus-my-own-outputs-example.org-terms",
+        "license_link": "https://example.org/terms",
+    }
+    assert license_fields({"corpus": "other", "outputs": "other"})["license"] == "other"
     assert {"mit", "gemma", "llama3.1", "cc-by-sa-4.0"} <= HUB_LICENSES
 
 
