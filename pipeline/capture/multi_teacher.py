@@ -87,9 +87,9 @@ def _files(config: PrecomputeConfig) -> dict[str, Any]:
 
 def _own_status(config: PrecomputeConfig) -> RunStatus | None:
     """What this process's dashboard wrote; None where storage did not take it."""
-    found = read_status(config.out, config.cell)
-    ours = found is not None and (found.host, found.pid) == (socket.gethostname(), os.getpid())
-    return found if ours else None
+    status = read_status(config.out, config.cell)
+    ours = status is not None and (status.host, status.pid) == (socket.gethostname(), os.getpid())
+    return status if ours else None
 
 
 def _cell_figures(config: PrecomputeConfig, run: RunStatus | None) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def names_below(sources: Sequence[str], out: str, said: str = "") -> list[str]:
         XtokenError: two of them would have the same name.
     """
     names: dict[str, str] = {}
-    found = []
+    folders = []
     for source in sources:
         name = teacher_name(source)
         if name.casefold() in names:
@@ -138,8 +138,8 @@ def names_below(sources: Sequence[str], out: str, said: str = "") -> list[str]:
                 f"{name} of {out}; run them by themselves, with an --out each"
             )
         names[name.casefold()] = source
-        found.append(name)
-    return found
+        folders.append(name)
+    return folders
 
 
 def teacher_name(teacher: str) -> str:

@@ -59,8 +59,8 @@ def short(name: str) -> str:
     return parts[-1] if parts else name
 
 
-def facts(found: list[tuple[str, str]]) -> str:
+def facts(numbers: list[tuple[str, str]]) -> str:
     """A row of numbers with what each counts; plain text both."""
     return (
-        '<ul class="facts">' + "".join(f"<li><b>{escaped(n)}</b> {escaped(what)}</li>" for n, what in found) + "</ul>"
+        '<ul class="facts">' + "".join(f"<li><b>{escaped(n)}</b> {escaped(what)}</li>" for n, what in numbers) + "</ul>"
     )

@@ -59,19 +59,19 @@ def plain(piece: Piece) -> str:
 
 def _signs(data: bytes) -> list[tuple[str, bool]]:
     """Runs of text and single signs, in order; equal signs in a long row become one with their number."""
-    found: list[tuple[str, bool]] = []
+    signs: list[tuple[str, bool]] = []
     # bytes of no character come as lone surrogates
     for sign, run in groupby(data.decode("utf-8", "surrogateescape"), key=_sign):
         chars = "".join(run)
         if sign == _TEXT:
-            found.append((chars, False))
+            signs.append((chars, False))
         elif sign == _BYTES:
-            found.append((chars.encode("utf-8", "surrogateescape").hex(" ").upper(), True))
+            signs.append((chars.encode("utf-8", "surrogateescape").hex(" ").upper(), True))
         elif len(chars) < _RUN:
-            found += [(sign, True)] * len(chars)
+            signs += [(sign, True)] * len(chars)
         else:
-            found.append((f"{sign}×{len(chars)}", True))
-    return found
+            signs.append((f"{sign}×{len(chars)}", True))
+    return signs
 
 
 def _sign(char: str) -> str:

@@ -62,9 +62,9 @@ def cached(url: str, sha256: str, size: int | None = None) -> Iterator[str]:
         yield path
         return
     if _SHA256.fullmatch(sha256) is None:
-        raise VerificationError(f"the manifest records {sha256[:70]!r} for {url}, which is no sha256; fetch it again")
-    with Cache.of_environment().hold(url, sha256, size) as found:
-        yield found
+        raise VerificationError(f"the manifest records {sha256[:70]!r} for {url}, not a sha256; fetch it again")
+    with Cache.of_environment().hold(url, sha256, size) as copy:
+        yield copy
 
 
 @contextmanager
@@ -148,10 +148,10 @@ class Cache:
         with self.reserved(url, sha256, size) as file:
             if file is None:
                 return
-            found, length = self.download(url, file, size)
-            if found != sha256:
+            actual, length = self.download(url, file, size)
+            if actual != sha256:
                 raise VerificationError(
-                    f"{url} has {length} bytes with sha256 {found}, its manifest says {size} with {sha256}; it was "
+                    f"{url} has {length} bytes with sha256 {actual}, its manifest says {size} with {sha256}; it was "
                     "damaged or changed: 'xtoken verify' lists what is, then fetch or publish it again"
                 )
             os.replace(file.name, self.folder / sha256)
@@ -218,12 +218,12 @@ class Cache:
 
     def _in_flight(self) -> dict[str, int]:
         """Bytes reserved by running downloads, by the file's name; what dead processes left is removed."""
-        found: dict[str, int] = {}
+        reserved: dict[str, int] = {}
         for path in self.folder.glob("*.tmp"):
             match = _TMP.fullmatch(path.name)
             if match and not _remove_unlocked(path):
-                found[match[1]] = found.get(match[1], 0) + int(match[2])
-        return found
+                reserved[match[1]] = reserved.get(match[1], 0) + int(match[2])
+        return reserved
 
     def _make_room(self, wanted: int) -> bool:
         """Evict until ``wanted`` bytes fit beside what stays; whether they do."""
@@ -252,7 +252,7 @@ class Cache:
         try:
             # each read is one request for just its bytes
             with named_errors(url), fs.open(path, "rb", block_size=_BLOCK, cache_type="none") as source:
-                found = _copy(source, file, size + 1)
+                copied = _copy(source, file, size + 1)
             file.flush()
         except OSError as error:
             if error.errno not in NO_ROOM:
@@ -261,7 +261,7 @@ class Cache:
                 f"no room for {size} bytes in the cache {self.folder} ({error.strerror}); free some, set {FOLDER} to a "
                 f"folder on a larger disk, or {BYTES} to less"
             ) from error
-        return found
+        return copied
 
 
 def _copy(source: Any, target: "IO[bytes] | None", limit: int | None) -> tuple[str, int]:

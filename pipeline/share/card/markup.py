@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from xtoken.schemas.configs.share import LICENSED
 
@@ -50,7 +51,7 @@ def latex(value: object) -> str:
     return " ".join("".join(safe).split())
 
 
-def license_fields(licenses: Mapping[str, str]) -> dict[str, str]:
+def license_fields(licenses: Mapping[str, str]) -> dict[str, Any]:
     """The hub's licence fields: an identifier where both licences are the same known one, else ``other`` by name."""
     known = {licenses[name].strip().lower() for name in LICENSED}
     if len(known) == 1 and known <= HUB_LICENSES:
