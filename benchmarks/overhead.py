@@ -32,7 +32,7 @@ from xtoken.pipeline.capture.run_identity import codec_info
 from xtoken.pipeline.capture.token_codes import corpus_codes
 from xtoken.pipeline.capture.worker import CaptureWorker, sample_batches
 from xtoken.pipeline.corpus import Window, all_windows
-from xtoken.pipeline.executors.protocol import Lease, News
+from xtoken.pipeline.executors.protocol import Lease, Message
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codecs.topk import Packed, encode
@@ -158,13 +158,13 @@ def drive(worker: CaptureWorker, shards: int) -> list[Part]:
     """Have a worker do all shards; the one place that knows how a worker is driven."""
     parts: list[Part] = []
 
-    def say(news: News) -> None:
-        if news.error is not None:
-            raise XtokenError(f"shard {news.shard}: {news.error}")
-        if news.part is not None:
-            parts.append(news.part)
+    def send(message: Message) -> None:
+        if message.error is not None:
+            raise XtokenError(f"shard {message.shard}: {message.error}")
+        if message.part is not None:
+            parts.append(message.part)
 
-    worker.serve((Lease(shard) for shard in range(shards)), say)
+    worker.serve((Lease(shard) for shard in range(shards)), send)
     assert len(parts) == shards, "a shard got lost"
     return parts
 

@@ -29,10 +29,11 @@ from xtoken.pipeline.capture.plan import settle_plan
 from xtoken.pipeline.capture.precompute import write_vocab
 from xtoken.pipeline.capture.token_codes import corpus_codes
 from xtoken.pipeline.capture.worker import open_tokenizer
+from xtoken.pipeline.executors.driver import Driver
 from xtoken.pipeline.executors.leases import Leases
 from xtoken.pipeline.executors.protocol import Event
 from xtoken.pipeline.executors.ray_cluster import Share
-from xtoken.pipeline.executors.ray_driver import RayCrew, RayExecutor
+from xtoken.pipeline.executors.ray_driver import RayExecutor, RayTransport
 from xtoken.pipeline.executors.ray_metrics import RayMetrics
 from xtoken.pipeline.store.files import Folder, StopRun
 from xtoken.schemas.configs.capture import PrecomputeConfig
@@ -178,7 +179,7 @@ def measure(address: str, config: PrecomputeConfig, workers: int, rate: float, s
 
 @dataclass(frozen=True)
 class _Call:
-    """One method of one seat of a crowd, called as an actor's method is."""
+    """One method of one member of a crowd, called as an actor's method is."""
 
     method: Any
     slot: int
@@ -189,21 +190,21 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Handle:
-    news: _Call
+    messages: _Call
     lease: _Call
 
 
-class CrowdCrew(RayCrew):
-    """A crew whose workers are seats of a few actors: the driver does all that it does for real ones."""
+class CrowdTransport(RayTransport):
+    """A transport whose workers are members of a few actors: the driver does all that it does for real ones."""
 
-    def __init__(self, crowds: list[Any], **crew: Any) -> None:
-        super().__init__(**crew)
+    def __init__(self, crowds: list[Any], workers: int) -> None:
+        super().__init__(None, Share(1, 0.0), workers)
         self._crowds = crowds
 
-    def hire(self, slot: int) -> Any:
-        """See ``RayCrew``."""
+    def start_actor(self, slot: int) -> Any:
+        """See ``RayTransport``."""
         crowd = self._crowds[slot % len(self._crowds)]
-        return _Handle(_Call(crowd.news, slot), _Call(crowd.lease, slot))
+        return _Handle(_Call(crowd.messages, slot), _Call(crowd.lease, slot))
 
 
 def measure_crowd(address: str, workers: int) -> Figures:
@@ -218,12 +219,12 @@ def measure_crowd(address: str, workers: int) -> Figures:
         # all of them open at once and commit in waves: whole waves are measured
         recorder = Recorder(workers, CROWD_SHARDS * CROWD_SHARD_SECONDS, settle=CROWD_SHARD_SECONDS / 2)
         leases = Leases(range(workers * (CROWD_SHARDS + 10)), 3, recorder.see, math.inf)
-        crew = CrowdCrew(crowds, job=None, share=Share(1, 0.0), workers=workers, watch=recorder, leases=leases)
+        driver = Driver(CrowdTransport(crowds, workers), recorder, leases)
         metrics = RayMetrics(0)
         with contextlib.suppress(Measured):
             while True:
-                crew.staff()
-                crew.wait_for_news()
+                driver.scale_up()
+                driver.turn()
                 metrics.tick()
         return recorder.load()
     finally:

@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.overhead import InstantTeacher
 from xtoken.pipeline.capture.plan import load_plan
 from xtoken.pipeline.capture.worker import CaptureWorker, open_tokenizer
-from xtoken.pipeline.executors.protocol import Lease, News
+from xtoken.pipeline.executors.protocol import Lease, Message
 from xtoken.pipeline.executors.ray_actor import Report
 from xtoken.pipeline.store.codes import read_codes
 from xtoken.pipeline.store.files import Folder
@@ -82,18 +82,18 @@ def write_rows(path: Path, config: PrecomputeConfig, table: TokenTable) -> None:
 
 
 @dataclass
-class _Seat:
+class _Member:
     """One worker of a crowd: what it has to say, and what it is to do."""
 
-    news: list[News] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
     taken: int = 0
     pressing: asyncio.Event = field(default_factory=asyncio.Event)
     leases: asyncio.Queue[Lease] = field(default_factory=asyncio.Queue)
     task: Any = None
 
-    def say(self, news: News) -> None:
+    def send(self, message: Message) -> None:
         """As ``Mailbox`` does."""
-        self.news.append(news)
+        self.messages.append(message)
         self.pressing.set()
 
 
@@ -102,34 +102,34 @@ class Crowd:
 
     def __init__(self, seconds: float, tokens: int) -> None:
         self._seconds, self._tokens = seconds, tokens
-        self._seats: dict[int, _Seat] = {}
+        self._members: dict[int, _Member] = {}
 
-    async def news(self, slot: int, seen: int, patience: float) -> Report:
+    async def messages(self, slot: int, seen: int, patience: float) -> Report:
         """See ``RayWorker``."""
-        seat = self._seats.setdefault(slot, _Seat())
-        if seat.task is None:
-            seat.task = asyncio.create_task(self._work(seat))
-        del seat.news[: max(0, seen - seat.taken)]
-        seat.taken = max(seen, seat.taken)
-        if not seat.news:
-            seat.pressing.clear()
+        member = self._members.setdefault(slot, _Member())
+        if member.task is None:
+            member.task = asyncio.create_task(self._work(member))
+        del member.messages[: max(0, seen - member.taken)]
+        member.taken = max(seen, member.taken)
+        if not member.messages:
+            member.pressing.clear()
             try:
-                await asyncio.wait_for(seat.pressing.wait(), patience)
+                await asyncio.wait_for(member.pressing.wait(), patience)
             except TimeoutError:
-                return Report([News("told", 0, done=1)], "", None)
-        return Report(list(seat.news), "", None)
+                return Report([Message("progress", 0, done=1)], "", None)
+        return Report(list(member.messages), "", None)
 
     async def lease(self, slot: int, call: int, leases: list[Lease]) -> None:  # noqa: ARG002
         """See ``RayWorker``."""
         for lease in leases:
-            self._seats[slot].leases.put_nowait(lease)
+            self._members[slot].leases.put_nowait(lease)
 
-    async def _work(self, seat: _Seat) -> None:
-        seat.say(News("open", place="here"))
+    async def _work(self, member: _Member) -> None:
+        member.send(Message("open", place="here"))
         while True:
-            lease = await seat.leases.get()
-            seat.say(News("begun", lease.shard))
+            lease = await member.leases.get()
+            member.send(Message("begun", lease.shard))
             await asyncio.sleep(self._seconds)
             counts = dict.fromkeys(("samples", "rows", "entries", "text_bytes", "file_bytes"), 1)
             part = Part(index=lease.shard, tokens=self._tokens, sha256=f"{lease.shard:064x}", **counts)
-            seat.say(News("part", lease.shard, part=part))
+            member.send(Message("part", lease.shard, part=part))

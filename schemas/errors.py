@@ -6,13 +6,15 @@ Everything else that is raised is a defect of ours, or of a library: the command
 import errno
 import tempfile
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 TRACEBACK = "XTOKEN_TRACEBACK"  # set it, and the command line raises what it cannot name
 # What the system refuses; any file may meet it, wherever in the code.
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full, or what one may take of it
+_EXHAUSTED = (*NO_ROOM, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 _BROKEN = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO)
 _MEMORY = ("OutOfMemory", "DefaultCPUAllocator", "bad_alloc")  # as torch, DuckDB and C++ say it
 _NO_TEMPORARY = "No usable temporary directory"  # as tempfile says it, without a number that tells
@@ -51,6 +53,25 @@ class PartlyDone(XtokenError):
     def __init__(self, message: str, figures: dict[str, Any], exit_code: int) -> None:
         super().__init__(message)
         self.figures, self.exit_code = figures, exit_code
+
+    @classmethod
+    def of_several(
+        cls, asked: Sequence[tuple[str, XtokenError | None]], outcome: str, figures: dict[str, Any]
+    ) -> "PartlyDone":
+        """What to raise where several were asked for and some failed; the worst exit code counts.
+
+        Args:
+            asked: of each that was asked for, its name and its error, None where it is done.
+            outcome: what follows their number, such as ``teachers failed, the others' captures stand``.
+            figures: of all of them.
+        """
+        errors = [(name, error) for name, error in asked if error is not None]
+        lines = "\n".join(f"{name}: {error}" for name, error in errors)
+        return cls(
+            f"{len(errors)} of {len(asked)} {outcome}; the same command goes on with what is missing\n{lines}",
+            figures,
+            max(error.exit_code for _, error in errors),
+        )
 
 
 class Unforeseen(XtokenError):

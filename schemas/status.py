@@ -86,4 +86,4 @@ def parse_status(url: str, data: bytes) -> RunStatus:
     try:
         return RunStatus.model_validate_json(data)
     except ValueError as error:
-        raise XtokenError(f"{url} is no status of a capture; remove it, the next run writes it anew") from error
+        raise XtokenError(f"{url} is not a status of a capture; remove it, the next run writes it anew") from error

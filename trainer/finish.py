@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.io.atomic import write_text
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.ui.progress import Progress, Silent
 from xtoken.trainer.data.targets import Targets
@@ -80,9 +81,7 @@ def _replace(training: "Training", name: str, when: str, rows: Iterable[dict[str
     path = training.run.root / name
     kept = [row for row in read_lines(path, "when", str) if row["when"] != when]
     lines = [*map(json.dumps, kept), *(json.dumps({"when": when, **row}) for row in rows)]
-    temporary = path.with_name(f".{name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines))
-    temporary.replace(path)
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def save_result(training: "Training") -> dict[str, Any]:

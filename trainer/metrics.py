@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xtoken.schemas.io.atomic import write_text
 from xtoken.trainer.record import read_lines
 
 
@@ -21,9 +22,7 @@ class Metrics:
         self.lines = [line for line in self.lines if line["step"] <= step and line.get("left_out") in counts]
         if not self.writes:
             return
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(map(_line, self.lines)))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(map(_line, self.lines)))
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line at once."""

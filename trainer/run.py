@@ -7,6 +7,7 @@ from typing import Any
 
 from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.io.atomic import write_text
 from xtoken.schemas.manifest import TokenizerInfo, digest, provenance
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.lock import LOCK
@@ -163,6 +164,4 @@ def _identity(
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")

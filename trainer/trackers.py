@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.io.atomic import write_text
 
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb-id"
 # Seconds that W&B's service keeps lines in memory. At its default of 15, a kill takes lines of steps before the last
@@ -209,7 +210,5 @@ def _run_id(root: Path) -> str:
     path = root / WANDB_ID
     if not path.exists():
         root.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(uuid.uuid4().hex[:12] + "\n")
-        temporary.replace(path)
+        write_text(path, uuid.uuid4().hex[:12] + "\n")
     return path.read_text().strip()

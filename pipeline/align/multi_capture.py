@@ -85,15 +85,9 @@ def _run_several(config: AlignConfig, progress: Progress) -> dict[str, Any]:
         if isinstance(outcomes[-1].error, DiskFull):  # the next one would find no room either
             break
     figures = {"captures": [_row(outcome, join) for outcome in outcomes], "join": _shown(join), "out": config.out}
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
-    if failed:
-        said = "\n".join(f"{outcome.config.captures[0]}: {outcome.error}" for outcome in failed)
-        raise PartlyDone(
-            f"{len(failed)} of {len(configs)} captures are not done, the others' targets stand; "
-            f"the same command goes on with what is missing\n{said}",
-            figures,
-            max(outcome.error.exit_code for outcome in failed if outcome.error is not None),
-        )
+    if any(outcome.error is not None for outcome in outcomes):
+        asked = [(outcome.config.captures[0], outcome.error) for outcome in outcomes]
+        raise PartlyDone.of_several(asked, "captures are not done, the others' targets stand", figures)
     return figures
 
 

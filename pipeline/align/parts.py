@@ -4,7 +4,6 @@ Read by pyarrow: no connection to open for each part, and less CPU time than Duc
 (``benchmarks/results/align.md``).
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,21 +25,13 @@ from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.io.parquet_headers import Chunk
 from xtoken.schemas.io.parquet_limits import batches, group_chunks, open_parquet, reading
 from xtoken.schemas.io.remote import open_url
+from xtoken.schemas.io.sizes import parse_size
 from xtoken.schemas.manifest import CaptureManifest, Part, read_manifest
 
 # What an entry takes from its page to the target it becomes: two ids, gap, log-probability, probability, target and
 # the writer's copies of it; and what a loss adds.
 _ENTRY_BYTES, _LOSS_BYTES = 64, 16
 _SHARE = 4  # of the limit is for one batch; the rest is DuckDB's, and room
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
-_UNITS["Ti"] = 1 << 40
-
-
-def size_in_bytes(size: str) -> int:
-    """Bytes of a size such as 512MB or 1.5GiB, as DuckDB reads it."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]i?)B", size)
-    assert match is not None, "the configuration checked it"
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 @dataclass(frozen=True)
@@ -112,7 +103,7 @@ class CaptureParts:
         own = optional_columns(open_codec(self.manifest.codec))["rows"]
         entries = max((chunk.values for chunk in chunks if chunk.column in own), default=0)
         each = entries / max(1, rows) * (_ENTRY_BYTES + _LOSS_BYTES * self.losses)
-        room = size_in_bytes(self.memory_limit) / _SHARE
+        room = parse_size(self.memory_limit) / _SHARE
         if each > room:
             raise StopRun(
                 f"{name} has samples of {round(each / 1e6, 1)} MB, which do not fit --memory-limit "

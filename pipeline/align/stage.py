@@ -21,7 +21,7 @@ from xtoken.pipeline.align.parts import CaptureParts
 from xtoken.pipeline.align.rows import Recipe
 from xtoken.pipeline.align.sample_texts import CorpusTexts, refuse_without_text
 from xtoken.pipeline.align.targets import target_batch
-from xtoken.pipeline.executors.protocol import OneByOne, Tell, tell_nobody
+from xtoken.pipeline.executors.protocol import OneByOne, OnProgress, ignore_progress
 from xtoken.pipeline.project.projection import Projection, Unreached
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.columns import flat
@@ -100,14 +100,14 @@ class AlignWorker(OneByOne):
     parts: CaptureParts
     texts: CorpusTexts | None
 
-    def run(self, shard: int, attempt: int, tell: Tell = tell_nobody) -> Part:
+    def run(self, shard: int, attempt: int, on_progress: OnProgress = ignore_progress) -> Part:
         """Build, publish and commit one part; the attempt's number does not enter its content.
 
         Raises:
             XtokenError: the capture part cannot be read within the memory limit, or holds no text.
             VerificationError: the capture part is not the one recorded, or the targets break a rule.
         """
-        del attempt, tell  # a part is done within seconds
+        del attempt, on_progress  # a part is done within seconds
         written = _Written(targets(self.job.config.losses))
         return publish_part(self.job.out, shard, partial(self._write, shard, written), written.check)
 

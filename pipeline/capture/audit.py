@@ -93,10 +93,10 @@ def accepted_audits(config: PrecomputeConfig, folder: Folder) -> list[AuditRecor
     Raises:
         XtokenError: one found rows that cannot be of the same model and text.
     """
-    found = read_audits(folder)
-    for record in found if config.audit != "none" else ():
+    records = read_audits(folder)
+    for record in records if config.audit != "none" else ():
         _refuse_other_rows(record, folder.root, read_teacher(folder).model)
-    return found
+    return records
 
 
 def _refuse_other_rows(record: AuditRecord, root: str, model: str) -> None:
@@ -122,7 +122,8 @@ def _read(folder: Folder, name: str) -> AuditRecord:
         return AuditRecord.model_validate_json(read_small(folder, name, _RECORD_BYTES))
     except ValidationError as error:
         raise VerificationError(
-            f"{folder.url(name)} is no audit ({error.error_count()} errors); remove it and run the same command again"
+            f"{folder.url(name)} is not an audit ({error.error_count()} errors); remove it and run the same command "
+            "again"
         ) from error
 
 
@@ -156,9 +157,9 @@ class _Transformers:
         """
         changes = {"backend": "hf", "device": "cpu", "dtype": "float32", "tensor_parallel": 1, "temperatures": []}
         config = config.model_copy(update=changes)
-        found = cls(config, table, _float32_bytes(config))
-        found._refuse_too_large()
-        return found
+        audit = cls(config, table, _float32_bytes(config))
+        audit._refuse_too_large()
+        return audit
 
     def __call__(self, prompts: Sequence[NDArray[np.int32]]) -> tuple[list[TeacherRows], str]:
         self._refuse_too_large()
@@ -216,8 +217,8 @@ def _float32_bytes(config: PrecomputeConfig) -> int:
 
 def free_memory() -> int | None:
     """Bytes of memory that may still be taken, here and in this container; None where the system does not tell."""
-    found = [_machine_memory(), _group_memory()]
-    return min((free for free in found if free is not None), default=None)
+    limits = [_machine_memory(), _group_memory()]
+    return min((free for free in limits if free is not None), default=None)
 
 
 def _machine_memory() -> int | None:
@@ -291,13 +292,13 @@ class _Audit:
         with local_part(self.folder, part.index, part) as path:
             rows_N = np.concatenate([list_lengths(batch, _ROW_LENGTH) for batch in iter_parquet(path, [_ROW_LENGTH])])
             chosen = self._chosen(rows_N, part.index)
-            found, start = [], 0
+            kept, start = [], 0
             for batch in iter_parquet(path, stored_columns(names, codes)):
                 here = chosen[(chosen >= start) & (chosen < start + batch.num_rows)] - start
                 if len(here):
-                    found.append(restore_ids(batch.take(pa.array(here)), codes))
+                    kept.append(restore_ids(batch.take(pa.array(here)), codes))
                 start += batch.num_rows
-        return pa.Table.from_batches(found).combine_chunks().to_batches()[0]
+        return pa.Table.from_batches(kept).combine_chunks().to_batches()[0]
 
     def _chosen(self, rows_N: NDArray[np.int64], shard: int) -> NDArray[np.int64]:
         """Numbers of samples with at least the wanted rows together, ascending; they follow from plan and shard."""

@@ -44,7 +44,7 @@ def run_teachers(configs: Sequence[PrecomputeConfig], progress: Progress) -> dic
 
     Args:
         configs: alike but for the teacher.
-        progress: told bytes of corpus text.
+        progress: shows bytes of corpus text.
 
     Returns:
         Figures of the capture; of several, a row for each.
@@ -55,17 +55,11 @@ def run_teachers(configs: Sequence[PrecomputeConfig], progress: Progress) -> dic
     """
     if len(configs) == 1:
         return _run_one(configs[0], progress)
-    found = list(one_after_the_other(each_below(configs), lambda config: _run_one(config, progress)))
-    figures = {"teachers": [_row(outcome) for outcome in found]}
-    failed = [outcome for outcome in found if outcome.error is not None]
-    if failed:
-        said = "\n".join(f"{outcome.config.teacher}: {outcome.error}" for outcome in failed)
-        raise PartlyDone(
-            f"{len(failed)} of {len(configs)} teachers failed, the others' captures stand; "
-            f"the same command goes on with what is missing\n{said}",
-            figures,
-            max(outcome.error.exit_code for outcome in failed if outcome.error is not None),
-        )
+    outcomes = list(one_after_the_other(each_below(configs), lambda config: _run_one(config, progress)))
+    figures = {"teachers": [_row(outcome) for outcome in outcomes]}
+    if any(outcome.error is not None for outcome in outcomes):
+        asked = [(outcome.config.teacher, outcome.error) for outcome in outcomes]
+        raise PartlyDone.of_several(asked, "teachers failed, the others' captures stand", figures)
     return figures
 
 
@@ -92,10 +86,10 @@ def _files(config: PrecomputeConfig) -> dict[str, Any]:
 
 
 def _own_status(config: PrecomputeConfig) -> RunStatus | None:
-    """What this process's board wrote; None where storage did not take it."""
-    found = read_status(config.out, config.cell)
-    ours = found is not None and (found.host, found.pid) == (socket.gethostname(), os.getpid())
-    return found if ours else None
+    """What this process's dashboard wrote; None where storage did not take it."""
+    status = read_status(config.out, config.cell)
+    ours = status is not None and (status.host, status.pid) == (socket.gethostname(), os.getpid())
+    return status if ours else None
 
 
 def _cell_figures(config: PrecomputeConfig, run: RunStatus | None) -> dict[str, Any]:
@@ -135,7 +129,7 @@ def names_below(sources: Sequence[str], out: str, said: str = "") -> list[str]:
         XtokenError: two of them would have the same name.
     """
     names: dict[str, str] = {}
-    found = []
+    folders = []
     for source in sources:
         name = teacher_name(source)
         if name.casefold() in names:
@@ -144,8 +138,8 @@ def names_below(sources: Sequence[str], out: str, said: str = "") -> list[str]:
                 f"{name} of {out}; run them by themselves, with an --out each"
             )
         names[name.casefold()] = source
-        found.append(name)
-    return found
+        folders.append(name)
+    return folders
 
 
 def teacher_name(teacher: str) -> str:

@@ -88,7 +88,7 @@ def make_plan(config: CorpusConfig, shard_bytes: int, progress: Progress, look: 
     Args:
         config: the corpus.
         shard_bytes: as above.
-        progress: told the bytes of text read.
+        progress: shows the bytes of text read.
         look: shown every document.
 
     Raises:
@@ -191,8 +191,8 @@ def check_files(root: str, plan: Plan, config: CorpusConfig) -> Listing:
         XtokenError: the corpus is gone, or files were added, removed or changed.
     """
     listing = Corpus(config, plan.names).listing
-    found = [(file.name, file.size) for file in listing.files]
-    changed = sorted({name for name, _ in set(found) ^ set(plan.files)})
+    files = [(file.name, file.size) for file in listing.files]
+    changed = sorted({name for name, _ in set(files) ^ set(plan.files)})
     if changed:
         raise XtokenError(
             f"file {changed[0]!r} of {config.corpus} was added, removed or changed since {root} was planned "

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xtoken.pipeline.capture.audit import accepted_audits
-from xtoken.pipeline.capture.monitor.dashboard import Board
+from xtoken.pipeline.capture.monitor.dashboard import Dashboard
 from xtoken.pipeline.capture.plan import PLAN_FILE, Plan, check_files, settle_plan
 from xtoken.pipeline.capture.rendered_chat import Look
 from xtoken.pipeline.capture.run_identity import (
@@ -35,7 +35,7 @@ from xtoken.pipeline.store.publish import clean, committed, data_name
 from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, read_table
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
 from xtoken.pipeline.teachers import check_backend
-from xtoken.pipeline.teachers.base import entries_asked
+from xtoken.pipeline.teachers.base import refuse_k
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError, last_words
@@ -79,7 +79,7 @@ def precompute(
 
     Args:
         config: what to run, on what, and where to.
-        progress: told bytes of corpus text done.
+        progress: shows bytes of corpus text done.
         make_job: what workers open.
         executor: where they run; left out: what the settings say.
 
@@ -158,8 +158,7 @@ def _forget(folder: Folder) -> None:
 
 
 def _checked_settings(config: PrecomputeConfig, table: TokenTable) -> dict[str, Any]:
-    if entries_asked(config, table.size) > table.size:
-        raise XtokenError(f"--k {config.k} is more than the vocabulary's {table.size} tokens; use --k {table.size}")
+    refuse_k(config, table.size, f"the vocabulary's {table.size} tokens")
     if config.backend != "fake":  # which has no head
         rows = stated_rows(config.teacher, config.revision)
         refuse_narrow_head(config.teacher, rows, table.role, table.pieces())
@@ -176,9 +175,9 @@ def _work(run: _Run, executor: Executor | None, make_job: MakeJob, progress: Pro
         progress.start(f"{run.config.out} is complete, nothing to do", None, "bytes")
         progress.finish()
         return _finish(run, {})
-    with Board(run.folder, run.plan, run.config, done, progress) as board:
-        failed = _run(run, executor, make_job, missing, board, progress) if missing else {}
-        board.enter("sealing")
+    with Dashboard(run.folder, run.plan, run.config, done, progress) as dashboard:
+        failed = _run(run, executor, make_job, missing, dashboard, progress) if missing else {}
+        dashboard.enter("sealing")
         manifest = patiently(partial(_finish, run, failed)) if run.config.cell is None else None
         if failed:
             raise IncompleteRun(_incomplete(failed, len(run.plan.shards), run.config.out))
@@ -186,12 +185,17 @@ def _work(run: _Run, executor: Executor | None, make_job: MakeJob, progress: Pro
 
 
 def _run(
-    run: _Run, executor: Executor | None, make_job: MakeJob, missing: list[int], board: Board, progress: Progress
+    run: _Run,
+    executor: Executor | None,
+    make_job: MakeJob,
+    missing: list[int],
+    dashboard: Dashboard,
+    progress: Progress,
 ) -> dict[int, str]:
-    board.log_corpus(check_files(run.config.out, run.plan, run.config))
-    progress.start("precompute", board.text_bytes, "bytes", board.text_bytes_done)
+    dashboard.log_corpus(check_files(run.config.out, run.plan, run.config))
+    progress.start("precompute", dashboard.text_bytes, "bytes", dashboard.text_bytes_done)
     try:
-        return (executor or _executor(run.config)).run(make_job(run.config), missing, board)
+        return (executor or _executor(run.config)).run(make_job(run.config), missing, dashboard)
     finally:
         progress.finish()
         _clean(run)
@@ -296,6 +300,6 @@ def _incomplete(failed: dict[int, str], shards: int, out: str) -> str:
     named = "\n".join(f"  shard {index}: {last_words(error)}" for index, error in list(failed.items())[:_NAMED])
     more = f"\n  and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
     return (
-        f"{len(failed)} of {shards} shards were set aside after three attempts, the others are committed in {out}:\n"
+        f"{len(failed)} of {shards} shards were quarantined after three attempts, the others are committed in {out}:\n"
         f"{named}{more}\nthe log and {MANIFEST} hold all they said; run the same command again to try them once more"
     )

@@ -68,14 +68,14 @@ class Look:
 
     def _add(self, document: Document) -> None:
         self.documents += 1
-        found = _marks(
+        marks = _marks(
             document.text, [match for match in self._pattern.finditer(document.text) if match[0] in self._controls]
         )
-        if not found:
+        if not marks:
             return
         self._first = self._first or document.id
         self.rendered += 1
-        self._found.update(list(dict.fromkeys(found)))
+        self._found.update(list(dict.fromkeys(marks)))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -91,7 +91,7 @@ class Look:
         if not (self._refuse or self._warn) or not self.rendered or self.rendered < _SHARE * self.documents:
             return
         tokens = ", ".join(token for token, _ in self._found.most_common(_NAMED))
-        found = (
+        message = (
             f"{self.rendered:,} of {self.documents:,} documents ({self.rendered / self.documents:.0%}) hold control "
             f"tokens of {self._teacher} as text ({tokens}; the first is {self._first!r}), as chat templates and packed "
             "files do: the teacher would read such marks as pieces of text. Write one document per record and "
@@ -99,21 +99,21 @@ class Look:
             "meant as text"
         )
         if self._refuse:
-            raise XtokenError(found)
-        _LOG.warning("%s. The fake teacher goes on; hf and vllm refuse such a corpus", found)
+            raise XtokenError(message)
+        _LOG.warning("%s. The fake teacher goes on; hf and vllm refuse such a corpus", message)
 
 
-def _marks(text: str, found: list[re.Match[str]]) -> list[str]:
+def _marks(text: str, matches: list[re.Match[str]]) -> list[str]:
     """What a template seems to have written of the control tokens in a text; nothing where they are a mention."""
-    if not found:
+    if not matches:
         return []
     begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
-    tokens = [match[0] for match in found]
+    tokens = [match[0] for match in matches]
     # struck-out text is opened before it is closed
     if not text.startswith("<s>", begin) and not (text.endswith("</s>", 0, end) and "<s>" not in tokens):
-        found = [match for match in found if match[0] not in _HTML]
-    at_an_end = bool(found) and (found[0].start() == begin or found[-1].end() == end)
-    return [match[0] for match in found] if at_an_end or len(found) >= _SEVERAL else []
+        matches = [match for match in matches if match[0] not in _HTML]
+    at_an_end = bool(matches) and (matches[0].start() == begin or matches[-1].end() == end)
+    return [match[0] for match in matches] if at_an_end or len(matches) >= _SEVERAL else []
 
 
 def _pattern(controls: Collection[str]) -> re.Pattern[str]:

@@ -28,8 +28,8 @@ def corpus_codes(config: CorpusConfig, plan: Plan, tokenizer: TextTokenizer) -> 
     Raises:
         StopRun: the corpus is not the planned one any more.
     """
-    found = (_tokens(texts, tokenizer) for texts in _texts(_some_shards(config, plan)))
-    return codes_by_use(found, tokenizer.table.size)
+    sequences = (_tokens(texts, tokenizer) for texts in _texts(_some_shards(config, plan)))
+    return codes_by_use(sequences, tokenizer.table.size)
 
 
 def look_at_some(config: CorpusConfig, plan: Plan, look: Look) -> None:

@@ -20,7 +20,7 @@ from xtoken.pipeline.capture.run_identity import codec_info, sees_bos, settle_te
 from xtoken.pipeline.capture.worker_threads import Audit, Prepared, Stages, text_bytes
 from xtoken.pipeline.corpus import Window, all_windows
 from xtoken.pipeline.executors.gpus import engines_per_gpu, pin_gpus
-from xtoken.pipeline.executors.protocol import Lease, Say, Tell, tell_nobody
+from xtoken.pipeline.executors.protocol import Lease, OnProgress, Send, ignore_progress
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codes import Codes, read_codes
@@ -29,7 +29,7 @@ from xtoken.pipeline.store.publish import publish_part, read_commit
 from xtoken.pipeline.store.reader import VOCAB_FILE, read_table
 from xtoken.pipeline.store.writer import ROW_GROUP, Sample, capture_batch, group_rows, write_parquet
 from xtoken.pipeline.teachers import open_teacher
-from xtoken.pipeline.teachers.base import Teacher, TeacherRows, entries_asked
+from xtoken.pipeline.teachers.base import Teacher, TeacherRows, refuse_k
 from xtoken.pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
@@ -106,8 +106,7 @@ def check_teacher(config: PrecomputeConfig, info: TeacherInfo) -> None:
             f"--max-tokens {config.max_tokens} and one more do not fit the {info.context} tokens of {info.model}'s "
             f"context; use --max-tokens {info.context - 1} or less"
         )
-    if entries_asked(config, info.vocab_rows) > info.vocab_rows:
-        raise XtokenError(f"--k {config.k} is more than the {info.vocab_rows} rows of {info.model}'s head")
+    refuse_k(config, info.vocab_rows, f"the {info.vocab_rows} rows of {info.model}'s head")
 
 
 class CaptureWorker:
@@ -135,9 +134,9 @@ class CaptureWorker:
         bos = tokenizer.table.info.bos_id if sees_bos(config, tokenizer.table) else None
         self.context = np.array([] if bos is None else [bos], np.int32)
 
-    def serve(self, leases: Iterator[Lease], say: Say) -> None:
+    def serve(self, leases: Iterator[Lease], send: Send) -> None:
         """See ``pipeline.executors.protocol.Worker``; ``worker_threads`` overlaps the steps."""
-        Stages(self, self._teacher, self.audit).serve(leases, say)
+        Stages(self, self._teacher, self.audit).serve(leases, send)
 
     def prepare(self, shard: int) -> Prepared | Part:
         """Read and tokenize one shard, unless it is committed by now: another driver or an overdue worker may have.
@@ -178,8 +177,8 @@ class CaptureWorker:
         scored = [[index for index in batch if len(prompts[index]) > 1] for batch in batches]
         return prompts, [batch for batch in scored if batch]
 
-    def score(self, pieces: Sequence[Window], tell: Tell = tell_nobody) -> list[Sample]:
-        """Samples in the order of ``pieces``; the teacher sees them by length. Tells the bytes of text scored."""
+    def score(self, pieces: Sequence[Window], on_progress: OnProgress = ignore_progress) -> list[Sample]:
+        """Samples in the order of ``pieces``; the teacher sees them by length. ``on_progress`` gets bytes of text."""
         prompts, batches = self._prompts(pieces)
         found: dict[int, TeacherRows] = {}
         done = 0
@@ -187,7 +186,7 @@ class CaptureWorker:
             rows = self._teacher.rows([prompts[index] for index in batch])
             found.update(zip(batch, rows, strict=True))
             done += sum(text_bytes(pieces[index]) for index in batch)
-            tell(done)
+            on_progress(done)
         return [self.sample(piece, found.get(index)) for index, piece in enumerate(pieces)]
 
     def sample(self, piece: Window, rows: TeacherRows | None) -> Sample:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.pipeline.corpus import Window
-from xtoken.pipeline.executors.protocol import Lease, News, Say, portable
+from xtoken.pipeline.executors.protocol import Lease, Message, Send, portable
 from xtoken.pipeline.store.writer import Sample
 from xtoken.pipeline.teachers.base import EngineLost, Teacher, TeacherRows
 from xtoken.schemas.manifest import Part
@@ -27,7 +27,7 @@ Audit = Callable[[int], None]
 """Looks at a committed shard by other means; called while the engine rests."""
 
 _ROWS_WAITING = 16  # samples that the engine is done with and that are not packed yet
-_TELL_SECONDS = 0.5
+_PROGRESS_SECONDS = 0.5
 _BEAT_SECONDS, _MOST_BEATS = 20.0, 180  # during an audit; one that takes longer than an hour hangs
 
 
@@ -74,11 +74,11 @@ class _Shard:
     unanswered: int = 0  # windows in the engine
     fed: bool = False  # nothing of it is left to be given to the engine
     done: int = 0  # bytes of text scored
-    told: float = 0.0
+    reported: float = 0.0  # when progress was sent last
     rows: dict[int, Sample] = field(default_factory=dict)
     closed: threading.Event = field(default_factory=threading.Event)  # committed or failed
     part: Part | None = None  # once it is committed
-    held: bool = False  # its news waits for the audit: a driver without open shards ends its workers
+    held: bool = False  # its message waits for the audit: a driver without open shards ends its workers
 
 
 _Key = tuple[_Shard, int]
@@ -102,11 +102,11 @@ class Stages:
         self._prepared: queue.Queue[_Shard | None] = queue.Queue(maxsize=1)
         self._scored: queue.Queue[_Scored] = queue.Queue(maxsize=_ROWS_WAITING)
         self._in_engine: list[_Shard] = []
-        self._say: Say = _nobody
+        self._send: Send = _nobody
 
-    def serve(self, leases: Iterator[Lease], say: Say) -> None:
+    def serve(self, leases: Iterator[Lease], send: Send) -> None:
         """See ``xtoken.pipeline.executors.protocol.Worker``; the engine is used by the calling thread only."""
-        self._say = say
+        self._send = send
         threading.Thread(target=self._read_ahead, args=(leases,), name="xtoken-reader", daemon=True).start()
         publisher = threading.Thread(target=self._publish_all, name="xtoken-publisher", daemon=True)
         publisher.start()
@@ -116,7 +116,7 @@ class Stages:
             for shard in self._in_engine:
                 self._fail(shard, error)
             if not self._in_engine and not isinstance(error, EngineLost):  # the audit refuses the rows
-                say(News("broken", error=portable(error)))
+                send(Message("broken", error=portable(error)))
         finally:
             self._scored.put(None)
             publisher.join()
@@ -132,12 +132,12 @@ class Stages:
             shard.closed.wait()
             if shard.part is not None:
                 self._look_at(shard)
-                self._say(News("part", shard.lease.shard, part=shard.part))
+                self._send(Message("part", shard.lease.shard, part=shard.part))
                 audited = True
         self._stream(self._feed_all())
 
     def _look_at(self, shard: _Shard) -> None:
-        """Audit a committed shard; the driver hears that the worker lives, for loading a model can outlast a lease."""
+        """Audit a committed shard; the driver learns that the worker lives, for loading a model can outlast a lease."""
         assert self._audit is not None
         done = threading.Event()
         beat = threading.Thread(target=self._beat, args=(shard, done), name="xtoken-beat", daemon=True)
@@ -152,7 +152,7 @@ class Stages:
         for _ in range(_MOST_BEATS):
             if done.wait(_BEAT_SECONDS):
                 return
-            self._say(News("told", shard.lease.shard, done=shard.done))
+            self._send(Message("progress", shard.lease.shard, done=shard.done))
 
     def _stream(self, batches: Iterator[_Batch | None]) -> None:
         for key, rows in self._teacher.stream(batches):
@@ -200,25 +200,25 @@ class Stages:
     def _progress(self, shard: _Shard, index: int) -> None:
         shard.done += text_bytes(shard.prepared.pieces[index])
         now = time.monotonic()
-        if now - shard.told > _TELL_SECONDS:
-            shard.told = now
-            self._say(News("told", shard.lease.shard, done=shard.done))
+        if now - shard.reported > _PROGRESS_SECONDS:
+            shard.reported = now
+            self._send(Message("progress", shard.lease.shard, done=shard.done))
 
     def _fail(self, shard: _Shard, error: BaseException) -> None:
         if not shard.closed.is_set():
             shard.closed.set()
-            self._say(News("failed", shard.lease.shard, error=portable(error)))
+            self._send(Message("failed", shard.lease.shard, error=portable(error)))
 
     def _read_ahead(self, leases: Iterator[Lease]) -> None:
         for lease in leases:
-            self._say(News("begun", lease.shard))
+            self._send(Message("begun", lease.shard))
             try:
                 prepared = self._steps.prepare(lease.shard)
-            except BaseException as error:  # a panic of the tokenizer's is no Exception
-                self._say(News("failed", lease.shard, error=portable(error)))
+            except BaseException as error:  # a panic of the tokenizer's is not an Exception
+                self._send(Message("failed", lease.shard, error=portable(error)))
                 continue
             if isinstance(prepared, Part):
-                self._say(News("part", lease.shard, part=prepared))
+                self._send(Message("part", lease.shard, part=prepared))
             else:
                 self._prepared.put(_Shard(lease, prepared))
         self._prepared.put(None)
@@ -243,8 +243,8 @@ class Stages:
         shard.rows.clear()
         shard.closed.set()
         if not shard.held:
-            self._say(News("part", shard.lease.shard, part=shard.part))
+            self._send(Message("part", shard.lease.shard, part=shard.part))
 
 
-def _nobody(news: News) -> None:
-    del news
+def _nobody(message: Message) -> None:
+    del message

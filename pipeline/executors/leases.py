@@ -1,6 +1,6 @@
 """Who works on which shard: the bookkeeping that every executor shares. It knows nothing of processes or clusters.
 
-A shard that fails three times is set aside. A lease lasts as long as its worker gets on; then the shard is leased to
+A shard that fails three times is quarantined. A lease lasts as long as its worker gets on; then the shard is leased to
 somebody else as well, and whoever commits first was first. A machine that is lost, or storage that does not answer, is
 no fault of the shard's: that is counted apart.
 """
@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from xtoken.pipeline.executors.protocol import Event, Lease, News
+from xtoken.pipeline.executors.protocol import Event, Lease, Message
 from xtoken.pipeline.store.files import StopRun
 from xtoken.schemas.errors import Unreachable
 
@@ -58,7 +58,7 @@ class Leases:
 
     @property
     def unfinished(self) -> bool:
-        """Whether a shard is neither committed nor set aside."""
+        """Whether a shard is neither committed nor quarantined."""
         return bool(self._open)
 
     @property
@@ -73,47 +73,47 @@ class Leases:
     def started(self, worker: int, slot: int) -> None:
         """A worker is being started."""
         self._holders[worker] = _Holder(slot, self._clock())
-        self._tell("starting", worker)
+        self._emit("starting", worker)
 
-    def hear(self, worker: int, news: News) -> None:
-        """Take what a worker says.
+    def receive(self, worker: int, message: Message) -> None:
+        """Take what a worker sends.
 
         Raises:
-            XtokenError: an open worker says that it cannot go on (its audit), or names what would befall every shard.
+            XtokenError: an open worker cannot go on (its audit), or names what would befall every shard.
         """
         holder = self._holders[worker]
         holder.since, holder.overdue = self._clock(), False
-        if news.kind == "broken":
-            assert news.error is not None
-            raise news.error
-        if news.kind == "open":
+        if message.kind == "broken":
+            assert message.error is not None
+            raise message.error
+        if message.kind == "open":
             holder.opened = True
-            self._tell("opened", worker, place=news.place)
-        elif news.kind == "begun":
-            holder.begun.add(news.shard)
-            self._tell("begun", worker, shard=news.shard)
-        elif news.kind == "told":
-            self._tell("told", worker, shard=news.shard, done=news.done)
-        elif news.kind == "part":
-            self._part(worker, news)
+            self._emit("opened", worker, place=message.place)
+        elif message.kind == "begun":
+            holder.begun.add(message.shard)
+            self._emit("begun", worker, shard=message.shard)
+        elif message.kind == "progress":
+            self._emit("progress", worker, shard=message.shard, done=message.done)
+        elif message.kind == "part":
+            self._part(worker, message)
         else:
-            self._failed(worker, news)
+            self._failed(worker, message)
 
     def grant(self, worker: int) -> list[Lease]:
         """Leases to send to a worker now; none where others need them more, or during an outage."""
         holder = self._holders[worker]
         if not holder.opened or holder.overdue or self._clock() < self._quiet_until:
             return []
-        found = []
+        granted = []
         while self._waiting and (not holder.leases or self._more(holder)):
             lease = self._waiting.popleft()
             if lease.shard not in self._open:  # committed by somebody late
                 continue
             holder.leases[lease.shard] = lease
             holder.since = self._clock() if len(holder.leases) == 1 else holder.since
-            found.append(lease)
-            self._tell("leased", worker, shard=lease.shard, attempt=lease.attempt)
-        return found
+            granted.append(lease)
+            self._emit("leased", worker, shard=lease.shard, attempt=lease.attempt)
+        return granted
 
     def _more(self, holder: _Holder) -> bool:
         """Whether a worker that has leases gets the next one, too."""
@@ -133,7 +133,7 @@ class Leases:
             why: for people.
         """
         holder = self._holders[worker]
-        self._tell(kind, worker, error=why)
+        self._emit(kind, worker, error=why)
         for shard, lease in list(holder.leases.items()):
             blamed = shard in holder.begun and kind == "died"
             self._losses[shard] += shard in holder.begun and kind == "lost"
@@ -157,31 +157,31 @@ class Leases:
                 hopeless.append(worker)
             elif holder.leases:
                 holder.overdue, holder.since = True, now
-                self._tell("overdue", worker, error=f"no progress for {self._lease_seconds:g} s")
+                self._emit("overdue", worker, error=f"no progress for {self._lease_seconds:g} s")
                 for lease in list(holder.leases.values()):
                     why = f"no progress for {self._lease_seconds:g} s (see --lease-seconds)"
                     self._give_back(worker, lease, why, blamed=lease.shard in holder.begun)
         return hopeless
 
-    def _part(self, worker: int, news: News) -> None:
-        self._drop(worker, news.shard)
+    def _part(self, worker: int, message: Message) -> None:
+        self._drop(worker, message.shard)
         self._outage, self._quiet_until, self._backoff = None, 0.0, _BACKOFF[0]
-        first = news.shard in self._open
-        self._open.discard(news.shard)
-        self.failed.pop(news.shard, None)
-        self._tell("part" if first else "late", worker, shard=news.shard, part=news.part)
+        first = message.shard in self._open
+        self._open.discard(message.shard)
+        self.failed.pop(message.shard, None)
+        self._emit("part" if first else "late", worker, shard=message.shard, part=message.part)
 
-    def _failed(self, worker: int, news: News) -> None:
-        assert news.error is not None
-        if isinstance(news.error, StopRun):
-            raise news.error
-        lease = self._holders[worker].leases.get(news.shard)
+    def _failed(self, worker: int, message: Message) -> None:
+        assert message.error is not None
+        if isinstance(message.error, StopRun):
+            raise message.error
+        lease = self._holders[worker].leases.get(message.shard)
         if lease is None:  # taken away when it was overdue
             return
-        self._tell("failed", worker, shard=news.shard, attempt=lease.attempt, error=str(news.error))
-        if isinstance(news.error, Unreachable):
-            self._wait_out(news.error)
-        self._give_back(worker, lease, str(news.error), blamed=not isinstance(news.error, Unreachable))
+        self._emit("failed", worker, shard=message.shard, attempt=lease.attempt, error=str(message.error))
+        if isinstance(message.error, Unreachable):
+            self._wait_out(message.error)
+        self._give_back(worker, lease, str(message.error), blamed=not isinstance(message.error, Unreachable))
 
     def _wait_out(self, error: Unreachable) -> None:
         """Nobody gets a lease for a while; after too long a time without success the run ends."""
@@ -204,7 +204,7 @@ class Leases:
         if self._failures[shard] >= ATTEMPTS:
             self._open.discard(shard)
             self.failed[shard] = why
-            self._tell("set_aside", worker, shard=shard, error=why)
+            self._emit("set_aside", worker, shard=shard, error=why)
         elif not blamed and lease.attempt == 1:
             self._waiting.appendleft(lease)
         else:
@@ -215,5 +215,5 @@ class Leases:
         holder.leases.pop(shard, None)
         holder.begun.discard(shard)
 
-    def _tell(self, kind: str, worker: int, **facts: object) -> None:
+    def _emit(self, kind: str, worker: int, **facts: object) -> None:
         self._see(Event(kind, worker=self._holders[worker].slot, **facts))  # type: ignore[arg-type]

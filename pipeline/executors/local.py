@@ -9,16 +9,16 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import Any, NoReturn
 
+from xtoken.pipeline.executors.driver import Driver, Ending, WorkerHandle
 from xtoken.pipeline.executors.leases import Leases
-from xtoken.pipeline.executors.open_failures import Openings
-from xtoken.pipeline.executors.protocol import Job, Lease, News, Watch, portable
+from xtoken.pipeline.executors.protocol import Job, Lease, Message, Watch, portable
 from xtoken.pipeline.store.files import Folder
 from xtoken.schemas.errors import XtokenError
 
@@ -38,26 +38,10 @@ class Terminated(SystemExit):
     """SIGTERM, made to unwind like Ctrl-C."""
 
 
-@dataclass(eq=False)
-class _Child:
+@dataclass(eq=False, kw_only=True)
+class _Child(WorkerHandle):
     process: SpawnProcess
     connection: "Connection[Any, Any]"
-    number: int
-    slot: int
-    opened: bool = False
-    said_why: bool = False  # it named what failed, so an end without a signal is no riddle
-
-
-@dataclass
-class _Run:
-    """State of one ``LocalExecutor.run``."""
-
-    job: Job
-    watch: Watch
-    leases: Leases
-    children: list[_Child] = field(default_factory=list)
-    started: int = 0
-    openings: Openings = field(default_factory=Openings)
 
 
 class LocalExecutor:
@@ -71,134 +55,116 @@ class LocalExecutor:
         self._lease_seconds = lease_seconds
 
     def run(self, job: Job, shards: Sequence[int], watch: Watch) -> dict[int, str]:
-        """See ``Executor``. A shard that fails three times is set aside and the others go on.
+        """See ``Executor``. A shard that fails three times is quarantined and the others go on.
 
         Raises:
             XtokenError: no worker can open the job, or a ``StopRun`` that would befall every shard.
             KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM, after the workers were ended.
         """
-        state = _Run(job, watch, Leases(shards, job.ahead, watch.see, self._lease_seconds))
+        leases = Leases(shards, job.ahead, watch.see, self._lease_seconds)
         with sigterm_unwinds():
-            try:
-                while state.leases.unfinished:
-                    _staff(state, self._workers)
-                    _wait_for_news(state)
-            finally:
-                _end(state, state.children)
-        return dict(sorted(state.leases.failed.items()))
+            return Driver(LocalTransport(job, self._workers), watch, leases).run()
 
 
-def _staff(state: _Run, workers: int) -> None:
-    """Start workers in free slots, no more than there are shards for."""
-    wanted = state.leases.waiting - _loading(state)
-    if wanted > 0:
-        free = sorted({*range(workers)} - {child.slot for child in state.children})
-        for slot in state.openings.usable(free, len(state.children))[:wanted]:
-            _start(state, slot)
+class LocalTransport:
+    """Processes and pipes; see ``Transport``."""
 
+    def __init__(self, job: Job, workers: int) -> None:
+        self.workers: list[_Child] = []
+        self._job = job
+        self._most = workers
 
-def _loading(state: _Run) -> int:
-    return sum(not child.opened for child in state.children)
+    def capacity(self) -> int:
+        """See ``Transport``."""
+        return self._most
 
+    def spawn(self, number: int, slot: int) -> _Child:
+        """See ``Transport``."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        # not daemonic: an engine may start processes of its own
+        process = context.Process(target=_serve, args=(self._job, slot, theirs, os.getpid()), name="xtoken-worker")
+        with _interrupts_held():
+            process.start()
+        theirs.close()
+        child = _Child(number=number, slot=slot, process=process, connection=ours)
+        self.workers.append(child)
+        return child
 
-def _wait_for_news(state: _Run) -> None:
-    ends = [child.connection for child in state.children] + [child.process.sentinel for child in state.children]
-    ready = set(wait(ends, timeout=_TICK_SECONDS))
-    for child in list(state.children):
-        if child.connection in ready or child.process.sentinel in ready:
-            _attend(state, child)
-    for number in state.leases.overdue():
-        _bury(
-            state, next(child for child in state.children if child.number == number), "it made no progress for too long"
-        )
-    for child in list(state.children):
-        _lease(state, child)
-    state.watch.tick()
+    def receive(self) -> Iterator[tuple[_Child, Message | Ending]]:
+        """See ``Transport``; one message of each child at a time."""
+        ends = [child.connection for child in self.workers] + [child.process.sentinel for child in self.workers]
+        ready = set(wait(ends, timeout=_TICK_SECONDS))
+        for child in list(self.workers):
+            if child.connection in ready or child.process.sentinel in ready:
+                what = _attend(child)
+                if what is not None:
+                    yield child, what
 
+    def hopeless(self, worker: _Child) -> Ending:
+        """See ``Transport``."""
+        return _ending(worker, "it made no progress for too long")
 
-def _attend(state: _Run, child: _Child) -> None:
-    """Take one message of a child, or notice that it is dead; the last words of a dead child still count."""
-    try:
-        news: News | None = child.connection.recv() if child.connection.poll() else None
-        dead = news is None and not child.process.is_alive()
-    except (EOFError, OSError):
-        news, dead = None, True
-    if dead:
+    def send(self, worker: _Child, leases: list[Lease]) -> None:
+        """See ``Transport``."""
+        for lease in leases:
+            with contextlib.suppress(OSError):  # a dead worker is noticed by its sentinel, leases and all
+                worker.connection.send(lease)
+
+    def kill(self, worker: _Child) -> None:
+        """See ``Transport``."""
+        worker.connection.close()
+        worker.process.kill()
+        self._join(worker)
+
+    def release(self, worker: _Child) -> None:
+        """See ``Transport``; waits for it."""
+        worker.connection.close()
+        self._join(worker)
+
+    def drain(self) -> None:
+        """See ``Transport``: nobody is left to wait for."""
+
+    def end(self, holding: Collection[int]) -> None:
+        """See ``Transport``: with leases or still loading by a signal, the others by closing what they listen to."""
+        for child in self.workers:
+            child.connection.close()
+            if not child.opened or child.number in holding:
+                child.process.terminate()
+        for child in list(self.workers):
+            self._join(child)
+
+    def _join(self, child: _Child) -> None:
         child.process.join(_GRACE_SECONDS)
-        _bury(state, child, _cause(child.process.exitcode))
-    elif news is not None:
-        _hear(state, child, news)
+        if child.process.is_alive():
+            child.process.kill()
+            child.process.join()
+        child.process.close()
+        self.workers.remove(child)
 
 
-def _hear(state: _Run, child: _Child, news: News) -> None:
-    if news.kind == "broken" and not child.opened:
-        assert news.error is not None
-        what = state.openings.broken(child.slot, news.error, _loading(state) - 1, news.place)
-        _end(state, [child], at_once=True)
-        state.leases.gone(child.number, "died", what)
-        return
-    if news.kind == "open":
-        child.opened = True
-        state.openings.opened(child.slot)
-    child.said_why = child.said_why or news.kind == "failed"
-    state.leases.hear(child.number, news)
+def _attend(child: _Child) -> Message | Ending | None:
+    """One message of a child, or how it died; the last words of a dead child still count."""
+    try:
+        message: Message | None = child.connection.recv() if child.connection.poll() else None
+        dead = message is None and not child.process.is_alive()
+    except (EOFError, OSError):
+        message, dead = None, True
+    if not dead:
+        return message
+    child.process.join(_GRACE_SECONDS)
+    return _ending(child, _cause(child.process.exitcode))
 
 
-def _lease(state: _Run, child: _Child) -> None:
-    for lease in state.leases.grant(child.number):
-        with contextlib.suppress(OSError):  # a dead worker is noticed by its sentinel, leases and all
-            child.connection.send(lease)
-    if child.opened and not state.leases.waiting and not state.leases.holds(child.number):
-        # should a shard that another worker holds come back, a worker is started again
-        _end(state, [child])
-        state.leases.gone(child.number, "released")
-
-
-def _bury(state: _Run, child: _Child, cause: str) -> None:
-    """Take the shards of a dead worker back."""
-    what = f"a worker process died ({cause})"
-    if not child.opened:
-        what = state.openings.died(child.slot, what)
-    retired = child.said_why and child.process.exitcode in (0, None)  # it may take long over ending its engine
-    _end(state, [child], at_once=True)
-    state.leases.gone(child.number, "retired" if retired else "died", what)
+def _ending(child: _Child, cause: str) -> Ending:
+    retired = child.explained and child.process.exitcode in (0, None)  # it may take long over ending its engine
+    return Ending("retired" if retired else "died", f"a worker process died ({cause})")
 
 
 def _cause(exitcode: int | None) -> str:
     if exitcode is None or exitcode >= 0:
         return f"exit code {exitcode}"
     return f"signal {-exitcode}" + (", the system may have run out of memory" if exitcode == -signal.SIGKILL else "")
-
-
-def _start(state: _Run, slot: int) -> None:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    # not daemonic: an engine may start processes of its own
-    process = context.Process(target=_serve, args=(state.job, slot, theirs, os.getpid()), name="xtoken-worker")
-    with _interrupts_held():
-        process.start()
-    theirs.close()
-    state.started += 1
-    state.children.append(_Child(process, ours, state.started, slot))
-    state.leases.started(state.started, slot)
-
-
-def _end(state: _Run, children: Sequence[_Child], *, at_once: bool = False) -> None:
-    """End workers: with leases or still loading by a signal, the others by closing what they listen to."""
-    ending = list(children)
-    for child in ending:
-        child.connection.close()
-        if at_once:
-            child.process.kill()
-        elif not child.opened or state.leases.holds(child.number):
-            child.process.terminate()
-    for child in ending:
-        child.process.join(_GRACE_SECONDS)
-        if child.process.is_alive():
-            child.process.kill()
-            child.process.join()
-        child.process.close()
-        state.children.remove(child)
 
 
 @contextlib.contextmanager
@@ -236,10 +202,10 @@ def _serve(job: Job, slot: int, connection: "Connection[Any, Any]", parent: int)
     try:
         worker = job.open(slot)
     except Exception as error:
-        line.say(News("broken", error=portable(error), place=socket.gethostname()))
+        line.send(Message("broken", error=portable(error), place=socket.gethostname()))
         return
-    line.say(News("open", place=socket.gethostname()))
-    worker.serve(line.leases(), line.say)
+    line.send(Message("open", place=socket.gethostname()))
+    worker.serve(line.leases(), line.send)
 
 
 class _Line:
@@ -249,10 +215,10 @@ class _Line:
         self._connection = connection
         self._lock = threading.Lock()
 
-    def say(self, news: News) -> None:
-        """See ``Say``; a driver that is gone is noticed by the leases that do not come."""
+    def send(self, message: Message) -> None:
+        """See ``Send``; a driver that is gone is noticed by the leases that do not come."""
         with contextlib.suppress(OSError), self._lock:
-            self._connection.send(news)
+            self._connection.send(message)
 
     def leases(self) -> Iterator[Lease]:
         """Leases until the driver hangs up."""

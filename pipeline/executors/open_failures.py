@@ -28,7 +28,7 @@ class Openings:
         self._any, self._deaths, self._failures[slot] = True, 0, 0
 
     def broken(self, slot: int, error: Exception, loading: int, place: str = "") -> str:
-        """A worker says that it cannot open, while so many others are still loading; returns what to say of it.
+        """A worker cannot open, while so many others are still loading; returns the words for it.
 
         Raises:
             StopRun: the error is one.
@@ -45,7 +45,7 @@ class Openings:
         return self._failed(slot, what)
 
     def died(self, slot: int, what: str) -> str:
-        """A worker died while it was loading; returns what to say of it.
+        """A worker died while it was loading; returns the words for it.
 
         Raises:
             XtokenError: three in a row did, and none has ever opened.
@@ -65,10 +65,10 @@ class Openings:
         """
         free = list(slots)
         most = ATTEMPTS if self._any else 1
-        found = [slot for slot in free if self._failures[slot] < most]
-        if free and not found and not workers:
+        usable = [slot for slot in free if self._failures[slot] < most]
+        if free and not usable and not workers:
             raise XtokenError(f"no worker is left: none could open {ATTEMPTS} times in a row; the last: {self._last}")
-        return found
+        return usable
 
     def _failed(self, slot: int, what: str) -> str:
         self._failures[slot] += 1

@@ -1,7 +1,8 @@
-"""What executors and workers say to each other, wherever the workers run.
+"""What executors and workers send each other, wherever the workers run.
 
-A worker is given leases of shards and says what becomes of them. It publishes and commits its parts itself, so what it
-says is only news: it may die at any moment, its shards are leased again, and the commit record decides who was first.
+A worker is given leases of shards and reports what becomes of them. It publishes and commits its parts itself, so its
+messages decide nothing: it may die at any moment, its shards are leased again, and the commit record decides who was
+first.
 """
 
 import traceback
@@ -14,12 +15,12 @@ from typing import Literal, Protocol
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import Part
 
-Tell = Callable[[int], None]
+OnProgress = Callable[[int], None]
 """Called in the middle of a shard with how much of it is done, in the shard's own unit."""
 
 
-def tell_nobody(done: int) -> None:
-    """A ``Tell`` for workers that nobody watches."""
+def ignore_progress(done: int) -> None:
+    """An ``OnProgress`` for workers that nobody watches."""
     del done
 
 
@@ -32,17 +33,17 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class News:
-    """What a worker says.
+class Message:
+    """What a worker sends.
 
     Attributes:
         kind: open (ready for leases), broken (could not open, or an audit refused its rows), begun (work on a shard has
-            started), told (``done`` of it is done), part (it is committed), failed.
+            started), progress (``done`` of it is done), part (it is committed), failed.
         error: of ``broken`` and ``failed``; made portable, so that it can be sent.
         place: of ``open`` and ``broken``: where the worker runs, for people.
     """
 
-    kind: Literal["open", "broken", "begun", "told", "part", "failed"]
+    kind: Literal["open", "broken", "begun", "progress", "part", "failed"]
     shard: int = -1
     done: int = 0
     part: Part | None = None
@@ -50,18 +51,18 @@ class News:
     place: str = ""
 
 
-Say = Callable[[News], None]
-"""How a worker's news leaves it; any of its threads may call it."""
+Send = Callable[[Message], None]
+"""How a worker's messages leave it; any of its threads may call it."""
 
 
 class Worker(Protocol):
     """One worker's state: an engine, open files."""
 
-    def serve(self, leases: Iterator[Lease], say: Say) -> None:
+    def serve(self, leases: Iterator[Lease], send: Send) -> None:
         """Work on leases as they come, in order, until there are no more.
 
         ``next(leases)`` waits for the next lease. A worker that returns earlier wants to be replaced; what it was
-        given and has said nothing about is leased again and not held against anyone.
+        given and has sent nothing about is leased again and not held against anyone.
         """
         ...
 
@@ -84,9 +85,9 @@ class Event:
     """What happened in a run, for those who watch it.
 
     Attributes:
-        kind: starting, opened, leased, begun, told, part, late (a part that another attempt had committed), failed,
-            set_aside, overdue (no progress within the lease), outage (storage out of reach), retired, died, lost (its
-            machine is gone), released (nothing left to do).
+        kind: starting, opened, leased, begun, progress, part, late (a part that another attempt had committed), failed,
+            set_aside (quarantined), overdue (no progress within the lease), outage (storage out of reach), retired,
+            died, lost (its machine is gone), released (nothing left to do).
         worker: slot of the worker, -1 where none is meant.
     """
 
@@ -124,21 +125,22 @@ class OneByOne(ABC):
     """A ``Worker`` that overlaps nothing: one shard after the other."""
 
     @abstractmethod
-    def run(self, shard: int, attempt: int, tell: Tell = tell_nobody) -> Part:
+    def run(self, shard: int, attempt: int, on_progress: OnProgress = ignore_progress) -> Part:
         """Make, publish and commit one part."""
 
-    def serve(self, leases: Iterator[Lease], say: Say) -> None:
+    def serve(self, leases: Iterator[Lease], send: Send) -> None:
         """See ``Worker``."""
         for lease in leases:
-            say(News("begun", lease.shard))
+            send(Message("begun", lease.shard))
             try:
-                say(News("part", lease.shard, part=self.run(lease.shard, lease.attempt, partial(_told, say, lease))))
+                part = self.run(lease.shard, lease.attempt, partial(_send_progress, send, lease))
+                send(Message("part", lease.shard, part=part))
             except Exception as error:
-                say(News("failed", lease.shard, error=portable(error)))
+                send(Message("failed", lease.shard, error=portable(error)))
 
 
-def _told(say: Say, lease: Lease, done: int) -> None:
-    say(News("told", lease.shard, done=done))
+def _send_progress(send: Send, lease: Lease, done: int) -> None:
+    send(Message("progress", lease.shard, done=done))
 
 
 def portable(error: BaseException) -> Exception:

@@ -1,7 +1,7 @@
 """What runs inside a Ray actor: one worker in a thread of its own, and a mailbox that the driver empties.
 
-Calls may be lost with a connection and are made again then, so news is kept until the driver says that it has it, and a
-call that comes twice counts once.
+Calls may be lost with a connection and are made again then, so messages are kept until the driver confirms
+them, and a call that comes twice counts once.
 """
 
 import pickle
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from xtoken.pipeline.executors.local import die_with_parent
-from xtoken.pipeline.executors.protocol import Job, Lease, News, Worker, portable
+from xtoken.pipeline.executors.protocol import Job, Lease, Message, Worker, portable
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.cache_folders import settle_home
 from xtoken.schemas.manifest import code_version
@@ -27,51 +27,51 @@ class Report:
     """A worker's answer to the driver.
 
     Attributes:
-        news: what the driver does not have yet, oldest first.
+        messages: what the driver does not have yet, oldest first.
         node: Ray's id of the machine.
         end: None while the worker goes on; why it ended otherwise, empty if it returned by itself.
     """
 
-    news: list[News]
+    messages: list[Message]
     node: str
     end: str | None
 
 
 class Mailbox:
-    """News on its way to the driver; all threads of a worker write, the driver's calls read."""
+    """Messages on their way to the driver; all threads of a worker write, the driver's calls read."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._kept: list[News] = []
-        self._taken = 0  # news that the driver is known to have
-        self._shown = 0  # news that it was sent at least once, which must not change any more
+        self._kept: list[Message] = []
+        self._taken = 0  # messages that the driver is known to have
+        self._shown = 0  # messages that it was sent at least once, which must not change any more
         self._end: str | None = None
 
-    def say(self, news: News) -> None:
-        """See ``xtoken.pipeline.executors.protocol.Say``.
+    def send(self, message: Message) -> None:
+        """See ``xtoken.pipeline.executors.protocol.Send``.
 
         Work on a shard begins only once the driver knows of it (or keeps silent for long): should this process die of
         the shard, the shard must not come back as if untouched.
         """
         with self._changed:
-            if news.kind == "told":
+            if message.kind == "progress":
                 unseen = self._kept[self._shown - self._taken :]
-                same = [old for old in unseen if old.kind == "told" and old.shard == news.shard]
+                same = [old for old in unseen if old.kind == "progress" and old.shard == message.shard]
                 self._kept = [old for old in self._kept if not any(old is one for one in same)]
-            self._kept.append(news)
+            self._kept.append(message)
             self._changed.notify_all()
-            if news.kind == "begun":
+            if message.kind == "begun":
                 number = self._taken + len(self._kept)
                 self._changed.wait_for(lambda: self._taken >= number, _HANDSHAKE_SECONDS)
 
     def close(self, why: str) -> None:
-        """Nothing more will be said."""
+        """Nothing more will be sent."""
         with self._changed:
             self._end = why
             self._changed.notify_all()
 
-    def take(self, seen: int, patience: float) -> tuple[list[News], str | None]:
-        """News from the ``seen``-th on, and how the worker ended; waits for more than mere progress."""
+    def take(self, seen: int, patience: float) -> tuple[list[Message], str | None]:
+        """Messages from the ``seen``-th on, and how the worker ended; waits for more than mere progress."""
         with self._changed:
             if seen > self._taken:
                 del self._kept[: seen - self._taken]
@@ -82,7 +82,7 @@ class Mailbox:
             return list(self._kept), self._end
 
     def _pressing(self) -> bool:
-        return self._end is not None or any(news.kind != "told" for news in self._kept)
+        return self._end is not None or any(message.kind != "progress" for message in self._kept)
 
 
 class RayWorker:
@@ -109,10 +109,10 @@ class RayWorker:
         """No leases will come any more."""
         self._leases.put(None)
 
-    def news(self, seen: int, patience: float) -> Report:
-        """What has happened since the driver had ``seen`` news, after at most ``patience`` seconds."""
-        news, end = self._mailbox.take(seen, patience)
-        return Report(news, self._node, end)
+    def messages(self, seen: int, patience: float) -> Report:
+        """What has happened since the driver had ``seen`` messages, after at most ``patience`` seconds."""
+        messages, end = self._mailbox.take(seen, patience)
+        return Report(messages, self._node, end)
 
     def _work(self, version: str, job: bytes, slot: int) -> None:
         why = ""
@@ -125,7 +125,7 @@ class RayWorker:
     def _serve(self, version: str, job: bytes, slot: int) -> None:
         worker = self._open(version, job, slot)
         if worker is not None:
-            worker.serve(self._next_leases(), self._mailbox.say)
+            worker.serve(self._next_leases(), self._mailbox.send)
 
     def _open(self, version: str, job: bytes, slot: int) -> Worker | None:
         try:
@@ -134,9 +134,9 @@ class RayWorker:
             described: Job = pickle.loads(job)
             worker = described.open(slot)
         except Exception as error:
-            self._mailbox.say(News("broken", error=portable(error), place=socket.gethostname()))
+            self._mailbox.send(Message("broken", error=portable(error), place=socket.gethostname()))
             return None
-        self._mailbox.say(News("open", place=socket.gethostname()))
+        self._mailbox.send(Message("open", place=socket.gethostname()))
         return worker
 
     def _next_leases(self) -> Iterator[Lease]:

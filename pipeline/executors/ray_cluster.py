@@ -75,8 +75,8 @@ def joined(address: str, workers: int) -> Iterator[None]:
 
 def alive() -> list[Node]:
     """Machines that the cluster has now and that can run something."""
-    found = [_node(entry) for entry in import_ray().nodes() if entry["Alive"]]
-    return [node for node in found if node.cpus >= 1]
+    nodes = [_node(entry) for entry in import_ray().nodes() if entry["Alive"]]
+    return [node for node in nodes if node.cpus >= 1]
 
 
 def share_of(

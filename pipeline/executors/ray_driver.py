@@ -1,6 +1,6 @@
 """Runs a job's shards in actors of a Ray cluster, one worker each.
 
-Only leases and news travel through Ray. The driver holds no state that a commit record does not hold too: it may be
+Only leases and messages travel through Ray. The driver holds no state that a commit record does not hold too: it may be
 killed at any moment, its actors end with it, and the same command goes on. Actors that have no place yet wait for one.
 """
 
@@ -8,14 +8,14 @@ import math
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from xtoken.pipeline.executors.driver import Driver, Ending, WorkerHandle
 from xtoken.pipeline.executors.leases import Leases
 from xtoken.pipeline.executors.local import Terminated, sigterm_unwinds
-from xtoken.pipeline.executors.open_failures import Openings
-from xtoken.pipeline.executors.protocol import Event, Job, News, Watch
+from xtoken.pipeline.executors.protocol import Event, Job, Lease, Message, Watch
 from xtoken.pipeline.executors.ray_actor import RayWorker, Report
 from xtoken.pipeline.executors.ray_cluster import Share, alive, import_ray, joined, share_of
 from xtoken.pipeline.executors.ray_metrics import RayMetrics
@@ -32,21 +32,16 @@ _SURVEY_SECONDS = 5.0
 _CALLS_AT_ONCE = 4
 
 
-@dataclass(eq=False)
-class _Member:
+@dataclass(eq=False, kw_only=True)
+class _Actor(WorkerHandle):
     """A worker's actor and the call to it that has not come back."""
 
     actor: Any
-    number: int
-    slot: int
     call: Any
-    seen: int = 0  # news that came from it
+    seen: int = 0  # messages that came from it
     calls: int = 0  # that gave it leases
     node: str = ""
-    place: str = ""
-    opened: bool = False
-    said_why: bool = False
-    fell: float | None = None  # when its death was noticed, until it is known what it died of
+    fell_at: float = 0.0  # when its death was noticed
     cause: str = ""
     lost: bool = False  # its machine is gone
     released: float = 0.0
@@ -103,7 +98,7 @@ class RayExecutor:
         self._cpus_per_worker = cpus_per_worker
 
     def run(self, job: Job, shards: Sequence[int], watch: Watch) -> dict[int, str]:
-        """See ``Executor``. A shard that fails three times is set aside and the others go on.
+        """See ``Executor``. A shard that fails three times is quarantined and the others go on.
 
         Raises:
             XtokenError: no Ray, no cluster, no node with the GPUs of one worker, no worker can open the job, or a
@@ -117,64 +112,47 @@ class RayExecutor:
                 share = replace(share, cpus=self._cpus_per_worker)
             both = _Watches(watch, RayMetrics(len(shards)))
             leases = Leases(shards, job.ahead, both.see, self._lease_seconds)
-            crew = RayCrew(job, share, self._workers, both, leases)
+            driver = Driver(RayTransport(job, share, self._workers), both, leases)
             try:
-                while leases.unfinished:
-                    crew.staff()
-                    crew.wait_for_news()
-                crew.part(_GRACE_SECONDS)
+                failed = driver.run()
             except SystemExit as error:
                 # Ray makes SystemExit(1) of whatever SIGTERM raises while it waits
                 raise Terminated(128 + signal.SIGTERM) from error
-            finally:
-                crew.end()
             both.tick()
-        return dict(sorted(leases.failed.items()))
+        return failed
 
 
-class RayCrew:
-    """The actors of one run."""
+class RayTransport:
+    """The actors of one run; see ``Transport``."""
 
-    def __init__(self, job: Job, share: Share, workers: int | None, watch: Watch, leases: Leases) -> None:
+    def __init__(self, job: Job | None, share: Share, workers: int | None) -> None:
+        self.workers: list[_Actor] = []
         self._ray = import_ray()
         # stored once: W may be megabytes, and every worker gets it
         self._job = self._ray.put(self._ray.cloudpickle.dumps(job))
         self._share = share
-        self._workers = workers
-        self._watch = watch
-        self._leases = leases
-        self._members: list[_Member] = []
-        self._parting: list[_Member] = []  # released; they end their engines
-        self._started = 0
-        self._openings = Openings()
+        self._most = workers
+        self._draining: list[_Actor] = []  # released; they end their engines
         self._room, self._surveyed = 1, -math.inf
 
-    def staff(self) -> None:
-        """Start workers in free slots, no more than there are shards for."""
-        wanted = self._leases.waiting - self._loading()
-        if wanted > 0:
-            free = sorted({*range(self._workers or self._survey())} - {member.slot for member in self._members})
-            for slot in self._openings.usable(free, len(self._members))[:wanted]:
-                self._start(slot)
-
-    def _loading(self) -> int:
-        return sum(not member.opened for member in self._members)
-
-    def _survey(self) -> int:
-        """Workers that the cluster has room for; looked up now and then, for machines come and go."""
+    def capacity(self) -> int:
+        """See ``Transport``; looked up now and then, for machines come and go."""
+        if self._most:
+            return self._most
         if time.monotonic() - self._surveyed > _SURVEY_SECONDS:
             self._surveyed = time.monotonic()
             self._room = max(1, self._share.places(alive()) if self._share.gpus else 1)
         return self._room
 
-    def _start(self, slot: int) -> None:
-        actor = self.hire(slot)
-        self._started += 1
-        self._members.append(_Member(actor, self._started, slot, self._ask(actor, 0)))
-        self._leases.started(self._started, slot)
+    def spawn(self, number: int, slot: int) -> _Actor:
+        """See ``Transport``; it may have to wait for a machine."""
+        actor = self.start_actor(slot)
+        worker = _Actor(number=number, slot=slot, actor=actor, call=self._ask(actor, 0))
+        self.workers.append(worker)
+        return worker
 
-    def hire(self, slot: int) -> Any:
-        """A new actor (see ``RayWorker``), which may have to wait for a machine."""
+    def start_actor(self, slot: int) -> Any:
+        """A new actor (see ``RayWorker``)."""
         return (
             self._ray.remote(RayWorker)
             .options(
@@ -188,23 +166,17 @@ class RayCrew:
         )
 
     def _ask(self, actor: Any, seen: int) -> Any:
-        return actor.news.remote(seen, max(_HEARTBEAT_SECONDS, len(self._members) / _WORKERS_PER_SECOND))
+        return actor.messages.remote(seen, max(_HEARTBEAT_SECONDS, len(self.workers) / _WORKERS_PER_SECOND))
 
-    def wait_for_news(self) -> None:
-        """One round: hear what there is, or nothing for a second; bury the dead, give out leases."""
-        for member in self._ready():
-            self._attend(member)
-        self._bury_dead()
-        for number in self._leases.overdue():
-            member = next(one for one in self._members if one.number == number)
-            self._bury(member, "died", f"a worker on {member.place} made no progress for too long")
-        for member in list(self._members):
-            self._lease(member)
-        self._dismiss()
-        self._watch.tick()
+    def receive(self) -> Iterator[tuple[_Actor, Message | Ending]]:
+        """See ``Transport``."""
+        for worker in self._ready():
+            yield from self._attend(worker)
+        yield from self._verdicts()
+        self._end_released()
 
-    def _ready(self) -> list[_Member]:
-        calls = {member.call: member for member in self._members if member.fell is None}
+    def _ready(self) -> list[_Actor]:
+        calls = {worker.call: worker for worker in self.workers if not worker.fallen}
         if not calls:
             time.sleep(_GATHER_SECONDS)
             return []
@@ -213,129 +185,111 @@ class RayCrew:
         ready, _ = self._ray.wait(list(calls), num_returns=len(calls), timeout=0)
         return [calls[call] for call in ready]
 
-    def _attend(self, member: _Member) -> None:
-        """Take the answer of a worker, or notice that it is dead."""
+    def _attend(self, worker: _Actor) -> Iterator[tuple[_Actor, Message | Ending]]:
+        """The answer of a worker, or the news that it is dead."""
         try:
-            report: Report = self._ray.get(member.call)
+            report: Report = self._ray.get(worker.call)
         except self._ray.exceptions.ActorUnavailableError:  # its machine does not answer now: not dead
-            member.call = self._ask(member.actor, member.seen)
+            worker.call = self._ask(worker.actor, worker.seen)
             return
         except self._ray.exceptions.RayActorError as error:
-            self._fell(member, error)
+            yield from self._fell(worker, error)
             return
-        member.node = report.node
-        for news in report.news:
-            member.seen += 1
-            if news.kind == "broken" and not member.opened:
-                assert news.error is not None
-                self._cannot_open(member, news.error, news.place)
+        worker.node = report.node
+        for message in report.messages:
+            worker.seen += 1
+            yield worker, message
+            if worker not in self.workers:  # it could not open
                 return
-            self._hear(member, news)
         if report.end is None:
-            member.call = self._ask(member.actor, member.seen)
+            worker.call = self._ask(worker.actor, worker.seen)
         else:
-            retired = member.said_why and not report.end
+            retired = worker.explained and not report.end
             last = report.end.rsplit("\n", 1)[-1] or "it returned without a word"
-            self._bury(member, "retired" if retired else "died", f"a worker on {member.place} ended ({last})")
+            yield worker, Ending("retired" if retired else "died", f"a worker on {worker.place} ended ({last})")
 
-    def _hear(self, member: _Member, news: News) -> None:
-        if news.kind == "open":
-            member.opened, member.place = True, news.place
-            self._openings.opened(member.slot)
-        member.said_why = member.said_why or news.kind == "failed"
-        self._leases.hear(member.number, news)
-
-    def _cannot_open(self, member: _Member, error: Exception, place: str = "") -> None:
-        what = self._openings.broken(member.slot, error, self._loading() - 1, place)
-        self._remove(member, "died", what)
-
-    def _fell(self, member: _Member, error: Any) -> None:
+    def _fell(self, worker: _Actor, error: Any) -> Iterator[tuple[_Actor, Message | Ending]]:
         if error.actor_init_failed:
             reason = f"a Ray worker cannot start; install xtoken {code_version()} on every node of the cluster: {error}"
-            self._cannot_open(member, XtokenError(reason))
+            yield worker, Message("broken", error=XtokenError(reason))
             return
-        member.fell, member.cause = time.monotonic(), _cause(str(error))
-        member.lost = error.preempted or "its node has died" in str(error)
+        worker.fallen, worker.fell_at, worker.cause = True, time.monotonic(), _cause(str(error))
+        worker.lost = error.preempted or "its node has died" in str(error)
 
-    def _bury_dead(self) -> None:
+    def _verdicts(self) -> Iterator[tuple[_Actor, Ending]]:
         """Decide between dead workers and lost machines; the cluster may notice the second only after the first."""
-        fallen = [member for member in self._members if member.fell is not None]
+        fallen = [worker for worker in self.workers if worker.fallen]
         nodes = {node.id for node in alive()} if fallen else set()
-        for member in fallen:
-            assert member.fell is not None
-            where = f"a worker{f' on {member.place}' if member.place else ''}"
-            if member.lost or (member.node and member.node not in nodes):
-                self._bury(member, "lost", f"{where} was lost with its machine")
-            elif time.monotonic() - member.fell > _VERDICT_SECONDS:
-                self._bury(member, "died", f"{where} died ({member.cause})")
+        for worker in fallen:
+            where = f"a worker{f' on {worker.place}' if worker.place else ''}"
+            if worker.lost or (worker.node and worker.node not in nodes):
+                yield worker, Ending("lost", f"{where} was lost with its machine")
+            elif time.monotonic() - worker.fell_at > _VERDICT_SECONDS:
+                yield worker, Ending("died", f"{where} died ({worker.cause})")
 
-    def _bury(self, member: _Member, kind: str, what: str) -> None:
-        """Take the shards of a worker back that is dead or useless."""
-        if not member.opened and kind == "died":
-            what = self._openings.died(member.slot, what)
-        self._remove(member, kind, what)
+    def hopeless(self, worker: _Actor) -> Ending:
+        """See ``Transport``."""
+        return Ending("died", f"a worker on {worker.place} made no progress for too long")
 
-    def _remove(self, member: _Member, kind: str, what: str) -> None:
-        self._members.remove(member)
-        self._ray.kill(member.actor)
-        self._leases.gone(member.number, kind, what)
+    def send(self, worker: _Actor, leases: list[Lease]) -> None:
+        """See ``Transport``."""
+        worker.calls += 1
+        worker.actor.lease.remote(worker.calls, leases)
 
-    def _lease(self, member: _Member) -> None:
-        if member.fell is not None:
-            return
-        leases = self._leases.grant(member.number)
-        if leases:
-            member.calls += 1
-            member.actor.lease.remote(member.calls, leases)
-        nothing_left = not self._leases.waiting and all(one.fell is None for one in self._members)
-        if member.opened and nothing_left and not self._leases.holds(member.number):
-            # should a shard that another worker holds come back, a worker is started again
-            self._members.remove(member)
-            member.actor.close.remote()
-            member.released = time.monotonic()
-            self._parting.append(member)
-            self._leases.gone(member.number, "released")
+    def kill(self, worker: _Actor) -> None:
+        """See ``Transport``."""
+        self.workers.remove(worker)
+        self._ray.kill(worker.actor)
 
-    def _dismiss(self) -> None:
+    def release(self, worker: _Actor) -> None:
+        """See ``Transport``."""
+        self.workers.remove(worker)
+        worker.actor.close.remote()
+        worker.released = time.monotonic()
+        self._draining.append(worker)
+
+    def _end_released(self) -> None:
         """Kill released workers once they are done with their engines, or too late."""
-        if not self._parting:
+        if not self._draining:
             return
-        calls = [member.call for member in self._parting]
+        calls = [worker.call for worker in self._draining]
         done, _ = self._ray.wait(calls, num_returns=len(calls), timeout=0)
-        for member in list(self._parting):
-            ended = member.call in done and not self._goes_on(member)
-            if ended or time.monotonic() - member.released > _GRACE_SECONDS:
-                self._ray.kill(member.actor)
-                self._parting.remove(member)
+        for worker in list(self._draining):
+            ended = worker.call in done and not self._goes_on(worker)
+            if ended or time.monotonic() - worker.released > _GRACE_SECONDS:
+                self._ray.kill(worker.actor)
+                self._draining.remove(worker)
 
-    def _goes_on(self, member: _Member) -> bool:
+    def _goes_on(self, worker: _Actor) -> bool:
         try:
-            report: Report = self._ray.get(member.call)
+            report: Report = self._ray.get(worker.call)
         except self._ray.exceptions.RayActorError:
             return False
-        member.seen += len(report.news)
-        member.call = self._ask(member.actor, member.seen)
+        worker.seen += len(report.messages)
+        worker.call = self._ask(worker.actor, worker.seen)
         return report.end is None
 
-    def part(self, patience: float) -> None:
-        """Let released workers end their engines."""
-        end = time.monotonic() + patience
-        while self._parting and time.monotonic() < end:
-            self._ray.wait([member.call for member in self._parting], num_returns=1, timeout=_GATHER_SECONDS)
-            self._dismiss()
+    def drain(self) -> None:
+        """See ``Transport``."""
+        end = time.monotonic() + _GRACE_SECONDS
+        while self._draining and time.monotonic() < end:
+            self._ray.wait([worker.call for worker in self._draining], num_returns=1, timeout=_GATHER_SECONDS)
+            self._end_released()
 
-    def end(self) -> None:
-        """End all workers, and wait until they are."""
-        everyone = [*self._members, *self._parting]
-        for member in everyone:
-            self._ray.kill(member.actor)
+    def end(self, holding: Collection[int]) -> None:
+        """See ``Transport``."""
+        del holding  # a worker holds nothing that dies with it: parts are committed, or made again
+        everyone = [*self.workers, *self._draining]
+        for worker in everyone:
+            self._ray.kill(worker.actor)
         if everyone:
-            self._ray.wait([member.call for member in everyone], num_returns=len(everyone), timeout=_GRACE_SECONDS)
-        self._members, self._parting = [], []
+            self._ray.wait([worker.call for worker in everyone], num_returns=len(everyone), timeout=_GRACE_SECONDS)
+        self.workers.clear()
+        self._draining.clear()
 
 
 def _cause(error: str) -> str:
-    """What Ray says of a death, in one line."""
+    """Ray's reason of a death, in one line."""
     if "low on memory" in error:
         return "the node ran out of memory"
     if "End of file" in error:

@@ -20,9 +20,9 @@ class RayMetrics:
     ======================================= ==========================================================================
     xtoken_tokens_total                     teacher tokens committed
     xtoken_worker_tokens_total{worker}      the same by slot
-    xtoken_shards_total{outcome}            committed, set_aside, late (another attempt had been first)
+    xtoken_shards_total{outcome}            committed, set_aside (quarantined), late (another attempt had been first)
     xtoken_failures_total{kind}             failed, died, lost (with its machine), overdue, outage (of the storage)
-    xtoken_shards_left                      neither committed nor set aside
+    xtoken_shards_left                      neither committed nor quarantined
     xtoken_workers{state}                   starting (or waiting for a machine), open
     ======================================= ==========================================================================
     """
@@ -35,7 +35,7 @@ class RayMetrics:
         self._worker_tokens = Total("xtoken_worker_tokens_total", "Teacher tokens committed, by worker.", ("worker",))
         self._shards = Total("xtoken_shards_total", "Shards by what became of them.", ("outcome",))
         self._failures = Total("xtoken_failures_total", "What went wrong.", ("kind",))
-        self._shards_left = Gauge("xtoken_shards_left", "Shards neither committed nor set aside.")
+        self._shards_left = Gauge("xtoken_shards_left", "Shards neither committed nor quarantined.")
         self._workers = Gauge("xtoken_workers", "Workers by state.", ("state",))
         self._left = shards
         self._state: dict[int, str] = {}
@@ -57,7 +57,7 @@ class RayMetrics:
             self._state.pop(event.worker, None)
 
     def tick(self) -> None:
-        """See ``pipeline.executors.protocol.Watch``; states are told here, so that a rush of events costs nothing."""
+        """See ``pipeline.executors.protocol.Watch``; states are set here: a rush of events costs nothing."""
         self._shards_left.set(self._left)
         count = Counter(self._state.values())
         for state in _STATES:

@@ -1,4 +1,4 @@
-"""What every page has: its head, a policy that forbids it to load anything, the common style, and escaping."""
+"""What every page has: its head, a policy that forbids it to load anything, and the common style."""
 
 import base64
 import hashlib
@@ -6,6 +6,8 @@ import html
 import json
 from importlib.resources import files
 from typing import Any
+
+from xtoken.schemas.ui.markup import escaped
 
 # What a JSON text may hold and a script element or a reader's eye must not meet.
 _ESCAPED = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029\u200e\u200f\u061c\ufeff"}
@@ -51,19 +53,14 @@ def json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_ESCAPED)
 
 
-def escaped(value: str) -> str:
-    """Escaped, and isolated so that right-to-left text does not turn what stands beside it."""
-    return f"<bdi>{html.escape(value)}</bdi>" if not value.isascii() else html.escape(value)
-
-
 def short(name: str) -> str:
     """The last part of a path or repository that is not just the file's name."""
     parts = [part for part in name.split("/") if part and part != "tokenizer.json"]
     return parts[-1] if parts else name
 
 
-def facts(figures: list[tuple[str, str]]) -> str:
+def facts(numbers: list[tuple[str, str]]) -> str:
     """A row of numbers with what each counts; plain text both."""
     return (
-        '<ul class="facts">' + "".join(f"<li><b>{escaped(n)}</b> {escaped(what)}</li>" for n, what in figures) + "</ul>"
+        '<ul class="facts">' + "".join(f"<li><b>{escaped(n)}</b> {escaped(what)}</li>" for n, what in numbers) + "</ul>"
     )

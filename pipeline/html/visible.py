@@ -1,11 +1,12 @@
-"""Bytes as people can read them: what no eye sees gets a sign, and what is no UTF-8 stands as hex.
+"""Bytes as people can read them: what no eye sees gets a sign, and what is not UTF-8 stands as hex.
 
 A piece is a list that begins with text and alternates: text, sign, text, sign... A piece without signs is its text
 alone. Text and signs are kept apart so that a page can set them apart: a dot that stands for a space is not a dot.
 """
 
-import unicodedata
 from itertools import groupby
+
+from xtoken.schemas.ui.markup import is_unseen
 
 Piece = str | list[str]
 
@@ -31,10 +32,7 @@ _NAMES = dict(enumerate(_CONTROLS.split())) | {
     **dict(enumerate(("LRI", "RLI", "FSI", "PDI"), 0x2066)),
     **{0xFE00 + n: f"VS{n + 1}" for n in range(16)},
 }
-# Categories of characters without a shape of their own, and letters and marks that are blank all the same.
-_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"}
-_BLANK = {0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x2800, 0x3164, 0xFFA0}
-_BLANK |= set(range(0xE0100, 0xE01F0))
+_SELECTORS = range(0xE0100, 0xE01F0)  # variants of the character before them
 
 
 def visible(data: bytes) -> Piece:
@@ -61,19 +59,19 @@ def plain(piece: Piece) -> str:
 
 def _signs(data: bytes) -> list[tuple[str, bool]]:
     """Runs of text and single signs, in order; equal signs in a long row become one with their number."""
-    pieces: list[tuple[str, bool]] = []
+    signs: list[tuple[str, bool]] = []
     # bytes of no character come as lone surrogates
     for sign, run in groupby(data.decode("utf-8", "surrogateescape"), key=_sign):
         chars = "".join(run)
         if sign == _TEXT:
-            pieces.append((chars, False))
+            signs.append((chars, False))
         elif sign == _BYTES:
-            pieces.append((chars.encode("utf-8", "surrogateescape").hex(" ").upper(), True))
+            signs.append((chars.encode("utf-8", "surrogateescape").hex(" ").upper(), True))
         elif len(chars) < _RUN:
-            pieces += [(sign, True)] * len(chars)
+            signs += [(sign, True)] * len(chars)
         else:
-            pieces.append((f"{sign}×{len(chars)}", True))
-    return pieces
+            signs.append((f"{sign}×{len(chars)}", True))
+    return signs
 
 
 def _sign(char: str) -> str:
@@ -83,4 +81,4 @@ def _sign(char: str) -> str:
         return _BYTES
     if code in _NAMES:
         return _NAMES[code]
-    return f"U+{code:04X}" if unicodedata.category(char) in _UNSEEN or code in _BLANK else _TEXT
+    return f"U+{code:04X}" if is_unseen(char) or code in _SELECTORS else _TEXT

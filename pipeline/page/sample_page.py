@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any
 
-from xtoken.pipeline.html.frame import asset, document, escaped, facts, short
+from xtoken.pipeline.html.frame import asset, document, facts, short
 from xtoken.pipeline.html.visible import plain, visible
 from xtoken.pipeline.page.data import sample_data
 from xtoken.pipeline.page.sample import Sample, load_sample
@@ -12,6 +12,7 @@ from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.files import Folder
 from xtoken.schemas.configs.artifacts import InspectConfig
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.ui.markup import escaped
 
 _LONGEST_NAME = 80
 # Bits of surprise at which the next colour begins; the script and the style sheet have one colour each.

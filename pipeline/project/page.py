@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.pipeline.html.frame import document, escaped, facts, short
+from xtoken.pipeline.html.frame import document, facts, short
 from xtoken.pipeline.project.coverage import EMPTY, Audit
 from xtoken.pipeline.project.page_style import STYLE
 from xtoken.pipeline.project.projection import EXACT, KINDS, ROLE
 from xtoken.schemas.categories import CATEGORIES, NUMERALS, label
+from xtoken.schemas.ui.markup import escaped
 
 if TYPE_CHECKING:
     from xtoken.pipeline.tokens import TokenTable

@@ -1,15 +1,13 @@
 """The rows of an answer: for people and scripts, or as a file."""
 
 import math
-import os
-import secrets
-from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from xtoken.pipeline.query.folders import quoted
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.io.atomic import whole_file
 from xtoken.schemas.io.remote import protocol
 
 MOST = 10_000  # rows that are held for --json; a terminal shows fewer
@@ -51,16 +49,12 @@ def shown_rows(found: Any) -> dict[str, Any]:
 def write_rows(session: Any, found: Any, out: str) -> dict[str, Any]:
     """Write the rows of a relation to a file, which appears whole in the place of what was there."""
     path = Path(out)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     found.create_view("the_answer")
     try:
-        total = session.execute(f"COPY the_answer TO {quoted(str(part))} ({_FORMATS[path.suffix]})").fetchone()[0]
-        os.replace(part, path)
+        with whole_file(path, shared=True) as part:
+            total = session.execute(f"COPY the_answer TO {quoted(str(part))} ({_FORMATS[path.suffix]})").fetchone()[0]
     except OSError as error:
         raise XtokenError(f"--out {out} cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        with suppress(FileNotFoundError):
-            part.unlink()
     return {"total": total, "file_bytes": path.stat().st_size, "out": out}
 
 

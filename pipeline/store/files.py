@@ -16,12 +16,12 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
-from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.errors import NO_ROOM, VerificationError, XtokenError
+from xtoken.schemas.io.atomic import rename_synced, sync, write_synced
 from xtoken.schemas.io.remote import named_errors, open_filesystem, open_url, protocol, refuse_special
 
 _BLOCK = 1 << 20
 _REMOTE_BLOCK = 4 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_FOLDERS = ("s3", "s3a", "gs", "gcs", "abfs", "az")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 SWEEPS = 5  # a run sweeps when it begins and when it ends
@@ -43,7 +43,7 @@ def disk_full_named(root: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in NO_ROOM:
             raise
         raise DiskFull(
             f"no room to write in {root} ({error.strerror}); what is committed stays: "
@@ -148,13 +148,8 @@ class Folder:
 
     def sync(self, name: str) -> None:
         """Force a local file or folder to disk."""
-        if not self.local:
-            return
-        handle = os.open(self.at(name), os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        if self.local:
+            sync(self.at(name))
 
     @_named
     def sha256(self, name: str) -> tuple[str, int]:
@@ -213,10 +208,8 @@ class Folder:
             self.fs.put_file(path, self.at(name))
             os.remove(path)
             return
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(path, self.at(name))
-        self.sync(os.path.dirname(name))
+        sync(path)
+        rename_synced(path, self.at(name))
 
     def _published(self, name: str, data: bytes, publish: Callable[[str, str], bool]) -> bool:
         """Write a temporary file and publish it; again where another run's sweep took its writer for dead."""
@@ -231,20 +224,13 @@ class Folder:
         raise XtokenError(f"{self.url(name)} cannot be written: something removes files from {self.root}; stop it")
 
     def _take(self, tmp: str, name: str) -> bool:
-        os.replace(self.at(tmp), self.at(name))
-        self.sync(os.path.dirname(name))
+        rename_synced(self.at(tmp), self.at(name))
         return True
 
     def _write_tmp(self, name: str, data: bytes) -> str:
         tmp = f"{name}.{secrets.token_hex(6)}.tmp"
-        try:
-            with disk_full_named(self.root), open(self.at(tmp), "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            self.remove(tmp)
-            raise
+        with disk_full_named(self.root):
+            write_synced(self.at(tmp), data)
         return tmp
 
     @_named

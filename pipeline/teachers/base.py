@@ -111,6 +111,21 @@ def entries_asked(config: RowsConfig, width: int) -> int:
     return width if asked is None else asked
 
 
+def refuse_k(config: RowsConfig, most: int, of: str) -> None:
+    """Refuse ``--k`` where a row has fewer entries.
+
+    Args:
+        config: what runs.
+        most: entries of a row.
+        of: their name, such as ``the vocabulary's 10 tokens``.
+
+    Raises:
+        XtokenError: k is larger.
+    """
+    if entries_asked(config, most) > most:
+        raise XtokenError(f"--k {config.k} is more than {of}; use --k {most} or less")
+
+
 def shows_bos(config: PrecomputeConfig, tokenizer: TokenizerInfo) -> bool:
     """Whether samples reach the teacher with BOS in front."""
     added = tokenizer.adds_bos and tokenizer.bos_id is not None

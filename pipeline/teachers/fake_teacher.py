@@ -12,11 +12,10 @@ from collections.abc import Hashable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.pipeline.teachers.base import Batch, Draws, TeacherRows, entries_asked, stream_batches
+from xtoken.pipeline.teachers.base import Batch, Draws, TeacherRows, entries_asked, refuse_k, stream_batches
 from xtoken.pipeline.teachers.draws import Sampler, counted, draw_row
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.capture import PrecomputeConfig
-from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TeacherInfo, digest
 
 _CANDIDATES = 256
@@ -131,8 +130,7 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable) -> FakeTeacher:
         XtokenError: k is larger than the vocabulary.
     """
     k = entries_asked(config, table.size)
-    if k > table.size:
-        raise XtokenError(f"--k {config.k} is more than the vocabulary's {table.size} tokens; use --k {table.size}")
+    refuse_k(config, table.size, f"the vocabulary's {table.size} tokens")
     info = TeacherInfo(
         model=config.teacher,
         backend="fake",

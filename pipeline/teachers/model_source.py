@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from xtoken.pipeline.teachers.base import entries_asked, shows_bos
+from xtoken.pipeline.teachers.base import refuse_k, shows_bos
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
@@ -54,8 +54,7 @@ def check_request(config: PrecomputeConfig, model_config: Any, table: TokenTable
         XtokenError: k is larger than the vocabulary, or a sample does not fit the context.
     """
     width = vocab_rows(model_config)
-    if entries_asked(config, width) > width:
-        raise XtokenError(f"--k {config.k} is more than the {width} rows of {config.teacher}; use --k {width} or less")
+    refuse_k(config, width, f"the {width} rows of {config.teacher}")
     room = context(model_config) - int(shows_bos(config, table.info)) - spare
     if config.max_tokens > room:
         raise XtokenError(

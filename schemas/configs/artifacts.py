@@ -17,9 +17,9 @@ from xtoken.schemas.configs.base import (
     PLACE,
     Config,
     argument,
-    memory_size,
     ray_address,
 )
+from xtoken.schemas.io.sizes import memory_size
 from xtoken.schemas.tables import LOSSES
 
 RULES = ("pieces", "first-piece", "reverse", "random")

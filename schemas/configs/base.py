@@ -66,10 +66,3 @@ def ray_address(value: str | None) -> str | None:
     if value is not None and value not in ("local", "auto") and re.fullmatch(r"[^/:\s]+:\d+", value) is None:
         raise ValueError(f"{value!r} is no address; say local, auto or HOST:PORT")
     return value
-
-
-def memory_size(value: str) -> str:
-    """Check a size of memory; for ``field_validator``."""
-    if re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", value) is None:
-        raise ValueError(f"{value!r} is no size; write it like 512MB or 2GB")
-    return value

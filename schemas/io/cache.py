@@ -19,9 +19,10 @@ from typing import IO, Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.errors import NO_ROOM, VerificationError, XtokenError
 from xtoken.schemas.io.paths import plain
-from xtoken.schemas.io.remote import NO_ROOM, named_errors, open_filesystem, refuse_special
+from xtoken.schemas.io.remote import named_errors, open_filesystem, refuse_special
+from xtoken.schemas.io.sizes import parse_size
 
 FOLDER, BYTES = "XTOKEN_CACHE", "XTOKEN_CACHE_BYTES"
 DEFAULT_FOLDER, DEFAULT_BYTES = "~/.cache/xtoken", "20GB"
@@ -29,7 +30,6 @@ _BLOCK = 8 << 20
 _POLL_SECONDS = 0.1
 _PATIENCE_SECONDS = 60  # for room that other readers hold; downloads of others are waited for to their end
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", re.IGNORECASE)
 _TMP = re.compile(r"([0-9a-z]+)\.(\d+)\.[0-9a-f]+\.tmp")
 
 
@@ -62,9 +62,9 @@ def cached(url: str, sha256: str, size: int | None = None) -> Iterator[str]:
         yield path
         return
     if _SHA256.fullmatch(sha256) is None:
-        raise VerificationError(f"the manifest records {sha256[:70]!r} for {url}, which is no sha256; fetch it again")
-    with Cache.of_environment().hold(url, sha256, size) as found:
-        yield found
+        raise VerificationError(f"the manifest records {sha256[:70]!r} for {url}, not a sha256; fetch it again")
+    with Cache.of_environment().hold(url, sha256, size) as copy:
+        yield copy
 
 
 @contextmanager
@@ -101,13 +101,16 @@ class Cache:
         """The cache that XTOKEN_CACHE and XTOKEN_CACHE_BYTES describe.
 
         Raises:
-            XtokenError: the size is no size, or the folder cannot be made.
+            XtokenError: the size cannot be read, or the folder cannot be made.
         """
         try:
             folder = Path(plain(os.environ.get(FOLDER) or DEFAULT_FOLDER))
         except ValueError as error:
             raise XtokenError(f"{FOLDER}: {error}") from error
-        limit = parse_size(os.environ.get(BYTES) or DEFAULT_BYTES)
+        try:
+            limit = parse_size(os.environ.get(BYTES) or DEFAULT_BYTES)
+        except ValueError as error:
+            raise XtokenError(f"{BYTES}={error}") from error
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -145,10 +148,10 @@ class Cache:
         with self.reserved(url, sha256, size) as file:
             if file is None:
                 return
-            found, length = self.download(url, file, size)
-            if found != sha256:
+            actual, length = self.download(url, file, size)
+            if actual != sha256:
                 raise VerificationError(
-                    f"{url} has {length} bytes with sha256 {found}, its manifest says {size} with {sha256}; it was "
+                    f"{url} has {length} bytes with sha256 {actual}, its manifest says {size} with {sha256}; it was "
                     "damaged or changed: 'xtoken verify' lists what is, then fetch or publish it again"
                 )
             os.replace(file.name, self.folder / sha256)
@@ -215,12 +218,12 @@ class Cache:
 
     def _in_flight(self) -> dict[str, int]:
         """Bytes reserved by running downloads, by the file's name; what dead processes left is removed."""
-        found: dict[str, int] = {}
+        reserved: dict[str, int] = {}
         for path in self.folder.glob("*.tmp"):
             match = _TMP.fullmatch(path.name)
             if match and not _remove_unlocked(path):
-                found[match[1]] = found.get(match[1], 0) + int(match[2])
-        return found
+                reserved[match[1]] = reserved.get(match[1], 0) + int(match[2])
+        return reserved
 
     def _make_room(self, wanted: int) -> bool:
         """Evict until ``wanted`` bytes fit beside what stays; whether they do."""
@@ -249,7 +252,7 @@ class Cache:
         try:
             # each read is one request for just its bytes
             with named_errors(url), fs.open(path, "rb", block_size=_BLOCK, cache_type="none") as source:
-                found = _copy(source, file, size + 1)
+                copied = _copy(source, file, size + 1)
             file.flush()
         except OSError as error:
             if error.errno not in NO_ROOM:
@@ -258,20 +261,7 @@ class Cache:
                 f"no room for {size} bytes in the cache {self.folder} ({error.strerror}); free some, set {FOLDER} to a "
                 f"folder on a larger disk, or {BYTES} to less"
             ) from error
-        return found
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``20GB``, ``512MiB`` or ``1000000``.
-
-    Raises:
-        XtokenError: it is none of these.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise XtokenError(f"{BYTES}={text!r} is no size; write bytes, or 20GB, 512MiB")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+        return copied
 
 
 def _copy(source: Any, target: "IO[bytes] | None", limit: int | None) -> tuple[str, int]:

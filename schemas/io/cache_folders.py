@@ -87,8 +87,8 @@ def _private_folder() -> str | None:
         try:
             os.mkdir(folder, 0o700)
         except FileExistsError:
-            found = os.lstat(folder)
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            info = os.lstat(folder)
+            if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
                 return tempfile.mkdtemp(prefix="xtoken-")
         return folder if _can_write(folder) else None
     except OSError:

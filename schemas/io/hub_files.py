@@ -25,7 +25,7 @@ def there(path: Path) -> bool:
     except OSError as error:
         raise XtokenError(f"{path} cannot be reached ({error.strerror}); check its rights") from error
     if os.path.lexists(path):
-        raise XtokenError(f"{path} is no file, or a link to nothing; fetch it again, or remove it")
+        raise XtokenError(f"{path} is not a file, or a link to nothing; fetch it again, or remove it")
     return False
 
 
@@ -33,7 +33,7 @@ def hub_file(repo: str, name: str, revision: str | None = None) -> Path | None:
     """A file of a model's repository, from the cache or fetched; None where the repository has none.
 
     Raises:
-        XtokenError: neither the hub nor the cache says whether there is one, or the id is none.
+        XtokenError: neither the hub nor the cache says whether there is one, or the id cannot be one.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -51,7 +51,7 @@ def hub_file(repo: str, name: str, revision: str | None = None) -> Path | None:
         return None
     except (OSError, ValueError) as error:
         raise XtokenError(
-            f"{repo!r} is no local folder, and {name} cannot be fetched from the hub "
+            f"{repo!r} is not a local folder, and {name} cannot be fetched from the hub "
             f"({type(error).__name__}); check the id and the connection, or give a local folder"
         ) from error
 
@@ -73,9 +73,9 @@ def known_absent(repo: str, name: str, revision: str | None) -> bool:
     """Whether the cache says that the repository has no such file: by a mark of an earlier request, or a listing."""
     import huggingface_hub
 
-    found: Any = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
-    if found is not None:
-        return not isinstance(found, str)
+    cached: Any = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
+    if cached is not None:
+        return not isinstance(cached, str)
     listing: Any = getattr(huggingface_hub, "get_cached_repo_tree", None)  # a download of the whole leaves one
     try:
         return listing is not None and name not in {file.path for file in listing(repo, revision=revision)}
@@ -89,7 +89,7 @@ def _out_of_reach(repo: str, name: str, revision: str | None, error: Exception) 
     said = type(error.__cause__ or error).__name__
     why = "HF_HUB_OFFLINE forbids asking the hub" if constants.HF_HUB_OFFLINE else f"the hub does not answer ({said})"
     beside = (try_to_load_from_cache(repo, known, revision=revision) for known in ("tokenizer.json", "config.json"))
-    folder = next((os.path.dirname(found) for found in beside if isinstance(found, str)), None)
+    folder = next((os.path.dirname(path) for path in beside if isinstance(path, str)), None)
     way_out = "check the id and the connection, or give a local folder"
     if folder is not None:
         way_out = f"run 'hf download {repo}' where the hub answers, or give the folder {folder} if that is all there is"

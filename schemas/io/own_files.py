@@ -45,7 +45,7 @@ def _is_own(file: Path, root: Path, *, log: bool) -> bool:
 
 
 def refuse_no_page(path: str) -> None:
-    """Refuse to write a page over a file that is none.
+    """Refuse to write a page over a file that is not a page.
 
     Raises:
         XtokenError: something else is there.
@@ -53,4 +53,4 @@ def refuse_no_page(path: str) -> None:
     with Path(path).open("rb") as file:
         begin = file.read(100).lstrip().lower()
     if begin and not begin.startswith((b"<!doctype html", b"<html")):
-        raise XtokenError(f"{path} is there and is no page, and would be lost; choose another name")
+        raise XtokenError(f"{path} is there and is not a page, and would be lost; choose another name")

@@ -59,7 +59,7 @@ def read_chunks(file: Any, name: str) -> list[list[Chunk]]:
         name: names the file in messages.
 
     Raises:
-        VerificationError: the footer is none.
+        VerificationError: the footer cannot be read.
     """
     size = int(file.seek(0, 2))
     file.seek(max(0, size - _TAIL))
@@ -72,8 +72,8 @@ def read_chunks(file: Any, name: str) -> list[list[Chunk]]:
         raise VerificationError(f"{name}: its footer is damaged ({error}); fetch it again") from error
 
 
-def _chunk(found: Struct) -> Chunk:
-    meta = found[_META]
+def _chunk(struct: Struct) -> Chunk:
+    meta = struct[_META]
     start, first = _number(meta, _DATA_OFFSET), _number(meta, _DICTIONARY_OFFSET, 0)
     return Chunk(
         column=meta[_PATH][0].decode(),
@@ -84,8 +84,8 @@ def _chunk(found: Struct) -> Chunk:
     )
 
 
-def _number(found: Struct, field: int, default: int | None = None) -> int:
-    value = found.get(field, default)
+def _number(struct: Struct, field: int, default: int | None = None) -> int:
+    value = struct.get(field, default)
     if not isinstance(value, int) or not 0 <= value <= _MOST:
         raise ValueError(f"a number is {value!r}")
     return value
@@ -100,7 +100,7 @@ def read_pages(file: Any, chunk: Chunk, where: str, *, checksums: bool = False) 
         checksums: read the pages too; each must have a checksum and be what it says.
 
     Raises:
-        VerificationError: the chunk does not lie in the file, a header is none, or a page is another.
+        VerificationError: the chunk does not lie in the file, a header cannot be read, or a page is another.
     """
     start, stop = chunk.start, chunk.start + chunk.size
     if stop > file.seek(0, 2):
@@ -180,14 +180,14 @@ class Compact:
     def _struct(self, depth: int) -> Struct:
         if depth > _DEPTH:
             raise IndexError("nested too deep")
-        found: Struct = {}
+        fields: Struct = {}
         last = 0
         while byte := self._byte():
             last = last + (byte >> 4) if byte >> 4 else self._integer()
             kind = byte & 15
             # of a repeated field the last counts, as in every reader; a field's boolean stands in its type
-            found[last] = kind == _TRUE if kind in (_TRUE, _FALSE) else self._value(kind, depth)
-        return found
+            fields[last] = kind == _TRUE if kind in (_TRUE, _FALSE) else self._value(kind, depth)
+        return fields
 
     def _value(self, kind: int, depth: int) -> Any:
         if kind in _INTEGERS:

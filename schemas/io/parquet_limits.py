@@ -51,7 +51,7 @@ def open_parquet(file: Any, name: str, **options: Any) -> pq.ParquetFile:
 
     Raises:
         VerificationError: the footer asks for more than the bounds, or points outside the file.
-        pa.ArrowException, OSError: it is no Parquet file (see ``reading``).
+        pa.ArrowException, OSError: it is not a Parquet file (see ``reading``).
     """
     size = int(file.seek(0, 2))
     file.seek(max(0, size - _TAIL))
@@ -69,9 +69,9 @@ def check_footer(metadata: Any, name: str) -> None:
     _refuse(name, "{} columns", metadata.num_columns, COLUMNS)
     rows = 0
     for group in range(metadata.num_row_groups):
-        found = metadata.row_group(group)
-        _refuse(name, f"{{}} rows in row group {group}", found.num_rows, GROUP_ROWS)
-        rows += found.num_rows
+        row_group = metadata.row_group(group)
+        _refuse(name, f"{{}} rows in row group {group}", row_group.num_rows, GROUP_ROWS)
+        rows += row_group.num_rows
     if rows != metadata.num_rows:
         raise VerificationError(f"{name}: row groups hold {rows} rows, the footer says {metadata.num_rows}")
 
@@ -106,7 +106,7 @@ def batches(
         for batch in parquet.iter_batches(min(rows, most), row_groups=[group], columns=wanted):
             size += batch.nbytes
             _refuse(name, f"{{}} decoded bytes in row group {group}", size, GROUP_BYTES)
-            batch.validate(full=True)  # strings that are no UTF-8
+            batch.validate(full=True)  # strings that are not UTF-8
             yield batch
 
 
@@ -118,12 +118,12 @@ def read_whole(file: Any, name: str) -> pa.Table:
         pa.ArrowException, OSError: it is damaged (see ``reading``).
     """
     parquet = open_parquet(file, name)
-    found, size = [], 0
+    kept, size = [], 0
     for batch in batches(parquet, file, name):
         size += batch.nbytes
         _refuse(name, "{} decoded bytes", size, TABLE_BYTES)
-        found.append(batch)
-    return pa.Table.from_batches(found, parquet.schema_arrow)
+        kept.append(batch)
+    return pa.Table.from_batches(kept, parquet.schema_arrow)
 
 
 def check_file(file: Any, name: str) -> pq.ParquetFile:
@@ -161,11 +161,11 @@ def _filled(parquet: pq.ParquetFile, groups: Sequence[int]) -> list[int]:
 
 def group_chunks(parquet: pq.ParquetFile, file: Any, name: str) -> list[list[Chunk]]:
     """Column chunks of each row group; VerificationError unless they are as many as pyarrow finds."""
-    found = read_chunks(file, name)
+    chunks_of_groups = read_chunks(file, name)
     expected = [parquet.metadata.num_columns] * parquet.metadata.num_row_groups
-    if [len(chunks) for chunks in found] != expected:
+    if [len(chunks) for chunks in chunks_of_groups] != expected:
         raise VerificationError(f"{name}: its footer contradicts itself about columns or row groups; fetch it again")
-    return found
+    return chunks_of_groups
 
 
 def check_group(chunks: Sequence[Chunk], file: Any, group: int, name: str, columns: Sequence[str] | None = None) -> int:
@@ -195,9 +195,9 @@ def _check_pages(pages: Pages, chunk: Chunk, where: str) -> None:
         raise VerificationError(f"{where}: pages hold {pages.values} values, the footer says {chunk.values}")
 
 
-def _refuse(name: str, what: str, found: int, most: int) -> None:
-    if not 0 <= found <= most:
+def _refuse(name: str, what: str, value: int, most: int) -> None:
+    if not 0 <= value <= most:
         raise VerificationError(
-            f"{name} has {what.format(found)}, more than the {most} that are read; "
+            f"{name} has {what.format(value)}, more than the {most} that are read; "
             "it was damaged or made to harm: fetch it again from a source you trust"
         )

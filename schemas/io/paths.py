@@ -40,7 +40,7 @@ def plain(value: str) -> str:
     if _NO_HOST.match(value) and not value.startswith("memory:"):
         raise ValueError(f"{value!r} names no bucket or host; is a variable unset?")
     if slipped := _ONE_SLASH.match(value):
-        raise ValueError(f"{value!r} is no URL; write {slipped[1]}://..., or ./{value} for a local name")
+        raise ValueError(f"{value!r} is not a URL; write {slipped[1]}://..., or ./{value} for a local name")
     if value.startswith("~"):
         return _at_home(value)
     # pathlib drops the ./ of ./~x, and what comes later would look for a home folder
@@ -56,10 +56,10 @@ def is_chain(url: str) -> bool:
 def _at_home(value: str) -> str:
     """``~/x`` and ``~user/x`` in the home folder."""
     own = value.partition("/")[0] == "~"
-    found = os.path.expanduser(value)
-    if not os.path.isabs(found) or (own and not os.environ.get("HOME", "set").strip()):
+    expanded = os.path.expanduser(value)
+    if not os.path.isabs(expanded) or (own and not os.environ.get("HOME", "set").strip()):
         raise ValueError(f"{value!r}: no such home folder is known here; write the whole path, or ./{value}")
-    return found
+    return expanded
 
 
 def refuse_lost_folder() -> None:
@@ -103,7 +103,7 @@ def _try(path: str, kind: Kind) -> None:
         there = "a folder" if stat.S_ISDIR(mode) else "a file"
         raise XtokenError(f"{path} is {there}, and a {kind} is to be written; name another {kind}")
     if kind in ("file", "page") and not stat.S_ISREG(mode):
-        raise XtokenError(f"{path} is no plain file; name another {kind}")
+        raise XtokenError(f"{path} is not a plain file; name another {kind}")
     if kind == "page":
         refuse_no_page(path)
 

@@ -20,16 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from xtoken.schemas.errors import Unreachable, VerificationError, XtokenError
+from xtoken.schemas.errors import NO_ROOM, Unreachable, VerificationError, XtokenError
 from xtoken.schemas.io.parquet_limits import FOOTER_BYTES
 from xtoken.schemas.io.paths import is_chain
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WRONG_PLACE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)  # says nothing about the artifact
 _AT_ONCE = 16  # small requests wait for the network, not for us
 _TAIL = 1 << 16  # bytes that hold nearly every Parquet footer
 _LOCAL = ("", "file", "local")  # protocols of this machine's own files
-# Packages that reach servers; their errors are no defect of ours.
+# Packages that reach servers; their errors are not defects of ours.
 _CLIENTS = {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google"}
 _CLIENTS |= {"httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "requests", "s3fs", "urllib3"}
 _INSTALL = {"s3": "pip install 'xtoken[s3]'", "s3a": "pip install 'xtoken[s3]'"}
@@ -91,8 +90,8 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 def _opened(url: str) -> tuple[Any, str]:
     """As ``fsspec.core.url_to_fs``, which takes every ``::`` for a chain of filesystems, also in names."""
     if "::" not in url or is_chain(url):
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
-        return found
+        opened: tuple[Any, str] = fsspec.core.url_to_fs(url)
+        return opened
     kind = fsspec.get_filesystem_class(protocol(url) or "file")
     return kind(**kind._get_kwargs_from_urls(url)), kind._strip_protocol(url)
 
@@ -125,25 +124,25 @@ def may_pass(error: BaseException) -> bool:
     if names & _STAYING or names & _PASSING:
         return not names & _STAYING
     # s3fs translates botocore's errors and loses the status
-    answers = [found for found in (error, error.__cause__) if found is not None]
-    if any(_answer(found, "Error", "Code") in _PASSING_CODES or _status(found) in _PASSING_STATUS for found in answers):
+    answers = [one for one in (error, error.__cause__) if one is not None]
+    if any(_answer(one, "Error", "Code") in _PASSING_CODES or _status(one) in _PASSING_STATUS for one in answers):
         return True
     return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
 
 
 def _answer(error: BaseException, *keys: str) -> Any:
     """A value in what botocore keeps of an answer."""
-    found = getattr(error, "response", None)
+    answer = getattr(error, "response", None)
     for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
+        answer = answer.get(key) if isinstance(answer, dict) else None
+    return answer
 
 
 def _status(error: BaseException) -> int | None:
     """HTTP status of the answer that an error is about, as far as its client tells."""
     response = getattr(error, "response", None)
-    found = _answer(error, "ResponseMetadata", "HTTPStatusCode")
-    for value in (found, getattr(response, "status_code", None), getattr(error, "status", None)):
+    code = _answer(error, "ResponseMetadata", "HTTPStatusCode")
+    for value in (code, getattr(response, "status_code", None), getattr(error, "status", None)):
         if isinstance(value, int):
             return value
     code = str(getattr(error, "code", ""))  # gcsfs
@@ -218,7 +217,7 @@ def refuse_special(fs: Any, path: str) -> None:
             raise XtokenError(f"{path} cannot be reached ({error.strerror}); check its path and rights") from error
         raise VerificationError(f"{path} cannot be read ({error.strerror}); fetch the artifact again") from error
     if not plain:
-        raise VerificationError(f"{path} is no plain file; fetch the artifact again")
+        raise VerificationError(f"{path} is not a plain file; fetch the artifact again")
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T], url: str) -> list[R]:
@@ -234,7 +233,7 @@ def read_tail(url: str) -> io.BytesIO:
 
     Raises:
         FileNotFoundError: nothing is there.
-        pyarrow.ArrowException: it is no Parquet file, or its footer claims to be longer than is read.
+        pyarrow.ArrowException: it is not a Parquet file, or its footer claims to be longer than is read.
         XtokenError: the server cannot be asked.
     """
     fs, path = open_filesystem(url)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xtoken.pipeline.executors.protocol import Event, OneByOne, tell_nobody
+from xtoken.pipeline.executors.protocol import Event, OneByOne, ignore_progress
 from xtoken.pipeline.store.files import DiskFull
 from xtoken.schemas.errors import Unreachable, XtokenError
 from xtoken.schemas.manifest import Part
@@ -48,7 +48,7 @@ class NotingJob:
 class NotingWorker(OneByOne):
     job: NotingJob
 
-    def run(self, shard: int, attempt: int, tell=tell_nobody) -> Part:
+    def run(self, shard: int, attempt: int, on_progress=ignore_progress) -> Part:
         note(self.job.folder, f"run_{shard}_{attempt}", str(os.getpid()))
         what, _, name = self.job.shards.get(shard, "fine").partition(" ")
         if what == "poison":
@@ -61,13 +61,13 @@ class NotingWorker(OneByOne):
         if what == "die" and (attempt == 1 or name != "once"):
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "wait" or (what == "stall" and attempt == 1):
-            self._until((Path(self.job.folder) / name).exists, tell if what == "wait" else tell_nobody)
+            self._until((Path(self.job.folder) / name).exists, on_progress if what == "wait" else ignore_progress)
         return self._commit(shard)
 
-    def _until(self, condition: Callable[[], bool], tell) -> None:
+    def _until(self, condition: Callable[[], bool], on_progress) -> None:
         end = time.monotonic() + 300
         while not condition() and time.monotonic() < end:
-            tell(1)
+            on_progress(1)
             time.sleep(0.05)
 
     def _commit(self, shard: int) -> Part:

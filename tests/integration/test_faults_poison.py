@@ -45,7 +45,7 @@ def test_one_document_costs_one_shard(undisturbed, tmp_path, figure, where, what
     config = undisturbed.model_copy(update={"out": str(out), "workers": 1})
     run = Run(config, tmp_path, job={"folder": str(hits), "word": WORD, where: what})
     error = run.finish(code=4)
-    assert re.search(rf"1 of {len(parts)} shards were set aside after three attempts", error), error
+    assert re.search(rf"1 of {len(parts)} shards were quarantined after three attempts", error), error
     assert f"shard {shard}: " in error
     assert SAID[where, what] in error
     assert set(committed(str(out))) == set(parts) - {shard}

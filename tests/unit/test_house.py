@@ -143,3 +143,58 @@ def test_only_the_command_line_prints() -> None:
                 node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
             )
             assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), path
+
+
+# Names that we once had for what the field has names for. Names on disk (set_aside, cell) and ordinary words stay.
+REPLACED = {
+    "News": "Message",
+    "Say": "Send",
+    "Tell": "OnProgress",
+    "tell_nobody": "ignore_progress",
+    "said_why": "explained",
+    "Board": "Dashboard",
+    "board": "dashboard",
+    "Crew": "WorkerTable",
+    "RayCrew": "RayTransport",
+    "crew": "workers",
+    "Seat": "Slot",
+    "seat": "slot",
+    "seats": "slots",
+    "Notice": "StatusFile",
+    "notice": "status_file",
+    "staff": "scale_up",
+    "hire": "spawn",
+    "bury": "reap",
+    "bury_dead": "reap",
+    "wait_for_news": "turn",
+    "parting": "draining",
+    "dismiss": "release",
+    "aside": "quarantined",
+}
+
+
+def identifiers(tree: ast.AST) -> set[str]:
+    """Names of functions, classes, arguments, attributes and fields, without underscores in front."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.alias):
+            names |= {node.name, node.asname or ""}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return {name.lstrip("_") for name in names}
+
+
+def test_names_that_were_replaced_do_not_come_back() -> None:
+    assert identifiers(ast.parse("class _Crew:\n a: int\n def f(self, board): self._b.seat()")) == {
+        *("Crew", "a", "f", "self", "board", "b", "seat")
+    }
+    assert not REPLACED.keys() & set(REPLACED.values())
+    for path in [ROOT / "cli.py", *(path for layer in ALLOWED for path in sorted((ROOT / layer).rglob("*.py")))]:
+        old = identifiers(ast.parse(path.read_text(encoding="utf-8"))) & REPLACED.keys()
+        assert not old, f"{path.relative_to(ROOT)}: {', '.join(f'{name} is now {REPLACED[name]}' for name in old)}"

@@ -1,16 +1,13 @@
-"""Markup of the report. What runs hold is text of strangers: it is escaped, and what no eye sees is made visible."""
+"""Markup of the report. What runs hold is untrusted text: it is escaped, and what no eye sees is made visible."""
 
 import html
 import math
-import unicodedata
 from collections.abc import Iterable, Sequence
 
+from xtoken.schemas.ui.markup import is_unseen, isolated
 from xtoken.trainer.report.groups import Spread
 
 _MOST = 2000  # characters of a text that are shown
-# Characters without a shape of their own, and letters that are blank all the same.
-_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
-_BLANK = {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x2800, 0x3164, 0xFFA0}
 DASH = "–"
 
 
@@ -27,14 +24,14 @@ def shown(value: str) -> Html:
     text = value if len(value) <= _MOST else value[:_MOST]
     parts = "".join(map(_character, text))
     more = f'<i class="sign">{len(value) - _MOST:,} more characters</i>' if len(value) > _MOST else ""
-    return Html(parts if value.isascii() and not more else f"<bdi>{parts}</bdi>{more}")
+    return Html(parts if value.isascii() and not more else isolated(parts) + more)
 
 
 def _character(char: str) -> str:
     code = ord(char)
     if char == "\n":
         return "\n"
-    if char == " " or (unicodedata.category(char) not in _UNSEEN and code not in _BLANK):
+    if char == " " or not is_unseen(char):
         return html.escape(char)
     return f'<i class="sign">{"TAB" if char == chr(9) else f"U+{code:04X}"}</i>'
 

@@ -1,6 +1,5 @@
 """``xtoken report``: runs as one HTML page that loads nothing and needs no script."""
 
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from xtoken.schemas.configs.train import ReportConfig
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.io.atomic import write_text
 from xtoken.trainer.report.curves import draw, legend
 from xtoken.trainer.report.details import (
     breakdown_section,
@@ -98,11 +98,8 @@ def _publish(out: str, text: str) -> None:
     if "://" in out:
         raise XtokenError(f"out={out!r} is a URL; the page is one local file, copy it from there")
     path = Path(out)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise XtokenError(f"the report cannot be written to {out} ({error}); name another --out") from error

@@ -3,7 +3,6 @@
 Shapes: O outputs, I inputs of a linear layer, R rank.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.io.atomic import whole_folder
 from xtoken.trainer.student.model import readable_like
 
 _NAME = "default"
@@ -119,14 +119,8 @@ def save_adapter(model: Any, out: Path, state: Mapping[str, Tensor] | None = Non
         if ".lora_" in name
     }
     assert tensors
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with whole_folder(out) as temporary:
+        temporary.mkdir(parents=True)
         model.peft_config[_NAME].save_pretrained(temporary)
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         readable_like(temporary / "adapter_config.json", temporary)
-        shutil.rmtree(out, ignore_errors=True)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

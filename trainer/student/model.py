@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.devices import auto_device
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.io.atomic import whole_folder
 from xtoken.schemas.io.hub_files import require_known
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.trainer.student.scratch import build_student
@@ -228,19 +229,13 @@ def save_student(model: Any, tokenizer: str | Path, out: Path, state: Mapping[st
         OSError, SafetensorError: the disk does.
     """
     mend_settings(model)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with whole_folder(out) as temporary:
         _save_pretrained(model, temporary, state)
         if isinstance(tokenizer, Path):
             shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
         else:
             copy_tokenizer(tokenizer, temporary)
         readable_like(temporary / "config.json", temporary)
-        shutil.rmtree(out, ignore_errors=True)
-        temporary.rename(out)
-    finally:  # on a full disk, half a model would keep the room that a checkpoint needs
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _save_pretrained(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:

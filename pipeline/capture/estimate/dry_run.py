@@ -42,12 +42,12 @@ class _Work:
 
 
 def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
-    """Say what ``precompute`` with these settings would do, from a pilot that is really scored.
+    """Report what ``precompute`` with these settings would do, from a pilot that is really scored.
 
     Args:
         config: what would run. With ``--ray``, the cluster is asked for its machines, and where they have GPUs the
             pilot runs on one of them; else it runs on this machine.
-        progress: told bytes of text.
+        progress: shows bytes of text.
 
     Returns:
         Figures: shards, tokens, bytes on disk, hours, GPU hours and cost, of all workers that would run.
@@ -102,7 +102,7 @@ def _check_settings(config: PrecomputeConfig, folder: Folder) -> dict[str, str]:
 
 def _disk(folder: Folder, work: _Work, pilot: Pilot) -> dict[str, Any]:
     per_byte = pilot.costs.tokens.value
-    found = {
+    sizes = {
         "documents": pilot.pool.documents,
         "text_bytes": work.text_bytes,
         "tokens": round(work.text_bytes * per_byte),
@@ -111,7 +111,7 @@ def _disk(folder: Folder, work: _Work, pilot: Pilot) -> dict[str, Any]:
         "disk_bytes": round(work.text_bytes * per_byte * pilot.bytes_per_token + pilot.costs.vocab),
         "disk_bytes_left": round(work.left * per_byte * pilot.bytes_per_token),
     }
-    return found | ({"disk_bytes_free": _free(Path(folder.at("")))} if folder.local else {})
+    return sizes | ({"disk_bytes_free": _free(Path(folder.at("")))} if folder.local else {})
 
 
 def _free(path: Path) -> int:
@@ -122,20 +122,22 @@ def _free(path: Path) -> int:
 
 def _time(config: PrecomputeConfig, work: _Work, pilot: Pilot, fleet: Fleet) -> dict[str, Any]:
     """Hours of wall clock, GPUs and their cost; every worker has the pilot's speed."""
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "workers": fleet.workers,
         "gpus": round(fleet.workers * fleet.gpus, 3),
         "rows_per_s_of_one": pilot.rate,
         "measured_on": pilot.device,
     }
     if fleet.gpus and pilot.device == "cpu" and config.backend != "fake":
-        return found | {"hours": "unknown: the pilot ran on a CPU and workers have GPUs; try on a machine that has one"}
+        return figures | {
+            "hours": "unknown: the pilot ran on a CPU and workers have GPUs; try on a machine that has one"
+        }
     tokens = work.left * pilot.costs.tokens.value
     # no more workers than shards
     engines = fleet.engines * min(1.0, (len(work.sizes) - len(work.done)) / fleet.workers)
     hours = (pilot.start_up + tokens / (pilot.rate * engines)) / 3600 if engines else 0.0
     gpu_hours = hours * fleet.gpus * min(fleet.workers, len(work.sizes) - len(work.done))
-    found |= {"hours": round(hours, 4), "time": duration(hours * 3600), "gpu_hours": round(gpu_hours, 4)}
+    figures |= {"hours": round(hours, 4), "time": duration(hours * 3600), "gpu_hours": round(gpu_hours, 4)}
     if config.gpu_price is None:
-        return found
-    return found | {"cost": round(gpu_hours * config.gpu_price, 2)}
+        return figures
+    return figures | {"cost": round(gpu_hours * config.gpu_price, 2)}

@@ -33,7 +33,7 @@ from xtoken.pipeline.store.inspect import column_bytes
 from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, ids_of_codes, iter_parquet, stored_columns
 from xtoken.pipeline.store.writer import ROW_GROUP, Sample, list_column, write_parquet
 from xtoken.pipeline.teachers import check_backend, open_teacher
-from xtoken.pipeline.teachers.base import entries_asked
+from xtoken.pipeline.teachers.base import refuse_k
 from xtoken.pipeline.tokens import TextTokenizer
 from xtoken.schemas.configs.capture import EstimateConfig, PrecomputeConfig, RowsConfig
 from xtoken.schemas.errors import XtokenError
@@ -48,8 +48,8 @@ _UNITS = 64  # groups of windows that the spread is taken over, at most
 
 
 @dataclass
-class _Told:
-    """Passes on how far a worker is (see ``Tell``)."""
+class _Shown:
+    """Passes on how far a worker is (see ``OnProgress``)."""
 
     progress: Progress
     done: int = 0
@@ -67,7 +67,7 @@ class Costs:
         tokens: of the whole corpus; tokens per byte of text, with its error.
         columns: bytes per token.
         row_bytes: those of the columns that the teacher's rows make, together, with their error.
-        overhead: bytes of all files that are no column.
+        overhead: bytes of all files that are not a column.
         vocab: bytes of the token tables.
     """
 
@@ -79,14 +79,14 @@ class Costs:
 
 
 def estimate(config: EstimateConfig, progress: Progress) -> dict[str, Any]:
-    """Say what ``precompute`` with the same flags would write and how long it would take; nothing is left on disk.
+    """Estimate what ``precompute`` with the same flags would write and how long it would take; nothing is left on disk.
 
     Args:
         config: what would run, and how much of it runs now.
-        progress: told bytes of text.
+        progress: shows bytes of text.
 
     Returns:
-        Figures: bytes, tokens, hours of wall clock; ``low`` and ``high`` are None where one window tells no spread.
+        Figures: bytes, tokens, hours of wall clock; ``low`` and ``high`` are None where one window gives no spread.
 
     Raises:
         XtokenError: bad input, a teacher that cannot be loaded or does not fit the flags, or ``like`` no capture.
@@ -134,9 +134,7 @@ def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pil
     """
     check_backend(config)
     tokenizer = open_tokenizer(config)
-    if entries_asked(config, tokenizer.table.size) > tokenizer.table.size:
-        size = tokenizer.table.size
-        raise XtokenError(f"--k {config.k} is more than the vocabulary's {size} tokens; use --k {size}")
+    refuse_k(config, tokenizer.table.size, f"the vocabulary's {tokenizer.table.size} tokens")
     look = Look.of(config, tokenizer)
     pool = take_pool(config, config.shard_bytes, max(POOL, _WIDEST * tokens), progress, look)
     pieces = [list(windows(piece, tokenizer, config.max_tokens)) for piece in pool.pieces]
@@ -171,10 +169,10 @@ def _piloted(asked: EstimateConfig, config: PrecomputeConfig, progress: Progress
     }
 
 
-def _choose(found: Sequence[Window], tokens: int) -> list[Window]:
+def _choose(windows: Sequence[Window], tokens: int) -> list[Window]:
     """About so many tokens, evenly from all windows."""
-    total = sum(len(window.encoded.ids) for window in found)
-    return evenly(found, math.ceil(len(found) * tokens / max(total, 1)))
+    total = sum(len(window.encoded.ids) for window in windows)
+    return evenly(windows, math.ceil(len(windows) * tokens / max(total, 1)))
 
 
 def _open_worker(config: PrecomputeConfig, pool: Pool, tokenizer: TextTokenizer) -> tuple[CaptureWorker, str]:
@@ -192,7 +190,7 @@ def _score(worker: CaptureWorker, chosen: Sequence[Window], progress: Progress) 
     progress.start("pilot", text_bytes, "bytes")
     worker.score([min(chosen, key=lambda window: len(window.encoded.ids))])
     began = time.monotonic()
-    samples = worker.score(chosen, _Told(progress))
+    samples = worker.score(chosen, _Shown(progress))
     seconds = time.monotonic() - began
     progress.finish()
     return samples, seconds
@@ -206,18 +204,18 @@ def _costs(
     tokenizer: TextTokenizer,
 ) -> Costs:
     folder, schema = Path(config.out), open_codec(codec_info(config)).schema()
-    found = [window for piece in pieces for window in piece]
-    codes = codes_by_use((window.encoded.ids for window in found), tokenizer.table.size)
+    windows = [window for piece in pieces for window in piece]
+    codes = codes_by_use((window.encoded.ids for window in windows), tokenizer.table.size)
     tokens = _tokens_per_byte(pool, pieces)
-    pool_tokens, pilot_tokens = sum(map(_size, found)), sum(len(sample.teacher_ids) for sample in samples)
+    pool_tokens, pilot_tokens = sum(map(_size, windows)), sum(len(sample.teacher_ids) for sample in samples)
     text_schema = pa.schema([field for field in schema if field.name in _TEXT_COLUMNS])
-    text, _ = _written(folder / "text.parquet", text_schema, _text_batches(found, text_schema, text=config.text))
+    text, _ = _written(folder / "text.parquet", text_schema, _text_batches(windows, text_schema, text=config.text))
     rows, overhead = _written(folder / "rows.parquet", schema, sample_batches(samples, schema, codes))
     columns = {name: (text[name] / pool_tokens if name in text else rows[name] / pilot_tokens) for name in rows}
     write_vocab(Folder(config.out), tokenizer.table, codes)
     total = tokens.value * pool.text_bytes
     # a part's last group of rows is not full
-    groups = total / pool_tokens * len(found) / ROW_GROUP + pool.shards / 2
+    groups = total / pool_tokens * len(windows) / ROW_GROUP + pool.shards / 2
     return Costs(
         tokens=tokens,
         columns=columns,
@@ -243,8 +241,8 @@ def _row_bytes(folder: Path, samples: Sequence[Sample], schema: pa.Schema, codes
     units = [samples[index * len(samples) // count : (index + 1) * len(samples) // count] for index in range(count)]
     sizes = []
     for unit in units:
-        found, _ = _written(folder / "unit.parquet", schema, sample_batches(unit, schema, codes))
-        sizes.append(sum(size for name, size in found.items() if name not in _TEXT_COLUMNS))
+        columns, _ = _written(folder / "unit.parquet", schema, sample_batches(unit, schema, codes))
+        sizes.append(sum(size for name, size in columns.items() if name not in _TEXT_COLUMNS))
     return ratio(sizes, [sum(len(sample.teacher_ids) for sample in unit) for unit in units], seen)
 
 
@@ -261,9 +259,9 @@ def _written(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -
     return columns, (path.stat().st_size - sum(columns.values())) / metadata.num_row_groups
 
 
-def _text_batches(found: Sequence[Window], schema: pa.Schema, *, text: bool) -> Iterator[pa.RecordBatch]:
-    for start in range(0, len(found), ROW_GROUP):
-        part = found[start : start + ROW_GROUP]
+def _text_batches(windows: Sequence[Window], schema: pa.Schema, *, text: bool) -> Iterator[pa.RecordBatch]:
+    for start in range(0, len(windows), ROW_GROUP):
+        part = windows[start : start + ROW_GROUP]
         columns = [
             pa.array([window.sample_id for window in part]),
             pa.array([window.encoded.text if text else None for window in part], pa.string()),

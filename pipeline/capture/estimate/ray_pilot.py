@@ -31,7 +31,7 @@ def take_pilot_on_ray(config: PrecomputeConfig, tokens: int, gpus: float, progre
         # its process ends with it, and gives the GPU back
         pilot = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0)(_pilot)
         try:
-            found: Pilot = ray.get(pilot.remote(code_version(), config, os.getcwd(), tokens))
+            result: Pilot = ray.get(pilot.remote(code_version(), config, os.getcwd(), tokens))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, XtokenError):
                 raise error.cause from None
@@ -39,7 +39,7 @@ def take_pilot_on_ray(config: PrecomputeConfig, tokens: int, gpus: float, progre
         except ray.exceptions.RayError as error:
             raise XtokenError(f"the pilot died on the cluster: {' '.join(str(error).split())[:500]}") from error
     progress.finish()
-    return found
+    return result
 
 
 def _pilot(version: str, config: PrecomputeConfig, cwd: str, tokens: int) -> Pilot:

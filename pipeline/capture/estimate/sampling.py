@@ -99,7 +99,7 @@ def take_pool(config: CorpusConfig, shard_bytes: int, size: int, progress: Progr
         config: the corpus.
         shard_bytes: text of a part, as for the plan of a capture.
         size: bytes of text up to which the whole corpus is kept; of a larger one, that much to twice as much.
-        progress: told the bytes of text read.
+        progress: shows the bytes of text read.
         look: shown every document.
 
     Raises:

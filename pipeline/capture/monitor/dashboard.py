@@ -1,4 +1,4 @@
-"""The board of a capture: what its driver shows on the terminal, in status.json and in the log.
+"""The dashboard of a capture: what its driver shows on the terminal, in status.json and in the log.
 
 It sees every event of a run (see ``xtoken.pipeline.executors.protocol``) and decides nothing.
 """
@@ -15,8 +15,8 @@ from typing import Any
 
 from xtoken.pipeline.capture.monitor.event_log import RunLog, log_path, utc_now
 from xtoken.pipeline.capture.monitor.rate import Rate
-from xtoken.pipeline.capture.monitor.status_file import Notice
-from xtoken.pipeline.capture.monitor.workers import Crew
+from xtoken.pipeline.capture.monitor.status_file import StatusFile
+from xtoken.pipeline.capture.monitor.workers import WorkerTable
 from xtoken.pipeline.capture.plan import Plan
 from xtoken.pipeline.capture.run_identity import read_teacher
 from xtoken.pipeline.corpus import Listing
@@ -31,11 +31,11 @@ from xtoken.schemas.ui.progress import Progress
 
 _EVERY = 5.0  # seconds between two writings of the status
 _MINUTE, _LONG = 60.0, 600.0  # windows of the rate that is shown, and of the one that foretells the end
-_NAMED, _SHORT = 100, 500  # shards set aside that are named, characters of an error
+_NAMED, _SHORT = 100, 500  # quarantined shards that are named, characters of an error
 _FAILURES = ("failed", "died", "overdue")
 
 
-class Board:
+class Dashboard:
     """A ``Watch`` of one run; as a context manager it closes itself with the outcome.
 
     Bytes of text are the measure of progress; an attempt that starts anew moves nothing until it is past the one
@@ -62,7 +62,7 @@ class Board:
             plan: all shards.
             config: what runs; with ``--cell``, only its shards count.
             done: what was committed before, whoever did it.
-            progress: told the bytes of text done and the main figures.
+            progress: shows the bytes of text done and the main figures.
             clock: seconds that never go back.
 
         Raises:
@@ -78,16 +78,16 @@ class Board:
         # tokens of bytes of text, of every cell: what tells how many a byte makes
         self._known = [sum(part.tokens for part in done.values()), sum(part.text_bytes for part in done.values())]
         self._moved: dict[int, int] = {}  # bytes done of shards that are not committed
-        self._untold = 0  # bytes that the terminal has not heard of: it is told once a second, not at every event
-        self._aside: dict[int, str] = {}
-        self._crew, self._counts, self._last_failure = Crew(), Counter[str](), ""
+        self._unshown = 0  # bytes that the terminal does not show yet: it is written once a second, not at every event
+        self._quarantined: dict[int, str] = {}
+        self._workers, self._counts, self._last_failure = WorkerTable(), Counter[str](), ""
         self._began, self._began_utc, self._phase, self._error = clock(), utc_now(), "running", ""
         self._gpus: float | None = None
         self._minute: Rate | None = None  # both begin with the first worker that is ready
         self._long: Rate | None = None
         self._opened = 0.0
         self._log = RunLog(log_path(config, folder))
-        self._notice = Notice(folder, suffixed("status", "json", config.cell))
+        self._status_file = StatusFile(folder, suffixed("status", "json", config.cell))
         self._due, self._closed = self._began, False
         self._over = threading.Event()
         self._beat = threading.Thread(target=self._live_on, name="xtoken-heartbeat", daemon=True)
@@ -100,52 +100,52 @@ class Board:
     def see(self, event: Event) -> None:
         """See ``Watch``."""
         now, size = self._clock(), self._sizes.get(event.shard, 0)
-        if event.kind != "told":
+        if event.kind != "progress":
             self._log.write(event.kind, **_facts(event))
-        self._crew.see(event, now, size)
+        self._workers.see(event, now, size)
         self._counts[event.kind] += 1
         if event.kind == "opened":
             self._ready(now)
-        elif event.kind == "told":
+        elif event.kind == "progress":
             self._advance(event.shard, min(event.done, size), now)
         elif event.kind == "part" and event.part is not None:
             self._part(event.shard, event.part, now)
         elif event.kind == "set_aside":
-            self._aside[event.shard] = event.error
+            self._quarantined[event.shard] = event.error
         if event.kind in _FAILURES:
             self._last_failure = event.error and last_words(event.error)
 
     def tick(self) -> None:
         """See ``Watch``."""
         self._show()
-        if self._clock() >= self._due and not self._notice.busy:
+        if self._clock() >= self._due and not self._status_file.busy:
             self._due = self._clock() + _EVERY
-            self._notice.post(self._written())
+            self._status_file.post(self._written())
 
     def enter(self, phase: str) -> None:
-        """Say that another phase begins, in which nothing happens that ``see`` is told: ``sealing``."""
+        """Another phase begins, in which ``see`` gets no events: ``sealing``."""
         self._phase = phase
         self._log.write("phase", phase=phase)
-        self._notice.post(self._written())
+        self._status_file.post(self._written())
         if not self._beat.is_alive():
             self._beat.start()
 
     def close(self, outcome: str, error: str = "") -> None:
-        """Say how it ended: ``done``, ``failed`` or ``interrupted``; the first word counts."""
+        """Record how it ended: ``done``, ``failed`` or ``interrupted``; the first call counts."""
         if self._closed:
             return
         self._closed = True
         self._over.set()
         if self._beat.is_alive():
             self._beat.join()
-        if self._untold:
+        if self._unshown:
             self._show()
         self._phase, self._error = outcome, error[:_SHORT]
         self._log.write("end", outcome=outcome, error=error, **self.figures())
         self._log.close()
-        self._notice.last(self._written())
+        self._status_file.last(self._written())
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "Dashboard":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -161,7 +161,7 @@ class Board:
     def status(self) -> RunStatus:
         """How it stands now."""
         now, ratio = self._clock(), self._tokens_per_byte
-        seconds = self._crew.seconds(now)
+        seconds = self._workers.seconds(now)
         return RunStatus(
             **self._who(),
             phase=self._phase,
@@ -171,7 +171,7 @@ class Board:
             seconds=round(now - self._began, 1),
             shards=len(self._sizes),
             shards_done=len(self._done),
-            shards_in_flight=len(self._crew.shards),
+            shards_in_flight=len(self._workers.shards),
             text_bytes=self.text_bytes,
             text_bytes_done=self.text_bytes_done + sum(self._moved.values()),
             tokens=self._tokens,
@@ -179,20 +179,20 @@ class Board:
             worker_seconds=round(seconds, 1),
             gpu_seconds=round(seconds * (self._gpus or 0.0), 1),
             failures={kind: self._counts[kind] for kind in _FAILURES if self._counts[kind]},
-            restarts=self._crew.restarts,
+            restarts=self._workers.restarts,
             lost_machines=self._counts["lost"],
             outages=self._counts["outage"],
             log_lines_lost=self._log.lost,
             last_failure=self._last_failure,
-            set_aside={shard: last_words(self._aside[shard]) for shard in sorted(self._aside)[:_NAMED]},
-            shards_set_aside=len(self._aside),
-            workers=self._crew.rows(now, ratio),
+            set_aside={shard: last_words(self._quarantined[shard]) for shard in sorted(self._quarantined)[:_NAMED]},
+            shards_set_aside=len(self._quarantined),
+            workers=self._workers.rows(now, ratio),
         )
 
     def _live_on(self) -> None:
-        """Say now and then that the driver is alive, where nobody calls ``tick``."""
+        """Write now and then that the driver is alive, where nobody calls ``tick``."""
         while not self._over.wait(_EVERY):
-            self._notice.post(self._written())
+            self._status_file.post(self._written())
 
     @property
     def _tokens_per_byte(self) -> float | None:
@@ -220,7 +220,7 @@ class Board:
         size = self._sizes.get(shard, 0)
         self._advance(shard, size, now)
         self._moved.pop(shard, None)
-        self._aside.pop(shard, None)  # somebody late had it after all
+        self._quarantined.pop(shard, None)  # somebody late had it after all
         if shard in self._sizes and shard not in self._done:
             self._done.add(shard)
             self.text_bytes_done += size
@@ -235,7 +235,7 @@ class Board:
             for rate in (self._minute, self._long):
                 if rate is not None:
                     rate.add(now, more)
-            self._untold += more
+            self._unshown += more
 
     def _rates(self, now: float) -> dict[str, float | None]:
         """Tokens per second, and seconds left."""
@@ -252,21 +252,21 @@ class Board:
 
     def _left(self) -> int:
         """Bytes of text that no worker has done yet."""
-        running = sum(self._moved.values()) - sum(self._moved.get(shard, 0) for shard in self._aside)
-        aside = sum(self._sizes.get(shard, 0) for shard in self._aside)
-        return self.text_bytes - self.text_bytes_done - running - aside
+        running = sum(self._moved.values()) - sum(self._moved.get(shard, 0) for shard in self._quarantined)
+        quarantined = sum(self._sizes.get(shard, 0) for shard in self._quarantined)
+        return self.text_bytes - self.text_bytes_done - running - quarantined
 
     def _show(self) -> None:
-        """Tell the terminal."""
-        self._progress.advance(self._untold, **self._shown())
-        self._untold = 0
+        """Bring the terminal up to date."""
+        self._progress.advance(self._unshown, **self._shown())
+        self._unshown = 0
 
     def _shown(self) -> dict[str, float | str]:
         shown: dict[str, float | str] = {"shards": f"{len(self._done)}/{len(self._sizes)}"}
         ratio = self._tokens_per_byte
         if ratio is not None and self._minute is not None:
             shown["tok/s"] = self._minute.per_second(self._clock()) * ratio
-        shown["workers"] = self._crew.open
+        shown["workers"] = self._workers.open
         failures = sum(self._counts[kind] for kind in (*_FAILURES, "lost"))
         return shown | ({"failures": failures} if failures else {})
 

@@ -21,7 +21,7 @@ _RESUMES = "the same command resumes"
 
 
 @dataclass(frozen=True)
-class _Found:
+class _State:
     """What lies in a capture's folder.
 
     Attributes:
@@ -41,7 +41,7 @@ class _Found:
 
     @property
     def live(self) -> list[RunStatus]:
-        """Statuses of drivers that are at work and were heard of."""
+        """Statuses of drivers that are at work and have written lately."""
         both = zip(self.statuses, self.ages, strict=True)
         return [status for status, age in both if status.phase in LIVE and age <= _SILENT]
 
@@ -82,7 +82,7 @@ def goes_on(figures: dict[str, Any]) -> bool:
 
 
 def status(path: str, now: datetime | None = None) -> dict[str, Any]:
-    """How a capture stands: phase, figures, and a row for each driver, worker and shard set aside.
+    """How a capture stands: phase, figures, and a row for each driver, worker and quarantined shard.
 
     Args:
         path: folder or URL that precompute writes, or wrote.
@@ -91,29 +91,29 @@ def status(path: str, now: datetime | None = None) -> dict[str, Any]:
     Raises:
         XtokenError: no capture is there.
     """
-    found = _look(path, now or datetime.now(UTC))
-    live = found.live
+    state = _look(path, now or datetime.now(UTC))
+    live = state.live
     return {
-        "phase": _phase(found),
-        "says": _says(found),
-        **_shard_figures(found),
-        "tokens": _tokens(found),
+        "phase": _phase(state),
+        "says": _says(state),
+        **_shard_figures(state),
+        "tokens": _tokens(state),
         **_speed(live),
-        **_trouble(found),
-        "drivers": [_driver(one, age) for one, age in zip(found.statuses, found.ages, strict=True)],
+        **_trouble(state),
+        "drivers": [_driver(one, age) for one, age in zip(state.statuses, state.ages, strict=True)],
         "workers": [row for one in live for row in _workers(one, now or datetime.now(UTC))],
-        "set_aside": _set_aside(found),
+        "set_aside": _quarantined_rows(state),
     }
 
 
-def _look(path: str, now: datetime) -> _Found:
+def _look(path: str, now: datetime) -> _State:
     folder = Folder(path)
     names = set(folder.names())
     if not names & {RUN_FILE, PLAN_FILE, MANIFEST} and not any(map(is_status, names)):
         raise XtokenError(f"{path} holds no capture{_below(folder, names)}; name the --out of a precompute")
     every = [one for name in sorted(names) if is_status(name) for one in _read(folder, name)]
     statuses = _current(every)
-    return _Found(
+    return _State(
         folder=folder,
         plan=load_plan(folder),
         manifest=read_manifest(path, CaptureManifest) if MANIFEST in names else None,
@@ -154,32 +154,32 @@ def _cells(one: RunStatus) -> str:
     return (one.cell or "1/1").rpartition("/")[2]
 
 
-def _phase(found: _Found) -> str:
-    if found.live:
-        phases = {one.phase for one in found.live}
+def _phase(state: _State) -> str:
+    if state.live:
+        phases = {one.phase for one in state.live}
         return next(phase for phase in ("running", "sealing", "planning") if phase in phases)
-    if found.sealed:
+    if state.sealed:
         return "done"
-    if any(one.phase in LIVE for one in found.statuses):
+    if any(one.phase in LIVE for one in state.statuses):
         return "silent"
-    if found.statuses and (last := max(found.statuses, key=lambda one: one.updated)).phase != "done":
+    if state.statuses and (last := max(state.statuses, key=lambda one: one.updated)).phase != "done":
         return last.phase
-    if found.plan is None:
+    if state.plan is None:
         return "planning"
-    return "unsealed" if found.complete else "incomplete"
+    return "unsealed" if state.complete else "incomplete"
 
 
-def _says(found: _Found) -> str:
+def _says(state: _State) -> str:
     """What a person should know or do."""
-    if found.sealed and not found.live:
+    if state.sealed and not state.live:
         return "complete; 'xtoken verify' checks every byte"
-    both = zip(found.statuses, found.ages, strict=True)
+    both = zip(state.statuses, state.ages, strict=True)
     lines = [line for one, age in both if (line := _complaint(one, age)) is not None]
-    if found.complete and not found.live:
+    if state.complete and not state.live:
         lines.append("every shard is committed; the same command, without --cell, writes the manifest")
-    elif not found.statuses:
+    elif not state.statuses:
         lines.append(f"no driver has written here: it is planning, or ended before it ran a shard; then {_RESUMES}")
-    elif not lines and not found.live:
+    elif not lines and not state.live:
         lines.append(f"shards are left and no driver is at work; {_RESUMES}")
     return "\n".join(lines or ["at work"])
 
@@ -195,35 +195,35 @@ def _complaint(one: RunStatus, age: float) -> str | None:
     return None
 
 
-def _shard_figures(found: _Found) -> dict[str, Any]:
-    done, live = len(found.records), found.live
-    text = found.plan.corpus.text_bytes if found.plan is not None else sum(one.text_bytes for one in found.statuses)
+def _shard_figures(state: _State) -> dict[str, Any]:
+    done, live = len(state.records), state.live
+    text = state.plan.corpus.text_bytes if state.plan is not None else sum(one.text_bytes for one in state.statuses)
     return {
-        "shards": found.shards or None,
+        "shards": state.shards or None,
         "shards_done": done,
         "shards_in_flight": sum(one.shards_in_flight for one in live),
-        "shards_set_aside": max(len(_set_aside_errors(found)), sum(one.shards_set_aside for one in live)),
-        "share_done": round(_bytes_done(found) / text, 4) if text else None,
+        "shards_set_aside": max(len(_quarantined_errors(state)), sum(one.shards_set_aside for one in live)),
+        "share_done": round(_bytes_done(state) / text, 4) if text else None,
     }
 
 
-def _bytes_done(found: _Found) -> int:
-    if found.plan is not None:
-        sizes = {shard.index: shard.text_bytes for shard in found.plan.shards}
-        committed = sum(sizes.get(index, 0) for index in found.records)
+def _bytes_done(state: _State) -> int:
+    if state.plan is not None:
+        sizes = {shard.index: shard.text_bytes for shard in state.plan.shards}
+        committed = sum(sizes.get(index, 0) for index in state.records)
         # of shards that are at work, only the drivers know
-        return max(committed, sum(one.text_bytes_done for one in found.statuses) if found.live else 0)
-    return sum(one.text_bytes_done for one in found.statuses)
+        return max(committed, sum(one.text_bytes_done for one in state.statuses) if state.live else 0)
+    return sum(one.text_bytes_done for one in state.statuses)
 
 
-def _tokens(found: _Found) -> int:
+def _tokens(state: _State) -> int:
     """Tokens that are committed. A live driver's word is 5 s old at most; else the records are asked."""
-    if found.manifest is not None and len(found.manifest.parts) == len(found.records):
-        return sum(part.tokens for part in found.manifest.parts)
-    if found.live or (found.statuses and sum(one.shards_done for one in found.statuses) == len(found.records)):
-        return sum(one.tokens for one in found.statuses)
-    folder = found.folder
-    parts = in_parallel(lambda index: read_commit(folder, index), sorted(found.records), folder.root)
+    if state.manifest is not None and len(state.manifest.parts) == len(state.records):
+        return sum(part.tokens for part in state.manifest.parts)
+    if state.live or (state.statuses and sum(one.shards_done for one in state.statuses) == len(state.records)):
+        return sum(one.tokens for one in state.statuses)
+    folder = state.folder
+    parts = in_parallel(lambda index: read_commit(folder, index), sorted(state.records), folder.root)
     return sum(part.tokens for part in parts if part is not None)
 
 
@@ -240,9 +240,9 @@ def _speed(live: Sequence[RunStatus]) -> dict[str, Any]:
     }
 
 
-def _trouble(found: _Found) -> dict[str, Any]:
+def _trouble(state: _State) -> dict[str, Any]:
     """Time taken and what went wrong, in the last run of every driver that is known."""
-    statuses = found.every
+    statuses = state.every
     if not statuses:
         return {}
     kinds = sorted({kind for one in statuses for kind in one.failures})
@@ -285,17 +285,17 @@ def _workers(one: RunStatus, now: datetime) -> Iterator[dict[str, Any]]:
         }
 
 
-def _set_aside_errors(found: _Found) -> dict[int, str]:
-    """Shards set aside that nobody has committed since."""
+def _quarantined_errors(state: _State) -> dict[int, str]:
+    """Quarantined shards that nobody has committed since."""
     # a run that is at work tries those of the one before again
-    errors = dict(found.manifest.set_aside) if found.manifest is not None and not found.live else {}
-    for one in found.statuses:
+    errors = dict(state.manifest.set_aside) if state.manifest is not None and not state.live else {}
+    for one in state.statuses:
         errors |= one.set_aside
-    return {shard: error for shard, error in sorted(errors.items()) if shard not in found.records}
+    return {shard: error for shard, error in sorted(errors.items()) if shard not in state.records}
 
 
-def _set_aside(found: _Found) -> list[dict[str, Any]]:
-    return [{"shard": shard, "error": error} for shard, error in _set_aside_errors(found).items()]
+def _quarantined_rows(state: _State) -> list[dict[str, Any]]:
+    return [{"shard": shard, "error": error} for shard, error in _quarantined_errors(state).items()]
 
 
 def duration(seconds: float) -> str:

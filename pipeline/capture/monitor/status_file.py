@@ -13,7 +13,7 @@ from xtoken.schemas.errors import XtokenError
 _PATIENCE = 10.0  # seconds that the end of a run waits for storage
 
 
-class Notice:
+class StatusFile:
     """One file of a folder."""
 
     def __init__(self, folder: Folder, name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from xtoken.pipeline.share.card import sections as sections
 from xtoken.pipeline.share.card.alignment import Alignment, alignments
-from xtoken.pipeline.share.card.markup import code, latex, license_lines, one_line, plain, public, quoted
+from xtoken.pipeline.share.card.markup import code, latex, license_fields, one_line, plain, public
 from xtoken.pipeline.share.card.plots import BYTES, PLOTS, draw_plots
 from xtoken.pipeline.share.card.stats import read_stats
 from xtoken.pipeline.store.codecs import open_codec
@@ -170,25 +170,22 @@ def _images(names: Any) -> str:
 
 
 def _front_matter(manifest: CaptureManifest, licenses: dict[str, str], named: str) -> str:
-    samples = sum(part.samples for part in manifest.parts)
-    lines = [
-        f"pretty_name: {quoted(named)}",
-        *license_lines(licenses),
-        "task_categories:",
-        "- text-generation",
-        "size_categories:",
-        f"- {size_category(samples)}",
-        "tags:",
-        *(f"- {tag}" for tag in _TAGS),
-        "configs:",
-        *_config("default", "data/*.parquet"),
-        *_config("vocab", "vocab.parquet"),
-    ]
-    return "\n".join(lines)
+    """The hub's metadata as YAML."""
+    from huggingface_hub import DatasetCardData
+
+    data = DatasetCardData(
+        pretty_name=one_line(named),
+        task_categories=["text-generation"],
+        size_categories=[size_category(sum(part.samples for part in manifest.parts))],
+        tags=list(_TAGS),
+        configs=[_config("default", "data/*.parquet"), _config("vocab", "vocab.parquet")],
+        **license_fields(licenses),
+    )
+    return data.to_yaml()
 
 
-def _config(name: str, path: str) -> list[str]:
-    return [f"- config_name: {name}", "  data_files:", "  - split: train", f'    path: "{path}"']
+def _config(name: str, path: str) -> dict[str, Any]:
+    return {"config_name": name, "data_files": [{"split": "train", "path": path}]}
 
 
 def size_category(samples: int) -> str:

@@ -1,13 +1,13 @@
 """Words of strangers made harmless: model names and sources stand in a card as text and can be nothing else."""
 
-import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from xtoken.schemas.configs.share import LICENSED
 
 _LONGEST = 160
-# The licence identifiers of the hub; others go by ``license: other`` and a name.
+# The licence identifiers of the hub, of which huggingface_hub has no list; others go by ``license: other`` and a name.
 _IDENTIFIERS = (
     "afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 "
     "bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 "
@@ -51,19 +51,14 @@ def latex(value: object) -> str:
     return " ".join("".join(safe).split())
 
 
-def quoted(value: object) -> str:
-    """A YAML string; JSON's is one."""
-    return json.dumps(one_line(value), ensure_ascii=False)
-
-
-def license_lines(licenses: Mapping[str, str]) -> list[str]:
+def license_fields(licenses: Mapping[str, str]) -> dict[str, Any]:
     """The hub's licence fields: an identifier where both licences are the same known one, else ``other`` by name."""
     known = {licenses[name].strip().lower() for name in LICENSED}
     if len(known) == 1 and known <= HUB_LICENSES:
-        return [f"license: {quoted(known.pop())}"]
+        return {"license": known.pop()}
     name = "-".join(f"{name}-{_slug(licenses[name])}" for name in LICENSED)
     links = [licenses[name] for name in LICENSED if re.fullmatch(r"https://[\w./?=&%#~-]+", licenses[name].strip())]
-    return ["license: other", f"license_name: {quoted(name)}", *(f"license_link: {quoted(link)}" for link in links[:1])]
+    return {"license": "other", "license_name": name} | ({"license_link": one_line(links[0])} if links else {})
 
 
 def _slug(text: str) -> str:

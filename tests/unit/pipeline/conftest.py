@@ -1,12 +1,17 @@
-"""One small real capture for the tests of this folder."""
+"""Small real captures for the tests of this folder, made by one builder."""
 
+import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.executors.protocol import Event, Job, Lease, Message, Watch
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.ui.progress import Silent
 
@@ -15,28 +20,68 @@ TEXTS = {
     "b.txt": "日本語のテキスト。 Ελληνικά γράμματα, и кириллица! 👩‍👩‍👧 end.\r\n\tdef f(x):\n        return x\n" * 12,
     "c.txt": "short",
 }
+SmallCapture = Callable[..., Path]
+
+
+class InProcess:
+    """An executor without processes: starting one takes longer than a small capture."""
+
+    def run(self, job: Job, shards: Sequence[int], watch: Watch) -> dict[int, str]:
+        """See ``Executor``."""
+
+        def receive(message: Message) -> None:
+            if message.error is not None:
+                raise message.error
+            if message.kind == "part":
+                watch.see(Event("part", shard=message.shard, part=message.part))
+
+        with mock.patch.dict(os.environ):  # a worker chooses the GPUs of its process
+            job.open().serve((Lease(shard) for shard in shards), receive)
+        return {}
 
 
 @pytest.fixture(scope="session")
-def kept_capture(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Callable[[str], Path]) -> Path:
-    """A finished capture of three documents with the fake teacher; read only."""
-    root = tmp_path_factory.mktemp("capture")
-    (root / "corpus").mkdir()
-    for name, text in TEXTS.items():
-        (root / "corpus" / name).write_text(text, newline="")
-    config = PrecomputeConfig(
-        corpus=str(root / "corpus"),
-        teacher=str(tokenizer_file("smollm2")),
-        out=str(root / "capture"),
-        backend="fake",
-        max_tokens=64,
-        shard_bytes=1000,
-        k=16,
-        min_p=0.01,
-        student="bytes",
-    )
-    precompute(config, Silent())
-    return root / "capture"
+def small_capture(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Callable[[str], Path]) -> SmallCapture:
+    """``small_capture(texts, teacher="smollm2", **settings)``: a finished capture by the fake teacher; read only.
+
+    Texts are files by their names, or with ``id_field`` documents of one file by their ids. Settings are those of
+    ``PrecomputeConfig``. It is made once for the same texts and settings.
+    """
+    made: dict[str, Path] = {}
+
+    def build(texts: Mapping[str, str], teacher: str = "smollm2", **settings: Any) -> Path:
+        key = json.dumps([texts, teacher, settings])
+        if key not in made:
+            root = tmp_path_factory.mktemp("capture")
+            config = PrecomputeConfig(
+                corpus=str(_write_corpus(root / "corpus", texts, settings.get("id_field"))),
+                teacher=teacher if teacher == "bytes" else str(tokenizer_file(teacher)),
+                out=str(root / "capture"),
+                backend="fake",
+                **{"max_tokens": 64} | settings,
+            )
+            precompute(config, Silent(), executor=InProcess())
+            made[key] = root / "capture"
+        return made[key]
+
+    return build
+
+
+def _write_corpus(root: Path, texts: Mapping[str, str], id_field: str | None) -> Path:
+    root.mkdir()
+    if id_field is not None:
+        lines = (json.dumps({id_field: name, "text": text}, ensure_ascii=False) for name, text in texts.items())
+        (root / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    else:
+        for name, text in texts.items():
+            (root / name).write_text(text, newline="", encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="session")
+def kept_capture(small_capture: SmallCapture) -> Path:
+    """A finished capture of three documents; read only."""
+    return small_capture(TEXTS, shard_bytes=1000, k=16, min_p=0.01, student="bytes")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xtoken.schemas.errors import Unforeseen, VerificationError, XtokenError, named
+from xtoken.schemas.errors import PartlyDone, Unforeseen, VerificationError, XtokenError, named
 
 
 def test_a_users_error_stays_what_it_is() -> None:
@@ -91,3 +91,13 @@ def test_a_traceback_of_another_process_is_told_by_its_last_line(own_tmp: Path) 
 def test_a_full_disk_does_not_hide_the_error(own_tmp: Path) -> None:
     own_tmp.rmdir()
     assert "XTOKEN_TRACEBACK=1" in str(named(KeyError("x")))
+
+
+def test_several_that_failed_are_one_error_with_the_worst_exit_code() -> None:
+    asked = [("a", None), ("b", XtokenError("no room")), ("c", VerificationError("torn"))]
+    error = PartlyDone.of_several(asked, "teachers failed, the others' captures stand", {"teachers": 3})
+    assert (error.exit_code, error.figures) == (3, {"teachers": 3})
+    assert str(error) == (
+        "2 of 3 teachers failed, the others' captures stand; the same command goes on with what is missing\n"
+        "b: no room\nc: torn"
+    )

@@ -271,7 +271,7 @@ def test_records_are_read_in_order_and_strangers_left_alone(config: PrecomputeCo
     assert read_audits(folder) == [first, second]
     broken = Path(config.out) / AUDITS / "part-00003.json"
     broken.write_text('{"method": "guess"}')
-    with pytest.raises(VerificationError, match=r"part-00003.json is no audit .* remove it"):
+    with pytest.raises(VerificationError, match=r"part-00003.json is not an audit .* remove it"):
         read_audits(folder)
     broken.write_text(" " * (1 << 17))
     with pytest.raises(VerificationError, match="more than the 65536 bytes"):

@@ -64,7 +64,7 @@ class Fleet:
         for number, device in enumerate(self.devices):
             self.monkeypatch.setattr(worker, "open_teacher", on(device))
             mine = iter([Lease(shard) for shard in shards if shard % len(self.devices) == number])
-            job.open().serve(mine, lambda news: watch.see(Event("part", shard=news.shard, part=news.part)))
+            job.open().serve(mine, lambda message: watch.see(Event("part", shard=message.shard, part=message.part)))
         return {}
 
 

@@ -63,11 +63,11 @@ class Poisoned:
     """An executor in this process to which shard 2 is poison."""
 
     def run(self, job, shards, watch):
-        def say(news):
-            if news.kind == "part":
-                watch.see(Event("part", shard=news.shard, part=news.part))
+        def send(message):
+            if message.kind == "part":
+                watch.see(Event("part", shard=message.shard, part=message.part))
 
-        job.open().serve((Lease(shard) for shard in shards if shard != 2), say)
+        job.open().serve((Lease(shard) for shard in shards if shard != 2), send)
         return {2: "it tastes bad"}
 
 
@@ -91,14 +91,14 @@ def files(out: str) -> dict[str, bytes]:
 
 
 def test_a_run_from_nothing_to_a_manifest(config):
-    told = Told()
-    manifest = precompute(config, told)
+    progress = Told()
+    manifest = precompute(config, progress)
     assert manifest == read_manifest(config.out, CaptureManifest)
     assert verify(config.out)["text_bytes"] == sum(len(text) for text in TEXTS)
     assert [part.index for part in manifest.parts] == list(range(len(manifest.parts)))
     assert len(manifest.parts) > 3
-    assert told.labels == ["plan", "precompute"]
-    assert told.done == told.total == manifest.corpus.text_bytes
+    assert progress.labels == ["plan", "precompute"]
+    assert progress.done == progress.total == manifest.corpus.text_bytes
     assert manifest.teacher.backend == "fake"
     assert not manifest.bos
     assert manifest.corpus.documents == 12
@@ -117,9 +117,9 @@ def test_a_finished_run_does_nothing_again_and_needs_no_corpus(config, monkeypat
     Path(config.corpus).unlink()
     monkeypatch.setattr(module, "LocalExecutor", None)
     before = (Path(config.out) / "manifest.json").stat().st_mtime_ns
-    told = Told()
-    assert precompute(config, told) == manifest
-    assert told.labels == [f"{config.out} is complete, nothing to do"]
+    progress = Told()
+    assert precompute(config, progress) == manifest
+    assert progress.labels == [f"{config.out} is complete, nothing to do"]
     assert (Path(config.out) / "manifest.json").stat().st_mtime_ns == before
 
 
@@ -213,7 +213,7 @@ def test_a_commit_without_its_file_is_named(config):
 
 
 def test_a_shard_that_keeps_failing_is_set_aside_and_tried_again_by_a_rerun(config):
-    with pytest.raises(IncompleteRun, match=r"1 of \d+ shards were set aside after three attempts") as caught:
+    with pytest.raises(IncompleteRun, match=r"1 of \d+ shards were quarantined after three attempts") as caught:
         precompute(config, Silent(), executor=Poisoned())
     assert "shard 2: it tastes bad" in str(caught.value)
     partial = read_manifest(config.out, CaptureManifest)

@@ -53,10 +53,10 @@ def run(config):
 
 def serve(config, lease):
     """The part that a worker makes of one lease."""
-    news = []
-    CaptureJob(config).open().serve(iter([lease]), news.append)
-    assert [one.kind for one in news if one.kind != "told"] == ["begun", "part"]
-    return news[-1].part
+    messages = []
+    CaptureJob(config).open().serve(iter([lease]), messages.append)
+    assert [one.kind for one in messages if one.kind != "progress"] == ["begun", "part"]
+    return messages[-1].part
 
 
 @pytest.mark.parametrize("bos", ["auto", "always"])

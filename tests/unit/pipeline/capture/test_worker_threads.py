@@ -87,13 +87,13 @@ class Engine:
 
 
 def serve(steps, engine, leases, audit=None):
-    news = []
-    Stages(steps, engine, audit).serve(iter(leases), news.append)
-    return news
+    messages = []
+    Stages(steps, engine, audit).serve(iter(leases), messages.append)
+    return messages
 
 
-def said(news, kind):
-    return [one.shard for one in news if one.kind == kind]
+def said(messages, kind):
+    return [one.shard for one in messages if one.kind == kind]
 
 
 def leases(*shards):
@@ -102,11 +102,11 @@ def leases(*shards):
 
 def test_every_shard_is_published_whole_and_in_the_order_of_its_windows():
     toy, engine = Toy(), Engine()
-    news = serve(toy, engine, leases(3, 1, 2))
+    messages = serve(toy, engine, leases(3, 1, 2))
     assert toy.published == [3, 1, 2]
-    assert said(news, "begun") == said(news, "part") == [3, 1, 2]
-    assert said(news, "failed") == []
-    assert [one.done for one in news if one.kind == "told"][:1] == [5]
+    assert said(messages, "begun") == said(messages, "part") == [3, 1, 2]
+    assert said(messages, "failed") == []
+    assert [one.done for one in messages if one.kind == "progress"][:1] == [5]
 
 
 def test_what_somebody_committed_is_not_done_again():
@@ -117,8 +117,8 @@ def test_what_somebody_committed_is_not_done_again():
 
 
 def test_a_shard_without_rows_is_published_too():
-    news = serve(Toy(windows=0), Engine(), leases(0, 1))
-    assert said(news, "part") == [0, 1]
+    messages = serve(Toy(windows=0), Engine(), leases(0, 1))
+    assert said(messages, "part") == [0, 1]
 
 
 def test_the_engine_goes_on_while_a_shard_is_published():
@@ -134,28 +134,28 @@ def test_the_engine_goes_on_while_a_shard_is_published():
 
 @pytest.mark.parametrize("step", ["prepare", "sample"])
 def test_a_bad_shard_fails_alone(step):
-    news = serve(Toy(bad={1: step}), Engine(), leases(0, 1, 2))
-    assert said(news, "part") == [0, 2]
-    (failed,) = [one for one in news if one.kind == "failed"]
+    messages = serve(Toy(bad={1: step}), Engine(), leases(0, 1, 2))
+    assert said(messages, "part") == [0, 2]
+    (failed,) = [one for one in messages if one.kind == "failed"]
     assert failed.shard == 1
     assert "shard 1" in str(failed.error)
     assert type(failed.error) is XtokenError
 
 
 def test_an_error_that_befalls_all_keeps_its_class():
-    news = serve(Toy(bad={0: "full"}), Engine(), leases(0))
-    (failed,) = [one for one in news if one.kind == "failed"]
+    messages = serve(Toy(bad={0: "full"}), Engine(), leases(0))
+    (failed,) = [one for one in messages if one.kind == "failed"]
     assert type(failed.error) is DiskFull
 
 
 def test_an_engine_that_raises_fails_what_is_in_it_and_the_worker_ends():
     toy = Toy()
-    news = serve(toy, Engine(bad={1: ValueError("CUDA error")}), leases(0, 1, 2, 3, 4))
-    assert "part" in {one.kind for one in news if one.shard == 0}, "what the engine was done with is published"
-    assert 1 in said(news, "failed")
-    assert set(said(news, "failed")) <= {1, 2}, "its neighbour is suspect too, nobody else"
-    assert "CUDA error" in str(next(one for one in news if one.kind == "failed").error)
-    assert not {3, 4} & {*said(news, "part"), *said(news, "failed")}
+    messages = serve(toy, Engine(bad={1: ValueError("CUDA error")}), leases(0, 1, 2, 3, 4))
+    assert "part" in {one.kind for one in messages if one.shard == 0}, "what the engine was done with is published"
+    assert 1 in said(messages, "failed")
+    assert set(said(messages, "failed")) <= {1, 2}, "its neighbour is suspect too, nobody else"
+    assert "CUDA error" in str(next(one for one in messages if one.kind == "failed").error)
+    assert not {3, 4} & {*said(messages, "part"), *said(messages, "failed")}
 
 
 def test_a_second_attempt_has_the_engine_to_itself():
@@ -171,32 +171,32 @@ def test_a_second_attempt_has_the_engine_to_itself():
 def test_the_audit_comes_after_the_first_commit_and_once():
     toy, engine = Toy(), Engine()
     audited = []
-    news = serve(
+    messages = serve(
         toy, engine, leases(5, 6, 7), lambda shard: audited.append((shard, list(toy.published), set(engine.seen)))
     )
     assert audited == [(5, [5], {5})]
-    assert toy.published == said(news, "part") == [5, 6, 7]
+    assert toy.published == said(messages, "part") == [5, 6, 7]
 
 
 def test_a_first_shard_that_fails_is_not_audited():
     audited = []
-    news = serve(Toy(bad={0: "sample"}), Engine(), leases(0, 1), audited.append)
+    messages = serve(Toy(bad={0: "sample"}), Engine(), leases(0, 1), audited.append)
     assert audited == [1]
-    assert said(news, "part") == [1]
+    assert said(messages, "part") == [1]
 
 
 def test_an_audit_that_refuses_stops_the_run():
     def refuse(shard):
         raise XtokenError(f"shard {shard} is of another model")
 
-    news = serve(Toy(), Engine(), leases(0, 1), refuse)
-    assert said(news, "part") == [], "the driver hears nothing that it could end the run over"
-    assert [str(one.error) for one in news if one.kind == "broken"] == ["shard 0 is of another model"]
+    messages = serve(Toy(), Engine(), leases(0, 1), refuse)
+    assert said(messages, "part") == [], "the driver hears nothing that it could end the run over"
+    assert [str(one.error) for one in messages if one.kind == "broken"] == ["shard 0 is of another model"]
 
 
 def test_an_engine_that_ends_during_the_audit_ends_its_worker_only():
     def die(shard):
         raise EngineLost("the engine's process ended")
 
-    news = serve(Toy(), Engine(), leases(0, 1), die)
-    assert not {"broken", "failed", "part"} & {one.kind for one in news}
+    messages = serve(Toy(), Engine(), leases(0, 1), die)
+    assert not {"broken", "failed", "part"} & {one.kind for one in messages}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from xtoken.pipeline.capture import LocalExecutor
-from xtoken.pipeline.executors.protocol import Event, OneByOne, tell_nobody
+from xtoken.pipeline.executors.protocol import Event, OneByOne, ignore_progress
 from xtoken.pipeline.store.files import DiskFull
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import Part
@@ -48,8 +48,8 @@ class ToyJob:
 class ToyWorker(OneByOne):
     job: ToyJob
 
-    def run(self, shard: int, attempt: int, tell=tell_nobody) -> Part:
-        tell(shard + 100)
+    def run(self, shard: int, attempt: int, on_progress=ignore_progress) -> Part:
+        on_progress(shard + 100)
         note(self.job.folder, f"run-{shard}-{attempt}")
         what = self.job.shards.get(shard, "fine")
         if what == "poison":
@@ -94,8 +94,8 @@ class Watching:
         return [event.part for event in self.events if event.kind == "part"]
 
     @property
-    def news(self) -> list[tuple[int, int]]:
-        return [(event.shard, event.done) for event in self.events if event.kind == "told"]
+    def messages(self) -> list[tuple[int, int]]:
+        return [(event.shard, event.done) for event in self.events if event.kind == "progress"]
 
     def kinds(self) -> list[str]:
         return [event.kind for event in self.events]

@@ -6,7 +6,7 @@ import pytest
 
 from xtoken.pipeline.executors import leases as module
 from xtoken.pipeline.executors.leases import ATTEMPTS, Leases
-from xtoken.pipeline.executors.protocol import News
+from xtoken.pipeline.executors.protocol import Message
 from xtoken.pipeline.store.files import DiskFull
 from xtoken.schemas.errors import Unreachable, XtokenError
 from xtoken.schemas.manifest import Part
@@ -23,22 +23,22 @@ class Table:
 
     def opens(self, worker):
         self.leases.started(worker, slot=worker + 10)
-        self.leases.hear(worker, News("open", place="here"))
+        self.leases.receive(worker, Message("open", place="here"))
 
     def granted(self, worker):
         return [(lease.shard, lease.attempt) for lease in self.leases.grant(worker)]
 
     def begins(self, worker, shard):
-        self.leases.hear(worker, News("begun", shard))
+        self.leases.receive(worker, Message("begun", shard))
 
     def tells(self, worker, shard):
-        self.leases.hear(worker, News("told", shard, done=1))
+        self.leases.receive(worker, Message("progress", shard, done=1))
 
     def commits(self, worker, shard):
-        self.leases.hear(worker, News("part", shard, part=part(shard)))
+        self.leases.receive(worker, Message("part", shard, part=part(shard)))
 
     def fails(self, worker, shard, error=None):
-        self.leases.hear(worker, News("failed", shard, error=error or ValueError("it tastes bad")))
+        self.leases.receive(worker, Message("failed", shard, error=error or ValueError("it tastes bad")))
 
     def kinds(self, *only):
         return [event.kind for event in self.events if not only or event.kind in only]
@@ -254,7 +254,7 @@ def test_what_would_befall_every_shard_is_raised():
     with pytest.raises(DiskFull, match="no room"):
         table.fails(1, 0, DiskFull("no room"))
     with pytest.raises(XtokenError, match="no such model"):
-        table.leases.hear(1, News("broken", error=XtokenError("no such model")))
+        table.leases.receive(1, Message("broken", error=XtokenError("no such model")))
 
 
 def test_an_outage_is_waited_out_ever_longer_and_no_shard_is_blamed():

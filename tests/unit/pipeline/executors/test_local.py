@@ -28,7 +28,7 @@ def jobs(monkeypatch):
 def run(job, workers=2, shards=range(6), lease_seconds=60.0, watch=None):
     watch = watch or sys.modules["executor_jobs"].Watching()
     failed = LocalExecutor(workers, lease_seconds).run(job, shards, watch)
-    assert {(part.index, part.index + 100) for part in watch.parts} <= set(watch.news)
+    assert {(part.index, part.index + 100) for part in watch.parts} <= set(watch.messages)
     return watch.parts, failed
 
 

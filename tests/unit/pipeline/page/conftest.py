@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 from xtoken.pipeline.align import align
-from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.page.sample import Sample, load_sample
 from xtoken.schemas.configs.artifacts import AlignConfig, InspectConfig
-from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.ui.progress import Silent
 
 TEXTS = {
@@ -24,25 +22,10 @@ TEXTS = {
 
 
 @pytest.fixture(scope="session")
-def capture(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Callable[[str], Path]) -> str:
+def capture(small_capture: Callable[..., Path]) -> str:
     """A finished capture with the fake teacher; read only."""
-    root = tmp_path_factory.mktemp("page")
-    (root / "corpus").mkdir()
-    for name, text in TEXTS.items():
-        (root / "corpus" / f"{name}.txt").write_text(text, newline="")
-    config = PrecomputeConfig(
-        corpus=str(root / "corpus"),
-        teacher=str(tokenizer_file("smollm2")),
-        out=str(root / "capture"),
-        backend="fake",
-        max_tokens=64,
-        shard_bytes=300,
-        k=16,
-        min_p=0.01,
-        student="bytes",
-    )
-    precompute(config, Silent())
-    return str(root / "capture")
+    texts = {f"{name}.txt": text for name, text in TEXTS.items()}
+    return str(small_capture(texts, shard_bytes=300, k=16, min_p=0.01, student="bytes"))
 
 
 @pytest.fixture(scope="session")

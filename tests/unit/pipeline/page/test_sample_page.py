@@ -16,13 +16,14 @@ import pytest
 from typer.testing import CliRunner
 
 from xtoken import cli
-from xtoken.pipeline.html.frame import document, escaped, json_text, short
+from xtoken.pipeline.html.frame import document, json_text, short
 from xtoken.pipeline.page.sample import Sample, load_sample
 from xtoken.pipeline.page.sample_page import EDGES, figures, file_name, sample_page, write_page
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import data_name
 from xtoken.schemas.configs.artifacts import InspectConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.ui.markup import escaped
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "captures"
 Load = Callable[..., Sample]

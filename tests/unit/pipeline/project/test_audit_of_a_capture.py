@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.project import Audit, build_w, coverage, project
 from xtoken.pipeline.project.mass import Mass, teacher_mass
 from xtoken.pipeline.store.reader import iter_capture
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.artifacts import ProjectConfig
-from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.manifest import CaptureManifest, ProjectionManifest, read_manifest
 from xtoken.schemas.ui.progress import Silent
 from xtoken.schemas.ui.tables import figure_tables
@@ -25,23 +23,8 @@ TOGETHER = 1e-12  # float64 sums in another order
 
 
 @pytest.fixture(scope="module")
-def capture(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Callable[[str], Path]) -> str:
-    root = tmp_path_factory.mktemp("audit")
-    (root / "corpus").mkdir()
-    for name, text in TEXTS.items():
-        (root / "corpus" / name).write_text(text, newline="", encoding="utf-8")
-    config = PrecomputeConfig(
-        corpus=str(root / "corpus"),
-        teacher=str(tokenizer_file("smollm2")),
-        out=str(root / "capture"),
-        backend="fake",
-        max_tokens=32,
-        shard_bytes=400,
-        k=16,
-        min_p=0.01,
-    )
-    precompute(config, Silent())
-    return config.out
+def capture(small_capture: Callable[..., Path]) -> str:
+    return str(small_capture(TEXTS, max_tokens=32, shard_bytes=400, k=16, min_p=0.01))
 
 
 def slow_mass(capture: str, limit: int) -> tuple[dict[int, float], float, int]:

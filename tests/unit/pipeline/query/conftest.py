@@ -1,6 +1,5 @@
 """A small capture of documents in several writing systems, and its targets for two students."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,8 @@ from typing import Any
 import pytest
 
 from xtoken.pipeline.align import align
-from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.query import query
 from xtoken.schemas.configs.artifacts import AlignConfig, QueryConfig
-from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.ui.progress import Silent
 
 TEXTS = {
@@ -34,24 +31,9 @@ def ask(path: Path | str, sql: str, capture: Path | str | None = None, **options
 
 
 @pytest.fixture(scope="session")
-def capture(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Callable[[str], Path]) -> Path:
+def capture(small_capture: Callable[..., Path]) -> Path:
     """A finished capture by the fake teacher; read only."""
-    root = tmp_path_factory.mktemp("query")
-    lines = (json.dumps({"id": name, "text": text}, ensure_ascii=False) for name, text in TEXTS.items())
-    (root / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    config = PrecomputeConfig(
-        corpus=str(root / "corpus.jsonl"),
-        id_field="id",
-        teacher=str(tokenizer_file("smollm2")),
-        out=str(root / "capture"),
-        backend="fake",
-        max_tokens=64,
-        shard_bytes=1000,
-        k=16,
-        min_p=0.01,
-    )
-    precompute(config, Silent())
-    return root / "capture"
+    return small_capture(TEXTS, id_field="id", shard_bytes=1000, k=16, min_p=0.01)
 
 
 def aligned(capture: Path, student: str, losses: list[str], out: Path) -> Path:

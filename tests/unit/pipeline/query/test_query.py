@@ -104,7 +104,7 @@ def test_memory_is_limited_and_nothing_spills(capture: Path, monkeypatch: pytest
     with pytest.raises(XtokenError, match="does not fit --memory-limit 30MB"):
         ask(capture, hungry, memory_limit="30MB")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValidationError, match="'much' is no size"):
+    with pytest.raises(ValidationError, match="'much' is not a size"):
         ask(capture, "SELECT 1", memory_limit="much")
 
 

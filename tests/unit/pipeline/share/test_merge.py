@@ -29,27 +29,10 @@ TEXTS = {"one": "Un café, s'il vous plaît; puis deux. " * 20, "two": "def f(x)
 
 
 @pytest.fixture(scope="session")
-def others(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Callable[[str], Path]) -> dict[str, Path]:
+def others(small_capture: Callable[..., Path]) -> dict[str, Path]:
     """Captures of other documents with the teacher and settings of ``kept_capture``, but its student."""
-    found = {}
-    for name, text in TEXTS.items():
-        root = tmp_path_factory.mktemp(name)
-        (root / "corpus").mkdir()
-        (root / "corpus" / f"{name}.txt").write_text(text, newline="")
-        config = PrecomputeConfig(
-            corpus=str(root / "corpus"),
-            teacher=str(tokenizer_file("smollm2")),
-            out=str(root / name),
-            backend="fake",
-            max_tokens=64,
-            shard_bytes=1000,
-            k=16,
-            min_p=0.01,
-            student="bytes",
-        )
-        precompute(config, Silent())
-        found[name] = root / name
-    return found
+    settings: dict[str, Any] = {"shard_bytes": 1000, "k": 16, "min_p": 0.01, "student": "bytes"}
+    return {name: small_capture({f"{name}.txt": text}, **settings) for name, text in TEXTS.items()}
 
 
 def merged(sources: list[Any], destination: Path) -> CaptureManifest:

@@ -1,6 +1,5 @@
 """The codec of draws: what goes in comes out, and every rule of a stored row is checked."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codecs.sampled import PackedDraws, decode_draws, encode_draws
@@ -20,10 +18,8 @@ from xtoken.pipeline.store.publish import data_name
 from xtoken.pipeline.store.verify import verify
 from xtoken.pipeline.store.writer import write_parquet
 from xtoken.pipeline.teachers.base import Draws
-from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import CaptureManifest, CodecInfo, read_manifest
-from xtoken.schemas.ui.progress import Silent
 
 DRAWS = 20
 SCHEMA = open_codec(CodecInfo(name="sampled", draws=DRAWS)).schema()
@@ -80,19 +76,9 @@ def test_what_is_no_row_of_draws_is_refused(changes, message):
 
 
 @pytest.fixture(scope="module")
-def drawn_capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("drawn")
-    (root / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    config = PrecomputeConfig(
-        corpus=str(root / "corpus.jsonl"),
-        teacher="bytes",
-        out=str(root / "capture"),
-        backend="fake",
-        codec="sampled",
-        draws=DRAWS,
-    )
-    precompute(config, Silent())
-    return root / "capture"
+def drawn_capture(small_capture: Callable[..., Path]) -> Path:
+    texts = {str(number): text for number, text in enumerate(TEXTS)}
+    return small_capture(texts, "bytes", id_field="id", max_tokens=512, codec="sampled", draws=DRAWS)
 
 
 def check_changed(root: Path, path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -169,7 +155,7 @@ BROKEN = {
 def test_a_broken_rule_is_named_with_its_sample(drawn_capture, tmp_path, rule):
     with pytest.raises(VerificationError, match=rule.strip()) as caught:
         check_changed(drawn_capture, tmp_path / "part.parquet", BROKEN[rule])
-    assert "corpus.jsonl" in str(caught.value)
+    assert "sample '1#0'" in str(caught.value)
 
 
 def test_the_untouched_file_passes_and_so_does_the_whole(drawn_capture, tmp_path):

@@ -159,5 +159,5 @@ def test_a_link_to_nothing_is_not_absent(tmp_path: Path) -> None:
     out.mkdir()
     works: tuple[Callable[[str], object], ...] = (load_tokenizer, lambda source: copy_tokenizer(source, out))
     for work in works:
-        with pytest.raises(XtokenError, match=r"tokenizer_config\.json is no file"):
+        with pytest.raises(XtokenError, match=r"tokenizer_config\.json is not a file"):
             work(str(tmp_path))

@@ -64,7 +64,7 @@ def test_names_are_free_elsewhere(tmp_path: Path) -> None:
 def test_a_page_replaces_pages_only(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "mine"}\n')
-    with pytest.raises(XtokenError, match="is there and is no page"):
+    with pytest.raises(XtokenError, match="is there and is not a page"):
         refuse_unusable(str(path), "page")
     for text in ("", "\n<!DOCTYPE html>\n"):
         path.write_text(text)

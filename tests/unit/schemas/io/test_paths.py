@@ -182,7 +182,7 @@ def test_outputs_of_the_wrong_kind(tmp_path: Path) -> None:
         refuse_unusable(str(tmp_path / "file"), "folder")
     with pytest.raises(XtokenError, match="is a folder, and a file"):
         refuse_unusable(str(tmp_path), "file")
-    with pytest.raises(XtokenError, match="no plain file"):
+    with pytest.raises(XtokenError, match="not a plain file"):
         refuse_unusable(os.devnull, "file")
     refuse_unusable(os.devnull, "log")
     for value in (str(tmp_path / "a" / "b"), str(tmp_path), "s3://bucket/x"):

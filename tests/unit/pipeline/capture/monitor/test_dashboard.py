@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from xtoken.pipeline.capture import LocalExecutor
-from xtoken.pipeline.capture.monitor.dashboard import Board, run_figures
+from xtoken.pipeline.capture.monitor.dashboard import Dashboard, run_figures
 from xtoken.pipeline.capture.monitor.rate import Rate
 from xtoken.pipeline.capture.monitor.status import read_status
 from xtoken.pipeline.capture.plan import Plan, Shard
@@ -68,16 +68,16 @@ class Stage:
     """A board with all that it needs."""
 
     def __init__(self, out, shards=4, done=(), **flags) -> None:
-        self.clock, self.told = Clock(), Told()
+        self.clock, self.progress = Clock(), Told()
         self.config = PrecomputeConfig(corpus="c", teacher="bytes", backend="fake", out=str(out), **flags)
         out.mkdir(exist_ok=True)
         self.folder = Folder(str(out))
         parts = {index: part_of(index) for index in done}
-        self.board = Board(self.folder, plan_of(shards), self.config, parts, self.told, self.clock)
+        self.dashboard = Dashboard(self.folder, plan_of(shards), self.config, parts, self.progress, self.clock)
 
     def see(self, *events: Event, seconds: float = 0.0) -> None:
         for event in events:
-            self.board.see(event)
+            self.dashboard.see(event)
         self.clock.now += seconds
 
     def open(self, worker: int = 0) -> None:
@@ -85,7 +85,7 @@ class Stage:
 
     def run(self, shard: int, seconds: float, worker: int = 0) -> None:
         self.see(Event("leased", worker, shard, 1), Event("begun", worker, shard), seconds=seconds / 2)
-        self.see(Event("told", worker, shard, done=SIZE // 2), seconds=seconds / 2)
+        self.see(Event("progress", worker, shard, done=SIZE // 2), seconds=seconds / 2)
         self.see(Event("part", worker, shard, part=part_of(shard)))
 
 
@@ -102,17 +102,17 @@ def test_a_run_in_figures(stage, tmp_path):
     stage.open()
     stage.run(0, 10)
     stage.run(1, 10)
-    stage.board.tick()
-    found = stage.board.status()
+    stage.dashboard.tick()
+    found = stage.dashboard.status()
     assert (found.shards, found.shards_done, found.shards_in_flight, found.tokens) == (4, 2, 0, 500)
     # 2,000 bytes in 20 s, and a token is 4 bytes
     assert found.tokens_per_s == found.tokens_per_s_mean == 25.0
     assert found.seconds_left == 20.0
     assert (found.worker_seconds, found.gpu_seconds) == (20.0, 0.0)
-    assert stage.told.figures == {"shards": "2/4", "tok/s": 25.0, "workers": 1}
-    assert stage.told.done == 2000
+    assert stage.progress.figures == {"shards": "2/4", "tok/s": 25.0, "workers": 1}
+    assert stage.progress.done == 2000
     stage.see(Event("released", 0), seconds=5)
-    stage.board.close("done")
+    stage.dashboard.close("done")
     written = read_status(str(tmp_path / "out"))
     assert (written.phase, written.worker_seconds, written.seconds, written.workers) == ("done", 20.0, 25.0, [])
     assert run_figures(written) == {"seconds": 25.0, "worker_hours": round(20 / 3600, 4), "went_wrong": {}}
@@ -120,25 +120,25 @@ def test_a_run_in_figures(stage, tmp_path):
 
 def test_an_attempt_that_starts_anew_moves_nothing(stage):
     stage.open()
-    stage.see(Event("leased", 0, 2, 1), Event("told", 0, 2, done=600), Event("failed", 0, 2, 1, error="no"))
-    stage.see(Event("leased", 0, 2, 2), Event("told", 0, 2, done=400))
-    stage.board.tick()
-    assert stage.told.done == 600
-    stage.see(Event("told", 0, 2, done=5000))
-    stage.board.tick()
-    assert stage.told.done == SIZE, "a worker cannot do more than there is"
+    stage.see(Event("leased", 0, 2, 1), Event("progress", 0, 2, done=600), Event("failed", 0, 2, 1, error="no"))
+    stage.see(Event("leased", 0, 2, 2), Event("progress", 0, 2, done=400))
+    stage.dashboard.tick()
+    assert stage.progress.done == 600
+    stage.see(Event("progress", 0, 2, done=5000))
+    stage.dashboard.tick()
+    assert stage.progress.done == SIZE, "a worker cannot do more than there is"
     stage.see(Event("part", 0, 2, part=part_of(2)), Event("late", 0, 2, part=part_of(2)))
-    assert stage.told.done == SIZE
-    assert stage.board.status().tokens == 250
+    assert stage.progress.done == SIZE
+    assert stage.dashboard.status().tokens == 250
 
 
 def test_what_earlier_runs_committed_is_done_and_makes_no_speed(tmp_path):
     stage = Stage(tmp_path / "out", shards=4, done=[0, 1])
     stage.open()
     stage.clock.now += 10
-    found = stage.board.status()
+    found = stage.dashboard.status()
     assert (found.shards_done, found.tokens, found.tokens_per_s, found.seconds_left) == (2, 500, 0.0, None)
-    assert (stage.board.text_bytes, stage.board.text_bytes_done) == (4000, 2000)
+    assert (stage.dashboard.text_bytes, stage.dashboard.text_bytes_done) == (4000, 2000)
 
 
 def test_failures_by_kind_restarts_losses_and_outages(stage):
@@ -148,31 +148,31 @@ def test_failures_by_kind_restarts_losses_and_outages(stage):
     stage.open(0)
     stage.see(Event("lost", 1, error="node gone"), Event("outage", error="503"), Event("overdue", 0, error="slow"))
     stage.see(Event("set_aside", 0, 3, error="Traceback (most recent call last):\n" + "x" * 9000))
-    found = stage.board.status()
+    found = stage.dashboard.status()
     assert found.failures == {"failed": 1, "died": 1, "overdue": 1}
     assert (found.restarts, found.lost_machines, found.outages, found.shards_set_aside) == (1, 1, 1, 1)
     assert found.last_failure == "slow"
     assert found.set_aside[3] == "x" * 300, "of a traceback the last line, of that a part"
     assert [(row.slot, row.state) for row in found.workers] == [(0, "overdue"), (1, "lost")]
-    stage.board.tick()
-    assert stage.told.figures["failures"] == 4
-    assert stage.told.figures["workers"] == 1
+    stage.dashboard.tick()
+    assert stage.progress.figures["failures"] == 4
+    assert stage.progress.figures["workers"] == 1
     stage.see(Event("part", 0, 3, part=part_of(3)))
-    assert stage.board.status().shards_set_aside == 0, "a late worker had it after all"
+    assert stage.dashboard.status().shards_set_aside == 0, "a late worker had it after all"
 
 
 def test_workers_say_what_they_do_and_how_fast(stage):
     stage.see(Event("starting", 0))
-    assert stage.board.status().workers[0].state == "starting"
+    assert stage.dashboard.status().workers[0].state == "starting"
     stage.open(1)
-    assert stage.board.status().workers[1].state == "idle"
+    assert stage.dashboard.status().workers[1].state == "idle"
     stage.run(0, 10, worker=1)
     stage.see(Event("leased", 1, 1, 1), Event("leased", 1, 2, 1), Event("begun", 1, 1), Event("begun", 1, 2))
-    row = stage.board.status().workers[1]
+    row = stage.dashboard.status().workers[1]
     assert (row.state, row.shard, row.place, row.tokens_per_s) == ("working", 1, "here", 25.0)
-    assert stage.board.status().shards_in_flight == 2
-    stage.see(Event("told", 1, 2, done=10))
-    assert stage.board.status().workers[1].shard == 2
+    assert stage.dashboard.status().shards_in_flight == 2
+    stage.see(Event("progress", 1, 2, done=10))
+    assert stage.dashboard.status().workers[1].shard == 2
 
 
 def test_gpu_time_is_that_of_open_engines_times_their_gpus(tmp_path):
@@ -182,50 +182,50 @@ def test_gpu_time_is_that_of_open_engines_times_their_gpus(tmp_path):
     stage.folder.create("teacher.json", TeacherInfo(**info).model_dump_json().encode())
     stage.open()
     stage.clock.now += 3600
-    figures = stage.board.figures()
+    figures = stage.dashboard.figures()
     assert figures["gpu_hours"] == 0.5
     assert "worker_hours" not in figures
 
 
 def test_of_a_cell_only_its_shards_count(tmp_path):
     stage = Stage(tmp_path / "out", shards=5, done=[0, 1], cell="2/2")
-    found = stage.board.status()
+    found = stage.dashboard.status()
     assert (found.cell, found.shards, found.shards_done, found.tokens) == ("2/2", 2, 1, 250)
-    stage.board.close("done")
+    stage.dashboard.close("done")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"status-2-of-2.json", "log-2-of-2.jsonl"}
     assert read_status(str(tmp_path / "out")) is None
     assert read_status(str(tmp_path / "out"), "2/2") is not None
 
 
 def test_the_status_is_written_every_five_seconds(stage, tmp_path):
-    stage.board.tick()
-    stage.board._notice.wait()
+    stage.dashboard.tick()
+    stage.dashboard._status_file.wait()
     first = read_status(str(tmp_path / "out"))
     assert first.phase == "running"
     stage.clock.now += 4
-    stage.board.tick()
-    stage.board._notice.wait()
+    stage.dashboard.tick()
+    stage.dashboard._status_file.wait()
     assert read_status(str(tmp_path / "out")) == first
     stage.clock.now += 1
-    stage.board.tick()
-    stage.board._notice.wait()
+    stage.dashboard.tick()
+    stage.dashboard._status_file.wait()
     assert read_status(str(tmp_path / "out")).seconds == 5.0
-    stage.board.enter("sealing")
-    stage.board._notice.wait()
+    stage.dashboard.enter("sealing")
+    stage.dashboard._status_file.wait()
     assert read_status(str(tmp_path / "out")).phase == "sealing"
 
 
 def test_a_driver_that_seals_for_long_is_heard_of(stage, tmp_path, monkeypatch):
     monkeypatch.setattr("xtoken.pipeline.capture.monitor.dashboard._EVERY", 0.02)
     out = str(tmp_path / "out")
-    stage.board.enter("sealing")
-    stage.board._notice.wait()
+    stage.dashboard.enter("sealing")
+    stage.dashboard._status_file.wait()
     first, until = read_status(out), time.monotonic() + 120
     while (later := read_status(out)).updated == first.updated and time.monotonic() < until:
         time.sleep(0.01)
     assert later.updated > first.updated
     assert later.phase == "sealing"
-    stage.board.close("done")
+    stage.dashboard.close("done")
     assert read_status(out).phase == "done"
 
 
@@ -239,11 +239,11 @@ def test_storage_that_refuses_the_status_ends_nothing(stage, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "replace", refuse)
-        stage.board.tick()
-        stage.board._notice.wait()
+        stage.dashboard.tick()
+        stage.dashboard._status_file.wait()
     assert refused == ["status.json"]
     assert not (tmp_path / "out" / "status.json").exists()
-    stage.board.close("done")
+    stage.dashboard.close("done")
     assert read_status(str(tmp_path / "out")).phase == "done"
 
 
@@ -258,11 +258,11 @@ def test_storage_that_hangs_holds_nothing_up(stage, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Folder, "replace", hang)
     for _ in range(3):
-        stage.board.tick()
+        stage.dashboard.tick()
         stage.clock.now += 10
     assert asked == ["status.json"], "one at a time"
     answer.set()
-    stage.board.close("done")
+    stage.dashboard.close("done")
     assert read_status(str(tmp_path / "out")).phase == "done"
 
 
@@ -277,7 +277,7 @@ def test_storage_that_hangs_holds_nothing_up(stage, tmp_path, monkeypatch):
 )
 def test_the_outcome_is_told_by_the_error(stage, tmp_path, error, phase):
     def end():
-        with stage.board:
+        with stage.dashboard:
             if error is not None:
                 raise error
 
@@ -292,8 +292,8 @@ def test_the_outcome_is_told_by_the_error(stage, tmp_path, error, phase):
 
 
 def test_the_first_outcome_counts(stage, tmp_path):
-    with stage.board:
-        stage.board.close("failed", "set aside")
+    with stage.dashboard:
+        stage.dashboard.close("failed", "set aside")
     assert read_status(str(tmp_path / "out")).phase == "failed"
     assert [line["event"] for line in lines(tmp_path / "out")] == ["run", "end"]
 
@@ -302,7 +302,7 @@ def test_the_log_has_a_line_per_event_but_not_for_progress(stage, tmp_path):
     stage.open()
     stage.run(0, 10)
     stage.see(Event("leased", 0, 1, 2), Event("failed", 0, 1, 2, error="it tastes\nbad"))
-    stage.board.close("failed", "no more")
+    stage.dashboard.close("failed", "no more")
     found = lines(tmp_path / "out")
     kinds = ["run", "starting", "opened", "leased", "begun", "part", "leased", "failed", "end"]
     assert [line["event"] for line in found] == kinds
@@ -320,14 +320,14 @@ def test_a_line_that_a_kill_tore_stays_alone(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "log.jsonl").write_text('{"event": "run"}\n{"event": "le')
-    Stage(out).board.close("done")
+    Stage(out).dashboard.close("done")
     found = (out / "log.jsonl").read_text().splitlines()
     assert found[:2] == ['{"event": "run"}', '{"event": "le']
     assert [json.loads(line)["event"] for line in found[2:]] == ["run", "end"]
 
 
 def test_a_log_elsewhere_and_one_that_cannot_be(tmp_path):
-    Stage(tmp_path / "out", log=str(tmp_path / "my.log")).board.close("done")
+    Stage(tmp_path / "out", log=str(tmp_path / "my.log")).dashboard.close("done")
     assert not (tmp_path / "out" / "log.jsonl").exists()
     assert [line["event"] for line in lines(tmp_path, "my.log")] == ["run", "end"]
     with pytest.raises(XtokenError, match=r"the log .*nowhere/my\.log cannot be written"):
@@ -340,7 +340,7 @@ def test_on_other_storage_there_is_a_status_and_no_log():
     out = f"memory://board-{uuid.uuid4().hex}"
     folder = Folder(out)
     config = PrecomputeConfig(corpus="c", teacher="bytes", backend="fake", out=out)
-    Board(folder, plan_of(2), config, {}, Told(), Clock()).close("done")
+    Dashboard(folder, plan_of(2), config, {}, Told(), Clock()).close("done")
     assert folder.names() == ["status.json"]
     assert read_status(out).phase == "done"
 
@@ -352,7 +352,7 @@ def test_a_thousand_workers_are_small(tmp_path):
         for shard in range(3 * worker, 3 * worker + 3):
             stage.see(Event("leased", worker, shard, 1), Event("begun", worker, shard))
     stage.see(Event("part", 0, 0, part=part_of(0)), seconds=10)
-    stage.board.close("interrupted")
+    stage.dashboard.close("interrupted")
     assert (tmp_path / "out" / "status.json").stat().st_size < 160_000
     written = read_status(str(tmp_path / "out"))
     assert (len(written.workers), written.shards_in_flight) == (1000, 2999)
@@ -362,8 +362,8 @@ def test_a_board_watches_a_real_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXECUTORS))
     job = importlib.import_module("executor_jobs").ToyJob(str(tmp_path), {1: "die once", 2: "poison"})
     stage = Stage(tmp_path / "out")
-    with stage.board:
-        failed = LocalExecutor(2).run(job, range(4), stage.board)
+    with stage.dashboard:
+        failed = LocalExecutor(2).run(job, range(4), stage.dashboard)
     assert list(failed) == [2]
     written = read_status(str(tmp_path / "out"))
     assert (written.phase, written.shards_done, written.shards_set_aside, written.shards_in_flight) == ("done", 3, 1, 0)

@@ -187,7 +187,7 @@ def test_no_run_there(tmp_path, capture):
 
 def test_a_damaged_status_is_named(capture):
     (capture / "status.json").write_text('{"phase": 1}')
-    with pytest.raises(XtokenError, match=r"status\.json is no status of a capture"):
+    with pytest.raises(XtokenError, match=r"status\.json is not a status of a capture"):
         status(str(capture))
 
 

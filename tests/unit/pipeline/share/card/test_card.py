@@ -17,16 +17,14 @@ import yaml
 from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
 
-from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.share.card.alignment import alignments
 from xtoken.pipeline.share.card.card import card_files, size_category, write_card
-from xtoken.pipeline.share.card.markup import HUB_LICENSES, code, latex, license_lines, one_line, plain, public
+from xtoken.pipeline.share.card.markup import HUB_LICENSES, code, latex, license_fields, one_line, plain, public
 from xtoken.pipeline.share.card.plots import PLOTS
 from xtoken.pipeline.share.card.stats import RowStats, quantile, read_stats
 from xtoken.pipeline.store.reader import iter_capture
 from xtoken.pipeline.store.seal import PLOTS as SEALED_PLOTS
 from xtoken.pipeline.store.verify import verify
-from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.configs.share import CardConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import MANIFEST, CaptureManifest, content_hash, read_manifest
@@ -42,22 +40,10 @@ HOSTILE = (
 
 
 @pytest.fixture(scope="module")
-def sampled(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Callable[[str], Path]) -> Path:
+def sampled(small_capture: Callable[..., Path]) -> Path:
     """Draws of the fake teacher, without the text."""
-    root = tmp_path_factory.mktemp("sampled")
-    (root / "a.txt").write_text("The quick brown fox, 12345 jumps; naïve café. " * 12, encoding="utf-8")
-    config = PrecomputeConfig(
-        corpus=str(root / "a.txt"),
-        teacher=str(tokenizer_file("smollm2")),
-        out=str(root / "capture"),
-        backend="fake",
-        codec="sampled",
-        draws=20,
-        max_tokens=64,
-        text=False,
-    )
-    precompute(config, Silent())
-    return root / "capture"
+    text = "The quick brown fox, 12345 jumps; naïve café. " * 12
+    return small_capture({"a.txt": text}, codec="sampled", draws=20, text=False)
 
 
 def _manifest(root: Path) -> CaptureManifest:
@@ -152,11 +138,13 @@ def test_front_matter_is_what_the_hub_reads(kept_capture: Path) -> None:
 
 def test_licences() -> None:
     same = {"corpus": "CC-BY-4.0", "outputs": "cc-by-4.0"}
-    assert license_lines(same) == ['license: "cc-by-4.0"']
-    linked = license_lines({"corpus": "my own", "outputs": "https://example.org/terms"})
-    assert linked[:2] == ["license: other", 'license_name: "corpus-my-own-outputs-example.org-terms"']
-    assert linked[2:] == ['license_link: "https://example.org/terms"']
-    assert license_lines({"corpus": "other", "outputs": "other"})[0] == "license: other"
+    assert license_fields(same) == {"license": "cc-by-4.0"}
+    assert license_fields({"corpus": "my own", "outputs": "https://example.org/terms"}) == {
+        "license": "other",
+        "license_name": "corpus-my-own-outputs-example.org-terms",
+        "license_link": "https://example.org/terms",
+    }
+    assert license_fields({"corpus": "other", "outputs": "other"})["license"] == "other"
     assert {"mit", "gemma", "llama3.1", "cc-by-sa-4.0"} <= HUB_LICENSES
 
 
