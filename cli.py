@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from pydantic import BaseModel
 
 from xtoken.schemas.configs.artifacts import (
     AlignConfig,
@@ -26,6 +25,7 @@ from xtoken.schemas.configs.artifacts import (
     QueryConfig,
     VerifyConfig,
 )
+from xtoken.schemas.configs.base import Config, leaves
 from xtoken.schemas.configs.capture import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
 from xtoken.schemas.configs.share import CardConfig, MergeConfig, PullConfig, PushConfig
 from xtoken.schemas.configs.train import EvalConfig, ReportConfig, TrainConfig
@@ -102,9 +102,7 @@ class verb:  # noqa: N801 - used as a decorator
     With ``repeat``, the flag of that name may be given again: the function then gets a list of configurations.
     """
 
-    def __init__(
-        self, model: type[BaseModel], example: str, group: typer.Typer = app, repeat: str | None = None
-    ) -> None:
+    def __init__(self, model: type[Config], example: str, group: typer.Typer = app, repeat: str | None = None) -> None:
         self.model, self.example, self.group, self.repeat = model, example, group, repeat
 
     def __call__(self, function: Callable[[Any, Bars], F]) -> Callable[[Any, Bars], F]:
@@ -190,14 +188,15 @@ def run_train(config: TrainConfig, bars: Bars) -> Figures:
     from xtoken.pipeline.tokens import load_tokenizer, refuse_long_prefix
     from xtoken.trainer.loop import train
 
-    if config.eval_text:
-        refuse_inside("--out", config.out, config.eval_text)
-    tokenizer = load_tokenizer(config.tokenizer_source, trust_remote_code=config.trust_remote_code)
+    student, report = config.student, config.report
+    if report.eval_text:
+        refuse_inside("--out", config.out, report.eval_text)
+    tokenizer = load_tokenizer(student.tokenizer_source, trust_remote_code=student.trust_remote_code)
     refuse_long_prefix(tokenizer)
     samples = []
-    if config.eval_text:
-        corpus = CorpusConfig(corpus=config.eval_text, id_field=config.eval_id_field, split=[ONLY])
-        samples = eval_samples(corpus, tokenizer, config.max_tokens)
+    if report.eval_text:
+        corpus = CorpusConfig(corpus=report.eval_text, id_field=report.eval_id_field, split=[ONLY])
+        samples = eval_samples(corpus, tokenizer, config.data.max_tokens)
     summary = train(config, tokenizer.table.info, samples, bars)
     return summary | ({"learned_w": _learned_w(config, summary["learned_w"])} if "learned_w" in summary else {})
 
@@ -212,7 +211,7 @@ def _learned_w(config: TrainConfig, files: list[Figures]) -> list[str]:
     for found in files:
         folders.append(found["file"].removesuffix(".npy"))
         weights = np.load(found["file"], allow_pickle=False)
-        write_learned(config.targets[found["teacher"]], weights, folders[-1], config.out)
+        write_learned(config.data.targets[found["teacher"]], weights, folders[-1], config.out)
     return folders
 
 
@@ -375,12 +374,12 @@ def run_demo(config: DemoConfig, bars: Bars) -> Figures:
 
 
 def _step(
-    say: Callable[..., None], run: Verb, model: type[BaseModel], flags: Figures, bars: Bars, *, several: bool = False
+    say: Callable[..., None], run: Verb, model: type[Config], flags: Figures, bars: Bars, *, several: bool = False
 ) -> Figures:
     """Say the command that does the same, then do it."""
-    words = []
+    words, fields = [], {name: field for _, name, field in leaves(model)}
     for key, value in flags.items():
-        words += [] if key in _BARE else [f"--{flag(key, model.model_fields[key])}"]
+        words += [] if key in _BARE else [f"--{flag(key, fields[key])}"]
         words += value if isinstance(value, list) else [str(value)]
     if not bars.quiet:
         say(f"$ xtoken {run.__name__.removeprefix('run_')} {shlex.join(words)}", style="bold")

@@ -1,7 +1,8 @@
 """What every verb's configuration is made of."""
 
 import re
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -31,7 +32,11 @@ def place_of(field: FieldInfo) -> str | None:
 
 
 class Config(BaseModel):
-    """What every verb's configuration is: closed, and never changed. Its paths are plain (``schemas.io.paths``)."""
+    """What every verb's configuration is: closed, and never changed. Its paths are plain (``schemas.io.paths``).
+
+    A field is a flag, or a group: a configuration of its own whose fields are flags. Names of flags are unique over all
+    groups, and flags, configuration files and records on disk know nothing of groups: they hold flat names only.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,12 +49,66 @@ class Config(BaseModel):
             raise ValueError("it is empty; is a variable unset? give a value, or leave it out")
         return value
 
+    @classmethod
+    def from_flat(cls, **values: Any) -> Self:
+        """The configuration of flat names, as flags and records give them; ``to_flat`` is its inverse.
+
+        Raises:
+            ValidationError: a value is refused, a needed one is missing, or a name is unknown.
+        """
+        places = {leaf.name: leaf.group for leaf in leaves(cls)}
+        given: dict[str, Any] = {group: {} for group in places.values() if group is not None}
+        for name, value in values.items():
+            group = places.get(name)
+            (given if group is None else given[group])[name] = value
+        return cls(**given)
+
+    def to_flat(self) -> dict[str, Any]:
+        """Every value under its flat name, groups in their order."""
+        return {leaf.name: leaf.of(self) for leaf in leaves(type(self))}
+
+    def record(self) -> dict[str, Any]:
+        """``to_flat`` as JSON holds it: what a run writes down of its configuration."""
+        dumped = self.model_dump(mode="json")
+        found = leaves(type(self))
+        return {leaf.name: (dumped if leaf.group is None else dumped[leaf.group])[leaf.name] for leaf in found}
+
+    def changed(self, **values: Any) -> Self:
+        """This configuration with other values under some flat names, checked like any other."""
+        return type(self).from_flat(**{**self.to_flat(), **values})
+
     def refuse_unusable_outputs(self) -> None:
         """Raise XtokenError when an output cannot be made where it is to lie."""
-        for name, field in type(self).model_fields.items():
-            kind, value = place_of(field), getattr(self, name)
+        for leaf in leaves(type(self)):
+            kind, value = place_of(leaf.field), leaf.of(self)
             if kind not in (None, "read") and value is not None:
                 refuse_unusable(value, cast(Kind, kind))
+
+
+class Leaf(NamedTuple):
+    """A field that is a flag: the group it stands in (None: the configuration itself), its flat name, itself."""
+
+    group: str | None
+    name: str
+    field: FieldInfo
+
+    def of(self, config: Config) -> Any:
+        """Its value in a configuration."""
+        return getattr(config if self.group is None else getattr(config, self.group), self.name)
+
+
+def leaves(model: type[BaseModel]) -> list[Leaf]:
+    """The flags of a configuration: fields of its own and those of its groups, in order."""
+    return list(_leaves(model))
+
+
+def _leaves(model: type[BaseModel]) -> Iterator[Leaf]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Config):
+            yield from (Leaf(name, inner, one) for inner, one in kind.model_fields.items())
+        else:
+            yield Leaf(None, name, field)
 
 
 def _plain(value: str | None) -> str | None:

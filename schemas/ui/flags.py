@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from xtoken.schemas.configs.base import place_of
+from xtoken.schemas.configs.base import Config, leaves, place_of
 from xtoken.schemas.errors import TRACEBACK, XtokenError, named
 from xtoken.schemas.ui.terminal import close_streams, open_streams, remarks
 
-C = TypeVar("C", bound=BaseModel)
+C = TypeVar("C", bound=Config)
 LISTS = (list[str], list[float])  # written with commas on the command line
 
 
@@ -41,7 +41,7 @@ def flag(name: str, field: FieldInfo) -> str:
     return (field.alias or name).replace("_", "-")
 
 
-def options(model: type[BaseModel], repeat: str | None = None) -> list[inspect.Parameter]:
+def options(model: type[Config], repeat: str | None = None) -> list[inspect.Parameter]:
     """One typer parameter per field of a configuration, arguments first.
 
     Args:
@@ -49,7 +49,7 @@ def options(model: type[BaseModel], repeat: str | None = None) -> list[inspect.P
         repeat: field whose flag may be given several times, one configuration for each (see ``build_each``).
     """
     parameters = []
-    for name, field in model.model_fields.items():
+    for _, name, field in leaves(model):
         kind: Any = field.annotation
         default: Any = inspect.Parameter.empty if field.default is PydanticUndefined else field.default
         if kind in LISTS and not _many(field):
@@ -91,11 +91,11 @@ def build(model: type[C], values: dict[str, Any]) -> C:
         XtokenError: a value is refused; the message names its flag.
     """
     given = dict(values)
-    for name, field in model.model_fields.items():
+    for _, name, field in leaves(model):
         if field.annotation in LISTS and name in given:
             given[name] = _items(given[name], field)
     try:
-        return model(**given)
+        return model.from_flat(**given)
     except ValidationError as error:
         raise XtokenError(_refusal(model, error)) from error
 
@@ -120,14 +120,20 @@ def build_each(model: type[C], values: dict[str, Any], repeat: str | None) -> li
     return [build(model, {**values, repeat: value}) for value in values[repeat]]
 
 
-def _refusal(model: type[BaseModel], error: ValidationError) -> str:
+def _refusal(model: type[Config], error: ValidationError) -> str:
     first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
-    known = model.model_fields.get(name)
+    found = {(group, name): field for group, name, field in leaves(model)}
+    place = [str(part) for part in first["loc"]]
+    if place and place[0] in {group for group, _ in found}:
+        group, place = place[0], place[1:]
+    else:
+        group = None
+    name = place[0] if place else ""
+    known = found.get((group, name))
     where = f"--{flag(name, known)}: " if known is not None else f"--{name}: " * bool(name)
     where = where.removeprefix("--").upper() if known is not None and _positional(known) else where
-    found = f" (it is {first['input']!r})" if first["type"] != "value_error" else ""
-    return where + first["msg"].removeprefix("Value error, ") + found
+    given = f" (it is {first['input']!r})" if first["type"] != "value_error" else ""
+    return where + first["msg"].removeprefix("Value error, ") + given
 
 
 def command(

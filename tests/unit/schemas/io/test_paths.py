@@ -40,8 +40,8 @@ _HOLD_OTHERS |= {"backend", "wandb", "tasks", "ray", "cell", "revision", "audit"
 
 def every_config() -> list[type[Config]]:
     """The configurations of all verbs."""
-    for name in ("capture_config", "config", "share_config", "train_config"):
-        importlib.import_module(f"xtoken.schemas.{name}")
+    for name in ("artifacts", "capture", "share", "train"):
+        importlib.import_module(f"xtoken.schemas.configs.{name}")
     found: list[type[Config]] = []
     waiting: list[type[Config]] = [Config]
     while waiting:
@@ -131,7 +131,7 @@ def test_all_verbs_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert build(ReportConfig, {"runs": ["~/a", "b"], "out": "r.html"}).runs == [f"{home}/a", "b"]
     train: dict[str, Any] = {"targets": "~/t", "student": "~/s", "out": "file://~/o", "eval_text": "~/e"}
     found = build(TrainConfig, train)
-    assert (found.source, found.out, found.eval_text) == (f"{home}/s", f"{home}/o", f"{home}/e")
+    assert (found.student.source, found.out, found.report.eval_text) == (f"{home}/s", f"{home}/o", f"{home}/e")
     log = build(PrecomputeConfig, {"corpus": "c", "teacher": "t", "out": "o", "log": "file://~/log"}).log
     assert log == f"{home}/log"
 
