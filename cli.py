@@ -25,7 +25,7 @@ from xtoken.schemas.configs.artifacts import (
     QueryConfig,
     VerifyConfig,
 )
-from xtoken.schemas.configs.base import Config, leaves
+from xtoken.schemas.configs.base import Config, flag, leaves
 from xtoken.schemas.configs.capture import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
 from xtoken.schemas.configs.share import CardConfig, MergeConfig, PullConfig, PushConfig
 from xtoken.schemas.configs.train import EvalConfig, ReportConfig, TrainConfig
@@ -34,7 +34,7 @@ from xtoken.schemas.io.cache_folders import settle_home
 from xtoken.schemas.io.overlap import refuse_inside
 from xtoken.schemas.io.paths import refuse_lost_folder
 from xtoken.schemas.ui.answer import RANK, Answer, Interrupted
-from xtoken.schemas.ui.flags import App, build, build_each, command, flag, options
+from xtoken.schemas.ui.flags import App, build, build_each, command, config_option, options
 from xtoken.schemas.ui.progress import Bars
 from xtoken.schemas.ui.tables import shown
 from xtoken.schemas.ui.terminal import Output, delivered, read_input, remarks
@@ -49,7 +49,6 @@ app = App(
     "The way: precompute -> align -> train. 'xtoken demo' walks it on real models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 share_app = typer.Typer(
     help="Publish, fetch, check, describe and join captures on any folder or object store.", no_args_is_help=True
@@ -111,14 +110,24 @@ class verb:  # noqa: N801 - used as a decorator
         run = functools.partial(_run_verb, function, make)
         text = f"{self.model.__doc__}\n\nExample: {self.example}"
         name = function.__name__.removeprefix("run_").removeprefix("share_")
+        parameters = [*options(self.model, self.repeat), config_option(self.model, self.repeat)]
         switches = {"as_json": JSON_FLAG, "quiet": QUIET_FLAG}
-        self.group.command(name, help=text)(command(run, options(self.model, self.repeat), switches))
+        self.group.command(name, help=text)(command(run, parameters, switches))
         return function
 
 
 def _run_verb(function: Anyhow, make: Callable[[Figures], Any], /, **values: Any) -> None:
-    as_json, quiet = values.pop("as_json"), values.pop("quiet")
-    _guarded(lambda answer, bars: function(_ready(make(values), answer), bars), as_json, quiet)
+    as_json, quiet, path = values.pop("as_json"), values.pop("quiet"), values.pop("config")
+    _guarded(lambda answer, bars: function(_ready(_made(make, values, path), answer), bars), as_json, quiet)
+
+
+def _made(make: Callable[[Figures], Any], values: Figures, path: str | None) -> Any:
+    try:
+        return make(values)
+    except XtokenError as error:
+        if path is None:
+            raise
+        raise XtokenError(f"{error} (what no flag gives is from --config {path})") from error
 
 
 def _ready(made: Any, answer: Answer) -> Any:
@@ -377,7 +386,7 @@ def _step(
     say: Callable[..., None], run: Verb, model: type[Config], flags: Figures, bars: Bars, *, several: bool = False
 ) -> Figures:
     """Say the command that does the same, then do it."""
-    words, fields = [], {name: field for _, name, field in leaves(model)}
+    words, fields = [], {leaf.name: leaf.field for leaf in leaves(model)}
     for key, value in flags.items():
         words += [] if key in _BARE else [f"--{flag(key, fields[key])}"]
         words += value if isinstance(value, list) else [str(value)]

@@ -15,8 +15,20 @@ OUT_FOLDER: Any = {"place": "folder"}
 OUT_FILE: Any = {"place": "file"}
 OUT_PAGE: Any = {"place": "page"}  # HTML
 OUT_LOG: Any = {"place": "log"}
+# Where --help shows a field, and the section of a configuration file that it may stand in; a group's fields need none.
+CORPUS: Any = {"section": "Corpus"}
+TEACHER: Any = {"section": "Teacher"}
+ROWS: Any = {"section": "Rows"}
+TARGETS: Any = {"section": "Targets"}
+RUN: Any = {"section": "Run"}
+DETAILS: Any = {"section": "Loss details"}
+LAST = ("Loss details",)  # at the end of the help
+COMMON: Any = {"common": True}  # what most people give: shown first
 ARGUMENT: Any = {"argument": True}
 ARGUMENTS: Any = {"argument": True, "many": True}  # several words on the command line
+
+
+LISTS = (list[str], list[float])  # written with commas on the command line
 
 
 def argument(description: str, place: Any = PLACE) -> Any:
@@ -24,11 +36,21 @@ def argument(description: str, place: Any = PLACE) -> Any:
     return Field(description=description, json_schema_extra=ARGUMENT | place)
 
 
+def flag(name: str, field: FieldInfo) -> str:
+    """A field's flag, without its dashes."""
+    return (field.alias or name).replace("_", "-")
+
+
+def marked(field: FieldInfo, mark: str) -> Any:
+    """What a field's ``json_schema_extra`` says under a name; None when it says nothing."""
+    extra = field.json_schema_extra
+    return extra.get(mark) if isinstance(extra, dict) else None
+
+
 def place_of(field: FieldInfo) -> str | None:
     """What is at the path that a field holds: read, folder, file, page or log; None for fields that hold none."""
-    extra = field.json_schema_extra
-    found = extra.get("place") if isinstance(extra, dict) else None
-    return None if found is None else str(found)
+    place = marked(field, "place")
+    return None if place is None else str(place)
 
 
 class Config(BaseModel):
@@ -73,6 +95,11 @@ class Config(BaseModel):
         found = leaves(type(self))
         return {leaf.name: (dumped if leaf.group is None else dumped[leaf.group])[leaf.name] for leaf in found}
 
+    @classmethod
+    def settings_of(cls, record: dict[str, Any]) -> dict[str, Any] | None:  # noqa: ARG003 - verbs that write one say what
+        """The settings in a record that a run of this verb wrote as it began; None where it is none."""
+        return None
+
     def changed(self, **values: Any) -> Self:
         """This configuration with other values under some flat names, checked like any other."""
         return type(self).from_flat(**{**self.to_flat(), **values})
@@ -86,11 +113,24 @@ class Config(BaseModel):
 
 
 class Leaf(NamedTuple):
-    """A field that is a flag: the group it stands in (None: the configuration itself), its flat name, itself."""
+    """A field that is a flag.
+
+    Attributes:
+        group: that it stands in; None is the configuration itself.
+        name: its flat name.
+        field: itself.
+        section: title of where ``--help`` shows it; None is the first panel.
+    """
 
     group: str | None
     name: str
     field: FieldInfo
+    section: str | None = None
+
+    @property
+    def panel(self) -> str | None:
+        """Where ``--help`` shows it: what most people give stands first."""
+        return None if marked(self.field, "common") else self.section
 
     def of(self, config: Config) -> Any:
         """Its value in a configuration."""
@@ -106,9 +146,15 @@ def _leaves(model: type[BaseModel]) -> Iterator[Leaf]:
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Config):
-            yield from (Leaf(name, inner, one) for inner, one in kind.model_fields.items())
+            title = field.title or name.capitalize()
+            yield from (Leaf(name, inner, one, _section(one, title)) for inner, one in kind.model_fields.items())
         else:
-            yield Leaf(None, name, field)
+            yield Leaf(None, name, field, _section(field, None))
+
+
+def _section(field: FieldInfo, title: str | None) -> str | None:
+    section = marked(field, "section") or title
+    return None if section is None else str(section)
 
 
 def _plain(value: str | None) -> str | None:

@@ -1,10 +1,20 @@
 """Configuration of training and measuring. The fields are the flags; the descriptions are the help."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from xtoken.schemas.configs.base import ARGUMENT, ARGUMENTS, OUT_FOLDER, OUT_PAGE, PLACE, Config, argument
+from xtoken.schemas.configs.base import (
+    ARGUMENT,
+    ARGUMENTS,
+    COMMON,
+    DETAILS,
+    OUT_FOLDER,
+    OUT_PAGE,
+    PLACE,
+    Config,
+    argument,
+)
 from xtoken.schemas.tables import LOSSES
 
 
@@ -12,28 +22,53 @@ class LossOptions(Config):
     """What the losses leave open. One value serves every teacher of a run."""
 
     kl: Literal["forward", "reverse"] = Field(
-        "forward", description="p-kl, h-kl, sparse-kl: KL(teacher||student) or KL(student||teacher)."
+        "forward",
+        description="p-kl, h-kl, sparse-kl: KL(teacher||student) or KL(student||teacher).",
+        json_schema_extra=DETAILS,
     )
     rest: Literal["bucket", "drop"] = Field(
         "bucket",
         description="p-kl, sparse-kl: mass not kept is one cell, or both sides are renormalised without it.",
+        json_schema_extra=DETAILS,
     )
-    common_weight: float = Field(1.0, ge=0.0, description="h-kl: weight of the KL on the common set.")
-    uld_weight: float = Field(1.0, ge=0.0, description="h-kl: weight of the sorted L1 part.")
-    uncommon_topk: int = Field(8192, ge=1, description="h-kl: longest sorted list outside the common set.")
-    beta: float = Field(0.5, ge=0.0, le=1.0, description="gold: 0 is KL(teacher||student), 1 the reverse.")
+    common_weight: float = Field(
+        1.0, ge=0.0, description="h-kl: weight of the KL on the common set.", json_schema_extra=DETAILS
+    )
+    uld_weight: float = Field(1.0, ge=0.0, description="h-kl: weight of the sorted L1 part.", json_schema_extra=DETAILS)
+    uncommon_topk: int = Field(
+        8192, ge=1, description="h-kl: longest sorted list outside the common set.", json_schema_extra=DETAILS
+    )
+    beta: float = Field(
+        0.5, ge=0.0, le=1.0, description="gold: 0 is KL(teacher||student), 1 the reverse.", json_schema_extra=DETAILS
+    )
     alm: Literal["binary-kl", "limit", "abs", "reverse"] = Field(
-        "binary-kl", description="alm: divergence of chunk likelihoods; limit is binary-kl at alm-tau to infinity."
+        "binary-kl",
+        description="alm: divergence of chunk likelihoods; limit is binary-kl at alm-tau to infinity.",
+        json_schema_extra=DETAILS,
     )
-    alm_tau: float = Field(100.0, gt=0.0, allow_inf_nan=False, description="alm: tau_b of binary-kl and reverse.")
+    alm_tau: float = Field(
+        100.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="alm: tau_b of binary-kl and reverse.",
+        json_schema_extra=DETAILS,
+    )
     debias: list[str] = Field(
-        default=[], description="alm: outcome (next token starts with a space, both sides) and merge (join chunks)."
+        default=[],
+        description="alm: outcome (next token starts with a space, both sides) and merge (join chunks).",
+        json_schema_extra=DETAILS,
     )
     alm_threshold: float = Field(
-        0.1, gt=0.0, lt=1.0, description="alm: --debias merge ends a chunk above this P(next starts with a space)."
+        0.1,
+        gt=0.0,
+        lt=1.0,
+        description="alm: --debias merge ends a chunk above this P(next starts with a space).",
+        json_schema_extra=DETAILS,
     )
     prefix: list[str] = Field(
-        default=["root", "interior", "child"], description="byte-prefix: its terms, any of root, interior, child."
+        default=["root", "interior", "child"],
+        description="byte-prefix: its terms, any of root, interior, child.",
+        json_schema_extra=DETAILS,
     )
 
     @field_validator("debias", "prefix")
@@ -51,7 +86,9 @@ class LossOptions(Config):
 class StudentGroup(Config):
     """Which model is trained, and how it runs."""
 
-    student: str | None = Field(None, description="Hugging Face id or folder of the student.", json_schema_extra=PLACE)
+    student: str | None = Field(
+        None, description="Hugging Face id or folder of the student.", json_schema_extra=PLACE | COMMON
+    )
     from_scratch: str | None = Field(
         None,
         description="A config.json: train this architecture from random weights instead (goes with --tokenizer).",
@@ -115,7 +152,9 @@ class DataGroup(Config):
         "the largest probability, times --weights.",
     )
     max_tokens: int = Field(1024, ge=8, description="Student tokens per sample; the rest of a sample is cut off.")
-    step_tokens: int = Field(4096, ge=1, description="Student tokens per optimizer step, to the nearest sample.")
+    step_tokens: int = Field(
+        4096, ge=1, description="Student tokens per optimizer step, to the nearest sample.", json_schema_extra=COMMON
+    )
     micro_tokens: int = Field(1024, ge=1, description="Padded student tokens per forward pass; the rest accumulates.")
     batching: Literal["auto", "pack", "pad"] = Field(
         "auto",
@@ -151,6 +190,7 @@ class LossGroup(LossOptions):
     loss: list[str] = Field(
         default=["p-kl"],
         description="Distillation loss ('xtoken losses' lists them), or one per target folder; ce: the text alone.",
+        json_schema_extra=COMMON,
     )
     mix: Literal["fixed", "dynamic"] = Field(
         "fixed", description="fixed: kd_weight KD + ce_weight CE; dynamic: sg(CE/KD) KD + CE."
@@ -176,8 +216,8 @@ class LossGroup(LossOptions):
 class OptimGroup(Config):
     """AdamW and its schedule."""
 
-    steps: int = Field(100, ge=1, description="Optimizer steps.")
-    lr: float = Field(5e-5, gt=0.0, description="Peak learning rate of AdamW.")
+    steps: int = Field(100, ge=1, description="Optimizer steps.", json_schema_extra=COMMON)
+    lr: float = Field(5e-5, gt=0.0, description="Peak learning rate of AdamW.", json_schema_extra=COMMON)
     warmup: int = Field(10, ge=0, description="Steps of linear warm-up; then cosine to a tenth.")
     weight_decay: float = Field(0.01, ge=0.0, description="AdamW weight decay on matrices.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
@@ -208,7 +248,9 @@ class ReportGroup(Config):
     """Held-out figures and where they go."""
 
     eval_text: str | None = Field(
-        None, description="Held-out text or corpus file: bits per byte before and after.", json_schema_extra=PLACE
+        None,
+        description="Held-out text or corpus file: bits per byte before and after.",
+        json_schema_extra=PLACE | COMMON,
     )
     eval_id_field: str | None = Field(
         None,
@@ -217,7 +259,7 @@ class ReportGroup(Config):
     eval_targets: str | None = Field(
         None,
         description="Held-out targets: KL to the teacher and agreement before and after.",
-        json_schema_extra=PLACE,
+        json_schema_extra=PLACE | COMMON,
     )
     eval_every: int | None = Field(None, ge=1, description="Steps between evaluations on held-out data.")
     completions: int = Field(
@@ -232,13 +274,13 @@ class TrainConfig(Config):
 
     out: str = Field(
         description="Folder for checkpoints, metrics.jsonl and the trained model; reruns resume.",
-        json_schema_extra=OUT_FOLDER,
+        json_schema_extra=OUT_FOLDER | COMMON,
     )
     student: StudentGroup
     data: DataGroup
     loss: LossGroup
-    optim: OptimGroup
-    checkpoint: CheckpointGroup
+    optim: OptimGroup = Field(title="Optimisation")
+    checkpoint: CheckpointGroup = Field(title="Checkpoints")
     report: ReportGroup
 
     @model_validator(mode="after")
@@ -249,6 +291,12 @@ class TrainConfig(Config):
         if self.loss.learn_w and self.student.parallel == "fsdp":
             raise ValueError("--learn-w goes with --parallel ddp; W is not a part of the model that fsdp shards")
         return self
+
+    @classmethod
+    def settings_of(cls, record: dict[str, Any]) -> dict[str, Any] | None:
+        """See ``Config``: run.json of a training run."""
+        config = record.get("config")
+        return config if "identity" in record and isinstance(config, dict) else None
 
     @property
     def losses(self) -> list[str]:
