@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from pydantic import BaseModel
 
 from xtoken.schemas.configs.artifacts import (
     AlignConfig,
@@ -26,6 +25,7 @@ from xtoken.schemas.configs.artifacts import (
     QueryConfig,
     VerifyConfig,
 )
+from xtoken.schemas.configs.base import Config, flag, leaves
 from xtoken.schemas.configs.capture import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
 from xtoken.schemas.configs.share import CardConfig, MergeConfig, PullConfig, PushConfig
 from xtoken.schemas.configs.train import EvalConfig, ReportConfig, TrainConfig
@@ -34,7 +34,7 @@ from xtoken.schemas.io.cache_folders import settle_home
 from xtoken.schemas.io.overlap import refuse_inside
 from xtoken.schemas.io.paths import refuse_lost_folder
 from xtoken.schemas.ui.answer import RANK, Answer, Interrupted
-from xtoken.schemas.ui.flags import App, build, build_each, command, flag, options
+from xtoken.schemas.ui.flags import App, build, build_each, command, config_option, options
 from xtoken.schemas.ui.progress import Bars
 from xtoken.schemas.ui.tables import shown
 from xtoken.schemas.ui.terminal import Output, delivered, read_input, remarks
@@ -49,7 +49,6 @@ app = App(
     "The way: precompute -> align -> train. 'xtoken demo' walks it on real models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 share_app = typer.Typer(
     help="Publish, fetch, check, describe and join captures on any folder or object store.", no_args_is_help=True
@@ -102,9 +101,7 @@ class verb:  # noqa: N801 - used as a decorator
     With ``repeat``, the flag of that name may be given again: the function then gets a list of configurations.
     """
 
-    def __init__(
-        self, model: type[BaseModel], example: str, group: typer.Typer = app, repeat: str | None = None
-    ) -> None:
+    def __init__(self, model: type[Config], example: str, group: typer.Typer = app, repeat: str | None = None) -> None:
         self.model, self.example, self.group, self.repeat = model, example, group, repeat
 
     def __call__(self, function: Callable[[Any, Bars], F]) -> Callable[[Any, Bars], F]:
@@ -113,14 +110,24 @@ class verb:  # noqa: N801 - used as a decorator
         run = functools.partial(_run_verb, function, make)
         text = f"{self.model.__doc__}\n\nExample: {self.example}"
         name = function.__name__.removeprefix("run_").removeprefix("share_")
+        parameters = [*options(self.model, self.repeat), config_option(self.model, self.repeat)]
         switches = {"as_json": JSON_FLAG, "quiet": QUIET_FLAG}
-        self.group.command(name, help=text)(command(run, options(self.model, self.repeat), switches))
+        self.group.command(name, help=text)(command(run, parameters, switches))
         return function
 
 
 def _run_verb(function: Anyhow, make: Callable[[Figures], Any], /, **values: Any) -> None:
-    as_json, quiet = values.pop("as_json"), values.pop("quiet")
-    _guarded(lambda answer, bars: function(_ready(make(values), answer), bars), as_json, quiet)
+    as_json, quiet, path = values.pop("as_json"), values.pop("quiet"), values.pop("config")
+    _guarded(lambda answer, bars: function(_ready(_made(make, values, path), answer), bars), as_json, quiet)
+
+
+def _made(make: Callable[[Figures], Any], values: Figures, path: str | None) -> Any:
+    try:
+        return make(values)
+    except XtokenError as error:
+        if path is None:
+            raise
+        raise XtokenError(f"{error} (what no flag gives is from --config {path})") from error
 
 
 def _ready(made: Any, answer: Answer) -> Any:
@@ -190,14 +197,15 @@ def run_train(config: TrainConfig, bars: Bars) -> Figures:
     from xtoken.pipeline.tokens import load_tokenizer, refuse_long_prefix
     from xtoken.trainer.loop import train
 
-    if config.eval_text:
-        refuse_inside("--out", config.out, config.eval_text)
-    tokenizer = load_tokenizer(config.tokenizer_source, trust_remote_code=config.trust_remote_code)
+    student, report = config.student, config.report
+    if report.eval_text:
+        refuse_inside("--out", config.out, report.eval_text)
+    tokenizer = load_tokenizer(student.tokenizer_source, trust_remote_code=student.trust_remote_code)
     refuse_long_prefix(tokenizer)
     samples = []
-    if config.eval_text:
-        corpus = CorpusConfig(corpus=config.eval_text, id_field=config.eval_id_field, split=[ONLY])
-        samples = eval_samples(corpus, tokenizer, config.max_tokens)
+    if report.eval_text:
+        corpus = CorpusConfig(corpus=report.eval_text, id_field=report.eval_id_field, split=[ONLY])
+        samples = eval_samples(corpus, tokenizer, config.data.max_tokens)
     summary = train(config, tokenizer.table.info, samples, bars)
     return summary | ({"learned_w": _learned_w(config, summary["learned_w"])} if "learned_w" in summary else {})
 
@@ -212,7 +220,7 @@ def _learned_w(config: TrainConfig, files: list[Figures]) -> list[str]:
     for found in files:
         folders.append(found["file"].removesuffix(".npy"))
         weights = np.load(found["file"], allow_pickle=False)
-        write_learned(config.targets[found["teacher"]], weights, folders[-1], config.out)
+        write_learned(config.data.targets[found["teacher"]], weights, folders[-1], config.out)
     return folders
 
 
@@ -375,12 +383,12 @@ def run_demo(config: DemoConfig, bars: Bars) -> Figures:
 
 
 def _step(
-    say: Callable[..., None], run: Verb, model: type[BaseModel], flags: Figures, bars: Bars, *, several: bool = False
+    say: Callable[..., None], run: Verb, model: type[Config], flags: Figures, bars: Bars, *, several: bool = False
 ) -> Figures:
     """Say the command that does the same, then do it."""
-    words = []
+    words, fields = [], {leaf.name: leaf.field for leaf in leaves(model)}
     for key, value in flags.items():
-        words += [] if key in _BARE else [f"--{flag(key, model.model_fields[key])}"]
+        words += [] if key in _BARE else [f"--{flag(key, fields[key])}"]
         words += value if isinstance(value, list) else [str(value)]
     if not bars.quiet:
         say(f"$ xtoken {run.__name__.removeprefix('run_')} {shlex.join(words)}", style="bold")

@@ -67,12 +67,12 @@ def _measure(
 ) -> tuple[dict[str, Any], Rows, Rows]:
     student, samples, config = objective.student, held_out.samples, training.config
     rows: Rows = []
-    on = (samples, held_out.targets, config.max_tokens)
+    on = (samples, held_out.targets, config.data.max_tokens)
     figures = measure_student(student, held_out.tokenizer, *on, progress, rows, training.ranks)
     written: Rows = []
-    if complete_too and config.completions and samples:
-        spelling = token_bytes(Targets(config.targets[0]))
-        written = list(complete(student, held_out.tokenizer, spelling, samples, config.completions))
+    if complete_too and config.report.completions and samples:
+        spelling = token_bytes(Targets(config.data.targets[0]))
+        written = list(complete(student, held_out.tokenizer, spelling, samples, config.report.completions))
     return figures, rows, written
 
 
@@ -105,9 +105,9 @@ def save_result(training: "Training") -> dict[str, Any]:
 
 
 def _write_result(training: "Training", state: dict[str, Tensor]) -> dict[str, Any]:
-    config, run, model = training.config, training.run, training.student.model
-    adapted = config.lora is not None
-    tokenizer = training.tokenizer_files or config.tokenizer_source
+    asked, run, model = training.config.student, training.run, training.student.model
+    adapted = asked.lora is not None
+    tokenizer = training.tokenizer_files or asked.tokenizer_source
     save_student(model, tokenizer, run.model, merged(model, state) if adapted else state)
     found: dict[str, Any] = {"model": str(run.model)}
     if adapted:

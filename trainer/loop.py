@@ -68,12 +68,13 @@ def train(
         XtokenError: targets, student, tokenizer and options do not fit each other, ``out`` holds another run, a loss
             is no number or far above what is usual, or the disk is full. The last checkpoint stays.
     """
-    require_trackers(config)
-    if config.lora is not None:
+    require_trackers(config.report)
+    if config.student.lora is not None:
         require_adapters()
-    with open_ranks(pick_device(config.device)) as ranks, preemption() as preempted, ExitStack() as stack:
+    with open_ranks(pick_device(config.student.device)) as ranks, preemption() as preempted, ExitStack() as stack:
         folders = open_targets(config, student_tokenizer)
-        targets = held_out_targets(config.eval_targets, student_tokenizer) if config.eval_targets else None
+        root = config.report.eval_targets
+        targets = held_out_targets(root, student_tokenizer) if root else None
         run, notes, finished = _open_run(config, folders, student_tokenizer, ranks, stack)
         if finished is not None:
             return finished
@@ -102,11 +103,11 @@ def train(
 
 def _no_memory(config: TrainConfig, ranks: Ranks, error: Exception) -> str:
     said = next(iter(str(error).splitlines()), "")
-    less = "" if config.activation_checkpointing else " and --activation-checkpointing"
+    less = "" if config.student.activation_checkpointing else " and --activation-checkpointing"
     return (
-        f"the memory of {ranks.device} is too small for this student at --micro-tokens {config.micro_tokens} ({said}); "
-        f"a smaller number{less} take less and change no loss: the same command with them goes on from the last "
-        "checkpoint"
+        f"the memory of {ranks.device} is too small for this student at --micro-tokens {config.data.micro_tokens} "
+        f"({said}); a smaller number{less} take less and change no loss: the same command with them goes on from the "
+        "last checkpoint"
     )
 
 
@@ -148,11 +149,11 @@ def _refuse_foreign(out: str) -> None:
 
 
 def _open_trackers(training: Training, stack: ExitStack) -> Trackers | None:
-    config, run = training.config, training.run
-    if not training.ranks.first or not (config.tensorboard or config.wandb):
+    report, run = training.config.report, training.run
+    if not training.ranks.first or not (report.tensorboard or report.wandb):
         return None
-    settings = config.model_dump(mode="json")
-    trackers = Trackers(run.root, config.tensorboard, config.wandb, run.root.name, settings, training.counted.step)
+    settings = training.config.record()
+    trackers = Trackers(run.root, report.tensorboard, report.wandb, run.root.name, settings, training.counted.step)
     stack.callback(trackers.close)
     return trackers
 
@@ -160,17 +161,18 @@ def _open_trackers(training: Training, stack: ExitStack) -> Trackers | None:
 def _to_the_end(training: Training, outside: _Outside) -> dict[str, Any]:
     config, counted = training.config, training.counted
     _evaluate(training, outside, "before")
-    if config.rollback and counted.step == 0:
+    if config.checkpoint.rollback and counted.step == 0:
         training.save()  # a rollback needs somewhere to go
-    outside.progress.start("train", config.steps, "steps", counted.step)
-    while counted.step < config.steps:
+    outside.progress.start("train", config.optim.steps, "steps", counted.step)
+    while counted.step < config.optim.steps:
         if training.ranks.max(float(outside.preempted.asked)):
             return _preempted(training, outside)
         # behind the save of this step, which a grace period that ends in an evaluation would cost
-        if config.eval_every and counted.step and counted.step % config.eval_every == 0:
+        every = config.report.eval_every
+        if every and counted.step and counted.step % every == 0:
             _evaluate(training, outside, "step")
         _train_step(training, outside)
-        if counted.step % config.save_every == 0 or counted.step == config.steps:
+        if counted.step % config.checkpoint.save_every == 0 or counted.step == config.optim.steps:
             training.save()
     outside.progress.finish()
     _evaluate(training, outside, "after")
@@ -187,7 +189,7 @@ def _preempted(training: Training, outside: _Outside) -> dict[str, Any]:
     training.save()
     training.metrics.write({"step": step, "event": "preempted"})
     outside.progress.finish()
-    return summary_of(training) | {"preempted": step, "steps_left": training.config.steps - step}
+    return summary_of(training) | {"preempted": step, "steps_left": training.config.optim.steps - step}
 
 
 def _evaluate(training: Training, outside: _Outside, when: str) -> None:
@@ -198,18 +200,18 @@ def _evaluate(training: Training, outside: _Outside, when: str) -> None:
     if figures and outside.trackers is not None:
         outside.trackers.log(training.counted.step, {"held_out": figures})
     if figures and when == "step":
-        outside.progress.start("train", training.config.steps, "steps", training.counted.step)
+        outside.progress.start("train", training.config.optim.steps, "steps", training.counted.step)
 
 
 def _train_step(training: Training, outside: _Outside) -> None:
     """One optimizer step, or a rollback."""
-    config, began = training.config, time.monotonic()
+    config, optim, began = training.config, training.config.optim, time.monotonic()
     batch = _draw(training)
     counts = count_step(batch, training.ranks)
     step = training.counted.step + 1
     training.optimizer.zero_grad(set_to_none=True)
-    mixing = Mixing(config.mix, config.kd_weight, config.ce_weight)
-    seed = f"{config.seed}/{training.counted.drawn}"
+    mixing = Mixing(config.loss.mix, config.loss.kd_weight, config.loss.ce_weight)
+    seed = f"{config.data.seed}/{training.counted.drawn}"
     agree = step % AGREE_EVERY == 0
     figures = run_step(training.wrapped, batch, counts, mixing, training.ranks, seed=seed, agree=agree)
     norm = _clip(training)
@@ -217,8 +219,8 @@ def _train_step(training: Training, outside: _Outside) -> None:
     if verdict is not None:
         _turn_back(training, batch, verdict, seed)
         return
-    lr = learning_rate(step, config)
-    set_learning_rate(training.optimizer, lr / config.lr)
+    lr = learning_rate(step, optim)
+    set_learning_rate(training.optimizer, lr / optim.lr)
     training.optimizer.step()
     line = _count(training, batch, counts, figures, time.monotonic() - began) | {"lr": lr, "grad_norm": norm}
     training.metrics.write(line)
@@ -236,7 +238,7 @@ def _draw(training: Training) -> StepBatch:
 
 
 def _clip(training: Training) -> float:
-    norm: Any = torch.nn.utils.clip_grad_norm_(training.student.model.parameters(), training.config.clip)
+    norm: Any = torch.nn.utils.clip_grad_norm_(training.student.model.parameters(), training.config.optim.clip)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
@@ -249,7 +251,7 @@ def _turn_back(training: Training, batch: StepBatch, verdict: Verdict, seed: str
     counted, config = training.counted, training.config
     training.optimizer.zero_grad(set_to_none=True)
     diagnosis = diagnose(training, batch, verdict, seed)
-    if len(counted.left_out) >= config.rollback:
+    if len(counted.left_out) >= config.checkpoint.rollback:
         raise diagnosis.error()
     left_out, step = [*counted.left_out, counted.drawn], counted.step + 1
     if not training.restore(before=step):

@@ -6,24 +6,24 @@ from typing import Any
 
 import torch
 
-from xtoken.schemas.configs.train import TrainConfig
+from xtoken.schemas.configs.train import OptimGroup
 from xtoken.trainer.losses.base import Loss
 from xtoken.trainer.ranks import like
 
 FLOOR = 0.1  # share of the peak learning rate at the last step
 
 
-def build_optimizer(model: Any, config: TrainConfig, losses: Sequence[Loss] = ()) -> torch.optim.AdamW:
+def build_optimizer(model: Any, optim: OptimGroup, losses: Sequence[Loss] = ()) -> torch.optim.AdamW:
     """AdamW over all parameters; vectors (norms, biases) and what losses learn are not decayed."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     learned = [p for loss in losses for p in loss.parameters()]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay, "peak": config.lr},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "peak": config.lr},
-        *([{"params": learned, "weight_decay": 0.0, "peak": config.w_lr}] if learned else []),
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay, "peak": optim.lr},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "peak": optim.lr},
+        *([{"params": learned, "weight_decay": 0.0, "peak": optim.w_lr}] if learned else []),
     ]
     # One kernel for all parameters, on a CPU too; the step count lies where the parameters do.
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
 
 
 def named_parameters(model: Any, losses: Sequence[Loss]) -> dict[str, torch.nn.Parameter]:
@@ -32,12 +32,12 @@ def named_parameters(model: Any, losses: Sequence[Loss]) -> dict[str, torch.nn.P
     return dict(model.named_parameters()) | learned
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def learning_rate(step: int, optim: OptimGroup) -> float:
     """Learning rate of optimizer step ``step``, counted from 1."""
-    if step <= config.warmup:
-        return config.lr * step / config.warmup
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+    if step <= optim.warmup:
+        return optim.lr * step / optim.warmup
+    progress = (step - optim.warmup) / max(1, optim.steps - optim.warmup)
+    return optim.lr * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:

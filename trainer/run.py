@@ -85,7 +85,7 @@ class Run:
         self.rehearsal = self.root / ".model.rehearsal"
         found = parsed((self.root / RUN).read_bytes()) if (self.root / RUN).exists() else None
         begun = found is not None and self._begun()
-        self.streams = config.streams or (_streams(found) if found is not None and begun else 0) or ranks.size
+        self.streams = config.data.streams or (_streams(found) if found is not None and begun else 0) or ranks.size
         if self.streams % ranks.size:
             raise XtokenError(
                 f"{self.streams} streams cannot be dealt to {ranks.size} ranks evenly; start a divisor of "
@@ -110,7 +110,7 @@ class Run:
             "targets": [one.root for one in targets],
         }
         made |= {"device": device_name(ranks.device), "ranks": ranks.size}
-        write_json(self.root / RUN, {**made, "config": config.model_dump(mode="json"), **provenance()})
+        write_json(self.root / RUN, {**made, "config": config.record(), **provenance()})
         self.checkpoints.mkdir(exist_ok=True)  # behind run.json, without which it is a folder of something else
 
     def _same(self, found: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -154,7 +154,7 @@ def _streams(found: dict[str, Any]) -> int:
 def _identity(
     config: TrainConfig, targets: Sequence[Targets], tokenizer: TokenizerInfo, streams: int
 ) -> dict[str, Any]:
-    options = {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE}
+    options = {k: v for k, v in config.record().items() if k not in _FREE}
     return options | {
         "targets_hash": [one.hash for one in targets],
         "tokenizer_hash": tokenizer.hash,

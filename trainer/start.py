@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xtoken.schemas.configs.train import TrainConfig
+from xtoken.schemas.configs.train import LossGroup, StudentGroup, TrainConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.trainer.checkpoint import Policy, Restored, refuse_dtypes, restore_checkpoint, save_checkpoint
@@ -94,7 +94,7 @@ class Training:
     @property
     def sharded(self) -> bool:
         """Whether weights exist only while the wrapped module runs."""
-        return self.ranks.size > 1 and self.config.parallel == "fsdp"
+        return self.ranks.size > 1 and self.config.student.parallel == "fsdp"
 
     def inside(self, work: Callable[..., T], *args: Any) -> T:
         """``work(objective, ...)`` where all weights exist; all ranks of a sharded model must call it."""
@@ -108,7 +108,7 @@ class Training:
             tensors = {group: gathered(members, self.ranks.first) for group, members in tensors.items()}
         state = vars(self.counted) | {"watch": self.watch.state(), "positions": self._positions()}
         if self.ranks.first:
-            policy = Policy(self.config.keep, self.config.keep_every)
+            policy = Policy(self.config.checkpoint.keep, self.config.checkpoint.keep_every)
             save_checkpoint(self.run.checkpoints, self.counted.step, tensors, state, policy)
 
     def restore(self, before: int | None = None) -> bool:
@@ -159,13 +159,13 @@ def open_targets(config: TrainConfig, tokenizer: TokenizerInfo) -> list[Targets]
         XtokenError: one is not.
     """
     folders = []
-    for root, loss in zip(config.targets, config.losses, strict=True):
+    for root, loss in zip(config.data.targets, config.losses, strict=True):
         targets = Targets(root)
         targets.require(loss)
-        targets.require_options(loss, config)
+        targets.require_options(loss, config.loss)
         targets.require_student(tokenizer)
-        if config.student is not None:
-            targets.require_head(config.student)
+        if config.student.student is not None:
+            targets.require_head(config.student.student)
         folders.append(targets)
     return folders
 
@@ -179,30 +179,31 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     for targets in folders:  # the sha256 of their side tables is checked before the model loads
         _ = targets.w, targets.vocab
     needed = max(targets.needed_width for targets in folders)
-    model = open_student(config, ranks.device, tokenizer)
-    check_width(model, needed, config.source)
-    check_context(model, config.max_tokens, config.source)
+    asked, data = config.student, config.data
+    model = open_student(asked, ranks.device, tokenizer, data.seed)
+    check_width(model, needed, asked.source)
+    check_context(model, data.max_tokens, asked.source)
     changes = "; ".join(mend_settings(model))
-    notes = [f"the trained model will not have all settings of {config.source}: {changes}"] if changes else []
+    notes = [f"the trained model will not have all settings of {asked.source}: {changes}"] if changes else []
     notes += [note for targets, loss in zip(folders, config.losses, strict=True) if (note := targets.lacking(loss))]
-    files = rehearse_save(model, config.tokenizer_source, run.rehearsal) if ranks.first else None
+    files = rehearse_save(model, asked.tokenizer_source, run.rehearsal) if ranks.first else None
     vocabulary = min(tokenizer.size, head_width(model))
     head = find_head(model)
-    packing = pick_packing(head, config.batching, config.source)
-    if config.lora is not None:
-        model = add_adapters(model, config.lora, config.lora_alpha, config.seed)
+    packing = pick_packing(head, data.batching, asked.source)
+    if asked.lora is not None:
+        model = add_adapters(model, asked.lora, asked.lora_alpha, data.seed)
     some_left_out = ranks.size > 1 and leaves_some_out(head)
-    prepare(model, config.activation_checkpointing, config.compile)
+    prepare(model, asked.activation_checkpointing, asked.compile)
     losses = tuple(
-        open_loss(name, _setup(config, targets, name, vocabulary, ranks.device))
+        open_loss(name, _setup(config.loss, targets, name, vocabulary, ranks.device))
         for name, targets in zip(config.losses, folders, strict=True)
     )
-    student = Student(model, ranks.device, pick_autocast(config.autocast, ranks.device), vocabulary, head)
-    objective = Objective(student, losses, use_liger(config, ranks.device, head.folded))
-    wrapped = _wrap(objective, config, ranks, some_left_out)
-    optimizer = build_optimizer(model, config, losses)
-    weights = tuple(config.weights) or (1.0,) * len(folders)
-    layout = Layout(context_token(tokenizer), config.max_tokens, vocabulary, losses, weights, config.weighting)
+    student = Student(model, ranks.device, pick_autocast(asked.autocast, ranks.device), vocabulary, head)
+    objective = Objective(student, losses, use_liger(asked, config.losses, ranks.device, head.folded))
+    wrapped = _wrap(objective, asked.parallel, ranks, some_left_out)
+    optimizer = build_optimizer(model, config.optim, losses)
+    weights = tuple(data.weights) or (1.0,) * len(folders)
+    layout = Layout(context_token(tokenizer), data.max_tokens, vocabulary, losses, weights, data.weighting)
     made: dict[str, Any] = {"sources": Sources(folders), "layout": layout, "packing": packing}
     counted = Counted([0] * len(folders))
     metrics = Metrics(run.metrics, ranks.first)
@@ -211,7 +212,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
         **(made | {"config": config, "ranks": ranks, "run": run, "student": student, "objective": objective}),
         wrapped=wrapped,
         optimizer=optimizer,
-        watch=Watch(config.spike),
+        watch=Watch(config.checkpoint.spike),
         metrics=metrics,
         length_V=length_V,
         counted=counted,
@@ -227,46 +228,47 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
 
 def open_loader(training: Training, positions: Sequence[Position] | None) -> Loader:
     """This rank's share of the data, from the beginning or from positions of its streams."""
-    config = training.config
+    data = training.config.data
     return Loader(
         training.sources,
         training.layout,
-        step_tokens=config.step_tokens,
-        micro_tokens=config.micro_tokens,
-        seed=config.seed,
+        step_tokens=data.step_tokens,
+        micro_tokens=data.micro_tokens,
+        seed=data.seed,
         streams=training.run.streams,
         mine=training.mine,
         positions=positions,
         packing=training.packing,
-        threads=config.decoders,
+        threads=data.decoders,
     )
 
 
-def _wrap(objective: Objective, config: TrainConfig, ranks: Ranks, some_left_out: bool) -> Any:
+def _wrap(objective: Objective, parallel: str, ranks: Ranks, some_left_out: bool) -> Any:
     if ranks.size == 1:
         return objective
-    if config.parallel == "fsdp":
+    if parallel == "fsdp":
         return shard(objective, ranks, objective.student.autocast)
     return replicate(objective, some_left_out)
 
 
-def use_liger(config: TrainConfig, device: torch.device, folded: bool) -> bool:
+def use_liger(student: StudentGroup, losses: Sequence[str], device: torch.device, folded: bool) -> bool:
     """Whether Liger's kernel computes the loss: CE alone, on CUDA, of a head that is ``folded`` into it.
 
     Raises:
         XtokenError: it was asked for and cannot.
     """
-    if config.kernel == "eager":
+    if student.kernel == "eager":
         return False
-    fits = set(config.losses) == {"ce"} and device.type == "cuda"
-    if config.kernel == "liger" and not fits:
+    named = dict.fromkeys(losses)
+    fits = list(named) == ["ce"] and device.type == "cuda"
+    if student.kernel == "liger" and not fits:
         raise XtokenError(
-            f"--kernel liger computes --loss ce on CUDA, and this is {','.join(config.loss)} on {device.type}; "
+            f"--kernel liger computes --loss ce on CUDA, and this is {','.join(named)} on {device.type}; "
             "use --kernel auto"
         )
-    if config.kernel == "liger" and not folded:
+    if student.kernel == "liger" and not folded:
         raise XtokenError(
-            f"--kernel liger needs the matrix of the head, and {config.source} makes its logits in a way of its own; "
+            f"--kernel liger needs the matrix of the head, and {student.source} makes its logits in a way of its own; "
             "use --kernel auto"
         )
     if not fits or not folded:
@@ -274,13 +276,13 @@ def use_liger(config: TrainConfig, device: torch.device, folded: bool) -> bool:
     try:
         import liger_kernel.transformers.functional  # noqa: F401
     except ImportError as error:
-        if config.kernel == "liger":
+        if student.kernel == "liger":
             raise XtokenError("--kernel liger needs liger-kernel; install it: pip install 'xtoken[liger]'") from error
         return False
     return True
 
 
-def _setup(config: TrainConfig, targets: Targets, loss: str, vocabulary: int, device: torch.device) -> LossSetup:
+def _setup(options: LossGroup, targets: Targets, loss: str, vocabulary: int, device: torch.device) -> LossSetup:
     manifest = targets.manifest
     return LossSetup(
         targets.w.within(vocabulary),
@@ -288,8 +290,8 @@ def _setup(config: TrainConfig, targets: Targets, loss: str, vocabulary: int, de
         vocabulary,
         manifest.teacher_tokenizer.size,
         device,
-        config,
+        options,
         manifest.tau,
         manifest.merge,
-        config.learn_w and loss == "p-kl",
+        options.learn_w and loss == "p-kl",
     )

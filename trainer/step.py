@@ -22,7 +22,7 @@ from xtoken.trainer.ranks import Ranks
 
 @dataclass(frozen=True)
 class Mixing:
-    """How KD and CE become one objective (see ``xtoken.schemas.configs.train.TrainConfig.mix``)."""
+    """How KD and CE become one objective (see ``xtoken.schemas.configs.train.LossGroup.mix``)."""
 
     mode: str
     kd_weight: float

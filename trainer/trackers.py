@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from xtoken.schemas.configs.train import TrainConfig
+from xtoken.schemas.configs.train import ReportGroup
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.atomic import write_text
 
@@ -23,18 +23,18 @@ _FLUSH = "x_transaction_log_flush_interval"
 _LOG = logging.getLogger("xtoken")
 
 
-def require_trackers(config: TrainConfig) -> None:
-    """Check that what ``config`` asks for can be used, before anything large is loaded.
+def require_trackers(report: ReportGroup) -> None:
+    """Check that what ``report`` asks for can be used, before anything large is loaded.
 
     Raises:
         XtokenError: TensorBoard or W&B is not installed, or nobody is logged in to W&B.
     """
-    if config.tensorboard:
+    if report.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError as error:
             raise XtokenError("--tensorboard needs TensorBoard; pip install 'xtoken[tracking]'") from error
-    if config.wandb is not None:
+    if report.wandb is not None:
         try:
             import wandb
         except ImportError as error:

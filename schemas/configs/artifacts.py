@@ -4,17 +4,20 @@ A field marked ``ARGUMENT`` is positional on the command line. Values that a use
 wrong are checked here, before anything expensive starts.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from xtoken.schemas.categories import CATEGORIES
 from xtoken.schemas.configs.base import (
     ARGUMENT,
+    COMMON,
     OUT_FILE,
     OUT_FOLDER,
     OUT_PAGE,
     PLACE,
+    RUN,
+    TARGETS,
     Config,
     argument,
     ray_address,
@@ -86,38 +89,71 @@ class AlignConfig(Config):
         json_schema_extra=PLACE,
     )
     losses: list[str] = Field(
-        default=["p-kl"], description=f"Losses the targets serve: {', '.join(LOSSES)}.", alias="for"
+        default=["p-kl"],
+        description=f"Losses the targets serve: {', '.join(LOSSES)}.",
+        alias="for",
+        json_schema_extra=TARGETS | COMMON,
     )
     merge: Literal["first", "last", "mean"] = Field(
         "first",
         description="How a chunk's rows become one: the first; the last (gold, uld: TRL's 'bayesian'); the mean of "
         "log-probabilities (p-kl, h-kl: NeMo-RL's way).",
+        json_schema_extra=TARGETS,
     )
-    tau: float = Field(1.0, gt=0.0, allow_inf_nan=False, description="Distillation temperature of teacher and student.")
+    tau: float = Field(
+        1.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Distillation temperature of teacher and student.",
+        json_schema_extra=TARGETS,
+    )
     entries: int | None = Field(
-        None, ge=1, description="p-kl: most entries of a chunk's target, the others go to REST; all when left out."
+        None,
+        ge=1,
+        description="p-kl: most entries of a chunk's target, the others go to REST; all when left out.",
+        json_schema_extra=TARGETS,
     )
     unreached: Literal["prefix", "rest", "none"] = Field(
-        "prefix", description="Mass of teacher tokens W does not reach: to the longest prefix, to REST, or dropped."
+        "prefix",
+        description="Mass of teacher tokens W does not reach: to the longest prefix, to REST, or dropped.",
+        json_schema_extra=TARGETS,
     )
     on_bad: Literal["refuse", "set-aside"] = Field(
         "refuse",
         description="A part that cannot be read, or a sample that the student's tokenizer cannot represent: refuse "
         "(do the others, then end with an error) or set-aside (finish the targets without it, and name it).",
+        json_schema_extra=TARGETS,
     )
-    workers: int = Field(1, ge=1, description="Worker processes, or Ray's workers of one CPU each.")
+    workers: int = Field(
+        1, ge=1, description="Worker processes, or Ray's workers of one CPU each.", json_schema_extra=RUN
+    )
     ray: str | None = Field(
-        None, description="Run on Ray: 'local', 'auto' (the cluster this machine is of), or HOST:PORT of its head."
+        None,
+        description="Run on Ray: 'local', 'auto' (the cluster this machine is of), or HOST:PORT of its head.",
+        json_schema_extra=RUN,
     )
     lease_seconds: float = Field(
-        1800.0, gt=0.0, allow_inf_nan=False, description="Time a worker may take for one part under --ray."
+        1800.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Time a worker may take for one part under --ray.",
+        json_schema_extra=RUN,
     )
-    memory_limit: str = Field("1GB", description="Memory a worker may use for what it reads, such as 512MB or 2GB.")
+    memory_limit: str = Field(
+        "1GB", description="Memory a worker may use for what it reads, such as 512MB or 2GB.", json_schema_extra=RUN
+    )
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     _an_address = field_validator("ray")(ray_address)
 
     _a_limit = field_validator("memory_limit")(memory_size)
+
+    @classmethod
+    def settings_of(cls, record: dict[str, Any]) -> dict[str, Any] | None:
+        """See ``Config``: align.json, which holds hashes of the capture, the student and W, not their places."""
+        if not {"capture", "student", "w", "for"} <= record.keys() or len(str(record["w"])) != 64:
+            return None
+        return {name: value for name, value in record.items() if name not in ("capture", "student", "w")}
 
     @field_validator("losses")
     @classmethod

@@ -1,7 +1,8 @@
 """What every verb's configuration is made of."""
 
 import re
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -14,8 +15,20 @@ OUT_FOLDER: Any = {"place": "folder"}
 OUT_FILE: Any = {"place": "file"}
 OUT_PAGE: Any = {"place": "page"}  # HTML
 OUT_LOG: Any = {"place": "log"}
+# Where --help shows a field, and the section of a configuration file that it may stand in; a group's fields need none.
+CORPUS: Any = {"section": "Corpus"}
+TEACHER: Any = {"section": "Teacher"}
+ROWS: Any = {"section": "Rows"}
+TARGETS: Any = {"section": "Targets"}
+RUN: Any = {"section": "Run"}
+DETAILS: Any = {"section": "Loss details"}
+LAST = ("Loss details",)  # at the end of the help
+COMMON: Any = {"common": True}  # what most people give: shown first
 ARGUMENT: Any = {"argument": True}
 ARGUMENTS: Any = {"argument": True, "many": True}  # several words on the command line
+
+
+LISTS = (list[str], list[float])  # written with commas on the command line
 
 
 def argument(description: str, place: Any = PLACE) -> Any:
@@ -23,15 +36,29 @@ def argument(description: str, place: Any = PLACE) -> Any:
     return Field(description=description, json_schema_extra=ARGUMENT | place)
 
 
+def flag(name: str, field: FieldInfo) -> str:
+    """A field's flag, without its dashes."""
+    return (field.alias or name).replace("_", "-")
+
+
+def marked(field: FieldInfo, mark: str) -> Any:
+    """What a field's ``json_schema_extra`` says under a name; None when it says nothing."""
+    extra = field.json_schema_extra
+    return extra.get(mark) if isinstance(extra, dict) else None
+
+
 def place_of(field: FieldInfo) -> str | None:
     """What is at the path that a field holds: read, folder, file, page or log; None for fields that hold none."""
-    extra = field.json_schema_extra
-    found = extra.get("place") if isinstance(extra, dict) else None
-    return None if found is None else str(found)
+    place = marked(field, "place")
+    return None if place is None else str(place)
 
 
 class Config(BaseModel):
-    """What every verb's configuration is: closed, and never changed. Its paths are plain (``schemas.io.paths``)."""
+    """What every verb's configuration is: closed, and never changed. Its paths are plain (``schemas.io.paths``).
+
+    A field is a flag, or a group: a configuration of its own whose fields are flags. Names of flags are unique over all
+    groups, and flags, configuration files and records on disk know nothing of groups: they hold flat names only.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,12 +71,90 @@ class Config(BaseModel):
             raise ValueError("it is empty; is a variable unset? give a value, or leave it out")
         return value
 
+    @classmethod
+    def from_flat(cls, **values: Any) -> Self:
+        """The configuration of flat names, as flags and records give them; ``to_flat`` is its inverse.
+
+        Raises:
+            ValidationError: a value is refused, a needed one is missing, or a name is unknown.
+        """
+        places = {leaf.name: leaf.group for leaf in leaves(cls)}
+        given: dict[str, Any] = {group: {} for group in places.values() if group is not None}
+        for name, value in values.items():
+            group = places.get(name)
+            (given if group is None else given[group])[name] = value
+        return cls(**given)
+
+    def to_flat(self) -> dict[str, Any]:
+        """Every value under its flat name, groups in their order."""
+        return {leaf.name: leaf.of(self) for leaf in leaves(type(self))}
+
+    def record(self) -> dict[str, Any]:
+        """``to_flat`` as JSON holds it: what a run writes down of its configuration."""
+        dumped = self.model_dump(mode="json")
+        found = leaves(type(self))
+        return {leaf.name: (dumped if leaf.group is None else dumped[leaf.group])[leaf.name] for leaf in found}
+
+    @classmethod
+    def settings_of(cls, record: dict[str, Any]) -> dict[str, Any] | None:  # noqa: ARG003 - verbs that write one say what
+        """The settings in a record that a run of this verb wrote as it began; None where it is none."""
+        return None
+
+    def changed(self, **values: Any) -> Self:
+        """This configuration with other values under some flat names, checked like any other."""
+        return type(self).from_flat(**{**self.to_flat(), **values})
+
     def refuse_unusable_outputs(self) -> None:
         """Raise XtokenError when an output cannot be made where it is to lie."""
-        for name, field in type(self).model_fields.items():
-            kind, value = place_of(field), getattr(self, name)
+        for leaf in leaves(type(self)):
+            kind, value = place_of(leaf.field), leaf.of(self)
             if kind not in (None, "read") and value is not None:
                 refuse_unusable(value, cast(Kind, kind))
+
+
+class Leaf(NamedTuple):
+    """A field that is a flag.
+
+    Attributes:
+        group: that it stands in; None is the configuration itself.
+        name: its flat name.
+        field: itself.
+        section: title of where ``--help`` shows it; None is the first panel.
+    """
+
+    group: str | None
+    name: str
+    field: FieldInfo
+    section: str | None = None
+
+    @property
+    def panel(self) -> str | None:
+        """Where ``--help`` shows it: what most people give stands first."""
+        return None if marked(self.field, "common") else self.section
+
+    def of(self, config: Config) -> Any:
+        """Its value in a configuration."""
+        return getattr(config if self.group is None else getattr(config, self.group), self.name)
+
+
+def leaves(model: type[BaseModel]) -> list[Leaf]:
+    """The flags of a configuration: fields of its own and those of its groups, in order."""
+    return list(_leaves(model))
+
+
+def _leaves(model: type[BaseModel]) -> Iterator[Leaf]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Config):
+            title = field.title or name.capitalize()
+            yield from (Leaf(name, inner, one, _section(one, title)) for inner, one in kind.model_fields.items())
+        else:
+            yield Leaf(None, name, field, _section(field, None))
+
+
+def _section(field: FieldInfo, title: str | None) -> str | None:
+    section = marked(field, "section") or title
+    return None if section is None else str(section)
 
 
 def _plain(value: str | None) -> str | None:

@@ -1,12 +1,24 @@
 """Configuration of the verbs that make a capture; see ``xtoken.schemas.configs.artifacts``."""
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from xtoken.schemas.codecs import CODECS, CodecSettings, foreign_fields, known_codec, settings_of
-from xtoken.schemas.configs.base import OUT_FOLDER, OUT_LOG, PLACE, Config, argument, ray_address
+from xtoken.schemas.configs.base import (
+    COMMON,
+    CORPUS,
+    OUT_FOLDER,
+    OUT_LOG,
+    PLACE,
+    ROWS,
+    RUN,
+    TEACHER,
+    Config,
+    argument,
+    ray_address,
+)
 
 TRAIN, ALL, ONLY = "train", "all", "only"
 # Words for splits, as Hugging Face's datasets finds them in names of files.
@@ -28,16 +40,21 @@ class CorpusConfig(Config):
     corpus: str = argument(
         "File, folder or fsspec URL: .jsonl[.zst|.gz], .parquet, .arrow, .txt, .md, or a saved Hugging Face dataset."
     )
-    text_field: str = Field("text", description="Field or column that holds the text.")
-    id_field: str | None = Field(None, description="Field with a unique document id; else file name and record number.")
+    text_field: str = Field("text", description="Field or column that holds the text.", json_schema_extra=CORPUS)
+    id_field: str | None = Field(
+        None,
+        description="Field with a unique document id; else file name and record number.",
+        json_schema_extra=CORPUS | COMMON,
+    )
     split: list[str] = Field(
         default=[TRAIN],
         description="Files of a folder that are read: train (and those that name no split), validation, test, all; "
         "only: whichever split there is, if it is one.",
+        json_schema_extra=CORPUS,
     )
-    limit: int | None = Field(None, ge=1, description="Read only the first N documents.")
+    limit: int | None = Field(None, ge=1, description="Read only the first N documents.", json_schema_extra=CORPUS)
     on_bad: Literal["stop", "skip"] = Field(
-        "stop", description="A bad document stops the run, or is counted and skipped."
+        "stop", description="A bad document stops the run, or is counted and skipped.", json_schema_extra=CORPUS
     )
 
     @field_validator("split")
@@ -56,53 +73,90 @@ class CorpusConfig(Config):
 class RowsConfig(CorpusConfig):
     """Which teacher gives rows of which corpus, and what is kept of them."""
 
-    teacher: str = Field(description="Hugging Face id or folder of the teacher.", json_schema_extra=PLACE)
-    backend: Literal["hf", "vllm", "fake"] = Field("hf", description="Engine that runs the teacher.")
+    teacher: str = Field(
+        description="Hugging Face id or folder of the teacher.", json_schema_extra=PLACE | TEACHER | COMMON
+    )
+    backend: Literal["hf", "vllm", "fake"] = Field(
+        "hf", description="Engine that runs the teacher.", json_schema_extra=TEACHER | COMMON
+    )
     on_rendered: Literal["stop", "text"] = Field(
         "stop",
         description="Text that looks rendered by a chat template, by the teacher's control tokens in it, stops the run "
         "or is taken as text.",
+        json_schema_extra=CORPUS,
     )
     codec: str = Field(
         "topk",
         description="topk serves every loss; sampled (full rows: hf) is unbiased for p-kl, sparse-kl, the root.",
-        json_schema_extra={"choices": list(CODECS)},
+        json_schema_extra={**ROWS, "choices": list(CODECS)},
     )
-    k: int = Field(64, ge=1, le=255, description="topk: keep at most K entries per position.")
+    k: int = Field(
+        64, ge=1, le=255, description="topk: keep at most K entries per position.", json_schema_extra=ROWS | COMMON
+    )
     min_p: float = Field(
-        0.003, ge=0.0, lt=1.0, description="topk: keep entries of at least this probability (and always one)."
+        0.003,
+        ge=0.0,
+        lt=1.0,
+        description="topk: keep entries of at least this probability (and always one).",
+        json_schema_extra=ROWS,
     )
-    draws: int = Field(50, ge=1, le=1000, description="sampled: draws per position.")
-    seed: int = Field(0, ge=0, description="sampled: the draws follow from it and the sample's tokens.")
+    draws: int = Field(50, ge=1, le=1000, description="sampled: draws per position.", json_schema_extra=ROWS)
+    seed: int = Field(
+        0, ge=0, description="sampled: the draws follow from it and the sample's tokens.", json_schema_extra=ROWS
+    )
     max_tokens: int = Field(
-        512, ge=8, description="Most teacher tokens per sample; longer documents are cut into windows."
+        512,
+        ge=8,
+        description="Most teacher tokens per sample; longer documents are cut into windows.",
+        json_schema_extra=ROWS | COMMON,
     )
     bos: Literal["auto", "always", "never"] = Field(
-        "auto", description="Show the teacher BOS first; auto: as its tokenizer does."
+        "auto", description="Show the teacher BOS first; auto: as its tokenizer does.", json_schema_extra=TEACHER
     )
-    text: bool = Field(True, description="Store the text in the capture; without it, align needs --corpus.")
+    text: bool = Field(
+        True, description="Store the text in the capture; without it, align needs --corpus.", json_schema_extra=ROWS
+    )
     workers: int | None = Field(
-        None, ge=1, description="Workers, one engine each; left out: 1, or as many as a Ray cluster has GPUs for."
+        None,
+        ge=1,
+        description="Workers, one engine each; left out: 1, or as many as a Ray cluster has GPUs for.",
+        json_schema_extra=RUN,
     )
-    tensor_parallel: int = Field(1, ge=1, description="vllm: GPUs of one machine that share one teacher.")
+    tensor_parallel: int = Field(
+        1, ge=1, description="vllm: GPUs of one machine that share one teacher.", json_schema_extra=TEACHER
+    )
     gpu_memory: float | None = Field(
         None,
         gt=0.0,
         le=1.0,
         description="vllm: share of a GPU's memory that one engine may take; left out: all but what logits need.",
+        json_schema_extra=TEACHER,
     )
-    shard_bytes: int = Field(1 << 20, ge=1, description="Text per shard in bytes: what one crash can cost.")
-    batch_tokens: int = Field(2048, ge=1, description="Teacher tokens per forward call.")
+    shard_bytes: int = Field(
+        1 << 20, ge=1, description="Text per shard in bytes: what one crash can cost.", json_schema_extra=RUN
+    )
+    batch_tokens: int = Field(2048, ge=1, description="Teacher tokens per forward call.", json_schema_extra=TEACHER)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: float32 on CPU, bfloat16 on GPU."
+        "auto", description="auto: float32 on CPU, bfloat16 on GPU.", json_schema_extra=TEACHER
     )
     temperatures: list[float] = Field(
         default=[],
         description="Also store the exact normaliser at these temperatures, such as 2,4 (needs full rows: hf).",
+        json_schema_extra=ROWS,
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    revision: str | None = Field(None, description="Revision of a hub model.")
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...", json_schema_extra=TEACHER)
+    revision: str | None = Field(None, description="Revision of a hub model.", json_schema_extra=TEACHER)
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.", json_schema_extra=TEACHER)
+
+    @classmethod
+    def settings_of(cls, record: dict[str, Any]) -> dict[str, Any] | None:
+        """See ``Config``: run.json of a capture, which knows neither its corpus nor where a student's tokenizer is."""
+        if not {"tokenizer_hash", "teacher", "backend"} <= record.keys():
+            return None
+        derived = ("schema_version", "tokenizer_hash", "step", "student_hash")
+        settings = {name: value for name, value in record.items() if name not in derived and value is not None}
+        bos = settings.get("bos")
+        return settings | ({"bos": "always" if bos else "never"} if isinstance(bos, bool) else {})
 
     @model_validator(mode="after")
     def _parallel_where_it_exists(self) -> "RowsConfig":
@@ -164,33 +218,51 @@ class PrecomputeConfig(RowsConfig):
     student: str | None = Field(
         None,
         description="Tokenizer of an intended student: checked on every sample while the teacher runs.",
-        json_schema_extra=PLACE,
+        json_schema_extra=PLACE | ROWS,
     )
     ray: str | None = Field(
-        None, description="Run workers on Ray: local (started here), auto (the cluster this runs on), or HOST:PORT."
+        None,
+        description="Run workers on Ray: local (started here), auto (the cluster this runs on), or HOST:PORT.",
+        json_schema_extra=RUN | COMMON,
     )
     gpus_per_worker: float | None = Field(
-        None, ge=0.0, description="GPUs that Ray gives a worker, such as 0.5; left out: --tensor-parallel, or 0 on CPU."
+        None,
+        ge=0.0,
+        description="GPUs that Ray gives a worker, such as 0.5; left out: --tensor-parallel, or 0 on CPU.",
+        json_schema_extra=RUN,
     )
     lease_seconds: float = Field(
         900.0,
         gt=0.0,
         allow_inf_nan=False,
         description="A worker without progress for so long loses its shards.",
+        json_schema_extra=RUN,
     )
     cell: str | None = Field(
-        None, description="I/N: run only every Nth shard, from the Ith; N independent runs may fill one --out."
+        None,
+        description="I/N: run only every Nth shard, from the Ith; N independent runs may fill one --out.",
+        json_schema_extra=RUN,
     )
     audit: Literal["path", "hf", "none"] = Field(
-        "path", description="Each worker checks rows of its own: path (the engine's other way out), hf (transformers)."
+        "path",
+        description="Each worker checks rows of its own: path (the engine's other way out), hf (transformers).",
+        json_schema_extra=RUN,
     )
-    audit_rows: int = Field(200, ge=1, description="Rows that each worker's audit looks at, at least.")
-    dry_run: bool = Field(False, description="Print the plan with tokens, bytes, hours and cost; write nothing.")
-    gpu_price: float | None = Field(None, ge=0.0, description="Price of one GPU hour, for the cost under --dry-run.")
+    audit_rows: int = Field(
+        200, ge=1, description="Rows that each worker's audit looks at, at least.", json_schema_extra=RUN
+    )
+    dry_run: bool = Field(
+        False,
+        description="Print the plan with tokens, bytes, hours and cost; write nothing.",
+        json_schema_extra=RUN | COMMON,
+    )
+    gpu_price: float | None = Field(
+        None, ge=0.0, description="Price of one GPU hour, for the cost under --dry-run.", json_schema_extra=RUN
+    )
     log: str | None = Field(
         None,
         description="File for one JSON line per event; left out: log.jsonl in a local --out, none elsewhere.",
-        json_schema_extra=OUT_LOG,
+        json_schema_extra=OUT_LOG | RUN,
     )
 
     @property

@@ -1,10 +1,20 @@
 """Configuration of training and measuring. The fields are the flags; the descriptions are the help."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from xtoken.schemas.configs.base import ARGUMENT, ARGUMENTS, OUT_FOLDER, OUT_PAGE, PLACE, Config, argument
+from xtoken.schemas.configs.base import (
+    ARGUMENT,
+    ARGUMENTS,
+    COMMON,
+    DETAILS,
+    OUT_FOLDER,
+    OUT_PAGE,
+    PLACE,
+    Config,
+    argument,
+)
 from xtoken.schemas.tables import LOSSES
 
 
@@ -12,28 +22,53 @@ class LossOptions(Config):
     """What the losses leave open. One value serves every teacher of a run."""
 
     kl: Literal["forward", "reverse"] = Field(
-        "forward", description="p-kl, h-kl, sparse-kl: KL(teacher||student) or KL(student||teacher)."
+        "forward",
+        description="p-kl, h-kl, sparse-kl: KL(teacher||student) or KL(student||teacher).",
+        json_schema_extra=DETAILS,
     )
     rest: Literal["bucket", "drop"] = Field(
         "bucket",
         description="p-kl, sparse-kl: mass not kept is one cell, or both sides are renormalised without it.",
+        json_schema_extra=DETAILS,
     )
-    common_weight: float = Field(1.0, ge=0.0, description="h-kl: weight of the KL on the common set.")
-    uld_weight: float = Field(1.0, ge=0.0, description="h-kl: weight of the sorted L1 part.")
-    uncommon_topk: int = Field(8192, ge=1, description="h-kl: longest sorted list outside the common set.")
-    beta: float = Field(0.5, ge=0.0, le=1.0, description="gold: 0 is KL(teacher||student), 1 the reverse.")
+    common_weight: float = Field(
+        1.0, ge=0.0, description="h-kl: weight of the KL on the common set.", json_schema_extra=DETAILS
+    )
+    uld_weight: float = Field(1.0, ge=0.0, description="h-kl: weight of the sorted L1 part.", json_schema_extra=DETAILS)
+    uncommon_topk: int = Field(
+        8192, ge=1, description="h-kl: longest sorted list outside the common set.", json_schema_extra=DETAILS
+    )
+    beta: float = Field(
+        0.5, ge=0.0, le=1.0, description="gold: 0 is KL(teacher||student), 1 the reverse.", json_schema_extra=DETAILS
+    )
     alm: Literal["binary-kl", "limit", "abs", "reverse"] = Field(
-        "binary-kl", description="alm: divergence of chunk likelihoods; limit is binary-kl at alm-tau to infinity."
+        "binary-kl",
+        description="alm: divergence of chunk likelihoods; limit is binary-kl at alm-tau to infinity.",
+        json_schema_extra=DETAILS,
     )
-    alm_tau: float = Field(100.0, gt=0.0, allow_inf_nan=False, description="alm: tau_b of binary-kl and reverse.")
+    alm_tau: float = Field(
+        100.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="alm: tau_b of binary-kl and reverse.",
+        json_schema_extra=DETAILS,
+    )
     debias: list[str] = Field(
-        default=[], description="alm: outcome (next token starts with a space, both sides) and merge (join chunks)."
+        default=[],
+        description="alm: outcome (next token starts with a space, both sides) and merge (join chunks).",
+        json_schema_extra=DETAILS,
     )
     alm_threshold: float = Field(
-        0.1, gt=0.0, lt=1.0, description="alm: --debias merge ends a chunk above this P(next starts with a space)."
+        0.1,
+        gt=0.0,
+        lt=1.0,
+        description="alm: --debias merge ends a chunk above this P(next starts with a space).",
+        json_schema_extra=DETAILS,
     )
     prefix: list[str] = Field(
-        default=["root", "interior", "child"], description="byte-prefix: its terms, any of root, interior, child."
+        default=["root", "interior", "child"],
+        description="byte-prefix: its terms, any of root, interior, child.",
+        json_schema_extra=DETAILS,
     )
 
     @field_validator("debias", "prefix")
@@ -48,14 +83,12 @@ class LossOptions(Config):
         return [name for name in known if name in value]
 
 
-class TrainConfig(LossOptions):
-    """Train a student from stored targets; no teacher is needed."""
+class StudentGroup(Config):
+    """Which model is trained, and how it runs."""
 
-    targets: list[str] = Field(
-        description="Folders or URLs written by 'xtoken align', one per teacher, separated by commas.",
-        json_schema_extra=ARGUMENT | PLACE,
+    student: str | None = Field(
+        None, description="Hugging Face id or folder of the student.", json_schema_extra=PLACE | COMMON
     )
-    student: str | None = Field(None, description="Hugging Face id or folder of the student.", json_schema_extra=PLACE)
     from_scratch: str | None = Field(
         None,
         description="A config.json: train this architecture from random weights instead (goes with --tokenizer).",
@@ -64,13 +97,51 @@ class TrainConfig(LossOptions):
     tokenizer: str | None = Field(
         None, description="Tokenizer of a student whose folder holds none, such as 'bytes'.", json_schema_extra=PLACE
     )
-    out: str = Field(
-        description="Folder for checkpoints, metrics.jsonl and the trained model; reruns resume.",
-        json_schema_extra=OUT_FOLDER,
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    lora: int | None = Field(None, ge=1, description="Train LoRA adapters of this rank (peft) instead of all weights.")
+    lora_alpha: float | None = Field(None, gt=0.0, description="LoRA's alpha; twice the rank when left out.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    autocast: Literal["auto", "none", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, none on CPU.")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="Under torchrun: ddp keeps the model on every rank, fsdp (FSDP2) shards it."
     )
-    loss: list[str] = Field(
-        default=["p-kl"],
-        description="Distillation loss ('xtoken losses' lists them), or one per target folder; ce: the text alone.",
+    activation_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory."
+    )
+    compile: bool = Field(False, description="Compile the student's layers with torch.compile.")
+    kernel: Literal["auto", "eager", "liger"] = Field(
+        "auto", description="Kernel of --loss ce on CUDA; auto: Liger where it is installed, else eager blocks."
+    )
+
+    @model_validator(mode="after")
+    def _one_student(self) -> "StudentGroup":
+        if (self.student is None) == (self.from_scratch is None):
+            raise ValueError("give --student ID or FOLDER, or --from-scratch config.json, not both and not neither")
+        if self.from_scratch is not None and self.tokenizer is None:
+            raise ValueError("--from-scratch has no tokenizer of its own; give --tokenizer ID, FOLDER or 'bytes'")
+        if self.from_scratch is not None and self.lora is not None:
+            raise ValueError("--lora adapts trained weights, and --from-scratch has none; leave one of them out")
+        if self.lora_alpha is not None and self.lora is None:
+            raise ValueError("--lora-alpha goes with --lora RANK; give it, or leave --lora-alpha out")
+        return self
+
+    @property
+    def source(self) -> str:
+        """Where the student comes from."""
+        return self.student or self.from_scratch or ""
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where its tokenizer comes from."""
+        return self.tokenizer or self.student or ""
+
+
+class DataGroup(Config):
+    """Which targets are read, and how samples become steps."""
+
+    targets: list[str] = Field(
+        description="Folders or URLs written by 'xtoken align', one per teacher, separated by commas.",
+        json_schema_extra=ARGUMENT | PLACE,
     )
     weights: list[float] = Field(
         default=[], description="One weight per target folder, at least 0; scaled to sum to 1. Equal when left out."
@@ -80,15 +151,10 @@ class TrainConfig(LossOptions):
         description="static: --weights; else per sample, a softmax over the teachers that hold it of -CE, -entropy or "
         "the largest probability, times --weights.",
     )
-    learn_w: bool = Field(False, description="p-kl: train W's weights too; its zeros stay.")
-    w_lr: float = Field(1e-2, gt=0.0, description="Peak learning rate of W under --learn-w.")
-    mix: Literal["fixed", "dynamic"] = Field(
-        "fixed", description="fixed: kd_weight KD + ce_weight CE; dynamic: sg(CE/KD) KD + CE."
+    max_tokens: int = Field(1024, ge=8, description="Student tokens per sample; the rest of a sample is cut off.")
+    step_tokens: int = Field(
+        4096, ge=1, description="Student tokens per optimizer step, to the nearest sample.", json_schema_extra=COMMON
     )
-    kd_weight: float = Field(1.0, ge=0.0, description="Weight of KD under --mix fixed.")
-    ce_weight: float = Field(0.1, ge=0.0, description="Weight of CE under --mix fixed.")
-    steps: int = Field(100, ge=1, description="Optimizer steps.")
-    step_tokens: int = Field(4096, ge=1, description="Student tokens per optimizer step, to the nearest sample.")
     micro_tokens: int = Field(1024, ge=1, description="Padded student tokens per forward pass; the rest accumulates.")
     batching: Literal["auto", "pack", "pad"] = Field(
         "auto",
@@ -102,27 +168,66 @@ class TrainConfig(LossOptions):
         description="Shares of the data that each step takes an equal part of, dealt to ranks; as many as ranks when "
         "left out. The same number gives the same steps on any number of ranks that divides it.",
     )
-    parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="Under torchrun: ddp keeps the model on every rank, fsdp (FSDP2) shards it."
+    seed: int = Field(0, ge=0, description="Seed of the sample order, of dropout and of random weights.")
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> "DataGroup":
+        if not self.targets:
+            raise ValueError("no target folder named; 'xtoken align' writes one")
+        if self.weights and len(self.weights) != len(self.targets):
+            raise ValueError(f"--weights has {len(self.weights)} numbers for {len(self.targets)} target folders")
+        for weight in self.weights:
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"teacher weight {weight:g} must be a number of at least 0")
+        if self.weights and sum(self.weights) == 0:
+            raise ValueError("the teacher weights sum to 0, so nothing would be distilled; make one of them positive")
+        return self
+
+
+class LossGroup(LossOptions):
+    """Which losses train the student, and their options."""
+
+    loss: list[str] = Field(
+        default=["p-kl"],
+        description="Distillation loss ('xtoken losses' lists them), or one per target folder; ce: the text alone.",
+        json_schema_extra=COMMON,
     )
-    activation_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory."
+    mix: Literal["fixed", "dynamic"] = Field(
+        "fixed", description="fixed: kd_weight KD + ce_weight CE; dynamic: sg(CE/KD) KD + CE."
     )
-    compile: bool = Field(False, description="Compile the student's layers with torch.compile.")
-    kernel: Literal["auto", "eager", "liger"] = Field(
-        "auto", description="Kernel of --loss ce on CUDA; auto: Liger where it is installed, else eager blocks."
-    )
-    lora: int | None = Field(None, ge=1, description="Train LoRA adapters of this rank (peft) instead of all weights.")
-    lora_alpha: float | None = Field(None, gt=0.0, description="LoRA's alpha; twice the rank when left out.")
-    max_tokens: int = Field(1024, ge=8, description="Student tokens per sample; the rest of a sample is cut off.")
-    lr: float = Field(5e-5, gt=0.0, description="Peak learning rate of AdamW.")
+    kd_weight: float = Field(1.0, ge=0.0, description="Weight of KD under --mix fixed.")
+    ce_weight: float = Field(0.1, ge=0.0, description="Weight of CE under --mix fixed.")
+    learn_w: bool = Field(False, description="p-kl: train W's weights too; its zeros stay.")
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "LossGroup":
+        for name in self.loss:
+            if name not in LOSSES:
+                raise ValueError(f"loss {name!r} is unknown; choose from {', '.join(LOSSES)}")
+        if "ce" in self.loss and len(set(self.loss)) > 1:
+            raise ValueError("loss 'ce' has no teacher; leave it out, CE is mixed in by --ce-weight")
+        if self.mix == "fixed" and self.loss != ["ce"] and self.kd_weight == 0:
+            raise ValueError("kd_weight=0 trains on nothing but CE; say --loss ce for that")
+        if self.learn_w and "p-kl" not in self.loss:
+            raise ValueError("--learn-w trains the W of p-kl, and no target folder is trained with p-kl")
+        return self
+
+
+class OptimGroup(Config):
+    """AdamW and its schedule."""
+
+    steps: int = Field(100, ge=1, description="Optimizer steps.", json_schema_extra=COMMON)
+    lr: float = Field(5e-5, gt=0.0, description="Peak learning rate of AdamW.", json_schema_extra=COMMON)
     warmup: int = Field(10, ge=0, description="Steps of linear warm-up; then cosine to a tenth.")
     weight_decay: float = Field(0.01, ge=0.0, description="AdamW weight decay on matrices.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
     clip: float = Field(1.0, gt=0.0, description="Largest gradient norm.")
-    seed: int = Field(0, ge=0, description="Seed of the sample order, of dropout and of random weights.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    autocast: Literal["auto", "none", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, none on CPU.")
+    w_lr: float = Field(1e-2, gt=0.0, description="Peak learning rate of W under --learn-w.")
+
+
+class CheckpointGroup(Config):
+    """What is saved, and when a run goes back or stops."""
+
     save_every: int = Field(50, ge=1, description="Steps between checkpoints.")
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
     keep_every: int | None = Field(None, ge=1, description="Checkpoints at multiples of this many steps stay for good.")
@@ -137,14 +242,15 @@ class TrainConfig(LossOptions):
         ge=0,
         description="Go back to the last checkpoint and leave out the step at fault, this many times, before stopping.",
     )
-    eval_every: int | None = Field(None, ge=1, description="Steps between evaluations on held-out data.")
-    completions: int = Field(
-        4, ge=0, description="Held-out samples whose beginning the student completes before and after."
-    )
-    tensorboard: bool = Field(False, description="Also write events for TensorBoard into OUT/tensorboard.")
-    wandb: str | None = Field(None, description="Also log to this project of Weights & Biases.")
+
+
+class ReportGroup(Config):
+    """Held-out figures and where they go."""
+
     eval_text: str | None = Field(
-        None, description="Held-out text or corpus file: bits per byte before and after.", json_schema_extra=PLACE
+        None,
+        description="Held-out text or corpus file: bits per byte before and after.",
+        json_schema_extra=PLACE | COMMON,
     )
     eval_id_field: str | None = Field(
         None,
@@ -153,68 +259,50 @@ class TrainConfig(LossOptions):
     eval_targets: str | None = Field(
         None,
         description="Held-out targets: KL to the teacher and agreement before and after.",
-        json_schema_extra=PLACE,
+        json_schema_extra=PLACE | COMMON,
     )
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    eval_every: int | None = Field(None, ge=1, description="Steps between evaluations on held-out data.")
+    completions: int = Field(
+        4, ge=0, description="Held-out samples whose beginning the student completes before and after."
+    )
+    tensorboard: bool = Field(False, description="Also write events for TensorBoard into OUT/tensorboard.")
+    wandb: str | None = Field(None, description="Also log to this project of Weights & Biases.")
+
+
+class TrainConfig(Config):
+    """Train a student from stored targets; no teacher is needed."""
+
+    out: str = Field(
+        description="Folder for checkpoints, metrics.jsonl and the trained model; reruns resume.",
+        json_schema_extra=OUT_FOLDER | COMMON,
+    )
+    student: StudentGroup
+    data: DataGroup
+    loss: LossGroup
+    optim: OptimGroup = Field(title="Optimisation")
+    checkpoint: CheckpointGroup = Field(title="Checkpoints")
+    report: ReportGroup
 
     @model_validator(mode="after")
-    def _something_to_learn(self) -> "TrainConfig":
-        if not self.targets:
-            raise ValueError("no target folder named; 'xtoken align' writes one")
-        for name in self.loss:
-            if name not in LOSSES:
-                raise ValueError(f"loss {name!r} is unknown; choose from {', '.join(LOSSES)}")
-        if len(self.loss) not in (1, len(self.targets)):
-            raise ValueError(
-                f"--loss names {len(self.loss)} losses for {len(self.targets)} target folders; give one, or one each"
-            )
-        if "ce" in self.loss and len(set(self.loss)) > 1:
-            raise ValueError("loss 'ce' has no teacher; leave it out, CE is mixed in by --ce-weight")
-        if self.mix == "fixed" and self.loss != ["ce"] and self.kd_weight == 0:
-            raise ValueError("kd_weight=0 trains on nothing but CE; say --loss ce for that")
-        if self.learn_w and "p-kl" not in self.loss:
-            raise ValueError("--learn-w trains the W of p-kl, and no target folder is trained with p-kl")
+    def _groups_fit(self) -> "TrainConfig":
+        named, folders = len(self.loss.loss), len(self.data.targets)
+        if named not in (1, folders):
+            raise ValueError(f"--loss names {named} losses for {folders} target folders; give one, or one each")
+        if self.loss.learn_w and self.student.parallel == "fsdp":
+            raise ValueError("--learn-w goes with --parallel ddp; W is not a part of the model that fsdp shards")
         return self
 
-    @model_validator(mode="after")
-    def _one_student(self) -> "TrainConfig":
-        if (self.student is None) == (self.from_scratch is None):
-            raise ValueError("give --student ID or FOLDER, or --from-scratch config.json, not both and not neither")
-        if self.from_scratch is not None and self.tokenizer is None:
-            raise ValueError("--from-scratch has no tokenizer of its own; give --tokenizer ID, FOLDER or 'bytes'")
-        if self.from_scratch is not None and self.lora is not None:
-            raise ValueError("--lora adapts trained weights, and --from-scratch has none; leave one of them out")
-        if self.learn_w and self.parallel == "fsdp":
-            raise ValueError("--learn-w goes with --parallel ddp; W is no part of the model that fsdp shards")
-        if self.lora_alpha is not None and self.lora is None:
-            raise ValueError("--lora-alpha goes with --lora RANK; give it, or leave --lora-alpha out")
-        return self
-
-    @model_validator(mode="after")
-    def _weights_fit(self) -> "TrainConfig":
-        if self.weights and len(self.weights) != len(self.targets):
-            raise ValueError(f"--weights has {len(self.weights)} numbers for {len(self.targets)} target folders")
-        for weight in self.weights:
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"teacher weight {weight:g} must be a number of at least 0")
-        if self.weights and sum(self.weights) == 0:
-            raise ValueError("the teacher weights sum to 0, so nothing would be distilled; make one of them positive")
-        return self
+    @classmethod
+    def settings_of(cls, record: dict[str, Any]) -> dict[str, Any] | None:
+        """See ``Config``: run.json of a training run."""
+        config = record.get("config")
+        return config if "identity" in record and isinstance(config, dict) else None
 
     @property
     def losses(self) -> list[str]:
         """One loss per target folder."""
-        return self.loss * len(self.targets) if len(self.loss) == 1 else list(self.loss)
-
-    @property
-    def source(self) -> str:
-        """Where the student comes from."""
-        return self.student or self.from_scratch or ""
-
-    @property
-    def tokenizer_source(self) -> str:
-        """Where its tokenizer comes from."""
-        return self.tokenizer or self.student or ""
+        named = self.loss.loss
+        return named * len(self.data.targets) if len(named) == 1 else list(named)
 
 
 class EvalConfig(Config):

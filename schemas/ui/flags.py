@@ -1,21 +1,22 @@
 """How a configuration becomes flags, and words of the command line a configuration."""
 
+import functools
 import inspect
 import os
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from xtoken.schemas.configs.base import place_of
+from xtoken.schemas.configs.base import LAST, LISTS, Config, Leaf, flag, leaves, marked, place_of
 from xtoken.schemas.errors import TRACEBACK, XtokenError, named
+from xtoken.schemas.ui.config_file import HELP, read_settings
 from xtoken.schemas.ui.terminal import close_streams, open_streams, remarks
 
-C = TypeVar("C", bound=BaseModel)
-LISTS = (list[str], list[float])  # written with commas on the command line
+C = TypeVar("C", bound=Config)
 
 
 class App(typer.Typer):
@@ -36,12 +37,7 @@ class App(typer.Typer):
             close_streams()
 
 
-def flag(name: str, field: FieldInfo) -> str:
-    """A field's flag, without its dashes."""
-    return (field.alias or name).replace("_", "-")
-
-
-def options(model: type[BaseModel], repeat: str | None = None) -> list[inspect.Parameter]:
+def options(model: type[Config], repeat: str | None = None) -> list[inspect.Parameter]:
     """One typer parameter per field of a configuration, arguments first.
 
     Args:
@@ -49,14 +45,15 @@ def options(model: type[BaseModel], repeat: str | None = None) -> list[inspect.P
         repeat: field whose flag may be given several times, one configuration for each (see ``build_each``).
     """
     parameters = []
-    for name, field in model.model_fields.items():
+    for leaf in sorted(leaves(model), key=_rank):
+        name, field = leaf.name, leaf.field
         kind: Any = field.annotation
         default: Any = inspect.Parameter.empty if field.default is PydanticUndefined else field.default
         if kind in LISTS and not _many(field):
             kind, default = str, default if default is inspect.Parameter.empty else ",".join(map(str, default))
         if name == repeat:
             kind = list[kind]
-        annotation = Annotated[kind, _info(name, field, repeat)]
+        annotation = Annotated[kind, _info(leaf, repeat)]
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
@@ -64,7 +61,13 @@ def options(model: type[BaseModel], repeat: str | None = None) -> list[inspect.P
     return sorted(parameters, key=lambda p: not isinstance(p.annotation.__metadata__[0], type(typer.Argument())))
 
 
-def _info(name: str, field: FieldInfo, repeat: str | None) -> Any:
+def _rank(leaf: Leaf) -> int:
+    """Common flags stand first in the help, details of losses last."""
+    return 0 if leaf.panel is None else 2 if leaf.panel in LAST else 1
+
+
+def _info(leaf: Leaf, repeat: str | None) -> Any:
+    name, field = leaf.name, leaf.field
     if _positional(field):
         return typer.Argument(help=field.description)
     shown = f"--{flag(name, field)}"
@@ -74,17 +77,17 @@ def _info(name: str, field: FieldInfo, repeat: str | None) -> Any:
     extra = field.json_schema_extra
     choices = extra.get("choices") if isinstance(extra, dict) else None
     metavar = f"[{'|'.join(map(str, choices))}]" if isinstance(choices, list) else None
-    return typer.Option(shown, help=f"{field.description}{again}", metavar=metavar)
+    return typer.Option(shown, help=f"{field.description}{again}", metavar=metavar, rich_help_panel=leaf.panel)
 
 
 def _positional(field: FieldInfo) -> bool:
     """Whether it is an argument, which no flag names."""
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("argument"))
+    return bool(marked(field, "argument"))
 
 
 def _many(field: FieldInfo) -> bool:
     """Whether an argument takes several words."""
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("many"))
+    return bool(marked(field, "many"))
 
 
 def build(model: type[C], values: dict[str, Any]) -> C:
@@ -94,11 +97,11 @@ def build(model: type[C], values: dict[str, Any]) -> C:
         XtokenError: a value is refused; the message names its flag.
     """
     given = dict(values)
-    for name, field in model.model_fields.items():
+    for _, name, field, _ in leaves(model):
         if field.annotation in LISTS and name in given:
             given[name] = _items(given[name], field)
     try:
-        return model(**given)
+        return model.from_flat(**given)
     except ValidationError as error:
         raise XtokenError(_refusal(model, error)) from error
 
@@ -123,14 +126,51 @@ def build_each(model: type[C], values: dict[str, Any], repeat: str | None) -> li
     return [build(model, {**values, repeat: value}) for value in values[repeat]]
 
 
-def _refusal(model: type[BaseModel], error: ValidationError) -> str:
+def _refusal(model: type[Config], error: ValidationError) -> str:
     first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
-    known = model.model_fields.get(name)
+    found = {(group, name): field for group, name, field, _ in leaves(model)}
+    place = [str(part) for part in first["loc"]]
+    if place and place[0] in {group for group, _ in found}:
+        group, place = place[0], place[1:]
+    else:
+        group = None
+    name = place[0] if place else ""
+    known = found.get((group, name))
     where = f"--{flag(name, known)}: " if known is not None else f"--{name}: " * bool(name)
     where = where.removeprefix("--").upper() if known is not None and _positional(known) else where
-    found = f" (it is {first['input']!r})" if first["type"] != "value_error" else ""
-    return where + first["msg"].removeprefix("Value error, ") + found
+    given = f" (it is {first['input']!r})" if first["type"] != "value_error" else ""
+    return where + first["msg"].removeprefix("Value error, ") + given
+
+
+def config_option(model: type[Config], repeat: str | None = None) -> inspect.Parameter:
+    """``--config FILE``: what the file says becomes the default of every parameter that is not given."""
+    read = functools.partial(_read_defaults, model, repeat)
+    read.__annotations__ = {"context": typer.Context, "path": str | None}
+    shown = typer.Option("--config", help=HELP, metavar="FILE", is_eager=True, callback=read)
+    return inspect.Parameter(
+        "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, shown]
+    )
+
+
+def _read_defaults(model: type[Config], repeat: str | None, context: typer.Context, path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        values = read_settings(path, model, repeat)
+    except XtokenError as error:
+        remarks(soft_wrap=True).out(f"error: {error}", highlight=False)
+        raise typer.Exit(error.exit_code) from error
+    context.default_map = {
+        leaf.name: _typed(values[leaf.name], leaf, repeat) for leaf in leaves(model) if leaf.name in values
+    }
+    return path
+
+
+def _typed(value: Any, leaf: Leaf, repeat: str | None) -> Any:
+    """A value of a file as a word of the command line, of which a list is one."""
+    if leaf.name == repeat:
+        return value if isinstance(value, list) else [value]
+    return ",".join(value) if leaf.field.annotation in LISTS and not _many(leaf.field) else value
 
 
 def command(

@@ -106,7 +106,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Runs of a tiny student; the first, ``quiet``, is left alone."""
     folder, toy = tmp_path_factory.mktemp("train-kill"), toys()
     targets = toy.write_targets(folder / "targets", toy.Pair(), LENGTHS, losses=("p-kl",))
-    config = TrainConfig(
+    config = TrainConfig.from_flat(
         targets=[targets],
         student=write_student(folder / "student", toy),
         out="set below",
@@ -123,7 +123,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         completions=0,
     )
     with nursery() as forks:
-        made = Runs(forks, folder, config.model_dump(mode="json"), toy.STUDENT.model_dump(mode="json"))
+        made = Runs(forks, folder, config.record(), toy.STUDENT.model_dump(mode="json"))
         made.finish("quiet")
         yield made
 

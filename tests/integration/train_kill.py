@@ -153,7 +153,7 @@ def _train(job: dict[str, Any]) -> int:
         _small_disk(job["room"])
     held_out = [EvalSample(np.array([3, 4, 5, 6], np.int32), 9, 2), EvalSample(np.array([7, 8], np.int32), 3, 1)]
     try:
-        train(TrainConfig(**job["config"]), TokenizerInfo(**job["tokenizer"]), held_out, Silent())
+        train(TrainConfig.from_flat(**job["config"]), TokenizerInfo(**job["tokenizer"]), held_out, Silent())
     except XtokenError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -42,7 +42,7 @@ def main() -> None:
     held_out = [EvalSample(np.array(ids, np.int32), len(ids), 1, str(i)) for i, ids in enumerate(job["held_out"])]
     if job["poison"]:
         poison(job["poison"])
-    summary = loop.train(TrainConfig(**job["config"]), TokenizerInfo(**job["tokenizer"]), held_out, Silent())
+    summary = loop.train(TrainConfig.from_flat(**job["config"]), TokenizerInfo(**job["tokenizer"]), held_out, Silent())
     if os.environ.get("RANK", "0") == "0":
         Path(job["answer"]).write_text(json.dumps(summary))
 

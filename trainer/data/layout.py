@@ -24,7 +24,7 @@ class Layout:
         vocabulary: ids of the student's tokenizer.
         losses: one per target folder.
         weights: one per target folder.
-        weighting: what a sample's teachers are weighed by (see ``xtoken.schemas.configs.train.TrainConfig``).
+        weighting: what a sample's teachers are weighed by (see ``xtoken.schemas.configs.train.DataGroup.weighting``).
     """
 
     context: int | None

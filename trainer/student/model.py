@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from xtoken.schemas.configs.train import TrainConfig
+from xtoken.schemas.configs.train import StudentGroup
 from xtoken.schemas.devices import auto_device
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.atomic import whole_folder
@@ -46,19 +46,19 @@ def pick_autocast(name: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if wanted else None
 
 
-def open_student(config: TrainConfig, device: torch.device, tokenizer: TokenizerInfo) -> Any:
-    """The model that ``config`` trains, in float32 on ``device``: loaded, or random by ``config.seed``.
+def open_student(student: StudentGroup, device: torch.device, tokenizer: TokenizerInfo, seed: int) -> Any:
+    """The model that ``student`` names, in float32 on ``device``: loaded, or random by ``seed``.
 
     The caller's random state stays as it is.
 
     Raises:
         XtokenError: it cannot be loaded, is quantised, or config.json does not describe a model for this tokenizer.
     """
-    if config.from_scratch is None:
-        model = load_student(str(config.student), device, config.trust_remote_code)
-        _refuse_packed(model, config.source)
+    if student.from_scratch is None:
+        model = load_student(str(student.student), device, student.trust_remote_code)
+        _refuse_packed(model, student.source)
         return model
-    return build_student(Path(config.from_scratch), tokenizer, config.seed, config.trust_remote_code).to(device)
+    return build_student(Path(student.from_scratch), tokenizer, seed, student.trust_remote_code).to(device)
 
 
 def _refuse_packed(model: Any, source: str) -> None:

@@ -6,13 +6,14 @@ chunks, in the dtype that it is told.
 
 import sys
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from xtoken.schemas.configs.train import StudentGroup
 from xtoken.schemas.errors import XtokenError
 from xtoken.trainer.data.batches import Loader
 from xtoken.trainer.data.layout import Layout
@@ -176,14 +177,13 @@ def test_the_gradient_of_the_head_is_added_up_in_float32(lesson: tuple[Any, Any]
 @pytest.mark.usefixtures("stand_in")
 def test_a_head_that_is_not_folded_does_without(lesson: tuple[Any, Any]) -> None:
     """Such a model has no matrix to give to the kernel."""
-    cuda, config = torch.device("cuda"), SimpleNamespace(kernel="auto", losses=["ce"], loss=["ce"], source="acme/odd")
-    chosen: Any = config
-    assert use_liger(chosen, cuda, folded=True)
-    assert not use_liger(chosen, cuda, folded=False)
-    assert not use_liger(chosen, CPU, folded=True)
-    config.kernel = "liger"
+    cuda, chosen = torch.device("cuda"), StudentGroup(student="acme/odd")
+    assert use_liger(chosen, ["ce"], cuda, folded=True)
+    assert not use_liger(chosen, ["ce"], cuda, folded=False)
+    assert not use_liger(chosen, ["ce"], CPU, folded=True)
+    chosen = StudentGroup(student="acme/odd", kernel="liger")
     with pytest.raises(XtokenError, match="--kernel liger needs the matrix of the head, and acme/odd makes"):
-        use_liger(chosen, cuda, folded=False)
+        use_liger(chosen, ["ce"], cuda, folded=False)
     student = student_of("plain")
     whole = Student(student.model, CPU, None, 24, Head(student.model, folded=False, positions=True))
     value, _, grads = scored(student, *lesson, liger=False)

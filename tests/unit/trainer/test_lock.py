@@ -33,7 +33,7 @@ with only_trainer(Path(sys.argv[1])):
 def configure(make_targets: Callable[..., str], student_dir: str, tmp_path: Path) -> Callable[..., TrainConfig]:
     base = {"targets": [make_targets([[9, 12, 5]])], "student": student_dir, "out": str(tmp_path / "run")}
     sizes = {"steps": 2, "step_tokens": 24, "micro_tokens": 14, "max_tokens": 32, "device": "cpu"}
-    return lambda **options: TrainConfig(**{**base, **sizes, **options})
+    return lambda **options: TrainConfig.from_flat(**{**base, **sizes, **options})
 
 
 def test_a_second_trainer_is_refused_and_a_killed_one_holds_nothing(

@@ -61,7 +61,7 @@ def configure(make_targets: Callable[..., str], student_dir: str, tmp_path: Path
         base = {"targets": [root], "student": student_dir, "out": str(tmp_path / "run"), "device": "cpu"}
         sizes = {"steps": 12, "step_tokens": 24, "micro_tokens": 14, "max_tokens": 32, "warmup": 3, "save_every": 5}
         losses = {"loss": [options.pop("loss", "p-kl")]} if isinstance(options.get("loss", ""), str) else {}
-        return TrainConfig(**{**base, **sizes, "lr": 1e-2, **losses, **options})
+        return TrainConfig.from_flat(**{**base, **sizes, "lr": 1e-2, **losses, **options})
 
     return build
 
@@ -113,7 +113,7 @@ def test_resume_is_bit_exact(
     if mix == "fixed":
         learned = [np.load(Path(one.out, "w-0.npy")) for one in (quiet, config)]
         np.testing.assert_array_equal(*learned)
-        assert (learned[0] != Targets(quiet.targets[0]).w.weight).any()
+        assert (learned[0] != Targets(quiet.data.targets[0]).w.weight).any()
     timing = ("seconds", "tokens_per_s")
     ours, theirs = (
         [{k: v for k, v in s.items() if k not in timing} for s in steps_of(o)] for o in (config.out, quiet.out)
@@ -137,10 +137,12 @@ def test_a_finished_run_returns_its_summary(
 
 def test_the_result_is_a_model_folder(configure: Callable[..., TrainConfig], student_info: Any) -> None:
     """What evaluate says of the saved folder is what the run said after training."""
-    config = configure(steps=4, eval_targets=configure().targets[0])
+    config = configure(steps=4, eval_targets=configure().data.targets[0])
     summary = train(config, student_info, HELD_OUT, Silent())
     assert Path(summary["model"], "tokenizer_config.json").exists()
-    again = EvalConfig(model=summary["model"], text="given", targets=config.targets[0], max_tokens=32, device="cpu")
+    again = EvalConfig(
+        model=summary["model"], text="given", targets=config.data.targets[0], max_tokens=32, device="cpu"
+    )
     assert evaluate(again, student_info, HELD_OUT, Silent()) == summary["after"]
 
 
@@ -181,7 +183,7 @@ def test_what_does_not_fit_is_refused_before_the_model_loads(
     stranger = student_info.model_copy(update={"hash": "f" * 64, "name": "stranger"})
     with pytest.raises(XtokenError, match=r"'stranger'.*'toy-student'.*xtoken align"):
         train(configure(), stranger, [], Silent())
-    Path(configure().targets[0], "w.parquet").write_bytes(b"no table")
+    Path(configure().data.targets[0], "w.parquet").write_bytes(b"no table")
     with pytest.raises(XtokenError, match="sha256"):
         train(configure(), student_info, [], Silent())
 
@@ -201,7 +203,7 @@ def test_a_narrow_head_is_refused(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(configure().student)
+    model = AutoModelForCausalLM.from_pretrained(configure().student.student)
     model.resize_token_embeddings(20)
     model.save_pretrained(tmp_path / "narrow")
     with pytest.raises(XtokenError, match="predicts 20 tokens, but its tokenizer's ids go up to 23"):
@@ -275,15 +277,15 @@ def test_a_torn_last_line_of_metrics_is_dropped(
 
 def test_learning_rate_and_decay_groups(configure: Callable[..., TrainConfig]) -> None:
     config = configure(steps=100, warmup=10, lr=1.0)
-    rates = [learning_rate(step, config) for step in range(1, 101)]
+    rates = [learning_rate(step, config.optim) for step in range(1, 101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == pytest.approx(1.0)
     assert rates[54] == pytest.approx(0.55)
     assert rates[99] == pytest.approx(0.1)
     assert all(a > b for a, b in itertools.pairwise(rates[9:]))
-    assert learning_rate(1, configure(warmup=0, steps=1)) > 0
+    assert learning_rate(1, configure(warmup=0, steps=1).optim) > 0
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
-    matrices, vectors = build_optimizer(model, config).param_groups
+    matrices, vectors = build_optimizer(model, config.optim).param_groups
     assert [p.dim() for p in matrices["params"]] == [2]
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.01, 0.0)
     assert len(vectors["params"]) == 3
@@ -296,11 +298,11 @@ def test_a_head_without_the_last_special_tokens_trains(
     """As Gemma's: its tokenizer has one more id, an image token, than its head."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(configure().student)
+    model = AutoModelForCausalLM.from_pretrained(configure().student.student)
     model.resize_token_embeddings(24)
     model.save_pretrained(tmp_path / "exact")
     wider = student_info.model_copy(update={"size": 25})
-    config = configure(student=str(tmp_path / "exact"), steps=2, loss=loss, eval_targets=configure().targets[0])
+    config = configure(student=str(tmp_path / "exact"), steps=2, loss=loss, eval_targets=configure().data.targets[0])
     assert math.isfinite(train(config, wider, HELD_OUT, Silent())["after"]["kl"])
 
 
@@ -327,7 +329,7 @@ def test_two_teachers_with_their_own_losses(
 ) -> None:
     """The second holds a third of the samples; all is counted, and another number of losses is refused."""
     second = make_targets(LENGTHS[:1], name="second", losses=("sparse-kl",))
-    roots = [configure().targets[0], second]
+    roots = [configure().data.targets[0], second]
     config = configure(targets=roots, loss=["h-kl", "sparse-kl"], weights=[1.0, 3.0], steps=6, step_tokens=60)
     summary = train(config, student_info, [], Silent())
     assert (summary["samples"], summary["samples_of_all_teachers"]) == (14, 5)
@@ -386,7 +388,7 @@ def test_targets_without_what_an_option_needs_are_refused(
 
 
 def test_old_targets_are_refused_by_version(configure: Callable[..., TrainConfig], student_info: Any) -> None:
-    path = Path(configure().targets[0], "manifest.json")
+    path = Path(configure().data.targets[0], "manifest.json")
     path.write_text(path.read_text().replace('"schema_version":3', '"schema_version":1'))
     with pytest.raises(XtokenError, match="schema version 1, this xtoken reads targets of version 2 to 4"):
         train(configure(), student_info, [], Silent())

@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 def configure(make_targets: Callable[..., str], student_dir: str, tmp_path: Path) -> Callable[..., TrainConfig]:
     base = {"targets": [make_targets([[9, 12, 5]])], "student": student_dir, "out": str(tmp_path / "run")}
     sizes = {"steps": 2, "step_tokens": 24, "micro_tokens": 14, "max_tokens": 32, "device": "cpu"}
-    return lambda **options: TrainConfig(**{**base, **sizes, **options})
+    return lambda **options: TrainConfig.from_flat(**{**base, **sizes, **options})
 
 
 @pytest.fixture

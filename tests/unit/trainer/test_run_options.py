@@ -33,7 +33,7 @@ def configure(make_targets: Callable[..., str], student_dir: str, tmp_path: Path
     root = make_targets(LENGTHS)
     sizes = {"steps": 6, "step_tokens": 24, "micro_tokens": 14, "max_tokens": 32, "warmup": 2, "save_every": 5}
     base = {"targets": [root], "student": student_dir, "out": str(tmp_path / "run"), "device": "cpu", "lr": 1e-2}
-    return lambda **options: TrainConfig(**{**base, **sizes, **options})
+    return lambda **options: TrainConfig.from_flat(**{**base, **sizes, **options})
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_held_out_figures_rows_and_completions(configure: Callable[..., TrainConfig], student_info: Any) -> None:
-    config = configure(eval_every=2, completions=2, eval_targets=configure().targets[0])
+    config = configure(eval_every=2, completions=2, eval_targets=configure().data.targets[0])
     summary = train(config, student_info, HELD_OUT, Silent())
     root = Path(config.out)
     found = [(line["step"], line["eval"]) for line in lines_of(root / "metrics.jsonl") if "eval" in line]
@@ -105,7 +105,7 @@ def test_adapters_train_and_resume(
 ) -> None:
     """Only adapters change and are saved; the merged model is the one that was measured; a restart changes nothing."""
     pytest.importorskip("peft")
-    config = configure(lora=2, eval_targets=configure().targets[0])
+    config = configure(lora=2, eval_targets=configure().data.targets[0])
     summary = train(config, student_info, [], Silent())
     kept = load_file(Path(config.out) / "checkpoints" / "step-000006" / "model.safetensors")
     assert kept
@@ -116,7 +116,7 @@ def test_adapters_train_and_resume(
     assert changed
     assert all("proj" in name for name in changed)
     assert (Path(summary["adapter"]) / "adapter_model.safetensors").exists()
-    again = configure(lora=2, eval_targets=configure().targets[0], out=str(tmp_path / "again"), save_every=3)
+    again = configure(lora=2, eval_targets=configure().data.targets[0], out=str(tmp_path / "again"), save_every=3)
     Path(config.out, "summary.json").unlink()
     assert train(config, student_info, [], Silent())["after"] == summary["after"], "from the last checkpoint"
     assert train(again, student_info, [], Silent())["after"] == summary["after"]

@@ -193,18 +193,18 @@ def test_a_failing_service_is_reported_once(tmp_path: Path, caplog: pytest.LogCa
 
 
 def config(**options: Any) -> TrainConfig:
-    return TrainConfig(targets=["t"], student="s", out="o", **options)
+    return TrainConfig.from_flat(targets=["t"], student="s", out="o", **options)
 
 
 @pytest.mark.parametrize(
     ("options", "package"), [({"tensorboard": True}, "torch.utils.tensorboard"), ({"wandb": "project"}, "wandb")]
 )
 def test_missing_packages_are_said(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], package: str) -> None:
-    require_trackers(config())
+    require_trackers(config().report)
     monkeypatch.setitem(sys.modules, package, None)
-    require_trackers(config())
+    require_trackers(config().report)
     with pytest.raises(XtokenError, match=r"pip install 'xtoken\[tracking\]'"):
-        require_trackers(config(**options))
+        require_trackers(config(**options).report)
 
 
 def test_being_logged_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,7 @@ def test_being_logged_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     wandb.teardown()
     with pytest.raises(XtokenError, match="run 'wandb login'"):
-        require_trackers(config(wandb="project"))
+        require_trackers(config(wandb="project").report)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    require_trackers(config(wandb="project"))
+    require_trackers(config(wandb="project").report)
     wandb.teardown()

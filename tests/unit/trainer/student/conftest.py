@@ -73,7 +73,7 @@ def configure(tmp_path: Path) -> Callable[..., TrainConfig]:
         path = tmp_path / "config.json"
         path.write_text(json.dumps(fields))
         base = {"targets": ["t"], "out": str(tmp_path / "run"), "tokenizer": "bytes", "from_scratch": str(path)}
-        return TrainConfig(**{**base, **options})
+        return TrainConfig.from_flat(**{**base, **options})
 
     return build
 
@@ -83,7 +83,8 @@ def scratch(configure: Callable[..., TrainConfig]) -> Callable[..., Any]:
     """``scratch(family)``: a tiny random model of this family."""
 
     def build(family: str, **options: Any) -> Any:
-        return open_student(configure(FAMILIES[family], **options), torch.device("cpu"), _BYTES)
+        config = configure(FAMILIES[family], **options)
+        return open_student(config.student, torch.device("cpu"), _BYTES, config.data.seed)
 
     return build
 

@@ -143,7 +143,7 @@ def test_a_folder_is_opened_in_float32(
     """Stored in bfloat16, trained in float32."""
     save_student(scratch("gemma3").to(torch.bfloat16), "bytes", tmp_path / "stored")
     config = configure({}, from_scratch=None, student=str(tmp_path / "stored"))
-    model = open_student(config, CPU, bytes_info)
+    model = open_student(config.student, CPU, bytes_info, seed=0)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(grad.isfinite().all() for grad in gradients(model, ids).values())
 

@@ -40,14 +40,14 @@ def test_special_ids_are_the_tokenizers(
     configure: Callable[..., TrainConfig], llama: dict[str, Any], bytes_info: TokenizerInfo
 ) -> None:
     """Byte 1 is no BOS, byte 7 no padding (its embedding would stay untrained), and unused columns are not drawn."""
-    model = open_student(configure(llama), CPU, bytes_info)
+    model = open_student(configure(llama).student, CPU, bytes_info, seed=0)
     for config in (model.config, model.generation_config):
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
     assert model.generation_config.suppress_tokens == list(range(256, 264))
     model(input_ids=torch.tensor([[7, 8]])).logits.sum().backward()
     assert model.get_input_embeddings().weight.grad[7].abs().sum() > 0
     other = bytes_info.model_copy(update={"size": 250, "bos_id": 2, "eos_id": 3})
-    model = open_student(configure(llama | {"pad_token_id": 255}), CPU, other)
+    model = open_student(configure(llama | {"pad_token_id": 255}).student, CPU, other, seed=0)
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (2, 3, 255)
 
 
@@ -73,7 +73,7 @@ def test_what_is_no_model_is_refused(
 ) -> None:
     fields = {key: value for key, value in (llama | change).items() if value is not None}
     with pytest.raises(XtokenError, match=message):
-        open_student(configure(fields), CPU, bytes_info)
+        open_student(configure(fields).student, CPU, bytes_info, seed=0)
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), ("{", "is no JSON"), ("[]", "no.* object")])
@@ -96,7 +96,7 @@ def test_code_beside_the_config_runs_when_trusted(
     auto_map = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddModel"}
     config = configure(llama | {"model_type": "odd", "auto_map": auto_map}, trust_remote_code=True)
     (tmp_path / "odd.py").write_text(_CODE)
-    model = open_student(config, CPU, bytes_info)
+    model = open_student(config.student, CPU, bytes_info, seed=0)
     assert type(model).__name__ == "OddModel"
     assert model.config.hidden_size == 32
 

@@ -127,7 +127,7 @@ def test_a_quantised_student_is_refused(
     monkeypatch.setattr("xtoken.trainer.student.model.load_student", lambda *_: model)
     config = configure({}, from_scratch=None, student="acme/q")
     with pytest.raises(XtokenError, match=r"student 'acme/q' is quantised \(gptq\).*give the model"):
-        open_student(config, CPU, bytes_info)
+        open_student(config.student, CPU, bytes_info, seed=0)
 
 
 def test_what_is_no_json_is_left_out(scratch: Callable[..., Any], tmp_path: Path) -> None:
