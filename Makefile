@@ -10,7 +10,7 @@ ROUNDS ?= tests/unit tests/unit tests/unit tests/integration
 .PHONY: demo test soak lint types models setup clean
 
 demo: setup models  ## capture a real teacher, train a real student, compare
-	$(BIN)/xtoken demo
+	$(BIN)/python examples/demo.py
 
 test: setup models  ## every test, in random order; real tokenizers, real models, real engines
 	$(BIN)/pytest -n 2 --no-loadscope-reorder -p randomly --randomly-dont-reset-seed $(SEED:%=--randomly-seed=%)

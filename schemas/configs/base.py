@@ -48,7 +48,7 @@ class Config(BaseModel):
         """Raise XtokenError when an output cannot be made where it is to lie."""
         for name, field in type(self).model_fields.items():
             kind, value = place_of(field), getattr(self, name)
-            if kind not in (None, "read") and value is not None:
+            if kind not in (None, "read") and value:  # what is given is never empty
                 refuse_unusable(value, cast(Kind, kind))
 
 

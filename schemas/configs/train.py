@@ -80,7 +80,7 @@ class TrainConfig(LossOptions):
         description="static: --weights; else per sample, a softmax over the teachers that hold it of -CE, -entropy or "
         "the largest probability, times --weights.",
     )
-    learn_w: bool = Field(False, description="p-kl: train W's weights too; its zeros stay.")
+    learn_w: bool = Field(False, description="Experimental. p-kl: train W's weights too; its zeros stay.")
     w_lr: float = Field(1e-2, gt=0.0, description="Peak learning rate of W under --learn-w.")
     mix: Literal["fixed", "dynamic"] = Field(
         "fixed", description="fixed: kd_weight KD + ce_weight CE; dynamic: sg(CE/KD) KD + CE."

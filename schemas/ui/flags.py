@@ -54,6 +54,8 @@ def options(model: type[BaseModel], repeat: str | None = None) -> list[inspect.P
         default: Any = inspect.Parameter.empty if field.default is PydanticUndefined else field.default
         if kind in LISTS and not _many(field):
             kind, default = str, default if default is inspect.Parameter.empty else ",".join(map(str, default))
+        if default == "":  # what is left out is not what a variable that is unset gives
+            kind, default = kind | None, None
         if name == repeat:
             kind = list[kind]
         annotation = Annotated[kind, _info(name, field, repeat)]
@@ -90,7 +92,7 @@ def build(model: type[C], values: dict[str, Any]) -> C:
     Raises:
         XtokenError: a value is refused; the message names its flag.
     """
-    given = dict(values)
+    given = {name: value for name, value in values.items() if value is not None}
     for name, field in model.model_fields.items():
         if field.annotation in LISTS and name in given:
             given[name] = _items(given[name], field)
@@ -128,6 +130,26 @@ def _refusal(model: type[BaseModel], error: ValidationError) -> str:
     where = where.removeprefix("--").upper() if known is not None and _positional(known) else where
     found = f" (it is {first['input']!r})" if first["type"] != "value_error" else ""
     return where + first["msg"].removeprefix("Value error, ") + found
+
+
+def words_of(config: BaseModel) -> list[str]:
+    """The words of the command line that make a configuration; fields at their default are left out."""
+    words, flags = list[str](), list[str]()
+    for name, field in type(config).model_fields.items():
+        value, shown = getattr(config, name), f"--{flag(name, field)}"
+        if value == field.default:
+            continue
+        if _positional(field):
+            words += value if _many(field) else [_text(value)]
+        elif isinstance(value, bool):
+            flags.append(shown if value else f"--no-{shown.removeprefix('--')}")
+        else:
+            flags += [shown, _text(value)]
+    return words + flags
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def command(
