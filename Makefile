@@ -7,13 +7,19 @@ PIP_ARGS ?=
 SEED ?=
 ROUNDS ?= tests/unit tests/unit tests/unit tests/integration
 
-.PHONY: demo test soak lint types models setup clean
+.PHONY: demo test unit wheel soak lint types models setup clean
 
 demo: setup models  ## capture a real teacher, train a real student, compare
-	$(BIN)/xtoken demo
+	$(BIN)/python examples/demo.py
 
 test: setup models  ## every test, in random order; real tokenizers, real models, real engines
 	$(BIN)/pytest -n 2 --no-loadscope-reorder -p randomly --randomly-dont-reset-seed $(SEED:%=--randomly-seed=%)
+
+unit: setup models  ## the unit tests alone, in fixed order; the last lines say which cost what
+	$(BIN)/pytest -n 2 --hypothesis-profile=few --durations=25 tests/unit
+
+wheel: setup models  ## build wheel and sdist, install them beside others, use them outside the checkout
+	$(BIN)/python tests/wheel.py
 
 soak: setup models  ## the unit tests thrice and the integration tests once, in random order on cores that are busy
 	$(BIN)/python tests/soak.py $(ROUNDS)

@@ -6,8 +6,10 @@ also the only place where the pipeline and the trainer meet.
 
 import contextlib
 import functools
+import json
 import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,21 +22,23 @@ import typer
 from xtoken.schemas.configs.artifacts import (
     AlignConfig,
     DemoConfig,
+    DoctorConfig,
     InspectConfig,
     ProjectConfig,
     QueryConfig,
     VerifyConfig,
 )
-from xtoken.schemas.configs.base import Config, flag, leaves
+from xtoken.schemas.configs.base import Config
 from xtoken.schemas.configs.capture import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
 from xtoken.schemas.configs.share import CardConfig, MergeConfig, PullConfig, PushConfig
 from xtoken.schemas.configs.train import EvalConfig, ReportConfig, TrainConfig
-from xtoken.schemas.errors import TRACEBACK, XtokenError, named
+from xtoken.schemas.errors import TRACEBACK, PartlyDone, XtokenError, named
 from xtoken.schemas.io.cache_folders import settle_home
 from xtoken.schemas.io.overlap import refuse_inside
 from xtoken.schemas.io.paths import refuse_lost_folder
 from xtoken.schemas.ui.answer import RANK, Answer, Interrupted
-from xtoken.schemas.ui.flags import App, build, build_each, command, config_option, options
+from xtoken.schemas.ui.doctor import EVERY, examine
+from xtoken.schemas.ui.flags import App, build, build_each, command, config_option, options, words_of
 from xtoken.schemas.ui.progress import Bars
 from xtoken.schemas.ui.tables import shown
 from xtoken.schemas.ui.terminal import Output, delivered, read_input, remarks
@@ -46,17 +50,16 @@ if TYPE_CHECKING:
 
 app = App(
     help="Distil from teachers that speak another tokenizer: capture the teacher once, train any student.\n\n"
-    "The way: precompute -> align -> train. 'xtoken demo' walks it on real models.",
+    "The way: precompute -> align -> train. 'xtoken doctor' says what is installed and what is missing for what.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 share_app = typer.Typer(
-    help="Publish, fetch, check, describe and join captures on any folder or object store.", no_args_is_help=True
+    help="Publish, fetch, describe and join captures on any folder or object store.", no_args_is_help=True
 )
 app.add_typer(share_app, name="share")
 Figures = dict[str, Any]
 F = TypeVar("F", bound=Figures | Iterator[Figures])
-Verb = Callable[[Any, Bars], Figures]
 Anyhow = Callable[[Any, Bars], Figures | Iterator[Figures]]
 
 
@@ -99,10 +102,19 @@ class verb:  # noqa: N801 - used as a decorator
     """Register a function of (configuration, bars) as a verb whose flags are the configuration's fields.
 
     With ``repeat``, the flag of that name may be given again: the function then gets a list of configurations.
+    ``hidden`` verbs work and are not listed: what they did has another command now.
     """
 
-    def __init__(self, model: type[Config], example: str, group: typer.Typer = app, repeat: str | None = None) -> None:
-        self.model, self.example, self.group, self.repeat = model, example, group, repeat
+    def __init__(
+        self,
+        model: type[Config],
+        example: str,
+        group: typer.Typer = app,
+        repeat: str | None = None,
+        *,
+        hidden: bool = False,
+    ) -> None:
+        self.model, self.example, self.group, self.repeat, self.hidden = model, example, group, repeat, hidden
 
     def __call__(self, function: Callable[[Any, Bars], F]) -> Callable[[Any, Bars], F]:
         once = functools.partial(build, self.model)
@@ -112,7 +124,7 @@ class verb:  # noqa: N801 - used as a decorator
         name = function.__name__.removeprefix("run_").removeprefix("share_")
         parameters = [*options(self.model, self.repeat), config_option(self.model, self.repeat)]
         switches = {"as_json": JSON_FLAG, "quiet": QUIET_FLAG}
-        self.group.command(name, help=text)(command(run, parameters, switches))
+        self.group.command(name, help=text, hidden=self.hidden)(command(run, parameters, switches))
         return function
 
 
@@ -318,9 +330,6 @@ def run_share_pull(config: PullConfig, bars: Bars) -> Figures:
     return pull(config, bars)
 
 
-verb(VerifyConfig, "xtoken share verify s3://team/capture", share_app)(run_verify)
-
-
 @verb(CardConfig, "xtoken share card capture --license corpus=cc-by-4.0,outputs=gemma", share_app)
 def run_share_card(config: CardConfig, bars: Bars) -> Figures:
     """Write a capture's dataset card."""
@@ -337,63 +346,51 @@ def run_share_merge(config: MergeConfig, bars: Bars) -> Figures:
     return merge(config, bars)
 
 
-@verb(EstimateConfig, "xtoken estimate corpus.jsonl.zst --teacher Qwen/Qwen3-4B --k 32")
+@verb(DoctorConfig, "xtoken doctor")
+def run_doctor(config: DoctorConfig, bars: Bars) -> Figures:  # noqa: ARG001
+    """Say what is installed, and what is missing for what."""
+    figures = examine(online=config.online, imports=EVERY if config.imports else ())
+    if figures["problems"]:
+        said = "\n".join(figures["problems"])
+        raise PartlyDone(f"what every verb needs is missing or broken:\n{said}", figures, exit_code=1)
+    return figures
+
+
+def _replaced(words: list[str], was: str) -> None:
+    """One line of a verb that the next release is without: the command that does the same."""
+    if RANK == "0":
+        line = f"note: '{was}' will be gone in 0.7.0; the same is: {shlex.join(words)}"
+        remarks(soft_wrap=True).out(line, highlight=False)
+
+
+@verb(EstimateConfig, "xtoken estimate corpus.jsonl.zst --teacher Qwen/Qwen3-4B --k 32", hidden=True)
 def run_estimate(config: EstimateConfig, bars: Bars) -> Figures:
     """What a capture will cost."""
-    from xtoken.pipeline.capture.estimate.pilot import estimate
-
-    return estimate(config, bars)
-
-
-HERE = Path(__file__).resolve().parent
-_BARE = ("corpus", "captures", "targets", "runs")  # arguments that no flag names
+    plan = PrecomputeConfig(**config.model_dump(), dry_run=True, pilot=True)
+    _replaced(["xtoken", "precompute", *words_of(plan)], "xtoken estimate")
+    return run_precompute([plan], bars)
 
 
-@verb(DemoConfig, "xtoken demo --out demo-run")
+@verb(VerifyConfig, "xtoken share verify s3://team/capture", share_app, hidden=True)
+def run_share_verify(config: VerifyConfig, bars: Bars) -> Figures:
+    """Check every byte."""
+    _replaced(["xtoken", "verify", *words_of(config)], "xtoken share verify")
+    return run_verify(config, bars)
+
+
+@verb(DemoConfig, "xtoken demo --out demo-run", hidden=True)
 def run_demo(config: DemoConfig, bars: Bars) -> Figures:
-    """Walk the whole way on real models and compare P-KL with CE alone."""
-    from xtoken.trainer.report.demo import demo_figures
-
-    began = time.monotonic()
-    models, texts = os.path.relpath(HERE / ".cache" / "models"), os.path.relpath(HERE / "examples" / "data")
-    teacher, student = config.teacher or f"{models}/gemma-3-270m", config.student or f"{models}/smollm2-135m"
-    for source in (teacher, student, texts):
-        if source.startswith((models, texts)) and not Path(source).is_dir():
-            raise XtokenError(f"{source} does not exist: 'make demo' in a clone of the repository prepares it")
-    out, say = config.out, remarks(highlight=False, soft_wrap=True).print
-    captures = {}
-    for name, text in (("train", "moby-dick.jsonl"), ("held-out", "moby-dick-held-out.jsonl")):
-        capture, targets = f"{out}/capture-{name}", f"{out}/targets-{name}"
-        flags: Figures = {"corpus": f"{texts}/{text}", "id_field": "id", "teacher": teacher, "out": capture}
-        flags |= {"max_tokens": 512, "shard_bytes": 1 << 15}
-        captures[name] = _step(say, run_precompute, PrecomputeConfig, flags, bars, several=True)
-        if name == "train":
-            _step(say, run_project, ProjectConfig, {"student": student, "teacher": capture, "out": f"{out}/w"}, bars)
-        flags = {"captures": capture, "student": student, "out": targets, "w": f"{out}/w", "losses": "p-kl"}
-        captures[name] |= {f"align_{k}": v for k, v in _step(say, run_align, AlignConfig, flags, bars).items()}
-    measure = {"eval_text": f"{texts}/moby-dick-held-out.jsonl", "eval_targets": f"{out}/targets-held-out"}
-    runs = {}
-    for loss, weights in (("p-kl", {"kd_weight": 1.0, "ce_weight": 1.0}), ("ce", {})):
-        flags = {"targets": f"{out}/targets-train", "student": student, "out": f"{out}/run-{loss}", "loss": loss}
-        flags |= {"steps": config.steps, "step_tokens": 512, "micro_tokens": 512, "warmup": 5, **weights, **measure}
-        runs[loss] = _step(say, run_train, TrainConfig, flags, bars)
-    folders = [f"{out}/run-{loss}" for loss in runs]
-    page = _step(say, run_report, ReportConfig, {"runs": folders, "out": f"{out}/report.html"}, bars)["page"]
-    return demo_figures(page, captures, runs, time.monotonic() - began)
-
-
-def _step(
-    say: Callable[..., None], run: Verb, model: type[Config], flags: Figures, bars: Bars, *, several: bool = False
-) -> Figures:
-    """Say the command that does the same, then do it."""
-    words, fields = [], {leaf.name: leaf.field for leaf in leaves(model)}
-    for key, value in flags.items():
-        words += [] if key in _BARE else [f"--{flag(key, fields[key])}"]
-        words += value if isinstance(value, list) else [str(value)]
-    if not bars.quiet:
-        say(f"$ xtoken {run.__name__.removeprefix('run_')} {shlex.join(words)}", style="bold")
-    config = build(model, flags)
-    return run([config] if several else config, bars)
+    """Run examples/demo.py."""
+    script = Path(__file__).resolve().parent / "examples" / "demo.py"
+    if not script.is_file():
+        raise XtokenError("the demo is examples/demo.py of the repository: clone it and say 'make demo'")
+    words = [os.path.relpath(script), *words_of(config)]
+    _replaced(["python", *words], "xtoken demo")
+    quiet = ["--quiet"] if bars.quiet else []
+    done = subprocess.run([sys.executable, *words, *quiet, "--json"], stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise XtokenError(f"the demo ended with exit code {done.returncode}; what it said stands above")
+    return dict(json.loads(done.stdout))
 
 
 def main() -> None:

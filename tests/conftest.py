@@ -28,6 +28,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # How quick a machine is decides nothing, and the same code is given the same examples; make soak looks for others.
 _PATIENT: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("same", derandomize=True, **_PATIENT)
+hypothesis.settings.register_profile("few", derandomize=True, max_examples=20, **_PATIENT)  # make unit
 hypothesis.settings.register_profile("other", **_PATIENT)
 hypothesis.settings.load_profile("same")
 

@@ -110,9 +110,9 @@ def each_below(configs: Sequence[PrecomputeConfig]) -> list[PrecomputeConfig]:
     Raises:
         XtokenError: two of them would have the same name.
     """
-    names = names_below([config.teacher for config in configs], configs[0].out, "--teacher ")
+    names = names_below([config.teacher for config in configs], configs[0].out or "--out", "--teacher ")
     return [
-        config.model_copy(update={"out": f"{config.out.rstrip('/')}/{name}"})
+        config.model_copy(update={"out": f"{config.out.rstrip('/')}/{name}" if config.out else ""})
         for config, name in zip(configs, names, strict=True)
     ]
 

@@ -233,18 +233,22 @@ class VerifyConfig(Config):
     audit: bool = Field(False, description="Also show how rows compared with the same tokens scored another way.")
 
 
-class DemoConfig(Config):
-    """Walk the whole way on real models: capture, W, align, train with P-KL and with CE alone, compare."""
+class DoctorConfig(Config):
+    """Say what is installed here, which devices and folders there are, and what is missing for what.
 
-    out: str = Field(
-        "demo-run",
-        description="Folder for everything the demo writes; a rerun resumes.",
-        json_schema_extra=OUT_FOLDER,
+    Exit code 1 when something that every verb needs is missing or broken. No network is used unless asked for.
+    """
+
+    online: bool = Field(False, description="Also ask the hub whether it answers; nothing else uses the network.")
+    imports: bool = Field(
+        False, description="Also import every package, each in a process of its own: a minute that finds broken ones."
     )
-    teacher: str | None = Field(
-        None, description="Teacher; by default the Gemma-3-270m that 'make demo' prepares.", json_schema_extra=PLACE
-    )
-    student: str | None = Field(
-        None, description="Student; by default the SmolLM2-135M that 'make demo' prepares.", json_schema_extra=PLACE
-    )
-    steps: int = Field(30, ge=1, description="Optimizer steps of each run.")
+
+
+class DemoConfig(Config):
+    """The same as examples/demo.py in a clone of the repository, which replaces it; 'make demo' prepares its models."""
+
+    out: str = Field("demo-run", description="As of examples/demo.py.", json_schema_extra=OUT_FOLDER)
+    teacher: str | None = Field(None, description="As of examples/demo.py.", json_schema_extra=PLACE)
+    student: str | None = Field(None, description="As of examples/demo.py.", json_schema_extra=PLACE)
+    steps: int = Field(30, ge=1, description="As of examples/demo.py.")

@@ -108,7 +108,7 @@ class Config(BaseModel):
         """Raise XtokenError when an output cannot be made where it is to lie."""
         for leaf in leaves(type(self)):
             kind, value = place_of(leaf.field), leaf.of(self)
-            if kind not in (None, "read") and value is not None:
+            if kind not in (None, "read") and value:  # what is given is never empty
                 refuse_unusable(value, cast(Kind, kind))
 
 

@@ -21,6 +21,7 @@ from xtoken.schemas.configs.base import (
 )
 
 TRAIN, ALL, ONLY = "train", "all", "only"
+PILOT_TOKENS = 2000
 # Words for splits, as Hugging Face's datasets finds them in names of files.
 _SPLITS = {
     TRAIN: ("train", "training"),
@@ -212,7 +213,9 @@ class PrecomputeConfig(RowsConfig):
     """Run a teacher over a corpus and store its rows: the most probable entries, or draws."""
 
     out: str = Field(
-        description="Folder or URL of the capture; the same command resumes. Several teachers: a folder each below.",
+        "",
+        description="Folder or URL of the capture; the same command resumes. Several teachers: a folder each below. "
+        "Needed but for --dry-run, which without it counts all of the corpus as left.",
         json_schema_extra=OUT_FOLDER,
     )
     student: str | None = Field(
@@ -259,6 +262,23 @@ class PrecomputeConfig(RowsConfig):
     gpu_price: float | None = Field(
         None, ge=0.0, description="Price of one GPU hour, for the cost under --dry-run.", json_schema_extra=RUN
     )
+    pilot: bool = Field(
+        False,
+        description="With --dry-run: also show what its pilot found: bytes of each column, 95 % intervals, what the "
+        "codec keeps.",
+        json_schema_extra=RUN,
+    )
+    pilot_tokens: int = Field(
+        PILOT_TOKENS,
+        ge=1,
+        description="With --dry-run: teacher tokens that are really scored, taken evenly from the corpus.",
+        json_schema_extra=RUN,
+    )
+    like: str | None = Field(
+        None,
+        description="With --dry-run: take bytes from this capture and run no teacher; speed is then unknown.",
+        json_schema_extra=PLACE | RUN,
+    )
     log: str | None = Field(
         None,
         description="File for one JSON line per event; left out: log.jsonl in a local --out, none elsewhere.",
@@ -293,11 +313,25 @@ class PrecomputeConfig(RowsConfig):
     _an_address = field_validator("ray")(ray_address)
 
     @model_validator(mode="after")
+    def _somewhere_to_write(self) -> "PrecomputeConfig":
+        if not self.out and not self.dry_run:
+            raise ValueError("--out is missing; name a folder or URL for the capture, or say --dry-run")
+        return self
+
+    @model_validator(mode="after")
     def _a_price_is_for_a_plan(self) -> "PrecomputeConfig":
         if self.gpu_price is not None and not self.dry_run:
             raise ValueError(
                 f"gpu_price={self.gpu_price:g} is for the cost under --dry-run; say that too, or leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_pilot_is_for_a_plan(self) -> "PrecomputeConfig":
+        for name in ("pilot", "pilot_tokens", "like"):
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and not self.dry_run:
+                raise ValueError(f"{name}={value!r} is for --dry-run; say that too, or leave it out")
         return self
 
     @model_validator(mode="after")
@@ -315,16 +349,10 @@ class PrecomputeConfig(RowsConfig):
 
 
 class EstimateConfig(RowsConfig):
-    """Say how many bytes, how long and how much disk a capture takes, before it runs."""
+    """The same as 'xtoken precompute --dry-run --pilot', which replaces it."""
 
-    pilot_tokens: int = Field(
-        2000, ge=1, description="Teacher tokens that are really scored, taken evenly from the corpus."
-    )
-    like: str | None = Field(
-        None,
-        description="Take bytes from this capture, run no teacher; speed is then unknown.",
-        json_schema_extra=PLACE,
-    )
+    pilot_tokens: int = Field(PILOT_TOKENS, ge=1, description="As of precompute.")
+    like: str | None = Field(None, description="As of precompute.", json_schema_extra=PLACE)
 
 
 class StatusConfig(Config):

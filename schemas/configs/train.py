@@ -197,7 +197,7 @@ class LossGroup(LossOptions):
     )
     kd_weight: float = Field(1.0, ge=0.0, description="Weight of KD under --mix fixed.")
     ce_weight: float = Field(0.1, ge=0.0, description="Weight of CE under --mix fixed.")
-    learn_w: bool = Field(False, description="p-kl: train W's weights too; its zeros stay.")
+    learn_w: bool = Field(False, description="Experimental. p-kl: train W's weights too; its zeros stay.")
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "LossGroup":

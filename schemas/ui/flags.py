@@ -51,6 +51,8 @@ def options(model: type[Config], repeat: str | None = None) -> list[inspect.Para
         default: Any = inspect.Parameter.empty if field.default is PydanticUndefined else field.default
         if kind in LISTS and not _many(field):
             kind, default = str, default if default is inspect.Parameter.empty else ",".join(map(str, default))
+        if default == "":  # what is left out is not what a variable that is unset gives
+            kind, default = kind | None, None
         if name == repeat:
             kind = list[kind]
         annotation = Annotated[kind, _info(leaf, repeat)]
@@ -96,7 +98,7 @@ def build(model: type[C], values: dict[str, Any]) -> C:
     Raises:
         XtokenError: a value is refused; the message names its flag.
     """
-    given = dict(values)
+    given = {name: value for name, value in values.items() if value is not None}
     for _, name, field, _ in leaves(model):
         if field.annotation in LISTS and name in given:
             given[name] = _items(given[name], field)
@@ -171,6 +173,26 @@ def _typed(value: Any, leaf: Leaf, repeat: str | None) -> Any:
     if leaf.name == repeat:
         return value if isinstance(value, list) else [value]
     return ",".join(value) if leaf.field.annotation in LISTS and not _many(leaf.field) else value
+
+
+def words_of(config: Config) -> list[str]:
+    """The words of the command line that make a configuration; fields at their default are left out."""
+    words, flags = list[str](), list[str]()
+    for leaf in leaves(type(config)):
+        value, shown = leaf.of(config), f"--{flag(leaf.name, leaf.field)}"
+        if value == leaf.field.default:
+            continue
+        if _positional(leaf.field):
+            words += value if _many(leaf.field) else [_text(value)]
+        elif isinstance(value, bool):
+            flags.append(shown if value else f"--no-{shown.removeprefix('--')}")
+        else:
+            flags += [shown, _text(value)]
+    return words + flags
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def command(

@@ -11,10 +11,11 @@ from xtoken import cli
 
 RUNNER = CliRunner()
 VERBS = (
-    *("align", "demo", "estimate", "eval", "inspect", "losses"),
+    *("align", "doctor", "eval", "inspect", "losses"),
     *("precompute", "project", "query", "report", "status", "train", "verify"),
 )
-SHARE_VERBS = ("card", "merge", "pull", "push", "verify")
+SHARE_VERBS = ("card", "merge", "pull", "push")
+REPLACED = ("demo", "estimate", "share verify")  # not listed; each names the command that does the same, and does it
 
 
 def flags() -> dict[str, list[str]]:
@@ -35,7 +36,51 @@ def test_flags_are_frozen(request: pytest.FixtureRequest) -> None:
     assert flags() == frozen
 
 
-@pytest.mark.parametrize("verb", [*VERBS, *(f"share {name}" for name in SHARE_VERBS)])
+def test_help_lists_the_verbs_and_not_those_that_were_replaced() -> None:
+    groups: dict[str, typer.core.TyperGroup] = {  # type: ignore[name-defined]
+        "": typer.main.get_command(cli.app),  # type: ignore[dict-item]
+        "share ": typer.main.get_command(cli.share_app),  # type: ignore[dict-item]
+    }
+    hidden = {prefix + name: one.hidden for prefix, group in groups.items() for name, one in group.commands.items()}
+    assert {name for name, is_hidden in hidden.items() if is_hidden} == {*REPLACED}
+    assert {name for name, is_hidden in hidden.items() if not is_hidden} - {"share"} == {
+        *VERBS,
+        *(f"share {name}" for name in SHARE_VERBS),
+    }
+
+
+def test_a_replaced_verb_says_the_same_command_and_does_it(request: pytest.FixtureRequest) -> None:
+    capture = str(request.path.parents[1] / "golden" / "captures" / "v4-topk")
+    old = RUNNER.invoke(cli.app, ["share", "verify", capture, "--audit", "--json"])
+    line = f"note: 'xtoken share verify' will be gone in 0.7.0; the same is: xtoken verify {capture} --audit\n"
+    assert (old.exit_code, old.stderr) == (0, line)
+    assert old.stdout == RUNNER.invoke(cli.app, ["verify", capture, "--audit", "--json"]).stdout
+
+
+def test_the_demo_goes_on_as_a_script(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    result = RUNNER.invoke(cli.app, ["demo", "--out", str(tmp_path / "o"), "--steps", "7", "--teacher", "/nowhere"])
+    assert result.exit_code == 2
+    assert f"examples/demo.py --out {tmp_path}/o --teacher /nowhere --steps 7\n" in result.stderr
+    assert "the demo ended with exit code" in result.stderr
+    assert "/nowhere" in capfd.readouterr().err
+
+
+def test_what_makes_a_configuration_can_be_said_in_words() -> None:
+    """Arguments without names, lists of them, switches, and flags whose name is not their field's."""
+    from xtoken.schemas.configs.artifacts import AlignConfig
+    from xtoken.schemas.configs.capture import PrecomputeConfig
+    from xtoken.schemas.configs.train import ReportConfig
+    from xtoken.schemas.ui.flags import build, words_of
+
+    runs = build(ReportConfig, {"runs": ["a b", "c"], "out": "r.html"})
+    align = build(AlignConfig, {"captures": "x,y", "student": "s", "out": "t", "losses": "p-kl,h-kl"})
+    plan = build(PrecomputeConfig, {"corpus": "c", "teacher": "t", "text": False, "dry_run": True, "split": "test"})
+    assert words_of(runs) == ["a b", "c", "--out", "r.html"]
+    assert words_of(align) == ["x,y", "--student", "s", "--out", "t", "--for", "p-kl,h-kl"]
+    assert words_of(plan) == ["c", "--split", "test", "--teacher", "t", "--no-text", "--dry-run"]
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *(f"share {name}" for name in SHARE_VERBS), *REPLACED])
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
     result = RUNNER.invoke(cli.app, [*verb.split(), "--help"])
     assert result.exit_code == 0
@@ -72,6 +117,10 @@ def test_a_wrong_value_names_the_flag_and_the_choices() -> None:
         (["precompute", "c", "--teacher", "t", "--out", "o", "--ray", "somewhere"], "say local, auto or HOST:PORT"),
         (["precompute", "c", "--teacher", "t", "--out", "o", "--gpus-per-worker", "1"], "say --ray too"),
         (["precompute", "c", "--teacher", "t", "--out", "o", "--gpu-price", "2"], "is for the cost under --dry-run"),
+        (["precompute", "c", "--teacher", "t"], "--out is missing; name a folder or URL"),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--pilot"], "pilot=True is for --dry-run"),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--like", "x"], "like='x' is for --dry-run"),
+        (["precompute", "c", "--teacher", "t", "--out", "o", "--pilot-tokens", "9"], "is for --dry-run; say that"),
         (["precompute", "c", "--teacher", "t", "--out", "o", "--tensor-parallel", "2"], "needs --backend vllm"),
         (["precompute", "c", "--teacher", "t", "--out", "o", "--log", "s3://b/l"], "name a local one"),
         (["precompute", "c", "--teacher", "a/t", "--teacher", "b/t", "--out", "o"], "would both go to the folder t"),
@@ -125,23 +174,3 @@ def test_version_is_the_installed_one() -> None:
     from importlib.metadata import version
 
     assert RUNNER.invoke(cli.app, ["--version"]).stdout == f"xtoken {version('xtoken')}\n"
-
-
-def test_what_the_demo_says_is_a_command_that_does_the_same() -> None:
-    """Arguments without names, lists of them, and flags whose name is not their field's."""
-    from xtoken.schemas.configs.artifacts import AlignConfig
-    from xtoken.schemas.configs.train import ReportConfig
-    from xtoken.schemas.ui.progress import Bars
-
-    said, done = [], []
-
-    def run_it(config: object, _bars: Bars) -> cli.Figures:
-        done.append(config)
-        return {}
-
-    say = lambda text, **_: said.append(text)  # noqa: E731
-    cli._step(say, run_it, ReportConfig, {"runs": ["a b", "c"], "out": "r.html"}, Bars(False))
-    align = {"captures": "x", "student": "s", "out": "t", "losses": "p-kl"}
-    cli._step(say, run_it, AlignConfig, align, Bars(False))
-    assert said == ["$ xtoken it 'a b' c --out r.html", "$ xtoken it x --student s --out t --for p-kl"]
-    assert done == [cli.build(ReportConfig, {"runs": ["a b", "c"], "out": "r.html"}), cli.build(AlignConfig, align)]

@@ -103,12 +103,28 @@ def test_both_images_keep_compiled_loops_where_any_user_may_write() -> None:
         assert "RUN install -d -m 1777 ${NUMBA_CACHE_DIR}" in stage
 
 
-def test_image_tags_are_this_version() -> None:
+def test_package_images_and_changelog_have_one_version() -> None:
     version = PROJECT["project"]["version"]
-    for name in ("examples/kuberay.yaml", "docs/cluster.md"):
-        tags = re.findall(r"xtoken-worker:([\w.]+)", (ROOT / name).read_text(encoding="utf-8"))
+    for name in ("examples/kuberay.yaml", "docs/cluster.md", "docker-compose.yml", "docker/Dockerfile"):
+        tags = re.findall(r"xtoken-(?:worker|trainer):([\w.]+)", (ROOT / name).read_text(encoding="utf-8"))
         assert tags, name
-        assert set(tags) - {"local"} == {version}, name
+        assert set(tags) - {"local"} <= {version}, name
+    for group in (KUBERAY["spec"]["rayClusterSpec"]["headGroupSpec"], *workers()):
+        assert containers(group)[0]["image"].rpartition(":")[2] == version
+    releases = re.findall(r"^## (\d[\w.]*)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert releases[0] == version
+
+
+def workers() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = KUBERAY["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    return found
+
+
+def test_the_images_have_all_that_the_wheel_is_made_of() -> None:
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
+    for stage in (one for one in DOCKERFILE.split("\nFROM ") if "COPY pyproject.toml" in one):
+        copied = {word for line in re.findall(r"^COPY (.+)$", stage, flags=re.MULTILINE) for word in line.split()}
+        assert set(wheel) <= copied
 
 
 def test_what_is_copied_exists_and_is_not_ignored() -> None:

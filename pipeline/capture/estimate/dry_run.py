@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xtoken.pipeline.capture.estimate.like import Likeness, read_likeness
 from xtoken.pipeline.capture.estimate.pilot import Pilot, take_pilot
 from xtoken.pipeline.capture.monitor.event_log import log_path
 from xtoken.pipeline.capture.monitor.status import committed_indices, duration
@@ -18,10 +19,8 @@ from xtoken.pipeline.store.figures import bos_figure
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.teachers import check_backend
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.configs.capture import EstimateConfig, PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.ui.progress import Progress
-
-_PILOT_TOKENS: int = EstimateConfig.model_fields["pilot_tokens"].default
 
 
 @dataclass(frozen=True)
@@ -42,52 +41,69 @@ class _Work:
 
 
 def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
-    """Report what ``precompute`` with these settings would do, from a pilot that is really scored.
+    """Say what ``precompute`` with these settings would do, from a pilot that is really scored or another capture.
 
     Args:
         config: what would run. With ``--ray``, the cluster is asked for its machines, and where they have GPUs the
-            pilot runs on one of them; else it runs on this machine.
+            pilot runs on one of them; else it runs on this machine. Without ``--out`` nothing is done yet.
         progress: shows bytes of text.
 
     Returns:
-        Figures: shards, tokens, bytes on disk, hours, GPU hours and cost, of all workers that would run.
+        Figures: shards, tokens, bytes on disk, hours, GPU hours and cost, of all workers that would run; with
+        ``--pilot`` also bytes of each column and 95 % intervals, which end in ``low`` and ``high``.
 
     Raises:
-        XtokenError: what would stop the run before its first shard: input, settings, folder, teacher or cluster.
+        XtokenError: what would stop the run before its first shard: input, settings, folder, teacher or cluster; or
+            ``like`` is not a capture.
     """
+    if config.out:
+        return _planned(config, progress)
+    with tempfile.TemporaryDirectory(prefix="xtoken-dry-run-") as scratch:
+        found = _planned(config.model_copy(update={"out": f"{scratch}/out"}), progress)
+    return {name: value for name, value in found.items() if name != "disk_bytes_free"} | {"log": config.log or "none"}
+
+
+def _planned(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
     refuse_places(config)
     folder = Folder(config.out)
-    bos = _check_settings(config, folder)
+    bos = _check_settings(config, folder) if config.like is None else {}
     if (plan := load_plan(folder)) is not None:
         settle_plan(folder, config, config.shard_bytes, progress)
         check_files(config.out, plan, config)
-    fleet = fleet_of_ray(config) if config.ray is not None else None
-    pilot = _pilot(config, fleet, progress)
-    sizes = [shard.text_bytes for shard in plan.shards] if plan is not None else pilot.pool.sizes
+    fleet = fleet_of_ray(config) if config.ray is not None and config.like is None else None
+    basis = _pilot(config, fleet, progress) if config.like is None else read_likeness(config, config.like, progress)
+    sizes = [shard.text_bytes for shard in plan.shards] if plan is not None else basis.pool.sizes
     which, count = config.cells
     mine = {index: size for index, size in enumerate(sizes) if index % count == which}
     work = _Work(mine, committed_indices(folder) & mine.keys())
     return {
         "dry_run": "nothing was written",
         "plan": "there" if plan is not None else "would be made",
-        **pilot.pool.listing.figures,
+        **basis.pool.listing.figures,
         **bos,
         "shards": len(work.sizes),
         "shards_done": len(work.done),
         "shards_left": len(work.sizes) - len(work.done),
-        **_disk(folder, work, pilot),
-        **_time(config, work, pilot, fleet or fleet_here(config, pilot.device)),
+        **_disk(folder, work, basis),
+        **_speed(config, work, basis, fleet),
+        **(basis.figures(work.text_bytes) if config.pilot else {}),
         "log": str(log_path(config, folder) or "none"),
     }
+
+
+def _speed(config: PrecomputeConfig, work: _Work, basis: Pilot | Likeness, fleet: Fleet | None) -> dict[str, Any]:
+    if isinstance(basis, Likeness):
+        return {**basis.time, "settings": basis.settings}
+    return _time(config, work, basis, fleet or fleet_here(config, basis.device))
 
 
 def _pilot(config: PrecomputeConfig, fleet: Fleet | None, progress: Progress) -> Pilot:
     if fleet is not None and fleet.gpus and config.ray != "local":
         from xtoken.pipeline.capture.estimate.ray_pilot import take_pilot_on_ray
 
-        return take_pilot_on_ray(config, _PILOT_TOKENS, fleet.gpus, progress)
+        return take_pilot_on_ray(config, config.pilot_tokens, fleet.gpus, progress)
     with tempfile.TemporaryDirectory(prefix="xtoken-dry-run-") as scratch:
-        return take_pilot(config.model_copy(update={"out": scratch}), _PILOT_TOKENS, progress)
+        return take_pilot(config.model_copy(update={"out": scratch}), config.pilot_tokens, progress)
 
 
 def _check_settings(config: PrecomputeConfig, folder: Folder) -> dict[str, str]:
@@ -100,16 +116,16 @@ def _check_settings(config: PrecomputeConfig, folder: Folder) -> dict[str, str]:
     return bos_figure(table.info, shown=settings["bos"])
 
 
-def _disk(folder: Folder, work: _Work, pilot: Pilot) -> dict[str, Any]:
-    per_byte = pilot.costs.tokens.value
+def _disk(folder: Folder, work: _Work, basis: Pilot | Likeness) -> dict[str, Any]:
+    per_byte = basis.tokens_per_byte.value
     sizes = {
-        "documents": pilot.pool.documents,
+        "documents": basis.pool.documents,
         "text_bytes": work.text_bytes,
         "tokens": round(work.text_bytes * per_byte),
         "tokens_left": round(work.left * per_byte),
-        "bytes_per_token": round(pilot.bytes_per_token, 3),
-        "disk_bytes": round(work.text_bytes * per_byte * pilot.bytes_per_token + pilot.costs.vocab),
-        "disk_bytes_left": round(work.left * per_byte * pilot.bytes_per_token),
+        "bytes_per_token": round(basis.bytes_per_token, 3),
+        "disk_bytes": round(work.text_bytes * per_byte * basis.bytes_per_token + basis.vocab),
+        "disk_bytes_left": round(work.left * per_byte * basis.bytes_per_token),
     }
     return sizes | ({"disk_bytes_free": _free(Path(folder.at("")))} if folder.local else {})
 
@@ -126,6 +142,7 @@ def _time(config: PrecomputeConfig, work: _Work, pilot: Pilot, fleet: Fleet) -> 
         "workers": fleet.workers,
         "gpus": round(fleet.workers * fleet.gpus, 3),
         "rows_per_s_of_one": pilot.rate,
+        **({"workers_that_add_speed": fleet.engines} if config.pilot else {}),
         "measured_on": pilot.device,
     }
     if fleet.gpus and pilot.device == "cpu" and config.backend != "fake":

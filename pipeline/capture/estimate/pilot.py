@@ -1,4 +1,4 @@
-"""What a capture will cost, from a pilot that is really scored, or from a capture that exists.
+"""What a capture will cost, from a pilot that is really scored.
 
 The corpus is read once. Text taken evenly from it is tokenized, windows taken evenly from that text are scored, encoded
 and written to a temporary folder by the code that writes a capture; what was written is extrapolated. Figures named
@@ -6,7 +6,6 @@ and written to a temporary folder by the code that writes a capture; what was wr
 """
 
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from xtoken.pipeline.capture.rendered_chat import Look
 from xtoken.pipeline.capture.run_identity import codec_info
 from xtoken.pipeline.capture.worker import CaptureWorker, check_teacher, open_tokenizer, sample_batches
 from xtoken.pipeline.corpus import Window, windows
-from xtoken.pipeline.executors.fleet import fleet_here
 from xtoken.pipeline.executors.gpus import engines_per_gpu
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codes import Codes, codes_by_use, restore_ids
@@ -35,9 +33,8 @@ from xtoken.pipeline.store.writer import ROW_GROUP, Sample, list_column, write_p
 from xtoken.pipeline.teachers import check_backend, open_teacher
 from xtoken.pipeline.teachers.base import refuse_k
 from xtoken.pipeline.tokens import TextTokenizer
-from xtoken.schemas.configs.capture import EstimateConfig, PrecomputeConfig, RowsConfig
-from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.manifest import CaptureManifest, CorpusInfo, read_manifest
+from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.manifest import CorpusInfo
 from xtoken.schemas.ui.progress import Progress
 
 # Columns that no teacher is needed for: measured on all the text that was tokenized.
@@ -78,26 +75,6 @@ class Costs:
     vocab: int
 
 
-def estimate(config: EstimateConfig, progress: Progress) -> dict[str, Any]:
-    """Estimate what ``precompute`` with the same flags would write and how long it would take; nothing is left on disk.
-
-    Args:
-        config: what would run, and how much of it runs now.
-        progress: shows bytes of text.
-
-    Returns:
-        Figures: bytes, tokens, hours of wall clock; ``low`` and ``high`` are None where one window gives no spread.
-
-    Raises:
-        XtokenError: bad input, a teacher that cannot be loaded or does not fit the flags, or ``like`` no capture.
-    """
-    if config.like is not None:
-        return _like(config, read_manifest(config.like, CaptureManifest), progress)
-    with tempfile.TemporaryDirectory(prefix="xtoken-estimate-") as folder:
-        given = {name: getattr(config, name) for name in RowsConfig.model_fields}
-        return _piloted(config, PrecomputeConfig(**given, out=folder), progress)
-
-
 @dataclass(frozen=True)
 class Pilot:
     """What a pilot found.
@@ -109,6 +86,7 @@ class Pilot:
         start_up: seconds until the engine is ready.
         device: what the engine runs on.
         tokens, windows: what was scored; all there is if ``whole``.
+        rows: figures of what the codec keeps of them.
     """
 
     pool: Pool
@@ -119,11 +97,45 @@ class Pilot:
     tokens: int
     windows: int
     whole: bool
+    rows: dict[str, Any]
+
+    @property
+    def tokens_per_byte(self) -> Ratio:
+        """Of the corpus's text."""
+        return self.costs.tokens
+
+    @property
+    def vocab(self) -> int:
+        """Bytes of the token tables."""
+        return self.costs.vocab
 
     @property
     def bytes_per_token(self) -> float:
         """Of a capture's parts."""
         return sum(self.costs.columns.values()) + self.costs.overhead / (self.costs.tokens.value * self.pool.text_bytes)
+
+    def figures(self, text_bytes: int) -> dict[str, Any]:
+        """What a run over so many bytes of text takes, column by column, and how sure that is."""
+        costs = self.costs
+        tokens = costs.tokens.value * text_bytes
+        in_rows = tokens * sum(size for name, size in costs.columns.items() if name not in _TEXT_COLUMNS)
+        parts = tokens * self.bytes_per_token
+        # text is known from all that was tokenized, rows only from the pilot
+        error = math.hypot(costs.tokens.error, costs.row_bytes.error * in_rows / parts) if parts else 0.0
+        columns = {name: round(size, 3) for name, size in costs.columns.items()}
+        return {
+            **interval("tokens", tokens, costs.tokens.error),
+            "tokens_per_byte": costs.tokens.value,
+            **interval("disk_bytes", parts, error, costs.vocab),
+            "vocabulary_bytes": costs.vocab,
+            "bytes_per_token": {**columns, "all": round(self.bytes_per_token, 3)},
+            **self.rows,
+            "rows_per_s": self.rate,
+            "start_up_s": self.start_up,
+            "pilot_tokens": self.tokens,
+            "pilot_windows": self.windows,
+            "whole_corpus_scored": self.whole,
+        }
 
 
 def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pilot:
@@ -153,20 +165,8 @@ def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pil
         tokens=sum(len(sample.teacher_ids) for sample in samples),
         windows=len(samples),
         whole=pool.whole and len(samples) == sum(map(len, pieces)),
+        rows=_row_figures(config),
     )
-
-
-def _piloted(asked: EstimateConfig, config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
-    pilot = take_pilot(config, asked.pilot_tokens, progress)
-    return {
-        **_corpus_figures(pilot.pool, pilot.costs.tokens),
-        **_disk_figures(pilot.costs, pilot.pool.text_bytes),
-        **_row_figures(config),
-        **_time_figures(pilot, config),
-        "pilot_tokens": pilot.tokens,
-        "pilot_windows": pilot.windows,
-        "whole_corpus_scored": pilot.whole,
-    }
 
 
 def _choose(windows: Sequence[Window], tokens: int) -> list[Window]:
@@ -271,37 +271,15 @@ def _text_batches(windows: Sequence[Window], schema: pa.Schema, *, text: bool) -
         yield pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _corpus_figures(pool: Pool, tokens: Ratio) -> dict[str, Any]:
-    total = tokens.value * pool.text_bytes
-    return {
-        **pool.listing.figures,
-        "documents": pool.documents,
-        "text_bytes": pool.text_bytes,
-        "tokens": round(total),
-        **_range("tokens", total, tokens.error),
-        "tokens_per_byte": tokens.value,
-    }
+def interval(name: str, value: float, error: float, fixed: int = 0) -> dict[str, int | None]:
+    """``low`` and ``high`` of a figure; None where one unit was seen, which tells no spread.
 
-
-def _disk_figures(costs: Costs, text_bytes: int) -> dict[str, Any]:
-    tokens = costs.tokens.value * text_bytes
-    in_rows = tokens * sum(size for name, size in costs.columns.items() if name not in _TEXT_COLUMNS)
-    parts = tokens * sum(costs.columns.values()) + costs.overhead
-    # text is known from all that was tokenized, rows only from the pilot
-    error = math.hypot(costs.tokens.error, costs.row_bytes.error * in_rows / parts)
-    return {
-        "disk_bytes": round(parts + costs.vocab),
-        **_range("disk_bytes", parts, error, costs.vocab),
-        "vocabulary_bytes": costs.vocab,
-        "bytes_per_token": {
-            **{name: round(size, 3) for name, size in costs.columns.items()},
-            "all": round(parts / tokens, 3),
-        },
-    }
-
-
-def _range(name: str, value: float, error: float, fixed: int = 0) -> dict[str, int | None]:
-    """``low`` and ``high`` of a figure; None where the pilot has one window."""
+    Args:
+        name: of the figure.
+        value: what is known to within ``error``.
+        error: half of the interval, relative; NaN where it is not known.
+        fixed: what is added and known exactly.
+    """
     ends = {"low": value * max(0.0, 1.0 - error), "high": value * (1.0 + error)}
     return {f"{name}_{end}": None if math.isnan(error) else round(at + fixed) for end, at in ends.items()}
 
@@ -316,39 +294,3 @@ def _rows_as_read(path: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]
     id_of_code = ids_of_codes(str(Path(path).parent))
     for batch in iter_parquet(path, stored_columns(columns, id_of_code)):
         yield restore_ids(batch, id_of_code)
-
-
-def _time_figures(pilot: Pilot, config: PrecomputeConfig) -> dict[str, Any]:
-    """Rows per second are of one worker with the machine for itself."""
-    fleet = fleet_here(config, pilot.device)
-    tokens = pilot.costs.tokens.value * pilot.pool.text_bytes
-    return {
-        "rows_per_s": pilot.rate,
-        "start_up_s": pilot.start_up,
-        "workers": fleet.workers,
-        "workers_that_add_speed": fleet.engines,
-        "hours": (pilot.start_up + tokens / (pilot.rate * fleet.engines)) / 3600,
-    }
-
-
-def _like(config: EstimateConfig, manifest: CaptureManifest, progress: Progress) -> dict[str, Any]:
-    """Figures from the parts of a capture that exists."""
-    parts = [part for part in manifest.parts if part.tokens and part.text_bytes]
-    if not parts:
-        raise XtokenError(f"--like {config.like} holds no tokens to go by; name another capture, or leave it out")
-    pool = take_pool(config, config.shard_bytes, POOL, progress)
-    sizes, counts = [part.file_bytes for part in parts], [part.tokens for part in parts]
-    # another corpus than the capture's is of parts that were not seen
-    tokens = ratio(counts, [part.text_bytes for part in parts], 0.0)
-    disk = ratio(sizes, counts, 0.0)
-    total = tokens.value * pool.text_bytes
-    return {
-        **_corpus_figures(pool, tokens),
-        "disk_bytes": round(total * disk.value),
-        **_range("disk_bytes", total * disk.value, math.hypot(tokens.error, disk.error)),
-        "bytes_per_token": disk.value,
-        "entries_per_row": sum(part.entries for part in parts) / max(sum(part.rows for part in parts), 1),
-        "hours": "unknown: a capture does not record its speed; leave --like out to time a pilot",
-        "settings": f"those of {config.like}: {open_codec(manifest.codec).brief}, {manifest.max_tokens} tokens per "
-        f"sample, teacher {manifest.teacher.model}",
-    }

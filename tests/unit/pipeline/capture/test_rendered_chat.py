@@ -9,12 +9,11 @@ import pytest
 
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.capture.estimate.dry_run import dry_run
-from xtoken.pipeline.capture.estimate.pilot import estimate
 from xtoken.pipeline.capture.multi_teacher import each_below, one_after_the_other
 from xtoken.pipeline.capture.rendered_chat import REASON, Look
 from xtoken.pipeline.corpus import Document
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.configs.capture import EstimateConfig, PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Silent
 
@@ -123,10 +122,6 @@ def test_the_run_stops_before_any_teacher_and_leaves_nothing(config: PrecomputeC
     assert list(Path(config.out).iterdir()) == []
     with pytest.raises(XtokenError, match="4 of 4 documents"):
         dry_run(config.model_copy(update={"dry_run": True}), Silent())
-    names = EstimateConfig.model_fields.keys() & PrecomputeConfig.model_fields.keys()
-    asked = EstimateConfig(**{name: getattr(config, name) for name in names})
-    with pytest.raises(XtokenError, match="4 of 4 documents"):
-        estimate(asked, Silent())
 
 
 def test_the_fake_teacher_says_so_and_goes_on(config: PrecomputeConfig, caplog: pytest.LogCaptureFixture) -> None:
