@@ -24,6 +24,8 @@ PAGES = {
     "pipeline/README.md": "pipeline.md",
     "trainer/README.md": "trainer.md",
 }
+# Pages and pictures under the same names.
+RESULTS = "benchmarks/results"
 # The package alone, which mkdocs.yml gives to griffe: through .dev/xtoken it would walk tests and environments, too.
 SOURCES = ROOT / ".venv-docs" / "sources" / "xtoken"
 _PACKAGE = ("__init__.py", "cli.py", "pipeline", "trainer", "schemas")
@@ -41,12 +43,13 @@ def on_startup(command: str, dirty: bool) -> None:  # noqa: ARG001
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that lie outside docs/, and the pictures of measurements."""
-    pictures = (path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks" / "results").glob("*.png"))
-    for source, name in (*PAGES.items(), *((picture, picture) for picture in sorted(pictures))):
+    """Add the pages that lie outside docs/, measurements and their pictures among them."""
+    measured = sorted(path for path in (ROOT / RESULTS).iterdir() if path.suffix in (".md", ".png"))
+    names = [path.relative_to(ROOT).as_posix() for path in measured]
+    for source, name in (*PAGES.items(), *zip(names, names, strict=True)):
         if (ROOT / source).exists():
             files.append(file := File.generated(config, name, abs_src_path=str(ROOT / source)))
-            if name == "changelog.md":
+            if source in names or name == "changelog.md":
                 file.inclusion = InclusionLevel.NOT_IN_NAV  # found by search and by links
     return files
 
@@ -60,12 +63,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return "\n".join(lines)
 
 
+def _source_of(uri: str) -> str:
+    """Where in the repository a page of the site comes from."""
+    inside = uri if uri.startswith(RESULTS) else f"docs/{uri}"
+    return next((source for source, name in PAGES.items() if name == uri), inside)
+
+
 def _rewritten(link: re.Match[str], page: Page, config: MkDocsConfig, files: Files) -> str:
     target, _, anchor = link["target"].partition("#")
     if not target or ":" in target:
         return link[0]
     here = page.file.src_uri
-    source = next((source for source, name in PAGES.items() if name == here), f"docs/{here}")
+    source = _source_of(here)
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
     if not (ROOT / path).exists():
         LOG.warning("%s links %s, which does not exist", source, link["target"])

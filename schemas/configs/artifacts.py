@@ -95,10 +95,10 @@ class AlignConfig(Config):
     )
     tau: float = Field(1.0, gt=0.0, allow_inf_nan=False, description="Distillation temperature of teacher and student.")
     entries: int | None = Field(
-        None, ge=1, description="p-kl: most entries of a chunk's target, the others go to REST; all when left out."
+        None, ge=1, description="p-kl: most entries of a chunk's target, the others are tail mass; all when left out."
     )
     unreached: Literal["prefix", "rest", "none"] = Field(
-        "prefix", description="Mass of teacher tokens W does not reach: to the longest prefix, to REST, or dropped."
+        "prefix", description="Mass of teacher tokens W does not reach: to the longest prefix, tail mass, or dropped."
     )
     on_bad: Literal["refuse", "set-aside"] = Field(
         "refuse",

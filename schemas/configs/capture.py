@@ -69,8 +69,8 @@ class RowsConfig(CorpusConfig):
     min_p: float = Field(
         0.003, ge=0.0, lt=1.0, description="topk: keep entries of at least this probability (and always one)."
     )
-    draws: int = Field(50, ge=1, le=1000, description="sampled: draws per position.")
-    seed: int = Field(0, ge=0, description="sampled: the draws follow from it and the sample's tokens.")
+    draws: int = Field(50, ge=1, le=1000, description="sampled: samples per position.")
+    seed: int = Field(0, ge=0, description="sampled: the samples follow from it and the tokens of the text.")
     max_tokens: int = Field(
         512, ge=8, description="Most teacher tokens per sample; longer documents are cut into windows."
     )
@@ -147,7 +147,7 @@ class RowsConfig(CorpusConfig):
 
 
 class PrecomputeConfig(RowsConfig):
-    """Run a teacher over a corpus and store its rows: the most probable entries, or draws."""
+    """Run a teacher over a corpus and store its distributions: the most probable entries, or samples."""
 
     out: str = Field(
         description="Folder or URL of the capture; the same command resumes. Several teachers: a folder each below.",

@@ -16,7 +16,7 @@ class LossOptions(Config):
     )
     rest: Literal["bucket", "drop"] = Field(
         "bucket",
-        description="p-kl, sparse-kl: mass not kept is one cell, or both sides are renormalised without it.",
+        description="p-kl, sparse-kl: mass not kept is one category, or both sides are renormalised without it.",
     )
     common_weight: float = Field(1.0, ge=0.0, description="h-kl: weight of the KL on the common set.")
     uld_weight: float = Field(1.0, ge=0.0, description="h-kl: weight of the sorted L1 part.")
@@ -130,7 +130,7 @@ class TrainConfig(LossOptions):
         20.0,
         ge=0.0,
         description="Stop when KD or CE lies this many deviations above its median of the last 50 steps; 0: only when "
-        "it is no number.",
+        "it is NaN or inf.",
     )
     rollback: int = Field(
         0,
