@@ -9,7 +9,8 @@ import pytest
 
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.executors.protocol import Event, Lease
-from xtoken.pipeline.store import iter_capture, verify
+from xtoken.pipeline.store.reader import iter_capture
+from xtoken.pipeline.store.verify import verify
 from xtoken.pipeline.teachers import BACKENDS, Backend
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
