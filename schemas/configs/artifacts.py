@@ -110,12 +110,12 @@ class AlignConfig(Config):
     entries: int | None = Field(
         None,
         ge=1,
-        description="p-kl: most entries of a chunk's target, the others go to REST; all when left out.",
+        description="p-kl: most entries of a chunk's target, the others are tail mass; all when left out.",
         json_schema_extra=TARGETS,
     )
     unreached: Literal["prefix", "rest", "none"] = Field(
         "prefix",
-        description="Mass of teacher tokens W does not reach: to the longest prefix, to REST, or dropped.",
+        description="Mass of teacher tokens W does not reach: to the longest prefix, tail mass, or dropped.",
         json_schema_extra=TARGETS,
     )
     on_bad: Literal["refuse", "set-aside"] = Field(

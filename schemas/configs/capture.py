@@ -101,9 +101,9 @@ class RowsConfig(CorpusConfig):
         description="topk: keep entries of at least this probability (and always one).",
         json_schema_extra=ROWS,
     )
-    draws: int = Field(50, ge=1, le=1000, description="sampled: draws per position.", json_schema_extra=ROWS)
+    draws: int = Field(50, ge=1, le=1000, description="sampled: samples per position.", json_schema_extra=ROWS)
     seed: int = Field(
-        0, ge=0, description="sampled: the draws follow from it and the sample's tokens.", json_schema_extra=ROWS
+        0, ge=0, description="sampled: the samples follow from it and the tokens of the text.", json_schema_extra=ROWS
     )
     max_tokens: int = Field(
         512,
@@ -210,7 +210,7 @@ class RowsConfig(CorpusConfig):
 
 
 class PrecomputeConfig(RowsConfig):
-    """Run a teacher over a corpus and store its rows: the most probable entries, or draws."""
+    """Run a teacher over a corpus and store its distributions: the most probable entries, or samples."""
 
     out: str = Field(
         "",

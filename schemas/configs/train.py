@@ -28,7 +28,7 @@ class LossOptions(Config):
     )
     rest: Literal["bucket", "drop"] = Field(
         "bucket",
-        description="p-kl, sparse-kl: mass not kept is one cell, or both sides are renormalised without it.",
+        description="p-kl, sparse-kl: mass not kept is one category, or both sides are renormalised without it.",
         json_schema_extra=DETAILS,
     )
     common_weight: float = Field(
@@ -235,7 +235,7 @@ class CheckpointGroup(Config):
         20.0,
         ge=0.0,
         description="Stop when KD or CE lies this many deviations above its median of the last 50 steps; 0: only when "
-        "it is no number.",
+        "it is NaN or inf.",
     )
     rollback: int = Field(
         0,

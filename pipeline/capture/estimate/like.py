@@ -6,9 +6,10 @@ from typing import Any
 
 from xtoken.pipeline.capture.estimate.pilot import interval
 from xtoken.pipeline.capture.estimate.sampling import POOL, Pool, Ratio, ratio, take_pool
+from xtoken.pipeline.store.codecs import open_codec
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.manifest import CaptureManifest, CodecInfo, read_manifest
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
 from xtoken.schemas.ui.progress import Progress
 
 
@@ -70,10 +71,6 @@ def read_likeness(config: PrecomputeConfig, like: str, progress: Progress) -> Li
         tokens_per_byte=ratio(counts, [part.text_bytes for part in parts], 0.0),
         disk=ratio([part.file_bytes for part in parts], counts, 0.0),
         entries_per_row=sum(part.entries for part in parts) / max(sum(part.rows for part in parts), 1),
-        settings=f"those of {like}: {_settings(manifest.codec)}, {manifest.max_tokens} tokens per sample, "
+        settings=f"those of {like}: {open_codec(manifest.codec).brief}, {manifest.max_tokens} tokens per sample, "
         f"teacher {manifest.teacher.model}",
     )
-
-
-def _settings(codec: CodecInfo) -> str:
-    return f"{codec.draws} draws" if codec.name == "sampled" else f"k {codec.k}, min_p {codec.min_p:g}"
