@@ -57,7 +57,10 @@ def test_a_wrong_value_names_the_flag_and_the_choices() -> None:
         (["align", "c", "--student", "s", "--out", "o", "--tau", "0"], "--tau: "),
         (["align", "c", "--student", "s", "--out", "o", "--for", "uld", "--merge", "mean"], "leave uld out of --for"),
         (["project", "--student", "s", "--teacher", "t", "--out", "o", "--rule", "masked:verbs"], "masked:numerals"),
-        (["precompute", "c", "--teacher", "t", "--out", "o", "--codec", "sampled", "--temperatures", "2"], "at temperature 1 only"),
+        (
+            ["precompute", "c", "--teacher", "t", "--out", "o", "--codec", "sampled", "--temperatures", "2"],
+            "at temperature 1 only",
+        ),
         (["precompute", "c", "--teacher", "t", "--out", "o", "--codec", "sampled", "--k", "8"], "--k 8 means nothing"),
         (
             ["precompute", "c", "--teacher", "t", "--out", "o", "--draws", "8"],
