@@ -135,7 +135,7 @@ def _capture(folder: Path, tokenizer: TextTokenizer, text: str) -> Tensor:
 
 
 def _write(sample: Sample, url: str) -> dict[str, int]:
-    write_parquet(url, CAPTURE, [capture_batch([sample])])
+    write_parquet(url, CAPTURE, [capture_batch([sample], CAPTURE)])
     return {}
 
 

@@ -42,7 +42,7 @@ def read_codes(vocab: pa.Table) -> Codes | None:
     """int32 [U], the code of each id, of a vocabulary table; None where it has none (schema version 1).
 
     Raises:
-        VerificationError: other columns, or codes that are no permutation.
+        VerificationError: other columns, or codes that are not a permutation.
     """
     if vocab.schema.equals(VOCAB):
         return None

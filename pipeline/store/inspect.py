@@ -62,7 +62,7 @@ def inspect(root: str) -> dict[str, Any]:
         if name in names:
             return {"kind": kind, "path": root, **_unfinished(root, names)}
     raise XtokenError(
-        f"{root} is no capture, projection, targets, training run or model; "
+        f"{root} is not a capture, projection, targets, training run or model; "
         f"it holds {', '.join(sorted(names)[:5]) or 'nothing'}"
     )
 
@@ -78,7 +78,8 @@ def _unfinished(root: str, names: set[str]) -> dict[str, Any]:
             return {"records": len(whole), "last": json.loads(whole[-1]) if whole else None}
         except ValueError as error:
             raise XtokenError(
-                f"{root}/metrics.jsonl: its last whole line is no JSON; remove that line and run the same command again"
+                f"{root}/metrics.jsonl: its last whole line is not JSON; remove that line and run the same command "
+                "again"
             ) from error
     return {}
 
@@ -197,7 +198,7 @@ def _batches(folder: Folder, part: Part, schema: pa.Schema, columns: list[str]) 
 
 
 def _readable(table: TokenTable, token: int) -> str:
-    """A token for people: its text, or its role, or its bytes where they are no whole characters."""
+    """A token for people: its text, or its role, or its bytes where they are not whole characters."""
     if table.role[token] is not None:
         return f"<{table.role[token]}>"
     piece = table.token(token)

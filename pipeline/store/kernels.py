@@ -14,11 +14,11 @@ RULES = (
     "",
     "topk_ids has an id outside 0 to {}",
     "an id stands twice in one row",
-    "a row's kept probabilities and REST do not sum to 1",
+    "a row's kept probabilities and tail mass do not sum to 1",
 )
 """What ``row_faults`` returns the index of."""
 _OUTSIDE, _TWICE, _MASS = 1, 2, 3
-_NO_REST = 65535
+_NO_TAIL = 65535
 
 
 def level_table(step: float) -> NDArray[np.float64]:
@@ -37,7 +37,7 @@ def row_faults(
     kept_R: NDArray[np.uint8],
     ids_K: NDArray[np.int32],
     gap_K: NDArray[np.uint16],
-    rest_gap_R: NDArray[np.uint16],
+    tail_gap_R: NDArray[np.uint16],
     size: int,
     step: float,
     slack: float,
@@ -68,8 +68,8 @@ def row_faults(
                 fault_R[row] = _TWICE if fault_R[row] == 0 else fault_R[row]
             else:
                 seen_U[token] = row
-        if rest_gap_R[row] != _NO_REST:
-            mass += _probability(int(rest_gap_R[row]), step, table)
+        if tail_gap_R[row] != _NO_TAIL:
+            mass += _probability(int(tail_gap_R[row]), step, table)
         if fault_R[row] == 0 and (mass > high or mass < low):
             fault_R[row] = _MASS
     return fault_R
@@ -93,7 +93,7 @@ def levels(kept_R: NDArray[np.uint8], gap_K: NDArray[np.uint16]) -> NDArray[np.i
 def whole_rows(
     kept_R: NDArray[np.uint8],
     gap_K: NDArray[np.uint16],
-    rest_gap_R: NDArray[np.uint16],
+    tail_gap_R: NDArray[np.uint16],
     step: float,
     table: NDArray[np.float64],
 ) -> tuple[
@@ -107,17 +107,17 @@ def whole_rows(
     """Rows over what each adds up to, which the codec's rounding moves from 1.
 
     Returns:
-        offsets int64 [R + 1]; log-probabilities and probabilities [K]; log of REST [R], -inf = none; entropy in nats,
-        REST as one cell, and the largest probability [R].
+        offsets int64 [R + 1]; log-probabilities and probabilities [K]; log of the tail mass [R], -inf = none; entropy
+        in nats, the tail as one cell, and the largest probability [R].
     """
     rows = len(kept_R)
     offsets = np.zeros(rows + 1, np.int64)
     logprob_K, p_K = np.empty(len(gap_K), np.float64), np.empty(len(gap_K), np.float64)
-    rest_R, entropy_R, top_R = np.empty(rows, np.float64), np.zeros(rows, np.float64), np.zeros(rows, np.float64)
+    tail_R, entropy_R, top_R = np.empty(rows, np.float64), np.zeros(rows, np.float64), np.zeros(rows, np.float64)
     at = 0
     for row in range(rows):
         level, low = 0, at
-        total = 0.0 if rest_gap_R[row] == _NO_REST else _probability(int(rest_gap_R[row]), step, table)
+        total = 0.0 if tail_gap_R[row] == _NO_TAIL else _probability(int(tail_gap_R[row]), step, table)
         for _ in range(kept_R[row]):
             level += gap_K[at]
             p_K[at] = _probability(level, step, table)
@@ -130,14 +130,14 @@ def whole_rows(
             logprob_K[entry] -= scale
             p_K[entry] *= share
             entropy -= p_K[entry] * logprob_K[entry]
-        if rest_gap_R[row] == _NO_REST:
-            rest_R[row] = -np.inf
+        if tail_gap_R[row] == _NO_TAIL:
+            tail_R[row] = -np.inf
         else:
-            rest_R[row] = -(rest_gap_R[row] * step) - scale
-            entropy -= np.exp(rest_R[row]) * rest_R[row]
+            tail_R[row] = -(tail_gap_R[row] * step) - scale
+            entropy -= np.exp(tail_R[row]) * tail_R[row]
         entropy_R[row] = entropy
         top_R[row] = p_K[low] if at > low else 0.0  # gaps are not negative: the first is the largest
-    return offsets, logprob_K, p_K, rest_R, entropy_R, top_R
+    return offsets, logprob_K, p_K, tail_R, entropy_R, top_R
 
 
 @compiled

@@ -91,7 +91,7 @@ def publish_part(
             placed = _reached(root, partial(_place, folder, tmp, part, check))
             return _reached(root, partial(commit, folder, placed))
     finally:
-        with suppress(Unreachable):  # clean() finds it; what is committed is no failure
+        with suppress(Unreachable):  # clean() finds it; what is committed has not failed
             folder.remove(tmp)
 
 
@@ -155,7 +155,7 @@ def read_commit(folder: Folder, index: int) -> Part | None:
         part = Part.model_validate_json(data)
     except ValidationError as error:
         raise VerificationError(
-            f"{folder.url(name)} is no commit record ({error.error_count()} errors); "
+            f"{folder.url(name)} is not a commit record ({error.error_count()} errors); "
             "remove it and run the same command again"
         ) from error
     if part.index != index:

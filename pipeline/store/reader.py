@@ -115,8 +115,8 @@ def ids_of_codes(root: str) -> Codes | None:
     """int32 [U], the teacher id of each code in a capture, finished or not; None where its rows hold ids (version 1).
 
     Raises:
-        VerificationError: vocab.parquet is missing or torn, not the one the manifest records, or its codes are no
-            permutation.
+        VerificationError: vocab.parquet is missing or torn, not the one the manifest records, or its codes are not
+            a permutation.
     """
     folder = Folder(root)
     if not folder.exists(MANIFEST):

@@ -50,7 +50,9 @@ def read_sums(folder: Folder) -> dict[str, str]:
     matches = [_LINE.fullmatch(line) for line in text.split("\n")[:-1]]
     found = {match[2]: match[1] for match in matches if match is not None}
     if sums_text(found).decode() != text:
-        raise VerificationError(f"{folder.url(SUMS_FILE)} is damaged: a line is no sha256 and name, or out of order")
+        raise VerificationError(
+            f"{folder.url(SUMS_FILE)} is damaged: a line is not a sha256 and a name, or out of order"
+        )
     return found
 
 

@@ -13,8 +13,7 @@ from xtoken.pipeline.store.figures import audit_rows, worst_figures
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import Check, Figures, committed, data_name
 from xtoken.pipeline.store.reader import check_side_file, ids_of_codes, load_vocab
-from xtoken.pipeline.store.seal import SIDE_FILES as SIDE_FILES
-from xtoken.pipeline.store.seal import manifest_problems, seal_problems
+from xtoken.pipeline.store.seal import SIDE_FILES, manifest_problems, seal_problems
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.cache import fresh
 from xtoken.schemas.manifest import AnyManifest, CaptureManifest, Part, TargetManifest, read_any_manifest
@@ -42,7 +41,7 @@ def verify(root: str, progress: Callable[[int], None] | None = None, *, audit: b
     Raises:
         VerificationError: something differs; the message lists up to 20 problems, each with its part and sample.
         XtokenError: no manifest, or one of an unknown version; or a server cannot be asked, which proves no damage;
-            or audits were asked of what is no capture.
+            or audits were asked of something else than a capture.
     """
     folder = Folder(root)
     problems = list(manifest_problems(folder))
@@ -62,7 +61,7 @@ def verify(root: str, progress: Callable[[int], None] | None = None, *, audit: b
     if problems:
         raise _damaged(root, problems)
     totals = {name: sum(getattr(part, name) for part in manifest.parts) for name in _TOTALS}
-    # Shards that failed are no damage: the manifest owns up to them.
+    # Shards that failed are not damage: the manifest names them.
     aside = {"set_aside": sorted(manifest.set_aside)} if isinstance(manifest, CaptureManifest) else {}
     if isinstance(manifest, TargetManifest) and manifest.set_aside:
         aside = {"set_aside": sorted(manifest.set_aside)}
@@ -87,7 +86,7 @@ def _damaged(root: str, problems: Sequence[str]) -> VerificationError:
 def _side_problems(folder: Folder, manifest: AnyManifest) -> Iterator[str]:
     expected = SIDE_FILES[manifest.kind]
     for name in sorted(set(manifest.files) - set(expected)):
-        yield f"manifest.json: {name!r} is no file of a {manifest.kind} artifact"
+        yield f"manifest.json: {name!r} is not a file of a {manifest.kind} artifact"
     whole = True
     for name in expected:
         try:

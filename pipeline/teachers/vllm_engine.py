@@ -5,7 +5,7 @@ prompt's rows, entry by entry. The fast way keeps the tensors: ``install`` repla
 unpacks them, for requests that do not ask for the public flat form. A self-test compares the two on one reply when an
 engine is opened, and on any difference only the public form is used.
 
-Shapes: T tokens of one prompt, R = T - 1 rows, K entries asked for; column 0 of K + 1 is the realised token.
+Shapes: T tokens of one prompt, R = T - 1 rows, K entries asked for; column 0 of K + 1 is the label.
 """
 
 import itertools
@@ -245,7 +245,7 @@ def _equal(one: Entries, other: Entries) -> bool:
 
 
 def _alike(one: Entries, other: Entries) -> bool:
-    """Two runs of one prompt: the same realised tokens, probabilities near each other."""
+    """Two runs of one prompt: the same labels, probabilities near each other."""
     (token, logprob, _), (again, logprob_again, rank_again) = one, other
     near = np.abs(logprob - logprob_again).max() <= _SAME_RUN
     return bool((token[:, 0] == again[:, 0]).all() and near and (rank_again >= 1).all())

@@ -1,6 +1,6 @@
 """A vLLM reply's ``prompt_logprobs`` as arrays: tensors that were kept, or the public flat form.
 
-Shapes: R rows of one prompt, K entries asked for; column 0 of K + 1 is the realised token, then come ranks 1 to K.
+Shapes: R rows of one prompt, K entries asked for; column 0 of K + 1 is the label, then come ranks 1 to K.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Entries = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]
-"""Token ids [R, K + 1], log-probabilities [R, K + 1], ranks of the realised tokens [R]."""
+"""Token ids [R, K + 1], log-probabilities [R, K + 1], ranks of the labels [R]."""
 
 
 class TensorRows:
@@ -35,7 +35,7 @@ def _joined(parts: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
 
 
 def flat_entries(flat: Any, rows: int, k: int) -> Entries | None:
-    """Entries of vLLM's public flat form; None where they are not rows of the realised token and ranks 1 to k."""
+    """Entries of vLLM's public flat form; None where they are not rows of the label and ranks 1 to k."""
     width = k + 1
     expected = [0, *range(0, width * rows, width)]
     if flat is None or list(flat.start_indices) != expected or len(flat.token_ids) != width * rows:

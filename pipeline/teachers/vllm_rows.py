@@ -1,6 +1,6 @@
 """The loop over a reply's entries, compiled by numba: what is wrong with them, and rows in our order.
 
-Shapes: R rows, K entries asked for, U width of the output head; column 0 of K + 1 is the realised token.
+Shapes: R rows, K entries asked for, U width of the output head; column 0 of K + 1 is the label.
 """
 
 import numpy as np
@@ -12,14 +12,14 @@ _SLACK = 1e-4  # nats: what float32 may leave above zero or out of order
 
 RULES = (
     "",
-    "column 0 is not the realised token",
+    "column 0 is not the label",
     "ids lie outside the vocabulary",
     "an id comes twice in a row",
-    "log-probabilities are no numbers or above 0",
+    "log-probabilities are NaN, or above 0",
     "log-probabilities do not descend",
     "top-k mass is above 1",
     "a rank lies outside the vocabulary",
-    "the realised token has two log-probabilities",
+    "the label has two log-probabilities",
 )
 """What ``arrange`` returns the index of."""
 
@@ -51,13 +51,13 @@ def arrange(
     """Check entries and fill the last four arrays.
 
     Entries are put in the order of their log-probabilities, ties by lower id, and rounding above 0 is cut. The rank of
-    a realised token among them is its place then; else it is the engine's, which counts every entry as probable.
+    a label among them is its place then; else it is the engine's, which counts every entry as probable.
 
     Args:
-        target_R: the realised tokens.
-        token_RK1: ids, the realised token first, then ranks 1 to K.
+        target_R: the labels.
+        token_RK1: ids, the label first, then ranks 1 to K.
         logprob_RK1: nats.
-        rank_R: rank of the realised token, from 1.
+        rank_R: rank of the label, from 1.
         seen_U: work space, all -1.
 
     Returns:

@@ -134,12 +134,15 @@ class Codec(ABC):
         return self.columns
 
     def whole(self, batch: pa.RecordBatch) -> WholeRows:
-        """Rows that sum to 1, with entropy and largest probability."""
+        """Rows over what they add up to, which rounding moves from 1, with entropy and largest probability."""
         rows = self.decode(batch)
-        entropy_R, top1_R = row_figures(rows.offsets, rows.logprob, rows.tail_logprob)
-        return WholeRows(
-            rows.offsets, rows.ids, rows.logprob, np.exp(rows.logprob), rows.tail_logprob, entropy_R, top1_R
-        )
+        count_R = np.diff(rows.offsets)
+        row_K = np.repeat(np.arange(len(count_R)), count_R)
+        total_R = np.bincount(row_K, np.exp(rows.logprob), len(count_R)) + np.exp(rows.tail_logprob)
+        scale_R = np.log(np.where(total_R > 0, total_R, 1.0))  # rows that a subset left out have no mass at all
+        logprob_K, tail_R = rows.logprob - scale_R[row_K], rows.tail_logprob - scale_R
+        entropy_R, top1_R = row_figures(rows.offsets, logprob_K, tail_R)
+        return WholeRows(rows.offsets, rows.ids, logprob_K, np.exp(logprob_K), tail_R, entropy_R, top1_R)
 
     def tail_at(self, batch: pa.RecordBatch, tau: float, rows: int) -> NDArray[np.float64]:
         """Log of the tail mass at another temperature than 1, [R] nats; NaN = not stored."""

@@ -9,7 +9,7 @@ Shapes: R rows, K different ids sampled, all rows together; N samples of a batch
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from xtoken.pipeline.store.codecs.base import Codec, Read, list_field
 from xtoken.pipeline.store.codecs.row_stats import RowStats, quantile
 from xtoken.pipeline.store.codecs.rows import Unpacked, WholeRows
 from xtoken.pipeline.store.columns import any_per_sample, check_ids, flat, list_lengths, refuse, sums_per_sample
+from xtoken.pipeline.store.kernels import row_figures
 from xtoken.pipeline.teachers.base import Draws, TeacherRows
 from xtoken.pipeline.teachers.draws import join_draws
 from xtoken.schemas.codecs import CodecSettings, Sampled
@@ -198,8 +199,11 @@ class SampledCodec(Codec):
         return entries_N
 
     def whole(self, batch: pa.RecordBatch) -> WholeRows:
-        """See ``Codec.whole``: shares, right in the mean; the entropy is that of the whole row."""
-        return replace(super().whole(batch), entropy=flat(batch, "entropy").astype(np.float64))
+        """See ``Codec.whole``: shares sum to 1 and are right in the mean; the entropy is that of the whole row."""
+        rows = self.decode(batch)
+        _, top1_R = row_figures(rows.offsets, rows.logprob, rows.tail_logprob)
+        entropy_R, p_K = flat(batch, "entropy").astype(np.float64), np.exp(rows.logprob)
+        return WholeRows(rows.offsets, rows.ids, rows.logprob, p_K, rows.tail_logprob, entropy_R, top1_R)
 
     def differences(self, stored: pa.RecordBatch, others: Sequence[TeacherRows]) -> dict[str, float]:
         """See ``Codec.differences``: both ways sample with the same numbers, so that equal rows give equal tokens."""

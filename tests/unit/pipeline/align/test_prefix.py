@@ -226,7 +226,7 @@ def capture_of(root: Path, teacher: TextTokenizer, k: int = 24, *, bos: bool = T
             )
         )
     (root / "data").mkdir(parents=True)
-    write_parquet(str(root / "data" / "part-00000.parquet"), CAPTURE, [capture_batch(samples)])
+    write_parquet(str(root / "data" / "part-00000.parquet"), CAPTURE, [capture_batch(samples, CAPTURE)])
     return root
 
 

@@ -14,8 +14,10 @@ from xtoken.pipeline.align import align
 from xtoken.pipeline.project.mass import teacher_mass
 from xtoken.pipeline.share.push_pull import pull, push
 from xtoken.pipeline.share.subset import Where, chosen_parts, number_ranges
+from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.inspect import inspect
+from xtoken.pipeline.store.left_out import LeftOut
 from xtoken.pipeline.store.publish import data_name
 from xtoken.pipeline.store.reader import iter_capture
 from xtoken.pipeline.store.seal import seal
@@ -223,8 +225,12 @@ def test_every_version_and_codec_has_subsets(name, tmp_path):
 def test_manifests_that_leave_out_what_cannot_be_are_refused(capture, left_out):
     manifest = json.loads((capture / "manifest.json").read_text())
     (capture / "manifest.json").write_text(json.dumps(manifest | {"left_out": left_out}))
-    with pytest.raises(XtokenError, match="no list of whole groups of optional columns"):
-        read_manifest(str(capture), CaptureManifest)
+    for read in (verify, inspect, LeftOut.of, CaptureCheck.of):
+        given = str(capture) if read in (verify, inspect) else read_manifest(str(capture), CaptureManifest)
+        with pytest.raises(XtokenError, match="not a list of whole groups of optional columns"):
+            read(given)
+    with pytest.raises(XtokenError, match="not a list of whole groups of optional columns"):
+        next(iter_capture(str(capture)))
 
 
 def aligned(capture: Path, out: Path, losses: list[str]) -> TargetManifest:

@@ -61,4 +61,6 @@ def test_a_batch_holds_codes_rounded_floats_and_nulls():
     assert batch["realised_logprob"].to_pylist() == [rounded(one.realised_logprob).tolist() for one in samples]
     spaces = [None if one.space_logprob is None else rounded(one.space_logprob).tolist() for one in samples]
     assert batch["space_logprob"].to_pylist() == spaces
-    assert capture_batch(samples)["topk_codes"].to_pylist() == [one.packed.topk_ids.tolist() for one in samples]
+    assert capture_batch(samples, CAPTURE)["topk_codes"].to_pylist() == [
+        one.packed.topk_ids.tolist() for one in samples
+    ]

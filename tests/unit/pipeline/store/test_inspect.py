@@ -55,5 +55,5 @@ def test_a_missing_part_is_named(capture):
 
 def test_a_line_of_metrics_that_is_no_json_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nstep}\n')
-    with pytest.raises(XtokenError, match=r"metrics\.jsonl: its last whole line is no JSON; remove that line"):
+    with pytest.raises(XtokenError, match=r"metrics\.jsonl: its last whole line is not JSON; remove that line"):
         inspect(str(tmp_path))

@@ -84,7 +84,7 @@ def test_no_name_in_a_manifest_is_followed(capture, name, monkeypatch):
     opened = []
     real = Folder.sha256
     monkeypatch.setattr(Folder, "sha256", lambda self, what: opened.append(what) or real(self, what))
-    assert "is no file of a capture artifact" in problems(capture)
+    assert "is not a file of a capture artifact" in problems(capture)
     assert name not in opened
 
 

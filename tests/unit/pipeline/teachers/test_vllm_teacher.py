@@ -35,7 +35,7 @@ IDS = np.array([5, 3, 9], np.int32)
 
 @dataclass
 class Flat:
-    """Two rows of k = 3 in vLLM's flat form: the realised token, then ranks 1 to 3."""
+    """Two rows of k = 3 in vLLM's flat form: the label, then ranks 1 to 3."""
 
     start_indices: list[int] = field(default_factory=lambda: [0, 0, 4])
     token_ids: list[int] = field(default_factory=lambda: [3, 8, 3, 1, 9, 7, 2, 4])
@@ -113,12 +113,12 @@ def changed(name: str, index: int, value: float) -> Callable[[Flat], None]:
     ("change", "message"),
     [
         (changed("start_indices", 2, 3), "not 2 of 4 entries"),
-        (changed("token_ids", 0, 4), "not the realised token"),
+        (changed("token_ids", 0, 4), "not the label"),
         (changed("token_ids", 3, 8), "twice"),
         (changed("token_ids", 3, 10), "outside the vocabulary"),
         (changed("token_ids", 3, -1), "outside the vocabulary"),
-        (changed("logprobs", 2, float("nan")), "no numbers"),
-        (changed("logprobs", 4, float("nan")), "no numbers"),
+        (changed("logprobs", 2, float("nan")), "NaN, or above 0"),
+        (changed("logprobs", 4, float("nan")), "NaN, or above 0"),
         (changed("logprobs", 1, 0.5), "above 0"),
         (changed("logprobs", 7, -1.2), "do not descend"),
         (changed("logprobs", 6, -0.5), "mass is above 1"),

@@ -21,13 +21,15 @@ from xtoken.pipeline.share.card.alignment import alignments
 from xtoken.pipeline.share.card.card import card_files, size_category, write_card
 from xtoken.pipeline.share.card.markup import HUB_LICENSES, code, latex, license_fields, one_line, plain, public
 from xtoken.pipeline.share.card.plots import PLOTS
-from xtoken.pipeline.share.card.stats import RowStats, quantile, read_stats
+from xtoken.pipeline.share.card.stats import read_stats
+from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.codecs.row_stats import RowStats, quantile
 from xtoken.pipeline.store.reader import iter_capture
 from xtoken.pipeline.store.seal import PLOTS as SEALED_PLOTS
 from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.share import CardConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.manifest import MANIFEST, CaptureManifest, content_hash, read_manifest
+from xtoken.schemas.manifest import MANIFEST, CaptureManifest, CodecInfo, content_hash, read_manifest
 from xtoken.schemas.ui.progress import Silent
 
 GOLDEN = Path(__file__).parents[4] / "golden" / "captures"
@@ -84,11 +86,11 @@ def test_figures_are_those_of_the_rows(name: str, kept_capture: Path) -> None:
     rows, stats = _rows(root), _stats(root)
     rests = np.array([row["rest"] for row in rows])
     assert stats.rows == len(rows) > 50
-    assert stats.rest_moment(1) == pytest.approx(rests.mean())
-    assert stats.rest_moment(2) == pytest.approx((rests**2).mean())
+    assert stats.tail_moment(1) == pytest.approx(rests.mean())
+    assert stats.tail_moment(2) == pytest.approx((rests**2).mean())
     for share in (0.5, 0.9, 0.99):
         expected = np.quantile(rests, share, method="inverted_cdf")
-        assert stats.rest_quantile(share) == pytest.approx(expected)
+        assert stats.tail_quantile(share) == pytest.approx(expected)
     entropy = [
         -sum(math.exp(value) * value for value in row["logprob"])
         - (row["rest"] and row["rest"] * math.log(row["rest"]))
@@ -115,11 +117,11 @@ def test_draws(sampled: Path) -> None:
     stats, drawn = _stats(sampled), [count for sample in samples for count in sample["drawn"]]
     assert np.array_equal(stats.entries[:21], np.bincount(drawn, minlength=21))
     assert stats.entropy_nats == pytest.approx(sum(sum(sample["entropy"]) for sample in samples))
-    assert not stats.rest.any()
+    assert not stats.tail.any()
     files = card_files(str(sampled), _manifest(sampled), LICENSES, None)
     readme = files["README.md"].decode()
     assert set(files) == {"README.md", *PLOTS} - {"plots/mass-kept.png"}
-    for words in ("20 draws with replacement", "draw_codes", "The text is not included", "--corpus CORPUS"):
+    for words in ("20 tokens by systematic sampling", "draw_codes", "The text is not included", "--corpus CORPUS"):
         assert words in readme
     assert "topk_gap" not in readme
 
@@ -301,4 +303,6 @@ def test_the_template_is_shipped() -> None:
     assert spec is not None
     assert spec.origin is not None
     names = {path.name for path in Path(spec.origin).parent.glob("*.md")}
-    assert names == {f"{name}.md" for name in ("template", "reading_any", "reading_topk", "reading_sampled")}
+    assert names == {"template.md", "reading_any.md"}
+    for info in (CodecInfo(k=1), CodecInfo(name="sampled", draws=1)):
+        assert "\n===\n" in open_codec(info).recipe
