@@ -14,12 +14,12 @@ from xtoken.pipeline.align.common_samples import MOST_CAPTURES, compare, refuse_
 from xtoken.pipeline.align.refusals import refuse_losses, refuse_narrow_student
 from xtoken.pipeline.align.run import align, written
 from xtoken.pipeline.align.run_identity import RUN_FILE
-from xtoken.pipeline.align.skipped_samples import SKIPPED_FILE
 from xtoken.pipeline.capture.multi_teacher import names_below
 from xtoken.pipeline.executors.local import refuse_unshared
 from xtoken.pipeline.store import DiskFull, Folder, iter_parquet
 from xtoken.pipeline.store.columns import flat
 from xtoken.pipeline.store.figures import target_figures
+from xtoken.pipeline.store.skip_records import SKIPPED_FILE, count_reasons
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import IncompleteRun, PartlyDone, XtokenError
@@ -163,9 +163,10 @@ def _outcome(config: AlignConfig, progress: Progress) -> _Outcome:
 
 def _figures(config: AlignConfig, manifest: TargetManifest, seconds: float) -> dict[str, Any]:
     found = target_figures(manifest)
-    named: dict[str, Any] = (
-        {"skipped": f"{config.out.rstrip('/')}/{SKIPPED_FILE}"} if found.get("samples_skipped") else {}
-    )
+    named: dict[str, Any] = {}
+    if found.get("samples_skipped"):
+        named["skipped"] = f"{config.out.rstrip('/')}/{SKIPPED_FILE}"
+        named["skipped_by_reason"] = count_reasons(Folder(config.out), SKIPPED_FILE)
     if note := lacking(config.out, manifest):
         _LOG.warning("%s", note)
         named["notes"] = [note]

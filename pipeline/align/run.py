@@ -13,7 +13,7 @@ from typing import Any
 
 from xtoken.pipeline.align.refusals import refuse_losses, refuse_narrow_student, refuse_no_text
 from xtoken.pipeline.align.run_identity import claim, run_settings
-from xtoken.pipeline.align.skipped_samples import SKIPPED_FILE, Skipped, note_skipped
+from xtoken.pipeline.align.skipped_samples import Skipped, SkippedSamples
 from xtoken.pipeline.align.stage import AlignJob, refuse_other_tokenizer
 from xtoken.pipeline.executors.local import LocalExecutor, refuse_unshared
 from xtoken.pipeline.executors.protocol import Event, Executor
@@ -22,7 +22,8 @@ from xtoken.pipeline.project.files import read_projection, write_table, write_ta
 from xtoken.pipeline.project.projection import Projection
 from xtoken.pipeline.store import Folder, clean, committed, load_vocab
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
-from xtoken.pipeline.tokens import TokenTable, load_tokenizer, refuse_long_prefix
+from xtoken.pipeline.store.skip_records import SKIPPED_FILE
+from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import IncompleteRun, Unreachable
 from xtoken.schemas.io.remote import patiently
@@ -52,9 +53,14 @@ class _Run:
     config: AlignConfig
     capture: CaptureManifest
     projection: Projection
-    student: TokenizerInfo
+    tokenizer: TextTokenizer
     settings: dict[str, Any]
     files: dict[str, str]
+
+    @property
+    def student(self) -> TokenizerInfo:
+        """The student's tokenizer, as manifests have it."""
+        return self.tokenizer.table.info
 
     @property
     def job(self) -> AlignJob:
@@ -101,7 +107,7 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
     refuse_no_text(config, capture)
     files = write_tables(config.out, projection)
     files[STUDENT_VOCAB_FILE] = write_table(config.out, STUDENT_VOCAB_FILE, student.to_tables()[0])
-    run = _Run(config, capture, projection, student.info, settings, files)
+    run = _Run(config, capture, projection, tokenizer, settings, files)
     failed = _work(run, executor, progress)
     return patiently(partial(_finish, run, failed))
 
@@ -172,7 +178,7 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
     found = committed(config.out)
     assert {*found, *failed} == {part.index for part in run.capture.parts}, "the executor lost a part"
     parts = [found[index] for index in sorted(found)]
-    skipped = note_skipped(config.captures[0], run.capture, config.out, parts)
+    skipped = SkippedSamples(config.captures[0], run.capture, config.out, run.tokenizer, config.corpus).note(parts)
     # who set parts aside before has accepted samples without targets, and a manifest must not fall behind its parts
     if (failed or skipped.count) and config.on_bad == "refuse" and there is None:
         raise IncompleteRun(_refusal(run, failed, skipped))
@@ -215,6 +221,7 @@ def _refusal(run: _Run, failed: dict[int, str], skipped: Skipped) -> str:
             f"the tokenizer of {run.config.student} cannot represent {skipped.count:,} samples ({first}), which "
             f"{run.config.out}/{SKIPPED_FILE} names; all others are committed"
         )
+        said += [f"  {count:,} samples: {reason}" for reason, count in skipped.reasons.items()]
     return "\n".join(
         [*said, "the same command goes on, and with --on-bad set-aside it finishes the targets without them"]
     )
