@@ -26,15 +26,17 @@ def boundaries(
     most = min(len(student_end_S), len(teacher_end_T))
     s_end, t_end = np.empty(most, np.int32), np.empty(most, np.int32)
     s = t = found = 0
+    # A merge of two sorted lists: the side that is behind takes a step, and where both end at one byte is a cut.
     while s < len(student_end_S) and t < len(teacher_end_T):
         a, b = student_end_S[s], teacher_end_T[t]
+        # of several tokens that end at one byte the last one counts: those without width lie before the cut
         if a < b or (s + 1 < len(student_end_S) and student_end_S[s + 1] == a):
             s += 1
         elif b < a or (t + 1 < len(teacher_end_T) and teacher_end_T[t + 1] == b):
             t += 1
         else:
             s, t = s + 1, t + 1
-            if a > 0:
+            if a > 0:  # byte 0 is no end of a chunk: what lies there is the lead
                 s_end[found], t_end[found] = s, t
                 found += 1
     return s_end[:found], t_end[:found]
@@ -63,6 +65,7 @@ def boundaries_batch(
     """
     samples = len(student_eos_N)
     offset_N, lead_N = np.zeros(samples + 1, np.int64), np.zeros(samples, np.bool_)
+    # a chunk has a token of either side, but for the lead and eos of each sample
     most = min(len(student_end_S), len(teacher_end_T)) + 2 * samples
     s_end_C, t_end_C = np.empty(most, np.int32), np.empty(most, np.int32)
     found = 0
@@ -73,6 +76,7 @@ def boundaries_batch(
             return offset_N, s_end_C[:found], t_end_C[:found], lead_N, n
         first, s_all, t_all = found, len(mine) - student_eos_N[n], len(theirs) - teacher_eos_N[n]
         s_lead, t_lead = _leading_zeros(mine, s_all), _leading_zeros(theirs, t_all)
+        # tokens 0 bytes wide before the text make a chunk of their own, without a target
         if s_lead or t_lead:
             s_end_C[found], t_end_C[found], lead_N[n] = s_lead, t_lead, True
             found += 1
@@ -80,6 +84,7 @@ def boundaries_batch(
         s_end_C[found : found + len(s_end)], t_end_C[found : found + len(s_end)] = s_end, t_end
         found += len(s_end)
         s_last, t_last = (s_end_C[found - 1], t_end_C[found - 1]) if found > first else (0, 0)
+        # eos of both sides is a chunk where nothing is left between the last cut and it, else it would hide tokens
         if student_eos_N[n] and teacher_eos_N[n] and s_last == s_all and t_last == t_all:
             s_end_C[found], t_end_C[found] = len(mine), len(theirs)
             found += 1
@@ -128,7 +133,7 @@ def row_figures(
     """Entropy of each row in nats, REST as one cell, and its largest kept probability; [R] each."""
     entropy_R, top_R = np.zeros(len(rest_R), np.float64), np.zeros(len(rest_R), np.float64)
     for row in range(len(rest_R)):
-        if rest_R[row] > -np.inf:
+        if rest_R[row] > -np.inf:  # 0 log 0 is 0, and NaN in floating point
             entropy_R[row] = -np.exp(rest_R[row]) * rest_R[row]
         for at in range(offsets_R[row], offsets_R[row + 1]):
             p = np.exp(logprob_K[at])

@@ -58,6 +58,7 @@ def project_rows(
     """
     chunks = len(row_C)
     all_, widest, highest = _projected(row_C, offsets_R, ids_K, fate_U, offset_U, to_M)
+    # written for the whole batch and cut off at the end; scratch is as wide as the widest distribution, made once
     count_C, rest_C = np.zeros(chunks, np.int32), np.zeros(chunks, np.float32)
     out_ids, out_log = np.empty(all_, np.int32), np.empty(all_, np.float32)
     mass_C5 = np.zeros((chunks, 5), np.float64)
@@ -86,12 +87,13 @@ def project_rows(
             )
         rest = 0.0 if closed or unknown else rest + to_rest
         total = rest + sum_p
-        # All mass was left out: no target remains, and REST stands for it.
+        # All mass was left out: no target remains, and the tail mass stands for it.
         if not total > 0:
             continue
         if stays:
             found, scale = high - low, np.log(total)
             for at in range(found):
+                # from the logarithm that is there: its exp and log again would cost precision and time
                 magnitude[at] = max(0.0, scale - logprob_K[low + at])
                 key[at] = (np.int64(bits[at]) << 32) | ids_K[low + at]
         else:
@@ -101,14 +103,15 @@ def project_rows(
                 key[at] = (np.int64(bits[at]) << 32) | ids[at]
         kept = _sorted_by_key(key, found, most)
         for at in range(kept):
+            # back through the same bits: what is stored is exactly what was sorted by
             bits[0] = np.uint32(key[at] >> 32)
             out_log[used + at], out_ids[used + at] = -magnitude[0], np.int32(key[at] & 0xFFFFFFFF)
         if kept < found:
             rest = _cut_off(out_log[used : used + kept], rest / total, closed or unknown)
             rest_C[chunk] = np.log(rest) if rest > 0 else -np.inf
-        elif to_rest > 0 or rest == 0:
+        elif to_rest > 0 or rest == 0:  # mass was added to it, or it is left out
             rest_C[chunk] = np.log(rest / total) if rest > 0 else -np.inf
-        else:
+        else:  # nothing was: in logarithms, which do not underflow
             rest_C[chunk] = rest_R[row] - np.log(total)
         rest_C[chunk] = np.nan if unknown and kept else rest_C[chunk]
         count_C[chunk] = kept
@@ -186,6 +189,7 @@ def _spread(
                 sum_p += share
         elif fate == _TO_REST:
             to_rest += p_K[at]
+    # only what was used is put back: the table is as large as the vocabulary
     for at in range(found):
         slot[ids[at]] = -1
     return found, to_rest, sum_p
@@ -228,6 +232,7 @@ def _smallest_first(key: NDArray[np.int64], size: int, wanted: int) -> None:
     """Quickselect: the ``wanted`` smallest of ``key[:size]`` come first, in any order."""
     low, high = 0, size - 1
     while low < high:
+        # Hoare's partition around the middle: distributions come nearly sorted, where an end would be the worst choice
         pivot, left, right = key[(low + high) >> 1], low, high
         while left <= right:
             while key[left] < pivot:
@@ -237,6 +242,7 @@ def _smallest_first(key: NDArray[np.int64], size: int, wanted: int) -> None:
             if left <= right:
                 key[left], key[right] = key[right], key[left]
                 left, right = left + 1, right - 1
+        # go on in the half that the border of the wanted lies in; between the halves all keys are equal
         if wanted - 1 <= right:
             high = right
         elif wanted - 1 >= left:
