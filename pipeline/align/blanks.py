@@ -33,9 +33,9 @@ class Shifted:
     Attributes:
         rows: the rows there were, and two shifted ones for each such chunk.
         row_C: int64 [C], row of each chunk's first teacher token: a shifted one, or the one it was; -1 = none, also
-            where tokens without a counterpart had more than a hundredth of the mass (less than that is in REST).
-        prefix_C: likewise, but that mass is on the longest token that the counterpart would begin with, in REST if
-            there is none.
+            where tokens without a counterpart had more than a hundredth of the mass (less joins the tail mass).
+        prefix_C: likewise, but that mass is on the longest token that the counterpart would begin with, or joins
+            the tail mass if there is none.
         moved_C: bool [C], the chunk is one of these.
         brought_C: bool [C], the blank is the teacher's.
     """
@@ -183,9 +183,9 @@ def _with(rows: Rows, found: Sequence[_Row]) -> Rows:
 
 
 def shifted_row(rows: Rows, row: int, to_K: NDArray[np.int32]) -> _Row:
-    """Ids, log-probabilities and REST of a row whose K entries give their mass to others, most probable first.
+    """Ids, log-probabilities and the tail mass of a row whose K entries give their mass to others, most probable first.
 
-    Mass of tokens that have no other goes to REST; where REST is unknown, what is left sums to 1 again.
+    Mass of tokens that have no other joins the tail mass; where that is unknown, what is left sums to 1 again.
     """
     p, rest = rows.p[rows.offsets[row] : rows.offsets[row + 1]], float(rows.rest[row])
     ids, place = np.unique(to_K[to_K >= 0], return_inverse=True)

@@ -115,7 +115,7 @@ def _leading_zeros(end: NDArray[np.int32], most: int) -> int:
 def realised(
     realised_R: NDArray[np.float64], start_C: NDArray[np.int64], end_C: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Sum of the realised tokens' log-probabilities over rows ``start_C:end_C``, float32 [C].
+    """Sum of the labels' log-probabilities over rows ``start_C:end_C``, float32 [C].
 
     0 where the span is empty, NaN where its start is negative: a chunk whose first token has no row.
     """
@@ -130,7 +130,7 @@ def realised(
 def row_figures(
     offsets_R: NDArray[np.int64], logprob_K: NDArray[np.float64], rest_R: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Entropy of each row in nats, REST as one cell, and its largest kept probability; [R] each."""
+    """Entropy of each row in nats, the tail mass as one cell, and its largest kept probability; [R] each."""
     entropy_R, top_R = np.zeros(len(rest_R), np.float64), np.zeros(len(rest_R), np.float64)
     for row in range(len(rest_R)):
         if rest_R[row] > -np.inf:  # 0 log 0 is 0, and NaN in floating point

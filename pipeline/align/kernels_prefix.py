@@ -148,14 +148,14 @@ def prefix_entries(
 
     Args:
         row_S, token_S, before_S: from ``boundary_rows``.
-        offsets_R, ids_K, logprob_K, rest_R: rows, normalised with REST.
+        offsets_R, ids_K, logprob_K, rest_R: rows, normalised with the tail mass.
         teacher, teacher_U: the teacher's vocabulary.
         phi_B: from ``longest_prefixes``.
         role_U: the student's special token for each teacher special, or -1.
 
     Returns:
         count int32 [S], student ids int32 (which may repeat) and log-probabilities float64 of each target, and the
-        log of its REST float32 [S]; a token without a target has count 0 and REST 0.
+        log of its tail mass float32 [S]; a token without a target has count 0 and tail 0.
     """
     most = 0
     for row in row_S:
@@ -217,13 +217,13 @@ def child_entries(
     sorted_student: Bytes,
     sorted_M: Offsets,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
-    """Child targets: groups of teacher tokens that the student's realised token has begun to spell.
+    """Child targets: groups of teacher tokens that the student's label has begun to spell.
 
     Args:
         row_S, before_S: from ``boundary_rows``.
         student_ids_S: the student's tokens.
         last_S: the token is the last of its sample.
-        offsets_R, ids_K, logprob_K: rows, normalised with REST.
+        offsets_R, ids_K, logprob_K: rows, normalised with the tail mass.
         teacher, teacher_U: the teacher's vocabulary.
         rank_U: each teacher token's place in the order of bytes.
         alone_U: a teacher text token without a student token of equal bytes.

@@ -12,7 +12,7 @@ from xtoken.schemas.compiled import compiled
 # Columns of the mass table of ``project_rows``.
 MASS_CLASSES = ("exact", "pieces", "moved", "lost", "rest")
 _REST = 4
-# What becomes of a teacher token's mass: it stays, goes to the tokens of the map, to REST, or is left out.
+# What becomes of a teacher token's mass: it stays, goes to the tokens of the map, to the tail mass, or is left out.
 FATES = ("stays", "spread", "to rest", "left out")
 _STAYS, _SPREAD, _TO_REST = range(3)
 # Up to so many entries are ordered without sorting, whose set-up costs more.
@@ -41,19 +41,19 @@ def project_rows(
     """P-KL's target of each chunk: its row through a sparse map, equal ids merged, the most probable kept.
 
     Args:
-        row_C: teacher row of each chunk, -1 = none (count 0, REST 1).
+        row_C: teacher row of each chunk, -1 = none (count 0, tail 1).
         offsets_R: entries of row r are ``offsets_R[r]:offsets_R[r + 1]``, [R + 1].
         ids_K: teacher ids, each once in a row.
-        logprob_K, p_K: nats, and their probabilities; a row sums to 1 with REST, or alone where REST is unknown.
+        logprob_K, p_K: nats, and their probabilities; a row sums to 1 with the tail mass, or alone without.
         rest_R: nats, log of the mass not kept; NaN = unknown.
         fate_U: of ``FATES``.
         mass_class_U: index into ``MASS_CLASSES``.
         offset_U, to_M, share_M: id u goes to ``to_M[offset_U[u]:offset_U[u + 1]]`` with these shares, if it is spread.
-        closed: leave REST out (it is then -inf), as where REST is unknown (then NaN).
-        most: entries kept of a target; what the others have goes to REST, or is renormalised away without one.
+        closed: leave the tail mass out (it is then -inf), as where the tail mass is unknown (then NaN).
+        most: entries kept of a target; what the others have goes to the tail mass, or is renormalised away without one.
 
     Returns:
-        count int32 [C], ids int32, log-probability float32 (falling, then by id), REST log-probability float32 [C],
+        count int32 [C], ids int32, log-probability float32 (falling, then by id), tail log-probability float32 [C],
         and the share of mass per ``MASS_CLASSES`` (of the row before anything moves) as float64 [C, 5].
     """
     chunks = len(row_C)
@@ -172,7 +172,7 @@ def _spread(
     ``slot``, all -1 before and after, says where an id stands.
 
     Returns:
-        how many ids there are, the mass that goes to REST, and that of the ids.
+        how many ids there are, the mass that goes to the tail mass, and that of the ids.
     """
     found, to_rest, sum_p = 0, 0.0, 0.0
     for at in range(low, high):
@@ -253,7 +253,7 @@ def _smallest_first(key: NDArray[np.int64], size: int, wanted: int) -> None:
 
 @compiled
 def _cut_off(log_K: NDArray[np.float32], rest: float, closed: bool) -> float:
-    """REST of entries that are not all of their target's; without REST they are scaled up to 1 instead."""
+    """The tail mass of entries that are not all of their target's; where it is left out they are scaled up to 1."""
     kept = np.exp(log_K.astype(np.float64)).sum()
     if not closed:
         return float(max(rest, 1.0 - kept))

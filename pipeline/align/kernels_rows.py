@@ -12,7 +12,7 @@ from xtoken.schemas.compiled import compiled
 
 @compiled
 def _log_total(logprob_K: NDArray[np.float64], low: int, high: int, rest: float) -> float:
-    """log of the sum of a row's entries and REST: what normalises the row."""
+    """log of the sum of a row's entries and the tail mass: what normalises the row."""
     # the largest is taken out first, so that nothing overflows and the largest term is exactly 1
     top = rest
     for at in range(low, high):
@@ -36,7 +36,7 @@ def _log_complement(logprob: float) -> float:
 def normalised(
     offsets_R: NDArray[np.int64], logprob_K: NDArray[np.float64], rest_R: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rows and REST over what each adds up to, which the codec's rounding moves from 1; [K] and [R]."""
+    """Rows and the tail mass over what each adds up to, which the codec's rounding moves from 1; [K] and [R]."""
     out_K, out_R = logprob_K.copy(), rest_R.copy()
     for row in range(len(rest_R)):
         low, high = offsets_R[row], offsets_R[row + 1]
@@ -50,11 +50,11 @@ def normalised(
 def tempered(
     offsets_R: NDArray[np.int64], logprob_K: NDArray[np.float64], rest_R: NDArray[np.float64], tau: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rows at a temperature: logprob / tau, scaled so that a row sums to 1 with its REST there.
+    """Rows at a temperature: logprob / tau, scaled so that a row sums to 1 with its tail mass there.
 
     Args:
         offsets_R, logprob_K: rows at temperature 1.
-        rest_R: log of REST at ``tau``; NaN = unknown, the entries then sum to 1 alone.
+        rest_R: log of the tail mass at ``tau``; NaN = unknown, the entries then sum to 1 alone.
         tau: the temperature.
 
     Returns:
@@ -83,12 +83,12 @@ def mean_rows(
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
     """Mean log-probabilities of rows ``start_C:end_C`` over the union of their kept ids: one row per chunk.
 
-    A row that did not keep an id spreads its REST evenly over the ids it did not keep; without REST the id has no
-    probability there, hence none in the mean, and is left out.
+    A row that did not keep an id spreads its tail mass evenly over the ids it did not keep; without a tail mass the id
+    has no probability there, hence none in the mean, and is left out.
 
     Args:
         start_C, end_C: rows of each chunk; a negative start gives an empty row.
-        offsets_R, ids_K, logprob_K, rest_R: rows, normalised with REST.
+        offsets_R, ids_K, logprob_K, rest_R: rows, normalised with the tail mass.
         size: U, what the ids not kept are counted from.
 
     Returns:

@@ -41,24 +41,24 @@ class Recipe:
 
     @property
     def rest_known(self) -> bool:
-        """Whether the capture holds REST at ``tau``."""
+        """Whether the capture holds the tail mass at ``tau``."""
         return self.tau in self.codec.temperatures
 
     @property
     def drawn(self) -> bool:
-        """Whether rows are draws: shares that are right in the mean, so that targets must be linear in them."""
+        """Whether rows are samples: shares that are right in the mean, so that targets must be linear in them."""
         return self.codec.name == "sampled"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows that sum to 1 with REST, or alone where REST is unknown.
+    """Rows that sum to 1 with the tail mass, or alone where the tail mass is unknown.
 
     Attributes:
         offsets: int64 [R + 1]; row r has entries ``offsets[r]:offsets[r + 1]``.
         ids: int32 [K], teacher ids.
         logprob: float64 [K], nats.
-        rest: float64 [R], nats: log of REST; -inf = none, NaN = unknown.
+        rest: float64 [R], nats: log of the tail mass; -inf = none, NaN = unknown.
         p: float64 [K], probabilities of the entries.
     """
 
@@ -82,8 +82,8 @@ class RowBatch:
 
     Attributes:
         rows: at the recipe's temperature.
-        entropy: float64 [R], nats, at temperature 1, REST as one cell (of draws: of the whole row); NaN = no entries.
-        top1: float64 [R], the largest probability at temperature 1 (of draws: the largest share); NaN = no entries.
+        entropy: float64 [R], nats, at temperature 1, the tail as one cell (of samples: of all); NaN = no entries.
+        top1: float64 [R], the largest probability at temperature 1 (of samples: the largest share); NaN = no entries.
         realised: float64 [R], nats: log-probability of the token in the text at the recipe's temperature.
         offset_N: int64 [N + 1]; sample n has rows ``offset_N[n]:offset_N[n + 1]``.
         first_N: int64 [N], tokens of a sample before its first row.
@@ -147,7 +147,7 @@ def _kept_rows(batch: pa.RecordBatch, recipe: Recipe) -> _Decoded:
 
 
 def _drawn_rows(batch: pa.RecordBatch, recipe: Recipe) -> _Decoded:
-    """Draws as shares, which are right in the mean; the entropy is that of whole rows."""
+    """Samples as shares, which are right in the mean; the entropy is that of whole rows."""
     found = unpack(batch, recipe.codec)
     _, top1_R = row_figures(found.offsets, found.logprob, found.rest_logprob)
     rows = Rows.of(found.offsets, found.ids, found.logprob, found.rest_logprob)
@@ -162,7 +162,8 @@ def merge_rows(
     Args:
         rows: at the targets' temperature.
         start_C, end_C: from ``RowBatch.spans``.
-        merge: first | last | mean (of log-probabilities: see ``mean_rows``; REST is then what the mean leaves to 1).
+        merge: first | last | mean (of log-probabilities: see ``mean_rows``; the tail mass is then what
+            it leaves to 1).
         size: U, the teacher's vocabulary.
     """
     if merge == "first":
@@ -174,7 +175,7 @@ def merge_rows(
 
 
 def _rest_at(batch: pa.RecordBatch, recipe: Recipe, rows: int) -> NDArray[np.float64]:
-    """REST at the recipe's temperature, [R]; NaN where the capture does not know it."""
+    """The tail mass at the recipe's temperature, [R]; NaN where the capture does not know it."""
     if not recipe.rest_known:
         return np.full(rows, np.nan)
     codec = recipe.codec

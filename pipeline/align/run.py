@@ -72,7 +72,7 @@ class _Run:
 def align(config: AlignConfig, progress: Progress, *, executor: Executor | None = None) -> TargetManifest:
     """Build the targets of every part of one capture; the same command resumes, and a finished one does nothing.
 
-    Shards that the capture set aside are left out here too; its manifest names them.
+    Shards that the capture quarantined are left out here too; its manifest names them.
 
     Args:
         config: of one capture; what is done with bad parts and samples says ``on_bad``.
@@ -207,8 +207,8 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
     seal(config.out)
     if failed:
         raise IncompleteRun(
-            f"{_failed(run, failed)}\nthey are set aside, and the targets are finished without them: mend the capture "
-            "and run the same command again to try them once more"
+            f"{_failed(run, failed)}\nthey are quarantined (set aside), and the targets are finished without them: "
+            "mend the capture and run the same command again to try them once more"
         )
     return manifest
 

@@ -58,7 +58,7 @@ def find(root: str, sample_id: str, parts: Collection[int] | None = None) -> Pla
             place = _look(folder, part, sample_id, groups)
             if place is not None:
                 return place
-    # statistics of strangers may say anything: an id counts as unknown only when all were read
+    # untrusted statistics may say anything: an id counts as unknown only when all were read
     for part in wanted:
         place = _look(folder, part, sample_id, None)
         if place is not None:

@@ -155,7 +155,7 @@ def _check_ends(row: dict[str, Any], teacher_tokens: int) -> None:
         ends = row[name]
         if sorted(ends) != ends or not all(0 <= end <= most for end in ends):
             raise VerificationError(
-                f"sample {row['sample_id']!r}: {name} is no way through {most} tokens; align the capture again"
+                f"sample {row['sample_id']!r}: {name} is not a way through {most} tokens; align the capture again"
             )
 
 

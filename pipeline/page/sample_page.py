@@ -69,7 +69,7 @@ def _one_to_one(row: dict[str, Any]) -> int:
 def sample_page(sample: Sample) -> str:
     """The whole page."""
     shown = figures(sample)
-    # an id is a stranger's text like any other
+    # an id is untrusted text like any other
     name = plain(visible(shown["sample_id"].encode())).replace("·", " ")
     student = f", student {short(shown['student'])}" if "student" in shown else ""
     heading = (
@@ -108,7 +108,7 @@ def _remarks(sample: Sample) -> str:
         "The text was not stored; it is put together from the tokens' bytes.": row["text"] is None,
         "The rows were left out of this subset.": sample.rows is None,
         "Some ends were moved up to a safe byte.": row["snapped"],
-        f"Rows are {sample.manifest.codec.draws} draws each.": sample.manifest.codec.name == "sampled",
+        f"Rows are {sample.manifest.codec.draws} samples each.": sample.manifest.codec.name == "sampled",
     }
     if targets is not None and targets.manifest.tau != 1:
         remarks[f"Targets are at temperature {targets.manifest.tau:g}, rows at 1."] = True

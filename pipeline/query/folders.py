@@ -61,7 +61,7 @@ class CaptureFolder:
         dropped = [name for name in ("text", "space_logprob") if name in self.manifest.left_out]
         found = [f"{name} was left out by the subset {self.root} is: what follows from it is null" for name in dropped]
         if self.manifest.set_aside:
-            found.append(f"shards set aside at capture, not here: {len(self.manifest.set_aside)}")
+            found.append(f"shards quarantined at capture, not here: {len(self.manifest.set_aside)}")
         return found
 
     def bases(self) -> Bases:

@@ -22,6 +22,7 @@ from xtoken.schemas.manifest import CodecInfo
 
 Ints = NDArray[np.int64]
 _UNSPELLED = 0x3F  # '?'
+_DAMAGED = "'xtoken verify' lists what is damaged"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def row_functions(codec: CodecInfo) -> dict[str, Function]:
 
 
 def readable(raw: pa.Array) -> pa.Array:
-    """Bytes as text; what is no UTF-8 is written like \\xe6."""
+    """Bytes as text; what is not UTF-8 is written like \\xe6."""
     column = _array(raw)
     try:
         return column.cast(pa.string())
@@ -92,7 +93,7 @@ def steps(ends: pa.Array, sizes: pa.Array) -> pa.Array:
     first_N = (lists.stop_N - lists.length_N)[filled_N]
     count_C[first_N] = lists.values[first_N]
     if (count_C < 0).any() or (last_N > size_N).any():
-        raise VerificationError("chunks of a sample do not fit its tokens; 'xtoken verify' lists what is damaged")
+        raise VerificationError(f"chunks of a sample do not fit its tokens; {_DAMAGED}")
     number_C = np.arange(len(count_C)) - np.repeat(lists.stop_N - lists.length_N, lists.length_N)
     # the tokens behind the last chunk are one more of each sample, without a number
     count = np.insert(count_C, lists.stop_N, size_N - last_N)
@@ -116,7 +117,7 @@ class UnpackRows:
         lists, stored = _Lists.of(counts), _Lists.of(values)
         place_K, rank_K, size_N = _places(lists, stored.length_N)
         if (_Lists.of(codes).length_N != size_N).any():
-            raise VerificationError("a sample has not as many ids as entries; 'xtoken verify' lists what is damaged")
+            raise VerificationError(f"a sample has not as many ids as entries; {_DAMAGED}")
         ids, value_K = np.zeros(0, np.int32), stored.values.astype(np.uint16)
         if self.codec.name == "sampled":
             found = decode_draws(lists.values, ids, value_K, self.codec.draws)
@@ -155,9 +156,7 @@ class Lookup:
         try:
             return self.values.take(column)
         except pa.ArrowIndexError as error:
-            raise VerificationError(
-                f"an id is outside 0 to {len(self.values) - 1}; 'xtoken verify' lists what is damaged"
-            ) from error
+            raise VerificationError(f"an id is outside 0 to {len(self.values) - 1}; {_DAMAGED}") from error
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ class Spell:
         tokens, stops = _Lists.of(ids), _Lists.of(ends)
         id_S, end_S = tokens.values, stops.values
         if (tokens.length_N != stops.length_N).any() or (id_S < 0).any() or (id_S >= len(self.offsets) - 1).any():
-            raise VerificationError("a sample's student tokens are no tokens; 'xtoken verify' lists what is damaged")
+            raise VerificationError(f"a sample's student_ids are not ids of the student's; {_DAMAGED}")
         filled_N = tokens.length_N > 0
         width_S = np.diff(end_S, prepend=np.int64(0))
         first_N = (tokens.stop_N - tokens.length_N)[filled_N]
@@ -197,7 +196,7 @@ class Spell:
         size_N = np.zeros(len(filled_N), np.int64)
         size_N[filled_N] = end_S[tokens.stop_N[filled_N] - 1]
         if (width_S < 0).any() or size_N.sum() > _LARGEST:
-            raise VerificationError("a sample's student_end is no list of ends; 'xtoken verify' lists what is damaged")
+            raise VerificationError(f"a sample's student_end is not a list of growing ends; {_DAMAGED}")
         return pa.Array.from_buffers(
             pa.binary(), len(size_N), [None, _offsets(size_N).buffers()[1], pa.py_buffer(self._gather(id_S, width_S))]
         )
@@ -248,7 +247,7 @@ def _places(counts: _Lists, size_N: Ints) -> tuple[Ints, Ints, Ints]:
     running = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
     sum_N = running[counts.stop_N] - running[counts.stop_N - counts.length_N]
     if (count < 0).any() or (sum_N != size_N).any() or size_N.sum() > _LARGEST:
-        raise VerificationError("counts of a sample do not sum to its entries; 'xtoken verify' lists what is damaged")
+        raise VerificationError(f"counts of a sample do not sum to its entries; {_DAMAGED}")
     number = np.arange(len(count)) - np.repeat(counts.stop_N - counts.length_N, counts.length_N)
     rank_K = np.arange(int(running[-1])) - np.repeat(running[:-1], count)
     return np.repeat(number, count), rank_K, size_N

@@ -65,7 +65,7 @@ def write_rows(session: Any, found: Any, out: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: bytes as text (what is no UTF-8 like \\xe6), no NaN and no infinity."""
+    """A value as JSON has it: bytes as text (what is not UTF-8 like \\xe6), no NaN and no infinity."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     if isinstance(value, Decimal):  # sums of integers are, too

@@ -61,8 +61,8 @@ def prefix_columns(
         shifted: the teacher's rows, at the targets' temperature.
         start_C: row of each chunk's first teacher token, -1 = none.
         maps: of the pair.
-        roots_only: rows are draws. Interior targets would be ratios of them and child groups depend on which tokens
-            were drawn, so there are none; roots hold no REST, whose share of the student depends on that too.
+        roots_only: rows are samples. Interior targets would be ratios of them and child groups depend on which tokens
+            were drawn, so there are none; roots hold no tail mass, whose share of the student depends on that too.
     """
     row_S, token_S, before_S = _boundaries(batch, samples, start_C, shifted, maps)
     rows = shifted.rows
