@@ -75,14 +75,14 @@ def project_rows(
         unknown = np.isnan(rest_R[row])
         rest = 0.0 if unknown else np.exp(rest_R[row])
         mass_C5[chunk, _REST] = rest
-        low, high, found, to_rest, sum_p = offsets_R[row], offsets_R[row + 1], 0, 0.0, 0.0
+        low, high, entries, to_rest, sum_p = offsets_R[row], offsets_R[row + 1], 0, 0.0, 0.0
         stays = _all_stay(low, high, ids_K, fate_U)
         if stays:  # most rows: nothing meets anything
             for at in range(low, high):
                 mass_C5[chunk, mass_class_U[ids_K[at]]] += p_K[at]
                 sum_p += p_K[at]
         else:
-            found, to_rest, sum_p = _spread(
+            entries, to_rest, sum_p = _spread(
                 low, high, ids_K, p_K, fate_U, mass_class_U, offset_U, to_M, share_M, slot, ids, p, mass_C5[chunk]
             )
         rest = 0.0 if closed or unknown else rest + to_rest
@@ -91,22 +91,22 @@ def project_rows(
         if not total > 0:
             continue
         if stays:
-            found, scale = high - low, np.log(total)
-            for at in range(found):
+            entries, scale = high - low, np.log(total)
+            for at in range(entries):
                 # from the logarithm that is there: its exp and log again would cost precision and time
                 magnitude[at] = max(0.0, scale - logprob_K[low + at])
                 key[at] = (np.int64(bits[at]) << 32) | ids_K[low + at]
         else:
-            for at in range(found):
+            for at in range(entries):
                 # a sum over another may come out a hair above 1
                 magnitude[at] = max(0.0, 0.0 - np.log(max(p[at], _TINY) / total))
                 key[at] = (np.int64(bits[at]) << 32) | ids[at]
-        kept = _sorted_by_key(key, found, most)
+        kept = _sorted_by_key(key, entries, most)
         for at in range(kept):
             # back through the same bits: what is stored is exactly what was sorted by
             bits[0] = np.uint32(key[at] >> 32)
             out_log[used + at], out_ids[used + at] = -magnitude[0], np.int32(key[at] & 0xFFFFFFFF)
-        if kept < found:
+        if kept < entries:
             rest = _cut_off(out_log[used : used + kept], rest / total, closed or unknown)
             rest_C[chunk] = np.log(rest) if rest > 0 else -np.inf
         elif to_rest > 0 or rest == 0:  # mass was added to it, or it is left out
@@ -174,47 +174,47 @@ def _spread(
     Returns:
         how many ids there are, the mass that goes to the tail mass, and that of the ids.
     """
-    found, to_rest, sum_p = 0, 0.0, 0.0
+    entries, to_rest, sum_p = 0, 0.0, 0.0
     for at in range(low, high):
         token = ids_K[at]
         mass_5[mass_class_U[token]] += p_K[at]
         fate = fate_U[token]
         if fate == _STAYS:
-            found = _put(token, p_K[at], found, slot, ids, p)
+            entries = _put(token, p_K[at], entries, slot, ids, p)
             sum_p += p_K[at]
         elif fate == _SPREAD:
             for to in range(offset_U[token], offset_U[token + 1]):
                 share = p_K[at] * share_M[to]
-                found = _put(to_M[to], share, found, slot, ids, p)
+                entries = _put(to_M[to], share, entries, slot, ids, p)
                 sum_p += share
         elif fate == _TO_REST:
             to_rest += p_K[at]
     # only what was used is put back: the table is as large as the vocabulary
-    for at in range(found):
+    for at in range(entries):
         slot[ids[at]] = -1
-    return found, to_rest, sum_p
+    return entries, to_rest, sum_p
 
 
 @compiled
 def _put(
-    token: int, share: float, found: int, slot: NDArray[np.int32], ids: NDArray[np.int32], p: NDArray[np.float64]
+    token: int, share: float, entries: int, slot: NDArray[np.int32], ids: NDArray[np.int32], p: NDArray[np.float64]
 ) -> int:
     """Add an entry to those of a row, or to the one of the same id; how many there are now."""
     at = slot[token]
     if at >= 0:
         p[at] += share
-        return found
-    slot[token] = found
-    ids[found], p[found] = token, share
-    return found + 1
+        return entries
+    slot[token] = entries
+    ids[entries], p[entries] = token, share
+    return entries + 1
 
 
 @compiled
-def _sorted_by_key(key: NDArray[np.int64], found: int, most: int) -> int:
+def _sorted_by_key(key: NDArray[np.int64], entries: int, most: int) -> int:
     """The ``most`` smallest of ``key[:found]`` come first, in order; how many they are."""
-    kept = min(found, most)
-    if kept < found:
-        _smallest_first(key, found, kept)
+    kept = min(entries, most)
+    if kept < entries:
+        _smallest_first(key, entries, kept)
     if kept > _FEW:
         key[:kept].sort()
         return kept

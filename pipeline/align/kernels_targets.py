@@ -157,19 +157,19 @@ def split_targets(
         row = row_C[chunk]
         if row < 0:  # no distribution: both counts stay 0
             continue
-        found, first = 0, outside
+        pairs, first = 0, outside
         for at in range(offsets_R[row], offsets_R[row + 1]):
             pair = pair_U[ids_K[at]]
             if pair >= 0:
-                mine[found], mine_log[found] = pair, logprob_K[at]
-                found += 1
+                mine[pairs], mine_log[pairs] = pair, logprob_K[at]
+                pairs += 1
             else:
                 outside = _ranked(np.float32(logprob_K[at]), other, first, outside)
         # several teacher tokens may have the same pair: their mass is added up
-        if found <= _FEW:
-            used = _joined_few(mine[:found], mine_log[:found], once, once_log)
+        if pairs <= _FEW:
+            used = _joined_few(mine[:pairs], mine_log[:pairs], once, once_log)
         else:
-            used = _joined(mine[:found], mine_log[:found], once, once_log)
+            used = _joined(mine[:pairs], mine_log[:pairs], once, once_log)
         _ordered(once, once_log, 0, used, ids, paired, inside)
         paired_C[chunk], other_C[chunk] = used, outside - first
         inside += used

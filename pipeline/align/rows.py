@@ -121,9 +121,10 @@ class RowBatch:
 
     def spans(self, samples: Sequence[Joined]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of each chunk's teacher tokens, start and end [C]; start -1 where the first token has no row."""
-        found = [self._span(sample) for sample in samples]
+        per_sample = [self._span(sample) for sample in samples]
         empty = np.zeros(0, np.int64)
-        return np.concatenate([empty, *(s for s, _ in found)]), np.concatenate([empty, *(e for _, e in found)])
+        starts, ends = zip((empty, empty), *per_sample, strict=True)
+        return np.concatenate(starts), np.concatenate(ends)
 
     def _span(self, sample: Joined) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         shift = self.offset_N[sample.at] - self.first_N[sample.at]
@@ -148,9 +149,9 @@ def _kept_rows(batch: pa.RecordBatch, recipe: Recipe) -> _Decoded:
 
 def _drawn_rows(batch: pa.RecordBatch, recipe: Recipe) -> _Decoded:
     """Samples as shares, which are right in the mean; the entropy is that of whole rows."""
-    found = unpack(batch, recipe.codec)
-    _, top1_R = row_figures(found.offsets, found.logprob, found.rest_logprob)
-    rows = Rows.of(found.offsets, found.ids, found.logprob, found.rest_logprob)
+    shares = unpack(batch, recipe.codec)
+    _, top1_R = row_figures(shares.offsets, shares.logprob, shares.rest_logprob)
+    rows = Rows.of(shares.offsets, shares.ids, shares.logprob, shares.rest_logprob)
     return rows, flat(batch, "entropy").astype(np.float64), top1_R
 
 
@@ -170,8 +171,8 @@ def merge_rows(
         return rows, start_C
     if merge == "last":
         return rows, np.where(start_C < 0, -1, end_C - 1)
-    found = mean_rows(start_C, end_C, rows.offsets, rows.ids, rows.logprob, rows.rest, size)
-    return Rows.of(*found), np.where(start_C < 0, -1, np.arange(len(start_C)))
+    means = mean_rows(start_C, end_C, rows.offsets, rows.ids, rows.logprob, rows.rest, size)
+    return Rows.of(*means), np.where(start_C < 0, -1, np.arange(len(start_C)))
 
 
 def _rest_at(batch: pa.RecordBatch, recipe: Recipe, rows: int) -> NDArray[np.float64]:

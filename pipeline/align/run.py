@@ -175,9 +175,9 @@ def _memory_goes_back() -> Iterator[None]:
 def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
     """Write the manifest of everything that is committed and seal it, if nothing is wrong or that was asked for."""
     config, there = run.config, written(run.config.out)
-    found = committed(config.out)
-    assert {*found, *failed} == {part.index for part in run.capture.parts}, "the executor lost a part"
-    parts = [found[index] for index in sorted(found)]
+    done = committed(config.out)
+    assert {*done, *failed} == {part.index for part in run.capture.parts}, "the executor lost a part"
+    parts = [done[index] for index in sorted(done)]
     skipped = SkippedSamples(config.captures[0], run.capture, config.out, run.tokenizer, config.corpus).note(parts)
     # who set parts aside before has accepted samples without targets, and a manifest must not fall behind its parts
     if (failed or skipped.count) and config.on_bad == "refuse" and there is None:

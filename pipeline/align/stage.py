@@ -80,11 +80,11 @@ class AlignJob:
         return AlignWorker(self, tokenizer, maps, recipe, rules, parts, texts)
 
 
-def refuse_other_tokenizer(side: str, found: TokenizerInfo, wanted: TokenizerInfo) -> None:
+def refuse_other_tokenizer(side: str, given: TokenizerInfo, wanted: TokenizerInfo) -> None:
     """Raise XtokenError unless both are the same tokenizer by hash."""
-    if found.hash != wanted.hash:
+    if given.hash != wanted.hash:
         raise XtokenError(
-            f"the {side} tokenizer {found.name} ({found.hash[:12]}) is not the one W was built for, "
+            f"the {side} tokenizer {given.name} ({given.hash[:12]}) is not the one W was built for, "
             f"{wanted.name} ({wanted.hash[:12]}); build W for this pair with 'xtoken project', or leave --w out"
         )
 
@@ -128,9 +128,9 @@ class AlignWorker(OneByOne):
             refuse_without_text(batch, self.job.capture)
             _refuse_foreign_ids(batch, (row_columns(self.job.codec)[1], "teacher_ids"), self.maps.teacher_size)
             samples = join(batch, encode(self.tokenizer, batch), eos_id)
-            found, figures = target_batch(batch, samples, self.maps, self.recipe)
-            written.add(batch, found, figures, summary_batch(batch, samples, found, self.job.config.losses))
-            yield found
+            built, figures = target_batch(batch, samples, self.maps, self.recipe)
+            written.add(batch, built, figures, summary_batch(batch, samples, built, self.job.config.losses))
+            yield built
 
 
 @dataclass
@@ -151,10 +151,10 @@ class _Written:
         """Begin again: storage may ask for a part twice."""
         self.counts, self.built = Counter(samples_skipped=0), []
 
-    def add(self, batch: pa.RecordBatch, found: pa.RecordBatch, figures: Mapping[str, int], built: pa.Table) -> None:
+    def add(self, batch: pa.RecordBatch, made: pa.RecordBatch, figures: Mapping[str, int], built: pa.Table) -> None:
         """Take note of one batch."""
         self.counts.update(figures)
-        self.counts["samples_skipped"] += batch.num_rows - found.num_rows
+        self.counts["samples_skipped"] += batch.num_rows - made.num_rows
         self.built.append(built)
 
     def check(self, url: str) -> Figures:

@@ -116,10 +116,10 @@ class Corpus:
         Raises:
             XtokenError: a bad document under ``on_bad="stop"``, a duplicate id, or a file that is gone.
         """
-        found = self._from(file, record)
+        stream = self._from(file, record)
         if self._fields.id is not None and (file, record) == (0, 0):
-            found = self._unique(found)
-        return islice(found, self._config.limit)
+            stream = self._unique(stream)
+        return islice(stream, self._config.limit)
 
     def _from(self, file: int, record: int) -> Iterator[Document]:
         for index in range(file, len(self.files)):

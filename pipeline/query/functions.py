@@ -98,8 +98,8 @@ def steps(ends: pa.Array, sizes: pa.Array) -> pa.Array:
     # the tokens behind the last chunk are one more of each sample, without a number
     count = np.insert(count_C, lists.stop_N, size_N - last_N)
     number = np.insert(number_C, lists.stop_N, -1)
-    found = np.repeat(number, count).astype(np.int32)
-    return _list(size_N, pa.array(found, mask=found < 0))
+    chunk_S = np.repeat(number, count).astype(np.int32)
+    return _list(size_N, pa.array(chunk_S, mask=chunk_S < 0))
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,13 @@ class UnpackRows:
             raise VerificationError(f"a sample has not as many ids as entries; {_DAMAGED}")
         ids, value_K = np.zeros(0, np.int32), stored.values.astype(np.uint16)
         if self.codec.name == "sampled":
-            found = decode_draws(lists.values, ids, value_K, self.codec.draws)
+            rows = decode_draws(lists.values, ids, value_K, self.codec.draws)
         else:
-            found = decode(lists.values, ids, value_K, np.zeros(0, np.uint16), self.codec.step)
+            rows = decode(lists.values, ids, value_K, np.zeros(0, np.uint16), self.codec.step)
         columns: dict[str, NDArray[Any]] = {
             "place": place_K.astype(np.int32),
             "rank": rank_K.astype(np.int32),
-            "logprob": found.logprob,
+            "logprob": rows.logprob,
         }
         return _struct_of_lists(size_N, columns)
 
@@ -207,9 +207,9 @@ class Spell:
         left = np.repeat(stop_S, width_S) - np.arange(int(stop_S[-1]) if len(stop_S) else 0)
         at = np.repeat(self.offsets[id_S + 1], width_S) - left
         missing = at < np.repeat(self.offsets[id_S], width_S)
-        found = self.data[np.where(missing, 0, at)] if len(self.data) else np.zeros(len(at), np.uint8)
-        found = np.where(missing, np.uint8(_UNSPELLED), found)
-        return found.tobytes()
+        spelt = self.data[np.where(missing, 0, at)] if len(self.data) else np.zeros(len(at), np.uint8)
+        spelt = np.where(missing, np.uint8(_UNSPELLED), spelt)
+        return spelt.tobytes()
 
 
 _LARGEST = 1 << 30  # bytes, or entries, of the samples of one call
@@ -237,8 +237,8 @@ def _array(column: Any) -> pa.Array:
 
 
 def _sizes(column: pa.Array) -> Ints:
-    found: Ints = pc.fill_null(_array(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    return found
+    size_N: Ints = pc.fill_null(_array(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return size_N
 
 
 def _places(counts: _Lists, size_N: Ints) -> tuple[Ints, Ints, Ints]:
