@@ -33,9 +33,9 @@ class Shifted:
     Attributes:
         rows: the rows there were, and two shifted ones for each such chunk.
         row_C: int64 [C], row of each chunk's first teacher token: a shifted one, or the one it was; -1 = none, also
-            where tokens without a counterpart had more than a hundredth of the mass (less than that is in REST).
-        prefix_C: likewise, but that mass is on the longest token that the counterpart would begin with, in REST if
-            there is none.
+            where tokens without a counterpart had more than a hundredth of the mass (less joins the tail mass).
+        prefix_C: likewise, but that mass is on the longest token that the counterpart would begin with, or joins
+            the tail mass if there is none.
         moved_C: bool [C], the chunk is one of these.
         brought_C: bool [C], the blank is the teacher's.
     """
@@ -89,8 +89,8 @@ class Blanks:
             return token  # a text that begins with it has no dummy space to lose
         wanted = b" " + piece if longer else piece[1:]
         shortest = 1 if prefix else max(1, len(wanted))
-        found = (self._known.get(wanted[:size]) for size in range(len(wanted), shortest - 1, -1))
-        return next((known for known in found if known is not None), _NONE)
+        prefixes = (self._known.get(wanted[:size]) for size in range(len(wanted), shortest - 1, -1))
+        return next((known for known in prefixes if known is not None), _NONE)
 
     def shift(
         self, batch: pa.RecordBatch, samples: Sequence[Joined], rows: Rows, start_C: NDArray[np.int64]
@@ -108,18 +108,18 @@ class Blanks:
         if not moved_C.any():
             return Shifted.none(rows, start_C)
         at_C, row_C, prefix_C = np.flatnonzero(moved_C), start_C.copy(), start_C.copy()
-        found, kept = list[_Row](), list[bool]()
+        shifted, kept = list[_Row](), list[bool]()
         for prefix in (False, True):
             for at in at_C:
                 row = int(start_C[at])
                 ids = rows.ids[rows.offsets[row] : rows.offsets[row + 1]]
                 to = self.counterparts(ids, longer=not theirs_C[at], prefix=prefix)
-                found.append(shifted_row(rows, row, to))
+                shifted.append(shifted_row(rows, row, to))
                 lost = rows.p[rows.offsets[row] : rows.offsets[row + 1]][to < 0].sum()
                 kept.append(prefix or bool(lost <= _LOST))
-        place = np.where(kept, len(rows.rest) + np.arange(len(found)), _NONE)
+        place = np.where(kept, len(rows.rest) + np.arange(len(shifted)), _NONE)
         row_C[at_C], prefix_C[at_C] = np.split(place, 2)
-        return Shifted(_with(rows, found), row_C, prefix_C, moved_C, moved_C & theirs_C)
+        return Shifted(_with(rows, shifted), row_C, prefix_C, moved_C, moved_C & theirs_C)
 
     def _teacher_brings(self, batch: pa.RecordBatch, samples: Sequence[Joined]) -> NDArray[np.bool_]:
         stops = np.cumsum(list_lengths(batch, "teacher_ids"))
@@ -141,8 +141,8 @@ class Blanks:
         )
 
 
-def _of_chunks(found: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
-    return np.concatenate([np.zeros(0, np.bool_), *found])
+def _of_chunks(flags_N: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
+    return np.concatenate([np.zeros(0, np.bool_), *flags_N])
 
 
 def _brings(
@@ -170,9 +170,9 @@ def _brings(
 _Row = tuple[NDArray[np.int32], NDArray[np.float64], float]
 
 
-def _with(rows: Rows, found: Sequence[_Row]) -> Rows:
+def _with(rows: Rows, added: Sequence[_Row]) -> Rows:
     """Rows with others behind them."""
-    ids, logprob, rest = zip(*found, strict=True)
+    ids, logprob, rest = zip(*added, strict=True)
     ends = rows.offsets[-1] + np.cumsum([len(one) for one in ids])
     return Rows.of(
         np.concatenate([rows.offsets, ends]),
@@ -183,9 +183,9 @@ def _with(rows: Rows, found: Sequence[_Row]) -> Rows:
 
 
 def shifted_row(rows: Rows, row: int, to_K: NDArray[np.int32]) -> _Row:
-    """Ids, log-probabilities and REST of a row whose K entries give their mass to others, most probable first.
+    """Ids, log-probabilities and the tail mass of a row whose K entries give their mass to others, most probable first.
 
-    Mass of tokens that have no other goes to REST; where REST is unknown, what is left sums to 1 again.
+    Mass of tokens that have no other joins the tail mass; where that is unknown, what is left sums to 1 again.
     """
     p, rest = rows.p[rows.offsets[row] : rows.offsets[row + 1]], float(rows.rest[row])
     ids, place = np.unique(to_K[to_K >= 0], return_inverse=True)

@@ -47,32 +47,32 @@ _RULES = {
 
 
 def summary_batch(
-    batch: pa.RecordBatch, samples: Sequence[Joined], found: pa.RecordBatch, losses: Sequence[str]
+    batch: pa.RecordBatch, samples: Sequence[Joined], targets: pa.RecordBatch, losses: Sequence[str]
 ) -> pa.Table:
     """What ``Rules`` judges, a row per sample: its tokens and chunks, and the extremes of everything else.
 
     Args:
         batch: of ``CaptureParts.read``.
         samples: those of the batch that are aligned.
-        found: their targets.
+        targets: their targets.
         losses: that the targets serve.
     """
-    columns: dict[str, Any] = {name: found[name] for name in (*_AS_THEY_ARE, *_CONFIDENCE)}
+    columns: dict[str, Any] = {name: targets[name] for name in (*_AS_THEY_ARE, *_CONFIDENCE)}
     columns["teacher_end"] = batch["teacher_end"].take(pa.array([sample.at for sample in samples], pa.int64()))
     lead_N = np.array([sample.chunks.lead for sample in samples], np.int32)
     columns["lead"] = pa.array(lead_N)
-    columns["student_end_step"] = _least_step(found, "student_end", np.zeros_like(lead_N))
+    columns["student_end_step"] = _least_step(targets, "student_end", np.zeros_like(lead_N))
     for name in ("chunk_student_end", "chunk_teacher_end"):
-        columns[f"{name}_step"] = _least_step(found, name, lead_N)
-    columns |= _extremes(found, "student_ids") | {"teacher_logprob_high": _greatest(found, "teacher_logprob")}
+        columns[f"{name}_step"] = _least_step(targets, name, lead_N)
+    columns |= _extremes(targets, "student_ids") | {"teacher_logprob_high": _greatest(targets, "teacher_logprob")}
     for column in loss_columns(losses):
         if column.holds == "value":
-            columns[f"{column.name}_high"] = _greatest(found, column.name)
+            columns[f"{column.name}_high"] = _greatest(targets, column.name)
         elif column.holds not in ("logprob", "tail"):
-            columns |= _extremes(found, column.name)
+            columns |= _extremes(targets, column.name)
     for schema in (LOSSES[loss] for loss in losses):
         for table in schema.entry_tables:
-            columns |= _masses(found, schema, table) | _ranges(found, schema, table)
+            columns |= _masses(targets, schema, table) | _ranges(targets, schema, table)
     return pa.table(columns)
 
 
@@ -85,54 +85,54 @@ def _reduced(by: np.ufunc, values: NDArray[Any], lengths_N: NDArray[np.int64]) -
     return pa.array(found_N, mask=~filled_N)
 
 
-def _extremes(found: pa.RecordBatch, name: str) -> dict[str, pa.Array]:
+def _extremes(targets: pa.RecordBatch, name: str) -> dict[str, pa.Array]:
     """The smallest and the largest of each sample's values."""
-    lengths_N, values = list_lengths(found, name), flat(found, name)
+    lengths_N, values = list_lengths(targets, name), flat(targets, name)
     by = {"low": np.minimum, "high": np.maximum}
     return {f"{name}_{which}": _reduced(reduce, values, lengths_N) for which, reduce in by.items()}
 
 
-def _greatest(found: pa.RecordBatch, name: str) -> pa.Array:
+def _greatest(targets: pa.RecordBatch, name: str) -> pa.Array:
     """The largest number of each sample's values, [N]; null where it has none but NaN."""
-    largest = _reduced(np.fmax, flat(found, name), list_lengths(found, name))
+    largest = _reduced(np.fmax, flat(targets, name), list_lengths(targets, name))
     return pc.if_else(pc.is_nan(largest), pa.scalar(None, largest.type), largest)
 
 
-def _least_step(found: pa.RecordBatch, name: str, spared_N: NDArray[np.int32]) -> pa.Array:
+def _least_step(targets: pa.RecordBatch, name: str, spared_N: NDArray[np.int32]) -> pa.Array:
     """The least that a list of ends goes up by, from 0 on, [N]; ``spared_N`` is added to the first step of each."""
-    lengths_N, values = list_lengths(found, name), flat(found, name)
+    lengths_N, values = list_lengths(targets, name), flat(targets, name)
     step = np.diff(values, prepend=values[:0].dtype.type(0))
     first_N, filled_N = np.cumsum(lengths_N) - lengths_N, lengths_N > 0
     step[first_N[filled_N]] = values[first_N[filled_N]] + spared_N[filled_N]
     return _reduced(np.minimum, step, lengths_N)
 
 
-def _masses(found: pa.RecordBatch, schema: LossSchema, table: EntryTable) -> dict[str, pa.Array]:
+def _masses(targets: pa.RecordBatch, schema: LossSchema, table: EntryTable) -> dict[str, pa.Array]:
     """Extremes of what the entries of a table add up to, with the tail mass where that is known, and of the latter."""
-    lengths_N = list_lengths(found, table.counts[0])
+    lengths_N = list_lengths(targets, table.counts[0])
     logprobs = [(count, column.name) for count in table.counts for column in schema.along(count, "logprob")]
     if not logprobs:
         return {}
-    total_C = np.sum([masses(flat(found, count), np.exp(flat(found, name))) for count, name in logprobs], axis=0)
+    total_C = np.sum([masses(flat(targets, count), np.exp(flat(targets, name))) for count, name in logprobs], axis=0)
     columns, tail = {}, schema.tail_of(table)
     if tail is not None:
-        tail_C = flat(found, tail.name)
+        tail_C = flat(targets, tail.name)
         unknown_C = np.isnan(tail_C)
         total_C = total_C + np.where(unknown_C, 0.0, np.exp(tail_C.astype(np.float64)))
-        columns[f"{tail.name}_high"] = _greatest(found, tail.name)
+        columns[f"{tail.name}_high"] = _greatest(targets, tail.name)
         columns[f"{tail.name}_unknown"] = _reduced(np.add, unknown_C.astype(np.int32), lengths_N)
     columns[f"{table.name}_mass_low"] = _reduced(np.minimum, total_C, lengths_N)
     columns[f"{table.name}_mass_high"] = _reduced(np.maximum, total_C, lengths_N)
     return columns
 
 
-def _ranges(found: pa.RecordBatch, schema: LossSchema, table: EntryTable) -> dict[str, pa.Array]:
+def _ranges(targets: pa.RecordBatch, schema: LossSchema, table: EntryTable) -> dict[str, pa.Array]:
     """The narrowest of each sample's ranges of ranks: ``HIGH_above_LOW`` by the names of the two columns."""
     columns = {}
     for count in table.counts:
         for low, high in zip(*[iter(column.name for column in schema.along(count, "ranks"))] * 2, strict=True):
-            width_K = flat(found, high) - flat(found, low)
-            columns[f"{high}_above_{low}"] = _reduced(np.minimum, width_K, list_lengths(found, low))
+            width_K = flat(targets, high) - flat(targets, low)
+            columns[f"{high}_above_{low}"] = _reduced(np.minimum, width_K, list_lengths(targets, low))
     return columns
 
 

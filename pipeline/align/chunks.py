@@ -54,8 +54,8 @@ def cut(
     """
     sides = [np.asarray(end, np.int32) for end in (student_end_S, teacher_end_T)]
     spans = [np.array([0, len(end)], np.int64) for end in sides]
-    (found,) = _cut_all(sides[0], spans[0], sides[1], spans[1], np.array([student_eos]), np.array([teacher_eos]))
-    return found
+    (chunks,) = _cut_all(sides[0], spans[0], sides[1], spans[1], np.array([student_eos]), np.array([teacher_eos]))
+    return chunks
 
 
 def _cut_all(
@@ -97,7 +97,7 @@ def join(batch: pa.RecordBatch, encoded: Sequence[Encoded | None], eos_id: int |
         return []
     at_N = np.array([at for at, _ in known])
     theirs = batch["teacher_end"].take(pa.array(at_N))
-    found = _cut_all(
+    cuts = _cut_all(
         np.concatenate([mine.ends for _, mine in known]),
         _offsets([len(mine.ends) for _, mine in known]),
         theirs.flatten().to_numpy(),
@@ -105,7 +105,7 @@ def join(batch: pa.RecordBatch, encoded: Sequence[Encoded | None], eos_id: int |
         np.array([bool(len(mine.ids)) and int(mine.ids[-1]) == eos_id for _, mine in known]),
         batch["teacher_eos"].to_numpy(zero_copy_only=False)[at_N],
     )
-    return [Joined(at, mine, chunks) for (at, mine), chunks in zip(known, found, strict=True)]
+    return [Joined(at, mine, chunks) for (at, mine), chunks in zip(known, cuts, strict=True)]
 
 
 def _offsets(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

@@ -62,7 +62,7 @@ def compare(captures: Mapping[str, CaptureManifest], memory_limit: str, progress
     """
     import duckdb
 
-    progress.start("compare", sum(part.samples for found in captures.values() for part in found.parts), "samples")
+    progress.start("compare", sum(part.samples for manifest in captures.values() for part in manifest.parts), "samples")
     limits: dict[str, Any] = {"memory_limit": memory_limit, "temp_directory": "", "threads": 1}
     readings = [_Reading(root, manifest, progress) for root, manifest in captures.items()]
     try:
@@ -79,14 +79,14 @@ def compare(captures: Mapping[str, CaptureManifest], memory_limit: str, progress
         ) from error
     finally:
         progress.finish()
-    found: dict[str, Any] = _counts(rows, None)
-    found["compared_by"] = "text" if by_text[0][0] else "length"
-    found["examples"] = {kind: ids for capture, kind, _, _, ids in rows if capture is None and kind != "in_all"}
-    found["captures"] = {
+    summary: dict[str, Any] = _counts(rows, None)
+    summary["compared_by"] = "text" if by_text[0][0] else "length"
+    summary["examples"] = {kind: ids for capture, kind, _, _, ids in rows if capture is None and kind != "in_all"}
+    summary["captures"] = {
         reading.root: _counts(rows, number) | ({"parts_unread": reading.unread} if reading.unread else {})
         for number, reading in enumerate(readings)
     }
-    return found
+    return summary
 
 
 def _insert(connection: Any, number: int, reading: _Reading) -> None:
@@ -104,16 +104,16 @@ def _counts(rows: list[tuple[Any, ...]], number: int | None) -> dict[str, Any]:
     return counts | {"alike": sum(alike for _, alike in of.values())}
 
 
-def refuse_nothing_in_common(captures: Mapping[str, CaptureManifest], found: Mapping[str, Any]) -> None:
-    """Raise XtokenError where no two captures have a sample alike; ``found`` is of ``compare``."""
-    if found["alike"] or any("parts_unread" in counts for counts in found["captures"].values()):
+def refuse_nothing_in_common(captures: Mapping[str, CaptureManifest], summary: Mapping[str, Any]) -> None:
+    """Raise XtokenError where no two captures have a sample alike; ``summary`` is of ``compare``."""
+    if summary["alike"] or any("parts_unread" in counts for counts in summary["captures"].values()):
         return
     said = "\n".join(
         f"  {root}: {manifest.teacher.model}, --max-tokens {manifest.max_tokens}, plan {manifest.plan_hash[:12]}, "
         f"{sum(part.samples for part in manifest.parts):,} samples"
         for root, manifest in captures.items()
     )
-    same = f"; {found['other_bytes']:,} ids stand for other bytes" if found["other_bytes"] else ""
+    same = f"; {summary['other_bytes']:,} ids stand for other bytes" if summary["other_bytes"] else ""
     raise XtokenError(
         f"no two of these captures have a sample of the same id and bytes in common{same}, so no sample would have two "
         f"teachers:\n{said}\nwindows are cut in each teacher's own tokens: capture with 'xtoken precompute CORPUS "

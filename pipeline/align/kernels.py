@@ -25,19 +25,21 @@ def boundaries(
     """
     most = min(len(student_end_S), len(teacher_end_T))
     s_end, t_end = np.empty(most, np.int32), np.empty(most, np.int32)
-    s = t = found = 0
+    s = t = cuts = 0
+    # A merge of two sorted lists: the side that is behind takes a step, and where both end at one byte is a cut.
     while s < len(student_end_S) and t < len(teacher_end_T):
         a, b = student_end_S[s], teacher_end_T[t]
+        # of several tokens that end at one byte the last one counts: those without width lie before the cut
         if a < b or (s + 1 < len(student_end_S) and student_end_S[s + 1] == a):
             s += 1
         elif b < a or (t + 1 < len(teacher_end_T) and teacher_end_T[t + 1] == b):
             t += 1
         else:
             s, t = s + 1, t + 1
-            if a > 0:
-                s_end[found], t_end[found] = s, t
-                found += 1
-    return s_end[:found], t_end[:found]
+            if a > 0:  # byte 0 is no end of a chunk: what lies there is the lead
+                s_end[cuts], t_end[cuts] = s, t
+                cuts += 1
+    return s_end[:cuts], t_end[:cuts]
 
 
 @compiled
@@ -63,28 +65,31 @@ def boundaries_batch(
     """
     samples = len(student_eos_N)
     offset_N, lead_N = np.zeros(samples + 1, np.int64), np.zeros(samples, np.bool_)
+    # a chunk has a token of either side, but for the lead and eos of each sample
     most = min(len(student_end_S), len(teacher_end_T)) + 2 * samples
     s_end_C, t_end_C = np.empty(most, np.int32), np.empty(most, np.int32)
-    found = 0
+    chunks = 0
     for n in range(samples):
         mine = student_end_S[student_offset_N[n] : student_offset_N[n + 1]]
         theirs = teacher_end_T[teacher_offset_N[n] : teacher_offset_N[n + 1]]
         if _decreases(mine) or _decreases(theirs):
-            return offset_N, s_end_C[:found], t_end_C[:found], lead_N, n
-        first, s_all, t_all = found, len(mine) - student_eos_N[n], len(theirs) - teacher_eos_N[n]
+            return offset_N, s_end_C[:chunks], t_end_C[:chunks], lead_N, n
+        first, s_all, t_all = chunks, len(mine) - student_eos_N[n], len(theirs) - teacher_eos_N[n]
         s_lead, t_lead = _leading_zeros(mine, s_all), _leading_zeros(theirs, t_all)
+        # tokens 0 bytes wide before the text make a chunk of their own, without a target
         if s_lead or t_lead:
-            s_end_C[found], t_end_C[found], lead_N[n] = s_lead, t_lead, True
-            found += 1
+            s_end_C[chunks], t_end_C[chunks], lead_N[n] = s_lead, t_lead, True
+            chunks += 1
         s_end, t_end = boundaries(mine[:s_all], theirs[:t_all])
-        s_end_C[found : found + len(s_end)], t_end_C[found : found + len(s_end)] = s_end, t_end
-        found += len(s_end)
-        s_last, t_last = (s_end_C[found - 1], t_end_C[found - 1]) if found > first else (0, 0)
+        s_end_C[chunks : chunks + len(s_end)], t_end_C[chunks : chunks + len(s_end)] = s_end, t_end
+        chunks += len(s_end)
+        s_last, t_last = (s_end_C[chunks - 1], t_end_C[chunks - 1]) if chunks > first else (0, 0)
+        # eos of both sides is a chunk where nothing is left between the last cut and it, else it would hide tokens
         if student_eos_N[n] and teacher_eos_N[n] and s_last == s_all and t_last == t_all:
-            s_end_C[found], t_end_C[found] = len(mine), len(theirs)
-            found += 1
-        offset_N[n + 1] = found
-    return offset_N, s_end_C[:found], t_end_C[:found], lead_N, -1
+            s_end_C[chunks], t_end_C[chunks] = len(mine), len(theirs)
+            chunks += 1
+        offset_N[n + 1] = chunks
+    return offset_N, s_end_C[:chunks], t_end_C[:chunks], lead_N, -1
 
 
 @compiled
@@ -100,17 +105,17 @@ def _decreases(end: NDArray[np.int32]) -> bool:
 
 @compiled
 def _leading_zeros(end: NDArray[np.int32], most: int) -> int:
-    found = 0
-    while found < most and end[found] == 0:
-        found += 1
-    return found
+    zeros = 0
+    while zeros < most and end[zeros] == 0:
+        zeros += 1
+    return zeros
 
 
 @compiled
 def realised(
     realised_R: NDArray[np.float64], start_C: NDArray[np.int64], end_C: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Sum of the realised tokens' log-probabilities over rows ``start_C:end_C``, float32 [C].
+    """Sum of the labels' log-probabilities over rows ``start_C:end_C``, float32 [C].
 
     0 where the span is empty, NaN where its start is negative: a chunk whose first token has no row.
     """

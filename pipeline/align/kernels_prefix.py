@@ -49,6 +49,7 @@ def longest_prefixes(
     Returns:
         int32 [B]: student ids, -1 where no student token fits.
     """
+    # Walks down the sorted tokens as down a trie: a range that shrinks byte by byte, without building one.
     phi_B = np.full(len(teacher), -1, np.int32)
     for token in range(len(teacher_U) - 1):
         end = teacher_U[token + 1]
@@ -58,6 +59,7 @@ def longest_prefixes(
                 low, high = _narrow(sorted_student, sorted_M, low, high, at - start, int(teacher[at]))
                 if low == high:
                     break
+                # the shortest of those that agree comes first: if it ends here, it is a prefix, and the longest so far
                 if sorted_M[low + 1] - sorted_M[low] == at - start + 1:
                     phi_B[start] = id_M[low]
     return phi_B
@@ -93,11 +95,12 @@ def boundary_rows(
     token_S, before_S = np.zeros(len(student_end_S), np.int32), np.zeros(len(student_end_S), np.int32)
     s = first = 0
     for chunk in range(len(start_C)):
+        # within a chunk both sides are walked once: t never goes back
         t = first
         for i in range(s, chunk_student_C[chunk]):
             if start_C[chunk] < 0:
                 continue
-            if i == s:
+            if i == s:  # root: both sides begin a token
                 row_S[i], token_S[i] = start_C[chunk], teacher_ids_T[first]
                 continue
             boundary = student_end_S[i - 1]
@@ -106,6 +109,8 @@ def boundary_rows(
             # A token without width lies inside a block whose bytes changed: its own boundary is not known.
             if t == chunk_teacher_C[chunk] or student_end_S[i] == boundary:
                 continue
+            # Interior: the teacher's token began earlier. Its bytes so far must be those of the text: where a
+            # normaliser changed them, what it has emitted is not what the student has.
             begin = teacher_end_T[t - 1] if t else 0
             if _spells(text, begin, boundary, teacher, teacher_U, teacher_ids_T[t]):
                 row_S[i], token_S[i] = start_C[chunk] + t - first, teacher_ids_T[t]
@@ -143,14 +148,14 @@ def prefix_entries(
 
     Args:
         row_S, token_S, before_S: from ``boundary_rows``.
-        offsets_R, ids_K, logprob_K, rest_R: rows, normalised with REST.
+        offsets_R, ids_K, logprob_K, rest_R: rows, normalised with the tail mass.
         teacher, teacher_U: the teacher's vocabulary.
         phi_B: from ``longest_prefixes``.
         role_U: the student's special token for each teacher special, or -1.
 
     Returns:
         count int32 [S], student ids int32 (which may repeat) and log-probabilities float64 of each target, and the
-        log of its REST float32 [S]; a token without a target has count 0 and REST 0.
+        log of its tail mass float32 [S]; a token without a target has count 0 and tail 0.
     """
     most = 0
     for row in row_S:
@@ -162,6 +167,7 @@ def prefix_entries(
         row, skip, own = row_S[i], before_S[i], teacher_U[token_S[i]]
         if row < 0:
             continue
+        # at an interior boundary it is not known how much of the tail mass would go on with these bytes
         total, rest, first = 0.0, 0.0 if skip else np.exp(rest_R[row]), used
         for at in range(offsets_R[row], offsets_R[row + 1]):
             token = ids_K[at]
@@ -169,7 +175,7 @@ def prefix_entries(
                 continue
             p = np.exp(logprob_K[at])
             to = _begins(token, skip, teacher_U, phi_B, role_U)
-            if to < 0:
+            if to < 0:  # the student has no token that begins what is left: some other token has this mass
                 rest += p
             else:
                 total += p
@@ -179,7 +185,7 @@ def prefix_entries(
             count_S[i] = used - first
             rest_S[i] = np.log(rest / (rest + total)) if rest > 0 else -np.inf
             out_log[first:used] -= np.log(rest + total)
-        else:
+        else:  # no entry has a student token: the ones written are taken back, there are none
             used = first
     return count_S, out_ids[:used], out_log[:used], rest_S
 
@@ -211,13 +217,13 @@ def child_entries(
     sorted_student: Bytes,
     sorted_M: Offsets,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
-    """Child targets: groups of teacher tokens that the student's realised token has begun to spell.
+    """Child targets: groups of teacher tokens that the student's label has begun to spell.
 
     Args:
         row_S, before_S: from ``boundary_rows``.
         student_ids_S: the student's tokens.
         last_S: the token is the last of its sample.
-        offsets_R, ids_K, logprob_K: rows, normalised with REST.
+        offsets_R, ids_K, logprob_K: rows, normalised with the tail mass.
         teacher, teacher_U: the teacher's vocabulary.
         rank_U: each teacher token's place in the order of bytes.
         alone_U: a teacher text token without a student token of equal bytes.
@@ -236,9 +242,11 @@ def child_entries(
     used = 0
     for i in range(len(row_S)):
         begin, end = student_V[student_ids_S[i]], student_V[student_ids_S[i] + 1]
+        # a group belongs to the token after, so only roots that are not the last have any; specials spell nothing
         if row_S[i] < 0 or before_S[i] or last_S[i] or begin == end:
             continue
         low, high = offsets_R[row_S[i]], offsets_R[row_S[i] + 1]
+        # a teacher token with a twin has its mass in the root's own target
         kept = alone_U[ids_K[low:high]]
         shortest_g, total_g = _groups(ids_K[low:high][kept], logprob_K[low:high][kept], rank_U, teacher, teacher_U)
         for group in range(len(shortest_g)):
@@ -250,6 +258,7 @@ def child_entries(
             first, after = _range(left, sorted_student, sorted_M)
             if first < after and total_g[group] > 0:
                 out_low[used], out_high[used], mass[used] = first, after, np.log(total_g[group])
+                # counted at the token that comes next, which spells on
                 count_S[i + 1] += 1
                 used += 1
     return count_S, out_low[:used], out_high[:used], mass[:used]

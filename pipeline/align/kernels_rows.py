@@ -12,7 +12,8 @@ from xtoken.schemas.compiled import compiled
 
 @compiled
 def _log_total(logprob_K: NDArray[np.float64], low: int, high: int, rest: float) -> float:
-    """log of the sum of a row's entries and REST: what normalises the row."""
+    """log of the sum of a row's entries and the tail mass: what normalises the row."""
+    # the largest is taken out first, so that nothing overflows and the largest term is exactly 1
     top = rest
     for at in range(low, high):
         top = max(top, logprob_K[at])
@@ -25,6 +26,7 @@ def _log_total(logprob_K: NDArray[np.float64], low: int, high: int, rest: float)
 @compiled
 def _log_complement(logprob: float) -> float:
     """log(1 - e^logprob) for a log-probability, without cancellation at either end."""
+    # above one half, 1 - p cancels unless expm1 takes it; below, e^logprob is small beside 1 and log1p is exact
     if logprob > -np.log(2.0):
         return float(np.log(-np.expm1(logprob)))
     return float(np.log1p(-np.exp(logprob)))
@@ -34,7 +36,7 @@ def _log_complement(logprob: float) -> float:
 def normalised(
     offsets_R: NDArray[np.int64], logprob_K: NDArray[np.float64], rest_R: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rows and REST over what each adds up to, which the codec's rounding moves from 1; [K] and [R]."""
+    """Rows and the tail mass over what each adds up to, which the codec's rounding moves from 1; [K] and [R]."""
     out_K, out_R = logprob_K.copy(), rest_R.copy()
     for row in range(len(rest_R)):
         low, high = offsets_R[row], offsets_R[row + 1]
@@ -48,11 +50,11 @@ def normalised(
 def tempered(
     offsets_R: NDArray[np.int64], logprob_K: NDArray[np.float64], rest_R: NDArray[np.float64], tau: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rows at a temperature: logprob / tau, scaled so that a row sums to 1 with its REST there.
+    """Rows at a temperature: logprob / tau, scaled so that a row sums to 1 with its tail mass there.
 
     Args:
         offsets_R, logprob_K: rows at temperature 1.
-        rest_R: log of REST at ``tau``; NaN = unknown, the entries then sum to 1 alone.
+        rest_R: log of the tail mass at ``tau``; NaN = unknown, the entries then sum to 1 alone.
         tau: the temperature.
 
     Returns:
@@ -62,6 +64,7 @@ def tempered(
     for row in range(len(rest_R)):
         low, high = offsets_R[row], offsets_R[row + 1]
         shift_R[row] = _log_total(out_K, low, high, -np.inf)
+        # entries are to sum to what the tail mass leaves, not to 1
         if not np.isnan(rest_R[row]):
             shift_R[row] -= _log_complement(rest_R[row])
         out_K[low:high] -= shift_R[row]
@@ -80,18 +83,19 @@ def mean_rows(
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
     """Mean log-probabilities of rows ``start_C:end_C`` over the union of their kept ids: one row per chunk.
 
-    A row that did not keep an id spreads its REST evenly over the ids it did not keep; without REST the id has no
-    probability there, hence none in the mean, and is left out.
+    A row that did not keep an id spreads its tail mass evenly over the ids it did not keep; without a tail mass the id
+    has no probability there, hence none in the mean, and is left out.
 
     Args:
         start_C, end_C: rows of each chunk; a negative start gives an empty row.
-        offsets_R, ids_K, logprob_K, rest_R: rows, normalised with REST.
+        offsets_R, ids_K, logprob_K, rest_R: rows, normalised with the tail mass.
         size: U, what the ids not kept are counted from.
 
     Returns:
         offsets int64 [C + 1], ids int32, log-probabilities float64 (not renormalised), and [C] the log of what they
         leave to 1.
     """
+    # no union of rows has more ids than the rows have entries
     most = 0
     for chunk in range(len(start_C)):
         most += offsets_R[end_C[chunk]] - offsets_R[start_C[chunk]] if start_C[chunk] >= 0 else 0
@@ -106,6 +110,7 @@ def mean_rows(
             ids, logprob = _mean_row(rows - low, ids_K[low:high], logprob_K[low:high], floor_n)
             out_ids[used : used + len(ids)], out_log[used : used + len(ids)] = ids, logprob
             used += len(ids)
+            # means of logarithms sum to less than 1; rounding may take a row that kept all ids a hair above it
             rest_C[chunk] = _log_complement(min(0.0, _log_total(logprob, 0, len(ids), -np.inf)))
         offsets[chunk + 1] = used
     return offsets, out_ids[:used], out_log[:used], rest_C
@@ -116,6 +121,7 @@ def _floors(offsets: NDArray[np.int64], rest_n: NDArray[np.float64], size: int) 
     """Log-probability of each id that a row did not keep; -inf where nothing is left for them."""
     floor_n = np.full(len(rest_n), -np.inf, np.float64)
     for row in range(len(rest_n)):
+        # a row that kept the whole vocabulary has no id that its tail mass could be spread over
         unkept = size - (offsets[row + 1] - offsets[row])
         if unkept > 0:
             floor_n[row] = rest_n[row] - np.log(unkept)
@@ -131,6 +137,7 @@ def _mean_row(
     row_of = np.empty(len(ids), np.int64)
     for row in range(n):
         row_of[offsets[row] : offsets[row + 1]] = row
+    # sorted by id, and stably: equal ids stand together, in the order of their rows
     order = np.argsort(ids, kind="mergesort")
     out_ids, out_log = np.empty(len(ids), np.int32), np.empty(len(ids), np.float64)
     used = at = 0

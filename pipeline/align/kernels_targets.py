@@ -15,6 +15,7 @@ _FEW = 128
 
 @compiled
 def _log_add(a: float, b: float) -> float:
+    # the larger is taken out, so that exp never overflows
     high, low = max(a, b), min(a, b)
     return high if low == -np.inf else high + np.log1p(np.exp(low - high))
 
@@ -62,6 +63,7 @@ def _joined(
     """``_joined_few`` of many, by sorting; ids come out ascending."""
     used = 0
     for at in np.argsort(ids, kind="mergesort"):
+        # sorted by id, an id that was there stands last
         if used and out_ids[used - 1] == ids[at]:
             out_log[used - 1] = _log_add(out_log[used - 1], logprob[at])
         else:
@@ -87,6 +89,7 @@ def merged(
     count_C: NDArray[np.int32], ids_K: NDArray[np.int32], logprob_K: NDArray[np.float64]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
     """Each target's entries with equal ids joined, most probable first (then by id): count, ids, float32 logprob."""
+    # room for all entries as they are: joining makes fewer, and what is not used is cut off at the end
     out_C = np.zeros(len(count_C), np.int32)
     out_ids, out_log = np.empty(len(ids_K), np.int32), np.empty(len(ids_K), np.float32)
     low = used = 0
@@ -118,6 +121,7 @@ def _ordered(
         while place > base and (
             out_log[place - 1] < value or (out_log[place - 1] == value and out_ids[place - 1] > token)
         ):
+            # equal values by id, so that a target does not depend on the order of its entries before
             out_log[place], out_ids[place] = out_log[place - 1], out_ids[place - 1]
             place -= 1
         out_log[place], out_ids[place] = value, token
@@ -142,6 +146,7 @@ def split_targets(
         paired count int32 [C], student ids int32, log-probability float32 (descending, then by id); other count
         int32 [C], log-probability float32 (descending).
     """
+    # what is written goes to arrays of the whole batch, what is in work to such of the widest distribution
     most, widest = _entries(row_C, offsets_R)
     paired_C, other_C = np.zeros(len(row_C), np.int32), np.zeros(len(row_C), np.int32)
     ids, paired, other = np.empty(most, np.int32), np.empty(most, np.float32), np.empty(most, np.float32)
@@ -150,20 +155,21 @@ def split_targets(
     inside = outside = 0
     for chunk in range(len(row_C)):
         row = row_C[chunk]
-        if row < 0:
+        if row < 0:  # no distribution: both counts stay 0
             continue
-        found, first = 0, outside
+        pairs, first = 0, outside
         for at in range(offsets_R[row], offsets_R[row + 1]):
             pair = pair_U[ids_K[at]]
             if pair >= 0:
-                mine[found], mine_log[found] = pair, logprob_K[at]
-                found += 1
+                mine[pairs], mine_log[pairs] = pair, logprob_K[at]
+                pairs += 1
             else:
                 outside = _ranked(np.float32(logprob_K[at]), other, first, outside)
-        if found <= _FEW:
-            used = _joined_few(mine[:found], mine_log[:found], once, once_log)
+        # several teacher tokens may have the same pair: their mass is added up
+        if pairs <= _FEW:
+            used = _joined_few(mine[:pairs], mine_log[:pairs], once, once_log)
         else:
-            used = _joined(mine[:found], mine_log[:found], once, once_log)
+            used = _joined(mine[:pairs], mine_log[:pairs], once, once_log)
         _ordered(once, once_log, 0, used, ids, paired, inside)
         paired_C[chunk], other_C[chunk] = used, outside - first
         inside += used
@@ -173,6 +179,7 @@ def split_targets(
 @compiled
 def _ranked(value: np.float32, log_K: NDArray[np.float32], first: int, last: int) -> int:
     """Put a value among ``first:last``, which fall; how many there are then, counted as ``last`` is."""
+    # by insertion from the end: entries come most probable first, and hardly ever move
     place = last
     while place > first and log_K[place - 1] < value:
         log_K[place] = log_K[place - 1]

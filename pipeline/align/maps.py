@@ -27,7 +27,7 @@ class Routes(NamedTuple):
 
     @classmethod
     def of(cls, route_U: NDArray[np.int32], column_U: NDArray[np.int8]) -> "Routes":
-        """Routes of W: a token stays, or all its mass goes to one other token, to REST, or nowhere.
+        """Routes of W: a token stays, or all its mass goes to one other token, to the tail mass, or nowhere.
 
         Args:
             route_U: ``Projection.routes``.

@@ -14,13 +14,13 @@ from xtoken.pipeline.align.common_samples import MOST_CAPTURES, compare, refuse_
 from xtoken.pipeline.align.refusals import refuse_losses, refuse_narrow_student
 from xtoken.pipeline.align.run import align, written
 from xtoken.pipeline.align.run_identity import RUN_FILE
-from xtoken.pipeline.align.skipped_samples import SKIPPED_FILE
 from xtoken.pipeline.capture.multi_teacher import names_below
 from xtoken.pipeline.executors.local import refuse_unshared
 from xtoken.pipeline.store.columns import flat
 from xtoken.pipeline.store.figures import target_figures
 from xtoken.pipeline.store.files import DiskFull, Folder
 from xtoken.pipeline.store.reader import iter_parquet
+from xtoken.pipeline.store.skip_records import SKIPPED_FILE, count_reasons
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import IncompleteRun, PartlyDone, XtokenError
@@ -119,11 +119,11 @@ def _captures(configs: list[AlignConfig]) -> dict[str, CaptureManifest]:
     """All manifests, none of which the student or a loss refuses."""
     student = load_tokenizer(configs[0].student).table
     refuse_narrow_student(configs[0], student)
-    found = {config.captures[0]: read_manifest(config.captures[0], CaptureManifest) for config in configs}
+    manifests = {config.captures[0]: read_manifest(config.captures[0], CaptureManifest) for config in configs}
     for config in configs:
         refuse_unshared(config.captures[0])
-        refuse_losses(config, student.info, found[config.captures[0]])
-    return found
+        refuse_losses(config, student.info, manifests[config.captures[0]])
+    return manifests
 
 
 def _write_join(out: str, captures: Mapping[str, CaptureManifest], join: dict[str, Any]) -> None:
@@ -148,23 +148,24 @@ def _outcome(config: AlignConfig, progress: Progress) -> _Outcome:
     manifest: TargetManifest | None = None
     try:
         manifest = align(config, progress)
-    except IncompleteRun as found:
-        error, manifest = found, written(config.out)
-    except XtokenError as found:
-        return _Outcome(config, {}, found)
+    except IncompleteRun as incomplete:
+        error, manifest = incomplete, written(config.out)
+    except XtokenError as failed:
+        return _Outcome(config, {}, failed)
     figures = {} if manifest is None else _figures(config, manifest, time.monotonic() - began)
     return _Outcome(config, figures, error)
 
 
 def _figures(config: AlignConfig, manifest: TargetManifest, seconds: float) -> dict[str, Any]:
-    found = target_figures(manifest)
-    named: dict[str, Any] = (
-        {"skipped": f"{config.out.rstrip('/')}/{SKIPPED_FILE}"} if found.get("samples_skipped") else {}
-    )
+    figures = target_figures(manifest)
+    named: dict[str, Any] = {}
+    if figures.get("samples_skipped"):
+        named["skipped"] = f"{config.out.rstrip('/')}/{SKIPPED_FILE}"
+        named["skipped_by_reason"] = count_reasons(Folder(config.out), SKIPPED_FILE)
     if note := lacking(config.out, manifest):
         _LOG.warning("%s", note)
         named["notes"] = [note]
-    return found | named | {"seconds": round(seconds, 1), "out": config.out}
+    return figures | named | {"seconds": round(seconds, 1), "out": config.out}
 
 
 def lacking(out: str, manifest: TargetManifest) -> str | None:
@@ -180,9 +181,9 @@ def lacking(out: str, manifest: TargetManifest) -> str | None:
 
 
 def _row(outcome: _Outcome, join: dict[str, Any]) -> dict[str, Any]:
-    capture, found = outcome.config.captures[0], outcome.figures
-    said = "done" if outcome.error is None else "partly" if found else "failed"
-    shown = {name: found[name] for name in (*_COLUMNS, *_BAD) if found.get(name) or (found and name in _COLUMNS)}
+    capture, figures = outcome.config.captures[0], outcome.figures
+    said = "done" if outcome.error is None else "partly" if figures else "failed"
+    shown = {name: figures[name] for name in (*_COLUMNS, *_BAD) if figures.get(name) or (figures and name in _COLUMNS)}
     common = {name: count for name, count in join["captures"][capture].items() if name != "alike"}
     return {"capture": capture, "outcome": said, **common, **shown, "out": outcome.config.out}
 

@@ -60,7 +60,7 @@ def _sorted_text(table: TokenTable) -> tuple[NDArray[np.uint8], NDArray[np.int64
     """Text tokens in order of (bytes, id): bytes, offsets [M + 1], and the id that stands for the bytes of each [M]."""
     pieces, stands_for = table.pieces(), table.by_bytes()
     text = [i for i, data in enumerate(pieces) if data and table.role[i] is None]
-    found = sorted(pieces[i] for i in text)
-    offsets_M = np.array([0, *accumulate(map(len, found))], np.int64)
-    id_M = np.array([stands_for[data] for data in found], np.int32)
-    return np.frombuffer(b"".join(found), np.uint8), offsets_M, id_M
+    in_order = sorted(pieces[i] for i in text)
+    offsets_M = np.array([0, *accumulate(map(len, in_order))], np.int64)
+    id_M = np.array([stands_for[data] for data in in_order], np.int32)
+    return np.frombuffer(b"".join(in_order), np.uint8), offsets_M, id_M

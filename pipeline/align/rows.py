@@ -40,7 +40,7 @@ class Recipe:
 
     @property
     def rest_known(self) -> bool:
-        """Whether the capture holds REST at ``tau``."""
+        """Whether the capture holds the tail mass at ``tau``."""
         return self.tau in self.codec.temperatures
 
     @property
@@ -51,13 +51,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows that sum to 1 with REST, or alone where REST is unknown.
+    """Rows that sum to 1 with the tail mass, or alone where the tail mass is unknown.
 
     Attributes:
         offsets: int64 [R + 1]; row r has entries ``offsets[r]:offsets[r + 1]``.
         ids: int32 [K], teacher ids.
         logprob: float64 [K], nats.
-        rest: float64 [R], nats: log of REST; -inf = none, NaN = unknown.
+        rest: float64 [R], nats: log of the tail mass; -inf = none, NaN = unknown.
         p: float64 [K], probabilities of the entries.
     """
 
@@ -81,8 +81,8 @@ class RowBatch:
 
     Attributes:
         rows: at the recipe's temperature.
-        entropy: float64 [R], nats, at temperature 1, REST as one cell (of draws: of the whole row); NaN = no entries.
-        top1: float64 [R], the largest probability at temperature 1 (of draws: the largest share); NaN = no entries.
+        entropy: float64 [R], nats, at temperature 1, the tail as one cell (of samples: of all); NaN = no entries.
+        top1: float64 [R], the largest probability at temperature 1 (of samples: the largest share); NaN = no entries.
         realised: float64 [R], nats: log-probability of the token in the text at the recipe's temperature.
         offset_N: int64 [N + 1]; sample n has rows ``offset_N[n]:offset_N[n + 1]``.
         first_N: int64 [N], tokens of a sample before its first row.
@@ -121,9 +121,10 @@ class RowBatch:
 
     def spans(self, samples: Sequence[Joined]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of each chunk's teacher tokens, start and end [C]; start -1 where the first token has no row."""
-        found = [self._span(sample) for sample in samples]
+        per_sample = [self._span(sample) for sample in samples]
         empty = np.zeros(0, np.int64)
-        return np.concatenate([empty, *(s for s, _ in found)]), np.concatenate([empty, *(e for _, e in found)])
+        starts, ends = zip((empty, empty), *per_sample, strict=True)
+        return np.concatenate(starts), np.concatenate(ends)
 
     def _span(self, sample: Joined) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         shift = self.offset_N[sample.at] - self.first_N[sample.at]
@@ -143,15 +144,16 @@ def merge_rows(
     Args:
         rows: at the targets' temperature.
         start_C, end_C: from ``RowBatch.spans``.
-        merge: first | last | mean (of log-probabilities: see ``mean_rows``; REST is then what the mean leaves to 1).
+        merge: first | last | mean (of log-probabilities: see ``mean_rows``; the tail mass is then what
+            it leaves to 1).
         size: U, the teacher's vocabulary.
     """
     if merge == "first":
         return rows, start_C
     if merge == "last":
         return rows, np.where(start_C < 0, -1, end_C - 1)
-    found = mean_rows(start_C, end_C, rows.offsets, rows.ids, rows.logprob, rows.rest, size)
-    return Rows.of(*found), np.where(start_C < 0, -1, np.arange(len(start_C)))
+    means = mean_rows(start_C, end_C, rows.offsets, rows.ids, rows.logprob, rows.rest, size)
+    return Rows.of(*means), np.where(start_C < 0, -1, np.arange(len(start_C)))
 
 
 def _check_lengths(batch: pa.RecordBatch, rows_N: NDArray[np.int64], first_N: NDArray[np.int64], codec: Codec) -> None:

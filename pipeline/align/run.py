@@ -13,7 +13,7 @@ from typing import Any
 
 from xtoken.pipeline.align.refusals import refuse_losses, refuse_narrow_student, refuse_no_text
 from xtoken.pipeline.align.run_identity import claim, run_settings
-from xtoken.pipeline.align.skipped_samples import SKIPPED_FILE, Skipped, note_skipped
+from xtoken.pipeline.align.skipped_samples import Skipped, SkippedSamples
 from xtoken.pipeline.align.stage import AlignJob, refuse_other_tokenizer
 from xtoken.pipeline.executors.local import LocalExecutor, refuse_unshared
 from xtoken.pipeline.executors.protocol import Event, Executor
@@ -24,7 +24,8 @@ from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import clean, committed
 from xtoken.pipeline.store.reader import load_vocab
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
-from xtoken.pipeline.tokens import TokenTable, load_tokenizer, refuse_long_prefix
+from xtoken.pipeline.store.skip_records import SKIPPED_FILE
+from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import IncompleteRun, Unreachable
 from xtoken.schemas.io.remote import patiently
@@ -54,9 +55,14 @@ class _Run:
     config: AlignConfig
     capture: CaptureManifest
     projection: Projection
-    student: TokenizerInfo
+    tokenizer: TextTokenizer
     settings: dict[str, Any]
     files: dict[str, str]
+
+    @property
+    def student(self) -> TokenizerInfo:
+        """The student's tokenizer, as manifests have it."""
+        return self.tokenizer.table.info
 
     @property
     def job(self) -> AlignJob:
@@ -68,7 +74,7 @@ class _Run:
 def align(config: AlignConfig, progress: Progress, *, executor: Executor | None = None) -> TargetManifest:
     """Build the targets of every part of one capture; the same command resumes, and a finished one does nothing.
 
-    Shards that the capture set aside are left out here too; its manifest names them.
+    Shards that the capture quarantined are left out here too; its manifest names them.
 
     Args:
         config: of one capture; what is done with bad parts and samples says ``on_bad``.
@@ -103,7 +109,7 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
     refuse_no_text(config, capture)
     files = write_tables(config.out, projection)
     files[STUDENT_VOCAB_FILE] = write_table(config.out, STUDENT_VOCAB_FILE, student.to_tables()[0])
-    run = _Run(config, capture, projection, student.info, settings, files)
+    run = _Run(config, capture, projection, tokenizer, settings, files)
     failed = _work(run, executor, progress)
     return patiently(partial(_finish, run, failed))
 
@@ -171,10 +177,10 @@ def _memory_goes_back() -> Iterator[None]:
 def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
     """Write the manifest of everything that is committed and seal it, if nothing is wrong or that was asked for."""
     config, there = run.config, written(run.config.out)
-    found = committed(config.out)
-    assert {*found, *failed} == {part.index for part in run.capture.parts}, "the executor lost a part"
-    parts = [found[index] for index in sorted(found)]
-    skipped = note_skipped(config.captures[0], run.capture, config.out, parts)
+    done = committed(config.out)
+    assert {*done, *failed} == {part.index for part in run.capture.parts}, "the executor lost a part"
+    parts = [done[index] for index in sorted(done)]
+    skipped = SkippedSamples(config.captures[0], run.capture, config.out, run.tokenizer, config.corpus).note(parts)
     # who set parts aside before has accepted samples without targets, and a manifest must not fall behind its parts
     if (failed or skipped.count) and config.on_bad == "refuse" and there is None:
         raise IncompleteRun(_refusal(run, failed, skipped))
@@ -203,8 +209,8 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
     seal(config.out)
     if failed:
         raise IncompleteRun(
-            f"{_failed(run, failed)}\nthey are set aside, and the targets are finished without them: mend the capture "
-            "and run the same command again to try them once more"
+            f"{_failed(run, failed)}\nthey are quarantined (set aside), and the targets are finished without them: "
+            "mend the capture and run the same command again to try them once more"
         )
     return manifest
 
@@ -217,6 +223,7 @@ def _refusal(run: _Run, failed: dict[int, str], skipped: Skipped) -> str:
             f"the tokenizer of {run.config.student} cannot represent {skipped.count:,} samples ({first}), which "
             f"{run.config.out}/{SKIPPED_FILE} names; all others are committed"
         )
+        said += [f"  {count:,} samples: {reason}" for reason, count in skipped.reasons.items()]
     return "\n".join(
         [*said, "the same command goes on, and with --on-bad set-aside it finishes the targets without them"]
     )

@@ -40,11 +40,11 @@ def claim(root: str, settings: dict[str, Any]) -> None:
         raise XtokenError(f"{root} holds {foreign[0]} and no {RUN_FILE}: no align run wrote it; give another --out")
     if folder.create(RUN_FILE, json.dumps(settings, indent=1).encode() + b"\n"):
         return
-    found = read_record(folder, RUN_FILE, needed=any(name != RUN_FILE for name in foreign))
-    differing = [name for name in settings if found.get(name) != settings[name]]
+    recorded = read_record(folder, RUN_FILE, needed=any(name != RUN_FILE for name in foreign))
+    differing = [name for name in settings if recorded.get(name) != settings[name]]
     if differing:
         listed = ", ".join(
-            f"{name}: {_short(found.get(name))} there, {_short(settings[name])} now" for name in differing
+            f"{name}: {_short(recorded.get(name))} there, {_short(settings[name])} now" for name in differing
         )
         raise XtokenError(f"{root} belongs to another align run ({listed}); give another --out, or remove that folder")
 

@@ -1,60 +1,99 @@
-"""Which samples of a capture are not in its targets, although their part is: the student cannot represent them."""
+"""Which samples of a capture are not in its targets, although their part is, and why the student cannot represent them.
 
-import json
+Found at the end from what lies there: a sample that a committed part lacks is tokenized once more, alone, for its
+reason. So the record does not depend on which worker met it, or on which run.
+"""
+
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from typing import Any
 
+import pyarrow as pa
+
+from xtoken.pipeline.align.encoding import Refusal, encode_one
 from xtoken.pipeline.align.plain_columns import peek
+from xtoken.pipeline.align.sample_texts import CorpusTexts
+from xtoken.pipeline.corpus.corpus import source_of
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.reader import iter_parquet, local_part
+from xtoken.pipeline.store.skip_records import SKIPPED_FILE, write_records
+from xtoken.pipeline.tokens import TextTokenizer
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, Part
 
-SKIPPED_FILE = "skipped.jsonl"
 _NAMED = 5
-_MOST_LINES = 100_000
+_COLUMNS = ("sample_id", "text", "teacher_end", "complete")
+_TOKENIZED = Refusal("the tokenizer represents it now", "it did not when the part was built; build the targets again")
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """How many samples there are that no part of the targets holds, and the first of them."""
+    """How many samples there are that no part of the targets holds, the first of them, and how many by reason."""
 
     count: int = 0
     first: tuple[str, ...] = ()
+    reasons: dict[str, int] = field(default_factory=dict)
 
 
-def note_skipped(capture: str, manifest: CaptureManifest, out: str, parts: Sequence[Part]) -> Skipped:
-    """Count skipped samples, and name up to 100,000 of them in ``out``'s skipped.jsonl, a line each.
+@dataclass(frozen=True)
+class SkippedSamples:
+    """What is looked into.
 
-    Args:
+    Attributes:
         capture: folder or URL of the capture.
         manifest: the capture's.
         out: folder or URL of its targets.
-        parts: committed parts of the targets.
+        tokenizer: the student's.
+        corpus: of a capture without text, else None.
     """
-    folder, count = Folder(out), sum(part.counts.get("samples_skipped", 0) for part in parts)
-    if not count:
-        if folder.exists(SKIPPED_FILE):
-            folder.remove(SKIPPED_FILE)
-        return Skipped()
-    found = list(islice(_skipped(capture, manifest, folder, parts), _MOST_LINES))
-    lines = [json.dumps({"part": part, "sample_id": name}, ensure_ascii=False) for part, name in found]
-    folder.replace(SKIPPED_FILE, "".join(f"{line}\n" for line in lines).encode())
-    return Skipped(count, tuple(name for _, name in found[:_NAMED]))
 
+    capture: str
+    manifest: CaptureManifest
+    out: str
+    tokenizer: TextTokenizer
+    corpus: str | None = None
 
-def _skipped(
-    capture: str, manifest: CaptureManifest, folder: Folder, parts: Sequence[Part]
-) -> Iterator[tuple[int, str]]:
-    records = {part.index: part for part in manifest.parts}
-    for part in parts:
-        if not part.counts.get("samples_skipped"):
-            continue
-        with local_part(folder, part.index, part) as path:
+    def note(self, parts: Sequence[Part]) -> Skipped:
+        """Name each skipped sample in ``out``'s skipped.jsonl, in the order of the capture; without any, no file.
+
+        A line has ``part``, ``sample_id``, ``document``, ``source``, ``reason`` and ``detail``.
+
+        Args:
+            parts: committed parts of the targets.
+        """
+        count = sum(part.counts.get("samples_skipped", 0) for part in parts)
+        records = [record for part in parts if part.counts.get("samples_skipped") for record in self._records(part)]
+        write_records(Folder(self.out), SKIPPED_FILE, records)
+        reasons = Counter(record["reason"] for record in records)
+        return Skipped(count, tuple(record["sample_id"] for record in records[:_NAMED]), dict(reasons.most_common()))
+
+    def _records(self, part: Part) -> Iterator[dict[str, Any]]:
+        with local_part(Folder(self.out), part.index, part) as path:
             held = {name for batch in iter_parquet(path, ["sample_id"]) for name in batch["sample_id"].to_pylist()}
         try:
-            for batch in peek(capture, manifest, records[part.index], ["sample_id"]):
-                yield from ((part.index, name) for name in batch["sample_id"].to_pylist() if name not in held)
+            for batch in self._batches(part):
+                for sample in batch.select(["sample_id", "text", "complete"]).to_pylist():
+                    if sample["sample_id"] not in held:
+                        yield _record(part.index, sample, self._reason(sample))
         except XtokenError:
-            continue  # it went away since: they stay counted
+            return  # the capture went away since: what is not named stays counted
+
+    def _batches(self, part: Part) -> Iterator[pa.RecordBatch]:
+        recorded = next(one for one in self.manifest.parts if one.index == part.index)
+        batches = peek(self.capture, self.manifest, recorded, _COLUMNS)
+        if self.corpus is None:
+            yield from batches
+        else:
+            texts = CorpusTexts(self.capture, self.corpus).part(part.index)
+            yield from map(texts.fill, batches)
+
+    def _reason(self, sample: dict[str, Any]) -> Refusal:
+        _, refusal = encode_one(self.tokenizer, sample["text"], sample["complete"])
+        return refusal or _TOKENIZED
+
+
+def _record(part: int, sample: dict[str, Any], refusal: Refusal) -> dict[str, Any]:
+    document = sample["sample_id"].rpartition("#")[0]
+    place = {"part": part, "sample_id": sample["sample_id"], "document": document, "source": source_of(document)}
+    return {**place, **refusal._asdict()}

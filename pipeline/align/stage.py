@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import join
+from xtoken.pipeline.align.encoding import encode
 from xtoken.pipeline.align.losses import builders
 from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.parts import CaptureParts
@@ -28,7 +29,7 @@ from xtoken.pipeline.store.columns import flat
 from xtoken.pipeline.store.publish import Figures, publish_part
 from xtoken.pipeline.store.reader import load_vocab
 from xtoken.pipeline.store.writer import group_rows, write_parquet
-from xtoken.pipeline.tokens import Encoded, TextTokenizer, load_tokenizer
+from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.parquet_limits import check_pages, reading
@@ -79,11 +80,11 @@ class AlignJob:
         return AlignWorker(self, tokenizer, maps, recipe, rules, parts, texts)
 
 
-def refuse_other_tokenizer(side: str, found: TokenizerInfo, wanted: TokenizerInfo) -> None:
+def refuse_other_tokenizer(side: str, given: TokenizerInfo, wanted: TokenizerInfo) -> None:
     """Raise XtokenError unless both are the same tokenizer by hash."""
-    if found.hash != wanted.hash:
+    if given.hash != wanted.hash:
         raise XtokenError(
-            f"the {side} tokenizer {found.name} ({found.hash[:12]}) is not the one W was built for, "
+            f"the {side} tokenizer {given.name} ({given.hash[:12]}) is not the one W was built for, "
             f"{wanted.name} ({wanted.hash[:12]}); build W for this pair with 'xtoken project', or leave --w out"
         )
 
@@ -127,9 +128,9 @@ class AlignWorker(OneByOne):
             refuse_without_text(batch, self.job.capture)
             _refuse_foreign_ids(batch, [*open_codec(self.job.codec).id_columns, "teacher_ids"], self.maps.teacher_size)
             samples = join(batch, encode(self.tokenizer, batch), eos_id)
-            found, figures = target_batch(batch, samples, self.maps, self.recipe)
-            written.add(batch, found, figures, summary_batch(batch, samples, found, self.job.config.losses))
-            yield found
+            built, figures = target_batch(batch, samples, self.maps, self.recipe)
+            written.add(batch, built, figures, summary_batch(batch, samples, built, self.job.config.losses))
+            yield built
 
 
 @dataclass
@@ -150,10 +151,10 @@ class _Written:
         """Begin again: storage may ask for a part twice."""
         self.counts, self.built = Counter(samples_skipped=0), []
 
-    def add(self, batch: pa.RecordBatch, found: pa.RecordBatch, figures: Mapping[str, int], built: pa.Table) -> None:
+    def add(self, batch: pa.RecordBatch, made: pa.RecordBatch, figures: Mapping[str, int], built: pa.Table) -> None:
         """Take note of one batch."""
         self.counts.update(figures)
-        self.counts["samples_skipped"] += batch.num_rows - found.num_rows
+        self.counts["samples_skipped"] += batch.num_rows - made.num_rows
         self.built.append(built)
 
     def check(self, url: str) -> Figures:
@@ -182,23 +183,3 @@ def _refuse_foreign_ids(batch: pa.RecordBatch, names: Sequence[str], size: int) 
                 f"the part of sample {batch['sample_id'][0].as_py()!r} has an id outside 0 to {size - 1} in {name}; "
                 "'xtoken verify' on the capture lists what is damaged"
             )
-
-
-def encode(tokenizer: TextTokenizer, batch: pa.RecordBatch) -> list[Encoded | None]:
-    """The student's tokens of each sample, in the bytes of the stored text; None where that cannot be.
-
-    A sample closes with eos when its document does, as ``complete`` of the capture says.
-    """
-    texts, completes = batch["text"].to_pylist(), batch["complete"].to_pylist()
-    try:
-        found: list[Encoded | None] = list(tokenizer.encode_batch(texts, completes, keep_text=True))
-    except XtokenError:
-        found = [_encode_one(tokenizer, text, complete) for text, complete in zip(texts, completes, strict=True)]
-    return [one if one is not None and one.text == text else None for one, text in zip(found, texts, strict=True)]
-
-
-def _encode_one(tokenizer: TextTokenizer, text: str, complete: bool) -> Encoded | None:
-    try:
-        return tokenizer.encode(text, complete=complete, keep_text=True)
-    except XtokenError:
-        return None

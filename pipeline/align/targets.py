@@ -33,8 +33,8 @@ def target_batch(
     side begins with a blank of its own; ``snapped`` samples of the student and ``teacher_snapped`` ones, ``ends_moved``
     and ``teacher_ends_moved``, tokens whose own end is not known; under ALM ``space_chunks``, those with a number in
     alm_space_logprob; under P-KL ``mass_*_ppm``: teacher mass in millionths of a chunk that is exact, reached by pieces
-    only, moved, lost, and not kept (rest); divide by 1e6 times ``chunks_with_row`` for shares. Where REST is unknown
-    the shares are those of what was kept.
+    only, moved, lost, and not kept (rest); divide by 1e6 times ``chunks_with_row`` for shares. Where the tail mass is
+    unknown the shares are those of what was kept.
 
     Raises:
         VerificationError: lists of a sample do not fit each other.

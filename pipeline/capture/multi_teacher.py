@@ -20,6 +20,7 @@ from xtoken.pipeline.capture.precompute import precompute
 from xtoken.pipeline.corpus import Corpus
 from xtoken.pipeline.store.figures import capture_figures
 from xtoken.pipeline.store.files import Folder, StopRun
+from xtoken.pipeline.store.skip_records import BAD_FILE
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import PartlyDone, XtokenError
 from xtoken.schemas.status import RunStatus
@@ -180,6 +181,8 @@ def share_plan(config: PrecomputeConfig, configs: Sequence[PrecomputeConfig]) ->
     if source is None:
         return
     folder.make("")
+    if source.exists(BAD_FILE) and not folder.exists(PLAN_FILE):
+        folder.replace(BAD_FILE, source.read(BAD_FILE))
     if folder.create(PLAN_FILE, source.read(PLAN_FILE)):
         return
     mine, its = load_plan(folder), load_plan(source)

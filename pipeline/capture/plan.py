@@ -7,7 +7,7 @@ so that a corpus that changes under a run stops it.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from xtoken.pipeline.capture.rendered_chat import Look
 from xtoken.pipeline.capture.run_identity import another_run
 from xtoken.pipeline.corpus import Corpus, Document, Listing
+from xtoken.pipeline.corpus.corpus import Bad
 from xtoken.pipeline.store.files import Folder, StopRun
+from xtoken.pipeline.store.skip_records import BAD_FILE, write_records
 from xtoken.schemas.configs.capture import CorpusConfig
 from xtoken.schemas.errors import Unreachable, VerificationError, XtokenError
 from xtoken.schemas.manifest import CorpusInfo, digest
@@ -82,7 +84,13 @@ class _Hasher:
         return self._sha256.hexdigest()
 
 
-def make_plan(config: CorpusConfig, shard_bytes: int, progress: Progress, look: Look | None = None) -> Plan:
+def make_plan(
+    config: CorpusConfig,
+    shard_bytes: int,
+    progress: Progress,
+    look: Look | None = None,
+    note: Callable[[Bad], None] | None = None,
+) -> Plan:
     """Read the corpus once and cut it into shards that close at ``shard_bytes`` of text.
 
     Args:
@@ -90,11 +98,12 @@ def make_plan(config: CorpusConfig, shard_bytes: int, progress: Progress, look: 
         shard_bytes: as above.
         progress: shows the bytes of text read.
         look: shown every document.
+        note: given every bad one under ``--on-bad skip``.
 
     Raises:
         XtokenError: the corpus is missing, empty, has a bad document under ``--on-bad stop``, or looks rendered.
     """
-    corpus = Corpus(config)
+    corpus = Corpus(config, note=note)
     files = [(file.name, file.size) for file in corpus.files]
     whole, shards = _Hasher(), []
     progress.start(corpus.listing.label("plan"), None, "bytes")
@@ -177,7 +186,10 @@ def settle_plan(
     """
     plan = load_plan(folder)
     if plan is None:
-        plan = make_plan(config, shard_bytes, progress, look)
+        bad: list[Bad] = []
+        plan = make_plan(config, shard_bytes, progress, look, bad.append)
+        # before the plan, with which the corpus is not read for this again
+        write_records(folder, BAD_FILE, (one._asdict() for one in bad))
         folder.create(PLAN_FILE, plan.model_dump_json(indent=1).encode() + b"\n")
         return plan
     _check_options(folder, plan, config, shard_bytes)

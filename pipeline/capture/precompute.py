@@ -34,6 +34,7 @@ from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import clean, committed, data_name
 from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, read_table
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
+from xtoken.pipeline.store.skip_records import BAD_FILE
 from xtoken.pipeline.teachers import check_backend
 from xtoken.pipeline.teachers.base import refuse_k
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
@@ -153,7 +154,7 @@ def _executor(config: PrecomputeConfig) -> Executor:
 
 def _forget(folder: Folder) -> None:
     """Undo what a run wrote that failed before its first commit: corrected settings may use the folder."""
-    for name in (TEACHER_FILE, PLAN_FILE, VOCAB_FILE, MERGES_FILE, RUN_FILE):
+    for name in (TEACHER_FILE, PLAN_FILE, BAD_FILE, VOCAB_FILE, MERGES_FILE, RUN_FILE):
         folder.remove(name)
 
 

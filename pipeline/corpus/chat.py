@@ -29,8 +29,8 @@ def has_message_keys(keys: Sequence[str]) -> bool:
 def chat_columns(names: Sequence[str]) -> list[str]:
     """Which of a record's fields hold a conversation, by their names; none if nothing looks so."""
     lower = {name.lower(): name for name in names}
-    found = [lower[name] for name in lower if name in _COLUMNS]
+    matching = [lower[name] for name in lower if name in _COLUMNS]
     for pair in _PAIRS:
         if lower.keys() >= set(pair):
-            found += [lower[name] for name in pair]
-    return list(dict.fromkeys(found))
+            matching += [lower[name] for name in pair]
+    return list(dict.fromkeys(matching))

@@ -5,9 +5,10 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -43,11 +44,32 @@ class Document:
 
     @property
     def source(self) -> str:
-        """The id up to its last '/', so that ids like book/language/page group by book and language.
+        """See ``source_of``."""
+        return source_of(self.id)
 
-        An id without one counts up to its first '#' or ':', as in corpus.jsonl:12; as in the views of 'xtoken query'.
-        """
-        return self.id.rpartition("/")[0] or re.split("[#:]", self.id, maxsplit=1)[0]
+
+def source_of(document: str) -> str:
+    """A document's id up to its last '/', so that ids like book/language/page group by book and language.
+
+    An id without one counts up to its first '#' or ':', as in corpus.jsonl:12; as in the views of 'xtoken query'.
+    """
+    return document.rpartition("/")[0] or re.split("[#:]", document, maxsplit=1)[0]
+
+
+class Bad(NamedTuple):
+    """A bad document, or the unusable rest of a file.
+
+    Attributes:
+        place: file, and line or record, as error messages have it.
+        reason: what is counted, the same words for all such documents.
+        detail: this one's case.
+        outcome: ``skipped``, or ``mended``: a lone surrogate was replaced, and the document is there.
+    """
+
+    place: str
+    reason: str
+    detail: str
+    outcome: str
 
 
 class Corpus:
@@ -60,17 +82,21 @@ class Corpus:
             reason; what several passes meet is counted by each. A file that cannot be read counts once.
     """
 
-    def __init__(self, config: CorpusConfig, planned: Collection[str] = ()) -> None:
+    def __init__(
+        self, config: CorpusConfig, planned: Collection[str] = (), note: Callable[[Bad], None] | None = None
+    ) -> None:
         """List the files; nothing is read yet.
 
         Args:
             config: which documents.
             planned: names of files that a plan of them has.
+            note: given each bad document or file under ``on_bad="skip"``, in the order of reading.
 
         Raises:
             XtokenError: there is no corpus, or nothing in it can be read.
         """
         self._config = config
+        self._note = note
         self._fields = Fields(config.text_field, config.id_field)
         self._fs, root = open_filesystem(config.corpus)
         self.listing = list_files(self._fs, root, config.corpus, config.split, planned)
@@ -90,10 +116,10 @@ class Corpus:
         Raises:
             XtokenError: a bad document under ``on_bad="stop"``, a duplicate id, or a file that is gone.
         """
-        found = self._from(file, record)
+        stream = self._from(file, record)
         if self._fields.id is not None and (file, record) == (0, 0):
-            found = self._unique(found)
-        return islice(found, self._config.limit)
+            stream = self._unique(stream)
+        return islice(stream, self._config.limit)
 
     def _from(self, file: int, record: int) -> Iterator[Document]:
         for index in range(file, len(self.files)):
@@ -169,6 +195,8 @@ class Corpus:
                 f"{where}: {problem.reason}: {problem.detail}; {problem.fix}, or have it counted with --on-bad skip"
             )
         self.bad[problem.reason] += 1
+        if self._note is not None:
+            self._note(Bad(where, problem.reason, problem.detail, "mended" if problem is _LONE else "skipped"))
 
     def _unique(self, documents: Iterator[Document]) -> Iterator[Document]:
         seen: set[bytes] = set()

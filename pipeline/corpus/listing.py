@@ -121,14 +121,14 @@ def _chosen(
     except XtokenError as error:
         raise XtokenError(f"corpus {source} {error}") from error
     others = {name: why for name, why in others.items() if name not in planned}
-    found = [file for file in files if file.name not in others]
+    chosen = [file for file in files if file.name not in others]
     counts = dict(sorted(Counter(others.values()).items())) | ({"hidden": hidden} if hidden else {})
-    if not any(suffix_of(file.name) for file in found):
+    if not any(suffix_of(file.name) for file in chosen):
         suffixes = f"known suffixes are {', '.join(FORMATS)}"
         way_out = "--split all reads every split, and a file that is named itself is read whatever it is called"
         said = f"; left out: {said_counts(counts)}; {way_out}" if counts else ""
         raise XtokenError(f"corpus {source} holds no file that can be read; {suffixes}{said}")
-    return Listing(found, known, counts)
+    return Listing(chosen, known, counts)
 
 
 def said_counts(counts: Mapping[str, int]) -> str:
@@ -145,19 +145,19 @@ def _files(fs: Any, root: str) -> tuple[list[CorpusFile], int]:
     if (names := _saved_names(fs, root)) is not None:
         return [_file(fs, posixpath.join(root, name), name) for name in names], 0
     prefix = fs._strip_protocol(root).rstrip("/") + "/"
-    found = {path.removeprefix(prefix): (path, info) for path, info in fs.find(root, detail=True).items()}
-    visible = [name for name in sorted(found) if not any(part.startswith((".", "_")) for part in name.split("/"))]
+    listed = {path.removeprefix(prefix): (path, info) for path, info in fs.find(root, detail=True).items()}
+    visible = [name for name in sorted(listed) if not any(part.startswith((".", "_")) for part in name.split("/"))]
     for name in visible:
-        if found[name][1].get("islink") and fs.isdir(found[name][0]):
+        if listed[name][1].get("islink") and fs.isdir(listed[name][0]):
             raise XtokenError(
-                f"{found[name][0]} is a link to a folder, which is not followed; put the files themselves there"
+                f"{listed[name][0]} is a link to a folder, which is not followed; put the files themselves there"
             )
     files = [
         CorpusFile(name, int(info.get("size") or 0), str(fs.unstrip_protocol(path)))
         for name in visible
-        for path, info in [found[name]]
+        for path, info in [listed[name]]
     ]
-    return files, len(found) - len(files)
+    return files, len(listed) - len(files)
 
 
 def _saved_names(fs: Any, root: str) -> list[str] | None:

@@ -69,10 +69,10 @@ def read_text(file: IO[bytes], fields: Fields, start: int) -> Iterator[Row]:  # 
 
 
 def _invalid_utf8(error: UnicodeDecodeError) -> Problem:
-    found = error.object[error.start : error.start + 1].hex()
+    byte = error.object[error.start : error.start + 1].hex()
     if error.object.startswith((b"\xff\xfe", b"\xfe\xff")):
         return Problem("invalid UTF-8", "it begins as UTF-16 does", "re-encode it: iconv -f UTF-16 -t UTF-8")
-    return Problem("invalid UTF-8", f"byte 0x{found} at offset {error.start} is not UTF-8", "re-encode the file")
+    return Problem("invalid UTF-8", f"byte 0x{byte} at offset {error.start} is not UTF-8", "re-encode the file")
 
 
 def read_jsonl(file: Iterable[bytes], fields: Fields, start: int) -> Iterator[Row]:

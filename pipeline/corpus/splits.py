@@ -38,19 +38,19 @@ def left_out(names: Sequence[str], splits: Sequence[str]) -> tuple[dict[str, str
     Raises:
         XtokenError: the only split is asked for, and there are several.
     """
-    found = {name: why for name in names if (why := _beside(name)) is not None}
-    data = [name for name in names if name not in found]
+    reasons = {name: why for name in names if (why := _beside(name)) is not None}
+    data = [name for name in names if name not in reasons]
     if not all(name.lower().endswith(".md") for name in data):
         # of a folder of pages, a README is one, too
-        found |= {name: posixpath.basename(name) for name in data if _ABOUT.fullmatch(posixpath.basename(name))}
-    data = [name for name in data if name not in found]
+        reasons |= {name: posixpath.basename(name) for name in data if _ABOUT.fullmatch(posixpath.basename(name))}
+    data = [name for name in data if name not in reasons]
     known = splits_of(data)
     there = sorted({known.get(name, TRAIN) for name in data})
     if ONLY in splits and len(there) > 1:
         raise XtokenError(f"holds the splits {', '.join(there)}, and one is needed; name its file or folder")
     wanted = there if ALL in splits or ONLY in splits else splits
     others = {name: split for name in data if (split := known.get(name, TRAIN)) not in wanted}
-    return found | {name: f"split {split}" for name, split in others.items()}, known
+    return reasons | {name: f"split {split}" for name, split in others.items()}, known
 
 
 def _beside(name: str) -> str | None:
@@ -67,10 +67,10 @@ def splits_of(names: Sequence[str]) -> dict[str, str]:
 
     Texts, whose names are titles, do so only where something is called train.
     """
-    found = {name: split for name in names if (split := split_of(name)) is not None}
-    if TRAIN in found.values():
-        return found
-    return {name: split for name, split in found.items() if not name.lower().endswith(_TEXT)}
+    split_by_name = {name: split for name in names if (split := split_of(name)) is not None}
+    if TRAIN in split_by_name.values():
+        return split_by_name
+    return {name: split for name, split in split_by_name.items() if not name.lower().endswith(_TEXT)}
 
 
 def split_of(name: str) -> str | None:

@@ -63,14 +63,14 @@ def all_windows(documents: Iterable[Document], tokenizer: TextTokenizer, max_tok
     Raises:
         XtokenError: as ``windows``, for the first document that does not rejoin.
     """
-    found: list[Window] = []
+    every: list[Window] = []
     for batch in _batches(documents):
         try:
-            found += list(_batch_windows(batch, tokenizer, max_tokens))
+            every += list(_batch_windows(batch, tokenizer, max_tokens))
         except XtokenError:
             # which document it was only one at a time tells
-            found += [window for document in batch for window in windows(document, tokenizer, max_tokens)]
-    return found
+            every += [window for document in batch for window in windows(document, tokenizer, max_tokens)]
+    return every
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -42,7 +42,7 @@ class Used:
 def sample_data(sample: Sample) -> dict[str, Any]:
     """Everything that the script draws; see the module for how numbers are written."""
     teacher = Used(sample.teacher)
-    found: dict[str, Any] = {
+    shown: dict[str, Any] = {
         "unit": UNIT,
         "t": teacher.places(sample.row["teacher_ids"]),
         "first": sample.row["first_row"],
@@ -50,16 +50,16 @@ def sample_data(sample: Sample) -> dict[str, Any]:
         **_rows(sample, teacher),
     }
     if sample.targets is None:
-        found["chunks"] = _tokens_as_chunks(sample)
+        shown["chunks"] = _tokens_as_chunks(sample)
     else:
         student = Used(sample.targets.student)
-        found["s"] = student.places(sample.targets.row["student_ids"])
-        found["chunks"] = _chunks(sample, sample.targets)
-        found["merge"], found["tau"] = sample.targets.manifest.merge, sample.targets.manifest.tau
-        found["layout"], found["targets"] = _targets(sample.targets, teacher, student)
-        found["moved"] = _moved(sample, sample.targets, teacher)
-        found["student"] = student.listed()
-    return {**found, "teacher": teacher.listed()}
+        shown["s"] = student.places(sample.targets.row["student_ids"])
+        shown["chunks"] = _chunks(sample, sample.targets)
+        shown["merge"], shown["tau"] = sample.targets.manifest.merge, sample.targets.manifest.tau
+        shown["layout"], shown["targets"] = _targets(sample.targets, teacher, student)
+        shown["moved"] = _moved(sample, sample.targets, teacher)
+        shown["student"] = student.listed()
+    return {**shown, "teacher": teacher.listed()}
 
 
 def chunk_bytes(sample: Sample, ends: Sequence[int]) -> list[bytes]:
@@ -201,8 +201,8 @@ def _cut(values: Sequence[Any], counts: Sequence[int]) -> Iterator[Sequence[Any]
 
 def _gaps(logprob_K: NDArray[np.float64], unit: float) -> list[int]:
     level_K = np.floor(np.asarray(logprob_K, np.float64) / -unit + 0.5)
-    found: list[int] = np.diff(level_K, prepend=0).astype(np.int64).tolist()
-    return found
+    gaps: list[int] = np.diff(level_K, prepend=0).astype(np.int64).tolist()
+    return gaps
 
 
 def _whole(logprob: float, unit: float) -> int | str | None:

@@ -50,15 +50,15 @@ def find(root: str, sample_id: str, parts: Collection[int] | None = None) -> Pla
         XtokenError: no sample has this id; the message names those nearest to it.
         VerificationError: a part is missing or torn.
     """
-    folder, found = Folder(root), records(root)
-    wanted = [part for index, part in sorted(found.items()) if parts is None or index in parts]
+    folder, known = Folder(root), records(root)
+    wanted = [part for index, part in sorted(known.items()) if parts is None or index in parts]
     likely = in_parallel(partial(_groups, sample_id.encode()), [folder.url(data_name(p.index)) for p in wanted], root)
     for part, groups in zip(wanted, likely, strict=True):
         if groups:
             place = _look(folder, part, sample_id, groups)
             if place is not None:
                 return place
-    # statistics of strangers may say anything: an id counts as unknown only when all were read
+    # untrusted statistics may say anything: an id counts as unknown only when all were read
     for part in wanted:
         place = _look(folder, part, sample_id, None)
         if place is not None:

@@ -79,21 +79,21 @@ def load_sample(config: InspectConfig) -> Sample:
         VerificationError: what is read is not what the manifests say.
     """
     assert config.html is not None, "nothing to draw"
-    found = read_any_manifest(config.path)
-    if isinstance(found, CaptureManifest):
+    manifest = read_any_manifest(config.path)
+    if isinstance(manifest, CaptureManifest):
         if config.capture is not None:
             raise XtokenError(f"{config.path} is a capture itself; leave --capture out, or give the targets' folder")
-        name = find_worst(config.path, found) if config.html == WORST else config.html
-        return _read_capture(config.path, found, name)
-    if not isinstance(found, TargetManifest):
-        raise XtokenError(f"{config.path} is a {found.kind}; --html draws a sample of a capture or of targets")
-    root = _capture_of(config, found)
+        name = find_worst(config.path, manifest) if config.html == WORST else config.html
+        return _read_capture(config.path, manifest, name)
+    if not isinstance(manifest, TargetManifest):
+        raise XtokenError(f"{config.path} is a {manifest.kind}; --html draws a sample of a capture or of targets")
+    root = _capture_of(config, manifest)
     capture = read_manifest(root, CaptureManifest)
     name = find_worst(root, capture, config.path) if config.html == WORST else config.html
     place = find(config.path, name)
     sample = _read_capture(root, capture, name, place.part)
-    batch = read_sample(config.path, place, TargetCheck(found.losses).schema)
-    return replace(sample, targets=_targets(config.path, found, batch, len(sample.row["teacher_ids"])))
+    batch = read_sample(config.path, place, TargetCheck(manifest.losses).schema)
+    return replace(sample, targets=_targets(config.path, manifest, batch, len(sample.row["teacher_ids"])))
 
 
 def _capture_of(config: InspectConfig, targets: TargetManifest) -> str:
@@ -103,10 +103,10 @@ def _capture_of(config: InspectConfig, targets: TargetManifest) -> str:
             f"{config.path} holds targets, which have neither text nor teacher rows; "
             "say --capture and the capture they were aligned from"
         )
-    found = content_hash(read_manifest(config.capture, CaptureManifest))
-    if found != targets.capture_hash:
+    content = content_hash(read_manifest(config.capture, CaptureManifest))
+    if content != targets.capture_hash:
         raise XtokenError(
-            f"{config.capture} has content hash {found[:12]}, but {config.path} was aligned from "
+            f"{config.capture} has content hash {content[:12]}, but {config.path} was aligned from "
             f"{targets.capture_hash[:12]}; give that capture, or align this one"
         )
     return config.capture
@@ -156,7 +156,7 @@ def _check_ends(row: dict[str, Any], teacher_tokens: int) -> None:
         ends = row[name]
         if sorted(ends) != ends or not all(0 <= end <= most for end in ends):
             raise VerificationError(
-                f"sample {row['sample_id']!r}: {name} is no way through {most} tokens; align the capture again"
+                f"sample {row['sample_id']!r}: {name} is not a way through {most} tokens; align the capture again"
             )
 
 

@@ -46,17 +46,17 @@ def figures(sample: Sample) -> dict[str, Any]:
     """What the head of the page says, as numbers; what is not there is left out."""
     row, targets = sample.row, sample.targets
     size = row["teacher_end"][-1]
-    found = {"sample_id": row["sample_id"], "teacher": sample.manifest.teacher.model}
+    shown = {"sample_id": row["sample_id"], "teacher": sample.manifest.teacher.model}
     if targets is not None:
-        found["student"] = targets.manifest.student.name
-    found |= {"bytes": size, "teacher_tokens": len(row["teacher_ids"])}
+        shown["student"] = targets.manifest.student.name
+    shown |= {"bytes": size, "teacher_tokens": len(row["teacher_ids"])}
     if targets is not None:
         chunks = len(targets.row["chunk_student_end"])
-        found |= {"student_tokens": len(targets.row["student_ids"]), "chunks": chunks}
-        found["one_to_one"] = round(_one_to_one(targets.row) / max(chunks, 1), 4)
+        shown |= {"student_tokens": len(targets.row["student_ids"]), "chunks": chunks}
+        shown["one_to_one"] = round(_one_to_one(targets.row) / max(chunks, 1), 4)
     if size and row["realised_logprob"]:
-        found["bits_per_byte"] = round(-math.fsum(row["realised_logprob"]) / math.log(2) / size, 4)
-    return found
+        shown["bits_per_byte"] = round(-math.fsum(row["realised_logprob"]) / math.log(2) / size, 4)
+    return shown
 
 
 def _one_to_one(row: dict[str, Any]) -> int:
@@ -71,7 +71,7 @@ def _one_to_one(row: dict[str, Any]) -> int:
 def sample_page(sample: Sample) -> str:
     """The whole page."""
     shown = figures(sample)
-    # an id is a stranger's text like any other
+    # an id is untrusted text like any other
     name = plain(visible(shown["sample_id"].encode())).replace("·", " ")
     student = f", student {short(shown['student'])}" if "student" in shown else ""
     heading = (
@@ -94,13 +94,13 @@ def sample_page(sample: Sample) -> str:
 
 
 def _facts(shown: dict[str, Any]) -> list[tuple[str, str]]:
-    found = [(f"{shown['bytes']:,}", "bytes"), (f"{shown['teacher_tokens']:,}", "teacher tokens")]
+    facts = [(f"{shown['bytes']:,}", "bytes"), (f"{shown['teacher_tokens']:,}", "teacher tokens")]
     if "student" in shown:
-        found += [(f"{shown['student_tokens']:,}", "student tokens"), (f"{shown['chunks']:,}", "chunks")]
-        found.append((f"{shown['one_to_one']:.1%}", "of chunks are 1-1"))
+        facts += [(f"{shown['student_tokens']:,}", "student tokens"), (f"{shown['chunks']:,}", "chunks")]
+        facts.append((f"{shown['one_to_one']:.1%}", "of chunks are 1-1"))
     if "bits_per_byte" in shown:
-        found.append((f"{shown['bits_per_byte']:.3f}", "bits per byte"))
-    return found
+        facts.append((f"{shown['bits_per_byte']:.3f}", "bits per byte"))
+    return facts
 
 
 def _remarks(sample: Sample) -> str:

@@ -66,10 +66,10 @@ class CaptureFolder:
     def notes(self) -> list[str]:
         """What is null in views that are there."""
         dropped = [name for name in ("text", "space_logprob") if name in self.manifest.left_out]
-        found = [f"{name} was left out by the subset {self.root} is: what follows from it is null" for name in dropped]
+        notes = [f"{name} was left out by the subset {self.root} is: what follows from it is null" for name in dropped]
         if self.manifest.set_aside:
-            found.append(f"shards set aside at capture, not here: {len(self.manifest.set_aside)}")
-        return found
+            notes.append(f"shards quarantined at capture, not here: {len(self.manifest.set_aside)}")
+        return notes
 
     def bases(self) -> Bases:
         """What its views stand on, by full name, and how each is made in a session."""
@@ -96,10 +96,10 @@ class CaptureFolder:
         manifest = self.manifest
         codes = np.arange(table.size, dtype=np.int32)
         if manifest.schema_version > 1:
-            found = read_codes(read_side_table(Folder(self.root), VOCAB_FILE, manifest.files))
-            if found is None or len(found) != table.size:
+            stored = read_codes(read_side_table(Folder(self.root), VOCAB_FILE, manifest.files))
+            if stored is None or len(stored) != table.size:
                 raise VerificationError(f"{self.root} has no code for each token; fetch the artifact again")
-            codes = found
+            codes = stored
         shown = _vocabulary(table.to_tables()[0]).append_column("code", pa.array(codes))
         _table(session, "capture._vocabulary", shown)
         _register_tokens(session, "teacher", shown)
@@ -197,11 +197,11 @@ class TargetsFolder:
 
 def refuse_other_capture(targets_: TargetsFolder, capture_: CaptureFolder) -> None:
     """Raise XtokenError unless the targets were aligned from this capture."""
-    found, wanted = content_hash(capture_.manifest), targets_.manifest.capture_hash
-    if found != wanted:
+    given, wanted = content_hash(capture_.manifest), targets_.manifest.capture_hash
+    if given != wanted:
         raise XtokenError(
             f"{targets_.root} was aligned from another capture (content hash {wanted[:12]}) than {capture_.root} "
-            f"({found[:12]}); give --capture the folder that 'xtoken align' read"
+            f"({given[:12]}); give --capture the folder that 'xtoken align' read"
         )
 
 
@@ -226,12 +226,12 @@ def _paths(root: str, stack: ExitStack, check: Callable[[str], None], parts: lis
         raise VerificationError(
             f"{root} has no commit record of part {missing[0]}; 'xtoken verify' lists what is damaged"
         )
-    found = []
+    paths = []
     for part in parts:
         path = stack.enter_context(local_part(folder, part.index, known[part.index]))
         check(path)
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths
 
 
 def _check_columns(schema: pa.Schema, path: str) -> None:
@@ -285,8 +285,8 @@ def _register_tokens(session: Connection, side: str, shown: pa.Table) -> None:
 
 def _categories(vocab: pa.Table) -> pa.Table:
     pairs = zip(vocab["bytes"].to_pylist(), vocab["role"].to_pylist(), strict=True)
-    found = pa.array([category(piece, role) for piece, role in pairs], pa.string())
-    return pa.table({"token_id": vocab["token_id"], "category": found})
+    kinds = pa.array([category(piece, role) for piece, role in pairs], pa.string())
+    return pa.table({"token_id": vocab["token_id"], "category": kinds})
 
 
 def _records(folder: str, parts: list[Part], session: Connection) -> None:

@@ -20,6 +20,7 @@ from xtoken.schemas.errors import VerificationError
 
 Ints = NDArray[np.int64]
 _UNSPELLED = 0x3F  # '?'
+_DAMAGED = "'xtoken verify' lists what is damaged"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def row_functions(codec: Codec) -> dict[str, Function]:
 
 
 def readable(raw: pa.Array) -> pa.Array:
-    """Bytes as text; what is no UTF-8 is written like \\xe6."""
+    """Bytes as text; what is not UTF-8 is written like \\xe6."""
     column = _array(raw)
     try:
         return column.cast(pa.string())
@@ -89,13 +90,13 @@ def steps(ends: pa.Array, sizes: pa.Array) -> pa.Array:
     first_N = (lists.stop_N - lists.length_N)[filled_N]
     count_C[first_N] = lists.values[first_N]
     if (count_C < 0).any() or (last_N > size_N).any():
-        raise VerificationError("chunks of a sample do not fit its tokens; 'xtoken verify' lists what is damaged")
+        raise VerificationError(f"chunks of a sample do not fit its tokens; {_DAMAGED}")
     number_C = np.arange(len(count_C)) - np.repeat(lists.stop_N - lists.length_N, lists.length_N)
     # the tokens behind the last chunk are one more of each sample, without a number
     count = np.insert(count_C, lists.stop_N, size_N - last_N)
     number = np.insert(number_C, lists.stop_N, -1)
-    found = np.repeat(number, count).astype(np.int32)
-    return _list(size_N, pa.array(found, mask=found < 0))
+    chunk_S = np.repeat(number, count).astype(np.int32)
+    return _list(size_N, pa.array(chunk_S, mask=chunk_S < 0))
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class UnpackRows:
         lists, stored = _Lists.of(counts), _Lists.of(values)
         place_K, rank_K, size_N = _places(lists, stored.length_N)
         if (_Lists.of(codes).length_N != size_N).any():
-            raise VerificationError("a sample has not as many ids as entries; 'xtoken verify' lists what is damaged")
+            raise VerificationError(f"a sample has not as many ids as entries; {_DAMAGED}")
         columns: dict[str, NDArray[Any]] = {
             "place": place_K.astype(np.int32),
             "rank": rank_K.astype(np.int32),
@@ -147,9 +148,7 @@ class Lookup:
         try:
             return self.values.take(column)
         except pa.ArrowIndexError as error:
-            raise VerificationError(
-                f"an id is outside 0 to {len(self.values) - 1}; 'xtoken verify' lists what is damaged"
-            ) from error
+            raise VerificationError(f"an id is outside 0 to {len(self.values) - 1}; {_DAMAGED}") from error
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class Spell:
         tokens, stops = _Lists.of(ids), _Lists.of(ends)
         id_S, end_S = tokens.values, stops.values
         if (tokens.length_N != stops.length_N).any() or (id_S < 0).any() or (id_S >= len(self.offsets) - 1).any():
-            raise VerificationError("a sample's student tokens are no tokens; 'xtoken verify' lists what is damaged")
+            raise VerificationError(f"a sample's student_ids are not ids of the student's; {_DAMAGED}")
         filled_N = tokens.length_N > 0
         width_S = np.diff(end_S, prepend=np.int64(0))
         first_N = (tokens.stop_N - tokens.length_N)[filled_N]
@@ -189,7 +188,7 @@ class Spell:
         size_N = np.zeros(len(filled_N), np.int64)
         size_N[filled_N] = end_S[tokens.stop_N[filled_N] - 1]
         if (width_S < 0).any() or size_N.sum() > _LARGEST:
-            raise VerificationError("a sample's student_end is no list of ends; 'xtoken verify' lists what is damaged")
+            raise VerificationError(f"a sample's student_end is not a list of growing ends; {_DAMAGED}")
         return pa.Array.from_buffers(
             pa.binary(), len(size_N), [None, _offsets(size_N).buffers()[1], pa.py_buffer(self._gather(id_S, width_S))]
         )
@@ -200,9 +199,9 @@ class Spell:
         left = np.repeat(stop_S, width_S) - np.arange(int(stop_S[-1]) if len(stop_S) else 0)
         at = np.repeat(self.offsets[id_S + 1], width_S) - left
         missing = at < np.repeat(self.offsets[id_S], width_S)
-        found = self.data[np.where(missing, 0, at)] if len(self.data) else np.zeros(len(at), np.uint8)
-        found = np.where(missing, np.uint8(_UNSPELLED), found)
-        return found.tobytes()
+        spelt = self.data[np.where(missing, 0, at)] if len(self.data) else np.zeros(len(at), np.uint8)
+        spelt = np.where(missing, np.uint8(_UNSPELLED), spelt)
+        return spelt.tobytes()
 
 
 _LARGEST = 1 << 30  # bytes, or entries, of the samples of one call
@@ -230,8 +229,8 @@ def _array(column: Any) -> pa.Array:
 
 
 def _sizes(column: pa.Array) -> Ints:
-    found: Ints = pc.fill_null(_array(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    return found
+    size_N: Ints = pc.fill_null(_array(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return size_N
 
 
 def _places(counts: _Lists, size_N: Ints) -> tuple[Ints, Ints, Ints]:
@@ -240,7 +239,7 @@ def _places(counts: _Lists, size_N: Ints) -> tuple[Ints, Ints, Ints]:
     running = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
     sum_N = running[counts.stop_N] - running[counts.stop_N - counts.length_N]
     if (count < 0).any() or (sum_N != size_N).any() or size_N.sum() > _LARGEST:
-        raise VerificationError("counts of a sample do not sum to its entries; 'xtoken verify' lists what is damaged")
+        raise VerificationError(f"counts of a sample do not sum to its entries; {_DAMAGED}")
     number = np.arange(len(count)) - np.repeat(counts.stop_N - counts.length_N, counts.length_N)
     rank_K = np.arange(int(running[-1])) - np.repeat(running[:-1], count)
     return np.repeat(number, count), rank_K, size_N

@@ -32,11 +32,11 @@ def refuse_other_suffix(out: str | None) -> None:
         raise XtokenError(f"--out {out}: the folder {Path(out).parent} does not exist; make it, or choose another")
 
 
-def shown_rows(found: Any) -> dict[str, Any]:
+def shown_rows(answer: Any) -> dict[str, Any]:
     """How many rows a relation has, and the first ``MOST`` of them as dictionaries that are JSON."""
     total = 0
     rows: list[dict[str, Any]] = []
-    for batch in found.to_arrow_reader(_BATCH):
+    for batch in answer.to_arrow_reader(_BATCH):
         total += batch.num_rows
         if len(rows) < MOST:
             rows += batch.slice(0, MOST - len(rows)).to_pylist(maps_as_pydicts="lossy")
@@ -46,10 +46,10 @@ def shown_rows(found: Any) -> dict[str, Any]:
     return figures
 
 
-def write_rows(session: Any, found: Any, out: str) -> dict[str, Any]:
+def write_rows(session: Any, answer: Any, out: str) -> dict[str, Any]:
     """Write the rows of a relation to a file, which appears whole in the place of what was there."""
     path = Path(out)
-    found.create_view("the_answer")
+    answer.create_view("the_answer")
     try:
         with whole_file(path, shared=True) as part:
             total = session.execute(f"COPY the_answer TO {quoted(str(part))} ({_FORMATS[path.suffix]})").fetchone()[0]
@@ -59,7 +59,7 @@ def write_rows(session: Any, found: Any, out: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: bytes as text (what is no UTF-8 like \\xe6), no NaN and no infinity."""
+    """A value as JSON has it: bytes as text (what is not UTF-8 like \\xe6), no NaN and no infinity."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     if isinstance(value, Decimal):  # sums of integers are, too

@@ -75,10 +75,10 @@ def query(config: QueryConfig) -> dict[str, Any]:
 
 
 def _answer(connection: Any, text: str, out: str | None) -> dict[str, Any]:
-    found = connection.sql(text)
-    if found is None:
+    answer = connection.sql(text)
+    if answer is None:
         raise XtokenError("the query gives no rows; write SELECT ...")
-    return shown_rows(found) if out is None else write_rows(connection, found, out)
+    return shown_rows(answer) if out is None else write_rows(connection, answer, out)
 
 
 def _interruptible(connection: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -126,14 +126,14 @@ def opened(config: QueryConfig, stack: ExitStack) -> Asked:
         return Asked((source,), Catalog.of(["capture"], source.held(), source.reasons(), "", source.views()))
     if not isinstance(manifest, TargetManifest):
         raise XtokenError(f"{config.path} holds a {manifest.kind}; ask a capture, or targets, which hold W too")
-    found = TargetsFolder(config.path, stack)
+    targets = TargetsFolder(config.path, stack)
     if config.capture is None:
-        return Asked((found,), Catalog.of(["targets", "joined"], found.held(), found.reasons(), ""))
+        return Asked((targets,), Catalog.of(["targets", "joined"], targets.held(), targets.reasons(), ""))
     source = CaptureFolder(config.capture, stack)
-    refuse_other_capture(found, source)
-    held, reasons = found.held() | source.held(), found.reasons() | source.reasons()
+    refuse_other_capture(targets, source)
+    held, reasons = targets.held() | source.held(), targets.reasons() | source.reasons()
     catalog = Catalog.of(["targets", "joined", "capture"], held, reasons, "teacher_", source.views())
-    return Asked((found, source), catalog)
+    return Asked((targets, source), catalog)
 
 
 def session(config: QueryConfig) -> Any:
@@ -180,16 +180,16 @@ def _refuse_writing(connection: Any, text: str) -> None:
 
 def _listing(config: QueryConfig, asked: Asked) -> dict[str, Any]:
     catalog = asked.catalog
-    found: dict[str, Any] = {"path": config.path, "views": catalog.rows()}
+    listing: dict[str, Any] = {"path": config.path, "views": catalog.rows()}
     if missing := catalog.missing():
-        found["not_here"] = missing
+        listing["not_here"] = missing
     if asked.notes:
-        found["notes"] = [{"note": note} for note in asked.notes]
+        listing["notes"] = [{"note": note} for note in asked.notes]
     first = next(iter(catalog.listed))
-    found["next"] = (
+    listing["next"] = (
         f"'xtoken query DIR {first}' says what the columns of {first} mean; docs/query.md has questions to ask"
     )
-    return found
+    return listing
 
 
 @contextmanager

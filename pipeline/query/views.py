@@ -55,8 +55,8 @@ class View:
     @property
     def uses(self) -> list[str]:
         """Relations that the query, or the comment above it, names."""
-        found = [match[0] for match in _NAME.finditer(self.text)]
-        return list(dict.fromkeys([*(name for word, name in _MADE_OF.items() if word in self.text), *found]))
+        names = [match[0] for match in _NAME.finditer(self.text)]
+        return list(dict.fromkeys([*(name for word, name in _MADE_OF.items() if word in self.text), *names]))
 
     def lacks(self, held: Collection[str]) -> list[str]:
         """Needs that are not met."""
@@ -160,13 +160,13 @@ class Catalog:
 
     def closure(self, names: Iterable[str]) -> list[str]:
         """Views and relations that these need, each after what it needs."""
-        found: dict[str, None] = {}
+        order: dict[str, None] = {}
         for name in names:
             view = self.views.get(name)
             if view is not None:
-                found |= dict.fromkeys(self.closure(used for used in view.uses if used != name))
-            found[name] = None
-        return list(found)
+                order |= dict.fromkeys(self.closure(used for used in view.uses if used != name))
+            order[name] = None
+        return list(order)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per view."""

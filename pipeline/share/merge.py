@@ -30,6 +30,7 @@ from xtoken.pipeline.store.files import Folder, disk_full_named
 from xtoken.pipeline.store.left_out import without_rows
 from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, iter_capture, read_side_table
 from xtoken.pipeline.store.seal import PLAN_FILE
+from xtoken.pipeline.store.skip_records import BAD_FILE
 from xtoken.pipeline.store.writer import group_rows, write_parquet
 from xtoken.schemas.configs.share import MergeConfig
 from xtoken.schemas.errors import XtokenError
@@ -233,9 +234,10 @@ def _union(sources: Sequence[_Source]) -> Shipment:
 
 
 def _plan(sources: Sequence[_Source]) -> list[SideFile]:
-    """plan.json, unless a source is without: it then lacks samples that the plan has."""
-    found = [copied_files(source.folder, [PLAN_FILE]) for source in sources]
-    return found[0] if all(found) else []
+    """plan.json, unless a source is without: it then lacks samples that the plan has; and what the plan left out."""
+    if not all(copied_files(source.folder, [PLAN_FILE]) for source in sources):
+        return []
+    return copied_files(sources[0].folder, [PLAN_FILE, BAD_FILE])
 
 
 def _joined(sources: Sequence[_Source]) -> Shipment:

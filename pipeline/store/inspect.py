@@ -15,6 +15,7 @@ from xtoken.pipeline.store.figures import worst_figures
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import committed, data_name
 from xtoken.pipeline.store.reader import iter_capture, iter_parquet, load_vocab, local_part
+from xtoken.pipeline.store.skip_records import BAD_FILE, SKIPPED_FILE, count_reasons
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.parquet_headers import read_chunks
@@ -102,10 +103,18 @@ def _artifact(root: str, manifest: AnyManifest) -> dict[str, Any]:
         result["audits"] = {"count": len(manifest.audits)} | (
             {"worst_realised_difference": worst["realised_max"]} if worst else {}
         )
+        result |= _reasons(root, "bad_documents", BAD_FILE)
         result["samples_shown"] = _capture_samples(root, manifest)
     else:
+        result |= _reasons(root, "skipped_samples", SKIPPED_FILE)
         result["samples_shown"] = _target_samples(root, manifest)
     return result
+
+
+def _reasons(root: str, title: str, name: str) -> dict[str, Any]:
+    """How many records of what is not there have each reason; nothing where there are none."""
+    reasons = count_reasons(Folder(root), name)
+    return {title: reasons} if reasons else {}
 
 
 def bytes_per_token(root: str, manifest: CaptureManifest | TargetManifest) -> dict[str, float]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import commit_name, data_name
 from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE
+from xtoken.pipeline.store.skip_records import BAD_FILE, SKIPPED_FILE
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.manifest import MANIFEST, AnyManifest, read_any_manifest
 
@@ -25,10 +26,12 @@ SIDE_FILES = {
 }
 # Files that an artifact may have or not.
 OPTIONAL_FILES = {
-    "capture": (CARD_FILE, PLAN_FILE, *PLOTS),
-    "targets": (CARD_FILE,),
+    "capture": (CARD_FILE, PLAN_FILE, BAD_FILE, *PLOTS),
+    "targets": (CARD_FILE, SKIPPED_FILE),
     "projection": ("coverage.html",),
 }
+# Files that releases before 0.6 wrote and did not list in SHA256SUMS: they may be there without a line.
+_UNSEALED_ONCE = (SKIPPED_FILE,)
 # Versions from which on an artifact has SHA256SUMS; a projection may be without.
 _SUMS_SINCE = {"capture": 2, "targets": 3}
 _LINE = re.compile(r"([0-9a-f]{64})  ([ -~]{1,200})")
@@ -99,7 +102,7 @@ def seal_problems(folder: Folder, manifest: AnyManifest) -> Iterator[str]:
     small = [commit_name(part.index) for part in manifest.parts] + _present(folder, manifest)
     for name in [*small, *recorded]:
         found = recorded.get(name) or _sum(folder, name)
-        if sums.get(name) != found:
+        if sums.get(name) != found and not (name in _UNSEALED_ONCE and name not in sums):
             yield f"{name}: sha256 {found[:12]}, {SUMS_FILE} says {sums.get(name, 'nothing')[:12]}"
     for name in sorted(set(sums) - {MANIFEST, *small, *recorded}):
         yield f"{SUMS_FILE}: {name!r} is not there, or no file of this artifact"

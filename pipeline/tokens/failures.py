@@ -1,9 +1,22 @@
-"""What the tokenizers library raises, as an error that names the tokenizer."""
+"""Why a text has no tokens, and what the tokenizers library raises as an error that names the tokenizer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from xtoken.schemas.errors import XtokenError
+
+
+class CannotTokenize(XtokenError):
+    """A tokenizer cannot represent a text.
+
+    Attributes:
+        rule: what the text breaks, in few words that are the same for every such text.
+    """
+
+    def __init__(self, message: str, *, rule: str = "") -> None:
+        """Carry both."""
+        super().__init__(message)
+        self.rule = rule
 
 
 @contextmanager

@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.pipeline.tokens.added import Added, place, stretch_ends
-from xtoken.pipeline.tokens.failures import named_failures
+from xtoken.pipeline.tokens.failures import CannotTokenize, named_failures
 from xtoken.pipeline.tokens.interface import Encoded
 from xtoken.pipeline.tokens.rejoin import METASPACE, Block, blocks, differing_block, dummy_space, map_ends, stripped
 from xtoken.pipeline.tokens.table import TokenTable
-from xtoken.schemas.errors import XtokenError
 
 # Several scripts, code, joined emoji, combining marks, numbers, line ends, look-alikes of special tokens.
 CANARY = (
@@ -173,21 +172,23 @@ class HfTokenizer:
         ids = np.append(encoded.ids, np.int32(eos))
         return Encoded(encoded.text, ids, np.append(ends, np.int32(size)), encoded.snapped)
 
-    def _mismatch(self, joined: bytes, text: str, ids: Sequence[int]) -> XtokenError:
+    def _mismatch(self, joined: bytes, text: str, ids: Sequence[int]) -> CannotTokenize:
         raw, name = text.encode(), self.table.info.name
         unk = self.table.id_of("unk")
         if unk is not None and unk in ids and (lacking := _lacking_bytes(self.table, raw)):
             named = ", ".join(f"<0x{byte:02X}>" for byte in lacking[:8]) + (", ..." if len(lacking) > 8 else "")
-            return XtokenError(
+            return CannotTokenize(
                 f"tokenizer {name!r}: its vocabulary has no token for the byte {named} of the text that starts "
                 f"{text[:40]!r}, which it makes its unknown token; byte fallback needs all of <0x00> to <0xFF>. Use "
-                "the tokenizer.json that belongs to the model"
+                "the tokenizer.json that belongs to the model",
+                rule="the vocabulary has no token for a byte of the text",
             )
         at = next((i for i, (a, b) in enumerate(zip(joined, raw, strict=False)) if a != b), min(len(joined), len(raw)))
-        return XtokenError(
+        return CannotTokenize(
             f"tokenizer {name!r}: its tokens do not rejoin the text that starts {text[:40]!r}; at "
             f"byte {at} the tokens have {joined[at : at + 20]!r} and the text {raw[at : at + 20]!r}. A tokenizer that "
-            "drops or rewrites text has no byte ends: use the tokenizer.json that belongs to the model, or another one"
+            "drops or rewrites text has no byte ends: use the tokenizer.json that belongs to the model, or another one",
+            rule="the tokens do not rejoin the text",
         )
 
 

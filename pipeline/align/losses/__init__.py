@@ -14,8 +14,8 @@ def builder(loss: str) -> TargetBuilder:
     if not schema.columns:
         return TargetBuilder(loss)
     module: Any = import_module(f"{__name__}.{schema.module}")
-    found: TargetBuilder = module.Builder(loss)
-    return found
+    made: TargetBuilder = module.Builder(loss)
+    return made
 
 
 def builders(losses: Iterable[str]) -> list[TargetBuilder]:

@@ -61,8 +61,8 @@ def prefix_columns(
         shifted: the teacher's rows, at the targets' temperature.
         start_C: row of each chunk's first teacher token, -1 = none.
         maps: of the pair.
-        roots_only: rows are draws. Interior targets would be ratios of them and child groups depend on which tokens
-            were drawn, so there are none; roots hold no REST, whose share of the student depends on that too.
+        roots_only: rows are samples. Interior targets would be ratios of them and child groups depend on which tokens
+            were drawn, so there are none; roots hold no tail mass, whose share of the student depends on that too.
     """
     row_S, token_S, before_S = _boundaries(batch, samples, start_C, shifted, maps)
     rows = shifted.rows
@@ -116,7 +116,7 @@ def _boundaries(
     ids = np.split(flat(batch, "teacher_ids"), stops[:-1])
     ends = np.split(flat(batch, "teacher_end"), stops[:-1])
     starts = np.split(start_C, np.cumsum(chunks_per_sample(samples)))
-    found = [
+    per_sample = [
         boundary_rows(
             sample.encoded.ends,
             ends[sample.at],
@@ -131,7 +131,7 @@ def _boundaries(
         for sample, start in zip(samples, starts, strict=False)  # after the last sample nothing is left
     ]
     empty = (np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32))
-    rows, tokens, before = zip(empty, *found, strict=True)
+    rows, tokens, before = zip(empty, *per_sample, strict=True)
     row_S, before_S = np.concatenate(rows), np.concatenate(before)
     _shift_roots(row_S, before_S, samples, shifted)
     return row_S, np.concatenate(tokens), before_S

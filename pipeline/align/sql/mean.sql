@@ -2,13 +2,13 @@
 -- entries: (chunk, row, teacher_id, logprob); rest: (chunk, row, logprob); $size: the teacher's vocabulary.
 -- One result row per id, and one with teacher_id NULL for what they leave to 1.
 WITH
--- Log of what a row's kept entries and REST add up to, and how many ids it did not keep.
+-- Log of what a row's kept entries and the tail mass add up to, and how many ids it did not keep.
 total AS (
     SELECT chunk, row, ln(sum(exp(logprob))) AS scale, $size - count(teacher_id) AS unkept
     FROM (SELECT chunk, row, teacher_id, logprob FROM entries UNION ALL SELECT chunk, row, NULL, logprob FROM rest)
     GROUP BY chunk, row
 ),
--- REST spread evenly over the ids not kept; -infinity where there is none.
+-- The tail mass spread evenly over the ids not kept; -infinity where there is none.
 floor AS (
     SELECT chunk, row, CASE WHEN unkept > 0 THEN logprob - scale - ln(unkept) ELSE '-inf'::DOUBLE END AS logprob
     FROM rest JOIN total USING (chunk, row)

@@ -1,15 +1,15 @@
 -- P-KL's target of every chunk, from its one teacher row.
 -- entries: (chunk, teacher_id, logprob); rest: (chunk, logprob); w, unreached: the tables of a projection;
--- $unreached: prefix | rest | none; $closed: REST is left out (merge mean, or unknown). One result row per target
--- entry, and one with teacher_id NULL for REST.
+-- $unreached: prefix | rest | none; $closed: the tail mass is left out (merge mean, or unknown). One result row per
+-- target entry, and one with teacher_id NULL for the tail.
 WITH
--- What a row's kept entries and REST add up to (the codec rounds each of them).
+-- What a row's kept entries and the tail mass add up to (the codec rounds each of them).
 total AS (
     SELECT chunk, sum(exp(logprob)) AS mass
     FROM (SELECT chunk, logprob FROM entries UNION ALL SELECT chunk, logprob FROM rest)
     GROUP BY chunk
 ),
--- Reached tokens keep their mass; the others hand it to their prefix, to REST (NULL), or lose it.
+-- Reached tokens keep their mass; the others hand it to their prefix, to the tail mass (NULL), or lose it.
 routed AS (
     SELECT
         chunk,

@@ -1,7 +1,7 @@
 -- Byte-prefix, root and interior: kept teacher tokens as the student tokens that begin what is left of them.
 -- entries: (place, teacher_id, logprob); rest: (place, logprob), of roots only; emitted: (place, hex), empty at a root;
 -- teacher: (token_id, hex); student: (token_id, hex, byte_fallback), hex empty where a token has no bytes;
--- roles: (teacher_id, student_id). One result row per target entry, and one with student_id NULL for REST.
+-- roles: (teacher_id, student_id). One result row per target entry, and one with student_id NULL for the tail.
 WITH
 -- Kept tokens that start with what is emitted, without it.
 remaining AS (

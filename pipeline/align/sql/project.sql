@@ -1,13 +1,13 @@
 -- Rows through a sparse map, the most probable entries kept: what project_rows computes for any map.
--- entries: (chunk, teacher_id, logprob); rest: (chunk, logprob); map: (teacher_id, to_id, share), to_id NULL for REST, no
--- row where mass is left out; $entries: most entries of a target; $closed: REST is left out, and what lies beyond
--- $entries too. One result row per target entry, and one with to_id NULL for REST.
+-- entries: (chunk, teacher_id, logprob); rest: (chunk, logprob); map: (teacher_id, to_id, share), to_id NULL for the tail,
+-- no row where mass is left out; $entries: most entries of a target; $closed: the tail mass is left out, and what lies
+-- beyond $entries too. One result row per target entry, and one with to_id NULL for the tail.
 WITH
 routed AS (
     SELECT chunk, to_id, sum(exp(logprob) * share) AS p
     FROM entries JOIN map USING (teacher_id) GROUP BY chunk, to_id
 ),
--- What goes to REST by the map joins what the row had not kept.
+-- What goes to the tail mass by the map joins what the row had not kept.
 cells AS (
     SELECT chunk, to_id, sum(p) AS p
     FROM (SELECT chunk, to_id, p FROM routed UNION ALL SELECT chunk, NULL, exp(logprob) FROM rest)

@@ -3,7 +3,7 @@
 -- pos: number of the token in its sample, from 0
 -- teacher_id: the token
 -- bytes: its bytes in the vocabulary; none for specials
--- token: its bytes as text, what is no UTF-8 written like \xe6
+-- token: its bytes as text, what is not UTF-8 written like \xe6
 -- start_byte: where it starts in the sample's text
 -- end_byte: where it ends
 -- logprob: nats; log-probability that the teacher gives it there; null for a token without a row

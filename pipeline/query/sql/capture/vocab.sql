@@ -1,7 +1,7 @@
 -- One row per token of the teacher's vocabulary.
 -- token_id: its id
 -- bytes: its bytes; none for specials
--- token: its bytes as text, what is no UTF-8 written like \xe6
+-- token: its bytes as text, what is not UTF-8 written like \xe6
 -- role: bos, eos, eot, pad, unk, special, hole; null for text
 -- byte_fallback: it is a <0xHH> byte token
 -- category: numerals_1, numerals_2, numerals_3, whitespace, operators, latin, other_scripts, other_text, partial_utf8, specials; null for a hole

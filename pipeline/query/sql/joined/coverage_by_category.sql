@@ -6,7 +6,7 @@
 -- exact: of it, on tokens that a student token equals (by bytes or by role)
 -- pieces: of it, on tokens that only pieces of a student token reach
 -- moved: of it, on unreached tokens whose mass moves to their longest prefix
--- lost: of it, on unreached tokens without one: it goes to REST
+-- lost: of it, on unreached tokens without one: it goes to the tail mass
 -- rest: of it, not kept in any row
 WITH
 reached AS (

@@ -14,7 +14,7 @@
 -- start_byte: where it starts in the sample's text
 -- end_byte: where it ends
 -- bytes: bytes of text
--- text: its text, as the student's tokens spell it; what is no UTF-8 written like \xe6
+-- text: its text, as the student's tokens spell it; what is not UTF-8 written like \xe6
 -- teacher_logprob: nats; log-probability that the teacher gives its text; null without a row
 -- bits_per_byte: the same in bits, positive, per byte
 -- space_probability: that a token starting with a space comes after it; null without loss alm or a row

@@ -1,0 +1,52 @@
+"""What an artifact does not hold, and why: one JSON object per line, in a file beside the parts.
+
+``skipped.jsonl`` of targets: samples of the capture that the student cannot represent. ``bad.jsonl`` of a capture:
+documents of the corpus that were dropped, or mended, under ``--on-bad skip``. Both follow from the input alone, so a
+run that is killed, resumed or spread over machines writes the same bytes. An artifact without any has no such file.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from xtoken.pipeline.store.files import Folder
+from xtoken.schemas.errors import VerificationError
+
+SKIPPED_FILE, BAD_FILE = "skipped.jsonl", "bad.jsonl"
+UNRECORDED = "not recorded"  # by releases before 0.6
+_LONGEST = 200  # of a reason, which is counted
+
+
+def write_records(folder: Folder, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+    """Put these records, in their order, in the place of what is there; of none there is no file."""
+    text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+    if text:
+        folder.replace(name, text.encode())
+    elif folder.exists(name):
+        folder.remove(name)
+
+
+def count_reasons(folder: Folder, name: str) -> dict[str, int]:
+    """How many records there are of each reason, most first; empty where there is no file.
+
+    Raises:
+        VerificationError: a line is not a record.
+    """
+    try:
+        lines = folder.read(name).splitlines()
+    except FileNotFoundError:
+        return {}
+    counts: Counter[str] = Counter()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise VerificationError(
+                f"{folder.url(name)}, line {number}: expected a JSON object; fetch the file again, or remove it: it "
+                "only says why something is not there"
+            )
+        counts[str(record.get("reason", UNRECORDED))[:_LONGEST]] += 1
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
