@@ -198,7 +198,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
         for name, targets in zip(config.losses, folders, strict=True)
     )
     student = Student(model, ranks.device, pick_autocast(config.autocast, ranks.device), vocabulary, head)
-    objective = Objective(student, losses, use_liger(config, ranks.device, head.folded))
+    objective = Objective(student, losses, use_liger(config, ranks.device, head.fusable))
     wrapped = _wrap(objective, config, ranks, some_left_out)
     optimizer = build_optimizer(model, config, losses)
     weights = tuple(config.weights) or (1.0,) * len(folders)
@@ -250,8 +250,8 @@ def _wrap(objective: Objective, config: TrainConfig, ranks: Ranks, some_left_out
     return replicate(objective, some_left_out)
 
 
-def use_liger(config: TrainConfig, device: torch.device, folded: bool) -> bool:
-    """Whether Liger's kernel computes the loss: CE alone, on CUDA, of a head that is ``folded`` into it.
+def use_liger(config: TrainConfig, device: torch.device, fusable: bool) -> bool:
+    """Whether Liger's kernel computes the loss: CE alone, on CUDA, of a head that is ``fusable`` with it.
 
     Raises:
         XtokenError: it was asked for and cannot.
@@ -264,12 +264,12 @@ def use_liger(config: TrainConfig, device: torch.device, folded: bool) -> bool:
             f"--kernel liger computes --loss ce on CUDA, and this is {','.join(config.loss)} on {device.type}; "
             "use --kernel auto"
         )
-    if config.kernel == "liger" and not folded:
+    if config.kernel == "liger" and not fusable:
         raise XtokenError(
             f"--kernel liger needs the matrix of the head, and {config.source} makes its logits in a way of its own; "
             "use --kernel auto"
         )
-    if not fits or not folded:
+    if not fits or not fusable:
         return False
     try:
         import liger_kernel.transformers.functional  # noqa: F401

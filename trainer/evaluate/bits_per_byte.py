@@ -27,7 +27,7 @@ _LOGITS = 1 << 28  # of one forward pass, of a model that makes them whole: 1 Gi
 
 def micro_tokens(student: Student) -> int:
     """Padded inputs per forward pass; a longer sample is a pass of its own."""
-    return _MICRO_TOKENS if student.head.folded else max(1, min(_MICRO_TOKENS, _LOGITS // student.vocabulary))
+    return _MICRO_TOKENS if student.head.fusable else max(1, min(_MICRO_TOKENS, _LOGITS // student.vocabulary))
 
 
 def bits_per_byte(
