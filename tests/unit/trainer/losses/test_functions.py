@@ -228,3 +228,24 @@ def test_every_loss_has_its_function() -> None:
     for name, function in functions.items():
         assert function.__module__ == REGISTRY[name].module
         assert function.__doc__
+
+
+def test_defaults_of_the_functions_are_those_of_the_flags() -> None:
+    """An option is one field of LossOptions; the function that it reaches has the same value when it is left out."""
+    from inspect import signature
+
+    from xtoken.schemas.configs.train import LossOptions
+
+    flags = LossOptions()
+    same = {
+        (p_kl, "kl"): flags.kl,
+        (sparse_kl, "kl"): flags.kl,
+        (p_kl, "drop"): flags.rest == "drop",
+        (sparse_kl, "drop"): flags.rest == "drop",
+        **{(h_kl, name): getattr(flags, name) for name in ("kl", "common_weight", "uld_weight", "uncommon_topk")},
+        (gold, "beta"): flags.beta,
+        (alm, "mode"): flags.alm,
+        (alm, "tau_b"): flags.alm_tau,
+    }
+    for (function, name), value in same.items():
+        assert signature(function).parameters[name].default == value, (function.__name__, name)
