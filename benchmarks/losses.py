@@ -173,7 +173,7 @@ def _lesson(inputs: Path, name: str, vocabulary: int) -> tuple[Micro, tuple[Loss
 
 
 def _ours(logits_PV: Tensor, micro: Micro, losses: tuple[Loss, ...], factors: tuple[float, float]) -> Pass:
-    head = Head(model=None, folded=False, positions=False)
+    head = Head(model=None, fusable=False, positions=False)
     student = Student(None, torch.device("cpu"), None, logits_PV.shape[1], head)
     objective = Objective(student, losses)
     leaf_PV = logits_PV.clone().requires_grad_()

@@ -79,10 +79,10 @@ class Restored:
         Raises:
             XtokenError: names, shapes or dtypes are not those of ``like``.
         """
-        found: dict[str, Tensor] = load_file(self.folder / _file(group))
-        if like is not None and _kinds(found) != _kinds(like):
+        tensors: dict[str, Tensor] = load_file(self.folder / _file(group))
+        if like is not None and _kinds(tensors) != _kinds(like):
             raise XtokenError(f"{self.folder} holds another model's weights; use another --out")
-        return found
+        return tensors
 
 
 def refuse_dtypes(tensors: Mapping[str, Tensor]) -> None:
@@ -130,7 +130,7 @@ def save_checkpoint(
 def restore_checkpoint(root: Path, before: int | None = None) -> Restored | None:
     """The newest checkpoint whose files have their recorded sha256; None where there are none. For one rank only.
 
-    Damaged newer ones are set aside as ``damaged-step-...``, so that ``Policy`` never counts them.
+    Damaged newer ones are quarantined as ``damaged-step-...``, so that ``Policy`` never counts them.
 
     Args:
         before: go back to a step before this one. Checkpoints from here on are deleted: a run that was set back must

@@ -1,4 +1,4 @@
-"""A student with its losses as one module: from a micro-batch to sums and gradients, the head folded into the loss.
+"""A student with its losses as one module: from a micro-batch to sums and gradients, by a fused linear loss.
 
 Logits are made for a block of positions, scored, and turned at once into the gradient of the hidden states and of the
 head. Logits of all tokens exist at no time. Peak memory is the model's activations, one block, and one gradient as
@@ -20,7 +20,7 @@ from torch import Tensor
 from xtoken.trainer.blocks import Block, block_view, collects, spans, tensor, view
 from xtoken.trainer.data.micro_batch import Micro, TeacherTargets
 from xtoken.trainer.losses.base import FeatureLoss, Loss
-from xtoken.trainer.losses.ce import cross_entropy_total
+from xtoken.trainer.losses.ce import cross_entropy
 from xtoken.trainer.student.head import Head, find_head
 
 A = ParamSpec("A")
@@ -39,15 +39,15 @@ class Student:
     device: torch.device
     autocast: torch.dtype | None
     vocabulary: int
-    found: Head | None = None
+    known_head: Head | None = None
 
     @cached_property
     def head(self) -> Head:
         """The model's head, looked for once."""
-        return self.found or find_head(self.model)
+        return self.known_head or find_head(self.model)
 
     def states(self, micro: Micro) -> Tensor:
-        """[P, H] hidden states of the predicting positions, or their logits [P, M] where the head is not folded."""
+        """[P, H] hidden states of the predicting positions, or their logits [P, M] where the head is not fused."""
         inputs, positions = tensor(micro.input_BL, self.device), tensor(micro.position_BL, self.device)
         with self.precision():
             states_BLH = self.head.states(inputs, positions)
@@ -122,10 +122,10 @@ def score(objective: Objective, micro: Micro, factors: Sequence[float], agree: b
 def score_states(
     objective: Objective, micro: Micro, states_PH: Tensor, factors: Sequence[float], agree: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """``score`` from hidden states on, [P, H], or from logits where the head is not folded."""
+    """``score`` from hidden states on, [P, H], or from logits where the head is not fused."""
     head = objective.student.head
     inputs = (states_PH, head.weight_MH, head.bias_M, *objective.learned)
-    value, sums = _Folded.apply(objective, micro, tuple(factors), agree, *inputs)  # type: ignore[no-untyped-call]
+    value, sums = _FusedLinear.apply(objective, micro, tuple(factors), agree, *inputs)  # type: ignore[no-untyped-call]
     return value, sums
 
 
@@ -138,7 +138,7 @@ def _liger(objective: Objective, micro: Micro, states_PH: Tensor, factors: Seque
 
     head = objective.student.head
     weight_VH, bias_V = objective.student.columns()
-    assert weight_VH is not None, "xtoken.trainer.start asks for a folded head"
+    assert weight_VH is not None, "xtoken.trainer.start asks for a head that can be fused"
     if head.scale != 1:
         states_PH, bias_V = states_PH * head.scale, None if bias_V is None else bias_V * head.scale
     ce = liger_fused_linear_cross_entropy(
@@ -161,7 +161,7 @@ def measure(student: Student, micro: Micro, losses: Sequence[Loss]) -> Tensor:
         return score(Objective(student, losses), micro, (0.0,) * (1 + len(losses)))[1]
 
 
-class _Folded(torch.autograd.Function):
+class _FusedLinear(torch.autograd.Function):
     """The objective from hidden states and head; its gradient is made in the forward pass, block by block."""
 
     @staticmethod
@@ -177,6 +177,7 @@ class _Folded(torch.autograd.Function):
         *learned: Tensor,
     ) -> tuple[Tensor, Tensor]:
         scorer = _Scorer(objective, micro, factors, agree)
+        # the gradient is made now, while each block's logits exist; backward only hands it out
         wanted = any(factors) and any(ctx.needs_input_grad)
         grads = _Gradients(states_PH, weight_MH, bias_M, learned, ctx.needs_input_grad[4:]) if wanted else None
         sums = scorer.run(states_PH, grads)
@@ -188,7 +189,7 @@ class _Folded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-        if ctx.grads is None:
+        if ctx.grads is None:  # all factors are 0; DDP and FSDP still wait for a gradient of every parameter
             zeros = [None if one is None else torch.zeros_like(one) for one in ctx.inputs]
             return (None, None, None, None, *zeros)
         return (None, None, None, None, *ctx.grads.scaled(float(grad)))
@@ -212,13 +213,14 @@ class _Gradients:
         self.learned = [torch.zeros_like(one) for one in learned]
 
     def add(self, block: Block, rows_grad: Tensor, states_PH: Tensor, head_VH: Tensor | None) -> None:
-        """The gradient of a block's logits (of the head's linear map, where it is folded)."""
-        if head_VH is None:
+        """The gradient of a block's logits (of the head's linear map, where it is fused)."""
+        if head_VH is None:  # the states are logits already, and wider than the vocabulary where the head is padded
             self.states_PH[block.low : block.high, : rows_grad.shape[1]] = rows_grad.to(self.states_PH.dtype)
             return
         rows_grad, size = rows_grad.to(head_VH.dtype), len(head_VH)
         states_PH = states_PH[block.low : block.high].to(head_VH.dtype)
         self.states_PH[block.low : block.high] = (rows_grad @ head_VH).to(self.states_PH.dtype)
+        # blocks add up in float32 or more; a head of that type needs no second buffer for the product
         if self.weight_MH is not None and self.weight_MH.dtype == rows_grad.dtype:
             self.weight_MH[:size].addmm_(rows_grad.t(), states_PH)
         elif self.weight_MH is not None:
@@ -228,13 +230,13 @@ class _Gradients:
 
     def scaled(self, factor: float) -> list[Tensor | None]:
         """As backward returns them."""
-        found = [self.states_PH, self.weight_MH, self.bias_M, *self.learned]
-        if factor != 1:
-            found = [None if one is None else one.mul_(factor) for one in found]
+        grads = [self.states_PH, self.weight_MH, self.bias_M, *self.learned]
+        if factor != 1:  # in place: nothing else reads them, and the head's is as large as the head
+            grads = [None if one is None else one.mul_(factor) for one in grads]
         for at, like in enumerate(self.like, start=1):
-            if found[at] is not None and like is not None:
-                found[at] = found[at].to(like.dtype)  # type: ignore[union-attr]
-        return found
+            if grads[at] is not None and like is not None:
+                grads[at] = grads[at].to(like.dtype)  # type: ignore[union-attr]
+        return grads
 
 
 def _zeros(like: Tensor | None) -> Tensor | None:
@@ -256,14 +258,15 @@ class _Scorer:
         for low, high in spans(self.micro, self.student.vocabulary, self.losses, states_PH.is_cuda):
             linear_PV = self._linear(states_PH[low:high], weight_VH, bias_V)
             with torch.set_grad_enabled(grads is not None):
+                # the graph begins at the block's logits: autograd goes through the loss alone, never the head's matrix
                 leaf = linear_PV.requires_grad_(grads is not None)
                 block = Block(low, high, self._rows(leaf))
                 total = self._total(block, collected)
                 if grads is not None and total is not None:
-                    found = torch.autograd.grad(total, [leaf, *self.learned], allow_unused=True)
-                    if found[0] is not None:
-                        grads.add(block, found[0], states_PH, weight_VH)
-                    for kept, one in zip(grads.learned, found[1:], strict=True):
+                    rows_grad, *learned = torch.autograd.grad(total, [leaf, *self.learned], allow_unused=True)
+                    if rows_grad is not None:
+                        grads.add(block, rows_grad, states_PH, weight_VH)
+                    for kept, one in zip(grads.learned, learned, strict=True):
                         if one is not None:
                             kept.add_(one)
         return self.sums
@@ -287,6 +290,7 @@ class _Scorer:
         if not wanted:
             return {}
         pieces: dict[int, list[Tensor]] = {i: [] for i in wanted}
+        # the second pass makes the same logits again: two forward passes of the head cost less than all logits at once
         with torch.no_grad():
             for low, high in spans(self.micro, self.student.vocabulary, self.losses, states_PH.is_cuda):
                 block = Block(low, high, self._rows(self._linear(states_PH[low:high], weight_VH, bias_V)))
@@ -300,6 +304,7 @@ class _Scorer:
         with torch.enable_grad():
             seen = view(leaf.new_zeros(0, 0), self.micro, targets, loss, (0, len(self.micro.place_P)))
             weighted, plain = _weigh(loss.terms_of(leaf, seen), targets.weight_B[targets.sample_C], loss)
+            # few numbers per position, so the gradient by all of them at once fits; the way to the logits comes later
             (grad_PF,) = torch.autograd.grad(weighted, leaf)
         self.sums[1 + i], self.sums[1 + len(self.losses) + i] = weighted.detach(), plain.detach()
         return _Features(float(weighted.detach()), float(plain.detach()), grad_PF)
@@ -307,7 +312,7 @@ class _Scorer:
     def _total(self, block: Block, collected: dict[int, _Features]) -> Tensor | None:
         """Add a block's sums; what its gradient is taken of."""
         label_P = tensor(self.micro.label_P[block.low : block.high], block.rows.device)
-        ce = cross_entropy_total(block.logp(), label_P)
+        ce = cross_entropy(block.logp(), label_P)
         self.sums[0] += ce.detach()
         terms: list[Tensor | None] = [ce]
         for i, (targets, loss) in enumerate(zip(self.micro.targets, self.losses, strict=True)):
@@ -315,6 +320,7 @@ class _Scorer:
                 terms.append(_linearised(block, loss, label_P, collected[i]) if i in collected else None)
             else:
                 terms.append(self._term(i, block, targets, loss))
+        # a term whose factor is 0 is counted above and left out of the graph
         used = [f * term for f, term in zip(self.factors, terms, strict=True) if term is not None and f]
         return torch.stack(used).sum() if used else None
 
@@ -323,6 +329,7 @@ class _Scorer:
         if loss.per == "chunk" and first == last:
             return None
         seen = block_view(block, self.micro, targets, loss)
+        # a loss per token is asked for blocks in which no chunk starts; there is nothing to compare there
         if self.agree and i == 0 and first < last:
             self._compare(loss.agrees(seen))
         owner = targets.sample_C[first:last] if loss.per == "chunk" else self.micro.sample_P[block.low : block.high]
@@ -344,6 +351,9 @@ def _weigh(terms: Tensor, weight: Any, loss: Loss) -> tuple[Tensor, Tensor]:
 
 
 def _linearised(block: Block, loss: FeatureLoss, label_P: Tensor, collected: _Features) -> Tensor:
-    """A sum whose gradient is that of the loss: its features times the gradient taken by them."""
+    """A sum whose gradient is that of the loss: its features times the gradient taken by them.
+
+    Its value means nothing; ``_features`` has added the loss's own.
+    """
     features = loss.features(block.logp(loss.temperature), label_P)
     return (features * collected.grad_PF[block.low : block.high]).sum()

@@ -47,9 +47,9 @@ class Ranks:
             return list(values)
         import torch.distributed as dist
 
-        found = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(found, getattr(dist.ReduceOp, name))
-        return [float(value) for value in found.tolist()]
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums, getattr(dist.ReduceOp, name))
+        return [float(value) for value in sums.tolist()]
 
     def share(self, value: Any) -> Any:
         """What the first rank holds, on every rank; for plain values."""
@@ -67,9 +67,9 @@ class Ranks:
             return [value]
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Until all are here."""
@@ -159,16 +159,16 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
     No two share memory, which safetensors would refuse to write.
     """
-    found: dict[str, Tensor] = {}
+    members: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, one in tensors.items():
         whole = one.full_tensor() if hasattr(one, "full_tensor") else one
         if keep:
             here = whole.detach().cpu().contiguous()
             memory = here.untyped_storage().data_ptr()
-            found[name] = here.clone() if memory in seen else here
+            members[name] = here.clone() if memory in seen else here
             seen.add(memory)
-    return found
+    return members
 
 
 def fill(parameter: Tensor, whole: Tensor) -> None:

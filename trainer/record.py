@@ -30,7 +30,7 @@ def read_lines(path: Path, needs: str, kind: type) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    found = []
+    lines = []
     for at, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         line = parsed(text)
         if not isinstance(line, dict) or type(line.get(needs)) is not kind:
@@ -38,8 +38,8 @@ def read_lines(path: Path, needs: str, kind: type) -> list[dict[str, Any]]:
                 f"{path}, line {at} is {ascii(text.decode(errors='replace'))[:60]}, which no run writes; remove that "
                 "line and run the same command again"
             )
-        found.append(line)
-    return found
+        lines.append(line)
+    return lines
 
 
 def lacking(model: Path) -> str | None:

@@ -34,14 +34,14 @@ _FREE = (
 
 
 def refuse_foreign(out: str) -> None:
-    """Raise XtokenError where ``out`` is no local folder, or one that holds something else than a run."""
+    """Raise XtokenError where ``out`` is not a local folder, or one that holds something else than a run."""
     if "://" in out:
         raise XtokenError(f"out={out!r} is a URL; training writes to a local folder, copy it from there")
     root = Path(out)
     if not root.exists():
         return
     if not root.is_dir():
-        raise XtokenError(f"{root} exists and is no training run; use another --out")
+        raise XtokenError(f"{root} exists and is not a training run; use another --out")
     names = {path.name for path in root.iterdir()}
     record = parsed((root / RUN).read_bytes()) if RUN in names else None
     if names <= _BARE or identity_of(record) is not None:
@@ -50,7 +50,7 @@ def refuse_foreign(out: str) -> None:
     if kind is not None:
         raise XtokenError(f"{root} is {kind}; use another --out")
     if RUN not in names or (record is not None and not names & {CHECKPOINTS, METRICS}):
-        raise XtokenError(f"{root} exists and is no training run; use another --out")
+        raise XtokenError(f"{root} exists and is not a training run; use another --out")
     raise XtokenError(f"{root / RUN} is damaged: it names no run; {_mend(names)}")
 
 

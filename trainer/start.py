@@ -199,7 +199,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
         for name, targets in zip(config.losses, folders, strict=True)
     )
     student = Student(model, ranks.device, pick_autocast(asked.autocast, ranks.device), vocabulary, head)
-    objective = Objective(student, losses, use_liger(asked, config.losses, ranks.device, head.folded))
+    objective = Objective(student, losses, use_liger(asked, config.losses, ranks.device, head.fusable))
     wrapped = _wrap(objective, asked.parallel, ranks, some_left_out)
     optimizer = build_optimizer(model, config.optim, losses)
     weights = tuple(data.weights) or (1.0,) * len(folders)
@@ -251,8 +251,8 @@ def _wrap(objective: Objective, parallel: str, ranks: Ranks, some_left_out: bool
     return replicate(objective, some_left_out)
 
 
-def use_liger(student: StudentGroup, losses: Sequence[str], device: torch.device, folded: bool) -> bool:
-    """Whether Liger's kernel computes the loss: CE alone, on CUDA, of a head that is ``folded`` into it.
+def use_liger(student: StudentGroup, losses: Sequence[str], device: torch.device, fusable: bool) -> bool:
+    """Whether Liger's kernel computes the loss: CE alone, on CUDA, of a head that is ``fusable`` with it.
 
     Raises:
         XtokenError: it was asked for and cannot.
@@ -266,12 +266,12 @@ def use_liger(student: StudentGroup, losses: Sequence[str], device: torch.device
             f"--kernel liger computes --loss ce on CUDA, and this is {','.join(named)} on {device.type}; "
             "use --kernel auto"
         )
-    if student.kernel == "liger" and not folded:
+    if student.kernel == "liger" and not fusable:
         raise XtokenError(
             f"--kernel liger needs the matrix of the head, and {student.source} makes its logits in a way of its own; "
             "use --kernel auto"
         )
-    if not fits or not folded:
+    if not fits or not fusable:
         return False
     try:
         import liger_kernel.transformers.functional  # noqa: F401

@@ -1,6 +1,6 @@
 """Stops a run before a bad step reaches the weights, and says which sample is at fault.
 
-A term is bad when it is no number, or when it lies further above its median of the last steps than chance takes it.
+A term is bad when it is NaN or inf, or when it lies further above its median of the last steps than chance takes it.
 Medians, since one outlier must not widen what counts as usual; only above, since a term that falls is no fault.
 A step of few tokens, such as the last of an epoch, is a mean of little and may lie further off.
 """
@@ -25,7 +25,7 @@ _LABELS = {"kd": "KD", "ce": "CE", "grad_norm": "the gradient norm"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is wrong with a step: ``term`` is ``kd``, ``ce`` or ``grad_norm``; no median: its value is no number."""
+    """What is wrong with a step: ``term`` is ``kd``, ``ce`` or ``grad_norm``; no median: its value is NaN or inf."""
 
     term: str
     value: float
@@ -45,7 +45,7 @@ class Verdict:
 
 
 class Watch:
-    """The last terms of a run; ``spike`` is how many deviations above the median stop it, 0: no number does.
+    """The last terms of a run; ``spike`` is how many deviations above the median stop it, 0: only NaN or inf does.
 
     A function of the figures it was shown, which are those of the whole step on every rank, so all ranks decide alike.
     """
@@ -65,11 +65,11 @@ class Watch:
         for term, value in values.items():
             if not math.isfinite(value):
                 return Verdict(term, value)
-        spikes = [verdict for term, found in terms.items() if (verdict := self._spike(term, *found)) is not None]
+        spikes = [verdict for term, value in terms.items() if (verdict := self._spike(term, *value)) is not None]
         if spikes:
             return max(spikes, key=lambda verdict: verdict.deviations or 0.0)
-        for term, found in terms.items():
-            self._seen[term].append(found)
+        for term, held in terms.items():
+            self._seen[term].append(held)
         return None
 
     def _spike(self, term: str, value: float, size: int) -> Verdict | None:
@@ -119,7 +119,7 @@ class SampleScore:
 
 
 def _badness(value: float) -> float:
-    """Orders by size, what is no number above all."""
+    """Orders by size, NaN and inf above all."""
     return value if math.isfinite(value) else math.inf
 
 
@@ -168,11 +168,11 @@ class Diagnosis:
             return []
         count, broken = len(self.scores), sum(not score.is_number for score in self.scores)
         if broken == count > 1:
-            return [f"each of its {count} samples alone gives no number: the weights are at fault, not a sample"]
+            return [f"each of its {count} samples alone gives NaN or inf: the weights are at fault, not a sample"]
         worst = ", ".join(map(str, worst_samples(self.scores, self.verdict.term)[:WORST]))
         named = [f"worst of its {count} samples, each scored alone: {worst}"]
         if self.verdict.median is None and not broken:
-            return ["each of its samples alone gives numbers, so they break in the backward pass", *named]
+            return ["each of its samples alone is finite, so they break in the backward pass", *named]
         return named
 
     def _way_out(self) -> str:
@@ -185,5 +185,5 @@ class Diagnosis:
 
 
 def _json(value: float | None) -> float | str | None:
-    """JSON has no word for what is no number."""
+    """JSON has no word for NaN and inf."""
     return value if value is None or math.isfinite(value) else str(value)

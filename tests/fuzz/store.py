@@ -196,7 +196,7 @@ def _student(size: int) -> Any:
         def states(self, input_BL: Any, position_BL: Any) -> Any:  # noqa: ARG002
             return torch.zeros(*input_BL.shape, size)
 
-    return Student(None, torch.device("cpu"), None, size, Flat(None, folded=False, positions=False))
+    return Student(None, torch.device("cpu"), None, size, Flat(None, fusable=False, positions=False))
 
 
 def _pull(root: str, out: str) -> None:

@@ -32,7 +32,7 @@ class StepBatch:
 
     Attributes:
         tokens: student tokens. predicted: those that count for CE. cut: tokens beyond ``Layout.max_tokens``.
-        padded: inputs of all forward passes, filling included.
+        padded: inputs of all forward passes, padding included.
         chunks: valid chunks per teacher. held: samples per teacher.
         positions: of each of the loader's streams.
     """
@@ -68,7 +68,7 @@ class Loader:
         layout: how samples become inputs.
         step_tokens: student tokens per step of all streams together, each stream's part to the nearest sample; at
             least one, and no more samples than its epoch has.
-        micro_tokens: inputs per forward pass, filling included.
+        micro_tokens: inputs per forward pass, padding included.
         seed: seed of the order.
         streams: how many streams the samples are dealt to.
         mine: the streams that this rank reads.
@@ -132,11 +132,11 @@ class Loader:
         begun = self._ahead[0]
         micros = [result_of(micros) for micros in begun.micros]
         self._ahead.popleft()
-        for share, found in zip(begun.shares, micros, strict=True):
-            if not found:
+        for share, made in zip(begun.shares, micros, strict=True):
+            if not made:
                 ids = ", ".join(sample.sample_id for sample in share.samples[:5])
                 raise XtokenError(f"samples {ids} hold no token that the student can predict; align a longer text")
-        batch = self._batch(begun.shares, [micro for found in micros for micro in found])
+        batch = self._batch(begun.shares, [micro for made in micros for micro in made])
         self.positions = batch.positions
         return batch
 

@@ -42,6 +42,8 @@ def packed_shapes(sizes: Sequence[int], micro_tokens: int, max_tokens: int) -> l
     widest = max(int(falling_B[0]), min(max_tokens, micro_tokens))
     row_B = _first_fit(falling_B, widest)
     rows = int(row_B.max()) + 1
+    # first-fit fills the first rows to the brim and leaves the last ones short, and padding goes up to the widest: look
+    # for a lesser width that still needs no more rows, from the mean on
     least = max(int(falling_B[0]), -(-int(size_B.sum()) // rows))
     for wider in _WIDER:
         if (width := int(least * wider)) >= widest:
@@ -50,6 +52,7 @@ def packed_shapes(sizes: Sequence[int], micro_tokens: int, max_tokens: int) -> l
             row_B = narrow_B
             break
     used = np.bincount(row_B, falling_B, rows).astype(np.int64)
+    # the samples of each row, in order of the row's number: sorted by it and cut where it changes
     members = np.split(order_B[np.argsort(row_B, kind="stable")], np.cumsum(np.bincount(row_B))[:-1])
     by_width = np.argsort(-used, kind="stable").tolist()
     return _shapes([members[row].tolist() for row in by_width], used[by_width].tolist(), micro_tokens)
@@ -57,13 +60,14 @@ def packed_shapes(sizes: Sequence[int], micro_tokens: int, max_tokens: int) -> l
 
 def _shapes(rows: list[list[int]], used: list[int], micro_tokens: int) -> list[Shape]:
     """Rows, widest first, gathered into forward passes."""
-    found: list[Shape] = []
+    shapes: list[Shape] = []
     for row, width in zip(rows, used, strict=True):
-        if found and (len(found[-1].rows) + 1) * found[-1].width <= micro_tokens:
-            found[-1].rows.append(row)
+        # rows come widest first, so a pass is as wide as its first row and no later row widens it
+        if shapes and (len(shapes[-1].rows) + 1) * shapes[-1].width <= micro_tokens:
+            shapes[-1].rows.append(row)
         else:
-            found.append(Shape([row], width))
-    return found
+            shapes.append(Shape([row], width))
+    return shapes
 
 
 @compiled

@@ -85,12 +85,12 @@ class Plan:
         """All windows of one epoch of a stream."""
         units = self.units(epoch)[stream]
         share = sum(len(unit.rows) for unit in units)
-        found: list[Window] = []
+        windows: list[Window] = []
         before = 0
         for some in self._piles(units):
-            found.append(Window(epoch, len(found), before, share, tuple(some)))
-            before += found[-1].samples
-        return found
+            windows.append(Window(epoch, len(windows), before, share, tuple(some)))
+            before += windows[-1].samples
+        return windows
 
     def _piles(self, units: Sequence[OwnedGroup]) -> Iterator[list[OwnedGroup]]:
         pile: list[OwnedGroup] = []

@@ -92,6 +92,7 @@ def _cut(rows: _Rows, loss: Loss, layout: Layout, score_R: list[float]) -> Group
     has_target_C = loss.valid(start_C + rows.token_R[owner_C], rows.columns)
     valid_C = (end_C > start_C) & (end_C <= kept_C) & (start_C + shift >= 0) & has_target_C
     next_C = np.where(end_C < kept_C, end_C + shift, -1)
+    # where every chunk is valid, as nearly always, a slice makes views; a mask would copy every column
     chosen: slice | Bools = slice(None) if valid_C.all() else valid_C
     valid_R = running(valid_C)[rows.chunk_R]
     low_R = np.minimum(rows.token_R[:-1] - shift, rows.token_R[1:])  # without context the first is not predicted
@@ -139,12 +140,12 @@ def _entries_of_chunks(
 def _regrouped(rows: _Rows, loss: Loss) -> _Rows:
     """Rows whose chunks the loss joins, row by row: such columns are short."""
     assert set(loss.columns.names) == set(loss.columns.chunk), "joined chunks have one value each"
-    found = []
+    joined = []
     for low, high in zip(rows.chunk_R[:-1].tolist(), rows.chunk_R[1:].tolist(), strict=True):
-        found.append(loss.regroup(rows.end_C[low:high], {name: rows.columns[name][low:high] for name in rows.columns}))
-    columns = {name: np.concatenate([arrays[name] for _, arrays in found]) for name in rows.columns}
-    chunk_R = running(np.array([len(end_C) for end_C, _ in found], np.int64))
-    return _Rows.of(rows.token_R, chunk_R, np.concatenate([end_C for end_C, _ in found]), columns)
+        joined.append(loss.regroup(rows.end_C[low:high], {name: rows.columns[name][low:high] for name in rows.columns}))
+    columns = {name: np.concatenate([arrays[name] for _, arrays in joined]) for name in rows.columns}
+    chunk_R = running(np.array([len(end_C) for end_C, _ in joined], np.int64))
+    return _Rows.of(rows.token_R, chunk_R, np.concatenate([end_C for end_C, _ in joined]), columns)
 
 
 def _check(group: RowGroup, rows: _Rows, spec: Columns, vocabulary: int) -> None:
@@ -186,7 +187,7 @@ def _refuse(group: RowGroup, offset_R: Ints, wrong: Bools) -> None:
 
 
 def _normalised(columns: Mapping[str, Array], rest_name: str) -> Bools:
-    """Entries and REST (if known) sum to 1 wherever there are entries; without that a KL could fall below zero."""
+    """Entries and tail mass (if known) sum to 1 wherever there are entries; without that a KL could fall below zero."""
     prefix = rest_name.removesuffix("rest_logprob")
     filled = columns[prefix + "count"] > 0
     first_F = running(columns[prefix + "count"])[:-1][filled]
@@ -195,8 +196,8 @@ def _normalised(columns: Mapping[str, Array], rest_name: str) -> Bools:
         # float32 sums of at most some hundred cells are off by 1e-5; what overflows is not normalised
         with np.errstate(over="ignore", invalid="ignore"):
             kept_F = np.add.reduceat(np.exp(columns[prefix + "logprob"]), first_F)
-            rest_F = np.exp(np.nan_to_num(columns[rest_name][filled], nan=-np.inf))
-            right[filled] = np.abs(kept_F + rest_F - 1) < NORMALISED_WITHIN
+            tail_F = np.exp(np.nan_to_num(columns[rest_name][filled], nan=-np.inf))
+            right[filled] = np.abs(kept_F + tail_F - 1) < NORMALISED_WITHIN
     return right
 
 

@@ -95,12 +95,12 @@ class Sources:
     def read(self, group: OwnedGroup, layout: Layout) -> Iterator[list[Stored | None]]:
         """For each owned sample, where every folder stores it; decoded columns are those the layout asks for."""
         decoded = self.folders[group.source].read(group.ref, layout.columns(group.source))
-        found: list[dict[int, Stored]] = [{} for _ in self.folders]
-        found[group.source] = {row: (decoded, row) for row in group.rows.tolist()}
+        stored: list[dict[int, Stored]] = [{} for _ in self.folders]
+        stored[group.source] = {row: (decoded, row) for row in group.rows.tolist()}
         for source in range(group.source + 1, len(self.folders)):
-            found[source] = self._joined(source, group, layout)
+            stored[source] = self._joined(source, group, layout)
         for row in group.rows.tolist():
-            yield [rows.get(row) for rows in found]
+            yield [rows.get(row) for rows in stored]
 
     def _joined(self, source: int, group: OwnedGroup, layout: Layout) -> dict[int, Stored]:
         """Rows of ``group`` that ``source`` holds too."""

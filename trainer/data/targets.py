@@ -147,7 +147,7 @@ class Targets:
             most = check_group(chunks[ref.group], file, ref.group, path, names)
             if ref.rows <= most:  # row groups are read in parallel, not their columns
                 table = parquet.read_row_group(ref.group, columns=names, use_threads=False)
-                table.column("sample_id").validate(full=True)  # strings that are no UTF-8
+                table.column("sample_id").validate(full=True)  # strings that are not UTF-8
             else:
                 read = batches(parquet, file, path, columns=names, groups=[ref.group], chunks=chunks)
                 table = pa.Table.from_batches([batch.select(names) for batch in read])
@@ -187,17 +187,17 @@ class Targets:
                 del self._footers[next(iter(self._footers))]
         return parquet, chunks
 
-    def _check_columns(self, found: pa.Schema, names: list[str], path: str) -> None:
-        missing = [name for name in names if found.get_field_index(name) < 0]
+    def _check_columns(self, stored: pa.Schema, names: list[str], path: str) -> None:
+        missing = [name for name in names if stored.get_field_index(name) < 0]
         if missing:
             raise VerificationError(f"{path} lacks the columns {', '.join(missing)}; write the targets again")
         other = [
             name
             for name in names
-            if name not in self._schema.names or not found.field(name).equals(self._schema.field(name))
+            if name not in self._schema.names or not stored.field(name).equals(self._schema.field(name))
         ]
         if other:
-            raise VerificationError(f"{path} holds {other[0]} as {found.field(other[0])}; {_FETCH}")
+            raise VerificationError(f"{path} holds {other[0]} as {stored.field(other[0])}; {_FETCH}")
 
     def _open(self, part: int, stack: ExitStack) -> Any:
         url, record = self._path(part), self._parts[part]
@@ -224,8 +224,8 @@ class Targets:
         """Refuse options that these targets cannot serve.
 
         Raises:
-            XtokenError: REST is needed at a temperature the capture holds no normaliser of, debiasing without the
-                teacher's P(next token starts with a space), or what draws of teacher rows cannot serve.
+            XtokenError: the tail mass is needed at a temperature the capture holds no normaliser of, debiasing without
+                the teacher's P(next token starts with a space), or what samples of teacher distributions cannot serve.
         """
         if registered(self.manifest.codec).linear:
             self._refuse_biased(loss, options)
@@ -233,7 +233,7 @@ class Targets:
         if rest and options.rest == "bucket" and self.manifest.merge != "mean" and self._unknown(rest):
             raise XtokenError(
                 f"{self.root} was aligned at tau={self.manifest.tau:g} from a capture without the normaliser at that "
-                f"temperature, so REST is unknown; train with --rest drop, or capture with --temperatures "
+                f"temperature, so the tail mass is unknown; train with --rest drop, or capture with --temperatures "
                 f"{self.manifest.tau:g} and align again"
             )
         spaces = sum(part.counts.get("space_chunks", 0) for part in self.manifest.parts)
@@ -244,7 +244,7 @@ class Targets:
             )
 
     def _refuse_biased(self, loss: str, options: LossOptions) -> None:
-        """Draws are right in the mean, and so are only losses whose gradient is linear in them."""
+        """Sampled frequencies are unbiased, and so are only losses whose gradient is linear in them."""
         over_draws = {
             "--kl reverse takes logarithms of what was drawn; use --kl forward": options.kl == "reverse",
             "--rest drop renormalises the student over what was drawn; use --rest bucket": options.rest == "drop",
@@ -330,10 +330,10 @@ class Targets:
                 data = file.read()
         except FileNotFoundError as error:
             raise VerificationError(f"{path} does not exist; fetch the targets again") from error
-        found = hashlib.sha256(data).hexdigest()
-        if found != expected:
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 != expected:
             raise VerificationError(
-                f"{path} has sha256 {found[:12]}, its manifest says {expected[:12]}; fetch the targets again"
+                f"{path} has sha256 {sha256[:12]}, its manifest says {expected[:12]}; fetch the targets again"
             )
         with reading(path, _FETCH):
             table = read_whole(io.BytesIO(data), path)

@@ -50,10 +50,10 @@ class _Tally:
         """The sums of all ranks."""
         total, groups = _Tally(), len(self.kl_G)
         plain = [self.teacher_nats, self.teacher_bytes]
-        found = ranks.sum([*self.kl_G.tolist(), *self.agreed_G.tolist(), *self.chunks_G.tolist(), *plain])
-        total.kl_G = np.array(found[:groups])
-        total.agreed_G, total.chunks_G = np.array(found[groups : 3 * groups], np.int64).reshape(2, groups)
-        total.teacher_nats, total.teacher_bytes = found[-2], int(found[-1])
+        sums = ranks.sum([*self.kl_G.tolist(), *self.agreed_G.tolist(), *self.chunks_G.tolist(), *plain])
+        total.kl_G = np.array(sums[:groups])
+        total.agreed_G, total.chunks_G = np.array(sums[groups : 3 * groups], np.int64).reshape(2, groups)
+        total.teacher_nats, total.teacher_bytes = sums[-2], int(sums[-1])
         return total
 
     def figures(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _LOGITS = 1 << 28  # of one forward pass, of a model that makes them whole: 1 Gi
 
 def micro_tokens(student: Student) -> int:
     """Padded inputs per forward pass; a longer sample is a pass of its own."""
-    return _MICRO_TOKENS if student.head.folded else max(1, min(_MICRO_TOKENS, _LOGITS // student.vocabulary))
+    return _MICRO_TOKENS if student.head.fusable else max(1, min(_MICRO_TOKENS, _LOGITS // student.vocabulary))
 
 
 def bits_per_byte(
@@ -91,8 +91,8 @@ def _nats(student: Student, micro: Micro) -> NDArray[np.float64]:
         label_P = torch.from_numpy(micro.label_P[block.low : block.high]).to(block.rows.device)
         logp_P[block.low : block.high] = block.logp().gather(1, label_P[:, None])[:, 0].cpu().double()
     nats_B = torch.zeros(len(micro.sample_ids), dtype=torch.float64).index_add_(0, sample_P, -logp_P)
-    found: NDArray[np.float64] = nats_B.numpy()
-    return found
+    of_samples: NDArray[np.float64] = nats_B.numpy()
+    return of_samples
 
 
 def _figure(bits_N: NDArray[np.float64], bytes_N: NDArray[np.int64]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _by_source(
 ) -> dict[str, Any]:
     """Figures of each source that has bytes, by name; nothing where no sample names one."""
     source_N = np.array([sample.source for sample in samples], dtype=object)
-    found = {str(name): source_N == name for name in sorted(set(source_N.tolist()))}
-    if set(found) == {""}:
+    sources = {str(name): source_N == name for name in sorted(set(source_N.tolist()))}
+    if set(sources) == {""}:
         return {}
-    return {"by_source": {name: _figure(bits_N[of], bytes_N[of]) for name, of in found.items() if bytes_N[of].sum()}}
+    return {"by_source": {name: _figure(bits_N[of], bytes_N[of]) for name, of in sources.items() if bytes_N[of].sum()}}

@@ -117,11 +117,11 @@ def _greedy(student: Student, ids_BL: Tensor, ends: Tensor, count: int) -> Tenso
     inputs, cache = ids_BL.to(student.device), None
     ended_B = torch.zeros(len(ids_BL), dtype=torch.bool)
     while len(written) < count and not ended_B.all():
-        found = _forward(student, inputs, cache)
-        token_B = found.logits[:, -1, : student.vocabulary].argmax(dim=-1, keepdim=True)
+        output = _forward(student, inputs, cache)
+        token_B = output.logits[:, -1, : student.vocabulary].argmax(dim=-1, keepdim=True)
         written.append(token_B.cpu())
         ended_B |= torch.isin(written[-1][:, 0], ends)
-        cache = getattr(found, "past_key_values", None)
+        cache = getattr(output, "past_key_values", None)
         # a model that gives no cache of keys and values reads everything again
         inputs = torch.cat([inputs, token_B], dim=1) if cache is None else token_B
     return torch.cat(written, dim=1) if written else torch.zeros(len(ids_BL), 0, dtype=torch.long)

@@ -23,7 +23,7 @@ from xtoken.schemas.ui.progress import Progress
 from xtoken.trainer.objective import Student
 
 _CPU_BATCH = 4
-_BOOTSTRAPS = 1000  # resamples for the stderr of metrics that are no means; drawn in this process
+_BOOTSTRAPS = 1000  # resamples for the stderr of metrics that are not means; drawn in this process
 _TRUST = "say --trust-remote-code if you trust it"
 
 
@@ -102,7 +102,7 @@ def score(
     progress.start("tasks", None, "sequences")
     try:
         with _quiet(), _no_hub_code(config.trust_remote_code):
-            found = simple_evaluate(
+            results = simple_evaluate(
                 model=_Model(student, tokenizer, progress),
                 tasks=tasks,
                 num_fewshot=config.shots,
@@ -116,7 +116,7 @@ def score(
     finally:
         student.model.train(training)
     progress.finish()
-    return _rows(found)
+    return _rows(results)
 
 
 def _check_code(task: Any, trusted: bool) -> None:
@@ -136,10 +136,10 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}"
 
 
-def _rows(found: Any) -> list[dict[str, Any]]:
+def _rows(results: Any) -> list[dict[str, Any]]:
     """Figures of all tasks and groups, as lm-eval orders them."""
     rows = []
-    for task, figures in found["results"].items():
+    for task, figures in results["results"].items():
         for key, value in figures.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -151,18 +151,18 @@ def _rows(found: Any) -> list[dict[str, Any]]:
                     "metric": metric if kind == "none" else key,
                     "value": float(value),
                     "stderr": float(stderr) if isinstance(stderr, int | float) else None,
-                    "n": _questions(found, task),
-                    "shots": found["n-shot"].get(task),
+                    "n": _questions(results, task),
+                    "shots": results["n-shot"].get(task),
                 }
             )
     return rows
 
 
-def _questions(found: Any, task: str) -> int:
+def _questions(results: Any, task: str) -> int:
     """Questions scored for a task, or for all tasks below a group."""
-    if task in found["n-samples"]:
-        return int(found["n-samples"][task]["effective"])
-    return sum(_questions(found, below) for below in found["group_subtasks"].get(task, []))
+    if task in results["n-samples"]:
+        return int(results["n-samples"][task]["effective"])
+    return sum(_questions(results, below) for below in results["group_subtasks"].get(task, []))
 
 
 class _NoBar(tqdm.tqdm):  # type: ignore[misc]  # nor has tqdm

@@ -26,7 +26,7 @@ class Spelling:
     role_V: tuple[str | None, ...]
 
     def text(self, ids: Iterable[int]) -> str:
-        """Tokens as text: specials by their role, bytes that are no UTF-8 as U+FFFD."""
+        """Tokens as text: specials by their role, bytes that are not UTF-8 as U+FFFD."""
         pieces = [self.bytes_V[i] if self.role_V[i] is None else f"<{self.role_V[i]}>".encode() for i in ids]
         return b"".join(pieces).decode(errors="replace")
 

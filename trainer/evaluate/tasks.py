@@ -31,7 +31,7 @@ def open_tasks(config: EvalConfig) -> Scorer:
             tokenizer.
     """
     if config.task_path is not None and not Path(config.task_path).is_dir():
-        raise XtokenError(f"--task-path {config.task_path} is no folder; give the one that holds the task files")
+        raise XtokenError(f"--task-path {config.task_path} is not a folder; give the one that holds the task files")
     try:
         from xtoken.trainer.evaluate.harness import load, score
     except ModuleNotFoundError as error:

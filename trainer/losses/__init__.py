@@ -1,4 +1,4 @@
-"""Losses, found by name and imported on use. A loss is one file with ``open_loss`` and one line here."""
+"""Losses, found by name and imported on use. A loss is one file with ``open_loss(setup)`` and one line here."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the registry: the loss's module, and what ``xtoken losses`` says of it."""
+    """A line of the registry: the loss's module by its full name, and the words of ``xtoken losses`` about it."""
 
     module: str
     matches: str
@@ -21,54 +21,56 @@ class Entry:
     source: str
 
 
+_HERE = "xtoken.trainer.losses"
+
 REGISTRY = {
-    "ce": Entry("ce", "the text alone", "nothing", "the baseline to beat", ""),
+    "ce": Entry(f"{_HERE}.ce", "the text alone", "nothing", "the baseline to beat", ""),
     "p-kl": Entry(
-        "pkl",
-        "the student through W against the teacher's row, REST as one cell",
-        "rows of reached ids, REST",
+        f"{_HERE}.pkl",
+        "the student through W against the teacher's distribution, the tail as one cell",
+        "entries of reached ids, tail mass",
         "numerals do not map one to one",
         "arXiv 2605.21699",
     ),
     "h-kl": Entry(
-        "hkl",
+        f"{_HERE}.hkl",
         "one-to-one pairs token by token, the others as sorted lists",
-        "rows of pairs, sorted rest",
+        "entries of pairs, others sorted",
         "numerals map one to one",
         "arXiv 2605.21699",
     ),
     "gold": Entry(
-        "gold",
+        f"{_HERE}.gold",
         "tokens of equal bytes by generalised JSD, the others as sorted lists",
         "as h-kl, chunk likelihood",
         "a baseline: strict pairs",
         "GOLD in TRL",
     ),
     "uld": Entry(
-        "uld",
+        f"{_HERE}.uld",
         "sorted probabilities, whatever the tokens",
-        "sorted rows, likelihood",
+        "sorted entries, likelihood",
         "a baseline: knows no tokens",
         "arXiv 2402.12030",
     ),
     "alm": Entry(
-        "alm",
+        f"{_HERE}.alm",
         "the likelihood of each chunk of text",
         "one number per chunk",
         "any pair, byte students too",
         "arXiv 2503.20083",
     ),
     "byte-prefix": Entry(
-        "byte_prefix",
-        "the student's own tokens against the teacher's row cut at byte prefixes, inside chunks too",
-        "rows per student token",
+        f"{_HERE}.byte_prefix",
+        "the student's own tokens against the teacher's distribution cut at byte prefixes, inside chunks too",
+        "entries per student token",
         "students that split words",
         "docs/losses.md",
     ),
     "sparse-kl": Entry(
-        "sparse_kl",
-        "the row itself, token by token, REST as one cell",
-        "rows, REST",
+        f"{_HERE}.sparse_kl",
+        "the distribution itself, token by token, the tail as one cell",
+        "entries, tail mass",
         "one shared tokenizer",
         "docs/losses.md",
     ),
@@ -77,7 +79,7 @@ REGISTRY = {
 
 def open_loss(name: str, setup: "LossSetup") -> "Loss":
     """Build the loss called ``name`` (checked by the configuration) for one W and one student."""
-    module: Any = import_module(f"xtoken.trainer.losses.{REGISTRY[name].module}")
+    module: Any = import_module(REGISTRY[name].module)
     loss: Loss = module.open_loss(setup)
     return loss
 

@@ -1,6 +1,6 @@
 """ALM, approximate likelihood matching (arXiv 2503.20083): one number per chunk, its likelihood on either side.
 
-With l the sum of a chunk's realised log-probabilities, a = l_T / tau_b - eps and b = l_S / tau_b - eps:
+With l the sum of the log-probabilities of a chunk's labels, a = l_T / tau_b - eps and b = l_S / tau_b - eps:
 
     binary-kl   e^a (a - b) + (1 - e^a) (log(1 - e^a) - log(1 - e^b))
     reverse     the same with a and b exchanged
@@ -10,7 +10,7 @@ With l the sum of a chunk's realised log-probabilities, a = l_T / tau_b - eps an
 Debiasing: ``outcome`` adds to both sides the log-probability that the token after the chunk starts with a space;
 where either side has none, both go without. ``merge`` joins chunks until the teacher expects a space.
 
-Shapes: P positions, F features (realised log-probability; with ``outcome`` that of a space), C chunks, G joined
+Shapes: P positions, F features (log-probability of the label; with ``outcome`` that of a space), C chunks, G joined
 chunks, V student vocabulary, E positions of chunks.
 """
 
@@ -24,11 +24,28 @@ from torch import Tensor
 
 from xtoken.schemas.errors import XtokenError
 from xtoken.trainer.losses.base import FeatureLoss, LossSetup, View
-from xtoken.trainer.losses.chain_rule import chunk_positions
+from xtoken.trainer.losses.divergence import ranges
 from xtoken.trainer.losses.token_set import set_mass
 from xtoken.trainer.ragged import Array, Arrays, Columns
 
 EPS = 1e-6  # keeps a chunk of probability 1 away from log(0); the paper's code takes the same
+
+
+def alm(teacher_C: Tensor, student_C: Tensor, mode: str = "binary-kl", tau_b: float = 100.0) -> Tensor:
+    """ALM's divergence of chunk likelihoods, [C] nats (arXiv 2503.20083); ``reference.alm`` is its formula.
+
+    Args:
+        teacher_C, student_C: log-likelihoods of the chunks, at most 0: sums of the log-probabilities of their labels.
+        mode: ``binary-kl``, ``reverse``, ``limit`` or ``abs``.
+        tau_b: temperature of ``binary-kl`` and ``reverse``.
+    """
+    if mode == "abs":
+        return (teacher_C - student_C).abs()
+    if mode == "limit":
+        a_C, b_C = teacher_C - EPS, student_C - EPS
+        return (a_C - b_C) + a_C * ((-b_C).log() - (-a_C).log())
+    a_C, b_C = teacher_C / tau_b - EPS, student_C / tau_b - EPS
+    return binary_kl(b_C, a_C) if mode == "reverse" else binary_kl(a_C, b_C)
 
 
 class ALM(FeatureLoss):
@@ -54,12 +71,12 @@ class ALM(FeatureLoss):
     def regroup(self, end_C: NDArray[np.int64], arrays: Arrays) -> tuple[NDArray[np.int64], Arrays]:
         """Join chunks until the teacher expects a space behind one; the sample's end closes the last group.
 
-        A group that holds a chunk without row has none either.
+        A group that holds a chunk without teacher distribution has none either.
         """
         if not self.merge or not len(end_C):
             return end_C, arrays
         space_C = arrays["alm_space_logprob"]
-        closes_C = space_C > math.log(self.threshold)  # false for NaN
+        closes_C = space_C > math.log(self.threshold)  # false for NaN: what the teacher does not know joins on
         closes_C[-1] = True
         last_G = np.flatnonzero(closes_C)
         first_G = np.concatenate([[0], last_G[:-1] + 1])
@@ -70,20 +87,20 @@ class ALM(FeatureLoss):
         return end_C[last_G], joined
 
     def features(self, logp_PV: Tensor, label_P: Tensor) -> Tensor:
-        """See ``FeatureLoss.features``: realised log-probability and, with ``outcome``, that of a space."""
+        """See ``FeatureLoss.features``: log-probability of the label and, with ``outcome``, that of a space."""
         if not self.outcome:
             return logp_PV.gather(1, label_P[:, None])
         place_P = torch.arange(len(label_P), device=label_P.device) * logp_PV.shape[1] + label_P
-        found = set_mass(logp_PV, self.space_V.to(logp_PV.dtype), place_P)
+        spaces = set_mass(logp_PV, self.space_V.to(logp_PV.dtype), place_P)
         # Below the smallest number the gradient is 0; logits must lie 87 apart for that.
-        space_P = found.mass_P.clamp(min=torch.finfo(logp_PV.dtype).tiny).log()
-        return torch.stack([found.logp_E, space_P], dim=1)
+        space_P = spaces.mass_P.clamp(min=torch.finfo(logp_PV.dtype).tiny).log()
+        return torch.stack([spaces.logp_E, space_P], dim=1)
 
     def terms_of(self, feature_PF: Tensor, view: View) -> Tensor:
         """See ``FeatureLoss.terms_of``."""
         # float64: these are few numbers, and the terms of a matched chunk cancel to nothing.
         feature_PF = feature_PF.double()
-        chunk_E, position_E = chunk_positions(view)
+        chunk_E, position_E = ranges(view.first_C, view.length_C)
         student_C = feature_PF.new_zeros(len(view.first_C)).index_add(0, chunk_E, feature_PF[position_E, 0])
         teacher_C = view.columns["teacher_logprob"].double()
         if self.outcome:
@@ -91,17 +108,8 @@ class ALM(FeatureLoss):
             known_C = (view.next_C >= 0) & ~space_C.isnan()
             teacher_C = teacher_C + torch.where(known_C, space_C, 0.0)
             student_C = student_C + torch.where(known_C, feature_PF[view.next_C.clamp(min=0), 1], 0.0)
-        return self.divergence(teacher_C.clamp(max=0), student_C.clamp(max=0))
-
-    def divergence(self, teacher_C: Tensor, student_C: Tensor) -> Tensor:
-        """Of chunk log-likelihoods, nats, at most 0; [C]."""
-        if self.mode == "abs":
-            return (teacher_C - student_C).abs()
-        if self.mode == "limit":
-            a_C, b_C = teacher_C - EPS, student_C - EPS
-            return (a_C - b_C) + a_C * ((-b_C).log() - (-a_C).log())
-        a_C, b_C = teacher_C / self.tau_b - EPS, student_C / self.tau_b - EPS
-        return binary_kl(b_C, a_C) if self.mode == "reverse" else binary_kl(a_C, b_C)
+        # sums of float32 log-probabilities near 0 can round above it, where the divergence does not exist
+        return alm(teacher_C.clamp(max=0), student_C.clamp(max=0), self.mode, self.tau_b)
 
 
 def binary_kl(a: Tensor, b: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ N entries of W.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class LossSetup:
 
     Attributes:
         tau: distillation temperature of the targets.
-        merge: how a chunk's rows became one: ``first``, ``last`` or ``mean``.
+        merge: how a chunk's teacher distributions became one: ``first``, ``last`` or ``mean``.
     """
 
     w: ProjectionArrays
@@ -131,10 +131,10 @@ class Loss(ABC):
         """Join consecutive chunks of a sample: new student ends and chunk columns (here: none are joined)."""
         return end_C, arrays
 
-    def agrees(self, view: View) -> Tensor | None:  # noqa: ARG002 - for those that can say
+    def agrees(self, view: View) -> Tensor | None:  # noqa: ARG002 - for those that can tell
         """Bool [C]: student and teacher hold the same token for the most probable at the chunk's first position.
 
-        None where the targets do not say.
+        None where the targets do not tell.
         """
         return None
 
@@ -167,6 +167,33 @@ class FeatureLoss(Loss):
     def terms(self, view: View) -> Tensor:
         """See ``Loss.terms``."""
         return self.terms_of(self.features(view.logp_PV, view.label_P), view)
+
+
+class Entries(NamedTuple):
+    """The kept part of teacher distributions: the entries of one chunk (or position) after those of the other.
+
+    Attributes:
+        count_C: entries of each chunk.
+        id_K: their tokens, in the vocabulary that the loss compares in.
+        logp_K: the teacher's log-probabilities, nats.
+    """
+
+    count_C: Tensor
+    id_K: Tensor
+    logp_K: Tensor
+
+    @classmethod
+    def of_view(cls, view: View, stem: str) -> "Entries":
+        """The columns ``STEM_count``, ``STEM_ids`` and ``STEM_logprob``."""
+        return cls(*(view.columns[f"{stem}_{name}"] for name in ("count", "ids", "logprob")))
+
+    @classmethod
+    def top(cls, logp_CU: Tensor, k: int) -> "tuple[Entries, Tensor]":
+        """The ``k`` most probable tokens of whole distributions, and the log of what is left, the tail mass, [C]."""
+        kept = logp_CU.topk(k)
+        count_C = torch.full((len(logp_CU),), k, device=logp_CU.device)
+        tail_C = (1 - kept.values.exp().sum(1)).clamp(min=0).log()
+        return cls(count_C, kept.indices.reshape(-1), kept.values.reshape(-1)), tail_C
 
 
 def owners(count_C: Tensor) -> Tensor:

@@ -1,17 +1,18 @@
-"""Byte-prefix: the teacher's row cut at byte prefixes, taught in the student's own vocabulary.
+"""Byte-prefix: the teacher's distribution cut at byte prefixes, taught in the student's own vocabulary.
 
     root      at a chunk's first position   sparse KL(q || p_S), q(u) = sum of p_T(t) with phi(t) = u
     interior  inside a teacher token        the same, q given the bytes already there
     child     behind the chunk's first token a:  -sum_g M_g log sum_{u in C(r_g)} p_S(u | a)
 
-phi(t) is the longest student token that is a prefix of t's bytes; REST holds what has none, and is one cell of the KL.
+phi(t) is the longest student token that is a prefix of t's bytes; the tail holds what has none, and is one cell of the
+KL.
 C(r) are the student tokens that start with the bytes r: a range of the vocabulary in order of bytes. The targets of
 all three were built by 'xtoken align' and depend on nothing the student computes.
 
 Shapes: P positions, V student vocabulary, T its text tokens, K entries, G teacher groups, E tokens of their ranges.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +20,57 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Loss, LossSetup, View, owners
-from xtoken.trainer.losses.chain_rule import chunk_positions, cut
-from xtoken.trainer.losses.divergence import NOTHING, group_logsumexp, kept_and_rest, kl_with_tail, ranges
+from xtoken.trainer.losses.base import Entries, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.chain_rule import cut
+from xtoken.trainer.losses.divergence import NOTHING, group_logsumexp, kept_and_tail, kl_with_tail, ranges
 from xtoken.trainer.ragged import Arrays, Columns
+
+
+class Groups(NamedTuple):
+    """Teacher tokens behind a chunk's first student token, grouped by the bytes that still follow.
+
+    Attributes:
+        count_P: groups of each position.
+        low_G, high_G: the student tokens that start with the group's bytes, ranks ``low`` to ``high - 1`` in order.
+        logmass_G: log of the teacher's mass of the group, nats.
+    """
+
+    count_P: Tensor
+    low_G: Tensor
+    high_G: Tensor
+    logmass_G: Tensor
+
+
+def byte_prefix(
+    logp_PV: Tensor, kept: Entries, tail_logp_P: Tensor, groups: Groups | None = None, order_T: Tensor | None = None
+) -> Tensor:
+    """Root, interior and child terms of each position, [P] nats.
+
+    ``reference.byte_prefix_kl`` and ``reference.byte_prefix_child`` are its formulas (see docs/losses.md).
+
+    Args:
+        logp_PV: the student's normalised log-probabilities.
+        kept: the target of each position, by student id; a position without entries has no root or interior term.
+        tail_logp_P: log of the mass that has no prefix in the student's vocabulary; -inf = none, or no target.
+        groups: of the child term, which is left out without them; order_T: int64, the student's text tokens by bytes.
+    """
+    position_K, width = owners(kept.count_C), logp_PV.shape[1]
+    place_K = position_K * width + kept.id_K.long()
+    place_E = group_E = position_K[:0]
+    if groups is not None and order_T is not None:
+        low_G, position_G = groups.low_G.long(), owners(groups.count_P)
+        group_E, rank_E = ranges(low_G, groups.high_G.long() - low_G)
+        place_E = position_G[group_E] * width + order_T[rank_E]
+    # one call reads all places of all terms: each call's gradient would take a buffer as large as logp_PV
+    nothing_K = logp_PV.new_full(place_K.shape, NOTHING)
+    logp, tail_logq_P = kept_and_tail(logp_PV, torch.cat([place_K, place_E]), place_K, nothing_K)
+    logq_K, logq_E = cut(logp, place_K, place_E)
+    kl_P = kl_with_tail(kept.logp_K, logq_K, position_K, tail_logp_P, tail_logq_P)
+    if groups is None:
+        return kl_P
+    reached_G = group_logsumexp(logq_E, group_E, len(groups.logmass_G))
+    child_G = -groups.logmass_G.to(logq_E.dtype).exp() * reached_G
+    return kl_P + logq_E.new_zeros(len(kl_P)).index_add(0, position_G, child_G)
 
 
 class BytePrefix(Loss):
@@ -65,44 +113,23 @@ class BytePrefix(Loss):
 
     def terms(self, view: View) -> Tensor:
         """See ``Loss.terms``; positions without a target are 0."""
-        columns, width = view.columns, view.logp_PV.shape[1]
-        place_E, group_E = self._ranges(view)
-        wanted_P = self._wanted(view)
-        position_K = owners(columns["prefix_count"])
-        wanted_K = wanted_P[position_K]
-        position_K = position_K[wanted_K]
-        place_K = position_K * width + columns["prefix_ids"].long()[wanted_K]
-        nothing_K = view.logp_PV.new_full(place_K.shape, NOTHING)
-        logp, rest_P = kept_and_rest(view.logp_PV, torch.cat([place_K, place_E]), place_K, nothing_K)
-        logq_K, logq_E = cut(logp, place_K, place_E)
-        rest_logp_P = torch.where(wanted_P, columns["prefix_rest_logprob"], -torch.inf)
-        kl_P = kl_with_tail(columns["prefix_logprob"][wanted_K], logq_K, position_K, rest_logp_P, rest_P)
-        return kl_P + self._child(columns["child_count"], columns["child_logprob"], logq_E, group_E)
+        columns, wanted_P = view.columns, self._wanted(view)
+        wanted_K = wanted_P[owners(columns["prefix_count"])]
+        kept = Entries(
+            columns["prefix_count"] * wanted_P, columns["prefix_ids"][wanted_K], columns["prefix_logprob"][wanted_K]
+        )
+        tail_logp_P = torch.where(wanted_P, columns["prefix_rest_logprob"], -torch.inf)
+        names = ("child_count", "child_low", "child_high", "child_logprob")
+        groups = Groups(*(columns[name] for name in names)) if "child" in self.prefix else None
+        return byte_prefix(view.logp_PV, kept, tail_logp_P, groups, self.order_T)
 
     def _wanted(self, view: View) -> Tensor:
         """bool [P]: positions whose root or interior target is asked for, those of the view's chunks only."""
         wanted_P = torch.zeros_like(view.label_P, dtype=torch.bool)
-        wanted_P[chunk_positions(view)[1]] = "interior" in self.prefix
+        # every position of a chunk is interior first, then its own first is root
+        wanted_P[ranges(view.first_C, view.length_C)[1]] = "interior" in self.prefix
         wanted_P[view.first_C] = "root" in self.prefix
         return wanted_P & (view.columns["prefix_count"] > 0)
-
-    def _ranges(self, view: View) -> tuple[Tensor, Tensor]:
-        """Flat places in [P, V] of all tokens of all groups' ranges, and the group of each, int64 [E]."""
-        columns = view.columns
-        if "child" not in self.prefix:
-            nowhere = torch.zeros_like(view.label_P[:0])
-            return nowhere, nowhere
-        low_G, position_G = columns["child_low"].long(), owners(columns["child_count"])
-        group_E, rank_E = ranges(low_G, columns["child_high"].long() - low_G)
-        return position_G[group_E] * view.logp_PV.shape[1] + self.order_T[rank_E], group_E
-
-    def _child(self, count_P: Tensor, logmass_G: Tensor, logq_E: Tensor, group_E: Tensor) -> Tensor:
-        """The child term, [P]."""
-        zeros_P = logq_E.new_zeros(len(count_P))
-        if "child" not in self.prefix:
-            return zeros_P
-        reached_G = group_logsumexp(logq_E, group_E, len(logmass_G))
-        return zeros_P.index_add(0, owners(count_P), -logmass_G.to(logq_E.dtype).exp() * reached_G)
 
 
 def open_loss(setup: LossSetup) -> BytePrefix:

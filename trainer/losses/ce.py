@@ -6,8 +6,13 @@ from xtoken.trainer.losses.base import Loss, LossSetup, View
 from xtoken.trainer.ragged import Columns
 
 
-def cross_entropy_total(logp_PV: Tensor, label_P: Tensor) -> Tensor:
-    """Sum over P positions of -log p(label), nats."""
+def cross_entropy(logp_PV: Tensor, label_P: Tensor) -> Tensor:
+    """Sum over P positions of -log p(label), nats; ``reference.cross_entropy`` is its formula.
+
+    Args:
+        logp_PV: the student's normalised log-probabilities.
+        label_P: int64, the token that each position predicts in the text.
+    """
     return -logp_PV.gather(1, label_P[:, None]).sum()
 
 

@@ -1,7 +1,7 @@
-"""How a chunk of several tokens becomes one row under the chain rule: what GOLD and ULD compare.
+"""How a chunk of several tokens becomes one distribution under the chain rule: what GOLD and ULD compare.
 
-    merge first:  p(. | first) * prod_later p(realised token)         TRL's "observed", with the right tokens
-    merge last:   p(. | last) * prod_earlier p(realised token)        TRL's "bayesian"
+    merge first:  p(. | first) * prod_later p(label)         TRL's "observed", with the right tokens
+    merge last:   p(. | last) * prod_earlier p(label)        TRL's "bayesian"
 
 The product is not renormalised. The teacher's logarithm of it is stored, the student's is taken here, with gradient.
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xtoken.schemas.errors import XtokenError
-from xtoken.trainer.losses.base import LossSetup, View
+from xtoken.trainer.losses.base import LossSetup
 from xtoken.trainer.losses.divergence import ranges
 
 
@@ -20,7 +20,7 @@ def chain_merge(setup: LossSetup, loss: str) -> str:
     """The targets' merge, if the chain rule knows it.
 
     Raises:
-        XtokenError: the targets hold means over a chunk's rows.
+        XtokenError: the targets hold means over a chunk's distributions.
     """
     if setup.merge not in ("first", "last"):
         raise XtokenError(
@@ -29,26 +29,23 @@ def chain_merge(setup: LossSetup, loss: str) -> str:
     return setup.merge
 
 
-def chunk_row(view: View, merge: str) -> Tensor:
-    """int64 [C]: the position whose row stands for the chunk."""
-    return view.first_C if merge == "first" else view.first_C + view.length_C - 1
+def chunk_row(first_C: Tensor, length_C: Tensor, merge: str) -> Tensor:
+    """int64 [C]: the position whose distribution stands for the chunk."""
+    return first_C if merge == "first" else first_C + length_C - 1
 
 
-def chunk_positions(view: View) -> tuple[Tensor, Tensor]:
-    """The chunk of each position that lies in one, and the position, int64 [E]."""
-    return ranges(view.first_C, view.length_C)
-
-
-def realised_places(view: View, row_C: Tensor) -> tuple[Tensor, Tensor]:
-    """The realised tokens of each chunk but the one that ``row_C`` predicts.
+def label_places(
+    label_P: Tensor, first_C: Tensor, length_C: Tensor, row_C: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """The labels of each chunk but the one that ``row_C`` predicts.
 
     Returns:
-        Their flat places in [P, V] and their chunks, int64 [E] each.
+        Their flat places in [P, V], V being the ``width``, and their chunks, int64 [E] each.
     """
-    chunk_E, position_E = chunk_positions(view)
+    chunk_E, position_E = ranges(first_C, length_C)
     other_E = position_E != row_C[chunk_E]
     position_E, chunk_E = position_E[other_E], chunk_E[other_E]
-    return position_E * view.logp_PV.shape[1] + view.label_P[position_E], chunk_E
+    return position_E * width + label_P[position_E], chunk_E
 
 
 def gather(logp_PV: Tensor, *places: Tensor) -> list[Tensor]:

@@ -1,24 +1,23 @@
-"""KL between a stored row and the student, with everything not kept as one cell, REST.
+"""KL between a stored teacher distribution and the student, everything not kept as one cell: the tail.
 
-    forward  sum_A p (log p - log q) + rest (log rest - log q_rest)        q_rest = 1 - sum_A q
-    reverse  sum_A q (log q - log p) + q_rest (log q_rest - log rest)
+    forward  sum_A p (log p - log q) + tail (log tail - log q_tail)        q_tail = 1 - sum_A q
+    reverse  sum_A q (log q - log p) + q_tail (log q_tail - log tail)
 
-Neither is negative: both are the KL of two distributions over the kept cells and REST. ``drop`` leaves REST out and
-renormalises both sides over the kept cells.
+Neither is negative: both are the KL of two distributions over the kept cells A and the tail, whose mass is the last
+cell. ``drop`` leaves the tail out and renormalises both sides over the kept cells.
 
-What the bucket costs, against the whole row: by the chain rule of KL
+What the bucket costs, against the whole distribution: by the chain rule of KL
 
-    full - bucket = rest * KL(p given tail || q given tail)  >= 0,
+    full - bucket = tail * KL(p given tail || q given tail)  >= 0,
 
 so the bucket never overstates the full KL, is exact where the student shares the tail out as the teacher does, and is
-off by at most rest * max over the tail of log((p_t / rest) / (q_t / q_rest)). With respect to log q the two gradients
-differ by rest * (q given tail - p given tail): by at most 2 rest in L1 norm. All of that where what is not kept lies
-outside the kept cells; ``xtoken.trainer.losses.pkl`` says what else there is.
+off by at most tail * max over its tokens t of log((p_t / tail) / (q_t / q_tail)). With respect to log q the two
+gradients differ by tail * (q given tail - p given tail): by at most 2 tail in L1 norm. All of that where what is not
+kept lies outside the kept cells; ``xtoken.trainer.losses.pkl`` names the other cases.
 
-Of draws (targets of codec ``sampled``) p are shares of draws and there is no REST. The gradient is linear in them,
-hence that of the whole row in the mean. The value is not: it is too high by the entropy that the shares lack in the
-mean, which does not depend on the student. ``reverse`` and ``drop`` are not linear; ``trainer.data.targets`` refuses
-them.
+With samples (targets of codec ``sampled``) p are sampled frequencies and there is no tail. The gradient is linear in
+them, hence unbiased. The value is not: it is too high by the entropy that the frequencies lack in the mean, which does
+not depend on the student. ``reverse`` and ``drop`` are not linear; ``trainer.data.targets`` refuses them.
 
 Shapes: P positions, V student vocabulary, C chunks, K kept entries summed over chunks, E values read, M cells only
 partly counted as outside, N values in G groups, J ranges.
@@ -33,42 +32,43 @@ from torch.autograd.function import once_differentiable
 
 from xtoken.trainer.losses.base import owners
 
-# What a student token adds to REST when all of it lies inside the kept set, instead of 0. So log q_rest is a number
-# without a search for each row's maximum: q_rest is at least NOTHING, and its reciprocal is far from float32's limit.
-# The gradient is right while q_rest is above it.
+# What a student token adds to the tail when all of it lies inside the kept set, instead of 0. So log q_tail is a number
+# without a search for each position's maximum: q_tail is at least NOTHING, and its reciprocal is far from float32's
+# limit. The gradient is right while q_tail is above it.
 NOTHING = math.exp(-60)
-LOG_FLOOR = -24 * math.log(2)  # reverse only: a sum of float32 probabilities cannot tell a smaller REST from none
+LOG_FLOOR = -24 * math.log(2)  # reverse only: a sum of float32 probabilities cannot tell a smaller tail from none
 
 
 def kl_with_tail(
     logp_K: Tensor,
     logq_K: Tensor,
     chunk_K: Tensor,
-    rest_logp_C: Tensor,
-    rest_logq_C: Tensor | None,
+    tail_logp_C: Tensor,
+    tail_logq_C: Tensor | None,
     kl: str = "forward",
 ) -> Tensor:
     """KL of each chunk, [C] nats.
 
     Args:
-        logp_K: teacher log-probabilities; with REST they sum to 1 in each chunk.
+        logp_K: teacher log-probabilities; with the tail they sum to 1 in each chunk.
         logq_K: student log-probabilities of the same cells, finite.
         chunk_K: chunk of each entry; none is without entries.
-        rest_logp_C: log of the teacher's REST; -inf = none. ``reverse`` raises it to ``LOG_FLOOR``.
-        rest_logq_C: log of the student's REST, finite; None drops REST (``rest_logp_C`` may then be NaN).
+        tail_logp_C: log of the teacher's tail mass; -inf = none. ``reverse`` raises it to ``LOG_FLOOR``.
+        tail_logq_C: log of the student's tail mass, finite; None drops the tail (``tail_logp_C`` may then be NaN).
         kl: ``forward`` is KL(teacher||student), ``reverse`` KL(student||teacher).
 
     No chunk counts below zero. Rounding can bring the sum of a well-matched chunk to about -1e-7; only the value is
     floored there, since a clamp would also cut the gradient, which is exact.
     """
-    logp_K, chunks = logp_K.to(logq_K.dtype), len(rest_logp_C)
-    if rest_logq_C is None:
+    logp_K, chunks = logp_K.to(logq_K.dtype), len(tail_logp_C)
+    if tail_logq_C is None:
         logp_K = logp_K - group_logsumexp(logp_K, chunk_K, chunks)[chunk_K]
         logq_K = logq_K - group_logsumexp(logq_K, chunk_K, chunks)[chunk_K]
         cells_C = logq_K.new_zeros(chunks)
     else:
-        rest_logp_C = rest_logp_C.to(logq_K.dtype)
-        cells_C = cells(rest_logp_C.clamp(min=LOG_FLOOR) if kl == "reverse" else rest_logp_C, rest_logq_C, kl)
+        tail_logp_C = tail_logp_C.to(logq_K.dtype)
+        # forward weighs the cell by the teacher's tail, so that none adds nothing; reverse takes its logarithm
+        cells_C = cells(tail_logp_C.clamp(min=LOG_FLOOR) if kl == "reverse" else tail_logp_C, tail_logq_C, kl)
     kl_C = cells_C.index_add(0, chunk_K, cells(logp_K, logq_K, kl))
     return kl_C + (kl_C.clamp(min=0) - kl_C).detach()
 
@@ -77,6 +77,7 @@ def cells(logp: Tensor, logq: Tensor, kl: str) -> Tensor:
     """What each cell adds to the KL. A teacher probability of 0 adds nothing; ``reverse`` takes it as ``LOG_FLOOR``."""
     if kl == "reverse":
         return logq.exp() * (logq - torch.where(logp == -torch.inf, LOG_FLOOR, logp))
+    # exp(-inf) * -inf would be NaN: the clamp makes it 0 times a finite number, and leaves every other value alone
     return logp.exp() * (logp.clamp(min=torch.finfo(logp.dtype).min) - logq)
 
 
@@ -90,12 +91,13 @@ def ranges(start_J: Tensor, count_J: Tensor) -> tuple[Tensor, Tensor]:
 
 def group_logsumexp(x_N: Tensor, group_N: Tensor, groups: int) -> Tensor:
     """[G] log of the sum of exp(x) over each group's values."""
+    # the maximum is a constant: its share of the gradient cancels between the two terms of the result
     top_G = x_N.new_full((groups,), -torch.inf).scatter_reduce(0, group_N, x_N.detach(), "amax")
     scaled_N = (x_N - top_G[group_N]).exp()
     return top_G + x_N.new_zeros(groups).index_add(0, group_N, scaled_N).log()
 
 
-def kept_and_rest(logp_PV: Tensor, place_E: Tensor, place_M: Tensor, share_M: Tensor) -> tuple[Tensor, Tensor]:
+def kept_and_tail(logp_PV: Tensor, place_E: Tensor, place_M: Tensor, share_M: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities at some places, and the log of the mass outside the kept cells at every position.
 
     Args:
@@ -107,31 +109,34 @@ def kept_and_rest(logp_PV: Tensor, place_E: Tensor, place_M: Tensor, share_M: Te
     Returns:
         [E] log-probabilities; [P] log of sum_s p(s) share(s). The second is the complement 1 - sum_A q as a sum of
         non-negative parts: log1mexp(log sum_A q) would cost less, but as sum_A q nears 1 its gradient divides one
-        rounding error by another, exactly where REST must pull.
+        rounding error by another, exactly where the tail must pull.
 
     One buffer of size [P, V] is made; it becomes the gradient. A second backward pass through it raises.
     """
     inputs = (logp_PV.contiguous(), place_E, place_M, share_M)
-    logp_E, rest_P = _KeptAndRest.apply(*inputs)  # type: ignore[no-untyped-call]
-    return logp_E, rest_P
+    logp_E, tail_P = _KeptAndTail.apply(*inputs)  # type: ignore[no-untyped-call]
+    return logp_E, tail_P
 
 
-class _KeptAndRest(torch.autograd.Function):
+class _KeptAndTail(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logp_PV: Tensor, place_E: Tensor, place_M: Tensor, share_M: Tensor) -> tuple[Tensor, Tensor]:
+        # every probability, then the named places again at the share of theirs that is outside: the sum is the tail
         outside_PV = logp_PV.exp()
         p_M = outside_PV.view(-1).index_select(0, place_M)
         outside_PV.view(-1).index_copy_(0, place_M, p_M * share_M)
-        rest_P = outside_PV.sum(1)
-        ctx.save_for_backward(outside_PV, rest_P, p_M, place_E, place_M)
-        return logp_PV.view(-1).index_select(0, place_E), rest_P.log()
+        tail_P = outside_PV.sum(1)
+        ctx.save_for_backward(outside_PV, tail_P, p_M, place_E, place_M)
+        return logp_PV.view(-1).index_select(0, place_E), tail_P.log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_E: Tensor, grad_P: Tensor) -> tuple[Tensor, None, None, Tensor]:
-        outside_PV, rest_P, p_M, place_E, place_M = ctx.saved_tensors
-        pull_P = grad_P / rest_P
+        outside_PV, tail_P, p_M, place_E, place_M = ctx.saved_tensors
+        # d log tail / d logp = p share / tail, cell by cell: the buffer of the forward pass, scaled in place
+        pull_P = grad_P / tail_P
         grad_share_M = p_M * pull_P[place_M // outside_PV.shape[1]]
         grad_PV = outside_PV.mul_(pull_P[:, None])
+        # read places come on top; one may be read by several entries, so this adds and does not assign
         grad_PV.view(-1).index_add_(0, place_E, grad_E)
         return grad_PV, None, None, grad_share_M

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Loss, LossSetup, View, owners
-from xtoken.trainer.losses.chain_rule import chain_merge, chunk_row, cut, realised_places
+from xtoken.trainer.losses.base import Entries, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.chain_rule import chain_merge, chunk_row, cut, label_places
 from xtoken.trainer.losses.sorted_l1 import padded, sorted_l1
 from xtoken.trainer.losses.token_set import set_mass, set_plogp
 from xtoken.trainer.ragged import Arrays, Columns
@@ -30,8 +30,30 @@ from xtoken.trainer.ragged import Arrays, Columns
 LOG_FLOOR = math.log(1e-8)  # TRL's least probability of a teacher token in the reverse KL
 
 
+class Matched(NamedTuple):
+    """M, the student tokens with a teacher token of equal bytes.
+
+    Attributes:
+        outside_V: 1 for tokens outside M, 0 for those in it.
+        unmatched: how many are outside.
+        weight, other_weight: w_m, the share of the teacher's vocabulary that is matched, and w_u.
+    """
+
+    outside_V: Tensor
+    unmatched: int
+    weight: float
+    other_weight: float
+
+    @classmethod
+    def of(cls, matched_V: Tensor, teacher_size: int, pairs: int | None = None) -> "Matched":
+        """From a bool per student token, and the number of pairs: as many as tokens, if none share a teacher token."""
+        tokens = int(matched_V.sum())
+        weight = (tokens if pairs is None else pairs) / teacher_size
+        return cls((~matched_V).float(), len(matched_V) - tokens, weight, 1 - weight)
+
+
 class _Student(NamedTuple):
-    """The student's rows under the chain rule.
+    """The student's distributions under the chain rule.
 
     Attributes:
         logp_K: log p' of the kept tokens of M.
@@ -47,6 +69,91 @@ class _Student(NamedTuple):
     top_CR: Tensor
 
 
+def gold(
+    logp_PV: Tensor,
+    label_P: Tensor,
+    first_C: Tensor,
+    length_C: Tensor,
+    kept: Entries,
+    other_count_C: Tensor,
+    other_logp_J: Tensor,
+    factor_logp_C: Tensor,
+    matched: Matched,
+    *,
+    beta: float = 0.5,
+    merge: str = "first",
+) -> Tensor:
+    """Strict GOLD of each chunk, [C] nats (TRL's ULD with a vocabulary map).
+
+    Its formula is ``reference.gold`` of what ``reference.chain_rule`` makes of both sides.
+
+    Args:
+        logp_PV: the student's normalised log-probabilities.
+        label_P: int64, the token that each position predicts in the text.
+        first_C, length_C: int64, the chunks: first position, and number of positions.
+        kept: the teacher's entries in M, by student id.
+        other_count_C, other_logp_J: the teacher's other kept log-probabilities, descending in each chunk.
+        factor_logp_C: the teacher's log-probability of the chunk's other labels, nats; 0 of a chunk of one token.
+        beta: 0 is KL(teacher || student) on M, 1 the reverse, between them the Jensen-Shannon divergence.
+        merge: ``first`` or ``last``: the position whose distribution is compared.
+    """
+    dtype, chunk_K = logp_PV.dtype, owners(kept.count_C)
+    factor_logp_C = factor_logp_C.to(dtype)
+    teacher_CR = padded(other_count_C, other_logp_J.to(dtype).exp())
+    row_C = chunk_row(first_C, length_C, merge)
+    kept_K = row_C[chunk_K] * logp_PV.shape[1] + kept.id_K.long()
+    label_E = label_places(label_P, first_C, length_C, row_C, logp_PV.shape[1])
+    ranks = min(teacher_CR.shape[1], matched.unmatched)
+    student = _student(logp_PV, row_C, (kept_K, chunk_K), label_E, matched.outside_V.to(dtype), ranks, beta)
+    matched_C = _divergence(student, kept.logp_K.to(dtype) + factor_logp_C[chunk_K], chunk_K, beta)
+    l1_C = sorted_l1(student.top_CR, teacher_CR * factor_logp_C.exp()[:, None], student.outside_C)
+    return matched.weight * matched_C + matched.other_weight * l1_C
+
+
+def _student(
+    logp_PV: Tensor,
+    row_C: Tensor,
+    kept: tuple[Tensor, Tensor],
+    labels: tuple[Tensor, Tensor],
+    outside_V: Tensor,
+    ranks: int,
+    beta: float,
+) -> _Student:
+    """``kept`` and ``labels`` are places in [P, V] and their chunks."""
+    (kept_K, chunk_K), (place_E, chunk_E) = kept, labels
+    outside = set_mass(logp_PV, outside_V, torch.cat([kept_K, place_E]), ranks)
+    logp_K, label_E = cut(outside.logp_E, kept_K, place_E)
+    log_factor_C = logp_PV.new_zeros(len(row_C)).index_add(0, chunk_E, label_E)
+    factor_C, outside_C = log_factor_C.exp(), outside.mass_P[row_C]
+    inside_C, plogp_C = 1 - outside_C, torch.zeros_like(factor_C)
+    if beta == 1:  # sum of p f log(p f) = f (sum of p log p + log f * sum of p)
+        plogp_C = factor_C * (set_plogp(logp_PV, 1 - outside_V)[row_C] + log_factor_C * inside_C)
+    return _Student(
+        logp_K + log_factor_C[chunk_K],
+        inside_C * factor_C,
+        plogp_C,
+        outside_C * factor_C,
+        outside.top_PR[row_C] * factor_C[:, None],
+    )
+
+
+def _divergence(student: _Student, logq_K: Tensor, chunk_K: Tensor, beta: float) -> Tensor:
+    """JSD_beta on M, [C]."""
+    logp_K, zeros_C = student.logp_K, torch.zeros_like(student.inside_C)
+    p_K, q_K = logp_K.exp(), logq_K.exp()
+    # what the student gives to tokens of M that the teacher did not keep: their cells need no sum over M
+    unkept_C = student.inside_C - zeros_C.index_add(0, chunk_K, p_K)
+    if beta == 1:
+        cell_K = -p_K * logq_K.clamp(min=LOG_FLOOR)
+        return student.plogp_C + zeros_C.index_add(0, chunk_K, cell_K) - LOG_FLOOR * unkept_C
+    if beta == 0:
+        return zeros_C.index_add(0, chunk_K, torch.xlogy(q_K, q_K) - q_K * logp_K)
+    logm_K = torch.logaddexp(logp_K + math.log1p(-beta), logq_K + math.log(beta))
+    cell_K = beta * (torch.xlogy(q_K, q_K) - q_K * logm_K) + (1 - beta) * p_K * (logp_K - logm_K)
+    # q' = 0 makes m = (1 - beta) p', whatever p' is
+    return zeros_C.index_add(0, chunk_K, cell_K) - (1 - beta) * math.log1p(-beta) * unkept_C
+
+
 class GOLD(Loss):
     """Strict GOLD against the columns ``gold_*`` of the target table."""
 
@@ -56,10 +163,8 @@ class GOLD(Loss):
         self.merge, self.temperature, self.beta = chain_merge(setup, "gold"), setup.tau, setup.options.beta
         self.is_matched = np.zeros(setup.student_size, np.bool_)
         self.is_matched[setup.w.student_id[setup.w.exact]] = True
-        self.outside_V = torch.as_tensor(~self.is_matched, dtype=torch.float32, device=setup.device)
-        self.unmatched = setup.student_size - int(self.is_matched.sum())
-        self.matched_weight = int(setup.w.exact.sum()) / setup.teacher_size
-        self.unmatched_weight = 1 - self.matched_weight
+        matched_V = torch.as_tensor(self.is_matched, device=setup.device)
+        self.matched = Matched.of(matched_V, setup.teacher_size, int(setup.w.exact.sum()))
 
     def check(self, arrays: Arrays) -> None:
         """Every matched id must be exact in W."""
@@ -75,49 +180,10 @@ class GOLD(Loss):
 
     def terms(self, view: View) -> Tensor:
         """See ``Loss.terms``."""
-        columns, dtype = view.columns, view.logp_PV.dtype
-        chunk_K, factor_C = owners(columns["gold_count"]), columns["factor_logprob"].to(dtype)
-        teacher_CR = padded(columns["gold_other_count"], columns["gold_other_logprob"].to(dtype).exp())
-        student = self._student(view, chunk_K, min(teacher_CR.shape[1], self.unmatched))
-        logq_K = columns["gold_logprob"].to(dtype) + factor_C[chunk_K]
-        matched_C = self._divergence(student, logq_K, chunk_K)
-        l1_C = sorted_l1(student.top_CR, teacher_CR * factor_C.exp()[:, None], student.outside_C)
-        return self.matched_weight * matched_C + self.unmatched_weight * l1_C
-
-    def _student(self, view: View, chunk_K: Tensor, ranks: int) -> _Student:
-        logp_PV, row_C = view.logp_PV, chunk_row(view, self.merge)
-        outside_V = self.outside_V.to(logp_PV.dtype)
-        kept_K = row_C[chunk_K] * logp_PV.shape[1] + view.columns["gold_ids"].long()
-        place_E, chunk_E = realised_places(view, row_C)
-        found = set_mass(logp_PV, outside_V, torch.cat([kept_K, place_E]), ranks)
-        logp_K, realised_E = cut(found.logp_E, kept_K, place_E)
-        log_factor_C = logp_PV.new_zeros(len(row_C)).index_add(0, chunk_E, realised_E)
-        factor_C, outside_C = log_factor_C.exp(), found.mass_P[row_C]
-        inside_C, plogp_C = 1 - outside_C, torch.zeros_like(factor_C)
-        if self.beta == 1:
-            plogp_C = factor_C * (set_plogp(logp_PV, 1 - outside_V)[row_C] + log_factor_C * inside_C)
-        return _Student(
-            logp_K + log_factor_C[chunk_K],
-            inside_C * factor_C,
-            plogp_C,
-            outside_C * factor_C,
-            found.top_PR[row_C] * factor_C[:, None],
-        )
-
-    def _divergence(self, student: _Student, logq_K: Tensor, chunk_K: Tensor) -> Tensor:
-        """JSD_beta on M, [C]."""
-        logp_K, zeros_C = student.logp_K, torch.zeros_like(student.inside_C)
-        p_K, q_K = logp_K.exp(), logq_K.exp()
-        unkept_C = student.inside_C - zeros_C.index_add(0, chunk_K, p_K)
-        if self.beta == 1:
-            cell_K = -p_K * logq_K.clamp(min=LOG_FLOOR)
-            return student.plogp_C + zeros_C.index_add(0, chunk_K, cell_K) - LOG_FLOOR * unkept_C
-        if self.beta == 0:
-            return zeros_C.index_add(0, chunk_K, torch.xlogy(q_K, q_K) - q_K * logp_K)
-        logm_K = torch.logaddexp(logp_K + math.log1p(-self.beta), logq_K + math.log(self.beta))
-        cell_K = self.beta * (torch.xlogy(q_K, q_K) - q_K * logm_K) + (1 - self.beta) * p_K * (logp_K - logm_K)
-        # q' = 0 makes m = (1 - beta) p', whatever p' is.
-        return zeros_C.index_add(0, chunk_K, cell_K) - (1 - self.beta) * math.log1p(-self.beta) * unkept_C
+        columns, kept = view.columns, Entries.of_view(view, "gold")
+        places = (view.logp_PV, view.label_P, view.first_C, view.length_C)
+        other = (columns["gold_other_count"], columns["gold_other_logprob"], columns["factor_logprob"])
+        return gold(*places, kept, *other, self.matched, beta=self.beta, merge=self.merge)
 
 
 def open_loss(setup: LossSetup) -> GOLD:

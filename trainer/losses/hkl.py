@@ -24,10 +24,45 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Loss, LossSetup, View, owners
+from xtoken.trainer.losses.base import Entries, Loss, LossSetup, View, owners
 from xtoken.trainer.losses.divergence import cells, ranges
 from xtoken.trainer.losses.sorted_l1 import padded
 from xtoken.trainer.ragged import Arrays, Columns
+
+
+def h_kl(
+    logp_CV: Tensor,
+    common: Entries,
+    other_count_C: Tensor,
+    other_logp_J: Tensor,
+    outside_O: Tensor,
+    *,
+    kl: str = "forward",
+    common_weight: float = 1.0,
+    uld_weight: float = 1.0,
+    uncommon_topk: int = 8192,
+) -> Tensor:
+    """H-KL of each chunk, [C] nats (arXiv 2605.21699); ``reference.h_kl`` is its formula.
+
+    Args:
+        logp_CV: the student's log-probabilities of each chunk.
+        common: the teacher's kept pairs of the common set, by student id.
+        other_count_C, other_logp_J: the teacher's other kept log-probabilities, descending in each chunk.
+        outside_O: int64, the student ids outside the common set.
+        kl: on the common set, ``forward``, or ``reverse`` for KL(p_S || p_T).
+        common_weight, uld_weight: of the two parts.
+        uncommon_topk: ranks compared.
+    """
+    chunk_K, dtype = owners(common.count_C), logp_CV.dtype
+    place_K = chunk_K * logp_CV.shape[1] + common.id_K.long()
+    if uld_weight == 0:  # no order of the vocabulary is worked out for nothing
+        logp_S_K, l1_C = logp_CV.reshape(-1).index_select(0, place_K), logp_CV.new_zeros(len(logp_CV))
+    else:
+        teacher_CR = padded(other_count_C, other_logp_J.to(dtype).exp())[:, :uncommon_topk]
+        inputs = (logp_CV.contiguous(), place_K, teacher_CR, outside_O, min(uncommon_topk, len(outside_O)))
+        logp_S_K, l1_C = _CommonAndSorted.apply(*inputs)  # type: ignore[no-untyped-call]
+    common_C = torch.zeros_like(l1_C).index_add(0, chunk_K, cells(common.logp_K.to(dtype), logp_S_K, kl))
+    return common_weight * common_C + uld_weight * l1_C
 
 
 class HKL(Loss):
@@ -69,22 +104,18 @@ class HKL(Loss):
     def terms(self, view: View) -> Tensor:
         """H-KL of each chunk, [C] nats."""
         logp_CV = chunk_means(view) if self.mean else first_rows(view)
-        chunk_K = owners(view.columns["hkl_common_count"])
-        place_K = chunk_K * logp_CV.shape[1] + view.columns["hkl_common_ids"].long()
-        logp_S_K, l1_C = self._common_and_sorted(view, logp_CV, place_K)
-        kl_K = cells(view.columns["hkl_common_logprob"].to(logp_CV.dtype), logp_S_K, self.options.kl)
-        common_C = torch.zeros_like(l1_C).index_add(0, chunk_K, kl_K)
-        return self.options.common_weight * common_C + self.options.uld_weight * l1_C
-
-    def _common_and_sorted(self, view: View, logp_CV: Tensor, place_K: Tensor) -> tuple[Tensor, Tensor]:
-        if self.options.uld_weight == 0:
-            return logp_CV.reshape(-1).index_select(0, place_K), logp_CV.new_zeros(len(logp_CV))
-        p_T_K = view.columns["hkl_other_logprob"].to(logp_CV.dtype).exp()
-        teacher_CR = padded(view.columns["hkl_other_count"], p_T_K)[:, : self.options.uncommon_topk]
-        ranks = min(self.options.uncommon_topk, len(self.outside_O))
-        inputs = (logp_CV.contiguous(), place_K, teacher_CR, self.outside_O, ranks)
-        logp_S_K, l1_C = _CommonAndSorted.apply(*inputs)  # type: ignore[no-untyped-call]
-        return logp_S_K, l1_C
+        columns, options = view.columns, self.options
+        return h_kl(
+            logp_CV,
+            Entries.of_view(view, "hkl_common"),
+            columns["hkl_other_count"],
+            columns["hkl_other_logprob"],
+            self.outside_O,
+            kl=options.kl,
+            common_weight=options.common_weight,
+            uld_weight=options.uld_weight,
+            uncommon_topk=options.uncommon_topk,
+        )
 
 
 def first_rows(view: View) -> Tensor:
@@ -113,9 +144,10 @@ class _CommonAndSorted(torch.autograd.Function):
     def forward(
         ctx: Any, logp_CV: Tensor, place_K: Tensor, teacher_CR: Tensor, outside_O: Tensor, ranks: int
     ) -> tuple[Tensor, Tensor]:
+        # what each cell adds to the L1: at first p, as if it met a zero of the teacher's list
         adds_CO = logp_CV.index_select(1, outside_O).exp_()
         head = min(teacher_CR.shape[1], ranks)
-        if ranks < len(outside_O):
+        if ranks < len(outside_O):  # probabilities beyond the ranks compared are cut: they add nothing
             p_CR, rank_CR = adds_CO.topk(ranks, dim=1, sorted=False)
             adds_CO.zero_().scatter_(1, rank_CR, p_CR)
             p_CR, order_CR = p_CR.topk(head, dim=1)
@@ -125,6 +157,7 @@ class _CommonAndSorted(torch.autograd.Function):
         gap_CR = p_CR - teacher_CR[:, :head]
         adds_CO.scatter_(1, rank_CR, gap_CR.abs())
         l1_C = adds_CO.sum(1) + teacher_CR[:, head:].sum(1)
+        # d |p - t| / d log p = p sign(p - t), and p where t is 0: the same buffer, now the slope
         adds_CO.scatter_(1, rank_CR, p_CR * gap_CR.sign())
         ctx.save_for_backward(adds_CO, place_K, outside_O)
         ctx.width = logp_CV.shape[1]

@@ -5,25 +5,26 @@
 How a chunk becomes one distribution (``merge`` of the targets):
 
 * ``first``: both sides at the chunk's first position. The paper multiplies these by the probabilities of the later
-  realised tokens; over a distribution that sums to 1 these factors cancel.
+  labels; over a distribution that sums to 1 these factors cancel.
 * ``mean``: q is the mean of the projected probabilities over the chunk's positions, p_T what align made of the
-  teacher's rows (the normalised geometric mean). Both are renormalised over the kept cells, as under ``rest=drop``.
+  teacher's distributions (the normalised geometric mean). Both are renormalised over the kept cells, as under
+  ``rest=drop``.
 
-Stored per chunk: teacher ids that W reaches, their log-probabilities and REST, unreached mass already moved. Only the
-columns of W that a chunk keeps are touched; nothing of size chunks x teacher vocabulary exists. See
-``xtoken.trainer.losses.divergence`` for the divergence and REST.
+Stored per chunk: teacher ids that W reaches, their log-probabilities and the tail mass, unreached mass already moved.
+Only the columns of W that a chunk keeps are touched; nothing of size chunks x teacher vocabulary exists. See
+``xtoken.trainer.losses.divergence`` for the divergence and the tail.
 
-How far the value can lie above that of the whole row. Under ``--unreached rest`` never: the stored row is the whole one
-with cells put together. Under ``prefix`` an unkept token may belong, by its prefix, to a kept cell, and stands in REST
-instead. Let m_c be such mass of cell c, m their sum, p_c the whole row's cells. With H the entropy of the stored cells
-before and after m_c is put where it belongs,
+How far the value can lie above that of the whole distribution. Under ``--unreached rest`` never: the stored one is
+the whole one with cells put together. Under ``prefix`` an unkept token may belong, by its prefix, to a kept cell, and
+stands in the tail instead. Let m_c be such mass of cell c, m their sum, p_c the cells of the whole distribution. With H
+the entropy of the stored cells before and after m_c is put where it belongs,
 
-    stored - whole <= H(after) - H(before) + sum_c m_c log(q_c / q_rest)
-                   <= m (1 + log(rest / q_rest)) + sum_c m_c log(q_c / p_c),
+    stored - whole <= H(after) - H(before) + sum_c m_c log(q_c / q_tail)
+                   <= m (1 + log(tail / q_tail)) + sum_c m_c log(q_c / p_c),
 
 the first since putting cells together lowers a KL, the second since -a log(a + d) + a log a <= 0 for each kept cell and
-(rest - m) log(rest / (rest - m)) <= m. Under ``none`` REST holds a share e that the whole row leaves out; the KL is
-convex in p, so stored <= (1 - e) whole + e log(1 / q_rest).
+(tail - m) log(tail / (tail - m)) <= m. Under ``none`` the tail holds a share e that the whole distribution leaves out;
+the KL is convex in p, so stored <= (1 - e) whole + e log(1 / q_tail).
 
 ``learn_w``: the nonzero pattern of W is fixed, log W[s, t] = log_softmax over the row of theta[s, t]. A row of one
 entry stays 1.
@@ -39,11 +40,95 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Loss, LossSetup, ProjectionArrays, View, owners
-from xtoken.trainer.losses.divergence import NOTHING, group_logsumexp, kept_and_rest, kl_with_tail, ranges
+from xtoken.trainer.losses.base import Entries, Loss, LossSetup, ProjectionArrays, View, owners
+from xtoken.trainer.losses.divergence import NOTHING, group_logsumexp, kept_and_tail, kl_with_tail, ranges
 from xtoken.trainer.ragged import Arrays, Columns
 
 ROW_SUM_ROUNDING = 1e-6  # float32 weights of a row sum to 1 within this
+
+
+class WByColumn:
+    """W with the entries of each teacher token together: what ``p_kl`` walks along.
+
+    Attributes:
+        student_N, weight_N: W's entries, ascending by student token.
+        column_N: the entries in order of their teacher token.
+        degree_U, start_U: how many entries each teacher token has, and where they begin in ``column_N``.
+        size_V, row_V: how many entries each student token has, and where they begin.
+    """
+
+    def __init__(
+        self, student_N: Tensor, teacher_N: Tensor, weight_N: Tensor, student_size: int, teacher_size: int
+    ) -> None:
+        self.student_N, self.weight_N = student_N.long(), weight_N
+        self.column_N = teacher_N.argsort(stable=True)
+        self.degree_U = teacher_N.bincount(minlength=teacher_size)
+        self.start_U = self.degree_U.cumsum(0) - self.degree_U
+        self.size_V = self.student_N.bincount(minlength=student_size)
+        self.row_V = self.size_V.cumsum(0) - self.size_V
+
+    def log_weight(self, w_E: Tensor, dtype: torch.dtype) -> Tensor:
+        """[E] log of the weights of some entries."""
+        return self.weight_N[w_E].to(dtype).log()
+
+
+class LearnedW(WByColumn):
+    """W whose weights are learned: log W[s, t] = log_softmax over the row of ``theta``, which begins at log W."""
+
+    def __init__(
+        self, student_N: Tensor, teacher_N: Tensor, weight_N: Tensor, student_size: int, teacher_size: int
+    ) -> None:
+        super().__init__(student_N, teacher_N, weight_N, student_size, teacher_size)
+        self.theta = torch.nn.Parameter(weight_N.log())
+
+    def log_weight(self, w_E: Tensor, dtype: torch.dtype) -> Tensor:
+        """See ``WByColumn.log_weight``; only the rows of W that are touched are normalised."""
+        student_R, row_E = torch.unique(self.student_N[w_E], return_inverse=True)
+        row_X, w_X = ranges(self.row_V[student_R], self.size_V[student_R])
+        logsum_R = group_logsumexp(self.theta[w_X], row_X, len(student_R))
+        return (self.theta[w_E] - logsum_R[row_E]).to(dtype)
+
+
+def p_kl(
+    logp_PV: Tensor,
+    w: WByColumn,
+    kept: Entries,
+    tail_logp_C: Tensor,
+    first_C: Tensor | None = None,
+    length_C: Tensor | None = None,
+    *,
+    kl: str = "forward",
+    drop: bool = False,
+) -> Tensor:
+    """P-KL of each chunk, [C] nats (arXiv 2605.21699); ``reference.p_kl`` is its formula.
+
+    Args:
+        logp_PV: the student's normalised log-probabilities.
+        w: rows sum to 1 or are empty.
+        kept: the teacher's entries, at least one per chunk, ids that W reaches.
+        tail_logp_C: log of the teacher's mass that is not kept; -inf = none; with ``drop`` it is not read.
+        first_C: the first position of each chunk; every position is a chunk when left out.
+        length_C: compare with the mean over so many positions of each chunk (needs ``drop``), not with the first.
+        kl: ``forward``, or ``reverse`` for KL(q || p_T).
+        drop: renormalise both sides over the kept ids, instead of a cell for the tail.
+    """
+    assert drop or length_C is None, "the mean over positions is known up to a factor, which only drop cancels"
+    id_K, chunk_K = kept.id_K.long(), owners(kept.count_C)
+    first_K = chunk_K if first_C is None else first_C[chunk_K]
+    # a pair J is an entry at one of its chunk's positions; E are the student tokens that W maps to the pair's id
+    kept_J, position_J = ranges(first_K, torch.ones_like(chunk_K) if length_C is None else length_C[chunk_K])
+    pair_E, column_E = ranges(w.start_U[id_K[kept_J]], w.degree_U[id_K[kept_J]])
+    w_E = w.column_N[column_E]
+    place_E = position_J[pair_E] * logp_PV.shape[1] + w.student_N[w_E]
+    logw_E = w.log_weight(w_E, logp_PV.dtype)
+    if drop:  # the mean's factor 1 / length cancels with the rest of the normaliser
+        logp_E, tail_logq_C = logp_PV.reshape(-1).index_select(0, place_E), None
+    else:
+        logp_E, tail_P = _through_w(logp_PV, place_E, logw_E)
+        tail_logq_C = tail_P if first_C is None else tail_P[first_C]
+    # log q_t = logsumexp over s of log W[s, t] + log p_S(s), over all pairs of the entry
+    logq_K = group_logsumexp(logp_E + logw_E, kept_J[pair_E], len(id_K))
+    return kl_with_tail(kept.logp_K, logq_K, chunk_K, tail_logp_C, tail_logq_C, kl)
 
 
 class PKL(Loss):
@@ -55,16 +140,13 @@ class PKL(Loss):
         self.temperature, self.kl, self.mean = setup.tau, setup.options.kl, setup.merge == "mean"
         self.drop = self.mean or setup.options.rest == "drop"
         self.degree = np.bincount(setup.w.teacher_id, minlength=setup.teacher_size)
-        by_column = np.argsort(setup.w.teacher_id, kind="stable")
-        self.column_N = torch.as_tensor(by_column, device=setup.device)
-        self.degree_U = torch.as_tensor(self.degree, device=setup.device)
-        self.start_U = self.degree_U.cumsum(0) - self.degree_U
-        self.student_N = torch.as_tensor(setup.w.student_id.astype(np.int64), device=setup.device)
-        self.weight_N = torch.tensor(setup.w.weight, device=setup.device)
+        student_N, teacher_N, weight_N = (
+            torch.tensor(part, device=setup.device)
+            for part in (setup.w.student_id, setup.w.teacher_id.astype(np.int64), setup.w.weight)
+        )
+        kind = LearnedW if setup.learn_w else WByColumn
+        self.w = kind(student_N, teacher_N, weight_N, setup.student_size, setup.teacher_size)
         self.heaviest_V = torch.as_tensor(heaviest(setup.w, setup.student_size), device=setup.device)
-        self.theta = torch.nn.Parameter(self.weight_N.log()) if setup.learn_w else None
-        self.size_V = torch.bincount(self.student_N, minlength=setup.student_size)
-        self.row_V = self.size_V.cumsum(0) - self.size_V
 
     def check(self, arrays: Arrays) -> None:
         """Every kept id must be a column of W."""
@@ -77,21 +159,9 @@ class PKL(Loss):
 
     def terms(self, view: View) -> Tensor:
         """P-KL of each chunk, [C] nats."""
-        ids_K, chunk_K = view.columns["pkl_ids"].long(), owners(view.columns["pkl_count"])
-        length_K = view.length_C[chunk_K] if self.mean else torch.ones_like(chunk_K)
-        kept_J, position_J = ranges(view.first_C[chunk_K], length_K)
-        pair_E, column_E = ranges(self.start_U[ids_K[kept_J]], self.degree_U[ids_K[kept_J]])
-        w_E = self.column_N[column_E]
-        place_E = position_J[pair_E] * view.logp_PV.shape[1] + self.student_N[w_E]
-        logw_E = self._log_weight(w_E, view.logp_PV.dtype)
-        if self.drop:  # the mean's factor 1 / length cancels with the rest of the normaliser
-            logp_E, rest_logq_C = view.logp_PV.reshape(-1).index_select(0, place_E), None
-        else:
-            logp_E, rest_P = _through_w(view.logp_PV, place_E, logw_E)
-            rest_logq_C = rest_P[view.first_C]
-        logq_K = group_logsumexp(logp_E + logw_E, kept_J[pair_E], len(ids_K))
-        logp_K, rest_logp_C = view.columns["pkl_logprob"], view.columns["pkl_rest_logprob"]
-        return kl_with_tail(logp_K, logq_K, chunk_K, rest_logp_C, rest_logq_C, self.kl)
+        kept, tail_logp_C = Entries.of_view(view, "pkl"), view.columns["pkl_rest_logprob"]
+        length_C = view.length_C if self.mean else None
+        return p_kl(view.logp_PV, self.w, kept, tail_logp_C, view.first_C, length_C, kl=self.kl, drop=self.drop)
 
     def agrees(self, view: View) -> Tensor:
         """The teacher token of the largest weight in the W row of the student's token is the teacher's.
@@ -104,22 +174,14 @@ class PKL(Loss):
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """theta [N], with ``learn_w``."""
-        return [] if self.theta is None else [self.theta]
+        return [self.w.theta] if isinstance(self.w, LearnedW) else []
 
     def weights(self) -> NDArray[np.float32]:
         """[N], in W's order: the weights as they stand."""
-        if self.theta is None:
-            return self.weight_N.cpu().numpy()
-        every_N = torch.arange(len(self.theta), device=self.theta.device)
-        return self._log_weight(every_N, torch.float32).detach().exp().cpu().numpy()
-
-    def _log_weight(self, w_E: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.theta is None:
-            return self.weight_N[w_E].to(dtype).log()
-        student_R, row_E = torch.unique(self.student_N[w_E], return_inverse=True)
-        row_X, w_X = ranges(self.row_V[student_R], self.size_V[student_R])
-        logsum_R = group_logsumexp(self.theta[w_X], row_X, len(student_R))
-        return (self.theta[w_E] - logsum_R[row_E]).to(dtype)
+        if not isinstance(self.w, LearnedW):
+            return self.w.weight_N.cpu().numpy()
+        every_N = torch.arange(len(self.w.theta), device=self.w.theta.device)
+        return self.w.log_weight(every_N, torch.float32).detach().exp().cpu().numpy()
 
 
 def heaviest(w: ProjectionArrays, size: int) -> NDArray[np.int64]:
@@ -136,10 +198,11 @@ def _through_w(logp_PV: Tensor, place_E: Tensor, logw_E: Tensor) -> tuple[Tensor
 
     A student token whose row lies wholly inside the kept set, to rounding, adds ``NOTHING``.
     """
+    # several kept ids of a chunk may share a student token: the shares of its W row that lead into the kept set add up
     place_M, cell_E = torch.unique(place_E, return_inverse=True)
     share_M = 1 - logw_E.new_zeros(len(place_M)).index_add(0, cell_E, logw_E.exp())
     share_M = torch.where(share_M > ROW_SUM_ROUNDING, share_M, NOTHING)
-    return kept_and_rest(logp_PV, place_E, place_M, share_M)
+    return kept_and_tail(logp_PV, place_E, place_M, share_M)
 
 
 def open_loss(setup: LossSetup) -> PKL:

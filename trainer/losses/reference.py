@@ -1,4 +1,7 @@
-"""The losses as their formulas read: one chunk, dense, float64, slow. Tests compare the fast ones with these.
+"""The losses as their formulas read: one chunk, dense, float64, slow. They are the specification.
+
+Each has a fast counterpart in the file of its loss (``pkl.p_kl``, ``gold.gold``, ...), which takes many chunks at once;
+tests compare the two on values and gradients.
 
 Shapes: V student vocabulary, U teacher vocabulary. ``p_S`` is float64 [V] and may carry a gradient.
 """
@@ -15,21 +18,21 @@ def cross_entropy(p_S: Tensor, label: int) -> Tensor:
     return -p_S[label].log()
 
 
-def sparse_kl(q: Tensor, p_T: Mapping[int, float], rest: float, *, kl: str = "forward", drop: bool = False) -> Tensor:
-    """KL(p_T || q), or KL(q || p_T) for ``reverse``, with REST as one cell, or renormalised without it.
+def sparse_kl(q: Tensor, p_T: Mapping[int, float], tail: float, *, kl: str = "forward", drop: bool = False) -> Tensor:
+    """KL(p_T || q), or KL(q || p_T) for ``reverse``, with the tail as one cell, or renormalised without it.
 
     Args:
-        q: student probabilities, by the ids that ``p_T`` has; what they lack to 1 is REST, too.
-        p_T: kept teacher probabilities by id; with ``rest`` they sum to 1.
-        rest: the teacher's mass that is not kept; at least 2^-24 counts for ``reverse``.
+        q: student probabilities, by the ids that ``p_T`` has; what they lack to 1 is the tail, too.
+        p_T: kept teacher probabilities by id; with ``tail`` they sum to 1.
+        tail: the teacher's mass that is not kept; at least 2^-24 counts for ``reverse``.
     """
     kept = sorted(p_T)
     p, q_kept = torch.tensor([p_T[t] for t in kept], dtype=q.dtype), q[kept]
     if drop:
         p, q_kept = p / p.sum(), q_kept / q_kept.sum()
     else:
-        rest = max(rest, 2**-24) if kl == "reverse" else rest
-        p, q_kept = torch.cat([p, p.new_tensor([rest])]), torch.cat([q_kept, 1 - q_kept.sum()[None]])
+        tail = max(tail, 2**-24) if kl == "reverse" else tail
+        p, q_kept = torch.cat([p, p.new_tensor([tail])]), torch.cat([q_kept, 1 - q_kept.sum()[None]])
     loss = q.new_zeros(())
     for p_t, q_t in zip(p, q_kept, strict=True):
         if kl == "reverse":
@@ -40,16 +43,16 @@ def sparse_kl(q: Tensor, p_T: Mapping[int, float], rest: float, *, kl: str = "fo
 
 
 def p_kl(
-    p_S: Tensor, W: Tensor, p_T: Mapping[int, float], rest: float, *, kl: str = "forward", drop: bool = False
+    p_S: Tensor, W: Tensor, p_T: Mapping[int, float], tail: float, *, kl: str = "forward", drop: bool = False
 ) -> Tensor:
     """X-Token's P-KL: ``sparse_kl`` of W^T p_S.
 
     Args:
         p_S: student probabilities; of merge ``mean``, their mean over the chunk's positions, with ``drop``.
         W: [V, U]; rows sum to 1 or are zero.
-        p_T, rest, kl, drop: see ``sparse_kl``.
+        p_T, tail, kl, drop: see ``sparse_kl``.
     """
-    return sparse_kl(W.T @ p_S, p_T, rest, kl=kl, drop=drop)
+    return sparse_kl(W.T @ p_S, p_T, tail, kl=kl, drop=drop)
 
 
 def h_kl(
@@ -90,12 +93,12 @@ def h_kl(
 
 
 def chain_rule(rows: Tensor, labels: Sequence[int], merge: str) -> Tensor:
-    """A chunk's row [V] under the chain rule, not renormalised.
+    """A chunk's distribution [V] under the chain rule, not renormalised.
 
     Args:
         rows: [n, V] distributions that predict the chunk's tokens.
-        labels: the n realised tokens.
-        merge: ``first`` row times the later realised probabilities, or ``last`` row times the earlier ones.
+        labels: the n tokens of the text.
+        merge: the ``first`` times the probabilities of the later labels, or the ``last`` times those of the earlier.
     """
     others = range(1, len(labels)) if merge == "first" else range(len(labels) - 1)
     row = rows[0] if merge == "first" else rows[-1]
@@ -105,7 +108,7 @@ def chain_rule(rows: Tensor, labels: Sequence[int], merge: str) -> Tensor:
 
 
 def sorted_l1(p_S: Tensor, p_T: Sequence[float]) -> Tensor:
-    """Sum over ranks of |student - teacher|, the shorter list padded with zeros: ULD, given rows of the chain rule."""
+    """Sum over ranks of |student - teacher|, the shorter padded with zeros: ULD, given what ``chain_rule`` makes."""
     student = torch.sort(p_S, descending=True).values
     teacher = sorted(p_T, reverse=True)
     total = p_S.new_zeros(())
@@ -138,10 +141,10 @@ def generalised_jsd(p_S: Tensor, p_T: Mapping[int, float], matched: Sequence[int
 def gold(
     p_S: Tensor, p_T: Mapping[int, float], other: Sequence[float], matched: Sequence[int], beta: float, teacher: int
 ) -> Tensor:
-    """Strict GOLD of rows of the chain rule.
+    """Strict GOLD of distributions of the chain rule.
 
     Args:
-        p_S: [V] student row.
+        p_S: [V] student distribution.
         p_T: kept teacher values by matched student id.
         other: the teacher's other kept values.
         matched: every matched student id.
@@ -169,15 +172,15 @@ def alm(l_T: float, l_S: Tensor, mode: str, tau_b: float) -> Tensor:
     return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
 
 
-def byte_prefix_kl(p_S: Tensor, q: Mapping[int, float], rest: float) -> Tensor:
+def byte_prefix_kl(p_S: Tensor, q: Mapping[int, float], tail: float) -> Tensor:
     """Root or interior term: KL(q || p_S) over the student ids of ``q``, everything else one cell."""
     total = p_S.new_zeros(())
     for u, mass in q.items():
         if mass > 0:
             total = total + mass * (math.log(mass) - p_S[u].log())
-    if rest > 0:
+    if tail > 0:
         others = [u for u in range(len(p_S)) if u not in q]
-        total = total + rest * (math.log(rest) - p_S[others].sum().log())
+        total = total + tail * (math.log(tail) - p_S[others].sum().log())
     return total
 
 
@@ -185,7 +188,7 @@ def byte_prefix_child(p_S: Tensor, tokens: Sequence[bytes], groups: Mapping[byte
     """Child term: -sum over groups of mass * log of what the student gives to tokens that start with their bytes r.
 
     Args:
-        p_S: [V] student row behind the chunk's first token.
+        p_S: [V] student distribution behind the chunk's first token.
         tokens: bytes of each student token, empty for specials.
         groups: mass of each group by its next bytes r; one that no student token starts with is left out.
     """

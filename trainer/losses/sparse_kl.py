@@ -1,20 +1,51 @@
 """``sparse-kl``: KL per position to a teacher that shares the student's tokenizer, so that nothing is projected.
 
-    KL(p_T || p_S) over the kept ids and REST, or its reverse; see ``xtoken.trainer.losses.divergence``
+    KL(p_T || p_S) over the kept ids and the tail, or its reverse; see ``xtoken.trainer.losses.divergence``
 
-Stored per chunk, which is one token here: the kept ids, their log-probabilities and REST. It is P-KL (X-Token,
-arXiv 2605.21699) with W the identity.
+Stored per chunk, which is one token here: the kept ids, their log-probabilities and the tail mass. It is P-KL
+(X-Token, arXiv 2605.21699) with W the identity.
 
-Shapes: C chunks, V vocabulary, K kept entries summed over chunks.
+Shapes: P positions, C chunks, V vocabulary, K kept entries summed over chunks.
 """
 
 import torch
 from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Loss, LossSetup, View, owners
-from xtoken.trainer.losses.divergence import NOTHING, kept_and_rest, kl_with_tail
+from xtoken.trainer.losses.base import Entries, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.divergence import NOTHING, kept_and_tail, kl_with_tail
 from xtoken.trainer.ragged import Arrays, Columns
+
+
+def sparse_kl(
+    logp_PV: Tensor,
+    kept: Entries,
+    tail_logp_C: Tensor,
+    first_C: Tensor | None = None,
+    *,
+    kl: str = "forward",
+    drop: bool = False,
+) -> Tensor:
+    """KL(p_T || p_S) of each chunk, [C] nats; ``reference.sparse_kl`` is its formula.
+
+    Args:
+        logp_PV: the student's normalised log-probabilities.
+        kept: the teacher's entries, at least one per chunk, ids of the shared vocabulary.
+        tail_logp_C: log of the teacher's mass that is not kept; -inf = none; with ``drop`` it is not read.
+        first_C: the position of each chunk; every position is a chunk when left out.
+        kl: ``forward``, or ``reverse`` for KL(p_S || p_T).
+        drop: renormalise both sides over the kept ids, instead of a cell for the tail.
+    """
+    chunk_K = owners(kept.count_C)
+    position_K = chunk_K if first_C is None else first_C[chunk_K]
+    place_K = position_K * logp_PV.shape[1] + kept.id_K.long()
+    if drop:
+        logq_K, tail_logq_C = logp_PV.reshape(-1).index_select(0, place_K), None
+    else:
+        outside_K = torch.full_like(place_K, NOTHING, dtype=logp_PV.dtype)
+        logq_K, tail_P = kept_and_tail(logp_PV, place_K, place_K, outside_K)
+        tail_logq_C = tail_P if first_C is None else tail_P[first_C]
+    return kl_with_tail(kept.logp_K, logq_K, chunk_K, tail_logp_C, tail_logq_C, kl)
 
 
 class SparseKL(Loss):
@@ -43,16 +74,8 @@ class SparseKL(Loss):
 
     def terms(self, view: View) -> Tensor:
         """KL of each chunk at its first position, [C] nats."""
-        chunk_K = owners(view.columns["skl_count"])
-        place_K = view.first_C[chunk_K] * view.logp_PV.shape[1] + view.columns["skl_ids"].long()
-        if self.drop:
-            logq_K, rest_logq_C = view.logp_PV.reshape(-1).index_select(0, place_K), None
-        else:
-            outside_K = torch.full_like(place_K, NOTHING, dtype=view.logp_PV.dtype)
-            logq_K, rest_P = kept_and_rest(view.logp_PV, place_K, place_K, outside_K)
-            rest_logq_C = rest_P[view.first_C]
-        logp_K, rest_logp_C = view.columns["skl_logprob"], view.columns["skl_rest_logprob"]
-        return kl_with_tail(logp_K, logq_K, chunk_K, rest_logp_C, rest_logq_C, self.kl)
+        kept, tail_logp_C = Entries.of_view(view, "skl"), view.columns["skl_rest_logprob"]
+        return sparse_kl(view.logp_PV, kept, tail_logp_C, view.first_C, kl=self.kl, drop=self.drop)
 
 
 def open_loss(setup: LossSetup) -> SparseKL:

@@ -1,6 +1,6 @@
 """ULD (arXiv 2402.12030): sorted L1 over the whole vocabularies, the shorter one padded with zeros.
 
-    sum_r |sort(p_S * f_S)_r - sort(p_T * f_T)_r|        f: the chunk's other realised tokens, see chain_rule.py
+    sum_r |sort(p_S * f_S)_r - sort(p_T * f_T)_r|        f: of the chunk's other labels, see chain_rule.py
 
 Shapes: P positions, C chunks, V student vocabulary, R ranks compared, K entries summed over chunks.
 """
@@ -10,9 +10,45 @@ from typing import ClassVar
 from torch import Tensor
 
 from xtoken.trainer.losses.base import Loss, LossSetup, View
-from xtoken.trainer.losses.chain_rule import chain_merge, chunk_row, gather, realised_places
+from xtoken.trainer.losses.chain_rule import chain_merge, chunk_row, gather, label_places
 from xtoken.trainer.losses.sorted_l1 import padded, sorted_l1
 from xtoken.trainer.ragged import Columns
+
+
+def uld(
+    logp_PV: Tensor,
+    label_P: Tensor,
+    first_C: Tensor,
+    length_C: Tensor,
+    count_C: Tensor,
+    logp_K: Tensor,
+    factor_logp_C: Tensor,
+    *,
+    merge: str = "first",
+) -> Tensor:
+    """ULD of each chunk, [C], an L1 distance of probabilities.
+
+    Its formula is ``reference.sorted_l1`` of what ``reference.chain_rule`` makes of both sides.
+
+    Args:
+        logp_PV: the student's normalised log-probabilities.
+        label_P: int64, the token that each position predicts in the text.
+        first_C, length_C: int64, the chunks: first position, and number of positions.
+        count_C, logp_K: the teacher's kept log-probabilities, descending in each chunk, nats.
+        factor_logp_C: the teacher's log-probability of the chunk's other labels, nats; 0 of a chunk of one token.
+        merge: ``first`` or ``last``: the position whose distribution is compared.
+    """
+    width, row_C = logp_PV.shape[1], chunk_row(first_C, length_C, merge)
+    teacher_CR = padded(count_C, logp_K.to(logp_PV.dtype).exp())
+    teacher_CR = teacher_CR * factor_logp_C.to(logp_PV.dtype).exp()[:, None]
+    # ranks are chosen without gradient and read with it: the order is constant around any point without ties
+    top_CR = logp_PV.detach().topk(min(teacher_CR.shape[1], width)).indices[row_C]
+    place_E, chunk_E = label_places(label_P, first_C, length_C, row_C, width)
+    top, label_E = gather(logp_PV, (row_C[:, None] * width + top_CR).reshape(-1), place_E)
+    factor_C = logp_PV.new_zeros(len(row_C)).index_add(0, chunk_E, label_E).exp()
+    student_CR = top.view_as(top_CR).exp() * factor_C[:, None]
+    # the distribution sums to 1, so what is not among the top ranks needs no sum over the vocabulary
+    return sorted_l1(student_CR, teacher_CR, factor_C)
 
 
 class ULD(Loss):
@@ -25,18 +61,8 @@ class ULD(Loss):
 
     def terms(self, view: View) -> Tensor:
         """See ``Loss.terms``."""
-        logp_PV, columns = view.logp_PV, view.columns
-        row_C = chunk_row(view, self.merge)
-        teacher_CR = padded(columns["uld_count"], columns["uld_logprob"].to(logp_PV.dtype).exp())
-        teacher_CR = teacher_CR * columns["factor_logprob"].to(logp_PV.dtype).exp()[:, None]
-        ranks = min(teacher_CR.shape[1], logp_PV.shape[1])
-        top_CR = logp_PV.detach().topk(ranks).indices[row_C]
-        place_E, chunk_E = realised_places(view, row_C)
-        top, realised_E = gather(logp_PV, (row_C[:, None] * logp_PV.shape[1] + top_CR).reshape(-1), place_E)
-        factor_C = logp_PV.new_zeros(len(row_C)).index_add(0, chunk_E, realised_E).exp()
-        student_CR = top.view_as(top_CR).exp() * factor_C[:, None]
-        # The row sums to 1, so what is not among the top ranks needs no sum over the vocabulary.
-        return sorted_l1(student_CR, teacher_CR, factor_C)
+        stored = (view.columns[name] for name in ("uld_count", "uld_logprob", "factor_logprob"))
+        return uld(view.logp_PV, view.label_P, view.first_C, view.length_C, *stored, merge=self.merge)
 
 
 def open_loss(setup: LossSetup) -> ULD:

@@ -42,7 +42,7 @@ def _breakdown(groups: Sequence[Group], kind: str, name: str, *, less: bool, per
     if not keys:
         return Html("")
     columns: list[tuple[str, _Row]] = []
-    means = [{key: found.mean for key, found in row.items()} for row in before]
+    means = [{key: value.mean for key, value in row.items()} for row in before]
     if any(means) and all(row == means[0] for row in means):
         columns = [("before", {key: Spread(mean, None, 1) for key, mean in means[0].items()})]
     elif any(means):
@@ -80,7 +80,7 @@ def _by_key(group: Group, when: str, kind: str, name: str) -> _Row:
         for key, figures in parts.items():
             if name in figures:
                 values.setdefault(key, []).append(figures[name])
-    return {key: found for key, of_seeds in values.items() if (found := spread(of_seeds)) is not None}
+    return {key: value for key, of_seeds in values.items() if (value := spread(of_seeds)) is not None}
 
 
 def _ordered(keys: set[str], kind: str) -> list[str]:
@@ -90,9 +90,9 @@ def _ordered(keys: set[str], kind: str) -> list[str]:
 
 def differences_section(groups: Sequence[Group]) -> Html:
     """The fields that are not the same everywhere."""
-    found = differences(groups)
+    differing = differences(groups)
     seeds = ["seeds", *(", ".join(str(run.seed) for run in group.runs) for group in groups)]
-    rows = [seeds, *([name.replace("_", " "), *values] for name, values in found.items())][:_MOST_ROWS]
+    rows = [seeds, *([name.replace("_", " "), *values] for name, values in differing.items())][:_MOST_ROWS]
     text = "Fields that are the same in all runs are left out; hashes are cut to eight digits."
     return section("What differs", table(["", *(g.label for g in groups)], rows), note(text), id_="differences")
 
@@ -100,20 +100,20 @@ def differences_section(groups: Sequence[Group]) -> Html:
 def completions_section(groups: Sequence[Group]) -> Html:
     """What students write after the beginnings of held-out samples, of the first run of each configuration."""
     writers = [(group, next((run for run in group.runs if run.completions), None)) for group in groups]
-    found = [(group.label, run) for group, run in writers if run is not None]
-    samples = list(dict.fromkeys(one.sample for _, run in found for one in run.completions))
+    written = [(group.label, run) for group, run in writers if run is not None]
+    samples = list(dict.fromkeys(one.sample for _, run in written for one in run.completions))
     if not samples:
         return Html("")
-    blocks = [_sample(sample, found) for sample in samples[:_MOST_SAMPLES]]
+    blocks = [_sample(sample, written) for sample in samples[:_MOST_SAMPLES]]
     text = "Of each configuration the run with the lowest seed. Signs in frames stand for characters that no eye sees."
     if len(samples) > _MOST_SAMPLES:
         text += f" {len(samples) - _MOST_SAMPLES:,} more samples are not shown."
     return section("Completions", note(text), *blocks, id_="completions")
 
 
-def _sample(sample: str, found: Sequence[tuple[str, RunRecord]]) -> Html:
+def _sample(sample: str, written: Sequence[tuple[str, RunRecord]]) -> Html:
     of: dict[str, dict[str, Completion]] = {}
-    for name, run in found:
+    for name, run in written:
         for one in run.completions:
             if one.sample == sample:
                 of.setdefault(one.when, {})[name] = one
@@ -172,9 +172,9 @@ def foot_section(groups: Sequence[Group]) -> Html:
     )
 
 
-def _flat(found: dict[str, Any], before: str = "") -> list[tuple[str, str]]:
+def _flat(values: dict[str, Any], before: str = "") -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
-    for name, value in found.items():
+    for name, value in values.items():
         if isinstance(value, dict) and not before:
             pairs += _flat(value, f"{name} ")
         else:

@@ -50,8 +50,8 @@ class Group:
 
     def evaluations(self, when: str) -> list[Evaluation]:
         """One evaluation of each run that has it (see ``RunRecord.evaluation``)."""
-        found = [run.evaluation(when) for run in self.runs]
-        return [one for one in found if one is not None]
+        evaluations = [run.evaluation(when) for run in self.runs]
+        return [one for one in evaluations if one is not None]
 
     def last(self) -> str:
         """``after`` where a run has been measured at its end, else ``latest``."""
@@ -63,20 +63,20 @@ class Group:
 
     def final(self, name: str) -> Spread | None:
         """``loss``, ``kd`` or ``ce`` at the end, over seeds."""
-        found = [run.final(name) for run in self.runs]
-        return spread([value for value in found if value is not None])
+        finals = [run.final(name) for run in self.runs]
+        return spread([value for value in finals if value is not None])
 
     def teacher(self) -> float | None:
         """The teacher's own bits per byte on the held-out targets."""
         for when in ("after", "latest", "before"):
-            found = self.held_out(when, "teacher_bits_per_byte")
-            if found is not None and math.isfinite(found.mean):
-                return found.mean
+            figure = self.held_out(when, "teacher_bits_per_byte")
+            if figure is not None and math.isfinite(figure.mean):
+                return figure.mean
         return None
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Mean and sample standard deviation; None of nothing, NaN where a value is no number."""
+    """Mean and sample standard deviation; None of nothing, NaN where a value is NaN or inf."""
     if not values:
         return None
     if not all(map(math.isfinite, values)):
@@ -95,7 +95,7 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     Raises:
         XtokenError: an identity holds half a character, which no JSON text of ours does.
     """
-    found: dict[str, list[RunRecord]] = {}
+    by_key: dict[str, list[RunRecord]] = {}
     for run in runs:
         try:
             key = digest(_configuration(run))
@@ -103,8 +103,8 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
             raise XtokenError(
                 f"{run.root}: its run.json is damaged ({str(error)[:100]}); copy the run again"
             ) from error
-        found.setdefault(key, []).append(run)
-    groups = [Group("", tuple(sorted(same, key=lambda run: run.seed))) for same in found.values()]
+        by_key.setdefault(key, []).append(run)
+    groups = [Group("", tuple(sorted(same, key=lambda run: run.seed))) for same in by_key.values()]
     return [replace(group, label=label) for group, label in zip(groups, _labels(groups), strict=True)]
 
 
@@ -127,13 +127,13 @@ def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
         for run, configuration in zip(group.runs, configurations, strict=True):
             configuration |= {k: v for k, v in run.config.items() if k not in configuration and k not in _BESIDE}
     names = dict.fromkeys(name for configurations in held for one in configurations for name in one)
-    found = {}
+    differing = {}
     for name in names:
         values = [[shortened(one.get(name)) for one in configurations] for configurations in held]
         exact = {json.dumps(one.get(name), sort_keys=True) for configurations in held for one in configurations}
         if len(exact) > 1:
-            found[name] = [" | ".join(dict.fromkeys(of_group)) for of_group in values]
-    return found
+            differing[name] = [" | ".join(dict.fromkeys(of_group)) for of_group in values]
+    return differing
 
 
 def shortened(value: Any) -> str:

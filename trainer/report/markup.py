@@ -81,14 +81,14 @@ def figure_text(value: float | None, digits: int = 4, *, percent: bool = False) 
     return f"{100 * value:.{digits}f} %" if percent else f"{value:.{digits}f}"
 
 
-def spread_text(found: Spread | None, digits: int = 4, *, percent: bool = False, best: bool = False) -> Html:
+def spread_text(value: Spread | None, digits: int = 4, *, percent: bool = False, best: bool = False) -> Html:
     """Mean and standard deviation, bold where it is the best."""
-    if found is None:
+    if value is None:
         return Html(DASH)
-    mean = figure_text(found.mean, digits, percent=percent)
+    mean = figure_text(value.mean, digits, percent=percent)
     text = shown(mean)
-    if found.sd:
-        sd = figure_text(found.sd, digits, percent=percent).removesuffix(" %")
+    if value.sd:
+        sd = figure_text(value.sd, digits, percent=percent).removesuffix(" %")
         text = Html(f"{mean}<small> ± {sd}</small>")
     return element("b", text) if best else text
 

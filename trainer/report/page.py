@@ -31,7 +31,7 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
         ``page``, ``runs``, ``groups`` and ``results``: a row per configuration, see ``Verdict.rows``.
 
     Raises:
-        XtokenError: a folder is no training run, is named twice or holds what no run writes; the page cannot be
+        XtokenError: a folder is not a training run, is named twice or holds what no run writes; the page cannot be
             written; matplotlib or scipy is not installed.
     """
     named: dict[Path, str] = {}

@@ -64,8 +64,8 @@ def over_seeds(group: Group, base: Group, name: str) -> Paired | None:
 
 def compare(groups: Sequence[Group], base: Group, test: Callable[[Group, Group], Paired | None]) -> dict[str, Paired]:
     """Label -> test of every other group against ``base``, corrected for their number."""
-    found = {group.label: test(group, base) for group in groups if group is not base}
-    tests = {label: one for label, one in found.items() if one is not None}
+    tested = {group.label: test(group, base) for group in groups if group is not base}
+    tests = {label: one for label, one in tested.items() if one is not None}
     t = holm([one.p_t for one in tests.values()])
     wilcoxon = holm([one.p_wilcoxon for one in tests.values()])
     return {
@@ -105,11 +105,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Source: Holm (1979), A simple sequentially rejective multiple test procedure.
     """
     tested = sorted((p, at) for at, p in enumerate(p_values) if not math.isnan(p))
-    found, largest = [math.nan] * len(p_values), 0.0
+    adjusted, largest = [math.nan] * len(p_values), 0.0
     for rank, (p, at) in enumerate(tested):
         largest = max(largest, min(1.0, (len(tested) - rank) * p))
-        found[at] = largest
-    return found
+        adjusted[at] = largest
+    return adjusted
 
 
 def _of_documents(group: Group, names: Sequence[str]) -> NDArray[np.float64]:
@@ -121,9 +121,9 @@ def _of_documents(group: Group, names: Sequence[str]) -> NDArray[np.float64]:
 
 
 def _by_seed(group: Group, name: str) -> dict[int, float]:
-    found: dict[int, list[float]] = {}
+    by_seed: dict[int, list[float]] = {}
     for run in group.runs:
         after = run.evaluation("after")
         if after is not None and name in after.figures:
-            found.setdefault(run.seed, []).append(after.figures[name])
-    return {seed: sum(values) / len(values) for seed, values in found.items()}
+            by_seed.setdefault(run.seed, []).append(after.figures[name])
+    return {seed: sum(values) / len(values) for seed, values in by_seed.items()}

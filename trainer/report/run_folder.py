@@ -123,8 +123,8 @@ class RunRecord:
     def evaluation(self, when: str) -> Evaluation | None:
         """The last evaluation ``before`` or ``after``; ``latest`` is the last one made once training began."""
         wanted = {"latest": ("step", "after")}.get(when, (when,))
-        found = [one for one in self.evaluations if one.when in wanted]
-        return found[-1] if found else None
+        matching = [one for one in self.evaluations if one.when in wanted]
+        return matching[-1] if matching else None
 
     def at(self, step: int) -> tuple[float, float]:
         """Tokens and seconds at the end of a step."""
@@ -136,7 +136,7 @@ def read_run(root: str) -> RunRecord:
     """Read a folder of ``xtoken train``, finished or not; lines of metrics of a kind not known here are left out.
 
     Raises:
-        XtokenError: it is no training run, or a file of it holds what no run writes.
+        XtokenError: it is not a training run, or a file of it holds what no run writes.
     """
     if "://" in root:
         raise XtokenError(f"{root} is a URL; the report reads local folders, copy the run from there")
@@ -145,7 +145,7 @@ def read_run(root: str) -> RunRecord:
     identity = identity_of(run)
     if identity is None:
         raise XtokenError(
-            f"{root} is no training run: {'its' if run is not None else 'it has no'} {RUN}"
+            f"{root} is not a training run: {'its' if run is not None else 'it has no'} {RUN}"
             f"{' names no loss' if run is not None else ''}; name a folder that 'xtoken train' wrote"
         )
     for loss in identity["loss"]:
@@ -204,10 +204,10 @@ def _curves(
     ordered: list[tuple[dict[str, Any], str]],
 ) -> Iterator[tuple[str, tuple[NDArray[np.int64], NDArray[np.float64]]]]:
     for name in CURVES:
-        found = [(row, line[name], where) for row, (line, where) in enumerate(ordered) if name in line]
-        if found:
-            values = _floats([number(value, f"{where}, {name}") for _, value, where in found])
-            yield name, (np.array([row for row, _, _ in found], np.int64), values)
+        lines = [(row, line[name], where) for row, (line, where) in enumerate(ordered) if name in line]
+        if lines:
+            values = _floats([number(value, f"{where}, {name}") for _, value, where in lines])
+            yield name, (np.array([row for row, _, _ in lines], np.int64), values)
 
 
 def _evaluation(line: dict[str, Any], where: str) -> Evaluation:
@@ -225,14 +225,14 @@ def _evaluation(line: dict[str, Any], where: str) -> Evaluation:
 
 def _documents(path: Path) -> dict[str, tuple[float, float]]:
     """Windows of a document count as one: they are not independent of each other."""
-    found: dict[str, tuple[float, float]] = {}
+    sums: dict[str, tuple[float, float]] = {}
     for line, where in _lines(path):
         if _text(line.get("when"), f"{where}, when") == "after":
             name = _WINDOW.sub("", _text(line.get("id"), f"{where}, id"))
             bits, size = (number(line.get(part), f"{where}, {part}") for part in ("bits", "bytes"))
-            before = found.get(name, (0.0, 0.0))
-            found[name] = (before[0] + bits, before[1] + size)
-    return {name: (bits, size) for name, (bits, size) in found.items() if size > 0 and math.isfinite(bits + size)}
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + bits, before[1] + size)
+    return {name: (bits, size) for name, (bits, size) in sums.items() if size > 0 and math.isfinite(bits + size)}
 
 
 def _completions(path: Path) -> Iterator[Completion]:

@@ -78,15 +78,15 @@ def window_of(groups: Sequence[Group]) -> int:
 def panels(groups: Sequence[Group], over: str) -> list[Panel]:
     """All panels that there are numbers for. KD and objective have one panel for each kind of loss."""
     events = tuple(_events(groups, over))
-    found = [panel for figure in TRAINED for panel in _trained_panels(groups, figure, over, events)]
+    drawn = [panel for figure in TRAINED for panel in _trained_panels(groups, figure, over, events)]
     goals = {goal for group in groups if (goal := group.teacher()) is not None}
     for name, title, unit in HELD_OUT:
         curves = tuple(curve for at, g in enumerate(groups) if (curve := _held_out(g, at, name, over)) is not None)
         lines = tuple(sorted(goals)) if name == "bits_per_byte" else ()
-        found.append(Panel(title, unit, over, curves, points=True, goals=lines, events=events))
+        drawn.append(Panel(title, unit, over, curves, points=True, goals=lines, events=events))
     if over == "tokens":
-        found += [panel for figure in MACHINE for panel in _trained_panels(groups, figure, over, events)]
-    return [panel for panel in found if any(np.isfinite(curve.y_P).any() for curve in panel.curves)]
+        drawn += [panel for figure in MACHINE for panel in _trained_panels(groups, figure, over, events)]
+    return [panel for panel in drawn if any(np.isfinite(curve.y_P).any() for curve in panel.curves)]
 
 
 def _trained_panels(
@@ -138,11 +138,11 @@ def _held_out(group: Group, at: int, name: str, over: str) -> Curve | None:
             made.setdefault(step, []).append((run.at(step)[over == "seconds"], value))
     if not made:
         return None
-    found = [np.array(made[step]).T for step in sorted(made)]
-    x_P, y_P = (np.array([pairs[side].mean() for pairs in found]) for side in (0, 1))
+    of_steps = [np.array(made[step]).T for step in sorted(made)]
+    x_P, y_P = (np.array([pairs[side].mean() for pairs in of_steps]) for side in (0, 1))
     if len(group.runs) == 1:
         return Curve(at, x_P, y_P)
-    sd_P = np.array([pairs[1].std(ddof=1) if pairs.shape[1] > 1 else 0.0 for pairs in found])
+    sd_P = np.array([pairs[1].std(ddof=1) if pairs.shape[1] > 1 else 0.0 for pairs in of_steps])
     return Curve(at, x_P, y_P, y_P - sd_P, y_P + sd_P)
 
 
@@ -158,7 +158,7 @@ def _events(groups: Sequence[Group], over: str) -> Iterator[tuple[int, float]]:
 
 
 def smooth(values_K: Values, window: int) -> Values:
-    """Mean of the ``window`` (odd) values around each one, fewer at the ends; what is no number does not count."""
+    """Mean of the ``window`` (odd) values around each one, fewer at the ends; NaN and inf do not count."""
     finite_K = np.isfinite(values_K)
     sums = np.concatenate([[0.0], np.where(finite_K, values_K, 0.0).cumsum()])
     counts = np.concatenate([[0], finite_K.cumsum()])

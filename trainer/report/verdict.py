@@ -76,14 +76,14 @@ class Verdict:
     @cached_property
     def best(self) -> dict[str, Group | None]:
         """Figure -> the group with the best one, of those measured at their end; None if nothing was compared."""
-        found: dict[str, Group | None] = {}
+        best: dict[str, Group | None] = {}
         for name, less in _LESS_IS_BEST.items():
             same = all(comparable(group, self.base, name) for group in self.groups)
             measured = [(group.held_out("after", name), group) for group in self.groups if same]
             known = [(s.mean, group) for s, group in measured if s is not None and math.isfinite(s.mean)]
             pick = min if less else max
-            found[name] = pick(known, key=lambda one: one[0])[1] if len(known) > 1 else None
-        return found
+            best[name] = pick(known, key=lambda one: one[0])[1] if len(known) > 1 else None
+        return best
 
     def difference(self, group: Group) -> float | None:
         """Bits per byte after training, minus the baseline's."""
@@ -100,7 +100,7 @@ class Verdict:
         return None
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row of plain figures per group; what is unknown or no number is left out."""
+        """A row of plain figures per group; what is unknown, NaN or inf is left out."""
         return [_plain_row(self, group) for group in self.groups]
 
 
@@ -167,16 +167,16 @@ def _sentence(verdict: Verdict) -> Html:
     ]
     if best is not base:
         parts += [Html(f"; {shown(base.label)} has "), _mean(base.held_out("after", BPB))]
-        found = verdict.main_test(best)
-        if found is not None:
-            parts.append(Html(f". {_judgement(found[0])} over {found[0].n:,} {found[1]}"))
+        tested = verdict.main_test(best)
+        if tested is not None:
+            parts.append(Html(f". {_judgement(tested[0])} over {tested[0].n:,} {tested[1]}"))
     if (goal := best.teacher()) is not None:
         parts.append(Html(f". The teacher itself has {figure_text(goal)}"))
     return element("p", join([*parts, Html(".")]), class_="lead")
 
 
-def _mean(found: Spread | None) -> str:
-    return spread_text(found)
+def _mean(value: Spread | None) -> str:
+    return spread_text(value)
 
 
 def _judgement(test: Paired) -> str:
@@ -264,13 +264,13 @@ def _plain_row(verdict: Verdict, group: Group) -> dict[str, Any]:
     row: dict[str, Any] = {"configuration": group.label, "seeds": len(group.runs), "finished": group.finished}
     row["steps"] = max(run.steps for run in group.runs)
     row["tokens"] = round(sum(run.tokens for run in group.runs) / len(group.runs))
-    found: dict[str, float | None] = {}
+    figures: dict[str, float | None] = {}
     for name in ("loss", "kd", "ce"):
         final = group.final(name)
-        found[name] = None if final is None else final.mean
+        figures[name] = None if final is None else final.mean
     for name in _LESS_IS_BEST:
         held = group.held_out("after", name)
-        found[name] = None if held is None else held.mean
+        figures[name] = None if held is None else held.mean
     test = verdict.main_test(group)
-    found |= {"difference": verdict.difference(group), "p": None if test is None else test[0].holm_t}
-    return row | {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+    figures |= {"difference": verdict.difference(group), "p": None if test is None else test[0].holm_t}
+    return row | {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}

@@ -22,30 +22,31 @@ class Head:
     """How a model's hidden states become logits: linear, times ``scale``, then ``softcap * tanh(x / softcap)``.
 
     Attributes:
-        folded: whether that is all the model does; else the model makes its logits itself, whole.
+        fusable: whether that is all the model does, so that its matrix can be fused with the loss; else the model makes
+            its logits itself, whole.
         positions: whether the model takes position ids.
     """
 
     model: Any
-    folded: bool
+    fusable: bool
     positions: bool
     scale: float = 1.0
     softcap: float | None = None
 
     @property
     def weight_MH(self) -> Tensor | None:
-        """The head's matrix as it stands now (a sharded model holds it only while it runs); None if not folded."""
-        return self.model.get_output_embeddings().weight if self.folded else None
+        """The head's matrix as it stands now (a sharded model holds it only while it runs); None if not fused."""
+        return self.model.get_output_embeddings().weight if self.fusable else None
 
     @property
     def bias_M(self) -> Tensor | None:
-        """The head's bias, if it has one and is folded."""
-        return getattr(self.model.get_output_embeddings(), "bias", None) if self.folded else None
+        """The head's bias, if it has one and is fused."""
+        return getattr(self.model.get_output_embeddings(), "bias", None) if self.fusable else None
 
     def states(self, input_BL: Tensor, position_BL: Tensor) -> Tensor:
-        """[B, L, H] what the head sees, or [B, L, M] logits of a model whose head is not folded."""
+        """[B, L, H] what the head sees, or [B, L, M] logits of a model whose head is not fused."""
         options = {"position_ids": position_BL} if self.positions else {}
-        if not self.folded:
+        if not self.fusable:
             logits: Tensor = self.model(input_ids=input_BL, use_cache=False, **options).logits
             return logits
         states: Tensor = self.model.base_model(input_ids=input_BL, use_cache=False, **options)[0]
@@ -58,23 +59,23 @@ class Head:
         return self.bend(torch.nn.functional.linear(states_PH, weight_VH, bias_V))
 
     def bend(self, linear_PV: Tensor) -> Tensor:
-        """Scale and cap of what the head's matrix made; nothing where the head is not folded."""
+        """Scale and cap of what the head's matrix made; nothing where the head is not fused."""
         if self.scale != 1:
             linear_PV = linear_PV * self.scale
         return linear_PV if self.softcap is None else torch.tanh(linear_PV / self.softcap) * self.softcap
 
 
 def find_head(model: Any) -> Head:
-    """The head of a causal language model, found by comparing it with the model's own logits on a few tokens."""
+    """The head of a causal language model, known by comparing it with the model's own logits on a few tokens."""
     positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
-    whole = Head(model, folded=False, positions=positions)
+    whole = Head(model, fusable=False, positions=positions)
     if model.base_model is model or model.get_output_embeddings() is None:
         return whole
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     scales = [getattr(config, "logit_scale", None) or 1.0, 1 / (getattr(config, "logits_scaling", None) or 1.0), 1.0]
     for scale in dict.fromkeys(scales):
-        head = Head(model, folded=True, positions=positions, scale=scale, softcap=cap)
+        head = Head(model, fusable=True, positions=positions, scale=scale, softcap=cap)
         if _same_logits(head, whole):
             return head
     return whole
@@ -145,11 +146,11 @@ def _same_logits(head: Head, whole: Head) -> bool:
         return _close(ours, whole.states(ids, positions))
 
 
-def _close(found: Tensor, wanted: Tensor) -> bool:
-    if found.shape != wanted.shape:
+def _close(states: Tensor, wanted: Tensor) -> bool:
+    if states.shape != wanted.shape:
         return False
     limit = _ROUNDING * float(wanted.abs().max())
-    return bool(((found - wanted).abs() <= limit).all())
+    return bool(((states - wanted).abs() <= limit).all())
 
 
 def _tokens(model: Any, length: int, seed: int) -> Tensor:

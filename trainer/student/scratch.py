@@ -60,7 +60,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise XtokenError(f"{path} cannot be read ({error.strerror}); give the path of a config.json") from error
     except ValueError as error:
-        raise XtokenError(f"{path} is no JSON ({error}); correct it") from error
+        raise XtokenError(f"{path} is not JSON ({error}); correct it") from error
     if not isinstance(fields, dict):
         raise XtokenError(f"{path} is JSON, but not an object; give a model's config.json")
     return fields

@@ -71,12 +71,12 @@ def _fetched(repo: str) -> Path:
     try:
         folder = Path(snapshot_download(repo, allow_patterns=list(TOKENIZER_FILES)))
     except LocalEntryNotFoundError as error:
-        found = getattr(error, "snapshot_path", None)  # it lacks files, perhaps none that matters
-        if found is None:
+        snapshot = getattr(error, "snapshot_path", None)  # it lacks files, perhaps none that matters
+        if snapshot is None:
             raise XtokenError(
                 f"the tokenizer files of {repo!r} are neither in the cache nor to be fetched; check the connection"
             ) from error
-        folder = Path(found)
+        folder = Path(snapshot)
     for name in _TELLING:
         if not there(folder / name):
             hub_file(repo, name, commit_of(folder / name))

@@ -52,7 +52,7 @@ def _drop_objects(config: Any) -> list[str]:
             json.dumps(value)
         except (TypeError, ValueError):
             delattr(config, name)
-            changes.append(f"{_CONFIG}: {name} is left out, a {type(value).__name__} is no JSON")
+            changes.append(f"{_CONFIG}: {name} is left out, a {type(value).__name__} is not JSON")
     return changes
 
 

@@ -139,7 +139,7 @@ def lesson(make_targets: Callable[..., str], pair: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_value_and_gradient_are_those_of_our_blocks(lesson: tuple[Any, Any], family: str) -> None:
     student = student_of(family)
-    assert student.head.folded
+    assert student.head.fusable
     assert (student.head.scale != 1) == family.startswith("scaled")
     assert (student.head.softcap is not None) == (family == "capped")
     assert (student.head.bias_M is not None) == (family == "biased")
@@ -175,17 +175,17 @@ def test_the_gradient_of_the_head_is_added_up_in_float32(lesson: tuple[Any, Any]
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_head_that_is_not_folded_does_without(lesson: tuple[Any, Any]) -> None:
+def test_a_head_that_is_not_fusable_does_without(lesson: tuple[Any, Any]) -> None:
     """Such a model has no matrix to give to the kernel."""
     cuda, chosen = torch.device("cuda"), StudentGroup(student="acme/odd")
-    assert use_liger(chosen, ["ce"], cuda, folded=True)
-    assert not use_liger(chosen, ["ce"], cuda, folded=False)
-    assert not use_liger(chosen, ["ce"], CPU, folded=True)
+    assert use_liger(chosen, ["ce"], cuda, fusable=True)
+    assert not use_liger(chosen, ["ce"], cuda, fusable=False)
+    assert not use_liger(chosen, ["ce"], CPU, fusable=True)
     chosen = StudentGroup(student="acme/odd", kernel="liger")
     with pytest.raises(XtokenError, match="--kernel liger needs the matrix of the head, and acme/odd makes"):
-        use_liger(chosen, ["ce"], cuda, folded=False)
+        use_liger(chosen, ["ce"], cuda, fusable=False)
     student = student_of("plain")
-    whole = Student(student.model, CPU, None, 24, Head(student.model, folded=False, positions=True))
+    whole = Student(student.model, CPU, None, 24, Head(student.model, fusable=False, positions=True))
     value, _, grads = scored(student, *lesson, liger=False)
     found, _, found_grads = scored(whole, *lesson, liger=False)
     assert found == pytest.approx(value, rel=1e-5)

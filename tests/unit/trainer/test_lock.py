@@ -77,7 +77,7 @@ def test_nothing_is_left_in_a_folder_that_is_no_run(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(XtokenError, match="exists and is no training run"):
+    with pytest.raises(XtokenError, match="exists and is not a training run"):
         train(configure(out=str(tmp_path / "mine")), student_info, [], Silent())
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
     with pytest.raises(XtokenError, match=r"--out .*thesis.tex/run cannot be written to \(Not a directory\)"):

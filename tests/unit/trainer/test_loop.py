@@ -164,7 +164,7 @@ def test_another_run_is_refused_by_name(
     assert train(configure(steps=2, keep=7, save_every=1), student_info, [], Silent())["steps"] == 2
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(XtokenError, match="is no training run"):
+    with pytest.raises(XtokenError, match="is not a training run"):
         train(configure(out=str(tmp_path / "mine")), student_info, [], Silent())
     with pytest.raises(XtokenError, match="is a URL"):
         train(configure(out="s3://bucket/run"), student_info, [], Silent())

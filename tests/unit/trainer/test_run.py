@@ -47,8 +47,8 @@ CAPTURE = {"tokenizer_hash": "a", "teacher": "t"}
         ({"align.json": {}, "w.parquet": {}, "manifest.json": {}}, "is a folder of targets"),
         ({"w.parquet": {}, "manifest.json": {}}, "is a projection"),
         ({"config.json": {}, "model.safetensors": {}}, "is a model"),
-        ({"run.json": {"identity": {}}}, "exists and is no training run"),
-        ({"notes.txt": {}}, "exists and is no training run"),
+        ({"run.json": {"identity": {}}}, "exists and is not a training run"),
+        ({"notes.txt": {}}, "exists and is not a training run"),
     ],
 )
 def test_other_folders_are_refused_by_name_and_left_as_they_are(
@@ -61,7 +61,7 @@ def test_other_folders_are_refused_by_name_and_left_as_they_are(
     with pytest.raises(XtokenError, match=f"cu {what}; use another --out"):
         train(configure(out=str(root)), student_info, [], Silent())
     assert {path.name: json.loads(path.read_text()) for path in root.iterdir()} == files
-    with pytest.raises(XtokenError, match=r"is no training run|run\.json is \[\], not an object"):
+    with pytest.raises(XtokenError, match=r"is not a training run|run\.json is \[\], not an object"):
         read_run(str(root))
 
 
@@ -73,12 +73,12 @@ def test_what_another_trainer_has_only_begun_is_its_own(
         (Path(config.out) / "half").touch()
         with pytest.raises(XtokenError, match="run is being trained in by process"):
             train(config, student_info, [], Silent())
-    with pytest.raises(XtokenError, match="exists and is no training run"):
+    with pytest.raises(XtokenError, match="exists and is not a training run"):
         train(config, student_info, [], Silent())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / LOCK).write_text("theirs")
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(XtokenError, match="exists and is no training run"):
+    with pytest.raises(XtokenError, match="exists and is not a training run"):
         train(configure(out=str(tmp_path / "mine")), student_info, [], Silent())
     assert (tmp_path / "mine" / LOCK).read_text() == "theirs"
 

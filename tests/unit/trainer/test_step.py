@@ -308,11 +308,11 @@ def test_packing_changes_no_loss(
 def test_scale_and_cap_of_a_head_get_their_gradient(
     make_targets: Callable[..., str], pair: Any, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """A folded head that bends its logits, against autograd through the model's own."""
+    """A fused head that bends its logits, against autograd through the model's own."""
     monkeypatch.setattr(blocks_module, "BLOCK_ELEMENTS", 24 * 5)
     root, loss = make_targets(LENGTHS), loss_of(pair, "p-kl")
     student = Student(packed_model(family).double(), torch.device("cpu"), None, 24)
-    assert student.head.folded
+    assert student.head.fusable
     assert (student.head.scale, student.head.softcap) != (1.0, None)
     batch = batch_of([root], [loss], 1000)
     figures, grads = gradients(student, batch, [loss], FIXED)

@@ -178,7 +178,7 @@ def test_broken_weights_are_told_from_a_broken_sample() -> None:
     weights, sample, none = (
         str(Diagnosis(4, verdict, scores).error()) for scores in (bad, [*SCORES[1:], bad[0]], SCORES)
     )
-    assert "each of its 4 samples alone gives no number: the weights are at fault" in weights
+    assert "each of its 4 samples alone gives NaN or inf: the weights are at fault" in weights
     assert "4 samples, each scored alone: doc1#0 (512 tokens, KD nan, CE nan)," in sample
     assert "at fault" not in sample
     assert "they break in the backward pass; worst of its 4 samples" in none

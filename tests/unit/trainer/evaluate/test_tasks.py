@@ -23,7 +23,7 @@ def test_lm_eval_is_not_installed(student_dir: str, student_info: Any, monkeypat
 
 def test_a_task_path_is_a_folder(student_dir: str, student_info: Any, tmp_path: Path) -> None:
     config = EvalConfig(model=student_dir, tasks=["mine"], task_path=str(tmp_path / "none"), device="cpu")
-    with pytest.raises(XtokenError, match="is no folder"):
+    with pytest.raises(XtokenError, match="is not a folder"):
         evaluate(config, student_info, [], Silent())
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
-from xtoken.trainer.losses.ce import cross_entropy_total
+from xtoken.trainer.losses.ce import cross_entropy
 from xtoken.trainer.step import Mixing
 
 GOLDEN = Path(__file__).parents[3] / "golden"
@@ -300,7 +300,7 @@ def total_parts(inputs: Any, run: Any, make_view: Any) -> tuple[Tensor, Tensor, 
     predicting = np.flatnonzero(np.pad(mask[:, 1:], ((0, 0), (0, 1))))
     labels = np.pad(np.array(inputs["student_input_ids"])[:, 1:], ((0, 0), (0, 1))).reshape(shape[0] * shape[1])
     logp = torch.log_softmax(case.z[predicting], -1)
-    ce = cross_entropy_total(logp, torch.from_numpy(labels[predicting])) / len(predicting)
+    ce = cross_entropy(logp, torch.from_numpy(labels[predicting])) / len(predicting)
     assert len(predicting) == inputs["global_valid_toks"]
     return run["temperature"] ** 2 * terms.mean(), ce, case.z
 

@@ -63,8 +63,8 @@ def build(data: Any, hyper: Any) -> Loss:
         return ULD(setup)
     loss = GOLD(setup)
     if hyper["uld_hybrid_matched_weight"] is not None:  # no option here: |M| / V_T is the definition
-        loss.matched_weight = hyper["uld_hybrid_matched_weight"]
-        loss.unmatched_weight = hyper["uld_hybrid_unmatched_weight"]
+        weights = (hyper["uld_hybrid_matched_weight"], hyper["uld_hybrid_unmatched_weight"])
+        loss.matched = loss.matched._replace(weight=weights[0], other_weight=weights[1])
     return loss
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
 from xtoken.trainer.losses import open_loss, reference
-from xtoken.trainer.losses.divergence import NOTHING, group_logsumexp, kept_and_rest, kl_with_tail, ranges
+from xtoken.trainer.losses.divergence import NOTHING, group_logsumexp, kept_and_tail, kl_with_tail, ranges
 
 EXACT = 1e-10  # float64 sums of some hundred terms
 FLOAT32 = 2e-5  # float32 log-probabilities of size 10, relative
@@ -107,7 +107,7 @@ def test_ranges_and_group_sums() -> None:
     torch.testing.assert_close(found, torch.stack([x[2:].logsumexp(0), x[:2].logsumexp(0)]))
 
 
-def test_kept_and_rest_equals_the_dense_sum() -> None:
+def test_kept_and_tail_equals_the_dense_sum() -> None:
     """Value, and gradient of both results with respect to the log-probabilities and the shares."""
     rng = np.random.default_rng(2)
     z = torch.tensor(rng.normal(0, 2, (4, 9)), dtype=torch.float64, requires_grad=True)
@@ -117,7 +117,7 @@ def test_kept_and_rest_equals_the_dense_sum() -> None:
     logp = z.log_softmax(-1)
     share = torch.ones(36, dtype=torch.float64).index_put((place_M,), share_M).view(4, 9)
     slow = (logp.flatten()[place_E] @ pull_E) + ((logp.exp() * share).sum(1).log() @ pull_P)
-    logp_E, rest_P = kept_and_rest(z.log_softmax(-1), place_E, place_M, share_M)
+    logp_E, rest_P = kept_and_tail(z.log_softmax(-1), place_E, place_M, share_M)
     fast = logp_E @ pull_E + rest_P @ pull_P
     assert float(fast.detach()) == pytest.approx(float(slow.detach()), rel=EXACT)
     for ours, theirs in zip(

@@ -146,7 +146,7 @@ def test_refusals(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=1)
     with pytest.raises(XtokenError, match="named twice"):
         report(tmp_path, run, f"{tmp_path}/./run")
-    with pytest.raises(XtokenError, match="is no training run"):
+    with pytest.raises(XtokenError, match="is not a training run"):
         report(tmp_path, run, str(tmp_path))
     half = write_run(tmp_path / "half", steps=1, student="\ud800")
     with pytest.raises(XtokenError, match=r"run\.json is damaged"):

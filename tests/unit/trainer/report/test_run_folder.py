@@ -83,7 +83,7 @@ def test_a_summary_serves_where_metrics_are_gone(tmp_path: Path) -> None:
 def test_what_is_no_run_is_named(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "run.json").write_text(content)
-    with pytest.raises(XtokenError, match=r"is no training run.*'xtoken train'"):
+    with pytest.raises(XtokenError, match=r"is not a training run.*'xtoken train'"):
         read_run(str(tmp_path))
 
 

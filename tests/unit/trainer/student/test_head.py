@@ -43,7 +43,7 @@ def model_of(family: str, **options: Any) -> Any:
 def test_states_and_head_give_the_models_logits(family: str) -> None:
     model = model_of(family)
     head, (_, scale, softcap) = find_head(model), FAMILIES[family]
-    assert head.folded
+    assert head.fusable
     assert (head.scale, head.softcap) == (scale, softcap)
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
@@ -54,12 +54,12 @@ def test_states_and_head_give_the_models_logits(family: str) -> None:
 
 
 def test_another_formula_keeps_the_models_own_logits() -> None:
-    """A head that does more than the known formulas is not folded, and still right."""
+    """A head that does more than the known formulas is not fused, and still right."""
     model = model_of("llama")
     plain = model.forward
     model.forward = lambda *args, **options: _squared(plain(*args, **options))
     head = find_head(model)
-    assert not head.folded
+    assert not head.fusable
     ids = torch.arange(3, 8)[None]
     with torch.no_grad():
         logits = head.states(ids, torch.arange(5)[None])
@@ -94,7 +94,7 @@ def test_a_model_without_position_ids_is_padded() -> None:
     auto: Any = AutoModelForCausalLM
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 300, "state_size": 4}
     head = find_head(auto.from_config(AutoConfig.for_model("mamba", **sizes)))
-    assert head.folded
+    assert head.fusable
     assert not head.positions
     assert not pick_packing(head, "auto", "mamba")
 

@@ -76,7 +76,9 @@ def test_what_is_no_model_is_refused(
         open_student(configure(fields).student, CPU, bytes_info, seed=0)
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), ("{", "is no JSON"), ("[]", "no.* object")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "no.* object")]
+)
 def test_what_is_no_config_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "config.json"
     if content is not None:

@@ -135,7 +135,7 @@ def test_what_is_no_json_is_left_out(scratch: Callable[..., Any], tmp_path: Path
     model = scratch("untied")
     model.config.helper = object()
     assert refused(model, tmp_path / "theirs")
-    assert mend_settings(model) == ["config.json: helper is left out, a object is no JSON"]
+    assert mend_settings(model) == ["config.json: helper is left out, a object is not JSON"]
     written(model, tmp_path / "ours")
 
 
