@@ -42,7 +42,7 @@ class Unreachable(XtokenError):
 
 
 class IncompleteRun(XtokenError):
-    """A run ended with shards set aside; what was committed stays and the same command resumes."""
+    """A run ended with quarantined shards; what was committed stays and the same command resumes."""
 
     exit_code = 4
 

@@ -145,9 +145,9 @@ class CaptureWorker:
             StopRun: the corpus changed.
             XtokenError: the tokenizer refuses a document.
         """
-        found = read_commit(Folder(self._config.out), shard)
-        if found is not None:
-            return found
+        part = read_commit(Folder(self._config.out), shard)
+        if part is not None:
+            return part
         documents = self._reader.read(self._plan.shards[shard])
         pieces = all_windows(documents, self._tokenizer, self._config.max_tokens)
         counts = Counter(documents=len(documents))
@@ -180,14 +180,14 @@ class CaptureWorker:
     def score(self, pieces: Sequence[Window], on_progress: OnProgress = ignore_progress) -> list[Sample]:
         """Samples in the order of ``pieces``; the teacher sees them by length. ``on_progress`` gets bytes of text."""
         prompts, batches = self._prompts(pieces)
-        found: dict[int, TeacherRows] = {}
+        scored: dict[int, TeacherRows] = {}
         done = 0
         for batch in batches:
             rows = self._teacher.rows([prompts[index] for index in batch])
-            found.update(zip(batch, rows, strict=True))
+            scored.update(zip(batch, rows, strict=True))
             done += sum(text_bytes(pieces[index]) for index in batch)
             on_progress(done)
-        return [self.sample(piece, found.get(index)) for index, piece in enumerate(pieces)]
+        return [self.sample(piece, scored.get(index)) for index, piece in enumerate(pieces)]
 
     def sample(self, piece: Window, rows: TeacherRows | None) -> Sample:
         """One row of the capture; ``rows`` is None where the teacher saw no token before another."""

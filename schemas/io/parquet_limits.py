@@ -1,4 +1,4 @@
-"""What a Parquet file of a stranger may ask for, looked at before anything of it is decoded.
+"""What an untrusted Parquet file may ask for, looked at before anything of it is decoded.
 
 A list of 10**9 zeros costs Parquet a few hundred bytes, and a footer may say of it whatever it likes: pyarrow believes
 the headers of the pages, so these are read too, and must add up to what the footer says. Bounds, all far above what

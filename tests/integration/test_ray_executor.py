@@ -38,7 +38,7 @@ def pids(folder: Path) -> list[int]:
     return [int(name.split("_")[2]) for name in notes(folder, "open_")]
 
 
-def test_shards_run_once_poison_is_set_aside_and_dead_workers_have_heirs(nodes, tmp_path, capfd):
+def test_shards_run_once_poison_is_quarantined_and_dead_workers_have_heirs(nodes, tmp_path, capfd):
     job = NotingJob(str(tmp_path), {2: "poison", 3: "die once", 7: "wait run_3_2"})
     watch, failed = run(nodes, job, range(8))
     assert watch.parts() == [0, 1, 3, 4, 5, 6, 7]

@@ -212,7 +212,7 @@ def test_a_commit_without_its_file_is_named(config):
         precompute(config, Silent())
 
 
-def test_a_shard_that_keeps_failing_is_set_aside_and_tried_again_by_a_rerun(config):
+def test_a_shard_that_keeps_failing_is_quarantined_and_tried_again_by_a_rerun(config):
     with pytest.raises(IncompleteRun, match=r"1 of \d+ shards were quarantined after three attempts") as caught:
         precompute(config, Silent(), executor=Poisoned())
     assert "shard 2: it tastes bad" in str(caught.value)
@@ -264,7 +264,7 @@ def test_cells_share_the_shards_and_whoever_has_none_seals(config):
     verify(config.out)
 
 
-def test_a_shard_set_aside_is_told_by_its_last_line():
+def test_a_quarantined_shard_is_told_by_its_last_line():
     """A defect of an engine comes as a traceback, which the manifest holds; people are told one line."""
     said = module._incomplete({3: "Traceback (most recent call last):\n  File x\nKeyError: 'why'"}, 7, "out")
     assert "  shard 3: KeyError: 'why'\n" in said

@@ -81,7 +81,7 @@ def test_shards_are_leased_ahead_but_towards_the_end_each_worker_gets_one():
     assert table.granted(3) == [(3, 1)]
 
 
-def test_a_failed_shard_goes_to_the_end_and_is_set_aside_the_third_time():
+def test_a_failed_shard_goes_to_the_end_and_is_quarantined_the_third_time():
     table = Table(range(2))
     order = []
     while table.leases.unfinished:
@@ -128,7 +128,7 @@ def test_an_end_that_is_no_fault_of_the_shard_is_not_held_against_it(kind):
     assert table.leases.unfinished
 
 
-def test_a_shard_that_takes_its_machine_down_ten_times_is_set_aside():
+def test_a_shard_that_takes_its_machine_down_ten_times_is_quarantined():
     table = Table([0])
     worker = 1
     while table.leases.unfinished:
@@ -218,7 +218,7 @@ def test_the_first_commit_counts_and_a_later_one_is_late():
     assert table.kinds("part", "late") == ["part", "part", "late"]
 
 
-def test_a_late_commit_saves_a_shard_from_being_leased_again_and_from_being_set_aside():
+def test_a_late_commit_saves_a_shard_from_being_leased_again_and_from_being_quarantined():
     table = Table([0], workers=ATTEMPTS + 1)
     for worker in range(1, ATTEMPTS + 1):
         assert table.granted(worker) == [(0, worker)]
@@ -304,7 +304,7 @@ def test_an_outage_without_end_ends_the_run():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_happens_every_shard_ends_once(seed):
-    """Workers that do anything at random: each shard is committed or set aside, and told so exactly once."""
+    """Workers that do anything at random: each shard is committed or quarantined, and reported so exactly once."""
     dice = random.Random(seed)
     table = Table(range(20), workers=4, ahead=2)
     held = {worker: [] for worker in range(1, 5)}

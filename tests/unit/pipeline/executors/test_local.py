@@ -50,7 +50,7 @@ def test_no_more_workers_than_shards_and_nothing_for_none(jobs, tmp_path):
     assert run(jobs.ToyJob(str(tmp_path)), shards=[]) == ([], {})
 
 
-def test_a_poison_shard_is_set_aside_after_three_attempts_and_the_others_go_on(jobs, tmp_path):
+def test_a_poison_shard_is_quarantined_after_three_attempts_and_the_others_go_on(jobs, tmp_path):
     parts, failed = run(jobs.ToyJob(str(tmp_path), {2: "poison", 3: "bad input"}))
     assert sorted(part.index for part in parts) == [0, 1, 4, 5]
     assert sorted(failed) == [2, 3]
@@ -67,7 +67,7 @@ def test_a_killed_worker_is_replaced_and_its_shard_leased_again(jobs, tmp_path):
     assert len(notes(tmp_path, "open-")) == 2
 
 
-def test_a_shard_that_kills_its_worker_is_set_aside(jobs, tmp_path):
+def test_a_shard_that_kills_its_worker_is_quarantined(jobs, tmp_path):
     parts, failed = run(jobs.ToyJob(str(tmp_path), {0: "die"}), workers=1, shards=[0, 1])
     assert [part.index for part in parts] == [1]
     assert list(failed) == [0]

@@ -15,7 +15,7 @@ def progress(shard, done):
     return Message("progress", shard, done=done)
 
 
-def test_news_is_kept_until_the_driver_has_it():
+def test_messages_are_kept_until_the_driver_has_them():
     box = Mailbox()
     box.send(Message("open"))
     assert box.take(0, 0) == ([Message("open")], None)

@@ -213,7 +213,8 @@ def test_licences_of_all_apply(kept_capture, others, tmp_path):
 
 
 def test_captures_without_rows_are_joined(kept_capture, others, tmp_path):
-    parts = [pulled(root, tmp_path / root.name, columns=["text"]) for root in (kept_capture, others["one"])]
+    sources = {"kept": kept_capture, "one": others["one"]}
+    parts = [pulled(root, tmp_path / name, columns=["text"]) for name, root in sources.items()]
     found = merged(parts, tmp_path / "joined")
     assert found.left_out == read_manifest(str(parts[0]), CaptureManifest).left_out
     assert rows(tmp_path / "joined") == rows(*parts)

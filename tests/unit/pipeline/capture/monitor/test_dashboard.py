@@ -358,7 +358,7 @@ def test_a_thousand_workers_are_small(tmp_path):
     assert (len(written.workers), written.shards_in_flight) == (1000, 2999)
 
 
-def test_a_board_watches_a_real_run(tmp_path, monkeypatch):
+def test_a_dashboard_watches_a_real_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXECUTORS))
     job = importlib.import_module("executor_jobs").ToyJob(str(tmp_path), {1: "die once", 2: "poison"})
     stage = Stage(tmp_path / "out")
