@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 app = App(
     help="Distil from teachers that speak another tokenizer: capture the teacher once, train any student.\n\n"
-    "The way: precompute -> align -> train. 'xtoken doctor' says what is installed and what is missing for what.",
+    "The way: precompute -> align -> train. 'xtoken doctor' reports what is installed and what is missing.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -348,7 +348,7 @@ def run_share_merge(config: MergeConfig, bars: Bars) -> Figures:
 
 @verb(DoctorConfig, "xtoken doctor")
 def run_doctor(config: DoctorConfig, bars: Bars) -> Figures:  # noqa: ARG001
-    """Say what is installed, and what is missing for what."""
+    """Report what is installed and what is missing."""
     figures = examine(online=config.online, imports=EVERY if config.imports else ())
     if figures["problems"]:
         said = "\n".join(figures["problems"])

@@ -20,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER, STUDENT = "gemma-3-270m", "smollm2-135m"
+HELD_OUT_TEXT = "moby-dick-held-out"
 HELD_OUT = ("bits_per_byte", "kl", "top1_agreement")
 Figures = dict[str, Any]
 
@@ -38,9 +39,6 @@ def main() -> None:
     folders = [f"{asked.out}/run-{loss}" for loss in runs]
     page = xtoken(asked, "report", *folders, "--out", f"{asked.out}/report.html")["page"]
     show(figures(page, captures["train"], runs, time.monotonic() - began), as_json=asked.json)
-
-
-HELD_OUT_TEXT = "moby-dick-held-out"
 
 
 def arguments() -> argparse.Namespace:

@@ -234,7 +234,7 @@ class VerifyConfig(Config):
 
 
 class DoctorConfig(Config):
-    """Say what is installed here, which devices and folders there are, and what is missing for what.
+    """Report versions, GPUs, caches and the folders that can be written, and the extras that are missing.
 
     Exit code 1 when something that every verb needs is missing or broken. No network is used unless asked for.
     """

@@ -32,6 +32,7 @@ EXTRAS = {
     "liger": "train --kernel liger, on GPUs",
     "s3": "s3:// paths",
     "ray": "precompute --ray, align --ray",
+    "docs": "make docs: a clone of the repository only",
     "demo": "make demo: a clone of the repository only",
     "dev": "the tests: a clone of the repository only",
 }

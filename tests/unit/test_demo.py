@@ -1,0 +1,91 @@
+"""examples/demo.py without its models: the commands it shows are commands that the command line takes."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+
+from xtoken import cli
+
+SCRIPT = Path(cli.__file__).resolve().parent / "examples" / "demo.py"
+MEASURED = {"bits_per_byte": 1.2, "kl": 0.4, "top1_agreement": 0.6}
+FIGURES = {
+    "precompute": {"tokens": 1000, "seconds": 10.0, "bytes_per_token": 20.0, "entries_per_row": 9.0},
+    "project": {},
+    "align": {"share_of_1_1_chunks": 0.7},
+    "train": {"before": MEASURED | {"teacher_bits_per_byte": 1.0}, "after": MEASURED, "steps": 3},
+    "report": {"page": "o/report.html"},
+}
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("xtoken_demo", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class CommandLine:
+    """Stands for the processes that the demo starts: parses their words as the command line does, and runs nothing."""
+
+    def __init__(self) -> None:
+        self.verbs: list[str] = []
+
+    def __call__(self, command: list[str], **_: Any) -> "subprocess.CompletedProcess[bytes]":
+        assert command[:3] == [sys.executable, "-m", "xtoken"]
+        verb, *words = command[3:]
+        group: Any = typer.main.get_command(cli.app)
+        context = group.commands[verb].make_context(verb, words)
+        assert context.params["as_json"]
+        self.verbs.append(verb)
+        return subprocess.CompletedProcess(command, 0, stdout=json.dumps(FIGURES[verb]).encode())
+
+
+def test_its_commands_are_commands(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = CommandLine()
+    monkeypatch.setattr(demo.subprocess, "run", line)
+    models = [str(tmp_path), "--student", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--teacher", *models, "--steps", "3", "--out", "o", "--json"])
+    demo.main()
+    said = capsys.readouterr()
+    captured = ["precompute", "project", "align", "precompute", "align"]
+    assert line.verbs == [*captured, "train", "train", "report"]
+    assert said.err.count("$ xtoken ") == len(line.verbs)
+    figures = json.loads(said.out)
+    assert figures["tokens_per_second"] == 100.0
+    assert [row["model"] for row in figures["held_out"]] == [
+        "teacher",
+        "student before",
+        "student after p-kl",
+        "student after ce",
+    ]
+
+
+def test_a_model_that_is_not_prepared_is_named(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path / "o")])
+    with pytest.raises(SystemExit, match=r"gemma-3-270m does not exist: 'make demo' prepares it"):
+        demo.main()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_fails_ends_it_with_its_exit_code(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 4, stdout=b"{}")
+    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--teacher", "/t", "--student", "/s", "--quiet"])
+    with pytest.raises(SystemExit) as ended:
+        demo.main()
+    assert ended.value.code == 4
