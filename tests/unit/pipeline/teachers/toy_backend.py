@@ -53,4 +53,4 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable) -> ToyTeacher:
         capture_path="toy",
         engine_version="1",
     )
-    return ToyTeacher(info, entries_asked(config))
+    return ToyTeacher(info, entries_asked(config, table.size))
