@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xtoken.schemas.configs.identity import defaults, differences, identity
 from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.atomic import write_text
@@ -25,12 +26,6 @@ _KINDS = {
     "merges.parquet": "a capture",
     "config.json": "a model",
 }
-# Where files lie, where and how the model runs, what is saved and shown: all may change between two starts of a run.
-_FREE = (
-    *("targets", "out", "device", "decoders", "parallel", "activation_checkpointing", "compile", "kernel"),
-    "micro_tokens",  # which changes no loss: it is the way out where memory is short
-    *("save_every", "keep", "keep_every", "spike", "rollback", "eval_every", "completions", "tensorboard", "wandb"),
-)
 
 
 def refuse_foreign(out: str) -> None:
@@ -91,33 +86,32 @@ class Run:
                 f"{self.streams} streams cannot be dealt to {ranks.size} ranks evenly; start a divisor of "
                 f"{self.streams} processes, or another run with --streams a multiple of the ranks"
             )
-        identity = _identity(config, targets, tokenizer, self.streams)
+        now = _identity(config, targets, tokenizer, self.streams)
         if found is not None and begun:
-            self._same(found, identity)
+            self._same(found, now, type(config))
         elif ranks.first:
-            self._create(identity, config, targets, ranks)
+            self._create(now, config, targets, ranks)
 
     def _begun(self) -> bool:
         """Whether the run got as far as measuring or training: a failed start must not bind the folder."""
         measured = self.metrics.exists() and self.metrics.stat().st_size > 0
         return measured or any(self.checkpoints.glob("*step-*")) or (self.root / SUMMARY).exists()
 
-    def _create(self, identity: dict[str, Any], config: TrainConfig, targets: Sequence[Targets], ranks: Ranks) -> None:
+    def _create(self, now: dict[str, Any], config: TrainConfig, targets: Sequence[Targets], ranks: Ranks) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         made: dict[str, Any] = {
-            "identity": identity,
-            "run_hash": digest(identity),
+            "identity": now,
+            "run_hash": digest(now),
             "targets": [one.root for one in targets],
         }
         made |= {"device": device_name(ranks.device), "ranks": ranks.size}
         write_json(self.root / RUN, {**made, "config": config.record(), **provenance()})
         self.checkpoints.mkdir(exist_ok=True)  # behind run.json, without which it is a folder of something else
 
-    def _same(self, found: dict[str, Any], identity: dict[str, Any]) -> None:
-        before = identity_of(found) or {}
-        names = [name for name in identity if before.get(name) != identity[name]]
-        if names:
-            changes = ", ".join(f"{name}={before.get(name)!r} there, {identity[name]!r} now" for name in names)
+    def _same(self, record: dict[str, Any], now: dict[str, Any], model: type[TrainConfig]) -> None:
+        differ = differences(identity_of(record) or {}, now, defaults(model))
+        if differ:
+            changes = ", ".join(f"{name}={there!r} there, {here!r} now" for name, there, here in differ)
             raise XtokenError(f"{self.root} holds another run: {changes}; use another --out, or the same options")
 
     def summary(self) -> dict[str, Any] | None:
@@ -154,8 +148,7 @@ def _streams(found: dict[str, Any]) -> int:
 def _identity(
     config: TrainConfig, targets: Sequence[Targets], tokenizer: TokenizerInfo, streams: int
 ) -> dict[str, Any]:
-    options = {k: v for k, v in config.record().items() if k not in _FREE}
-    return options | {
+    return identity(config) | {
         "targets_hash": [one.hash for one in targets],
         "tokenizer_hash": tokenizer.hash,
         "streams": streams,

@@ -102,7 +102,7 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
     refuse_losses(config, student.info, capture)
     projection = _projection(config, student, capture)
     settings = run_settings(config, capture, projection)
-    claim(config.out, settings)
+    claim(config.out, settings, type(config))
     if (there := written(config.out)) is not None and not there.set_aside:
         seal(config.out)
         return there

@@ -7,15 +7,17 @@ from xtoken.pipeline.capture.run_identity import read_record
 from xtoken.pipeline.project.projection import Projection
 from xtoken.pipeline.store.files import Folder
 from xtoken.schemas.configs.artifacts import AlignConfig
+from xtoken.schemas.configs.identity import defaults, differences, identity
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, content_hash
 
 RUN_FILE = "align.json"
+_RECORDED = ("capture", "student", "w", "for", "unreached", "merge", "tau", "entries")  # since the first release
 
 
 def run_settings(config: AlignConfig, capture: CaptureManifest, projection: Projection) -> dict[str, Any]:
     """Everything that decides what the targets hold."""
-    return {
+    settings = {
         "capture": content_hash(capture),
         "student": projection.student.hash,
         "w": projection.hash,
@@ -25,10 +27,16 @@ def run_settings(config: AlignConfig, capture: CaptureManifest, projection: Proj
         "tau": config.tau,
         "entries": config.entries,
     }
+    return settings | {name: value for name, value in identity(config).items() if name not in settings}
 
 
-def claim(root: str, settings: dict[str, Any]) -> None:
+def claim(root: str, settings: dict[str, Any], model: type[AlignConfig] = AlignConfig) -> None:
     """Record whose run this folder is, or refuse when it is another's.
+
+    Args:
+        root: the folder.
+        settings: of this run, see ``run_settings``.
+        model: the configuration whose defaults an older record means by its silence.
 
     Raises:
         XtokenError: it is another's, or the record is damaged.
@@ -40,12 +48,10 @@ def claim(root: str, settings: dict[str, Any]) -> None:
         raise XtokenError(f"{root} holds {foreign[0]} and no {RUN_FILE}: no align run wrote it; give another --out")
     if folder.create(RUN_FILE, json.dumps(settings, indent=1).encode() + b"\n"):
         return
-    recorded = read_record(folder, RUN_FILE, needed=any(name != RUN_FILE for name in foreign))
-    differing = [name for name in settings if recorded.get(name) != settings[name]]
-    if differing:
-        listed = ", ".join(
-            f"{name}: {_short(recorded.get(name))} there, {_short(settings[name])} now" for name in differing
-        )
+    record = read_record(folder, RUN_FILE, needed=any(name != RUN_FILE for name in foreign))
+    differ = differences(record, settings, defaults(model, _RECORDED))
+    if differ:
+        listed = ", ".join(f"{name}: {_short(there)} there, {_short(now)} now" for name, there, now in differ)
         raise XtokenError(f"{root} belongs to another align run ({listed}); give another --out, or remove that folder")
 
 

@@ -100,7 +100,7 @@ def precompute(
     settings = _checked_settings(config, tokenizer.table)
     for word in bos_figure(tokenizer.table.info, shown=settings["bos"]).values():
         progress.note(word)
-    fresh = settle_settings(folder, settings)
+    fresh = settle_settings(folder, settings, type(config))
     try:
         run = _settle(config, folder, tokenizer, settings, progress)
         return _work(run, executor, make_job, progress)

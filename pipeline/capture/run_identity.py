@@ -11,12 +11,20 @@ from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.teachers.base import shows_bos
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.capture import PrecomputeConfig, RowsConfig
+from xtoken.schemas.configs.identity import defaults, differences, identity
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.manifest import MANIFEST, CodecInfo, EngineSettings, TeacherInfo, digest
 from xtoken.schemas.tables import PARTS_SINCE
 
 RUN_FILE = "run.json"
+# Fields whose meaning each run.json holds, some in another form; what came later is there by its own name.
+_RECORDED = (
+    *("teacher", "backend", "revision", "dtype", "bos", "codec", "k", "min_p", "draws", "seed", "temperatures"),
+    *("max_tokens", "text"),
+)
+_DERIVED = ("schema_version", "tokenizer_hash", "step", "student_hash")
+_NOTHING: Mapping[str, Any] = {}
 TEACHER_FILE = "teacher.json"
 # Of a codec's identity, those that each run.json has, in this order.
 _CODEC_NAMES = ("k", "min_p", "step", "codec", "draws", "seed")
@@ -50,7 +58,7 @@ def sees_bos(config: PrecomputeConfig, table: TokenTable) -> bool:
 
 def run_settings(config: PrecomputeConfig, table: TokenTable, student: TokenTable | None) -> dict[str, Any]:
     """Settings that must not differ between the runs that fill one folder."""
-    return {
+    settings = {
         # of the parts: what a later version adds to the manifest is no reason to begin anew
         "schema_version": PARTS_SINCE,
         "teacher": config.teacher,
@@ -65,6 +73,7 @@ def run_settings(config: PrecomputeConfig, table: TokenTable, student: TokenTabl
         "text": config.text,
         "student_hash": student.info.hash if student is not None else None,
     }
+    return settings | {name: value for name, value in identity(config).items() if name not in _RECORDED}
 
 
 def _codec_settings(config: PrecomputeConfig) -> dict[str, Any]:
@@ -72,8 +81,13 @@ def _codec_settings(config: PrecomputeConfig) -> dict[str, Any]:
     return {**dict.fromkeys(_CODEC_NAMES), **open_codec(codec_info(config)).identity}
 
 
-def settle_settings(folder: Folder, settings: dict[str, Any]) -> bool:
+def settle_settings(folder: Folder, settings: dict[str, Any], model: type[PrecomputeConfig] = PrecomputeConfig) -> bool:
     """Record the settings in a fresh folder; in a used one they must be the same.
+
+    Args:
+        folder: the run's.
+        settings: of this run, see ``run_settings``.
+        model: the configuration whose defaults an older record means by its silence.
 
     Returns:
         Whether the folder was fresh.
@@ -83,10 +97,10 @@ def settle_settings(folder: Folder, settings: dict[str, Any]) -> bool:
     """
     _refuse_foreign(folder)
     folder.make("")
-    return _settle(folder, RUN_FILE, settings)
+    return _settle(folder, RUN_FILE, settings, absent=defaults(model, _RECORDED))
 
 
-def check_settings(folder: Folder, settings: dict[str, Any]) -> None:
+def check_settings(folder: Folder, settings: dict[str, Any], model: type[PrecomputeConfig] = PrecomputeConfig) -> None:
     """Compare the settings with those of the folder, if it has any; nothing is written.
 
     Raises:
@@ -94,7 +108,7 @@ def check_settings(folder: Folder, settings: dict[str, Any]) -> None:
     """
     _refuse_foreign(folder)
     if folder.exists(RUN_FILE):
-        _compare(folder, RUN_FILE, settings)
+        _compare(folder, RUN_FILE, settings, absent=defaults(model, _RECORDED))
 
 
 def settle_teacher(folder: Folder, info: TeacherInfo, settings: Mapping[str, Any] | None = None) -> TeacherInfo:
@@ -195,6 +209,9 @@ def read_record(folder: Folder, name: str, *, needed: bool) -> dict[str, Any]:
 def run_hash(plan_hash: str, teacher: TeacherInfo, settings: dict[str, Any], codec: CodecInfo) -> str:
     """Identity of a run: plan, teacher, tokenizer, codec and options."""
     options = {name: settings[name] for name in ("tokenizer_hash", "bos", "max_tokens", "text")}
+    absent = defaults(PrecomputeConfig, _RECORDED)  # a field that came later is part of it where it says something
+    later = [name for name in settings if name not in (*_RECORDED, *_DERIVED)]
+    options |= {name: settings[name] for name in later if settings[name] != absent.get(name)}
     return digest([plan_hash, teacher.model_dump(), options, codec.model_dump()])
 
 
@@ -205,11 +222,13 @@ def another_run(folder: Folder, differ: list[str]) -> XtokenError:
     )
 
 
-def _settle(folder: Folder, name: str, now: dict[str, Any], free: tuple[str, ...] = ()) -> bool:
+def _settle(
+    folder: Folder, name: str, now: dict[str, Any], free: tuple[str, ...] = (), absent: Mapping[str, Any] = _NOTHING
+) -> bool:
     """Write a record, or compare with the one that is there in all but what is ``free``; whether it was written."""
     if folder.create(name, json.dumps(now, indent=1).encode() + b"\n"):
         return True
-    _compare(folder, name, now, free)
+    _compare(folder, name, now, free, absent)
     return False
 
 
@@ -219,13 +238,13 @@ def _refuse_foreign(folder: Folder) -> None:
         raise XtokenError(f"{folder.root} holds {sorted(known)[0]!r} but no capture; use another --out")
 
 
-def _compare(folder: Folder, name: str, now: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+def _compare(
+    folder: Folder, name: str, now: dict[str, Any], free: tuple[str, ...] = (), absent: Mapping[str, Any] = _NOTHING
+) -> None:
     # without run.json, what lies there would be somebody else's; other records are made again
     needed = name == RUN_FILE and any(one in _FOREIGN for one in folder.names())
     there = read_record(folder, name, needed=needed)
-    keys = sorted({*there, *now}.difference(free))
-    differ = [
-        f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys if there.get(key) != now.get(key)
-    ]
+    keys = sorted({*there, *now}.difference(free))  # what only the record has is of a later release
+    differ = differences(there, {key: now.get(key) for key in keys}, absent)
     if differ:
-        raise another_run(folder, differ)
+        raise another_run(folder, [str(one) for one in differ])

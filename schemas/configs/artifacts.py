@@ -11,7 +11,10 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from xtoken.schemas.categories import CATEGORIES
 from xtoken.schemas.configs.base import (
     ARGUMENT,
+    AS_FOR,
+    AS_HASH,
     COMMON,
+    MAY_CHANGE,
     OUT_FILE,
     OUT_FOLDER,
     OUT_PAGE,
@@ -70,29 +73,29 @@ class AlignConfig(Config):
 
     captures: list[str] = Field(
         description="Capture folder or URL; several of one corpus, separated by commas, for several teachers.",
-        json_schema_extra=ARGUMENT | PLACE,
+        json_schema_extra=ARGUMENT | PLACE | AS_HASH,
     )
     student: str = Field(
         description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.",
-        json_schema_extra=PLACE,
+        json_schema_extra=PLACE | AS_HASH,
     )
     out: str = Field(
         description="Folder for the targets, of several captures one below it for each; the same command resumes.",
-        json_schema_extra=OUT_FOLDER,
+        json_schema_extra=OUT_FOLDER | MAY_CHANGE,
     )
     w: str | None = Field(
-        None, description="Folder written by 'xtoken project'; built when left out.", json_schema_extra=PLACE
+        None, description="Folder written by 'xtoken project'; built when left out.", json_schema_extra=PLACE | AS_HASH
     )
     corpus: str | None = Field(
         None,
         description="Corpus of a capture made with --no-text; its hash must be the same.",
-        json_schema_extra=PLACE,
+        json_schema_extra=PLACE | MAY_CHANGE,
     )
     losses: list[str] = Field(
         default=["p-kl"],
         description=f"Losses the targets serve: {', '.join(LOSSES)}.",
         alias="for",
-        json_schema_extra=TARGETS | COMMON,
+        json_schema_extra=TARGETS | COMMON | AS_FOR,
     )
     merge: Literal["first", "last", "mean"] = Field(
         "first",
@@ -122,25 +125,27 @@ class AlignConfig(Config):
         "refuse",
         description="A part that cannot be read, or a sample that the student's tokenizer cannot represent: refuse "
         "(do the others, then end with an error) or set-aside (finish the targets without it, and name it).",
-        json_schema_extra=TARGETS,
+        json_schema_extra=TARGETS | MAY_CHANGE,
     )
     workers: int = Field(
-        1, ge=1, description="Worker processes, or Ray's workers of one CPU each.", json_schema_extra=RUN
+        1, ge=1, description="Worker processes, or Ray's workers of one CPU each.", json_schema_extra=RUN | MAY_CHANGE
     )
     ray: str | None = Field(
         None,
         description="Run on Ray: 'local', 'auto' (the cluster this machine is of), or HOST:PORT of its head.",
-        json_schema_extra=RUN,
+        json_schema_extra=RUN | MAY_CHANGE,
     )
     lease_seconds: float = Field(
         1800.0,
         gt=0.0,
         allow_inf_nan=False,
         description="Time a worker may take for one part under --ray.",
-        json_schema_extra=RUN,
+        json_schema_extra=RUN | MAY_CHANGE,
     )
     memory_limit: str = Field(
-        "1GB", description="Memory a worker may use for what it reads, such as 512MB or 2GB.", json_schema_extra=RUN
+        "1GB",
+        description="Memory a worker may use for what it reads, such as 512MB or 2GB.",
+        json_schema_extra=RUN | MAY_CHANGE,
     )
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 

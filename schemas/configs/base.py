@@ -23,6 +23,12 @@ TARGETS: Any = {"section": "Targets"}
 RUN: Any = {"section": "Run"}
 DETAILS: Any = {"section": "Loss details"}
 LAST = ("Loss details",)  # at the end of the help
+# Whether a rerun of the same folder may give another value; a field without such a mark may not. Either it may, or
+# what it means is recorded, and checked, in another form.
+MAY_CHANGE: Any = {"resume": "may change"}
+IN_PLAN: Any = {"resume": "recorded in plan.json"}
+AS_HASH: Any = {"resume": "recorded as the sha256 of what it names"}
+AS_FOR: Any = {"resume": "recorded as 'for'"}
 COMMON: Any = {"common": True}  # what most people give: shown first
 ARGUMENT: Any = {"argument": True}
 ARGUMENTS: Any = {"argument": True, "many": True}  # several words on the command line

@@ -7,8 +7,11 @@ from pydantic import Field, field_validator, model_validator
 
 from xtoken.schemas.codecs import CODECS, CodecSettings, foreign_fields, known_codec, settings_of
 from xtoken.schemas.configs.base import (
+    AS_HASH,
     COMMON,
     CORPUS,
+    IN_PLAN,
+    MAY_CHANGE,
     OUT_FOLDER,
     OUT_LOG,
     PLACE,
@@ -39,23 +42,30 @@ class CorpusConfig(Config):
     """Which documents are read, and what happens to bad ones."""
 
     corpus: str = argument(
-        "File, folder or fsspec URL: .jsonl[.zst|.gz], .parquet, .arrow, .txt, .md, or a saved Hugging Face dataset."
+        "File, folder or fsspec URL: .jsonl[.zst|.gz], .parquet, .arrow, .txt, .md, or a saved Hugging Face dataset.",
+        PLACE | IN_PLAN,
     )
-    text_field: str = Field("text", description="Field or column that holds the text.", json_schema_extra=CORPUS)
+    text_field: str = Field(
+        "text", description="Field or column that holds the text.", json_schema_extra=CORPUS | IN_PLAN
+    )
     id_field: str | None = Field(
         None,
         description="Field with a unique document id; else file name and record number.",
-        json_schema_extra=CORPUS | COMMON,
+        json_schema_extra=CORPUS | COMMON | IN_PLAN,
     )
     split: list[str] = Field(
         default=[TRAIN],
         description="Files of a folder that are read: train (and those that name no split), validation, test, all; "
         "only: whichever split there is, if it is one.",
-        json_schema_extra=CORPUS,
+        json_schema_extra=CORPUS | IN_PLAN,
     )
-    limit: int | None = Field(None, ge=1, description="Read only the first N documents.", json_schema_extra=CORPUS)
+    limit: int | None = Field(
+        None, ge=1, description="Read only the first N documents.", json_schema_extra=CORPUS | IN_PLAN
+    )
     on_bad: Literal["stop", "skip"] = Field(
-        "stop", description="A bad document stops the run, or is counted and skipped.", json_schema_extra=CORPUS
+        "stop",
+        description="A bad document stops the run, or is counted and skipped.",
+        json_schema_extra=CORPUS | IN_PLAN,
     )
 
     @field_validator("split")
@@ -84,7 +94,7 @@ class RowsConfig(CorpusConfig):
         "stop",
         description="Text that looks rendered by a chat template, by the teacher's control tokens in it, stops the run "
         "or is taken as text.",
-        json_schema_extra=CORPUS,
+        json_schema_extra=CORPUS | MAY_CHANGE,
     )
     codec: str = Field(
         "topk",
@@ -121,22 +131,24 @@ class RowsConfig(CorpusConfig):
         None,
         ge=1,
         description="Workers, one engine each; left out: 1, or as many as a Ray cluster has GPUs for.",
-        json_schema_extra=RUN,
+        json_schema_extra=RUN | MAY_CHANGE,
     )
     tensor_parallel: int = Field(
-        1, ge=1, description="vllm: GPUs of one machine that share one teacher.", json_schema_extra=TEACHER
+        1, ge=1, description="vllm: GPUs of one machine that share one teacher.", json_schema_extra=TEACHER | MAY_CHANGE
     )
     gpu_memory: float | None = Field(
         None,
         gt=0.0,
         le=1.0,
         description="vllm: share of a GPU's memory that one engine may take; left out: all but what logits need.",
-        json_schema_extra=TEACHER,
+        json_schema_extra=TEACHER | MAY_CHANGE,
     )
     shard_bytes: int = Field(
-        1 << 20, ge=1, description="Text per shard in bytes: what one crash can cost.", json_schema_extra=RUN
+        1 << 20, ge=1, description="Text per shard in bytes: what one crash can cost.", json_schema_extra=RUN | IN_PLAN
     )
-    batch_tokens: int = Field(2048, ge=1, description="Teacher tokens per forward call.", json_schema_extra=TEACHER)
+    batch_tokens: int = Field(
+        2048, ge=1, description="Teacher tokens per forward call.", json_schema_extra=TEACHER | MAY_CHANGE
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU, bfloat16 on GPU.", json_schema_extra=TEACHER
     )
@@ -145,9 +157,11 @@ class RowsConfig(CorpusConfig):
         description="Also store the exact normaliser at these temperatures, such as 2,4 (needs full rows: hf).",
         json_schema_extra=ROWS,
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...", json_schema_extra=TEACHER)
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...", json_schema_extra=TEACHER | MAY_CHANGE)
     revision: str | None = Field(None, description="Revision of a hub model.", json_schema_extra=TEACHER)
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model.", json_schema_extra=TEACHER)
+    trust_remote_code: bool = Field(
+        False, description="Run code that comes with the model.", json_schema_extra=TEACHER | MAY_CHANGE
+    )
 
     @classmethod
     def settings_of(cls, record: dict[str, Any]) -> dict[str, Any] | None:
@@ -216,73 +230,76 @@ class PrecomputeConfig(RowsConfig):
         "",
         description="Folder or URL of the capture; the same command resumes. Several teachers: a folder each below. "
         "Needed but for --dry-run, which without it counts all of the corpus as left.",
-        json_schema_extra=OUT_FOLDER,
+        json_schema_extra=OUT_FOLDER | MAY_CHANGE,
     )
     student: str | None = Field(
         None,
         description="Tokenizer of an intended student: checked on every sample while the teacher runs.",
-        json_schema_extra=PLACE | ROWS,
+        json_schema_extra=PLACE | ROWS | AS_HASH,
     )
     ray: str | None = Field(
         None,
         description="Run workers on Ray: local (started here), auto (the cluster this runs on), or HOST:PORT.",
-        json_schema_extra=RUN | COMMON,
+        json_schema_extra=RUN | COMMON | MAY_CHANGE,
     )
     gpus_per_worker: float | None = Field(
         None,
         ge=0.0,
         description="GPUs that Ray gives a worker, such as 0.5; left out: --tensor-parallel, or 0 on CPU.",
-        json_schema_extra=RUN,
+        json_schema_extra=RUN | MAY_CHANGE,
     )
     lease_seconds: float = Field(
         900.0,
         gt=0.0,
         allow_inf_nan=False,
         description="A worker without progress for so long loses its shards.",
-        json_schema_extra=RUN,
+        json_schema_extra=RUN | MAY_CHANGE,
     )
     cell: str | None = Field(
         None,
         description="I/N: run only every Nth shard, from the Ith; N independent runs may fill one --out.",
-        json_schema_extra=RUN,
+        json_schema_extra=RUN | MAY_CHANGE,
     )
     audit: Literal["path", "hf", "none"] = Field(
         "path",
         description="Each worker checks rows of its own: path (the engine's other way out), hf (transformers).",
-        json_schema_extra=RUN,
+        json_schema_extra=RUN | MAY_CHANGE,
     )
     audit_rows: int = Field(
-        200, ge=1, description="Rows that each worker's audit looks at, at least.", json_schema_extra=RUN
+        200, ge=1, description="Rows that each worker's audit looks at, at least.", json_schema_extra=RUN | MAY_CHANGE
     )
     dry_run: bool = Field(
         False,
         description="Print the plan with tokens, bytes, hours and cost; write nothing.",
-        json_schema_extra=RUN | COMMON,
+        json_schema_extra=RUN | COMMON | MAY_CHANGE,
     )
     gpu_price: float | None = Field(
-        None, ge=0.0, description="Price of one GPU hour, for the cost under --dry-run.", json_schema_extra=RUN
+        None,
+        ge=0.0,
+        description="Price of one GPU hour, for the cost under --dry-run.",
+        json_schema_extra=RUN | MAY_CHANGE,
     )
     pilot: bool = Field(
         False,
         description="With --dry-run: also show what its pilot found: bytes of each column, 95 % intervals, what the "
         "codec keeps.",
-        json_schema_extra=RUN,
+        json_schema_extra=RUN | MAY_CHANGE,
     )
     pilot_tokens: int = Field(
         PILOT_TOKENS,
         ge=1,
         description="With --dry-run: teacher tokens that are really scored, taken evenly from the corpus.",
-        json_schema_extra=RUN,
+        json_schema_extra=RUN | MAY_CHANGE,
     )
     like: str | None = Field(
         None,
         description="With --dry-run: take bytes from this capture and run no teacher; speed is then unknown.",
-        json_schema_extra=PLACE | RUN,
+        json_schema_extra=PLACE | RUN | MAY_CHANGE,
     )
     log: str | None = Field(
         None,
         description="File for one JSON line per event; left out: log.jsonl in a local --out, none elsewhere.",
-        json_schema_extra=OUT_LOG | RUN,
+        json_schema_extra=OUT_LOG | RUN | MAY_CHANGE,
     )
 
     @property

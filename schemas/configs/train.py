@@ -9,6 +9,7 @@ from xtoken.schemas.configs.base import (
     ARGUMENTS,
     COMMON,
     DETAILS,
+    MAY_CHANGE,
     OUT_FOLDER,
     OUT_PAGE,
     PLACE,
@@ -100,17 +101,23 @@ class StudentGroup(Config):
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     lora: int | None = Field(None, ge=1, description="Train LoRA adapters of this rank (peft) instead of all weights.")
     lora_alpha: float | None = Field(None, gt=0.0, description="LoRA's alpha; twice the rank when left out.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...", json_schema_extra=MAY_CHANGE)
     autocast: Literal["auto", "none", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, none on CPU.")
     parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="Under torchrun: ddp keeps the model on every rank, fsdp (FSDP2) shards it."
+        "ddp",
+        description="Under torchrun: ddp keeps the model on every rank, fsdp (FSDP2) shards it.",
+        json_schema_extra=MAY_CHANGE,
     )
     activation_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory."
+        False, description="Recompute activations in the backward pass: less memory.", json_schema_extra=MAY_CHANGE
     )
-    compile: bool = Field(False, description="Compile the student's layers with torch.compile.")
+    compile: bool = Field(
+        False, description="Compile the student's layers with torch.compile.", json_schema_extra=MAY_CHANGE
+    )
     kernel: Literal["auto", "eager", "liger"] = Field(
-        "auto", description="Kernel of --loss ce on CUDA; auto: Liger where it is installed, else eager blocks."
+        "auto",
+        description="Kernel of --loss ce on CUDA; auto: Liger where it is installed, else eager blocks.",
+        json_schema_extra=MAY_CHANGE,
     )
 
     @model_validator(mode="after")
@@ -141,7 +148,7 @@ class DataGroup(Config):
 
     targets: list[str] = Field(
         description="Folders or URLs written by 'xtoken align', one per teacher, separated by commas.",
-        json_schema_extra=ARGUMENT | PLACE,
+        json_schema_extra=ARGUMENT | PLACE | MAY_CHANGE,
     )
     weights: list[float] = Field(
         default=[], description="One weight per target folder, at least 0; scaled to sum to 1. Equal when left out."
@@ -155,13 +162,20 @@ class DataGroup(Config):
     step_tokens: int = Field(
         4096, ge=1, description="Student tokens per optimizer step, to the nearest sample.", json_schema_extra=COMMON
     )
-    micro_tokens: int = Field(1024, ge=1, description="Padded student tokens per forward pass; the rest accumulates.")
+    micro_tokens: int = Field(
+        1024,
+        ge=1,
+        description="Padded student tokens per forward pass; the rest accumulates.",
+        json_schema_extra=MAY_CHANGE,
+    )
     batching: Literal["auto", "pack", "pad"] = Field(
         "auto",
         description="pack: several samples in a row that cannot see each other; pad: one sample per row, rows of like "
         "length together; auto: pack where a probe of the model shows that it changes nothing.",
     )
-    decoders: int = Field(2, ge=1, description="Threads that read and decode targets ahead of the model.")
+    decoders: int = Field(
+        2, ge=1, description="Threads that read and decode targets ahead of the model.", json_schema_extra=MAY_CHANGE
+    )
     streams: int | None = Field(
         None,
         ge=1,
@@ -228,19 +242,26 @@ class OptimGroup(Config):
 class CheckpointGroup(Config):
     """What is saved, and when a run goes back or stops."""
 
-    save_every: int = Field(50, ge=1, description="Steps between checkpoints.")
-    keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
-    keep_every: int | None = Field(None, ge=1, description="Checkpoints at multiples of this many steps stay for good.")
+    save_every: int = Field(50, ge=1, description="Steps between checkpoints.", json_schema_extra=MAY_CHANGE)
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept.", json_schema_extra=MAY_CHANGE)
+    keep_every: int | None = Field(
+        None,
+        ge=1,
+        description="Checkpoints at multiples of this many steps stay for good.",
+        json_schema_extra=MAY_CHANGE,
+    )
     spike: float = Field(
         20.0,
         ge=0.0,
         description="Stop when KD or CE lies this many deviations above its median of the last 50 steps; 0: only when "
         "it is NaN or inf.",
+        json_schema_extra=MAY_CHANGE,
     )
     rollback: int = Field(
         0,
         ge=0,
         description="Go back to the last checkpoint and leave out the step at fault, this many times, before stopping.",
+        json_schema_extra=MAY_CHANGE,
     )
 
 
@@ -261,12 +282,21 @@ class ReportGroup(Config):
         description="Held-out targets: KL to the teacher and agreement before and after.",
         json_schema_extra=PLACE | COMMON,
     )
-    eval_every: int | None = Field(None, ge=1, description="Steps between evaluations on held-out data.")
-    completions: int = Field(
-        4, ge=0, description="Held-out samples whose beginning the student completes before and after."
+    eval_every: int | None = Field(
+        None, ge=1, description="Steps between evaluations on held-out data.", json_schema_extra=MAY_CHANGE
     )
-    tensorboard: bool = Field(False, description="Also write events for TensorBoard into OUT/tensorboard.")
-    wandb: str | None = Field(None, description="Also log to this project of Weights & Biases.")
+    completions: int = Field(
+        4,
+        ge=0,
+        description="Held-out samples whose beginning the student completes before and after.",
+        json_schema_extra=MAY_CHANGE,
+    )
+    tensorboard: bool = Field(
+        False, description="Also write events for TensorBoard into OUT/tensorboard.", json_schema_extra=MAY_CHANGE
+    )
+    wandb: str | None = Field(
+        None, description="Also log to this project of Weights & Biases.", json_schema_extra=MAY_CHANGE
+    )
 
 
 class TrainConfig(Config):
@@ -274,7 +304,7 @@ class TrainConfig(Config):
 
     out: str = Field(
         description="Folder for checkpoints, metrics.jsonl and the trained model; reruns resume.",
-        json_schema_extra=OUT_FOLDER | COMMON,
+        json_schema_extra=OUT_FOLDER | COMMON | MAY_CHANGE,
     )
     student: StudentGroup
     data: DataGroup

@@ -112,7 +112,7 @@ def _check_settings(config: PrecomputeConfig, folder: Folder) -> dict[str, str]:
     table = open_tokenizer(config).table
     student = load_tokenizer(config.student).table if config.student is not None else None
     settings = run_settings(config, table, student)
-    check_settings(folder, settings)
+    check_settings(folder, settings, type(config))
     return bos_figure(table.info, shown=settings["bos"])
 
 

@@ -1,0 +1,127 @@
+"""Runs that release 0.5.0 began and that were killed half-way go on; see tests/golden/make_runs.py."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import Field
+from typer.testing import CliRunner
+
+from xtoken import cli
+from xtoken.pipeline.capture.precompute import precompute
+from xtoken.pipeline.capture.run_identity import check_settings, run_settings
+from xtoken.pipeline.store import Folder
+from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.ui.config_file import read_settings
+from xtoken.schemas.ui.flags import build
+from xtoken.schemas.ui.progress import Silent
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+RECORDS = {"capture": "run.json", "targets": "align.json", "run": "run.json"}
+FINISHED = {"capture": "manifest.json", "targets": "manifest.json", "run": "summary.json"}
+# Another value of a field that decides what a run makes.
+OTHER = {"capture": "--max-tokens 32", "targets": "--entries 5", "run": "--warmup 3"}
+# What may be another at every start.
+FREE = {"capture": "--batch-tokens 64 --lease-seconds 60", "targets": "--memory-limit 2GB", "run": "--keep 2"}
+
+
+def commands() -> dict[str, str]:
+    """The command that began each run."""
+    spec = importlib.util.spec_from_file_location("make_runs", GOLDEN / "make_runs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return dict(module.COMMANDS)
+
+
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The runs and what they read, in the working folder; ``begun(name, flags)`` runs its command again."""
+    shutil.copytree(GOLDEN / "runs", tmp_path, dirs_exist_ok=True)
+    for name in ("tiny", "v4-topk", "v4-targets"):
+        shutil.copytree(GOLDEN / "captures" / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    words = commands()
+
+    def go_on(name: str, more: str = "", out: str | None = None) -> Any:
+        flags = [*words[name].split(), "--out", out or name, "--quiet", "--json", *more.split()]
+        return CliRunner().invoke(cli.app, flags)
+
+    return go_on
+
+
+def files(root: Path, below: str) -> dict[str, bytes]:
+    """Content of what lies there, but for what a kill left half written."""
+    return {path.name: path.read_bytes() for path in (root / below).glob("part-*") if path.suffix != ".tmp"}
+
+
+@pytest.mark.parametrize("name", ["capture", "targets"])
+def test_parts_are_finished(begun: Callable[..., Any], name: str) -> None:
+    root = Path(name)
+    record, before = (root / RECORDS[name]).read_bytes(), files(root, "data")
+    assert before
+    assert not (root / FINISHED[name]).exists()
+    assert begun(name, FREE[name]).exit_code == 0
+    assert (root / RECORDS[name]).read_bytes() == record
+    after = files(root, "data")
+    assert after.items() > before.items()
+    assert not list(root.rglob("*.tmp"))
+    assert begun(name, out="fresh").exit_code == 0
+    assert (Path("fresh") / RECORDS[name]).read_bytes() == record, "what is written is what 0.5.0 wrote"
+    assert files(Path("fresh"), "data") == after, "a run from its beginning gives the same bytes"
+
+
+def test_steps_are_finished(begun: Callable[..., Any]) -> None:
+    root = Path("run")
+    record = json.loads((root / "run.json").read_text())
+    assert begun("run", FREE["run"]).exit_code == 0
+    assert json.loads((root / "run.json").read_text()) == record
+    assert begun("run", out="fresh").exit_code == 0
+    fresh = json.loads((Path("fresh") / "run.json").read_text())
+    assert fresh["identity"] == record["identity"]
+    assert fresh["run_hash"] == record["run_hash"]
+    assert fresh["config"] == record["config"] | {"out": "fresh"}
+    metrics = [map(json.loads, (one / "metrics.jsonl").read_text().splitlines()) for one in (root, Path("fresh"))]
+    ours, theirs = ({line["step"]: line["loss"] for line in lines} for lines in metrics)
+    assert list(ours) == list(range(1, record["config"]["steps"] + 1))
+    assert ours == pytest.approx(theirs), "from the checkpoint on as from the beginning"
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_another_run_is_refused(begun: Callable[..., Any], name: str) -> None:
+    result = begun(name, OTHER[name])
+    assert result.exit_code == 2
+    assert "another" in result.output
+    assert OTHER[name].split()[0][2:].replace("-", "_") in result.output
+    assert not (Path(name) / FINISHED[name]).exists()
+
+
+def test_the_record_of_a_run_is_its_config_file(begun: Callable[..., Any]) -> None:
+    result = CliRunner().invoke(cli.app, ["train", "--config", "run/run.json", "--quiet", "--warmup", "3"])
+    assert "warmup=2 there, 3 now" in result.output
+
+
+class Later(PrecomputeConfig):
+    """A later release's, with a field that nobody thought of."""
+
+    forgotten: int = Field(0, description="New.")
+
+
+def test_a_field_that_came_later(begun: Callable[..., Any]) -> None:
+    """A capture of 0.5.0 has its default; with another value it is another run, to the estimate, too."""
+    words = commands()["capture"].split()[2:]
+    flags = {flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
+    config = build(Later, {"corpus": "corpus.jsonl", "out": "capture", **flags})
+    tables = load_tokenizer("tiny").table, load_tokenizer("bytes").table
+    check_settings(Folder("capture"), run_settings(config, *tables), Later)
+    with pytest.raises(XtokenError, match="forgotten: 0 there, 1 now"):
+        precompute(config.changed(forgotten=1), Silent())
+    shutil.copy("capture/run.json", "settings.json")
+    assert read_settings("settings.json", Later)["k"] == 8
