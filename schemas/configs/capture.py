@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from xtoken.schemas.codecs import CODECS, CodecSettings, foreign_fields, known_codec, registered
+from xtoken.schemas.codecs import CODECS, CodecSettings, foreign_fields, known_codec, settings_of
 from xtoken.schemas.configs.base import OUT_FOLDER, OUT_LOG, PLACE, Config, argument, ray_address
 
 TRAIN, ALL, ONLY = "train", "all", "only"
@@ -129,8 +129,7 @@ class RowsConfig(CorpusConfig):
     @property
     def codec_settings(self) -> CodecSettings:
         """``TopK(k, min_p, temperatures)``, ``Sampled(draws, seed)``, or what ``codec`` has, from the flat fields."""
-        kind = registered(self.codec).settings
-        return kind.model_construct(**{name: getattr(self, name) for name in kind.model_fields})  # already checked
+        return settings_of(self.codec, {name: getattr(self, name) for name in RowsConfig.model_fields})
 
     @model_validator(mode="after")
     def _flags_of_one_codec(self) -> "RowsConfig":
