@@ -151,7 +151,7 @@ class CodecInfo(_Record):
             if getattr(self, field) != type(self).model_fields[field].default:
                 raise ValueError(f"codec {self.name} with {field}={getattr(self, field)}, which it does not have")
         try:
-            _ = self.settings
+            type(self.settings).model_validate(self.settings.model_dump())
         except ValidationError as error:
             wrong = error.errors()[0]
             raise ValueError(f"codec {self.name} with {wrong['loc'][0]}={wrong['input']!r}: {wrong['msg']}") from error

@@ -118,7 +118,9 @@ def test_fewer_entries_are_fewer_in_common(config: PrecomputeConfig) -> None:
 def test_rows_of_the_next_token_are_refused(tmp_path: Path, codec: str) -> None:
     config = make_config(tmp_path, "bytes", codec=codec)
     precompute(config, Silent())
-    what = "of the draws are the same" if codec == "sampled" else "of the rows have the same most probable token"
+    what = (
+        "of the sampled tokens are the same" if codec == "sampled" else "of the rows have the same most probable token"
+    )
     turned = shifted if codec == "topk" else draws_of_the_next
     with pytest.raises(XtokenError, match=rf"is not what bytes gives when scored again.*{what}.*--audit none"):
         audited(config, turned)

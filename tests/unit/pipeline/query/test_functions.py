@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from xtoken.pipeline.query.functions import Lookup, Spell, UnpackRows, places, readable, steps
+from xtoken.pipeline.store.codecs import open_codec
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.manifest import CodecInfo
 
@@ -51,7 +52,7 @@ def test_steps_refuse_ends_that_do_not_fit(ends: list[int], size: int) -> None:
 
 def test_rows_are_unpacked_as_a_running_sum_says() -> None:
     kept, gap = [[2, 1], [], [3]], [[4, 8, 32], [], [0, 16, 16]]
-    unpack = UnpackRows(CodecInfo(name="topk", k=4, step=1 / 32))
+    unpack = UnpackRows(open_codec(CodecInfo(name="topk", k=4, step=1 / 32)))
     kinds = pa.list_(pa.uint8()), pa.list_(pa.uint16())
     found = unpack(lists(kept, kinds[0]), lists(gap), lists(gap, kinds[1])).to_pylist()
     assert [row["logprob"] for row in found] == [[-4 / 32, -12 / 32, -1.0], [], [0.0, -0.5, -1.0]]

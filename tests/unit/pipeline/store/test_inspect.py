@@ -43,7 +43,7 @@ def test_folders_without_a_manifest(tmp_path, capture, smollm2_dir):
 
 def test_what_is_not_ours(tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(XtokenError, match="is no capture"):
+        with pytest.raises(XtokenError, match="is not a capture"):
             inspect(str(path))
 
 
