@@ -51,6 +51,7 @@ class Student:
         inputs, positions = tensor(micro.input_BL, self.device), tensor(micro.position_BL, self.device)
         with self.precision():
             states_BLH = self.head.states(inputs, positions)
+        # padding and the last token of each sample predict nothing: the head never sees them
         return states_BLH.flatten(0, 1).index_select(0, tensor(micro.place_P, self.device))
 
     def blocks(self, micro: Micro, losses: Sequence[Loss] = ()) -> Iterator[Block]:
@@ -100,6 +101,7 @@ class Objective(torch.nn.Module):
         super().__init__()
         self.student, self.losses, self.liger = student, tuple(losses), liger
         self.model = student.model
+        # registered, so that DDP averages their gradients too; FSDP refuses learned weights when it is configured
         self.learned = torch.nn.ParameterList([p for loss in losses for p in loss.parameters()])
 
     def forward(self, work: "Callable[Concatenate[Objective, A], T]", *args: A.args, **options: A.kwargs) -> T:
@@ -124,6 +126,7 @@ def score_states(
 ) -> tuple[Tensor, Tensor]:
     """``score`` from hidden states on, [P, H], or from logits where the head is not fused."""
     head = objective.student.head
+    # autograd gives gradients to arguments only, so everything that has one is an argument
     inputs = (states_PH, head.weight_MH, head.bias_M, *objective.learned)
     value, sums = _FusedLinear.apply(objective, micro, tuple(factors), agree, *inputs)  # type: ignore[no-untyped-call]
     return value, sums
@@ -151,7 +154,7 @@ def _liger(objective: Objective, micro: Micro, states_PH: Tensor, factors: Seque
         accum_dtype=torch.float32,
     )
     sums = torch.zeros(3 + 2 * len(objective.losses), dtype=torch.float64)
-    sums[0] = float(ce.detach())
+    sums[0] = float(ce.detach())  # the other sums are of KD, of which there is none
     return ce * factors[0], sums
 
 
@@ -182,6 +185,7 @@ class _FusedLinear(torch.autograd.Function):
         grads = _Gradients(states_PH, weight_MH, bias_M, learned, ctx.needs_input_grad[4:]) if wanted else None
         sums = scorer.run(states_PH, grads)
         ctx.grads, ctx.inputs = grads, (states_PH, weight_MH, bias_M, *learned)
+        # CE and the weighted sums, in the order of the factors; in float64, and rounded once at the end
         terms = sums[: len(factors)].tolist()
         total = sum(factor * term for factor, term in zip(factors, terms, strict=True))
         ctx.mark_non_differentiable(sums)
@@ -206,6 +210,7 @@ class _Gradients:
         learned: Sequence[Tensor],
         needed: Sequence[bool],
     ) -> None:
+        # one buffer each for the whole micro-batch: blocks write to their rows of the first, and add to the others
         self.states_PH = torch.zeros_like(states_PH)
         self.like = (weight_MH, bias_M)
         self.weight_MH = _zeros(weight_MH) if needed[1] else None
@@ -277,6 +282,7 @@ class _Scorer:
             rows_PV = states_PH[:, : self.student.vocabulary]
         else:
             rows_PV = torch.nn.functional.linear(states_PH.to(weight_VH.dtype), weight_VH, bias_V)
+        # softmax and the loss are computed in float32 whatever the forward pass is in
         wide = rows_PV.to(torch.promote_types(rows_PV.dtype, torch.float32))
         return wide.detach()
 
@@ -302,6 +308,7 @@ class _Scorer:
     def _features(self, i: int, loss: FeatureLoss, feature_PF: Tensor) -> _Features:
         targets, leaf = self.micro.targets[i], feature_PF.requires_grad_()
         with torch.enable_grad():
+            # no log-probabilities: those of all positions exist at no time, and terms_of reads the features alone
             seen = view(leaf.new_zeros(0, 0), self.micro, targets, loss, (0, len(self.micro.place_P)))
             weighted, plain = _weigh(loss.terms_of(leaf, seen), targets.weight_B[targets.sample_C], loss)
             # few numbers per position, so the gradient by all of them at once fits; the way to the logits comes later
@@ -332,6 +339,7 @@ class _Scorer:
         # a loss per token is asked for blocks in which no chunk starts; there is nothing to compare there
         if self.agree and i == 0 and first < last:
             self._compare(loss.agrees(seen))
+        # a term weighs as its sample's teacher does, and belongs to the sample of its chunk, or of its position
         owner = targets.sample_C[first:last] if loss.per == "chunk" else self.micro.sample_P[block.low : block.high]
         weighted, plain = _weigh(loss.terms(seen), targets.weight_B[owner], loss)
         self.sums[1 + i] += weighted.detach()
@@ -346,6 +354,7 @@ class _Scorer:
 
 def _weigh(terms: Tensor, weight: Any, loss: Loss) -> tuple[Tensor, Tensor]:
     """Weighted and plain sum of a loss's terms, temperature squared included."""
+    # a softmax at temperature T has gradients of size 1 / T, on both sides: the factor keeps losses comparable over T
     weights = tensor(weight, terms.device).to(terms.dtype)
     return (terms * weights).sum() * loss.temperature**2, terms.sum() * loss.temperature**2
 

@@ -91,6 +91,7 @@ def _cut(rows: _Rows, loss: Loss, layout: Layout, score_R: list[float]) -> Group
     kept_C = kept_R[owner_C]
     has_target_C = loss.valid(start_C + rows.token_R[owner_C], rows.columns)
     valid_C = (end_C > start_C) & (end_C <= kept_C) & (start_C + shift >= 0) & has_target_C
+    # the token after a chunk that ends where the sample is cut is not predicted, as if the sample ended there
     next_C = np.where(end_C < kept_C, end_C + shift, -1)
     # where every chunk is valid, as nearly always, a slice makes views; a mask would copy every column
     chosen: slice | Bools = slice(None) if valid_C.all() else valid_C

@@ -42,6 +42,7 @@ def label_places(
     Returns:
         Their flat places in [P, V], V being the ``width``, and their chunks, int64 [E] each.
     """
+    # the distribution at row_C stands for its own label, so that one is no factor
     chunk_E, position_E = ranges(first_C, length_C)
     other_E = position_E != row_C[chunk_E]
     position_E, chunk_E = position_E[other_E], chunk_E[other_E]

@@ -127,6 +127,7 @@ def chunk_means(view: View) -> Tensor:
     """[C, V] mean of the log-probabilities over each chunk's positions."""
     if len(view.first_C) == len(view.logp_PV):
         return view.logp_PV
+    # a sum over a chunk's positions, added in the order of positions: the geometric mean is the mean of logarithms
     chunk_J, position_J = ranges(view.first_C, view.length_C)
     sum_CV = view.logp_PV.new_zeros(len(view.first_C), view.logp_PV.shape[1])
     sum_CV = sum_CV.index_add(0, chunk_J, view.logp_PV.index_select(0, position_J))
@@ -154,6 +155,7 @@ class _CommonAndSorted(torch.autograd.Function):
             rank_CR = rank_CR.gather(1, order_CR)
         else:
             p_CR, rank_CR = adds_CO.topk(head, dim=1)
+        # the student's largest meet the teacher's list rank by rank; what is left of the longer list meets zeros
         gap_CR = p_CR - teacher_CR[:, :head]
         adds_CO.scatter_(1, rank_CR, gap_CR.abs())
         l1_C = adds_CO.sum(1) + teacher_CR[:, head:].sum(1)

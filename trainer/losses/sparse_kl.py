@@ -42,6 +42,7 @@ def sparse_kl(
     if drop:
         logq_K, tail_logq_C = logp_PV.reshape(-1).index_select(0, place_K), None
     else:
+        # a kept id lies inside the kept set as a whole, unlike under P-KL, where W may lead a part of it elsewhere
         outside_K = torch.full_like(place_K, NOTHING, dtype=logp_PV.dtype)
         logq_K, tail_P = kept_and_tail(logp_PV, place_K, place_K, outside_K)
         tail_logq_C = tail_P if first_C is None else tail_P[first_C]

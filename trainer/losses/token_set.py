@@ -43,6 +43,7 @@ class _SetMass(torch.autograd.Function):
     def forward(
         ctx: Any, logp_PV: Tensor, member_V: Tensor, place_E: Tensor, ranks: int
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # zeros outside the set: neither the sum nor the top sees them, as long as the set has that many tokens
         p_PV = logp_PV.exp().mul_(member_V)
         top_PR, id_PR = p_PV.topk(ranks)
         ctx.save_for_backward(p_PV, top_PR, id_PR, place_E)
@@ -52,6 +53,7 @@ class _SetMass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_P: Tensor, grad_PR: Tensor, grad_E: Tensor) -> tuple[Tensor, None, None, None]:
         p_PV, top_PR, id_PR, place_E = ctx.saved_tensors
+        # d p / d log p = p, for the sum and once more for each of the top; read places add to what is there
         p_PV.mul_(grad_P[:, None]).scatter_add_(1, id_PR, grad_PR * top_PR)
         p_PV.view(-1).index_add_(0, place_E, grad_E)
         return p_PV, None, None, None
@@ -78,4 +80,5 @@ class _SetPLogP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, None]:
         p_PV, logp_PV = ctx.saved_tensors
+        # d (p log p) / d log p = p (log p + 1)
         return p_PV.mul_((logp_PV + 1).mul_(grad_P[:, None])), None
