@@ -1,18 +1,16 @@
 """Whose run a folder of targets is: align.json holds everything that decides what they say."""
 
-import json
 from typing import Any
 
-from xtoken.pipeline.capture.run_identity import read_record
+from xtoken.pipeline.capture.run_identity import create_or_compare
 from xtoken.pipeline.project.projection import Projection
 from xtoken.pipeline.store.files import Folder
 from xtoken.schemas.configs.artifacts import AlignConfig
-from xtoken.schemas.configs.identity import defaults, differences, identity
+from xtoken.schemas.configs.identity import defaults, identity
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, content_hash
 
 RUN_FILE = "align.json"
-_RECORDED = ("capture", "student", "w", "for", "unreached", "merge", "tau", "entries")  # since the first release
 
 
 def run_settings(config: AlignConfig, capture: CaptureManifest, projection: Projection) -> dict[str, Any]:
@@ -46,10 +44,8 @@ def claim(root: str, settings: dict[str, Any], model: type[AlignConfig] = AlignC
     foreign = [name for name in folder.names() if not name.endswith(".tmp")]
     if foreign and not folder.exists(RUN_FILE):
         raise XtokenError(f"{root} holds {foreign[0]} and no {RUN_FILE}: no align run wrote it; give another --out")
-    if folder.create(RUN_FILE, json.dumps(settings, indent=1).encode() + b"\n"):
-        return
-    record = read_record(folder, RUN_FILE, needed=any(name != RUN_FILE for name in foreign))
-    differ = differences(record, settings, defaults(model, _RECORDED))
+    needed = any(name != RUN_FILE for name in foreign)
+    differ = create_or_compare(folder, RUN_FILE, settings, needed=needed, absent=defaults(model))
     if differ:
         listed = ", ".join(f"{name}: {_short(there)} there, {_short(now)} now" for name, there, now in differ)
         raise XtokenError(f"{root} belongs to another align run ({listed}); give another --out, or remove that folder")

@@ -1,7 +1,7 @@
 """What makes two runs the same run, and the records that keep different ones out of one folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -11,7 +11,7 @@ from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.teachers.base import shows_bos
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.capture import PrecomputeConfig, RowsConfig
-from xtoken.schemas.configs.identity import defaults, differences, identity
+from xtoken.schemas.configs.identity import Difference, defaults, differences, identity
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.manifest import MANIFEST, CodecInfo, EngineSettings, TeacherInfo, digest
@@ -108,7 +108,9 @@ def check_settings(folder: Folder, settings: dict[str, Any], model: type[Precomp
     """
     _refuse_foreign(folder)
     if folder.exists(RUN_FILE):
-        _compare(folder, RUN_FILE, settings, absent=defaults(model, _RECORDED))
+        differ = _compared(folder, RUN_FILE, settings, _needs(folder, RUN_FILE), (), defaults(model, _RECORDED))
+        if differ:
+            raise another_run(folder, [str(one) for one in differ])
 
 
 def settle_teacher(folder: Folder, info: TeacherInfo, settings: Mapping[str, Any] | None = None) -> TeacherInfo:
@@ -222,29 +224,60 @@ def another_run(folder: Folder, differ: list[str]) -> XtokenError:
     )
 
 
+def create_or_compare(
+    folder: Folder,
+    name: str,
+    now: Mapping[str, Any],
+    *,
+    needed: bool,
+    free: Collection[str] = (),
+    absent: Mapping[str, Any] = _NOTHING,
+) -> list[Difference] | None:
+    """Write a record of whose run a folder is, or compare with the one that is there.
+
+    Args:
+        folder: the run's.
+        name: of the record.
+        now: what it says of this run.
+        needed: see ``read_record``.
+        free: names that may differ.
+        absent: what a record means that lacks a name.
+
+    Returns:
+        What differs; None when the record was written. What only the record has is of a later release, and differs.
+
+    Raises:
+        VerificationError: the record that is there is damaged.
+    """
+    if folder.create(name, json.dumps(now, indent=1).encode() + b"\n"):
+        return None
+    return _compared(folder, name, now, needed, free, absent)
+
+
+def _compared(
+    folder: Folder, name: str, now: Mapping[str, Any], needed: bool, free: Collection[str], absent: Mapping[str, Any]
+) -> list[Difference]:
+    there = read_record(folder, name, needed=needed)
+    return differences(there, {key: now.get(key) for key in sorted({*there, *now}.difference(free))}, absent)
+
+
 def _settle(
     folder: Folder, name: str, now: dict[str, Any], free: tuple[str, ...] = (), absent: Mapping[str, Any] = _NOTHING
 ) -> bool:
-    """Write a record, or compare with the one that is there in all but what is ``free``; whether it was written."""
-    if folder.create(name, json.dumps(now, indent=1).encode() + b"\n"):
-        return True
-    _compare(folder, name, now, free, absent)
-    return False
+    """Write a record, or compare with the one that is there; whether it was written."""
+    needed = _needs(folder, name)
+    differ = create_or_compare(folder, name, now, needed=needed, free=free, absent=absent)
+    if differ:
+        raise another_run(folder, [str(one) for one in differ])
+    return differ is None
+
+
+def _needs(folder: Folder, name: str) -> bool:
+    """Whether a record is: without run.json, what lies there would be somebody else's; others are made again."""
+    return name == RUN_FILE and any(one in _FOREIGN for one in folder.names())
 
 
 def _refuse_foreign(folder: Folder) -> None:
     known = {name for name in folder.names() if name in _FOREIGN}
     if known and not folder.exists(RUN_FILE):
         raise XtokenError(f"{folder.root} holds {sorted(known)[0]!r} but no capture; use another --out")
-
-
-def _compare(
-    folder: Folder, name: str, now: dict[str, Any], free: tuple[str, ...] = (), absent: Mapping[str, Any] = _NOTHING
-) -> None:
-    # without run.json, what lies there would be somebody else's; other records are made again
-    needed = name == RUN_FILE and any(one in _FOREIGN for one in folder.names())
-    there = read_record(folder, name, needed=needed)
-    keys = sorted({*there, *now}.difference(free))  # what only the record has is of a later release
-    differ = differences(there, {key: now.get(key) for key in keys}, absent)
-    if differ:
-        raise another_run(folder, [str(one) for one in differ])

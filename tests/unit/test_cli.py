@@ -1,6 +1,7 @@
 """The command line: frozen flags, help that teaches, exit codes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,18 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
     result = RUNNER.invoke(cli.app, [*verb.split(), "--help"])
     assert result.exit_code == 0
     assert f"Example: xtoken {verb}" in " ".join(result.output.split())
+
+
+def test_help_stands_in_panels_common_flags_first() -> None:
+    """The first panel holds what most people give, the last what losses leave open."""
+    shown = RUNNER.invoke(cli.app, ["train", "--help"]).output
+    titles = re.findall(r"^╭─ ([A-Z][a-z ]+) ─", shown, re.M)
+    groups = ["Student", "Data", "Loss", "Optimisation", "Checkpoints", "Report"]
+    assert titles == ["Arguments", "Options", *groups, "Loss details"]
+    first = shown[shown.index("╭─ Options") : shown.index("╭─ Student")]
+    common = ("--student", "--out", "--loss", "--steps", "--lr", "--config", "--help")
+    assert [flag for flag in common if flag not in first] == []
+    assert "--alm-threshold" in shown[shown.index("╭─ Loss details") :]
 
 
 def test_a_wrong_value_names_the_flag_and_the_choices() -> None:

@@ -12,15 +12,19 @@ from pydantic import Field
 from typer.testing import CliRunner
 
 from xtoken import cli
+from xtoken.pipeline.align import run_captures
 from xtoken.pipeline.capture.precompute import precompute
 from xtoken.pipeline.capture.run_identity import check_settings, run_settings
 from xtoken.pipeline.store import Folder
 from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.train import OptimGroup, TrainConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.config_file import read_settings
 from xtoken.schemas.ui.flags import build
 from xtoken.schemas.ui.progress import Silent
+from xtoken.trainer.loop import train
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 RECORDS = {"capture": "run.json", "targets": "align.json", "run": "run.json"}
@@ -112,6 +116,37 @@ class Later(PrecomputeConfig):
     """A later release's, with a field that nobody thought of."""
 
     forgotten: int = Field(0, description="New.")
+
+
+class LaterAlign(AlignConfig):
+    """As ``Later``."""
+
+    forgotten: int = Field(0, description="New.")
+
+
+class LaterOptim(OptimGroup):
+    """As ``Later``."""
+
+    forgotten: int = Field(0, description="New.")
+
+
+class LaterTrain(TrainConfig):
+    """As ``Later``."""
+
+    optim: LaterOptim
+
+
+def test_a_field_that_came_later_to_align(begun: Callable[..., Any]) -> None:
+    places = {"captures": "v4-topk", "student": "bytes", "out": "targets"}
+    config = build(LaterAlign, read_settings("targets/align.json", LaterAlign) | places)
+    with pytest.raises(XtokenError, match="forgotten: 0 there, 1 now"):
+        run_captures(config.changed(forgotten=1), Silent())
+
+
+def test_a_field_that_came_later_to_train(begun: Callable[..., Any]) -> None:
+    config = build(LaterTrain, read_settings("run/run.json", LaterTrain))
+    with pytest.raises(XtokenError, match="forgotten=0 there, 1 now"):
+        train(config.changed(forgotten=1), load_tokenizer("bytes").table.info, [], Silent())
 
 
 def test_a_field_that_came_later(begun: Callable[..., Any]) -> None:
