@@ -240,6 +240,11 @@ class CaptureManifest(_Manifest):
         default_factory=list, max_length=MOST_AUDITS, description="of rows of the whole capture this is, or is part of"
     )
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether rows hold the codes of vocab.parquet; in version 1, which is only read, they hold teacher ids."""
+        return self.schema_version > 1
+
     @model_serializer(mode="wrap")
     def _as_its_version_has_it(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # releases that write version 2 refuse fields they do not know, and a subset of theirs stays version 2

@@ -85,7 +85,7 @@ class CaptureFolder:
         check, codec = CaptureCheck.of(manifest), open_codec(manifest.codec)
         paths = _paths(self.root, self.stack, check.file, manifest.parts)
         whole = codec.schema()
-        on_disk = {name: read_as(name) for name in whole.names} if manifest.schema_version == 1 else {}
+        on_disk = {name: read_as(name) for name in whole.names} if not manifest.has_codes else {}
         _view_of_files(session, "capture._stored", paths, whole, check.schema, on_disk)
         session.execute(f"SET VARIABLE step = CAST({manifest.codec.step!r} AS DOUBLE)")
         for name, function in row_functions(codec).items():
@@ -95,7 +95,7 @@ class CaptureFolder:
         table = load_vocab(self.root)
         manifest = self.manifest
         codes = np.arange(table.size, dtype=np.int32)
-        if manifest.schema_version > 1:
+        if manifest.has_codes:
             stored = read_codes(read_side_table(Folder(self.root), VOCAB_FILE, manifest.files))
             if stored is None or len(stored) != table.size:
                 raise VerificationError(f"{self.root} has no code for each token; fetch the artifact again")

@@ -112,7 +112,7 @@ def local_part(folder: Folder, index: int, part: Part | None = None) -> Iterator
 
 
 def ids_of_codes(root: str) -> Codes | None:
-    """int32 [U], the teacher id of each code in a capture, finished or not; None where its rows hold ids (version 1).
+    """int32 [U], the teacher id of each code in a capture, finished or not; None where its rows hold ids.
 
     Raises:
         VerificationError: vocab.parquet is missing or torn, not the one the manifest records, or its codes are not
@@ -123,7 +123,7 @@ def ids_of_codes(root: str) -> Codes | None:
         codes = read_codes(read_table(folder.url(VOCAB_FILE)))
         return None if codes is None else inverse(codes)
     manifest = read_manifest(root, CaptureManifest)
-    if manifest.schema_version == 1:
+    if not manifest.has_codes:
         return None
     codes = read_codes(read_side_table(folder, VOCAB_FILE, manifest.files))
     if codes is None or len(codes) != manifest.tokenizer.size:

@@ -207,7 +207,7 @@ def _reading(manifest: CaptureManifest) -> str:
     codec = open_codec(manifest.codec)
     first = min((part.index for part in manifest.parts), default=0)
     values = {name: repr(value) for name, value in manifest.codec} | {"part": part_name(first), "sql": "", "numpy": ""}
-    by_code = manifest.schema_version > 1  # version 1 held ids
+    by_code = manifest.has_codes
     values["ids"] = next((stored_as(name) if by_code else name for name in codec.id_columns), "")
     values["key"], values["code_note"] = ("code", _CODE_NOTE) if by_code else ("token_id", "")
     if not without_rows(manifest.left_out):
