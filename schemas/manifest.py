@@ -99,7 +99,7 @@ class TokenizerInfo(_Record):
     def _ids_exist(self) -> "TokenizerInfo":
         for name, token in (("bos_id", self.bos_id), ("eos_id", self.eos_id)):
             if token is not None and token >= self.size:
-                raise ValueError(f"{name} {token} is no id of {self.size} tokens")
+                raise ValueError(f"{name} {token} is not an id of {self.size} tokens")
         return self
 
 
@@ -300,7 +300,7 @@ class TargetManifest(_Manifest):
     @model_validator(mode="after")
     def _version_knows_set_aside(self) -> "TargetManifest":
         if self.set_aside and self.schema_version <= WHOLE_TARGETS:
-            raise ValueError(f"parts are set aside, which version {self.schema_version} does not know")
+            raise ValueError(f"parts are quarantined, which version {self.schema_version} does not know")
         return self
 
 
@@ -391,7 +391,7 @@ def read_any_manifest(root: str) -> AnyManifest:
             text = file.read(MANIFEST_BYTES + 1)
     except FileNotFoundError as error:
         raise XtokenError(
-            f"{path} does not exist: {root} is no finished artifact; run the stage that writes it to its end"
+            f"{path} does not exist: {root} is not a finished artifact; run the stage that writes it to its end"
         ) from error
     return parse_manifest(text, path)
 
@@ -423,7 +423,7 @@ def _parse(text: bytes) -> Any:
 
 
 def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number that JSON knows (NaN or inf)")
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

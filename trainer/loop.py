@@ -66,7 +66,7 @@ def train(
 
     Raises:
         XtokenError: targets, student, tokenizer and options do not fit each other, ``out`` holds another run, a loss
-            is no number or far above what is usual, or the disk is full. The last checkpoint stays.
+            is NaN or inf, or far above what is usual, or the disk is full. The last checkpoint stays.
     """
     require_trackers(config.report)
     if config.student.lora is not None:

@@ -56,7 +56,7 @@ def run_captures(config: AlignConfig, progress: Progress) -> dict[str, Any]:
         Figures of the targets; of several, a row for each, and what they have in common.
 
     Raises:
-        PartlyDone: one of several captures failed, or parts were set aside; the other targets stand.
+        PartlyDone: one of several captures failed, or parts were quarantined; the other targets stand.
         XtokenError: as ``align``; or several captures have nothing in common, or cannot be told apart.
     """
     if not config.captures:

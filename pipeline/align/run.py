@@ -209,7 +209,7 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
     seal(config.out)
     if failed:
         raise IncompleteRun(
-            f"{_failed(run, failed)}\nthey are quarantined (set aside), and the targets are finished without them: "
+            f"{_failed(run, failed)}\nthey are quarantined, and the targets are finished without them: "
             "mend the capture and run the same command again to try them once more"
         )
     return manifest

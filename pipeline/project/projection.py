@@ -36,7 +36,7 @@ class Projection:
         weight: float32 [N]; the weights of a row sum to 1.
         kind: int8 [N], index into ``KINDS``.
         common: bool [N], the pair is in H-KL's common set C.
-        unreached: int32 [R], ascending; every teacher id that is no column of W.
+        unreached: int32 [R], ascending; every teacher id that is not a column of W.
         moved_to: int32 [R], the reached teacher id that takes its mass, or ``TO_REST``.
     """
 

@@ -57,7 +57,7 @@ def query(config: QueryConfig) -> dict[str, Any]:
         ``rows``, or with ``out`` where they are.
 
     Raises:
-        XtokenError: the folder is no capture and no targets, the SQL does not run, or the memory does not do.
+        XtokenError: the folder holds neither a capture nor targets, the SQL fails, or the memory does not suffice.
         VerificationError: a file that the query reads is damaged.
     """
     refuse_other_suffix(config.out)

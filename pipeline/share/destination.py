@@ -149,7 +149,7 @@ class HubDestination(Destination):
         super().__init__(root)
         found = _HUB.fullmatch(root)
         if found is None:
-            raise XtokenError(f"{root} is no dataset of the hub; write hf://datasets/OWNER/NAME")
+            raise XtokenError(f"{root} is not a dataset of the hub; write hf://datasets/OWNER/NAME")
         self._repository, self._revision = found[1], found[2]
         self._prefix = f"{found[3]}/".lstrip("/")
         self._api = api

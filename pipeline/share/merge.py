@@ -2,7 +2,7 @@
 
 Of one plan (equal run): the union of the parts, by number. Of different documents: everything that decides what a row
 says must be equal and no sample may be in two of them; parts are numbered anew in the order of the sources, with the
-shards that were set aside. Parts of captures whose vocabulary has other codes are written anew, the others copied.
+shards that were quarantined. Parts of captures whose vocabulary has other codes are written anew, the others copied.
 
 Not compared, since they move no row by more than rounding: device, versions of the engine, how many devices, and the
 model's name where both know the hashes of its configuration and weights; the result names them all. A joined capture of
@@ -70,7 +70,7 @@ class _Source:
     """One capture to join.
 
     Attributes:
-        numbers: its parts and shards set aside -> their numbers in the result.
+        numbers: its parts and quarantined shards -> their numbers in the result.
     """
 
     root: str

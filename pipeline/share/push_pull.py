@@ -157,11 +157,11 @@ def _sides(source: Folder, manifest: AnyManifest) -> list[SideFile]:
     """The tables every artifact of this kind has.
 
     Raises:
-        VerificationError: the manifest does not record one, or records what is no file of ours.
+        VerificationError: the manifest does not record one, or records what is not a file of ours.
     """
     names = SIDE_FILES[manifest.kind]
     for name in sorted(set(manifest.files) - set(names)):
-        raise VerificationError(f"the manifest in {source.root} names {name!r}, which is no file of {manifest.kind}")
+        raise VerificationError(f"the manifest in {source.root} names {name!r}, which is not a file of {manifest.kind}")
     for name in names:
         if name not in manifest.files:
             raise VerificationError(f"the manifest in {source.root} records no {name}; fetch or build it again")

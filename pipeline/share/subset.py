@@ -1,7 +1,7 @@
 """True subsets: some parts, some samples, some columns, under a manifest that says so.
 
 Parts keep their numbers. A part of which samples or columns are left out is written anew, read back and counted like
-a captured one; a part without a sample left is dropped. Shards set aside at capture stay named if their number was
+a captured one; a part without a sample left is dropped. Shards quarantined at capture stay named if their number was
 asked for.
 """
 
@@ -50,7 +50,7 @@ def refuse_subset(config: PullConfig, manifest: AnyManifest) -> None:
 
 
 def chosen_parts(ranges: str | None, parts: Sequence[Part], set_aside: Sequence[int] = ()) -> list[Part]:
-    """The parts of ranges such as 0-9,12; numbers set aside at capture may be among them.
+    """The parts of ranges such as 0-9,12; numbers quarantined at capture may be among them.
 
     Raises:
         XtokenError: a number that is no part, or a range that runs backwards.
@@ -73,7 +73,7 @@ def chosen_parts(ranges: str | None, parts: Sequence[Part], set_aside: Sequence[
         wanted |= inside
     found = [part for part in parts if part.index in wanted]
     if not found:
-        raise XtokenError(f"--parts {ranges} names only shards that the capture set aside; choose other parts")
+        raise XtokenError(f"--parts {ranges} names only shards that the capture quarantined; choose other parts")
     return found
 
 
@@ -123,7 +123,7 @@ def subset_manifest(config: PullConfig, manifest: CaptureManifest) -> CaptureMan
 
 
 def chosen_numbers(ranges: str | None, manifest: CaptureManifest) -> set[int]:
-    """Shards set aside that a choice of parts includes."""
+    """Quarantined shards that a choice of parts includes."""
     if ranges is None:
         return set(manifest.set_aside)
     spans = [(int(low), int(high or low)) for low, _, high in (item.partition("-") for item in ranges.split(","))]
@@ -207,7 +207,7 @@ class CaptureRewrite:
         """Write ``out`` from the local file ``source``; None when no sample is left.
 
         Raises:
-            VerificationError: the source is no part of this capture.
+            VerificationError: the source is not part of this capture.
             XtokenError: the condition fails on a sample.
         """
         check = CaptureCheck.of(self.manifest.model_copy(update={"left_out": list(self.left_out)}))

@@ -175,5 +175,5 @@ def ray_address(value: str | None) -> str | None:
             "submit the command to the cluster with 'ray job submit' and say --ray auto"
         )
     if value is not None and value not in ("local", "auto") and re.fullmatch(r"[^/:\s]+:\d+", value) is None:
-        raise ValueError(f"{value!r} is no address; say local, auto or HOST:PORT")
+        raise ValueError(f"{value!r} is not an address; say local, auto or HOST:PORT")
     return value

@@ -317,14 +317,14 @@ class PrecomputeConfig(RowsConfig):
             return None
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", value)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise ValueError(f"{value!r} is no cell; write 1/8, 2/8, ... 8/8")
+            raise ValueError(f"{value!r} is not a cell; write 1/8, 2/8, ... 8/8")
         return value
 
     @field_validator("log")
     @classmethod
     def _can_be_appended_to(cls, value: str | None) -> str | None:
         if value is not None and "://" in value:
-            raise ValueError(f"{value!r} is no local file, and nothing can be appended to others; name a local one")
+            raise ValueError(f"{value!r} is not a local file, and nothing can be appended to others; name a local one")
         return value
 
     _an_address = field_validator("ray")(ray_address)

@@ -29,7 +29,7 @@ class PullConfig(Config):
     @classmethod
     def _ranges(cls, value: str | None) -> str | None:
         if value is not None and PART_RANGES.fullmatch(value.replace(" ", "")) is None:
-            raise ValueError(f"{value!r} is no list of parts; write it like 0-9,12")
+            raise ValueError(f"{value!r} is not a list of parts; write it like 0-9,12")
         return None if value is None else value.replace(" ", "")
 
     @field_validator("columns")
@@ -48,7 +48,9 @@ def _licenses(value: list[str]) -> list[str]:
     for item in value:
         name, _, identifier = item.partition("=")
         if name not in LICENSED or not identifier.strip():
-            raise ValueError(f"{item!r} is no licence; write corpus=ID,outputs=ID with identifiers such as cc-by-4.0")
+            raise ValueError(
+                f"{item!r} is not a licence; write corpus=ID,outputs=ID with identifiers such as cc-by-4.0"
+            )
     if value and sorted(item.partition("=")[0] for item in value) != sorted(LICENSED):
         raise ValueError(f"--license {','.join(value)}: both are needed once, as in corpus=cc-by-4.0,outputs=gemma")
     return value

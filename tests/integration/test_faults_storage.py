@@ -57,7 +57,7 @@ def become_alpha(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     for name, value in S3Server(endpoint).environment("alpha").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    # clients are kept by what they were made with, which the environment is no part of
+    # clients are kept by what they were made with, which the environment is not part of
     s3fs.S3FileSystem.clear_instance_cache()
     yield
     s3fs.S3FileSystem.clear_instance_cache()
@@ -81,7 +81,7 @@ def test_a_storm_of_faults_changes_nothing(undisturbed, proxy, tmp_path, figure)
     assert sum(proxy.happened.values()) >= ENOUGH
     assert {rule.name for rule in storm(1.0)} <= set(proxy.happened), "every kind of fault was met"
     same_as(Path(undisturbed.out), fetch(Folder(config.out), tmp_path / "fetched"))
-    figure(f"storage: a capture under {counted(proxy)}: same bytes, nothing set aside")
+    figure(f"storage: a capture under {counted(proxy)}: same bytes, nothing quarantined")
 
 
 @pytest.mark.usefixtures("direct")

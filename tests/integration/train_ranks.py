@@ -23,7 +23,7 @@ from xtoken.trainer.step import Figures
 
 
 def poison(at: int) -> None:
-    """Call number ``at`` of ``run_step`` on this rank gives a CE that is no number."""
+    """Call number ``at`` of ``run_step`` on this rank gives a CE of NaN."""
     real, calls = loop.run_step, 0
 
     def poisoned(*args: Any, **options: Any) -> Figures:

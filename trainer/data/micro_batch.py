@@ -71,7 +71,7 @@ def make_micro(rows: Sequence[Sequence[Sample]], width: int, losses: Sequence[Lo
     input_BL, position_BL = np.zeros((2, len(rows), width), np.int64)
     input_BL.flat[place_P] = np.concatenate([sample.sequence[:-1] for sample in samples])
     position_BL.flat[place_P] = rising_P - np.repeat(start_B[:-1], length_B)
-    # padding counts from 0: it is no continuation of the sample before it, and positions stay within the context
+    # padding counts from 0: it is not a continuation of the sample before it, and positions stay within the context
     for row, used in enumerate(used_R.tolist()):
         position_BL[row, used:] = rising_P[: width - used] if width - used <= len(rising_P) else range(width - used)
     return Micro(

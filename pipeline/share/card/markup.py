@@ -1,4 +1,4 @@
-"""Words of strangers made harmless: model names and sources stand in a card as text and can be nothing else."""
+"""Untrusted words made harmless: model names and sources stand in a card as text and can be nothing else."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""A step that is no number or far above the last ones is stopped, and its worst samples are named."""
+"""A step of NaN or inf, or far above the last ones is stopped, and its worst samples are named."""
 
 import json
 import math

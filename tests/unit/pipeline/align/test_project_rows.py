@@ -87,7 +87,7 @@ def test_any_map_is_what_the_sql_says(nonzeros: int, most: int, closed: bool) ->
 
 
 def _cells(found: list[tuple[Any, ...]]) -> dict[tuple[int, int | None], float]:
-    """Log-probabilities by chunk and target; a REST of nothing is no cell."""
+    """Log-probabilities by chunk and target; a REST of nothing is not a cell."""
     return {(chunk, to_id): logprob for chunk, to_id, logprob in found if logprob > -math.inf}
 
 

@@ -280,13 +280,13 @@ def test_a_destination_is_not_left_through_a_link(kept_capture, tmp_path):
 def test_names_in_a_manifest_are_not_followed(capture, tmp_path, name):
     manifest = json.loads((capture / "manifest.json").read_text())
     edited(capture, files=manifest["files"] | {name: "0" * 64})
-    with pytest.raises(VerificationError, match="which is no file of capture"):
+    with pytest.raises(VerificationError, match="which is not a file of capture"):
         pulled(capture, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
 def test_no_artifact_there(tmp_path):
-    with pytest.raises(XtokenError, match="is no finished artifact"):
+    with pytest.raises(XtokenError, match="is not a finished artifact"):
         pulled(tmp_path / "nothing", tmp_path / "copy")
 
 
@@ -458,5 +458,5 @@ def test_a_hub_gets_batches_and_the_same_command_goes_on(kept_capture, hub, monk
 
 @pytest.mark.parametrize("url", ["hf://team/model", "hf://datasets/alone", "hf://datasets/a/b/../c"])
 def test_other_places_of_a_hub_are_refused(url):
-    with pytest.raises(XtokenError, match="is no dataset of the hub"):
+    with pytest.raises(XtokenError, match="is not a dataset of the hub"):
         HubDestination(url, None)

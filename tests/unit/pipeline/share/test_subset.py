@@ -288,7 +288,7 @@ def test_shards_set_aside_are_named_where_their_number_was_asked_for(capture, tm
     assert pulled(capture, tmp_path / "all").set_aside == {1: "the engine died"}
     assert pulled(capture, tmp_path / "some", parts="0-1").set_aside == {1: "the engine died"}
     assert pulled(capture, tmp_path / "last", parts="2").set_aside == {}
-    with pytest.raises(XtokenError, match="set aside; choose other parts"):
+    with pytest.raises(XtokenError, match="quarantined; choose other parts"):
         pulled(capture, tmp_path / "lost", parts="1")
 
 
