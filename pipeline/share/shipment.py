@@ -75,14 +75,14 @@ def differences(there: AnyManifest, shipment: Shipment) -> list[str]:
     """How a finished artifact differs from a shipment, whoever wrote it and when; field by field."""
     wanted = shipment.manifest
     skipped = {*provenance(), "parts"}
-    found = differing(there.model_dump(exclude=skipped), wanted.model_dump(exclude=skipped))
-    if not found and all(job.rewrite is None for job in shipment.parts):
+    different = differing(there.model_dump(exclude=skipped), wanted.model_dump(exclude=skipped))
+    if not different and all(job.rewrite is None for job in shipment.parts):
         mine = {job.index: job.part.sha256 for job in shipment.parts}
         theirs = {part.index: part.sha256 for part in there.parts}
         other = sorted(index for index in {*mine, *theirs} if mine.get(index) != theirs.get(index))
         if other:
-            found.append(f"{len(other)} parts, the first is part {other[0]}")
-    return found
+            different.append(f"{len(other)} parts, the first is part {other[0]}")
+    return different
 
 
 def differing(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
@@ -96,11 +96,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def refuse_other(root: str, found: list[str]) -> None:
+def refuse_other(root: str, different: list[str]) -> None:
     """Raise XtokenError when a destination differs from what is to be there."""
-    if found:
+    if different:
         raise XtokenError(
-            f"{root} holds another artifact ({'; '.join(found)}); give a new folder as destination, or remove that"
+            f"{root} holds another artifact ({'; '.join(different)}); give a new folder as destination, or remove that"
         )
 
 
@@ -111,9 +111,9 @@ def read_claim(folder: Folder) -> dict[str, Any]:
         XtokenError: the file that says it is damaged.
     """
     try:
-        found = json.loads(folder.read(CLAIM_FILE))
-        if isinstance(found, dict):
-            return found
+        claim = json.loads(folder.read(CLAIM_FILE))
+        if isinstance(claim, dict):
+            return claim
     except ValueError:
         pass
     raise XtokenError(f"{folder.url(CLAIM_FILE)} is damaged; remove {folder.root} and run the same command again")

@@ -172,9 +172,9 @@ class _Transfer:
                 raise XtokenError(f"{folder.url(name)} is a symbolic link; give a new folder as destination")
         names = [name for name in folder.names() if not name.endswith(".tmp")]
         if MANIFEST in names:
-            found = read_any_manifest(folder.root)
-            refuse_other(folder.root, differences(found, self.shipment))
-            return found
+            existing = read_any_manifest(folder.root)
+            refuse_other(folder.root, differences(existing, self.shipment))
+            return existing
         foreign = sorted(set(names) - _HARMLESS)
         if foreign and CLAIM_FILE not in names:
             raise XtokenError(
@@ -195,9 +195,9 @@ class _Transfer:
         sizes, records = folder.sizes(DATA), set(folder.names(COMMITS))
         jobs = [job for job in self.shipment.parts if os.path.basename(commit_name(job.index)) in records]
         listed = None if finished is None else {part.index: part for part in finished.parts}
-        found = self._each(self._record, jobs)
+        recorded = self._each(self._record, jobs)
         kept = {}
-        for job, part in zip(jobs, found, strict=True):
+        for job, part in zip(jobs, recorded, strict=True):
             wanted = job.wanted or (part if listed is None else listed.get(job.index))
             if part is not None and part == wanted and sizes.get(part_name(job.index)) == part.file_bytes:
                 kept[job.index] = part
@@ -253,8 +253,8 @@ class _Transfer:
             self.destination.write(SUMS_FILE, sums_text(self.sums))
             self.destination.write(MANIFEST, data)
             self._drop_claim()
-            found = read_any_manifest(root)
-        if found.model_dump() != manifest.model_dump():
+            existing = read_any_manifest(root)
+        if existing.model_dump() != manifest.model_dump():
             raise VerificationError(f"{root}/{MANIFEST} does not read back as written; run the same command again")
 
     def _drop_claim(self) -> None:
@@ -271,13 +271,13 @@ class _Transfer:
             if file.source is None:
                 with disk_full_named(self.destination.staging_root), open(staged, "wb") as handle:
                     handle.write(file.data)
-                found = hashlib.sha256(file.data).hexdigest()
+                sha256 = hashlib.sha256(file.data).hexdigest()
             else:
                 with reachable(file.source.root):
-                    found = fetch(file.source, file.name, staged, self._nothing)
-            if file.sha256 is not None and found != file.sha256:
-                raise VerificationError(_other(file.source, file.name, found, file.sha256))
-            self.sums[file.name] = found
+                    sha256 = fetch(file.source, file.name, staged, self._nothing)
+            if file.sha256 is not None and sha256 != file.sha256:
+                raise VerificationError(_other(file.source, file.name, sha256, file.sha256))
+            self.sums[file.name] = sha256
             with reachable(root):
                 self._put(staged, file.name)
         finally:
@@ -295,9 +295,9 @@ class _Transfer:
         staged, made = (self.destination.staging(data_name(job.index)) for _ in range(2))
         try:
             with reachable(job.source.root):
-                found = fetch(job.source, name, staged, self.meter.tell, job.part.file_bytes)
-            if found != job.part.sha256:
-                raise VerificationError(_other(job.source, name, found, job.part.sha256))
+                sha256 = fetch(job.source, name, staged, self.meter.tell, job.part.file_bytes)
+            if sha256 != job.part.sha256:
+                raise VerificationError(_other(job.source, name, sha256, job.part.sha256))
             part = self._rewritten(job, staged, made)
             if part is None:
                 return None
@@ -344,9 +344,9 @@ class _Transfer:
         return [future.result() for future in futures]
 
 
-def _other(source: Folder | None, name: str, found: str, wanted: str) -> str:
+def _other(source: Folder | None, name: str, sha256: str, wanted: str) -> str:
     where = name if source is None else source.url(name)
     return (
-        f"{where} has sha256 {found[:12]}, recorded is {wanted[:12]}: it was not copied, what is copied stays; "
+        f"{where} has sha256 {sha256[:12]}, recorded is {wanted[:12]}: it was not copied, what is copied stays; "
         "fetch or build that artifact again"
     )

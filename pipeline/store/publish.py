@@ -78,9 +78,9 @@ def publish_part(
         Unreachable: storage does not answer, and did not for minutes in which every step was tried again.
     """
     folder = Folder(root)
-    found = _reached(root, partial(read_commit, folder, index))
-    if found is not None:
-        return found
+    existing = _reached(root, partial(read_commit, folder, index))
+    if existing is not None:
+        return existing
     tmp = f"{DATA}/part-{index:05d}.{attempt or secrets.token_hex(6)}.tmp"
     try:
         with disk_full_named(root):
@@ -117,8 +117,8 @@ def _place(folder: Folder, tmp: str, part: Part, check: Check) -> Part:
     for _ in range(_PLACE_TRIES):
         if folder.place(tmp, final):
             return part
-        if (found := read_commit(folder, part.index)) is not None:
-            return found
+        if (existing := read_commit(folder, part.index)) is not None:
+            return existing
         try:
             return _describe(folder, part.index, final, check, part.counts, part.device)
         except Unreachable:
@@ -135,9 +135,9 @@ def commit(folder: Folder, part: Part) -> Part:
     record = part.model_dump_json(indent=1).encode() + b"\n"
     if folder.create(commit_name(part.index), record):
         return part
-    found = read_commit(folder, part.index)
-    assert found is not None, "a record that exists was removed by nobody of ours"
-    return found
+    existing = read_commit(folder, part.index)
+    assert existing is not None, "a record that exists was removed by nobody of ours"
+    return existing
 
 
 def read_commit(folder: Folder, index: int) -> Part | None:
@@ -166,8 +166,8 @@ def read_commit(folder: Folder, index: int) -> Part | None:
 def committed(root: str) -> dict[int, Part]:
     """All commit records below ``root``, by part number."""
     folder = Folder(root)
-    found = sorted(int(match[1]) for name in folder.names(COMMITS) if (match := _COMMIT_NAME.fullmatch(name)))
-    parts = in_parallel(partial(read_commit, folder), found, root)
+    indices = sorted(int(match[1]) for name in folder.names(COMMITS) if (match := _COMMIT_NAME.fullmatch(name)))
+    parts = in_parallel(partial(read_commit, folder), indices, root)
     return {part.index: part for part in parts if part is not None}
 
 

@@ -51,12 +51,12 @@ def read_sums(folder: Folder) -> dict[str, str]:
     """
     text = folder.read(SUMS_FILE).decode(errors="replace")
     matches = [_LINE.fullmatch(line) for line in text.split("\n")[:-1]]
-    found = {match[2]: match[1] for match in matches if match is not None}
-    if sums_text(found).decode() != text:
+    sums = {match[2]: match[1] for match in matches if match is not None}
+    if sums_text(sums).decode() != text:
         raise VerificationError(
             f"{folder.url(SUMS_FILE)} is damaged: a line is not a sha256 and a name, or out of order"
         )
-    return found
+    return sums
 
 
 def seal(root: str) -> None:
@@ -79,11 +79,11 @@ def _present(folder: Folder, manifest: AnyManifest) -> list[str]:
 def manifest_problems(folder: Folder) -> Iterator[str]:
     """Whether manifest.json contradicts SHA256SUMS, to be said before anything in it is believed."""
     try:
-        recorded, (found, _) = read_sums(folder).get(MANIFEST, "nothing"), folder.sha256(MANIFEST)
+        recorded, (actual, _) = read_sums(folder).get(MANIFEST, "nothing"), folder.sha256(MANIFEST)
     except (FileNotFoundError, VerificationError):
         return  # older, damaged or no artifact: what reads it says so
-    if found != recorded:
-        yield f"{MANIFEST}: sha256 {found[:12]}, {SUMS_FILE} says {recorded[:12]}"
+    if actual != recorded:
+        yield f"{MANIFEST}: sha256 {actual[:12]}, {SUMS_FILE} says {recorded[:12]}"
 
 
 def seal_problems(folder: Folder, manifest: AnyManifest) -> Iterator[str]:
@@ -101,9 +101,9 @@ def seal_problems(folder: Folder, manifest: AnyManifest) -> Iterator[str]:
     recorded = {data_name(part.index): part.sha256 for part in manifest.parts} | manifest.files
     small = [commit_name(part.index) for part in manifest.parts] + _present(folder, manifest)
     for name in [*small, *recorded]:
-        found = recorded.get(name) or _sum(folder, name)
-        if sums.get(name) != found and not (name in _UNSEALED_ONCE and name not in sums):
-            yield f"{name}: sha256 {found[:12]}, {SUMS_FILE} says {sums.get(name, 'nothing')[:12]}"
+        actual = recorded.get(name) or _sum(folder, name)
+        if sums.get(name) != actual and not (name in _UNSEALED_ONCE and name not in sums):
+            yield f"{name}: sha256 {actual[:12]}, {SUMS_FILE} says {sums.get(name, 'nothing')[:12]}"
     for name in sorted(set(sums) - {MANIFEST, *small, *recorded}):
         yield f"{SUMS_FILE}: {name!r} is not there, or no file of this artifact"
 

@@ -67,12 +67,12 @@ def requirements() -> list[Requirement]:
         lines = requires("xtoken") or []
     except PackageNotFoundError:
         return []
-    found = []
+    known = []
     for line in lines:
         if (match := _REQUIREMENT.fullmatch(line.strip())) is not None:
             extra = _OF_EXTRA.search(match[3] or "")
-            found.append(Requirement(match[1], match[2].strip(), extra[1] if extra else None))
-    return found
+            known.append(Requirement(match[1], match[2].strip(), extra[1] if extra else None))
+    return known
 
 
 def examine(*, online: bool = False, imports: Collection[str] = ()) -> dict[str, Any]:
@@ -175,8 +175,8 @@ def _broken(names: Collection[str]) -> dict[str, str]:
     """What importing each package raises, of those that raise."""
     there = [name for name in names if _version(name) is not None]
     with ThreadPoolExecutor(_threads()) as pool:
-        found = dict(zip(there, pool.map(_import_error, there), strict=True))
-    return {name: error for name, error in found.items() if error is not None}
+        errors = dict(zip(there, pool.map(_import_error, there), strict=True))
+    return {name: error for name, error in errors.items() if error is not None}
 
 
 def _import_error(name: str) -> str | None:
@@ -211,9 +211,9 @@ def _gpus() -> tuple[list[dict[str, str]], str | None]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return [], f"unknown: nvidia-smi does not answer ({error})"
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
-    found = [dict(zip(_GPU_COLUMNS, row, strict=True)) for row in rows if len(row) == len(_GPU_COLUMNS)]
+    gpus = [dict(zip(_GPU_COLUMNS, row, strict=True)) for row in rows if len(row) == len(_GPU_COLUMNS)]
     said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["it lists no GPU"]
-    return found, None if found else f"none: nvidia-smi says {said[0]!r}"
+    return gpus, None if gpus else f"none: nvidia-smi says {said[0]!r}"
 
 
 def _folders() -> Iterator[dict[str, Any]]:
@@ -298,13 +298,13 @@ def _problems(
 ) -> Iterator[str]:
     """What every verb stumbles over, each with the way out."""
     for name in {one.package for one in needed if one.extra is None}:
-        found = next(row for row in packages if row["package"] == name)
-        if found["state"] == "missing":
-            yield f"{name} is not installed: pip install '{name}{found['wanted']}'"
-        elif found["state"] == "unfit":
-            yield f"{name} {found['version']} is not {found['wanted']}: pip install '{name}{found['wanted']}'"
-        elif found["state"] != "ok":
-            yield f"{name} {found['version']} is {found['state']}; pip install --force-reinstall '{name}'"
+        row = next(row for row in packages if row["package"] == name)
+        if row["state"] == "missing":
+            yield f"{name} is not installed: pip install '{name}{row['wanted']}'"
+        elif row["state"] == "unfit":
+            yield f"{name} {row['version']} is not {row['wanted']}: pip install '{name}{row['wanted']}'"
+        elif row["state"] != "ok":
+            yield f"{name} {row['version']} is {row['state']}; pip install --force-reinstall '{name}'"
     if not any(row["writable"] for row in folders if row["for"] == _TEMPORARY):
         yield "no temporary folder can be written: set TMPDIR to a folder that can be written"
 
@@ -323,7 +323,7 @@ def without_command_line(error: BaseException, words: list[str]) -> str:
     line = f"error: the command line cannot be imported: {type(error).__name__}: {error}"
     if words[:1] != ["doctor"]:
         return f"{line}; 'xtoken doctor' says what is missing"
-    found = examine(imports=_COMMAND_LINE)
-    rows = [f"{row['package']} {row['version']} ({row['wanted']}): {row['state']}" for row in found["packages"]]
-    ways_out = found["problems"] or ["pip install --force-reinstall xtoken"]
-    return "\n".join([f"xtoken {found['xtoken']}", found["python"], *rows, line, *ways_out])
+    report = examine(imports=_COMMAND_LINE)
+    rows = [f"{row['package']} {row['version']} ({row['wanted']}): {row['state']}" for row in report["packages"]]
+    ways_out = report["problems"] or ["pip install --force-reinstall xtoken"]
+    return "\n".join([f"xtoken {report['xtoken']}", report["python"], *rows, line, *ways_out])
