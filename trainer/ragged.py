@@ -19,7 +19,6 @@ from xtoken.schemas.tables import target_columns
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
 Ints = NDArray[np.int64]
-Span = slice  # ``Ragged`` has a method of that name
 T = TypeVar("T")
 
 
@@ -102,11 +101,6 @@ class Ragged(Generic[T]):
         first, last = np.searchsorted(self.first_C, [low, high]).tolist()
         return first, last
 
-    def part(self: "Ragged[Array]", chunks: Span, spans: Mapping[str, Span]) -> "Ragged[Array]":
-        """Some chunks, and of each column the span of values that is theirs; views, positions counted as before."""
-        columns = {name: self.columns[name][span] for name, span in spans.items()}
-        return Ragged(self.first_C[chunks], self.length_C[chunks], self.next_C[chunks], columns, self.spec)
-
     def slice(self: "Ragged[Array]", low: int, high: int) -> "Ragged[Array]":
         """Positions ``low`` to ``high`` and the chunks that start there, counted from ``low``.
 
@@ -118,9 +112,10 @@ class Ragged(Generic[T]):
             # entries follow the axis of their count column: that of the chunks, or that of the positions
             owner, starts = spans[count], self.entry_starts[count]
             spans |= dict.fromkeys(names, slice(int(starts[owner.start]), int(starts[owner.stop])))
-        piece = self.part(chunks, spans).shifted(-low)
-        counts = {name: piece.columns[name].astype(np.int64) for name in self.spec.entries}
-        return Ragged(piece.first_C, piece.length_C, piece.next_C, {**piece.columns, **counts}, self.spec)
+        columns = {name: self.columns[name][span] for name, span in spans.items()}
+        columns |= {name: columns[name].astype(np.int64) for name in self.spec.entries}
+        piece = Ragged(self.first_C[chunks], self.length_C[chunks], self.next_C[chunks], columns, self.spec)
+        return piece.shifted(-low)
 
     @cached_property
     def entry_starts(self) -> dict[str, Ints]:

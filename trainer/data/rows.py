@@ -66,8 +66,9 @@ class GroupTargets:
 
     def row(self, row: int) -> Ragged[Array]:
         """One sample's; views."""
-        spans = {name: slice(begin_R[row], end_R[row]) for name, (begin_R, end_R) in self.bounds.items()}
-        return self.whole.part(slice(self.chunk_R[row], self.chunk_R[row + 1]), spans)
+        whole, chunks = self.whole, slice(self.chunk_R[row], self.chunk_R[row + 1])
+        columns = {name: whole.columns[name][begin[row] : end[row]] for name, (begin, end) in self.bounds.items()}
+        return Ragged(whole.first_C[chunks], whole.length_C[chunks], whole.next_C[chunks], columns, whole.spec)
 
 
 def group_targets(group: RowGroup, loss: Loss, layout: Layout) -> GroupTargets:
