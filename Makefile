@@ -15,8 +15,8 @@ demo: setup models  ## capture a real teacher, train a real student, compare
 test: setup models  ## every test, in random order; real tokenizers, real models, real engines
 	$(BIN)/pytest -n 2 --no-loadscope-reorder -p randomly --randomly-dont-reset-seed $(SEED:%=--randomly-seed=%)
 
-unit: setup models  ## the unit tests alone, in fixed order; the last lines say which cost what
-	$(BIN)/pytest -n 2 --hypothesis-profile=few --durations=25 tests/unit
+unit: setup models  ## the unit tests alone, without the costliest and with fewer examples; shows what each cost
+	$(BIN)/pytest -n 2 -m "not thorough" --hypothesis-profile=few --durations=25 tests/unit
 
 wheel: setup models  ## build wheel and sdist, install them beside others, use them outside the checkout
 	$(BIN)/python tests/wheel.py

@@ -15,7 +15,7 @@ from xtoken import cli
 from xtoken.pipeline.align import run_captures
 from xtoken.pipeline.capture.precompute import precompute
 from xtoken.pipeline.capture.run_identity import check_settings, run_settings
-from xtoken.pipeline.store import Folder
+from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig

@@ -171,6 +171,7 @@ def test_a_mean_leaves_the_chunk_out(pair: list[TextTokenizer]) -> None:
     assert found["pkl_count"][0].as_py()[1] > 0
 
 
+@pytest.mark.thorough
 def test_texts_whose_sides_begin_alike_are_not_touched(pair: list[TextTokenizer]) -> None:
     # a blank in the text, or a character that the dummy space cannot join: it is a token of its own then
     for text in (" In 1998", "\n1998"):

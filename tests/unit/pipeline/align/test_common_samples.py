@@ -60,6 +60,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
+@pytest.mark.thorough
 def test_two_captures(three: list[str]) -> None:
     a, b, _ = three
     found = compare(manifests(a, b), "1GB", Silent())

@@ -37,6 +37,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     return make
 
 
+@pytest.mark.thorough
 def test_align_and_precompute_refuse_a_narrow_head(model_folder: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Boats on the river. " * 20)
     narrow = model_folder("narrow", {"vocab_size": 257}, special=False)

@@ -345,6 +345,7 @@ def run_sql(name: str, inputs: dict[str, pa.Table]) -> dict[int, list[Any]]:
     return found
 
 
+@pytest.mark.thorough
 def test_root_and_interior_are_those_of_the_sql(pair: Pair) -> None:
     oracle, targets = run_sql("prefix", tables(pair, roots=False)), pair[2]
     ids, logprobs = iter(flat(targets, "prefix_ids")), iter(flat(targets, "prefix_logprob"))

@@ -55,6 +55,7 @@ def nfkc(tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     return str(path)
 
 
+@pytest.mark.thorough
 def test_a_normalising_student_gets_coarser_chunks_never_wrong_ones(capture: Path, nfkc: str) -> None:
     student, teacher = load_tokenizer(nfkc), load_vocab(str(capture))
     maps = Maps.of(build_w(student.table, teacher), "prefix", student.table, teacher)

@@ -305,6 +305,7 @@ def test_memory_of_a_control_group(tmp_path: Path) -> None:
     assert audit_module._group_memory(tmp_path) == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.engine
 def test_transformers_against_itself(
     tmp_path: Path, smollm2_dir: Path, figure: Callable[[str], None], monkeypatch: pytest.MonkeyPatch

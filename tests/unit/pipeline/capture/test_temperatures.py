@@ -93,6 +93,7 @@ def test_without_temperatures_nothing_changes(config, tmp_path):
     assert ours.schema.names == TAU_CODEC.schema(version=1).names
 
 
+@pytest.mark.thorough
 def test_a_killed_run_resumes_to_the_same_bytes_and_other_temperatures_are_refused(config):
     manifest = precompute(config, Silent())
     whole = files(config.out)

@@ -121,6 +121,7 @@ def _as_written(text: bytes, kind: str) -> str | None:
         return None
 
 
+@pytest.mark.thorough
 def test_pieces_against_a_slow_reference(pair: tuple[TokenTable, TokenTable, Projection]) -> None:
     student, teacher, projection = pair
     if not len(teacher.merges) or teacher.info.kind != "byte-level":

@@ -100,6 +100,7 @@ def test_every_rule_keeps_the_invariants(
     check_invariants(build_w(student, teacher, rule), student, teacher)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rule", RULES)
 def test_invariants_on_real_tokenizers(table: Callable[[str], TokenTable], rule: str) -> None:
     student, teacher = table("llama2"), table("smollm2")
@@ -196,6 +197,7 @@ def same_rows(projection: Projection, expected: dict[int, dict[int, float]]) -> 
         assert found[s] == pytest.approx(row, abs=ROUNDING)
 
 
+@pytest.mark.thorough
 def test_reverse_against_a_slow_reference(real: tuple[TokenTable, TokenTable]) -> None:
     projection = built(*real, "reverse")
     same_rows(projection, reverse_rows(*real))

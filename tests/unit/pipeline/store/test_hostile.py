@@ -49,6 +49,7 @@ def targets(tmp_path: Path) -> Path:
     return Path(shutil.copytree(GOLDEN / "v2-targets", tmp_path / "dataset"))
 
 
+@pytest.mark.thorough
 def test_a_fixed_few_hundred_of_the_fuzzer() -> None:
     records = fuzz_store.run_all(fuzz_store.SEED, list(CASES), workers=1)
     assert len(records) == len(CASES)

@@ -18,8 +18,8 @@ import transformers
 from xtoken import pipeline
 from xtoken.pipeline.align.run import align
 from xtoken.pipeline.capture import precompute
-from xtoken.pipeline.capture.estimate.pilot import estimate
-from xtoken.pipeline.executors.protocol import Job, Lease, News, Watch
+from xtoken.pipeline.capture.estimate.dry_run import dry_run
+from xtoken.pipeline.executors.protocol import Job, Lease, Message, Watch
 from xtoken.pipeline.page.sample_page import write_page
 from xtoken.pipeline.project.mass import teacher_mass
 from xtoken.pipeline.query import query
@@ -34,7 +34,7 @@ from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas import codecs
 from xtoken.schemas.codecs import CODECS, Registered
 from xtoken.schemas.configs.artifacts import AlignConfig, InspectConfig, QueryConfig
-from xtoken.schemas.configs.capture import EstimateConfig, PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.configs.share import PullConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
@@ -53,11 +53,11 @@ class Here:
         del watch
         failed: dict[int, str] = {}
 
-        def say(news: News) -> None:
-            if news.kind == "failed":
-                failed[news.shard] = str(news.error)
+        def send(message: Message) -> None:
+            if message.kind == "failed":
+                failed[message.shard] = str(message.error)
 
-        job.open().serve((Lease(shard, 1) for shard in shards), say)
+        job.open().serve((Lease(shard, 1) for shard in shards), send)
         return failed
 
 
@@ -194,8 +194,8 @@ def test_a_damaged_row_is_refused(config: PrecomputeConfig, capture: CaptureMani
 
 
 def test_an_estimate_counts_its_entries(config: PrecomputeConfig) -> None:
-    given = {name: getattr(config, name) for name in EstimateConfig.model_fields if hasattr(config, name)}
-    assert estimate(EstimateConfig(**given), Silent())["entries_per_row"] == VOCAB
+    asked = config.model_copy(update={"out": "", "dry_run": True, "pilot": True})
+    assert dry_run(asked, Silent())["entries_per_row"] == VOCAB
 
 
 def test_a_backend_without_whole_rows_is_refused(config: PrecomputeConfig) -> None:

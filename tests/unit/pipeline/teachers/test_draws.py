@@ -244,6 +244,7 @@ def save_tiny_model(folder: Path, width: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+@pytest.mark.thorough
 @pytest.mark.engine
 def test_a_real_models_draws_are_its_softmax_in_the_mean(smollm2_dir: Path) -> None:
     from transformers import AutoModelForCausalLM

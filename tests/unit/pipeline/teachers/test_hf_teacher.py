@@ -109,6 +109,7 @@ def assert_rows(rows: TeacherRows, expected_RU: NDArray[np.float64], ids: NDArra
     np.testing.assert_allclose(rows.space_logprob, space, atol=atol, rtol=0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_equal_float64_logits_whatever_the_padding(family: str, table: TokenTable, tmp_path: Path) -> None:
     folder = save_model(tmp_path, family)

@@ -98,6 +98,7 @@ def test_a_small_model_truncated_padded_and_whole(tmp_path: Path, head_scale: fl
     assert_rest(pack(rows, VOCAB, 0.0, 97), dense_RU)
 
 
+@pytest.mark.thorough
 def test_a_real_model(smollm2_dir: Path) -> None:
     tokenizer = load_tokenizer(str(smollm2_dir))
     (encoded,) = tokenizer.encode_batch([TEXT], [True], keep_text=True)

@@ -187,6 +187,7 @@ def test_layers_are_found(scratch: Callable[..., Any], family: str) -> None:
         decoder_layers(layers[0].__class__.__base__())
 
 
+@pytest.mark.thorough
 @pytest.mark.engine
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_layers_give_the_same_gradients(

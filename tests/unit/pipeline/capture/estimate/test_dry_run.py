@@ -82,6 +82,7 @@ def test_hours_and_cost_follow_from_the_pilot_and_the_fleet(flags, monkeypatch):
     assert found["cost"] == pytest.approx(found["gpu_hours"] * 3, abs=0.01)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
