@@ -149,7 +149,8 @@ def test_bad_parts_are_named_and_the_others_done(
     assert not (out / MANIFEST).exists()
     done = set(files(whole)) - {part(broken, index).name for index in bad}
     assert set(files(out)) == done
-    with pytest.raises(IncompleteRun, match=r"(?s)part 0\b.*part 4\b.*quarantined \(set aside\), and the targets are finished without"):
+    said = r"(?s)part 0\b.*part 4\b.*quarantined \(set aside\), and the targets are finished without"
+    with pytest.raises(IncompleteRun, match=said):
         align(config(broken, out, on_bad="set-aside"), Silent())
     assert all(content == files(whole)[name] for name, content in files(out).items())
     set_aside(out, bad)
