@@ -23,8 +23,6 @@ SCHEMA = LossSchema(
 class Builder(TargetBuilder):
     """Columns ``best_*``."""
 
-    needs_rows: ClassVar[bool] = True
-    needs_tail: ClassVar[bool] = True
     not_linear: ClassVar[str] = "takes the best"
     rules: ClassVar[Mapping[str, str]] = {"best_count is above 1": "best_count_high > 1"}
 

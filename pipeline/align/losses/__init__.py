@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
-from xtoken.pipeline.align.losses.base import TargetBuilder
+from xtoken.pipeline.align.losses.base import TargetBuilder, TextAlone
 from xtoken.schemas.tables import LOSSES
 
 
@@ -12,7 +12,7 @@ def builder(loss: str) -> TargetBuilder:
     """What builds the target columns of a loss of ``LOSSES``; a loss without columns has no file here."""
     schema = LOSSES[loss]
     if not schema.columns:
-        return TargetBuilder(loss)
+        return TextAlone(loss)
     module: Any = import_module(f"{__name__}.{schema.module}")
     made: TargetBuilder = module.Builder(loss)
     return made

@@ -1,5 +1,7 @@
 """ALM: the likelihood of each chunk, which all tables have, and whether a space comes after it."""
 
+from typing import ClassVar
+
 import numpy as np
 
 from xtoken.pipeline.align.chunks import chunks_per_sample
@@ -9,6 +11,9 @@ from xtoken.pipeline.store.columns import flat
 
 class Builder(TargetBuilder):
     """Column ``alm_space_logprob``, which a capture without full distributions leaves at NaN."""
+
+    needs_rows: ClassVar[bool] = False
+    needs_tail: ClassVar[bool] = False
 
     def columns(self, source: Source) -> Built:
         """Log P(starts with a space) of the distribution after each chunk, where the sample has one."""

@@ -94,7 +94,7 @@ class Source:
 
 @dataclass(frozen=True)
 class TargetBuilder:
-    """Builds the columns that one loss adds to a target table; this one adds none (``ce``).
+    """Builds the columns that one loss adds to a target table.
 
     Attributes:
         name: the loss, of ``xtoken.schemas.tables.LOSSES``.
@@ -108,8 +108,8 @@ class TargetBuilder:
     """
 
     name: str
-    needs_rows: ClassVar[bool] = False
-    needs_tail: ClassVar[bool] = False
+    needs_rows: ClassVar[bool] = True
+    needs_tail: ClassVar[bool] = True
     not_linear: ClassVar[str] = ""
     needs_prefix_maps: ClassVar[bool] = False
     rules: ClassVar[Mapping[str, str]] = {}
@@ -128,3 +128,10 @@ class TargetBuilder:
     def biased(self, config: AlignConfig) -> Sequence[str]:  # noqa: ARG002
         """Why a capture of samples cannot serve these settings, a clause each."""
         return [f"--for {self.name} {self.not_linear}"] if self.not_linear else []
+
+
+class TextAlone(TargetBuilder):
+    """A loss that adds no column (``ce``)."""
+
+    needs_rows: ClassVar[bool] = False
+    needs_tail: ClassVar[bool] = False

@@ -26,8 +26,6 @@ from xtoken.pipeline.store.columns import flat, list_lengths
 class Builder(TargetBuilder):
     """Columns ``prefix_*`` and ``child_*``."""
 
-    needs_rows: ClassVar[bool] = True
-    needs_tail: ClassVar[bool] = True
     needs_prefix_maps: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, str]] = {
         "a child range is empty or outside the student's tokens": (

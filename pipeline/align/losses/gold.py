@@ -10,8 +10,6 @@ _NAMES = ("gold_count", "gold_ids", "gold_logprob", "gold_other_count", "gold_ot
 class Builder(TargetBuilder):
     """Columns ``gold_*`` and ``factor_logprob``."""
 
-    needs_rows: ClassVar[bool] = True
-    needs_tail: ClassVar[bool] = True
     not_linear: ClassVar[str] = "compares sorted lists"
 
     def columns(self, source: Source) -> Built:

@@ -10,8 +10,6 @@ _NAMES = ("hkl_common_count", "hkl_common_ids", "hkl_common_logprob", "hkl_other
 class Builder(TargetBuilder):
     """Columns ``hkl_*``."""
 
-    needs_rows: ClassVar[bool] = True
-    needs_tail: ClassVar[bool] = True
     not_linear: ClassVar[str] = "compares sorted lists"
 
     def columns(self, source: Source) -> Built:

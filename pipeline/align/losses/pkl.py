@@ -16,7 +16,7 @@ _BIASED = {"none": "divides by what was drawn", "rest": "lets the student's tail
 class Builder(TargetBuilder):
     """Columns ``pkl_*``; options: ``--entries`` and ``--unreached``."""
 
-    needs_rows: ClassVar[bool] = True
+    needs_tail: ClassVar[bool] = False
 
     def columns(self, source: Source) -> Built:
         """Of samples, mass that no teacher token of W's takes has no cell: the student's tail mass would depend on

@@ -13,7 +13,7 @@ from xtoken.schemas.manifest import CaptureManifest, TokenizerInfo
 class Builder(TargetBuilder):
     """Columns ``skl_*``."""
 
-    needs_rows: ClassVar[bool] = True
+    needs_tail: ClassVar[bool] = False
 
     def columns(self, source: Source) -> Built:
         """See ``TargetBuilder``."""

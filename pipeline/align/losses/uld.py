@@ -11,8 +11,6 @@ from xtoken.pipeline.align.losses.base import Built, Source, TargetBuilder
 class Builder(TargetBuilder):
     """Columns ``uld_*`` and ``factor_logprob``."""
 
-    needs_rows: ClassVar[bool] = True
-    needs_tail: ClassVar[bool] = True
     not_linear: ClassVar[str] = "compares sorted lists"
 
     def columns(self, source: Source) -> Built:

@@ -29,7 +29,7 @@ def test_ce_alone_has_no_chunks(pair: Any, make_view: Any) -> None:
 
 
 def test_every_stored_loss_opens_and_reads_its_own_columns(pair: Any) -> None:
-    assert tuple(REGISTRY) == LOSSES
+    assert tuple(REGISTRY) == tuple(LOSSES)
     for name in LOSSES:
         loss = open_loss(name, pair.setup())
         assert set(loss.columns.names) <= set(targets([name]).names), name
