@@ -150,7 +150,7 @@ def test_like_a_capture_needs_no_teacher(flags, capture, folder, tmp_path):
     ("changes", "said"),
     [
         ({"k": 200, "teacher": "bytes", "max_tokens": 8, "corpus": "nowhere.jsonl"}, "nowhere.jsonl"),
-        ({"like": "nowhere"}, "no finished artifact"),
+        ({"like": "nowhere"}, "not a finished artifact"),
         ({"temperatures": [2.0], "backend": "vllm"}, "needs whole teacher rows"),
     ],
 )
