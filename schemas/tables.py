@@ -5,7 +5,7 @@ C chunks, K kept entries summed over a sample's rows or chunks. Logarithms are n
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import pyarrow as pa
@@ -198,6 +198,15 @@ class EntryTable:
     split: tuple[str, str] | None = None
 
 
+class About(NamedTuple):
+    """What ``xtoken losses`` prints of a loss."""
+
+    matches: str
+    needs_stored: str
+    use_when: str
+    source: str = ""
+
+
 @dataclass(frozen=True)
 class LossSchema:
     """Everything that the layers have to know of a loss without importing it.
@@ -207,12 +216,14 @@ class LossSchema:
         columns: those that it adds to a target table, in order.
         tables: how their entries belong together; left out: each count column alone, named without ``_count``.
         merges: values of 'xtoken align --merge' that it is defined with.
+        about: what people read of it.
     """
 
     module: str
     columns: tuple[LossColumn, ...] = ()
     tables: tuple[EntryTable, ...] = ()
     merges: tuple[str, ...] = ("first",)
+    about: About = field(kw_only=True)
 
     @property
     def entry_tables(self) -> tuple[EntryTable, ...]:
@@ -249,7 +260,11 @@ _MATCHED = ("matched", "it has a student token of equal bytes; the others are co
 _TAIL_DOC = "[C] nats: log of REST; -inf = none; NaN = unknown at this temperature, entries are then renormalised"
 # Each loss of this project by name; to add one is an entry here, a file on each side, and its options.
 LOSSES: dict[str, LossSchema] = {
-    "ce": LossSchema("ce", merges=("first", "last", "mean")),
+    "ce": LossSchema(
+        "ce",
+        merges=("first", "last", "mean"),
+        about=About("the text alone", "nothing", "the baseline to beat"),
+    ),
     "p-kl": LossSchema(
         "pkl",
         (
@@ -271,6 +286,12 @@ LOSSES: dict[str, LossSchema] = {
             LossColumn("pkl_rest_logprob", FLOATS, "chunk", _TAIL_DOC, "tail"),
         ),
         merges=("first", "mean"),
+        about=About(
+            "the student through W against the teacher's distribution, the tail as one cell",
+            "entries of reached ids, tail mass",
+            "numerals do not map one to one",
+            "arXiv 2605.21699",
+        ),
     ),
     "h-kl": LossSchema(
         "hkl",
@@ -301,6 +322,12 @@ LOSSES: dict[str, LossSchema] = {
         ),
         (EntryTable("hkl", ("hkl_common_count", "hkl_other_count"), split=_COMMON),),
         merges=("first", "mean"),
+        about=About(
+            "one-to-one pairs token by token, the others as sorted lists",
+            "entries of pairs, others sorted",
+            "numerals map one to one",
+            "arXiv 2605.21699",
+        ),
     ),
     "gold": LossSchema(
         "gold",
@@ -314,6 +341,12 @@ LOSSES: dict[str, LossSchema] = {
         ),
         (EntryTable("gold", ("gold_count", "gold_other_count"), split=_MATCHED),),
         merges=("first", "last"),
+        about=About(
+            "tokens of equal bytes by generalised JSD, the others as sorted lists",
+            "as h-kl, chunk likelihood",
+            "a baseline: strict pairs",
+            "GOLD in TRL",
+        ),
     ),
     "uld": LossSchema(
         "uld",
@@ -323,6 +356,12 @@ LOSSES: dict[str, LossSchema] = {
             _FACTOR,
         ),
         merges=("first", "last"),
+        about=About(
+            "sorted probabilities, whatever the tokens",
+            "sorted entries, likelihood",
+            "a baseline: knows no tokens",
+            "arXiv 2402.12030",
+        ),
     ),
     "alm": LossSchema(
         "alm",
@@ -337,6 +376,12 @@ LOSSES: dict[str, LossSchema] = {
             ),
         ),
         merges=("first", "last", "mean"),
+        about=About(
+            "the likelihood of each chunk of text",
+            "one number per chunk",
+            "any pair, byte students too",
+            "arXiv 2503.20083",
+        ),
     ),
     "byte-prefix": LossSchema(
         "byte_prefix",
@@ -363,6 +408,12 @@ LOSSES: dict[str, LossSchema] = {
             LossColumn("child_high", INTS, "child_count", "[K] rank after the last of them, above child_low", "ranks"),
             LossColumn("child_logprob", FLOATS, "child_count", "[K] nats: log of the group's mass", "logprob"),
         ),
+        about=About(
+            "the student's own tokens against the teacher's distribution cut at byte prefixes, inside chunks too",
+            "entries per student token",
+            "students that split words",
+            "docs/losses.md",
+        ),
     ),
     "sparse-kl": LossSchema(
         "sparse_kl",
@@ -371,6 +422,12 @@ LOSSES: dict[str, LossSchema] = {
             LossColumn("skl_ids", INTS, "skl_count", "[K] ids, most probable first", "shared ids"),
             LossColumn("skl_logprob", FLOATS, "skl_count", "[K] nats; exp sums to 1 with REST", "logprob"),
             LossColumn("skl_rest_logprob", FLOATS, "chunk", _TAIL_DOC, "tail"),
+        ),
+        about=About(
+            "the distribution itself, token by token, the tail as one cell",
+            "entries, tail mass",
+            "one shared tokenizer",
+            "docs/losses.md",
         ),
     ),
 }

@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from xtoken.pipeline.align.losses.base import Built, Source, TargetBuilder
-from xtoken.schemas.tables import FLOATS, INTS, LossColumn, LossSchema
+from xtoken.schemas.tables import FLOATS, INTS, About, LossColumn, LossSchema
 
 # What stands in ``xtoken.schemas.tables.LOSSES``.
 SCHEMA = LossSchema(
@@ -17,6 +17,7 @@ SCHEMA = LossSchema(
         LossColumn("best_logprob", FLOATS, "best_count", "[K] nats", "logprob"),
         LossColumn("best_pairs_logprob", FLOATS, "chunk", "[C] nats: log of all pairs' mass", "value", "all pairs"),
     ),
+    about=About("the best pair of each chunk", "one pair per chunk", "never"),
 )
 
 

@@ -21,11 +21,11 @@ import xtoken.trainer.loop as loop
 import xtoken.trainer.start as start
 from xtoken.schemas.configs.train import EvalConfig, TrainConfig
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.tables import LOSSES
 from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.evaluate import EvalSample, evaluate
 from xtoken.trainer.loop import train
-from xtoken.trainer.losses import REGISTRY
 from xtoken.trainer.metrics import Metrics
 from xtoken.trainer.optim import build_optimizer, learning_rate
 
@@ -74,7 +74,7 @@ def steps_of(out: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("loss", REGISTRY)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_tiny_student_learns(
     configure: Callable[..., TrainConfig], make_targets: Callable[..., str], student_info: Any, loss: str
 ) -> None:

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import xtoken.trainer.blocks as blocks_module
+from xtoken.schemas.tables import LOSSES
 from xtoken.trainer.blocks import spans, view
 from xtoken.trainer.data.batches import Loader, StepBatch
 from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.diagnosis import single_samples
-from xtoken.trainer.losses import REGISTRY, open_loss
+from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import Loss
 from xtoken.trainer.objective import Objective, Student, score
 from xtoken.trainer.ranks import Ranks
@@ -25,7 +26,7 @@ LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10]]
 FIXED = Mixing("fixed", 0.7, 0.3)
 DYNAMIC = Mixing("dynamic", 1.0, 0.1)
 ROUNDING = 1e-5  # float32 gradients summed in another order
-ALL = tuple(REGISTRY)
+ALL = tuple(LOSSES)
 OPTIONS = {"alm": {"debias": ["outcome", "merge"], "alm_threshold": 0.3}}
 
 

@@ -1,4 +1,4 @@
-"""A loss is one file and one line: a file of the tests is registered, and a student is trained with it."""
+"""A loss is one file and an entry of the schema: a file of the tests is added, and a student is trained with it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,24 +8,26 @@ import numpy as np
 import pytest
 import torch
 
+from xtoken.schemas.tables import LOSSES, About, LossSchema
+from xtoken.trainer import losses
 from xtoken.trainer.data.batches import Loader, StepBatch
 from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
-from xtoken.trainer.losses import REGISTRY, Entry, open_loss
+from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import Loss
 from xtoken.trainer.objective import Objective, Student
 from xtoken.trainer.ranks import Ranks
 from xtoken.trainer.step import Mixing, count_step, run_step
 from xtoken.trainer.student.model import load_student
 
-LINE = Entry("toy_loss", "squared distance of chunk likelihoods", "one number per chunk", "never", "")
+TOY = LossSchema("toy_loss", about=About("squared distance of chunk likelihoods", "one number per chunk", "never"))
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, pair: Any) -> Loss:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    monkeypatch.setitem(REGISTRY, "toy", LINE)
+    monkeypatch.setattr(losses, "__path__", [*losses.__path__, str(Path(__file__).parent)])
+    monkeypatch.setitem(LOSSES, "toy", TOY)
     return open_loss("toy", pair.setup())
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from xtoken.schemas.tables import LOSSES
 from xtoken.trainer.losses import reference
 from xtoken.trainer.losses.alm import alm
 from xtoken.trainer.losses.base import Entries
@@ -220,13 +221,12 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def test_every_loss_has_its_function() -> None:
-    from xtoken.trainer.losses import REGISTRY
     from xtoken.trainer.losses.ce import cross_entropy
 
     functions = FUNCTIONS | {"ce": cross_entropy}
-    assert functions.keys() == REGISTRY.keys()
+    assert functions.keys() == LOSSES.keys()
     for name, function in functions.items():
-        assert function.__module__ == REGISTRY[name].module
+        assert function.__module__ == f"xtoken.trainer.losses.{LOSSES[name].module}"
         assert function.__doc__
 
 
