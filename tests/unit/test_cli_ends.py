@@ -87,7 +87,8 @@ def test_what_nobody_expected_is_one_line(words: list[str], tmp_path: Path, monk
 
 
 def test_what_the_system_refuses_is_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xtoken.pipeline.store.inspect.inspect", Defect(PermissionError(13, "Permission denied", "/some/file")))
+    refused = Defect(PermissionError(13, "Permission denied", "/some/file"))
+    monkeypatch.setattr("xtoken.pipeline.store.inspect.inspect", refused)
     result = RUNNER.invoke(cli.app, ["inspect", "x"])
     assert (result.exit_code, result.stderr) == (2, "error: /some/file: Permission denied; check its path and rights\n")
 
