@@ -76,7 +76,7 @@ class Defect:
 @pytest.mark.parametrize("words", [[], ["--json"]])
 def test_what_nobody_expected_is_one_line(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("xtoken.pipeline.store.inspect", Defect(KeyError("why")))
+    monkeypatch.setattr("xtoken.pipeline.store.inspect.inspect", Defect(KeyError("why")))
     result = RUNNER.invoke(cli.app, ["inspect", "x", *words])
     assert result.exit_code == 1
     (file,) = tmp_path.iterdir()
@@ -87,14 +87,15 @@ def test_what_nobody_expected_is_one_line(words: list[str], tmp_path: Path, monk
 
 
 def test_what_the_system_refuses_is_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xtoken.pipeline.store.inspect", Defect(PermissionError(13, "Permission denied", "/some/file")))
+    refused = Defect(PermissionError(13, "Permission denied", "/some/file"))
+    monkeypatch.setattr("xtoken.pipeline.store.inspect.inspect", refused)
     result = RUNNER.invoke(cli.app, ["inspect", "x"])
     assert (result.exit_code, result.stderr) == (2, "error: /some/file: Permission denied; check its path and rights\n")
 
 
 def test_developers_see_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XTOKEN_TRACEBACK", "1")
-    monkeypatch.setattr("xtoken.pipeline.store.inspect", Defect(KeyError("why")))
+    monkeypatch.setattr("xtoken.pipeline.store.inspect.inspect", Defect(KeyError("why")))
     assert isinstance(RUNNER.invoke(cli.app, ["inspect", "x"]).exception, KeyError)
 
 
