@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import GeneratorType
 from typing import Any
 
-from xtoken.schemas.tables import LOSSES
+from xtoken.schemas.losses import LOSSES
 
 # (module, name in it, step). A name of a class is a method; of a table of functions, each of them.
 Steps = Sequence[tuple[str, str, str]]

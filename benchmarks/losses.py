@@ -40,7 +40,7 @@ from benchmarks.losses_dense import gradient, load_dense
 from benchmarks.losses_inputs import POSITIONS, K, prepare
 from benchmarks.machine import machine
 from xtoken.schemas.configs.train import LossOptions
-from xtoken.schemas.tables import LOSSES
+from xtoken.schemas.losses import LOSSES
 from xtoken.trainer.data.batches import Loader
 from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.micro_batch import Micro

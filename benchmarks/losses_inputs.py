@@ -27,8 +27,8 @@ from xtoken.pipeline.store.writer import Sample, capture_batch, write_parquet
 from xtoken.pipeline.teachers.logit_rows import RowReader
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig
+from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.manifest import MANIFEST, CaptureManifest, CodecInfo, CorpusInfo, TeacherInfo, provenance
-from xtoken.schemas.tables import LOSSES
 from xtoken.schemas.ui.progress import Silent
 
 CAPTURE = open_codec(CodecInfo(k=64)).schema()

@@ -25,7 +25,8 @@ from pydantic import (
 from xtoken.schemas.codecs import CodecSettings, foreign_fields, known_codec, settings_of
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.remote import open_url
-from xtoken.schemas.tables import LOSSES, OLDEST_READ, SCHEMA_VERSIONS
+from xtoken.schemas.losses import LOSSES
+from xtoken.schemas.tables import OLDEST_READ, SCHEMA_VERSIONS
 
 MANIFEST = "manifest.json"
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.schemas.tables import LOSSES
+from xtoken.schemas.losses import LOSSES
 
 _LITTLE = 0.01  # of a row: not worth a word
 

@@ -27,7 +27,7 @@ from xtoken.pipeline.align.queries import query
 from xtoken.pipeline.align.rows import Recipe
 from xtoken.pipeline.store.columns import flat, list_lengths
 from xtoken.schemas.errors import VerificationError
-from xtoken.schemas.tables import LOSSES, EntryTable, LossSchema, loss_columns
+from xtoken.schemas.losses import LOSSES, EntryTable, LossSchema, loss_columns
 
 _AS_THEY_ARE = ("sample_id", "student_ids", "student_end", "chunk_student_end", "chunk_teacher_end")
 _CONFIDENCE = ("teacher_entropy", "teacher_top1")
@@ -139,7 +139,7 @@ def _ranges(targets: pa.RecordBatch, schema: LossSchema, table: EntryTable) -> d
 def rules_of(loss: str) -> dict[str, str]:
     """What must hold of a loss's columns: a sentence, and the SQL condition under which a sample breaks it.
 
-    Follows from what the columns hold (``xtoken.schemas.tables.LOSSES``); the loss's builder may have more.
+    Follows from what the columns hold (``xtoken.schemas.losses.LOSSES``); the loss's builder may have more.
     """
     schema = LOSSES[loss]
     rules = {

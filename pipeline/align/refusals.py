@@ -14,8 +14,8 @@ from xtoken.schemas.codecs import registered
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.heads import refuse_narrow_head, stated_rows
+from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.manifest import CaptureManifest, TokenizerInfo
-from xtoken.schemas.tables import LOSSES
 
 
 def refuse_losses(config: AlignConfig, student: TokenizerInfo, capture: CaptureManifest) -> None:

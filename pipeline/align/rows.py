@@ -25,7 +25,7 @@ class Recipe:
     """What is built of the rows.
 
     Attributes:
-        losses: names of ``xtoken.schemas.tables.LOSSES``.
+        losses: names of ``xtoken.schemas.losses.LOSSES``.
         merge: how a chunk's rows become one: first | last | mean.
         tau: temperature of the targets.
         codec: how the capture stored its rows.

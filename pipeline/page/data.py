@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from xtoken.pipeline.html.visible import visible
 from xtoken.pipeline.page.sample import Sample, Targets, Vocabulary
 from xtoken.pipeline.store.codecs import open_codec
-from xtoken.schemas.tables import LOSSES, LossSchema
+from xtoken.schemas.losses import LOSSES, LossSchema
 
 UNIT = 1e-4  # nats, of everything but a capture's rows
 _UNKNOWN = "?"

@@ -17,8 +17,9 @@ from xtoken.pipeline.store.reader import ids_of_codes, load_vocab, read_side_tab
 from xtoken.pipeline.store.verify import TargetCheck
 from xtoken.schemas.configs.artifacts import InspectConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.losses import LOSSES, LossColumn, loss_columns
 from xtoken.schemas.manifest import CaptureManifest, TargetManifest, content_hash, read_any_manifest, read_manifest
-from xtoken.schemas.tables import LOSSES, VOCAB, LossColumn, loss_columns, target_columns
+from xtoken.schemas.tables import VOCAB, target_columns
 
 if TYPE_CHECKING:
     from xtoken.pipeline.project.projection import Projection

@@ -23,8 +23,9 @@ from xtoken.schemas.categories import category
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.parquet_limits import check_file, reading
 from xtoken.schemas.io.remote import open_url
+from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.manifest import CaptureManifest, Part, TargetManifest, content_hash, read_manifest
-from xtoken.schemas.tables import LOSSES, UNREACHED, VOCAB, W, read_as, targets
+from xtoken.schemas.tables import UNREACHED, VOCAB, W, read_as, targets
 
 _SQL_TYPES = {"int32": "INTEGER", "uint8": "UTINYINT", "uint16": "USMALLINT", "float": "FLOAT", "string": "VARCHAR"}
 _SQL_TYPES |= {"int16": "SMALLINT"}

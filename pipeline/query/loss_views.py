@@ -1,12 +1,12 @@
 """Views of what each loss holds, from the schema: entries, values, and the mass that its targets give student tokens.
 
-A loss that is added to ``xtoken.schemas.tables.LOSSES`` has them without a file here. Each is SQL as in ``sql/``, below
+A loss that is added to ``xtoken.schemas.losses.LOSSES`` has them without a file here. Each is SQL as in ``sql/``, below
 the same comments: a sentence, what it needs, its columns.
 """
 
 from collections.abc import Iterator
 
-from xtoken.schemas.tables import LOSSES, EntryTable, LossColumn, LossSchema
+from xtoken.schemas.losses import LOSSES, EntryTable, LossColumn, LossSchema
 
 _IDS = ("student ids", "teacher ids", "shared ids")
 # How many elements a place has, and what a place is called.

@@ -26,7 +26,7 @@ from xtoken.schemas.configs.base import (
     ray_address,
 )
 from xtoken.schemas.io.sizes import memory_size
-from xtoken.schemas.tables import LOSSES
+from xtoken.schemas.losses import LOSSES
 
 RULES = ("pieces", "first-piece", "reverse", "random")
 

@@ -16,7 +16,7 @@ from xtoken.schemas.configs.base import (
     Config,
     argument,
 )
-from xtoken.schemas.tables import LOSSES
+from xtoken.schemas.losses import LOSSES
 
 
 class LossOptions(Config):

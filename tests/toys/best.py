@@ -6,9 +6,9 @@ from typing import ClassVar
 import numpy as np
 
 from xtoken.pipeline.align.losses.base import Built, Source, TargetBuilder
-from xtoken.schemas.tables import FLOATS, INTS, About, LossColumn, LossSchema
+from xtoken.schemas.losses import FLOATS, INTS, About, LossColumn, LossSchema
 
-# What stands in ``xtoken.schemas.tables.LOSSES``.
+# What stands in ``xtoken.schemas.losses.LOSSES``.
 SCHEMA = LossSchema(
     "best",
     (

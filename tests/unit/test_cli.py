@@ -167,7 +167,7 @@ def test_held_out_text_is_of_one_split(tmp_path: Path) -> None:
 
 
 def test_losses_lists_every_loss() -> None:
-    from xtoken.schemas.tables import LOSSES
+    from xtoken.schemas.losses import LOSSES
 
     rows = json.loads(RUNNER.invoke(cli.app, ["losses", "--json"]).stdout)["losses"]
     assert [row["loss"] for row in rows] == list(LOSSES)

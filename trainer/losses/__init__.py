@@ -1,4 +1,4 @@
-"""Losses, by the file that the schema names for each (``schemas.tables.LOSSES``), imported on use.
+"""Losses, by the file that the schema names for each (``schemas.losses.LOSSES``), imported on use.
 
 A loss is one file here with ``open_loss(setup)``.
 """
@@ -6,7 +6,8 @@ A loss is one file here with ``open_loss(setup)``.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from xtoken.schemas.tables import LOSSES, target_columns
+from xtoken.schemas.losses import LOSSES
+from xtoken.schemas.tables import target_columns
 
 if TYPE_CHECKING:
     from xtoken.trainer.losses.base import Loss, LossSetup

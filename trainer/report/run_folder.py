@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.tables import LOSSES
+from xtoken.schemas.losses import LOSSES
 from xtoken.trainer.record import METRICS, RUN, identity_of
 
 SUMMARY = "summary.json"

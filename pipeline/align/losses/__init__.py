@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from xtoken.pipeline.align.losses.base import TargetBuilder, TextAlone
-from xtoken.schemas.tables import LOSSES
+from xtoken.schemas.losses import LOSSES
 
 
 def builder(loss: str) -> TargetBuilder:

@@ -1,6 +1,6 @@
 """What a loss is to align: how its target columns are built, what it refuses, and what must hold of them.
 
-A loss is one file here with a class ``Builder``, and an entry in ``xtoken.schemas.tables.LOSSES`` that names the file
+A loss is one file here with a class ``Builder``, and an entry in ``xtoken.schemas.losses.LOSSES`` that names the file
 and the columns. From what those columns hold follow the rules that every part is checked by (``checks.py``), the views
 of 'xtoken query' and the tables of a sample's page, so none of these has a list of losses.
 
@@ -97,7 +97,7 @@ class TargetBuilder:
     """Builds the columns that one loss adds to a target table.
 
     Attributes:
-        name: the loss, of ``xtoken.schemas.tables.LOSSES``.
+        name: the loss, of ``xtoken.schemas.losses.LOSSES``.
         needs_rows: it reads the teacher's distributions, which a subset may have left out.
         needs_tail: it has no meaning without the tail mass at the temperature of the targets.
         not_linear: why its targets are not linear in a distribution, as in "compares sorted lists"; samples are right

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from xtoken.schemas.configs.train import LossOptions
+from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.manifest import Part, TargetManifest, TeacherInfo, TokenizerInfo, part_name
-from xtoken.schemas.tables import LOSSES, VOCAB, W, target_columns, targets
+from xtoken.schemas.tables import VOCAB, W, target_columns, targets
 from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
 
 V, U = 24, 30

@@ -21,7 +21,7 @@ import xtoken.trainer.loop as loop
 import xtoken.trainer.start as start
 from xtoken.schemas.configs.train import EvalConfig, TrainConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.tables import LOSSES
+from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.evaluate import EvalSample, evaluate

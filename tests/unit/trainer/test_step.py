@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import xtoken.trainer.blocks as blocks_module
-from xtoken.schemas.tables import LOSSES
+from xtoken.schemas.losses import LOSSES
 from xtoken.trainer.blocks import spans, view
 from xtoken.trainer.data.batches import Loader, StepBatch
 from xtoken.trainer.data.layout import Layout

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from xtoken.schemas.tables import LOSSES, About, LossSchema
+from xtoken.schemas.losses import LOSSES, About, LossSchema
 from xtoken.trainer import losses
 from xtoken.trainer.data.batches import Loader, StepBatch
 from xtoken.trainer.data.layout import Layout

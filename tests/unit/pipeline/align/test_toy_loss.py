@@ -24,7 +24,7 @@ from xtoken.pipeline.query import query
 from xtoken.pipeline.store.inspect import inspect
 from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.artifacts import AlignConfig, InspectConfig, QueryConfig
-from xtoken.schemas.tables import LOSSES
+from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.ui.progress import Silent
 
 ROOT = Path(xtoken.__file__).parent

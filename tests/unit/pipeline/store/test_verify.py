@@ -16,8 +16,9 @@ from xtoken.pipeline.store.reader import iter_capture
 from xtoken.pipeline.store.verify import TargetCheck, verify
 from xtoken.pipeline.store.writer import write_parquet
 from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.manifest import CaptureManifest, CodecInfo, read_manifest
-from xtoken.schemas.tables import LOSSES, target_columns, targets
+from xtoken.schemas.tables import target_columns, targets
 
 CAPTURE = open_codec(CodecInfo(k=64)).schema()
 

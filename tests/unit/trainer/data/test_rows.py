@@ -9,7 +9,7 @@ import torch
 
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.errors import VerificationError
-from xtoken.schemas.tables import LOSSES
+from xtoken.schemas.losses import LOSSES
 from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.rows import NORMALISED_WITHIN
 from xtoken.trainer.data.samples import Sample, read_sample, read_samples

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from xtoken.schemas.tables import LOSSES, targets
+from xtoken.schemas.losses import LOSSES
+from xtoken.schemas.tables import targets
 from xtoken.trainer.losses import open_loss, reference
 from xtoken.trainer.losses.ce import cross_entropy
 

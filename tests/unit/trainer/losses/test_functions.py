@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xtoken.schemas.tables import LOSSES
+from xtoken.schemas.losses import LOSSES
 from xtoken.trainer.losses import reference
 from xtoken.trainer.losses.alm import alm
 from xtoken.trainer.losses.base import Entries
