@@ -24,6 +24,7 @@ def words(tmp_path):
 
 def call(*words):
     result = CliRunner().invoke(cli.app, [*words])
+    assert result.stdout, (result.exception, result.stderr)
     return result.exit_code, json.loads(result.stdout)
 
 
