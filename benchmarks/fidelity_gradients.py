@@ -17,9 +17,9 @@ from xtoken.pipeline.align.chunks import cut
 from xtoken.pipeline.align.kernels_prefix import prefix_entries
 from xtoken.pipeline.align.kernels_project import project_rows
 from xtoken.pipeline.align.kernels_targets import merged, split_targets
+from xtoken.pipeline.align.maps import Routes
 from xtoken.pipeline.align.prefix import PrefixMaps
 from xtoken.pipeline.align.rows import Rows
-from xtoken.pipeline.align.targets import Routes
 from xtoken.pipeline.corpus import Document, windows
 from xtoken.pipeline.project.build import build_w
 from xtoken.pipeline.project.projection import EXACT, Projection
