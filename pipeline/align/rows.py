@@ -102,8 +102,8 @@ class RowBatch:
         Raises:
             VerificationError: lists of a sample do not fit each other.
         """
-        rows_N, codec = list_lengths(batch, "realised_logprob"), open_codec(recipe.codec)
-        first_N = batch["first_row"].to_numpy().astype(np.int64)
+        codec, first_N = open_codec(recipe.codec), batch["first_row"].to_numpy().astype(np.int64)
+        rows_N = _rows_of(batch, first_N)
         _check_lengths(batch, rows_N, first_N, codec)
         whole = codec.whole(batch)
         plain = Rows(whole.offsets, whole.ids, whole.logprob, whole.tail_logprob, whole.p)
@@ -154,6 +154,13 @@ def merge_rows(
         return rows, np.where(start_C < 0, -1, end_C - 1)
     means = mean_rows(start_C, end_C, rows.offsets, rows.ids, rows.logprob, rows.rest, size)
     return Rows.of(*means), np.where(start_C < 0, -1, np.arange(len(start_C)))
+
+
+def _rows_of(batch: pa.RecordBatch, first_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Distributions of each sample, [N]: what two of three columns agree on, so that the odd one can be named."""
+    tokens = [list_lengths(batch, name) - first_N for name in ("teacher_ids", "teacher_end")]
+    rows_N: NDArray[np.float64] = np.median([*tokens, list_lengths(batch, "realised_logprob")], axis=0)
+    return rows_N.astype(np.int64)
 
 
 def _check_lengths(batch: pa.RecordBatch, rows_N: NDArray[np.int64], first_N: NDArray[np.int64], codec: Codec) -> None:

@@ -149,7 +149,7 @@ def read_run(root: str) -> RunRecord:
             f"{' names no loss' if run is not None else ''}; name a folder that 'xtoken train' wrote"
         )
     for loss in identity["loss"]:
-        if loss not in LOSSES:
+        if not isinstance(loss, str) or loss not in LOSSES:
             raise _wrong(f"{folder / RUN}, loss", loss, f"one of {', '.join(LOSSES)}")
     config = mapping(run.get("config", {}), f"{folder / RUN}, config") if run else {}
     seed = identity.get("seed", config.get("seed", 0))

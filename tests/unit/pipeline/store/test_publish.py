@@ -139,7 +139,7 @@ def test_records_of_another_part_or_of_nothing_are_refused(root):
     with pytest.raises(VerificationError, match="speaks of part 0"):
         committed(root)
     folder.replace(commit_name(1), json.dumps({"index": 1, "path": "../../etc/passwd"}).encode())
-    with pytest.raises(VerificationError, match="no commit record"):
+    with pytest.raises(VerificationError, match="not a commit record"):
         committed(root)
 
 
