@@ -4,6 +4,7 @@ Everything else that is raised is a defect of ours, or of a library: the command
 """
 
 import errno
+import re
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -104,7 +105,10 @@ def _file_of(error: OSError) -> str:
 def last_words(text: str) -> str:
     """One line of an error's text: of a traceback, as other processes send it, the last, else the first."""
     lines = text.strip().splitlines() or ["it says nothing more"]
-    return lines[-1 if "Traceback (most recent call last)" in text else 0].strip()[:300]
+    if "Traceback (most recent call last)" not in text:
+        return lines[0].strip()[:300]
+    named = [line for line in lines if re.match(r"[\w.]+: ", line)]  # an error's own text may have several lines
+    return (named or lines)[-1].strip()[:300]
 
 
 def _kept(error: Exception) -> str:

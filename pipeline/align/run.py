@@ -27,7 +27,7 @@ from xtoken.pipeline.store.seal import SUMS_FILE, seal
 from xtoken.pipeline.store.skip_records import SKIPPED_FILE
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
 from xtoken.schemas.configs.artifacts import AlignConfig
-from xtoken.schemas.errors import IncompleteRun, Unreachable
+from xtoken.schemas.errors import IncompleteRun, Unreachable, last_words
 from xtoken.schemas.io.remote import patiently
 from xtoken.schemas.manifest import (
     MANIFEST,
@@ -238,7 +238,7 @@ def _failed(run: _Run, failed: dict[int, str]) -> str:
 
 
 def _reason(index: int, error: str) -> str:
-    last = error.splitlines()[-1] if error else "it failed without a word"
+    last = last_words(error)
     return last if last.startswith(f"part {index} ") else f"part {index}: {last}"
 
 

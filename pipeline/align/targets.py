@@ -21,6 +21,7 @@ from xtoken.pipeline.align.losses.base import Source, Values
 from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.rows import Recipe, RowBatch
 from xtoken.pipeline.store.columns import flat, list_lengths
+from xtoken.schemas.losses import loss_columns
 from xtoken.schemas.tables import target_columns, targets
 
 
@@ -42,8 +43,10 @@ def target_batch(
     rows = RowBatch.of(batch, recipe)
     source = Source(batch, samples, maps, recipe, rows, *rows.spans(samples))
     values, counts = _base(source), _counts(source)
+    known = {column.name for column in loss_columns(recipe.losses)}
     for loss in builders(recipe.losses):
         columns, figures = loss.columns(source)
+        assert columns.keys() <= known, f"no column of the schema: {sorted(columns.keys() - known)}"
         values.update(columns)
         counts.update(figures)
     return _record_batch(values, source), counts
@@ -68,6 +71,7 @@ def _record_batch(values: Values, source: Source) -> pa.RecordBatch:
             per = next(column.axis for column in target_columns(source.recipe.losses) if column.name == axis)
             lengths[axis] = _sums(values[axis], lengths[per])
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[axis])]).astype(np.int32)
+        assert len(values[name]) == offsets[-1], f"{name} has {len(values[name])} values, not {offsets[-1]}"
         flat_values = pa.array(values[name], field.type.value_type)
         arrays.append(pa.ListArray.from_arrays(pa.array(offsets), flat_values, type=field.type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)

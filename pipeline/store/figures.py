@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from xtoken.schemas.errors import last_words
 from xtoken.schemas.manifest import AuditRecord, CaptureManifest, TargetManifest, TokenizerInfo
 
 _NAMED = 3
@@ -55,7 +56,7 @@ def target_figures(manifest: TargetManifest) -> dict[str, Any]:
         counts.update(part.counts)
     masses = {name.split("_")[1]: counts.pop(name) for name in list(counts) if name.startswith("mass_")}
     tokens = sum(part.tokens for part in manifest.parts)
-    aside = {f"part {index}": (why.splitlines() or [""])[-1] for index, why in manifest.set_aside.items()}
+    aside = {f"part {index}": last_words(why) for index, why in manifest.set_aside.items()}
     return {
         "samples": sum(part.samples for part in manifest.parts),
         "student_tokens": tokens,

@@ -60,14 +60,35 @@ def read_sums(folder: Folder) -> dict[str, str]:
 
 
 def seal(root: str) -> None:
-    """Write SHA256SUMS of a finished artifact; nothing is written where it says so already."""
+    """Write SHA256SUMS of a finished artifact; nothing is written where it says so already.
+
+    Raises:
+        VerificationError: a file that never changes once it is sealed is not what an earlier seal says: a new one would
+            hide the damage.
+    """
     folder, manifest = Folder(root), read_any_manifest(root)
+    _refuse_changed(folder, manifest)
     sums = {data_name(part.index): part.sha256 for part in manifest.parts}
     names = [MANIFEST, *SIDE_FILES[manifest.kind], *(commit_name(part.index) for part in manifest.parts)]
     sums |= {name: folder.sha256(name)[0] for name in [*names, *_present(folder, manifest)]}
     text = sums_text(sums)
     if not folder.exists(SUMS_FILE) or folder.read(SUMS_FILE) != text:
         folder.replace(SUMS_FILE, text)
+
+
+def _refuse_changed(folder: Folder, manifest: AnyManifest) -> None:
+    try:
+        sealed = read_sums(folder)
+    except (FileNotFoundError, VerificationError):
+        return  # not sealed yet, or the seal itself is what is damaged
+    lasting = [*SIDE_FILES[manifest.kind], PLAN_FILE, BAD_FILE, SKIPPED_FILE]
+    lasting += [commit_name(part.index) for part in manifest.parts]
+    changed = [name for name in lasting if name in sealed and _sum(folder, name) != sealed[name]]
+    if changed:
+        raise VerificationError(
+            f"{folder.url(changed[0])} is not what {SUMS_FILE} of the finished {manifest.kind} says: it was changed or "
+            f"removed since; fetch the {manifest.kind} again, or make it again with another --out"
+        )
 
 
 def _present(folder: Folder, manifest: AnyManifest) -> list[str]:

@@ -45,8 +45,8 @@ def count_reasons(folder: Folder, name: str) -> dict[str, int]:
             record = None
         if not isinstance(record, dict):
             raise VerificationError(
-                f"{folder.url(name)}, line {number}: expected a JSON object; fetch the file again, or remove it: it "
-                "only says why something is not there"
+                f"{folder.url(name)}, line {number}: expected a JSON object; fetch the artifact again, or run the "
+                "stage that writes it with another --out"
             )
         counts[str(record.get("reason", UNRECORDED))[:_LONGEST]] += 1
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

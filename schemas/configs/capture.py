@@ -339,7 +339,7 @@ class PrecomputeConfig(RowsConfig):
     def _a_price_is_for_a_plan(self) -> "PrecomputeConfig":
         if self.gpu_price is not None and not self.dry_run:
             raise ValueError(
-                f"gpu_price={self.gpu_price:g} is for the cost under --dry-run; say that too, or leave it out"
+                f"--gpu-price {self.gpu_price:g} is for the cost under --dry-run; say that too, or leave it out"
             )
         return self
 
@@ -348,7 +348,8 @@ class PrecomputeConfig(RowsConfig):
         for name in ("pilot", "pilot_tokens", "like"):
             value = getattr(self, name)
             if value != type(self).model_fields[name].default and not self.dry_run:
-                raise ValueError(f"{name}={value!r} is for --dry-run; say that too, or leave it out")
+                shown = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+                raise ValueError(f"{shown} is for --dry-run; say that too, or leave it out")
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from xtoken.schemas.errors import XtokenError
 
 HELP = (
     "YAML or JSON file with settings, or the run.json of a run: names of flags, flat or in sections. Flags given here "
-    "win over it; relative paths start at the current folder."
+    "win over it (no flag turns a switch of it off); relative paths start at the current folder."
 )
 _LIMIT = 1 << 20  # bytes
 Pair = tuple[str, Any]
@@ -54,11 +54,14 @@ def read_settings(path: str, model: type[Config], repeat: str | None = None) -> 
 
 def _flat(path: str, record: dict[str, Any], model: type[Config]) -> Iterator[Pair]:
     """Keys with their values; those of a section like any other."""
-    sections = {leaf.group or (leaf.section or "").lower() for leaf in leaves(model)} - {""}
+    names = ((leaf.group, leaf.section) for leaf in leaves(model))
+    sections = {name.lower() for group, section in names for name in (group, section) if name}
     for key, value in record.items():
+        if value is None and key.lower() in sections:
+            continue  # every line below it is a comment
         if not isinstance(value, dict):
             yield str(key), value
-        elif key in sections:
+        elif key.lower() in sections:
             yield from ((str(inner), one) for inner, one in value.items())
         else:
             known = ", ".join(sorted(sections)) or "there are none: give names of flags"
@@ -67,7 +70,7 @@ def _flat(path: str, record: dict[str, Any], model: type[Config]) -> Iterator[Pa
 
 def _nearest(key: str, known: dict[str, Leaf]) -> str:
     names = sorted({flag(leaf.name, leaf.field) for leaf in known.values()})
-    close = difflib.get_close_matches(key.replace("_", "-"), names, 1, 0.5)
+    close = difflib.get_close_matches(key.replace("_", "-"), names, 1, 0.6)
     return f"did you mean {close[0]!r}?" if close else f"remove it, or use one of {', '.join(names)}"
 
 
@@ -76,6 +79,9 @@ def _checked(path: str, key: str, leaf: Leaf, value: Any, many: bool) -> Any:
     if value is None:
         return None
     field = leaf.field
+    way_out = f"mend it there, or remove it and give --{flag(leaf.name, field)}"
+    if isinstance(value, bool) and field.annotation is not bool:
+        raise XtokenError(f"--config {path}: {key}: expected a value, not {str(value).lower()}; {way_out}")
     try:
         if field.annotation in LISTS:
             return _listed(value)
@@ -83,9 +89,9 @@ def _checked(path: str, key: str, leaf: Leaf, value: Any, many: bool) -> Any:
             TypeAdapter(_type(field)).validate_python(one)
     except ValidationError as error:
         first = error.errors()[0]
+        quote = "quote it, " if first["type"] == "string_type" else ""
         raise XtokenError(
-            f"--config {path}: {key}: {first['msg']} (it is {first['input']!r}); mend it there, or remove it and give "
-            f"--{flag(leaf.name, field)}"
+            f"--config {path}: {key}: {first['msg']} (it is {first['input']!r}); {quote}{way_out}"
         ) from error
     return value
 
@@ -104,6 +110,8 @@ def _type(field: FieldInfo) -> Any:
 
 
 def _parsed(path: str) -> Any:
+    if not path:
+        raise XtokenError("--config is empty; is a variable unset? give a file, or leave it out")
     try:
         with Path(path).open("rb") as file:
             data = file.read(_LIMIT + 1)
@@ -113,7 +121,7 @@ def _parsed(path: str) -> Any:
     if len(data) > _LIMIT:
         raise XtokenError(f"--config {path} has more than {_LIMIT} bytes; give a file of settings")
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
         return json.loads(text, object_pairs_hook=_once) if Path(path).suffix == ".json" else _yaml(text)
     except _Twice as error:
         raise XtokenError(f"--config {path}: {error.args[0]!r} is given twice; remove one of them") from error
@@ -128,21 +136,27 @@ class _Twice(Exception):
 
 
 def _once(pairs: list[Pair]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
             raise _Twice(name)
-    return dict(pairs)
+        values[name] = value
+    return values
 
 
 def _yaml(text: str) -> Any:
     import yaml
 
     try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):  # a few lines of them can stand for more than memory holds
+                raise ValueError(f"line {event.start_mark.line + 1} is an alias; write the value itself")
         return _plain(yaml.compose(text, Loader=yaml.SafeLoader))
+    except yaml.reader.ReaderError:
+        raise ValueError("it holds a control character") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise ValueError("" if mark is None else f"line {mark.line + 1}") from None
+        raise ValueError("it does not parse" if mark is None else f"line {mark.line + 1}") from None
 
 
 def _plain(node: Any) -> Any:
@@ -150,7 +164,15 @@ def _plain(node: Any) -> Any:
     import yaml
 
     if isinstance(node, yaml.MappingNode):
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {key.start_mark.line + 1}: a key is not a name")
         return _once([(str(key.value), _plain(value)) for key, value in node.value])
     if isinstance(node, yaml.SequenceNode):
         return [_plain(one) for one in node.value]
-    return None if node is None else yaml.SafeLoader("").construct_object(node)
+    if node is None:
+        return None
+    try:
+        return yaml.SafeLoader("").construct_object(node)
+    except (KeyError, AttributeError, ValueError, yaml.YAMLError):  # a tag, or a date, that its text does not fit
+        raise ValueError(f"line {node.start_mark.line + 1}: the value does not fit its tag") from None

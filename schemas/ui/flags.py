@@ -10,6 +10,7 @@ import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from rich.markup import escape
 
 from xtoken.schemas.configs.base import LAST, LISTS, Config, Leaf, flag, leaves, marked, place_of
 from xtoken.schemas.errors import TRACEBACK, XtokenError, named
@@ -71,7 +72,7 @@ def _rank(leaf: Leaf) -> int:
 def _info(leaf: Leaf, repeat: str | None) -> Any:
     name, field = leaf.name, leaf.field
     if _positional(field):
-        return typer.Argument(help=field.description)
+        return typer.Argument(help=escape(field.description or ""))
     shown = f"--{flag(name, field)}"
     if field.annotation is bool and field.default is True:
         shown = f"{shown}/--no-{flag(name, field)}"
@@ -79,7 +80,7 @@ def _info(leaf: Leaf, repeat: str | None) -> Any:
     extra = field.json_schema_extra
     choices = extra.get("choices") if isinstance(extra, dict) else None
     metavar = f"[{'|'.join(map(str, choices))}]" if isinstance(choices, list) else None
-    return typer.Option(shown, help=f"{field.description}{again}", metavar=metavar, rich_help_panel=leaf.panel)
+    return typer.Option(shown, help=escape(f"{field.description}{again}"), metavar=metavar, rich_help_panel=leaf.panel)
 
 
 def _positional(field: FieldInfo) -> bool:
@@ -155,8 +156,8 @@ def config_option(model: type[Config], repeat: str | None = None) -> inspect.Par
 
 
 def _read_defaults(model: type[Config], repeat: str | None, context: typer.Context, path: str | None) -> str | None:
-    if path is None:
-        return None
+    if path is None or context.resilient_parsing:  # completion asks, and nobody reads an error
+        return path
     try:
         values = read_settings(path, model, repeat)
     except XtokenError as error:

@@ -33,6 +33,7 @@ from xtoken.schemas.io.parquet_limits import (
     reading,
 )
 from xtoken.schemas.io.remote import in_parallel, is_local, open_url, read_footer
+from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.manifest import Part, TargetManifest, TokenizerInfo, content_hash, part_name, read_manifest
 from xtoken.schemas.missing_mass import lacking_columns, lacking_note
 from xtoken.schemas.tables import VOCAB, W, targets
@@ -42,7 +43,6 @@ from xtoken.trainer.ragged import Array
 W_FILE, VOCAB_FILE = "w.parquet", "student_vocab.parquet"
 _SIDE_TABLES = {W_FILE: W, VOCAB_FILE: VOCAB}
 _FOOTERS = 64
-_INDICES = ("_ids", "child_low", "child_high")
 _FETCH = "fetch the targets again"
 
 
@@ -161,14 +161,17 @@ class Targets:
     def _check_ids(self, lists: Mapping[str, tuple[NDArray[np.int32], Array]], path: str) -> None:
         """Ids index arrays, on a GPU without a look at their bounds: they must lie in their vocabulary."""
         # of student_ids the reader of samples says which sample is wrong
-        names = [name for name in lists if name.endswith(_INDICES) and name != "student_ids"]
-        sizes = dict.fromkeys(names, self.manifest.student.size)
-        sizes |= {name: self.manifest.teacher_tokenizer.size for name in ("pkl_ids",) if name in sizes}
-        for name, size in sizes.items():
-            _, values = lists[name]
-            # the end of a range of tokens may stand behind the last
-            if len(values) and not (values.min() >= 0 and values.max() < size + (name == "child_high")):
-                raise VerificationError(f"{path} has {name} outside 0 to {size - 1}; {_FETCH}")
+        student, teacher = self.manifest.student.size, self.manifest.teacher_tokenizer.size
+        size_of = {"student ids": student, "shared ids": student, "ranks": student, "teacher ids": teacher}
+        for schema in (LOSSES[loss] for loss in self.manifest.losses):
+            ranks = [column.name for column in schema.columns if column.holds == "ranks"]
+            for column in schema.columns:
+                if column.name not in lists or column.holds not in size_of:
+                    continue
+                size, (_, values) = size_of[column.holds], lists[column.name]
+                # the end of a range of tokens may stand behind the last
+                if len(values) and not (values.min() >= 0 and values.max() < size + (column.name in ranks[-1:])):
+                    raise VerificationError(f"{path} has {column.name} outside 0 to {size - 1}; {_FETCH}")
 
     def _footer(
         self, part: int, file: Any, path: str, options: dict[str, bool]

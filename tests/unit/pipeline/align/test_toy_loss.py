@@ -134,7 +134,7 @@ def test_columns_of_a_loss_are_named_where_it_is_made_only() -> None:
     shared = {"factor_logprob"}
     elsewhere = []
     for path in [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "schemas").rglob("*.py")]:
-        if path == ROOT / "schemas" / "tables.py":
+        if path == ROOT / "schemas" / "losses.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and node.value in owner and node.value not in shared:
