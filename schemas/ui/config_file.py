@@ -54,11 +54,13 @@ def read_settings(path: str, model: type[Config], repeat: str | None = None) -> 
 
 def _flat(path: str, record: dict[str, Any], model: type[Config]) -> Iterator[Pair]:
     """Keys with their values; those of a section like any other."""
-    sections = {leaf.group or (leaf.section or "").lower() for leaf in leaves(model)} - {""}
+    found = leaves(model)
+    sections = {leaf.group or (leaf.section or "").lower() for leaf in found} - {""}
+    titles = {(leaf.section or "").lower() for leaf in found}  # as --help shows them
     for key, value in record.items():
         if not isinstance(value, dict):
             yield str(key), value
-        elif key in sections:
+        elif key in sections | titles:
             yield from ((str(inner), one) for inner, one in value.items())
         else:
             known = ", ".join(sorted(sections)) or "there are none: give names of flags"
