@@ -366,7 +366,7 @@ def _replaced(words: list[str], was: str) -> None:
 @verb(EstimateConfig, "xtoken estimate corpus.jsonl.zst --teacher Qwen/Qwen3-4B --k 32", hidden=True)
 def run_estimate(config: EstimateConfig, bars: Bars) -> Figures:
     """What a capture will cost."""
-    plan = PrecomputeConfig(**config.model_dump(), dry_run=True, pilot=True)
+    plan = PrecomputeConfig.from_flat(**config.to_flat(), dry_run=True, pilot=True)
     _replaced(["xtoken", "precompute", *words_of(plan)], "xtoken estimate")
     return run_precompute([plan], bars)
 

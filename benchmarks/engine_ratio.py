@@ -50,7 +50,7 @@ class Watching:
 
 def settings(model: str, corpus: Path, out: Path) -> PrecomputeConfig:
     """One worker with K = 32 and everything on but the audit."""
-    return PrecomputeConfig(
+    return PrecomputeConfig.from_flat(
         corpus=str(corpus),
         teacher=str(ROOT / ".cache" / "models" / model),
         backend="vllm",
@@ -91,9 +91,9 @@ def bare(config: PrecomputeConfig) -> dict[str, float]:
     from xtoken.pipeline.tokens import load_tokenizer
     from xtoken.schemas.ui.progress import Silent
 
-    tokenizer = load_tokenizer(config.teacher)
-    plan = make_plan(config, config.shard_bytes, Silent())
-    reader = SliceReader(config, plan)
+    tokenizer = load_tokenizer(config.teacher.teacher)
+    plan = make_plan(config.corpus, config.run.shard_bytes, Silent())
+    reader = SliceReader(config.corpus, plan)
     bos = [tokenizer.table.info.bos_id] if tokenizer.table.info.adds_bos else []
     pieces = [
         window
@@ -103,8 +103,9 @@ def bare(config: PrecomputeConfig) -> dict[str, float]:
     ]
     prompts = [{"prompt_token_ids": [*bos, *window.encoded.ids.tolist()]} for window in pieces]
     platform = find_platform()
-    model_config = model_source.load_model_config(config)
-    llm = start_llm(engine_options(config, model_config, "float32" if platform.cpu else "bfloat16"))
+    model_config = model_source.load_model_config(config.teacher)
+    dtype = "float32" if platform.cpu else "bfloat16"
+    llm = start_llm(engine_options(config.teacher, config.codec, model_config, dtype))
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=32, flat_logprobs=True, detokenize=False)

@@ -25,7 +25,7 @@ from xtoken.pipeline.project.build import build_w
 from xtoken.pipeline.project.projection import EXACT, Projection
 from xtoken.pipeline.teachers.base import shows_bos
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import TeacherGroup
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.data.samples import context_token
 from xtoken.trainer.losses import open_loss
@@ -107,7 +107,7 @@ def read_window(pair: Pair, document: Document, number: int) -> Window:
     mine, table = pair.student_tokens.encode(piece.text, complete=False, keep_text=True), pair.teacher_tokens.table
     chunks = cut(mine.ends, piece.ends, student_eos=False, teacher_eos=False)
     starts = [np.concatenate([[0], end[:-1]]) for end in (chunks.student_end, chunks.teacher_end)]
-    bos = shows_bos(PrecomputeConfig(corpus="", teacher="", out=""), table.info)
+    bos = shows_bos(TeacherGroup(teacher=table.info.name), table.info)
     row_C = starts[1] - int(not bos)
     used_C = row_C >= 0
     context = context_token(pair.student_tokens.table.info)

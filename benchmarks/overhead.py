@@ -131,7 +131,7 @@ class Capture:
     def of(cls, corpus: Path, loaded: Loaded, out: Path, max_tokens: int, shard_bytes: int = 1 << 20) -> "Capture":
         """Plan it as ``precompute`` does."""
         tokenizer, teacher = loaded
-        config = PrecomputeConfig(
+        config = PrecomputeConfig.from_flat(
             corpus=str(corpus),
             id_field="id",
             teacher=str(model_of(teacher.name)),
@@ -141,9 +141,9 @@ class Capture:
             max_tokens=max_tokens,
             batch_tokens=BATCH_TOKENS,
         )
-        plan = make_plan(config, shard_bytes, Silent())
+        plan = make_plan(config.corpus, shard_bytes, Silent())
         Folder(config.out).make("")
-        return cls(config, tokenizer, teacher, plan, corpus_codes(config, plan, tokenizer))
+        return cls(config, tokenizer, teacher, plan, corpus_codes(config.corpus, plan, tokenizer))
 
     def worker(self) -> CaptureWorker:
         """A worker in this process, its engine the instant one."""
@@ -180,7 +180,7 @@ class Stages:
 
     def run(self) -> Figures:
         """Microseconds per token of every stage."""
-        worker, reader = self.capture.worker(), SliceReader(self.capture.config, self.capture.plan)
+        worker, reader = self.capture.worker(), SliceReader(self.capture.config.corpus, self.capture.plan)
         for shard in self.capture.plan.shards:
             documents = self._lap("read", partial(reader.read, shard))
             pieces = self._lap("tokenize, cut", partial(self._windows, documents))
@@ -199,17 +199,17 @@ class Stages:
         return found
 
     def _windows(self, documents: Any) -> list[Window]:
-        return all_windows(documents, self.capture.tokenizer, self.capture.config.max_tokens)
+        return all_windows(documents, self.capture.tokenizer, self.capture.config.codec.max_tokens)
 
     def _prompt(self, worker: CaptureWorker, piece: Window) -> NDArray[np.int32]:
         return np.concatenate([worker.context, piece.encoded.ids])
 
     def _encode(self, rows: Sequence[TeacherRows]) -> list[Packed]:
-        config, size = self.capture.config, self.capture.tokenizer.table.size
-        return [encode(one, k=config.k, min_p=config.min_p, vocab_size=size) for one in rows]
+        codec, size = self.capture.config.codec, self.capture.tokenizer.table.size
+        return [encode(one, k=codec.k, min_p=codec.min_p, vocab_size=size) for one in rows]
 
     def _store(self, samples: list[Sample]) -> None:
-        codec, name, folder = codec_info(self.capture.config), "stage.parquet", Folder(str(self.folder))
+        codec, name, folder = codec_info(self.capture.config.codec), "stage.parquet", Folder(str(self.folder))
         schema, url = open_codec(codec).schema(), folder.url(name)
         batches = self._lap("columns", lambda: list(sample_batches(samples, schema, self.capture.codes)))
         self._lap("write", lambda: write_parquet(url, schema, batches, group_rows(len(samples))))

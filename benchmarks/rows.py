@@ -23,7 +23,7 @@ from xtoken.pipeline.corpus import Corpus, windows
 from xtoken.pipeline.teachers import hf_teacher, model_source
 from xtoken.pipeline.teachers.logit_rows import top_k
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.configs.capture import CorpusConfig, PrecomputeConfig
+from xtoken.schemas.configs.capture import CorpusConfig, TeacherGroup
 
 ENTRIES, DRAWS, WINDOW, BLOCK = 128, 200, 512, 64
 
@@ -49,7 +49,7 @@ def read_block(logits_NU: Tensor, target_N: Tensor, space_P: Tensor, generator: 
 def main() -> None:
     """Score a corpus window by window."""
     corpus, teacher, out = sys.argv[1:4]
-    config = PrecomputeConfig(corpus=corpus, id_field="id", teacher=teacher, out=out, max_tokens=WINDOW)
+    config = TeacherGroup(teacher=teacher)
     tokenizer = load_tokenizer(teacher)
     model = hf_teacher._load(config, model_source.load_model_config(config), torch.device("cpu"))
     source = hf_teacher.pick_source(model)

@@ -145,7 +145,7 @@ def prepare(folder: Path, rate: float, shard_seconds: float, shards: int) -> Pre
     with (folder / "corpus.jsonl").open("w") as file:
         for index in range(shards * shard_bytes // DOCUMENT_BYTES):
             file.write(json.dumps({"id": str(index), "text": pieces[index % len(pieces)]}) + "\n")
-    config = PrecomputeConfig(
+    config = PrecomputeConfig.from_flat(
         corpus=str(folder / "corpus.jsonl"),
         teacher=str(MODEL),
         backend="fake",
@@ -155,7 +155,7 @@ def prepare(folder: Path, rate: float, shard_seconds: float, shards: int) -> Pre
         batch_tokens=512,
         audit="none",
     )
-    tokenizer = open_tokenizer(config)
+    tokenizer = open_tokenizer(config.teacher)
     write_rows(folder / "rows.npz", config, tokenizer.table)
     return config
 
@@ -165,12 +165,12 @@ def measure(address: str, config: PrecomputeConfig, workers: int, rate: float, s
     folder = Folder(f"{config.out}-{workers}")
     folder.make("")
     config = config.model_copy(update={"out": folder.root})
-    plan = settle_plan(folder, config, config.shard_bytes, Silent())
-    tokenizer = open_tokenizer(config)
-    write_vocab(folder, tokenizer.table, corpus_codes(config, plan, tokenizer))
+    plan = settle_plan(folder, config.corpus, config.run.shard_bytes, Silent())
+    tokenizer = open_tokenizer(config.teacher)
+    write_vocab(folder, tokenizer.table, corpus_codes(config.corpus, plan, tokenizer))
     # what was delayed while others were loading would count as speed if it came in at the start
-    recorder = Recorder(workers, seconds, settle=2 * config.shard_bytes / BYTES_PER_TOKEN / rate)
-    job = SleepingJob(config, str(Path(config.corpus).parent / "rows.npz"), rate)
+    recorder = Recorder(workers, seconds, settle=2 * config.run.shard_bytes / BYTES_PER_TOKEN / rate)
+    job = SleepingJob(config, str(Path(config.corpus.corpus).parent / "rows.npz"), rate)
     with contextlib.suppress(Measured):
         RayExecutor(address, workers, 1.0).run(job, range(len(plan.shards)), recorder)
     rate_found = recorder.throughput()

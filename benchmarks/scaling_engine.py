@@ -69,14 +69,14 @@ class SleepingJob:
         plan = load_plan(folder)
         assert plan is not None
         codes = read_codes(read_table(folder.url(VOCAB_FILE)))
-        teacher = SleepingTeacher(Path(self.rows), self.config.k, self.rate)
-        return CaptureWorker(self.config, plan, open_tokenizer(self.config), teacher, None, codes)
+        teacher = SleepingTeacher(Path(self.rows), self.config.codec.k, self.rate)
+        return CaptureWorker(self.config, plan, open_tokenizer(self.config.teacher), teacher, None, codes)
 
 
 def write_rows(path: Path, config: PrecomputeConfig, table: TokenTable) -> None:
     """A block of rows of the toy teacher, for engines to hand out."""
     ids = np.random.default_rng(0).integers(0, table.size, ROWS + 1).astype(np.int32)
-    rows = open_teacher(config, table).rows([ids])[0]
+    rows = open_teacher(config.teacher, config.codec, table).rows([ids])[0]
     space = np.zeros(0) if rows.space_logprob is None else rows.space_logprob
     np.savez(path, ids=rows.ids, logprob=rows.logprob, target_logprob=rows.target_logprob, space_logprob=space)
 

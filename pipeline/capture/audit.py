@@ -33,7 +33,7 @@ from xtoken.pipeline.store.reader import ids_of_codes, iter_parquet, local_part,
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import Teacher, TeacherRows
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import CodecGroup, PrecomputeConfig, RunGroup, TeacherGroup
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.remote import named_errors, patiently
 from xtoken.schemas.manifest import MOST_AUDITS, AuditRecord, Part, TeacherInfo
@@ -69,12 +69,13 @@ def open_audit(
     Raises:
         XtokenError: ``--audit hf`` of a model that transformers does not run, or that does not fit the memory.
     """
-    if config.audit == "none" or (config.audit == "path" and teacher.second_path([]) is None):
+    run = config.run
+    if run.audit == "none" or (run.audit == "path" and teacher.second_path([]) is None):
         return None
     score: Score = _SecondPath(teacher)
-    if config.audit == "hf":
-        score = _Transformers.of(config, tokenizer.table)
-    return _Audit(config, folder, teacher.info, context, score)
+    if run.audit == "hf":
+        score = _Transformers.of(config.teacher, config.codec, tokenizer.table)
+    return _Audit(config.codec, run, folder, teacher.info, context, score)
 
 
 def read_audits(folder: Folder) -> list[AuditRecord]:
@@ -87,14 +88,14 @@ def read_audits(folder: Folder) -> list[AuditRecord]:
     return [_read(folder, f"{AUDITS}/{name}") for name in names[:MOST_AUDITS]]
 
 
-def accepted_audits(config: PrecomputeConfig, folder: Folder) -> list[AuditRecord]:
+def accepted_audits(run: RunGroup, folder: Folder) -> list[AuditRecord]:
     """``read_audits`` for a manifest; under ``--audit none`` whatever they found.
 
     Raises:
         XtokenError: one found rows that cannot be of the same model and text.
     """
     records = read_audits(folder)
-    for record in records if config.audit != "none" else ():
+    for record in records if run.audit != "none" else ():
         _refuse_other_rows(record, folder.root, read_teacher(folder).model)
     return records
 
@@ -144,20 +145,21 @@ class _SecondPath:
 class _Transformers:
     """The model in float32 on the CPU, loaded for one call; see ``Score``."""
 
-    config: PrecomputeConfig
+    config: TeacherGroup
+    codec: CodecGroup
     table: TokenTable
     weights: int
 
     @classmethod
-    def of(cls, config: PrecomputeConfig, table: TokenTable) -> "_Transformers":
+    def of(cls, config: TeacherGroup, codec: CodecGroup, table: TokenTable) -> "_Transformers":
         """Refuse what cannot be loaded, before the teacher has worked for it.
 
         Raises:
             XtokenError: transformers does not know the model, or it does not fit the memory.
         """
-        changes = {"backend": "hf", "device": "cpu", "dtype": "float32", "tensor_parallel": 1, "temperatures": []}
+        changes = {"backend": "hf", "device": "cpu", "dtype": "float32", "tensor_parallel": 1}
         config = config.model_copy(update=changes)
-        audit = cls(config, table, _float32_bytes(config))
+        audit = cls(config, codec.model_copy(update={"temperatures": []}), table, _float32_bytes(config))
         audit._refuse_too_large()
         return audit
 
@@ -169,7 +171,7 @@ class _Transformers:
 
     def _scored(self, prompts: Sequence[NDArray[np.int32]]) -> tuple[list[TeacherRows], TeacherInfo]:
         try:
-            teacher = open_teacher(self.config, self.table)
+            teacher = open_teacher(self.config, self.codec, self.table)
             return teacher.rows(prompts), teacher.info
         except (
             XtokenError,
@@ -187,14 +189,14 @@ class _Transformers:
             )
 
 
-def _cannot(config: PrecomputeConfig, why: Exception | str) -> XtokenError:
+def _cannot(config: TeacherGroup, why: Exception | str) -> XtokenError:
     return XtokenError(
         f"--audit hf cannot run {config.teacher} by transformers on the CPU: {why}\n"
         "Use --audit none, or --audit path where the engine has a second way out"
     )
 
 
-def _float32_bytes(config: PrecomputeConfig) -> int:
+def _float32_bytes(config: TeacherGroup) -> int:
     """Bytes of the model's weights in float32; its modules are built without any.
 
     Raises:
@@ -243,7 +245,8 @@ def _group_memory(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 class _Audit:
     """See ``open_audit``; call with the shard."""
 
-    config: PrecomputeConfig
+    codec: CodecGroup
+    run: RunGroup
     folder: Folder
     info: TeacherInfo
     context: NDArray[np.int32]
@@ -264,9 +267,9 @@ class _Audit:
         if [len(rows.target_logprob) for rows in others] != [len(ids) - 1 for ids in prompts]:
             wrong = _not_of(self.folder.root, self.info.model, against)
             raise XtokenError(f"{wrong}: it gave other numbers of rows. {_WAY_OUT}")
-        figures = differences(stored, codec_info(self.config), others)
+        figures = differences(stored, codec_info(self.codec), others)
         record = AuditRecord(
-            method="hf" if self.config.audit == "hf" else "path",
+            method="hf" if self.run.audit == "hf" else "path",
             against=against,
             capture_path=self.info.capture_path,
             samples=stored.num_rows,
@@ -287,7 +290,7 @@ class _Audit:
     def _sample(self, part: Part) -> pa.RecordBatch:
         """Whole samples of a part, drawn at random until they have the wanted rows; as a reader sees them."""
         codes = ids_of_codes(self.folder.root)
-        columns = open_codec(codec_info(self.config)).whole_columns
+        columns = open_codec(codec_info(self.codec)).whole_columns
         names = list(dict.fromkeys(["sample_id", "teacher_ids", "first_row", *columns, _ROW_LENGTH]))
         with local_part(self.folder, part.index, part) as path:
             rows_N = np.concatenate([list_lengths(batch, _ROW_LENGTH) for batch in iter_parquet(path, [_ROW_LENGTH])])
@@ -306,7 +309,7 @@ class _Audit:
         assert plan is not None, "a shard was committed, so there is a plan"
         seed = int.from_bytes(sha256(f"{plan.hash}:{shard}".encode()).digest()[:8], "little")
         order_N = np.random.default_rng(seed).permutation(np.flatnonzero(rows_N > 0))
-        enough = int(np.searchsorted(np.cumsum(rows_N[order_N]), self.config.audit_rows)) + 1
+        enough = int(np.searchsorted(np.cumsum(rows_N[order_N]), self.run.audit_rows)) + 1
         return np.sort(order_N[:enough])
 
 

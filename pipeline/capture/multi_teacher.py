@@ -59,18 +59,18 @@ def run_teachers(configs: Sequence[PrecomputeConfig], progress: Progress) -> dic
     outcomes = list(one_after_the_other(each_below(configs), lambda config: _run_one(config, progress)))
     figures = {"teachers": [_row(outcome) for outcome in outcomes]}
     if any(outcome.error is not None for outcome in outcomes):
-        asked = [(outcome.config.teacher, outcome.error) for outcome in outcomes]
+        asked = [(outcome.config.teacher.teacher, outcome.error) for outcome in outcomes]
         raise PartlyDone.of_several(asked, "teachers failed, the others' captures stand", figures)
     return figures
 
 
 def _run_one(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
-    if config.dry_run:
+    if config.run.dry_run:
         return dry_run(config, progress)
     began = time.monotonic()
     manifest, run = precompute(config, progress), _own_status(config)
     return {
-        **(_cell_figures(config, run) if manifest is None else capture_figures(manifest)),
+        **(_cell_figures(config.run.cell, run) if manifest is None else capture_figures(manifest)),
         **(run_figures(run) if run is not None else {}),
         "seconds": round(time.monotonic() - began, 1),
         **_files(config),
@@ -82,27 +82,27 @@ def _files(config: PrecomputeConfig) -> dict[str, Any]:
     """What is read and what is not; nothing where a finished capture outlived its corpus."""
     plan = load_plan(Folder(config.out))
     with suppress(XtokenError):
-        return Corpus(config, plan.names if plan is not None else ()).listing.figures
+        return Corpus(config.corpus, plan.names if plan is not None else ()).listing.figures
     return {}
 
 
 def _own_status(config: PrecomputeConfig) -> RunStatus | None:
     """What this process's dashboard wrote; None where storage did not take it."""
-    status = read_status(config.out, config.cell)
+    status = read_status(config.out, config.run.cell)
     ours = status is not None and (status.host, status.pid) == (socket.gethostname(), os.getpid())
     return status if ours else None
 
 
-def _cell_figures(config: PrecomputeConfig, run: RunStatus | None) -> dict[str, Any]:
+def _cell_figures(cell: str | None, run: RunStatus | None) -> dict[str, Any]:
     done = {} if run is None else {"shards": run.shards, "shards_done": run.shards_done, "tokens": run.tokens}
-    return {"cell": config.cell, **done, "next": "when all cells are done, the same command without --cell seals them"}
+    return {"cell": cell, **done, "next": "when all cells are done, the same command without --cell seals them"}
 
 
 def _row(outcome: "Outcome[dict[str, Any]]") -> dict[str, Any]:
     result = outcome.result or {}
     shown = {name: result[name] for name in (*_COLUMNS, "seconds") if name in result}
-    said = "failed" if outcome.error is not None else "planned" if outcome.config.dry_run else "done"
-    return {"teacher": outcome.config.teacher, "outcome": said, **shown, "out": outcome.config.out}
+    said = "failed" if outcome.error is not None else "planned" if outcome.config.run.dry_run else "done"
+    return {"teacher": outcome.config.teacher.teacher, "outcome": said, **shown, "out": outcome.config.out}
 
 
 def each_below(configs: Sequence[PrecomputeConfig]) -> list[PrecomputeConfig]:
@@ -111,7 +111,7 @@ def each_below(configs: Sequence[PrecomputeConfig]) -> list[PrecomputeConfig]:
     Raises:
         XtokenError: two of them would have the same name.
     """
-    names = names_below([config.teacher for config in configs], configs[0].out or "--out", "--teacher ")
+    names = names_below([config.teacher.teacher for config in configs], configs[0].out or "--out", "--teacher ")
     return [
         config.model_copy(update={"out": f"{config.out.rstrip('/')}/{name}" if config.out else ""})
         for config, name in zip(configs, names, strict=True)
@@ -160,7 +160,7 @@ def one_after_the_other(
     """
     for config in configs:
         try:
-            if not config.dry_run:
+            if not config.run.dry_run:
                 share_plan(config, configs)
             yield Outcome(config, result=run(config))
         except StopRun as error:

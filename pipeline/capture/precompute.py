@@ -38,7 +38,7 @@ from xtoken.pipeline.store.skip_records import BAD_FILE
 from xtoken.pipeline.teachers import check_backend
 from xtoken.pipeline.teachers.base import refuse_k
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig, RunGroup, TeacherGroup
 from xtoken.schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError, last_words
 from xtoken.schemas.heads import refuse_narrow_head, stated_rows
 from xtoken.schemas.io.overlap import refuse_inside
@@ -65,7 +65,7 @@ class _Run:
 
     def mine(self, index: int) -> bool:
         """Whether a shard is of this cell."""
-        which, count = self.config.cells
+        which, count = self.config.run.cells
         return index % count == which
 
 
@@ -93,10 +93,10 @@ def precompute(
         IncompleteRun: some shards failed three times; the others are committed.
     """
     refuse_places(config)
-    check_backend(config)
+    check_backend(config.teacher, config.codec)
     folder = Folder(config.out)
     refuse_unshared(config.out)
-    tokenizer = open_tokenizer(config)
+    tokenizer = open_tokenizer(config.teacher)
     settings = _checked_settings(config, tokenizer.table)
     for word in bos_figure(tokenizer.table.info, shown=settings["bos"]).values():
         progress.note(word)
@@ -108,7 +108,7 @@ def precompute(
         raise
     except XtokenError:
         # other cells may be at work with what lies there
-        if fresh and config.cell is None and not committed(config.out):
+        if fresh and config.run.cell is None and not committed(config.out):
             _forget(folder)
         raise
 
@@ -119,37 +119,38 @@ def refuse_places(config: PrecomputeConfig) -> None:
     Raises:
         XtokenError: ``out`` or the log lies inside the corpus, or the corpus where ``out`` has files of its own.
     """
-    refuse_inside("--out", config.out, config.corpus)
-    if config.log is not None:
-        refuse_inside("--log", config.log, config.corpus)
+    corpus, log = config.corpus.corpus, config.run.log
+    refuse_inside("--out", config.out, corpus)
+    if log is not None:
+        refuse_inside("--log", log, corpus)
     for name in _OWN:
-        refuse_inside("corpus", config.corpus, f"{config.out.rstrip('/')}/{name}", "the capture's own files go there")
+        refuse_inside("corpus", corpus, f"{config.out.rstrip('/')}/{name}", "the capture's own files go there")
 
 
 def _settle(
     config: PrecomputeConfig, folder: Folder, tokenizer: TextTokenizer, settings: dict[str, Any], progress: Progress
 ) -> _Run:
     """Plan and token tables, made by the first run and checked by the later ones; a refused audit stays refused."""
-    accepted_audits(config, folder)
-    look = Look.of(config, tokenizer)
-    plan = settle_plan(folder, config, config.shard_bytes, progress, look)
+    accepted_audits(config.run, folder)
+    look = Look.of(config.corpus, config.teacher, tokenizer)
+    plan = settle_plan(folder, config.corpus, config.run.shard_bytes, progress, look)
     if not folder.exists(VOCAB_FILE):
         if look.documents == 0:
             # the plan was made before, perhaps for a teacher of other control tokens
-            look_at_some(config, plan, look)
-        write_vocab(folder, tokenizer.table, corpus_codes(config, plan, tokenizer))
+            look_at_some(config.corpus, plan, look)
+        write_vocab(folder, tokenizer.table, corpus_codes(config.corpus, plan, tokenizer))
     files = check_vocab(folder, tokenizer.table)
     return _Run(config, folder, tokenizer.table, settings, plan, files)
 
 
-def _executor(config: PrecomputeConfig) -> Executor:
-    if config.ray is None:
-        return LocalExecutor(config.workers or 1, config.lease_seconds)
+def _executor(run: RunGroup, teacher: TeacherGroup) -> Executor:
+    if run.ray is None:
+        return LocalExecutor(run.workers or 1, run.lease_seconds)
     from xtoken.pipeline.executors.ray_driver import RayExecutor
 
-    gpus, parallel = config.gpus_per_worker, config.tensor_parallel
-    device = "cpu" if config.backend == "fake" else config.device
-    return RayExecutor(config.ray, config.workers, gpus, parallel, device, config.lease_seconds)
+    gpus, parallel = run.gpus_per_worker, teacher.tensor_parallel
+    device = "cpu" if teacher.backend == "fake" else teacher.device
+    return RayExecutor(run.ray, run.workers, gpus, parallel, device, run.lease_seconds)
 
 
 def _forget(folder: Folder) -> None:
@@ -159,10 +160,10 @@ def _forget(folder: Folder) -> None:
 
 
 def _checked_settings(config: PrecomputeConfig, table: TokenTable) -> dict[str, Any]:
-    refuse_k(config, table.size, f"the vocabulary's {table.size} tokens")
-    if config.backend != "fake":  # which has no head
-        rows = stated_rows(config.teacher, config.revision)
-        refuse_narrow_head(config.teacher, rows, table.role, table.pieces())
+    refuse_k(config.codec, table.size, f"the vocabulary's {table.size} tokens")
+    if config.teacher.backend != "fake":  # which has no head
+        rows = stated_rows(config.teacher.teacher, config.teacher.revision)
+        refuse_narrow_head(config.teacher.teacher, rows, table.role, table.pieces())
     student = load_tokenizer(config.student).table if config.student is not None else None
     return run_settings(config, table, student)
 
@@ -172,14 +173,14 @@ def _work(run: _Run, executor: Executor | None, make_job: MakeJob, progress: Pro
     _clean(run)
     done = _checked_commits(run.folder, run.plan)
     missing = [shard.index for shard in run.plan.shards if run.mine(shard.index) and shard.index not in done]
-    if not missing and run.config.cell is None and run.folder.exists(MANIFEST):
+    if not missing and run.config.run.cell is None and run.folder.exists(MANIFEST):
         progress.start(f"{run.config.out} is complete, nothing to do", None, "bytes")
         progress.finish()
         return _finish(run, {})
-    with Dashboard(run.folder, run.plan, run.config, done, progress) as dashboard:
+    with Dashboard(run.folder, run.plan, run.config.run, run.config.teacher, done, progress) as dashboard:
         failed = _run(run, executor, make_job, missing, dashboard, progress) if missing else {}
         dashboard.enter("sealing")
-        manifest = patiently(partial(_finish, run, failed)) if run.config.cell is None else None
+        manifest = patiently(partial(_finish, run, failed)) if run.config.run.cell is None else None
         if failed:
             raise IncompleteRun(_incomplete(failed, len(run.plan.shards), run.config.out))
     return manifest
@@ -193,10 +194,10 @@ def _run(
     dashboard: Dashboard,
     progress: Progress,
 ) -> dict[int, str]:
-    dashboard.log_corpus(check_files(run.config.out, run.plan, run.config))
+    dashboard.log_corpus(check_files(run.config.out, run.plan, run.config.corpus))
     progress.start("precompute", dashboard.text_bytes, "bytes", dashboard.text_bytes_done)
     try:
-        return (executor or _executor(run.config)).run(make_job(run.config), missing, dashboard)
+        return (executor or _executor(run.config.run, run.config.teacher)).run(make_job(run.config), missing, dashboard)
     finally:
         progress.finish()
         _clean(run)
@@ -205,7 +206,7 @@ def _run(
 def _clean(run: _Run) -> None:
     """Remove what dead workers left; other cells' workers may be alive."""
     with suppress(Unreachable):  # the next run finds it; why this one ends is more important
-        clean(run.config.out, run.mine if run.config.cell is not None else None)
+        clean(run.config.out, run.mine if run.config.run.cell is not None else None)
 
 
 def _finish(run: _Run, failed: dict[int, str]) -> CaptureManifest:
@@ -264,7 +265,7 @@ def _checked_commits(folder: Folder, plan: Plan) -> dict[int, Part]:
 
 def _manifest(run: _Run, parts: dict[int, Part], failed: dict[int, str]) -> CaptureManifest:
     config, folder = run.config, run.folder
-    teacher, codec = read_teacher(folder), codec_info(config)
+    teacher, codec = read_teacher(folder), codec_info(config.codec)
     others = [part.device for part in parts.values() if part.device is not None]
     devices = list(dict.fromkeys([teacher.device, *others]))
     return CaptureManifest(
@@ -275,13 +276,13 @@ def _manifest(run: _Run, parts: dict[int, Part], failed: dict[int, str]) -> Capt
         teacher=teacher.model_copy(update={"device": " + ".join(devices)}),
         tokenizer=run.table.info,
         bos=run.settings["bos"],
-        max_tokens=config.max_tokens,
+        max_tokens=config.codec.max_tokens,
         codec=codec,
         corpus=run.plan.corpus,
         plan_hash=run.plan.hash,
         run_hash=run_hash(run.plan.hash, teacher, run.settings, codec),
         set_aside=failed,
-        audits=accepted_audits(config, folder),
+        audits=accepted_audits(config.run, folder),
         engine_settings=read_engine_settings(folder),
         # said by whoever wrote a card before this run went on
         licenses=read_manifest(config.out, CaptureManifest).licenses if folder.exists(MANIFEST) else {},

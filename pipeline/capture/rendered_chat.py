@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from xtoken.pipeline.corpus import Document
 from xtoken.pipeline.tokens import TextTokenizer
-from xtoken.schemas.configs.capture import RowsConfig
+from xtoken.schemas.configs.capture import CorpusGroup, TeacherGroup
 from xtoken.schemas.errors import XtokenError
 
 # How nearly all control tokens are written: in brackets, by first characters.
@@ -32,10 +32,10 @@ class Look:
     """
 
     @classmethod
-    def of(cls, config: RowsConfig, tokenizer: TextTokenizer) -> "Look":
+    def of(cls, corpus: CorpusGroup, teacher: TeacherGroup, tokenizer: TextTokenizer) -> "Look":
         """For a run's teacher. The fake one, for trials, warns where others refuse."""
-        stop, fake = config.on_rendered == "stop", config.backend == "fake"
-        return cls(config.teacher, tokenizer.controls.values(), refuse=stop and not fake, warn=stop and fake)
+        stop, fake = corpus.on_rendered == "stop", teacher.backend == "fake"
+        return cls(teacher.teacher, tokenizer.controls.values(), refuse=stop and not fake, warn=stop and fake)
 
     def __init__(self, teacher: str, controls: Collection[str], *, refuse: bool, warn: bool = False) -> None:
         """Begin.

@@ -10,7 +10,7 @@ from xtoken.pipeline.store.codecs import open_codec, record_of
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.teachers.base import shows_bos
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.configs.capture import PrecomputeConfig, RowsConfig
+from xtoken.schemas.configs.capture import CodecGroup, PrecomputeConfig, TeacherGroup
 from xtoken.schemas.configs.identity import Difference, defaults, differences, identity
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.remote import open_url
@@ -40,12 +40,12 @@ _SETTINGS: TypeAdapter[EngineSettings] = TypeAdapter(EngineSettings)
 _FOREIGN = (MANIFEST, "data", "commits", "config.json", "w.parquet", "metrics.jsonl")
 
 
-def codec_info(config: RowsConfig) -> CodecInfo:
+def codec_info(codec: CodecGroup) -> CodecInfo:
     """The codec a run's settings ask for."""
-    return record_of(config.codec, config.codec_settings)
+    return record_of(codec.codec, codec.settings)
 
 
-def sees_bos(config: PrecomputeConfig, table: TokenTable) -> bool:
+def sees_bos(config: TeacherGroup, table: TokenTable) -> bool:
     """Whether the teacher is shown BOS before each sample.
 
     Raises:
@@ -58,27 +58,28 @@ def sees_bos(config: PrecomputeConfig, table: TokenTable) -> bool:
 
 def run_settings(config: PrecomputeConfig, table: TokenTable, student: TokenTable | None) -> dict[str, Any]:
     """Settings that must not differ between the runs that fill one folder."""
+    teacher, codec = config.teacher, config.codec
     settings = {
         # of the parts: what a later version adds to the manifest is no reason to begin anew
         "schema_version": PARTS_SINCE,
-        "teacher": config.teacher,
-        "backend": config.backend,
-        "revision": config.revision,
-        "dtype": config.dtype,
+        "teacher": teacher.teacher,
+        "backend": teacher.backend,
+        "revision": teacher.revision,
+        "dtype": teacher.dtype,
         "tokenizer_hash": table.info.hash,
-        "bos": sees_bos(config, table),
-        **_codec_settings(config),
-        "temperatures": config.temperatures or None,
-        "max_tokens": config.max_tokens,
-        "text": config.text,
+        "bos": sees_bos(teacher, table),
+        **_codec_settings(codec),
+        "temperatures": codec.temperatures or None,
+        "max_tokens": codec.max_tokens,
+        "text": codec.text,
         "student_hash": student.info.hash if student is not None else None,
     }
     return settings | {name: value for name, value in identity(config).items() if name not in _RECORDED}
 
 
-def _codec_settings(config: PrecomputeConfig) -> dict[str, Any]:
+def _codec_settings(codec: CodecGroup) -> dict[str, Any]:
     """What decides the rows; None is what a run.json that does not have the name says by its silence."""
-    return {**dict.fromkeys(_CODEC_NAMES), **open_codec(codec_info(config)).identity}
+    return {**dict.fromkeys(_CODEC_NAMES), **open_codec(codec_info(codec)).identity}
 
 
 def settle_settings(folder: Folder, settings: dict[str, Any], model: type[PrecomputeConfig] = PrecomputeConfig) -> bool:

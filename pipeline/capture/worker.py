@@ -31,7 +31,7 @@ from xtoken.pipeline.store.writer import ROW_GROUP, Sample, capture_batch, group
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import Teacher, TeacherRows, refuse_k
 from xtoken.pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import CodecGroup, PrecomputeConfig, TeacherGroup
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.remote import patiently
 from xtoken.schemas.manifest import Part, TeacherInfo
@@ -61,18 +61,18 @@ class CaptureJob:
         if os.path.isdir(self.cwd):
             os.chdir(self.cwd)
         config, folder = self.config, Folder(self.config.out)
-        engines = engines_per_gpu(config)
-        if config.device == "auto" or config.backend == "vllm":
-            pin_gpus(slot, config.tensor_parallel)
+        engines = engines_per_gpu(config.run, config.teacher.tensor_parallel)
+        if config.teacher.device == "auto" or config.teacher.backend == "vllm":
+            pin_gpus(slot, config.teacher.tensor_parallel)
         plan = patiently(partial(load_plan, folder))
         if plan is None:
             raise XtokenError(
                 f"{config.out} holds no plan as {socket.gethostname()} sees it; every machine with workers must see "
                 "the same --out: use an object store, or a file system that all of them mount"
             )
-        tokenizer = open_tokenizer(config)
-        teacher = open_teacher(config, tokenizer.table, engines)
-        check_teacher(config, teacher.info)
+        tokenizer = open_tokenizer(config.teacher)
+        teacher = open_teacher(config.teacher, config.codec, tokenizer.table, engines)
+        check_teacher(config.codec, teacher.info)
         first = patiently(partial(settle_teacher, folder, teacher.info, teacher.settings))
         student = load_tokenizer(config.student) if config.student is not None else None
         codes = read_codes(patiently(partial(read_table, folder.url(VOCAB_FILE))))
@@ -82,7 +82,7 @@ class CaptureJob:
         return worker
 
 
-def open_tokenizer(config: PrecomputeConfig) -> TextTokenizer:
+def open_tokenizer(config: TeacherGroup) -> TextTokenizer:
     """The teacher's tokenizer.
 
     Raises:
@@ -94,19 +94,19 @@ def open_tokenizer(config: PrecomputeConfig) -> TextTokenizer:
     return tokenizer
 
 
-def check_teacher(config: PrecomputeConfig, info: TeacherInfo) -> None:
-    """Refuse a teacher whose context or head the settings do not fit.
+def check_teacher(codec: CodecGroup, info: TeacherInfo) -> None:
+    """Refuse a teacher whose context or head what is asked for does not fit.
 
     Raises:
         XtokenError: the message names what fits.
     """
-    longest = config.max_tokens + 1
+    longest = codec.max_tokens + 1
     if longest > info.context:
         raise XtokenError(
-            f"--max-tokens {config.max_tokens} and one more do not fit the {info.context} tokens of {info.model}'s "
+            f"--max-tokens {codec.max_tokens} and one more do not fit the {info.context} tokens of {info.model}'s "
             f"context; use --max-tokens {info.context - 1} or less"
         )
-    refuse_k(config, info.vocab_rows, f"the {info.vocab_rows} rows of {info.model}'s head")
+    refuse_k(codec, info.vocab_rows, f"the {info.vocab_rows} rows of {info.model}'s head")
 
 
 class CaptureWorker:
@@ -129,9 +129,9 @@ class CaptureWorker:
         self._codes = codes
         self.audit: Audit | None = None
         self.device: str | None = None  # where it is not what the run began on
-        self._reader = SliceReader(config, plan)
-        self._codec = open_codec(codec_info(config))
-        bos = tokenizer.table.info.bos_id if sees_bos(config, tokenizer.table) else None
+        self._reader = SliceReader(config.corpus, plan)
+        self._codec = open_codec(codec_info(config.codec))
+        bos = tokenizer.table.info.bos_id if sees_bos(config.teacher, tokenizer.table) else None
         self.context = np.array([] if bos is None else [bos], np.int32)
 
     def serve(self, leases: Iterator[Lease], send: Send) -> None:
@@ -149,7 +149,7 @@ class CaptureWorker:
         if part is not None:
             return part
         documents = self._reader.read(self._plan.shards[shard])
-        pieces = all_windows(documents, self._tokenizer, self._config.max_tokens)
+        pieces = all_windows(documents, self._tokenizer, self._config.codec.max_tokens)
         counts = Counter(documents=len(documents))
         if self._student is not None:
             counts.update(_student_counts(self._student, self._tokenizer.table, pieces))
@@ -173,7 +173,7 @@ class CaptureWorker:
     def _prompts(self, pieces: Sequence[Window]) -> tuple[list[NDArray[np.int32]], list[list[int]]]:
         """What the teacher is shown of each piece, and the pieces that have rows in batches of like lengths."""
         prompts = [np.concatenate([self.context, piece.encoded.ids]).astype(np.int32) for piece in pieces]
-        batches = length_batches([len(prompt) for prompt in prompts], self._config.batch_tokens)
+        batches = length_batches([len(prompt) for prompt in prompts], self._config.teacher.batch_tokens)
         scored = [[index for index in batch if len(prompts[index]) > 1] for batch in batches]
         return prompts, [batch for batch in scored if batch]
 
@@ -195,7 +195,7 @@ class CaptureWorker:
         empty: NDArray[np.float32] = np.zeros(0, np.float32)
         return Sample(
             sample_id=piece.sample_id,
-            text=encoded.text if self._config.text else None,
+            text=encoded.text if self._config.codec.text else None,
             teacher_ids=encoded.ids,
             teacher_end=encoded.ends,
             packed=self._codec.no_rows() if rows is None else self._pack(piece, rows),

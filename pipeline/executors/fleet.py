@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from xtoken.pipeline.executors.gpus import visible_gpus
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import RunGroup, TeacherGroup
 
 
 @dataclass(frozen=True)
@@ -21,33 +21,34 @@ class Fleet:
     engines: float
 
 
-def gpus_of_worker(config: PrecomputeConfig, device: str) -> float:
+def gpus_of_worker(run: RunGroup, teacher: TeacherGroup, device: str) -> float:
     """GPUs that one worker has, a fraction where several share one.
 
     Args:
-        config: what runs.
+        run: how many workers there are, and where.
+        teacher: what each of them runs.
         device: as the engine names it (see ``TeacherInfo``): ``cpu``, or a GPU's name.
     """
     if device == "cpu":
         return 0.0
-    if config.gpus_per_worker is not None:
-        return config.gpus_per_worker
-    if config.ray is not None or config.device != "auto":
-        return float(config.tensor_parallel)
+    if run.gpus_per_worker is not None:
+        return run.gpus_per_worker
+    if run.ray is not None or teacher.device != "auto":
+        return float(teacher.tensor_parallel)
     # workers of one machine share what it has
-    return min(float(config.tensor_parallel), max(1, len(visible_gpus())) / (config.workers or 1))
+    return min(float(teacher.tensor_parallel), max(1, len(visible_gpus())) / (run.workers or 1))
 
 
-def fleet_here(config: PrecomputeConfig, device: str) -> Fleet:
+def fleet_here(run: RunGroup, teacher: TeacherGroup, device: str) -> Fleet:
     """The workers of a run on this machine; ``device`` as for ``gpus_of_worker``."""
-    workers, gpus = config.workers or 1, gpus_of_worker(config, device)
-    if config.backend == "fake":
+    workers, gpus = run.workers or 1, gpus_of_worker(run, teacher, device)
+    if teacher.backend == "fake":
         return Fleet(workers, 0.0, workers)
     # on CPU one real engine uses all cores already
-    return Fleet(workers, gpus, max(1.0, int(workers * gpus / config.tensor_parallel)))
+    return Fleet(workers, gpus, max(1.0, int(workers * gpus / teacher.tensor_parallel)))
 
 
-def fleet_of_ray(config: PrecomputeConfig) -> Fleet:
+def fleet_of_ray(run: RunGroup, teacher: TeacherGroup) -> Fleet:
     """The workers of a run on a Ray cluster as it is now.
 
     Raises:
@@ -55,13 +56,13 @@ def fleet_of_ray(config: PrecomputeConfig) -> Fleet:
     """
     from xtoken.pipeline.executors.ray_cluster import alive, joined, share_of
 
-    assert config.ray is not None
-    with joined(config.ray, config.workers or 1):
+    assert run.ray is not None
+    with joined(run.ray, run.workers or 1):
         nodes = alive()
-        share = share_of(nodes, config.workers, config.gpus_per_worker, config.tensor_parallel, config.device)
-    workers = config.workers or max(1, share.places(nodes) if share.gpus else 1)
-    if config.backend == "fake":
+        share = share_of(nodes, run.workers, run.gpus_per_worker, teacher.tensor_parallel, teacher.device)
+    workers = run.workers or max(1, share.places(nodes) if share.gpus else 1)
+    if teacher.backend == "fake":
         return Fleet(workers, share.gpus, workers)
     if not share.gpus:
         return Fleet(workers, 0.0, min(workers, len(nodes)))
-    return Fleet(workers, share.gpus, workers * min(1.0, share.gpus / config.tensor_parallel))
+    return Fleet(workers, share.gpus, workers * min(1.0, share.gpus / teacher.tensor_parallel))

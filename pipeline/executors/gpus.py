@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import RunGroup
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _DEV = Path("/dev")
@@ -17,13 +17,13 @@ def visible_gpus() -> list[str]:
     return [str(index) for index, _ in enumerate(_DEV.glob("nvidia[0-9]*"))]
 
 
-def engines_per_gpu(config: PrecomputeConfig) -> int:
+def engines_per_gpu(run: RunGroup, tensor_parallel: int) -> int:
     """Engines of this run that share one GPU at most, on this machine; to be asked before ``pin_gpus``."""
-    if config.ray is not None:
-        share = config.gpus_per_worker
+    if run.ray is not None:
+        share = run.gpus_per_worker
         return max(1, int(1 / share + 1e-9)) if share else 1
-    groups = max(1, len(visible_gpus()) // config.tensor_parallel)
-    return -(-(config.workers or 1) // groups)
+    groups = max(1, len(visible_gpus()) // tensor_parallel)
+    return -(-(run.workers or 1) // groups)
 
 
 def pin_gpus(slot: int, count: int = 1) -> None:

@@ -9,7 +9,7 @@ from xtoken.schemas.errors import XtokenError
 if TYPE_CHECKING:
     from xtoken.pipeline.teachers.base import Teacher
     from xtoken.pipeline.tokens import TokenTable
-    from xtoken.schemas.configs.capture import PrecomputeConfig
+    from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
 
 
 class Backend(NamedTuple):
@@ -36,19 +36,19 @@ BACKENDS = {
 }
 
 
-def check_backend(config: "PrecomputeConfig") -> None:
+def check_backend(config: "TeacherGroup", codec: "CodecGroup") -> None:
     """Refuse what the backend cannot give, before anything is read or loaded.
 
     Raises:
         XtokenError: a codec that needs whole rows, or normalisers at other temperatures, from a backend that sees none.
     """
-    if registered(config.codec).whole_rows and not BACKENDS[config.backend].full_rows:
+    if registered(codec.codec).whole_rows and not BACKENDS[config.backend].full_rows:
         raise XtokenError(
-            f"--codec {config.codec} needs whole teacher rows, and backend {config.backend!r} gives only the top k; "
+            f"--codec {codec.codec} needs whole teacher rows, and backend {config.backend!r} gives only the top k; "
             "use --backend hf, or --codec topk"
         )
-    if config.temperatures and not BACKENDS[config.backend].full_rows:
-        named = ",".join(f"{tau:g}" for tau in config.temperatures)
+    if codec.temperatures and not BACKENDS[config.backend].full_rows:
+        named = ",".join(f"{tau:g}" for tau in codec.temperatures)
         raise XtokenError(
             f"--temperatures {named} needs whole teacher rows, and backend {config.backend!r} gives only the top k; "
             "use --backend hf, or leave it out and train with --rest drop and a loss that needs no normaliser "
@@ -56,18 +56,19 @@ def check_backend(config: "PrecomputeConfig") -> None:
         )
 
 
-def open_teacher(config: "PrecomputeConfig", table: "TokenTable", engines: int = 1) -> "Teacher":
+def open_teacher(config: "TeacherGroup", codec: "CodecGroup", table: "TokenTable", engines: int = 1) -> "Teacher":
     """Load ``config.teacher`` under ``config.backend``; every backend module has ``open_teacher``.
 
     Args:
-        config: model, backend, k, dtype, device and limits.
+        config: model, backend, dtype, device and limits.
+        codec: what is kept of each distribution: k, samples, temperatures, most tokens of a sequence.
         table: the teacher tokenizer's token bytes (which tokens start with a space, vocabulary size).
         engines: how many of this run share one GPU.
 
     Raises:
         XtokenError: the backend is not installed, or the model cannot be loaded or asked for k entries.
     """
-    check_backend(config)
+    check_backend(config, codec)
     backend = BACKENDS[config.backend]
     try:
         module: Any = import_module(backend.module)
@@ -75,5 +76,5 @@ def open_teacher(config: "PrecomputeConfig", table: "TokenTable", engines: int =
         needed = error.name or error
         raise XtokenError(f"backend {config.backend!r} needs {needed}; install it: {backend.install}") from error
     divided = {"engines": engines} if backend.divides else {}
-    teacher: Teacher = module.open_teacher(config, table, **divided)
+    teacher: Teacher = module.open_teacher(config, codec, table, **divided)
     return teacher

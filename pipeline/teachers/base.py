@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.schemas.configs.capture import PrecomputeConfig, RowsConfig
+from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TeacherInfo, TokenizerInfo
 
@@ -48,7 +48,7 @@ class TeacherRows:
         lse: float32 [R], log-sum-exp of the raw logits, or None where the engine does not tell.
         space_logprob: float32 [R], log P(next token starts with a space), or None without full rows.
         tau_lognorm: float32 [R, n], log sum_v p(v)^(1/tau) over the whole output head at each of
-            ``PrecomputeConfig.temperatures``, so that log p_tau(v) = log p(v) / tau minus it; None if none were asked.
+            ``CodecGroup.temperatures``, so that log p_tau(v) = log p(v) / tau minus it; None if none were asked.
         draws: tokens sampled from the tokenizer's ids; None if none were asked.
     """
 
@@ -105,28 +105,28 @@ def stream_batches(teacher: Teacher, batches: Iterator[Batch | None]) -> Iterato
         yield from zip(keys, teacher.rows(sequences), strict=True)
 
 
-def entries_asked(config: RowsConfig, width: int) -> int:
+def entries_asked(codec: CodecGroup, width: int) -> int:
     """K of the engine, whose output head is so wide: what the codec asks for (of ``topk`` that is ``--k``)."""
-    asked = config.codec_settings.entries
+    asked = codec.settings.entries
     return width if asked is None else asked
 
 
-def refuse_k(config: RowsConfig, most: int, of: str) -> None:
+def refuse_k(codec: CodecGroup, most: int, of: str) -> None:
     """Refuse ``--k`` where a row has fewer entries.
 
     Args:
-        config: what runs.
+        codec: what is to be kept.
         most: entries of a row.
         of: their name, such as ``the vocabulary's 10 tokens``.
 
     Raises:
         XtokenError: k is larger.
     """
-    if entries_asked(config, most) > most:
-        raise XtokenError(f"--k {config.k} is more than {of}; use --k {most} or less")
+    if entries_asked(codec, most) > most:
+        raise XtokenError(f"--k {codec.k} is more than {of}; use --k {most} or less")
 
 
-def shows_bos(config: PrecomputeConfig, tokenizer: TokenizerInfo) -> bool:
+def shows_bos(config: TeacherGroup, tokenizer: TokenizerInfo) -> bool:
     """Whether samples reach the teacher with BOS in front."""
     added = tokenizer.adds_bos and tokenizer.bos_id is not None
     return config.bos == "always" or (config.bos == "auto" and added)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.pipeline.teachers.base import Draws
-from xtoken.schemas.configs.capture import RowsConfig
+from xtoken.schemas.configs.capture import CodecGroup
 from xtoken.schemas.errors import XtokenError
 
 
@@ -41,9 +41,9 @@ class Sampler:
     size: int
 
     @classmethod
-    def of(cls, config: RowsConfig, size: int) -> "Sampler | None":
+    def of(cls, codec: CodecGroup, size: int) -> "Sampler | None":
         """The sampler of a run; None where its codec asks for no sampled tokens."""
-        sampling = config.codec_settings.sampling
+        sampling = codec.settings.sampling
         return None if sampling is None else cls(*sampling, size)
 
     def uniforms(self, ids: NDArray[np.int32]) -> NDArray[np.float64]:

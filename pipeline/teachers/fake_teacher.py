@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from xtoken.pipeline.teachers.base import Batch, Draws, TeacherRows, entries_asked, refuse_k, stream_batches
 from xtoken.pipeline.teachers.draws import Sampler, counted, draw_row
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
 from xtoken.schemas.manifest import TeacherInfo, digest
 
 _CANDIDATES = 256
@@ -123,14 +123,14 @@ class FakeTeacher:
         return norms_Rn.astype(np.float32)
 
 
-def open_teacher(config: PrecomputeConfig, table: TokenTable) -> FakeTeacher:
+def open_teacher(config: TeacherGroup, codec: CodecGroup, table: TokenTable) -> FakeTeacher:
     """The toy teacher over ``table``'s vocabulary; ``config.teacher`` names the tokenizer only.
 
     Raises:
         XtokenError: k is larger than the vocabulary.
     """
-    k = entries_asked(config, table.size)
-    refuse_k(config, table.size, f"the vocabulary's {table.size} tokens")
+    k = entries_asked(codec, table.size)
+    refuse_k(codec, table.size, f"the vocabulary's {table.size} tokens")
     info = TeacherInfo(
         model=config.teacher,
         backend="fake",
@@ -143,8 +143,8 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable) -> FakeTeacher:
         capture_path="fake",
         engine_version="1",
     )
-    sampler = Sampler.of(config, table.size)
-    return FakeTeacher(info, k, table.starts_with_space(), config.temperatures, sampler)
+    sampler = Sampler.of(codec, table.size)
+    return FakeTeacher(info, k, table.starts_with_space(), codec.temperatures, sampler)
 
 
 def _floor(size: int) -> float:

@@ -25,7 +25,7 @@ from xtoken.pipeline.teachers.base import Batch, TeacherRows, check_prompt, entr
 from xtoken.pipeline.teachers.draws import Sampler
 from xtoken.pipeline.teachers.logit_rows import RowReader, cut, join
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
 from xtoken.schemas.devices import auto_device
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TeacherInfo
@@ -212,21 +212,21 @@ def groups(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
         order = order[size:]
 
 
-def open_teacher(config: PrecomputeConfig, table: TokenTable) -> HfTeacher:
-    """Load the model of ``config`` (see ``xtoken.pipeline.teachers.open_teacher``).
+def open_teacher(config: TeacherGroup, codec: CodecGroup, table: TokenTable) -> HfTeacher:
+    """Load ``config.teacher`` (see ``xtoken.pipeline.teachers.open_teacher``).
 
     Raises:
         XtokenError: the request does not fit the model, or the model or device is not there.
     """
     model_config = model_source.load_model_config(config)
-    model_source.check_request(config, model_config, table)
+    model_source.check_request(config, codec, model_config, table)
     device = _device(config.device)
     model = _load(config, model_config, device)
     source = pick_source(model)
     info = _info(config, model_config, model, source, device)
     space = np.flatnonzero(table.starts_with_space()[: info.vocab_rows])
-    space_P, sampler = torch.from_numpy(space).to(device), Sampler.of(config, table.size)
-    reader = RowReader(entries_asked(config, info.vocab_rows), space_P, tuple(config.temperatures), sampler)
+    space_P, sampler = torch.from_numpy(space).to(device), Sampler.of(codec, table.size)
+    reader = RowReader(entries_asked(codec, info.vocab_rows), space_P, tuple(codec.temperatures), sampler)
     attention = str(getattr(model.config, "_attn_implementation", ""))
     return HfTeacher(source, reader, info, device, config.batch_tokens, attention)
 
@@ -257,7 +257,7 @@ def _agree(blocks: HeadBlocks, whole: WholeForward, model: Any) -> bool:
     return float((found - expected).abs().max()) <= TOLERANCE.get(model.dtype, 3e-2) * max(largest, 1e-6)
 
 
-def _load(config: PrecomputeConfig, model_config: Any, device: torch.device) -> Any:
+def _load(config: TeacherGroup, model_config: Any, device: torch.device) -> Any:
     auto: Any = transformers.AutoModelForCausalLM
     try:
         with _no_progress_bars():
@@ -304,7 +304,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _info(
-    config: PrecomputeConfig, model_config: Any, model: Any, source: LogitSource, device: torch.device
+    config: TeacherGroup, model_config: Any, model: Any, source: LogitSource, device: torch.device
 ) -> TeacherInfo:
     head = model.get_output_embeddings()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from xtoken.pipeline.teachers.base import refuse_k, shows_bos
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import digest
 
@@ -19,7 +19,7 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 _SAYS_NOTHING_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 
 
-def load_model_config(config: PrecomputeConfig) -> Any:
+def load_model_config(config: TeacherGroup) -> Any:
     """The transformers configuration of ``config.teacher``.
 
     Raises:
@@ -38,7 +38,7 @@ def load_model_config(config: PrecomputeConfig) -> Any:
 _WAY_OUT = "Give a folder with config.json and safetensors weights, or a hub id that is in the cache or reachable."
 
 
-def cannot_load(config: PrecomputeConfig, error: Exception, way_out: str = _WAY_OUT) -> XtokenError:
+def cannot_load(config: TeacherGroup, error: Exception, way_out: str = _WAY_OUT) -> XtokenError:
     """The error to raise where loading ``config.teacher`` failed with ``error``."""
     what = f"teacher {config.teacher!r}" + (f" at revision {config.revision!r}" if config.revision else "")
     if "trust_remote_code" in str(error):
@@ -47,18 +47,20 @@ def cannot_load(config: PrecomputeConfig, error: Exception, way_out: str = _WAY_
     return XtokenError(f"{what} cannot be loaded: {reason}\n{way_out}")
 
 
-def check_request(config: PrecomputeConfig, model_config: Any, table: TokenTable, *, spare: int = 0) -> None:
+def check_request(
+    config: TeacherGroup, codec: CodecGroup, model_config: Any, table: TokenTable, *, spare: int = 0
+) -> None:
     """Refuse what the model cannot give; ``spare`` tokens of context are the engine's own.
 
     Raises:
         XtokenError: k is larger than the vocabulary, or a sample does not fit the context.
     """
     width = vocab_rows(model_config)
-    refuse_k(config, width, f"the {width} rows of {config.teacher}")
+    refuse_k(codec, width, f"the {width} rows of {config.teacher}")
     room = context(model_config) - int(shows_bos(config, table.info)) - spare
-    if config.max_tokens > room:
+    if codec.max_tokens > room:
         raise XtokenError(
-            f"--max-tokens {config.max_tokens} does not fit {config.teacher}: its context of {context(model_config)} "
+            f"--max-tokens {codec.max_tokens} does not fit {config.teacher}: its context of {context(model_config)} "
             f"tokens leaves room for {room}; use --max-tokens {room} or less"
         )
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from xtoken.pipeline.teachers import model_source
 from xtoken.pipeline.teachers.vllm_memory import Gpu, memory_share
 from xtoken.pipeline.teachers.vllm_parent import EndsWithParent
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
 from xtoken.schemas.errors import XtokenError
 
 # Runner V1 makes the float32 log-softmax of one prompt's share of a step at once: 2 GB a copy at most.
@@ -89,19 +89,20 @@ Options = dict[str, str | int | float | bool | dict[str, str] | None]
 
 
 def engine_options(
-    config: PrecomputeConfig, model_config: Any, dtype: str, gpu: Gpu | None = None, *, v2: bool = False
+    config: TeacherGroup, codec: CodecGroup, model_config: Any, dtype: str, gpu: Gpu | None = None, *, v2: bool = False
 ) -> Options:
     """Arguments of ``vllm.LLM`` for ``config.teacher``.
 
     Args:
         config: what is asked for.
+        codec: what is kept of it.
         model_config: the teacher's configuration.
         dtype: precision of its weights.
         gpu: what the engine runs on; None: a CPU, or a GPU that does not tell its size.
         v2: vLLM's newer model runner, which never holds more than a block of logits.
     """
     # BOS in front, and room for the one token that must be generated.
-    longest = min(config.max_tokens + 2, model_source.context(model_config))
+    longest = min(codec.max_tokens + 2, model_source.context(model_config))
     step = step_tokens(config.batch_tokens, longest, model_source.vocab_rows(model_config), v2=v2)
     options: Options = {
         "model": config.teacher,
@@ -118,7 +119,7 @@ def engine_options(
         # Rows of cached prefixes would be missing or stale.
         "enable_prefix_caching": False,
         "logprobs_mode": "raw_logprobs",
-        "max_logprobs": config.k,
+        "max_logprobs": codec.k,
         "max_model_len": longest,
         "max_num_batched_tokens": step,
         "max_num_seqs": min(_MAX_SEQUENCES, step),

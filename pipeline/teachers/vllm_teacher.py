@@ -29,7 +29,7 @@ from xtoken.pipeline.teachers.vllm_replies import Entries, read_entries
 from xtoken.pipeline.teachers.vllm_rows import RULES, arrange
 from xtoken.pipeline.teachers.vllm_start import CannotStart, Overheard, lacks_memory, start_llm
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TeacherInfo
 
@@ -149,11 +149,14 @@ def rows_from(ids: NDArray[np.int32], entries: Entries, vocab_rows: int) -> tupl
     return rows, arrange(np.ascontiguousarray(ids[1:], np.int32), token, logprob, rank, seen, *out)
 
 
-def open_teacher(config: PrecomputeConfig, table: TokenTable, *, engines: int = 1, tensors: bool = True) -> VllmTeacher:
+def open_teacher(
+    config: TeacherGroup, codec: CodecGroup, table: TokenTable, *, engines: int = 1, tensors: bool = True
+) -> VllmTeacher:
     """Start an engine for ``config.teacher`` (see ``xtoken.pipeline.teachers.open_teacher``).
 
     Args:
         config: see there.
+        codec: see there.
         table: see there.
         engines: see there.
         tensors: take rows as tensors where the self-test allows it; False keeps to vLLM's public flat form.
@@ -162,34 +165,36 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable, *, engines: int = 
         XtokenError: the request does not fit the model, or vLLM cannot load it.
     """
     model_config = model_source.load_model_config(config)
-    model_source.check_request(config, model_config, table, spare=1)
+    model_source.check_request(config, codec, model_config, table, spare=1)
     platform = find_platform()
     _check_device(config.device, platform.kind)
     dtype = config.dtype if config.dtype != "auto" else ("float32" if platform.cpu else "bfloat16")
     heard = Overheard()
     try:
         with alone_on_gpu(1 if platform.cpu else engines):
-            options = _options(config, model_config, dtype, platform, engines)
+            options = _options(config, codec, model_config, dtype, platform, engines)
             llm = start_llm(options, heard)
     except CannotStart as error:
         if lacks_memory(str(error)):
             raise _no_room(config, options, error) from error
         raise model_source.cannot_load(config, error, _WAY_OUT) from error
-    engine = Engine(llm, config.k, tensors=tensors, heard=heard)
+    engine = Engine(llm, codec.k, tensors=tensors, heard=heard)
     info = _info(config, model_config, dtype, platform, engine)
-    return VllmTeacher(engine, info, config.k, {**settings_of(options), **engine.settings})
+    return VllmTeacher(engine, info, codec.k, {**settings_of(options), **engine.settings})
 
 
-def _options(config: PrecomputeConfig, model_config: Any, dtype: str, platform: Platform, engines: int) -> Options:
+def _options(
+    config: TeacherGroup, codec: CodecGroup, model_config: Any, dtype: str, platform: Platform, engines: int
+) -> Options:
     """Options for the model runner that vLLM is going to use with them."""
     gpu = None if platform.cpu else Gpu(platform.total, engines)
-    options = engine_options(config, model_config, dtype, gpu, v2=not platform.cpu)
+    options = engine_options(config, codec, model_config, dtype, gpu, v2=not platform.cpu)
     if platform.cpu or uses_v2(options):
         return options
-    return engine_options(config, model_config, dtype, gpu)
+    return engine_options(config, codec, model_config, dtype, gpu)
 
 
-def _no_room(config: PrecomputeConfig, options: Options, error: CannotStart) -> XtokenError:
+def _no_room(config: TeacherGroup, options: Options, error: CannotStart) -> XtokenError:
     share = options["gpu_memory_utilization"]
     return XtokenError(
         f"teacher {config.teacher!r} does not fit: {error}\n"
@@ -207,7 +212,7 @@ def _check_device(asked: str, found: str) -> None:
         )
 
 
-def _info(config: PrecomputeConfig, model_config: Any, dtype: str, platform: Platform, engine: Engine) -> TeacherInfo:
+def _info(config: TeacherGroup, model_config: Any, dtype: str, platform: Platform, engine: Engine) -> TeacherInfo:
     return TeacherInfo(
         model=config.teacher,
         backend="vllm",

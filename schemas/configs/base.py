@@ -16,8 +16,6 @@ OUT_FILE: Any = {"place": "file"}
 OUT_PAGE: Any = {"place": "page"}  # HTML
 OUT_LOG: Any = {"place": "log"}
 # Where --help shows a field, and the section of a configuration file that it may stand in; a group's fields need none.
-CORPUS: Any = {"section": "Corpus"}
-TEACHER: Any = {"section": "Teacher"}
 ROWS: Any = {"section": "Rows"}
 TARGETS: Any = {"section": "Targets"}
 RUN: Any = {"section": "Run"}

@@ -9,15 +9,12 @@ from xtoken.schemas.codecs import CODECS, CodecSettings, foreign_fields, known_c
 from xtoken.schemas.configs.base import (
     AS_HASH,
     COMMON,
-    CORPUS,
     IN_PLAN,
     MAY_CHANGE,
     OUT_FOLDER,
     OUT_LOG,
     PLACE,
     ROWS,
-    RUN,
-    TEACHER,
     Config,
     argument,
     ray_address,
@@ -45,27 +42,23 @@ class CorpusConfig(Config):
         "File, folder or fsspec URL: .jsonl[.zst|.gz], .parquet, .arrow, .txt, .md, or a saved Hugging Face dataset.",
         PLACE | IN_PLAN,
     )
-    text_field: str = Field(
-        "text", description="Field or column that holds the text.", json_schema_extra=CORPUS | IN_PLAN
-    )
+    text_field: str = Field("text", description="Field or column that holds the text.", json_schema_extra=IN_PLAN)
     id_field: str | None = Field(
         None,
         description="Field with a unique document id; else file name and record number.",
-        json_schema_extra=CORPUS | COMMON | IN_PLAN,
+        json_schema_extra=COMMON | IN_PLAN,
     )
     split: list[str] = Field(
         default=[TRAIN],
         description="Files of a folder that are read: train (and those that name no split), validation, test, all; "
         "only: whichever split there is, if it is one.",
-        json_schema_extra=CORPUS | IN_PLAN,
+        json_schema_extra=IN_PLAN,
     )
-    limit: int | None = Field(
-        None, ge=1, description="Read only the first N documents.", json_schema_extra=CORPUS | IN_PLAN
-    )
+    limit: int | None = Field(None, ge=1, description="Read only the first N documents.", json_schema_extra=IN_PLAN)
     on_bad: Literal["stop", "skip"] = Field(
         "stop",
         description="A bad document stops the run, or is counted and skipped.",
-        json_schema_extra=CORPUS | IN_PLAN,
+        json_schema_extra=IN_PLAN,
     )
 
     @field_validator("split")
@@ -81,112 +74,91 @@ class CorpusConfig(Config):
         return sorted(set(found), key=known.index)
 
 
-class RowsConfig(CorpusConfig):
-    """Which teacher gives rows of which corpus, and what is kept of them."""
+class CorpusGroup(CorpusConfig):
+    """The corpus of a capture."""
 
-    teacher: str = Field(
-        description="Hugging Face id or folder of the teacher.", json_schema_extra=PLACE | TEACHER | COMMON
-    )
-    backend: Literal["hf", "vllm", "fake"] = Field(
-        "hf", description="Engine that runs the teacher.", json_schema_extra=TEACHER | COMMON
-    )
     on_rendered: Literal["stop", "text"] = Field(
         "stop",
         description="Text that looks rendered by a chat template, by the teacher's control tokens in it, stops the run "
         "or is taken as text.",
-        json_schema_extra=CORPUS | MAY_CHANGE,
+        json_schema_extra=MAY_CHANGE,
     )
-    codec: str = Field(
-        "topk",
-        description="topk serves every loss; sampled (full rows: hf) is unbiased for p-kl, sparse-kl, the root.",
-        json_schema_extra={**ROWS, "choices": list(CODECS)},
-    )
-    k: int = Field(
-        64, ge=1, le=255, description="topk: keep at most K entries per position.", json_schema_extra=ROWS | COMMON
-    )
-    min_p: float = Field(
-        0.003,
-        ge=0.0,
-        lt=1.0,
-        description="topk: keep entries of at least this probability (and always one).",
-        json_schema_extra=ROWS,
-    )
-    draws: int = Field(50, ge=1, le=1000, description="sampled: samples per position.", json_schema_extra=ROWS)
-    seed: int = Field(
-        0, ge=0, description="sampled: the samples follow from it and the tokens of the text.", json_schema_extra=ROWS
-    )
-    max_tokens: int = Field(
-        512,
-        ge=8,
-        description="Most teacher tokens per sample; longer documents are cut into windows.",
-        json_schema_extra=ROWS | COMMON,
+
+
+class TeacherGroup(Config):
+    """Which model is the teacher, and how its engine runs."""
+
+    teacher: str = Field(description="Hugging Face id or folder of the teacher.", json_schema_extra=PLACE | COMMON)
+    backend: Literal["hf", "vllm", "fake"] = Field(
+        "hf", description="Engine that runs the teacher.", json_schema_extra=COMMON
     )
     bos: Literal["auto", "always", "never"] = Field(
-        "auto", description="Show the teacher BOS first; auto: as its tokenizer does.", json_schema_extra=TEACHER
-    )
-    text: bool = Field(
-        True, description="Store the text in the capture; without it, align needs --corpus.", json_schema_extra=ROWS
-    )
-    workers: int | None = Field(
-        None,
-        ge=1,
-        description="Workers, one engine each; left out: 1, or as many as a Ray cluster has GPUs for.",
-        json_schema_extra=RUN | MAY_CHANGE,
+        "auto", description="Show the teacher BOS first; auto: as its tokenizer does."
     )
     tensor_parallel: int = Field(
-        1, ge=1, description="vllm: GPUs of one machine that share one teacher.", json_schema_extra=TEACHER | MAY_CHANGE
+        1, ge=1, description="vllm: GPUs of one machine that share one teacher.", json_schema_extra=MAY_CHANGE
     )
     gpu_memory: float | None = Field(
         None,
         gt=0.0,
         le=1.0,
         description="vllm: share of a GPU's memory that one engine may take; left out: all but what logits need.",
-        json_schema_extra=TEACHER | MAY_CHANGE,
+        json_schema_extra=MAY_CHANGE,
     )
-    shard_bytes: int = Field(
-        1 << 20, ge=1, description="Text per shard in bytes: what one crash can cost.", json_schema_extra=RUN | IN_PLAN
-    )
-    batch_tokens: int = Field(
-        2048, ge=1, description="Teacher tokens per forward call.", json_schema_extra=TEACHER | MAY_CHANGE
-    )
+    batch_tokens: int = Field(2048, ge=1, description="Teacher tokens per forward call.", json_schema_extra=MAY_CHANGE)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: float32 on CPU, bfloat16 on GPU.", json_schema_extra=TEACHER
+        "auto", description="auto: float32 on CPU, bfloat16 on GPU."
     )
-    temperatures: list[float] = Field(
-        default=[],
-        description="Also store the exact normaliser at these temperatures, such as 2,4 (needs full rows: hf).",
-        json_schema_extra=ROWS,
-    )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...", json_schema_extra=TEACHER | MAY_CHANGE)
-    revision: str | None = Field(None, description="Revision of a hub model.", json_schema_extra=TEACHER)
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...", json_schema_extra=MAY_CHANGE)
+    revision: str | None = Field(None, description="Revision of a hub model.")
     trust_remote_code: bool = Field(
-        False, description="Run code that comes with the model.", json_schema_extra=TEACHER | MAY_CHANGE
+        False, description="Run code that comes with the model.", json_schema_extra=MAY_CHANGE
     )
-
-    @classmethod
-    def settings_of(cls, record: dict[str, Any]) -> dict[str, Any] | None:
-        """See ``Config``: run.json of a capture, which knows neither its corpus nor where a student's tokenizer is."""
-        if not {"tokenizer_hash", "teacher", "backend"} <= record.keys():
-            return None
-        derived = ("schema_version", "tokenizer_hash", "step", "student_hash")
-        settings = {name: value for name, value in record.items() if name not in derived and value is not None}
-        bos = settings.get("bos")
-        return settings | ({"bos": "always" if bos else "never"} if isinstance(bos, bool) else {})
 
     @model_validator(mode="after")
-    def _parallel_where_it_exists(self) -> "RowsConfig":
+    def _parallel_where_it_exists(self) -> "TeacherGroup":
         if self.tensor_parallel > 1 and self.backend != "vllm":
             raise ValueError(f"tensor_parallel={self.tensor_parallel} needs --backend vllm; {self.backend} has none")
         return self
 
     @model_validator(mode="after")
-    def _memory_where_it_is_taken(self) -> "RowsConfig":
+    def _memory_where_it_is_taken(self) -> "TeacherGroup":
         if self.gpu_memory is not None and self.backend != "vllm":
             raise ValueError(f"gpu_memory={self.gpu_memory:g} is for --backend vllm, not {self.backend}; leave it out")
         return self
 
+
+class CodecGroup(Config):
+    """What is kept of each teacher distribution, and of which texts."""
+
+    codec: str = Field(
+        "topk",
+        description="topk serves every loss; sampled (full rows: hf) is unbiased for p-kl, sparse-kl, the root.",
+        json_schema_extra={"choices": list(CODECS)},
+    )
+    k: int = Field(64, ge=1, le=255, description="topk: keep at most K entries per position.", json_schema_extra=COMMON)
+    min_p: float = Field(
+        0.003,
+        ge=0.0,
+        lt=1.0,
+        description="topk: keep entries of at least this probability (and always one).",
+    )
+    draws: int = Field(50, ge=1, le=1000, description="sampled: samples per position.")
+    seed: int = Field(0, ge=0, description="sampled: the samples follow from it and the tokens of the text.")
+    max_tokens: int = Field(
+        512,
+        ge=8,
+        description="Most teacher tokens per sample; longer documents are cut into windows.",
+        json_schema_extra=COMMON,
+    )
+    text: bool = Field(True, description="Store the text in the capture; without it, align needs --corpus.")
+    temperatures: list[float] = Field(
+        default=[],
+        description="Also store the exact normaliser at these temperatures, such as 2,4 (needs full rows: hf).",
+    )
+
     @model_validator(mode="after")
-    def _min_p_must_leave_room(self) -> "RowsConfig":
+    def _min_p_must_leave_room(self) -> "CodecGroup":
         if self.min_p * self.k > 1 and self.min_p > 0.5:
             raise ValueError(
                 f"min_p={self.min_p} keeps at most one entry whatever k is; use --k 1 or a smaller --min-p"
@@ -196,12 +168,12 @@ class RowsConfig(CorpusConfig):
     _known_codec = field_validator("codec")(known_codec)
 
     @property
-    def codec_settings(self) -> CodecSettings:
-        """``TopK(k, min_p, temperatures)``, ``Sampled(draws, seed)``, or what ``codec`` has, from the flat fields."""
-        return settings_of(self.codec, {name: getattr(self, name) for name in RowsConfig.model_fields})
+    def settings(self) -> CodecSettings:
+        """``TopK(k, min_p, temperatures)``, ``Sampled(draws, seed)``, or what ``codec`` has, from the fields here."""
+        return settings_of(self.codec, {name: getattr(self, name) for name in CodecGroup.model_fields})
 
     @model_validator(mode="after")
-    def _flags_of_one_codec(self) -> "RowsConfig":
+    def _flags_of_one_codec(self) -> "CodecGroup":
         others = foreign_fields(self.codec)
         if self.temperatures and "temperatures" in others:
             named = ",".join(f"{tau:g}" for tau in self.temperatures)
@@ -223,83 +195,86 @@ class RowsConfig(CorpusConfig):
         return sorted(set(value) - {1.0})
 
 
-class PrecomputeConfig(RowsConfig):
-    """Run a teacher over a corpus and store its distributions: the most probable entries, or samples."""
+class WorkGroup(Config):
+    """How a corpus is divided among workers."""
 
-    out: str = Field(
-        "",
-        description="Folder or URL of the capture; the same command resumes. Several teachers: a folder each below. "
-        "Needed but for --dry-run, which without it counts all of the corpus as left.",
-        json_schema_extra=OUT_FOLDER | MAY_CHANGE,
-    )
-    student: str | None = Field(
+    workers: int | None = Field(
         None,
-        description="Tokenizer of an intended student: checked on every sample while the teacher runs.",
-        json_schema_extra=PLACE | ROWS | AS_HASH,
+        ge=1,
+        description="Workers, one engine each; left out: 1, or as many as a Ray cluster has GPUs for.",
+        json_schema_extra=MAY_CHANGE,
     )
+    shard_bytes: int = Field(
+        1 << 20, ge=1, description="Text per shard in bytes: what one crash can cost.", json_schema_extra=IN_PLAN
+    )
+
+
+class RunGroup(WorkGroup):
+    """Where workers run, what they check of themselves, and what a run says."""
+
     ray: str | None = Field(
         None,
         description="Run workers on Ray: local (started here), auto (the cluster this runs on), or HOST:PORT.",
-        json_schema_extra=RUN | COMMON | MAY_CHANGE,
+        json_schema_extra=COMMON | MAY_CHANGE,
     )
     gpus_per_worker: float | None = Field(
         None,
         ge=0.0,
         description="GPUs that Ray gives a worker, such as 0.5; left out: --tensor-parallel, or 0 on CPU.",
-        json_schema_extra=RUN | MAY_CHANGE,
+        json_schema_extra=MAY_CHANGE,
     )
     lease_seconds: float = Field(
         900.0,
         gt=0.0,
         allow_inf_nan=False,
         description="A worker without progress for so long loses its shards.",
-        json_schema_extra=RUN | MAY_CHANGE,
+        json_schema_extra=MAY_CHANGE,
     )
     cell: str | None = Field(
         None,
         description="I/N: run only every Nth shard, from the Ith; N independent runs may fill one --out.",
-        json_schema_extra=RUN | MAY_CHANGE,
+        json_schema_extra=MAY_CHANGE,
     )
     audit: Literal["path", "hf", "none"] = Field(
         "path",
         description="Each worker checks rows of its own: path (the engine's other way out), hf (transformers).",
-        json_schema_extra=RUN | MAY_CHANGE,
+        json_schema_extra=MAY_CHANGE,
     )
     audit_rows: int = Field(
-        200, ge=1, description="Rows that each worker's audit looks at, at least.", json_schema_extra=RUN | MAY_CHANGE
+        200, ge=1, description="Rows that each worker's audit looks at, at least.", json_schema_extra=MAY_CHANGE
     )
     dry_run: bool = Field(
         False,
         description="Print the plan with tokens, bytes, hours and cost; write nothing.",
-        json_schema_extra=RUN | COMMON | MAY_CHANGE,
+        json_schema_extra=COMMON | MAY_CHANGE,
     )
     gpu_price: float | None = Field(
         None,
         ge=0.0,
         description="Price of one GPU hour, for the cost under --dry-run.",
-        json_schema_extra=RUN | MAY_CHANGE,
+        json_schema_extra=MAY_CHANGE,
     )
     pilot: bool = Field(
         False,
         description="With --dry-run: also show what its pilot found: bytes of each column, 95 % intervals, what the "
         "codec keeps.",
-        json_schema_extra=RUN | MAY_CHANGE,
+        json_schema_extra=MAY_CHANGE,
     )
     pilot_tokens: int = Field(
         PILOT_TOKENS,
         ge=1,
         description="With --dry-run: teacher tokens that are really scored, taken evenly from the corpus.",
-        json_schema_extra=RUN | MAY_CHANGE,
+        json_schema_extra=MAY_CHANGE,
     )
     like: str | None = Field(
         None,
         description="With --dry-run: take bytes from this capture and run no teacher; speed is then unknown.",
-        json_schema_extra=PLACE | RUN | MAY_CHANGE,
+        json_schema_extra=PLACE | MAY_CHANGE,
     )
     log: str | None = Field(
         None,
         description="File for one JSON line per event; left out: log.jsonl in a local --out, none elsewhere.",
-        json_schema_extra=OUT_LOG | RUN | MAY_CHANGE,
+        json_schema_extra=OUT_LOG | MAY_CHANGE,
     )
 
     @property
@@ -330,13 +305,7 @@ class PrecomputeConfig(RowsConfig):
     _an_address = field_validator("ray")(ray_address)
 
     @model_validator(mode="after")
-    def _somewhere_to_write(self) -> "PrecomputeConfig":
-        if not self.out and not self.dry_run:
-            raise ValueError("--out is missing; name a folder or URL for the capture, or say --dry-run")
-        return self
-
-    @model_validator(mode="after")
-    def _a_price_is_for_a_plan(self) -> "PrecomputeConfig":
+    def _a_price_is_for_a_plan(self) -> "RunGroup":
         if self.gpu_price is not None and not self.dry_run:
             raise ValueError(
                 f"--gpu-price {self.gpu_price:g} is for the cost under --dry-run; say that too, or leave it out"
@@ -344,7 +313,7 @@ class PrecomputeConfig(RowsConfig):
         return self
 
     @model_validator(mode="after")
-    def _a_pilot_is_for_a_plan(self) -> "PrecomputeConfig":
+    def _a_pilot_is_for_a_plan(self) -> "RunGroup":
         for name in ("pilot", "pilot_tokens", "like"):
             value = getattr(self, name)
             if value != type(self).model_fields[name].default and not self.dry_run:
@@ -353,22 +322,66 @@ class PrecomputeConfig(RowsConfig):
         return self
 
     @model_validator(mode="after")
-    def _gpus_fit(self) -> "PrecomputeConfig":
+    def _gpus_are_rays(self) -> "RunGroup":
         if self.gpus_per_worker is not None and self.ray is None:
             raise ValueError("gpus_per_worker is for Ray; say --ray too, or CUDA_VISIBLE_DEVICES without it")
         if self.gpus_per_worker is not None and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             raise ValueError(f"gpus_per_worker={self.gpus_per_worker:g}: only less than one GPU can be a fraction")
-        if self.gpus_per_worker is not None and 0 < self.gpus_per_worker < self.tensor_parallel > 1:
-            raise ValueError(
-                f"gpus_per_worker={self.gpus_per_worker:g} is less than tensor_parallel={self.tensor_parallel}; "
-                "leave it out"
-            )
+        return self
+
+
+class RowsConfig(Config):
+    """What decides the distributions of a capture."""
+
+    corpus: CorpusGroup
+    teacher: TeacherGroup
+    codec: CodecGroup = Field(title="Rows")
+
+    @classmethod
+    def settings_of(cls, record: dict[str, Any]) -> dict[str, Any] | None:
+        """See ``Config``: run.json of a capture, which knows neither its corpus nor where a student's tokenizer is."""
+        if not {"tokenizer_hash", "teacher", "backend"} <= record.keys():
+            return None
+        derived = ("schema_version", "tokenizer_hash", "step", "student_hash")
+        settings = {name: value for name, value in record.items() if name not in derived and value is not None}
+        bos = settings.get("bos")
+        return settings | ({"bos": "always" if bos else "never"} if isinstance(bos, bool) else {})
+
+
+class PrecomputeConfig(RowsConfig):
+    """Run a teacher over a corpus and store its distributions: the most probable entries, or samples."""
+
+    student: str | None = Field(
+        None,
+        description="Tokenizer of an intended student: checked on every sample while the teacher runs.",
+        json_schema_extra=PLACE | ROWS | AS_HASH,
+    )
+    out: str = Field(
+        "",
+        description="Folder or URL of the capture; the same command resumes. Several teachers: a folder each below. "
+        "Needed but for --dry-run, which without it counts all of the corpus as left.",
+        json_schema_extra=OUT_FOLDER | MAY_CHANGE,
+    )
+    run: RunGroup
+
+    @model_validator(mode="after")
+    def _somewhere_to_write(self) -> "PrecomputeConfig":
+        if not self.out and not self.run.dry_run:
+            raise ValueError("--out is missing; name a folder or URL for the capture, or say --dry-run")
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_fit(self) -> "PrecomputeConfig":
+        given, parallel = self.run.gpus_per_worker, self.teacher.tensor_parallel
+        if given is not None and 0 < given < parallel > 1:
+            raise ValueError(f"gpus_per_worker={given:g} is less than tensor_parallel={parallel}; leave it out")
         return self
 
 
 class EstimateConfig(RowsConfig):
     """The same as 'xtoken precompute --dry-run --pilot', which replaces it."""
 
+    run: WorkGroup
     pilot_tokens: int = Field(PILOT_TOKENS, ge=1, description="As of precompute.")
     like: str | None = Field(None, description="As of precompute.", json_schema_extra=PLACE)
 

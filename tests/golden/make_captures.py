@@ -126,9 +126,9 @@ def audit(name: str) -> None:
 
     flags = {flag[2:].replace("-", "_"): value for flag, value in zip(*[iter(RUNS[name][1:])] * 2, strict=True)}
     taus = {"temperatures": flags.pop("temperatures").split(",")} if "temperatures" in flags else {}
-    config = PrecomputeConfig(corpus=RUNS[name][0], out=name, **flags, **taus)
-    tokenizer, folder = open_tokenizer(config), Folder(name)
-    teacher: Any = open_teacher(config, tokenizer.table)
+    config = PrecomputeConfig.from_flat(corpus=RUNS[name][0], out=name, **flags, **taus)
+    tokenizer, folder = open_tokenizer(config.teacher), Folder(name)
+    teacher: Any = open_teacher(config.teacher, config.codec, tokenizer.table)
     teacher.second_path = teacher.rows
     look = open_audit(config, folder, tokenizer, teacher, np.zeros(0, np.int32))
     assert look is not None

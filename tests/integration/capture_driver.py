@@ -19,7 +19,7 @@ from xtoken.schemas.ui.progress import Silent
 def main(path: str) -> int:
     """The exit code."""
     settings = json.loads(Path(path).read_text())
-    config = PrecomputeConfig.model_validate(settings["config"])
+    config = PrecomputeConfig.from_flat(**settings["config"])
     job = settings["job"]
     try:
         precompute(config, Silent(), make_job=CaptureJob if job is None else FaultyJob.maker(job))

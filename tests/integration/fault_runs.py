@@ -46,7 +46,7 @@ def write_corpus(path: Path, texts: list[str]) -> Path:
 def settings(corpus: Path, teacher: Path, out: Path | str, **more: Any) -> PrecomputeConfig:
     """A capture by the fake teacher with a real tokenizer, in shards of a few documents."""
     fields = {"backend": "fake", "max_tokens": 256, "shard_bytes": 12_000, "workers": 2, **more}
-    return PrecomputeConfig(corpus=str(corpus), teacher=str(teacher), out=str(out), **fields)
+    return PrecomputeConfig.from_flat(corpus=str(corpus), teacher=str(teacher), out=str(out), **fields)
 
 
 class Run:
@@ -67,7 +67,7 @@ class Run:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         path = folder / f"settings-{len(list(folder.glob('settings-*')))}.json"
-        path.write_text(json.dumps({"config": config.model_dump(), "job": job}))
+        path.write_text(json.dumps({"config": config.to_flat(), "job": job}))
         self.out = Path(config.out)
         self._command = [sys.executable, str(DRIVER), str(path)]
         self._environment = dict(environment or {})

@@ -82,7 +82,7 @@ class Soak:
         """One capture to its end, whatever it takes."""
         more = {"out": str(out), "workers": WORKERS, "ray": self._nodes.address if self._nodes else None}
         job = {"folder": str(self._notes), "pace": PACE}
-        run = Run(self._undisturbed.model_copy(update=more), self._folder, job)
+        run = Run(self._undisturbed.changed(**more), self._folder, job)
         while True:
             with running(run) as process:
                 while process.poll() is None and sum(self.found.kills.values()) < kills and time.monotonic() < until:

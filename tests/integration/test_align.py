@@ -39,7 +39,9 @@ def capture(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _precompute(teacher: str, root: Path, **options: Any) -> PrecomputeConfig:
     fixed = {"backend": "fake", "k": 24, "max_tokens": 64, "shard_bytes": 700}
-    return PrecomputeConfig(corpus=str(root / "text"), teacher=teacher, out=str(root / "c"), **fixed, **options)
+    return PrecomputeConfig.from_flat(
+        corpus=str(root / "text"), teacher=teacher, out=str(root / "c"), **fixed, **options
+    )
 
 
 def _config(capture: Path, out: Path, **options: Any) -> AlignConfig:

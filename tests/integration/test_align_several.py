@@ -30,7 +30,9 @@ def captures(tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.Tem
     for name, teacher in (("smol", str(tokenizer_file("smollm2").parent)), ("raw", "bytes")):
         flags: dict[str, Any] = {"backend": "fake", "k": 4, "max_tokens": 128, "shard_bytes": 300}
         corpus, out = str(root / "corpus.jsonl"), str(root / name)
-        precompute(PrecomputeConfig(corpus=corpus, id_field="id", teacher=teacher, out=out, **flags), Silent())
+        precompute(
+            PrecomputeConfig.from_flat(corpus=corpus, id_field="id", teacher=teacher, out=out, **flags), Silent()
+        )
     return {"smol": root / "smol", "raw": root / "raw"}
 
 

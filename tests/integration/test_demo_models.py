@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
 
 TEXT = Path(__file__).resolve().parents[2] / "examples" / "data" / "moby-dick-held-out.jsonl"
 
@@ -40,7 +40,7 @@ def test_prose_costs_about_a_bit_and_a_half_per_byte(
     encoded = tokenizer.encode(text[:700], complete=False)
     # SmolLM2 takes no BOS by itself, yet some token must stand before the first.
     ids = np.array([tokenizer.table.info.bos_id, *encoded.ids], np.int32)
-    teacher = open_teacher(PrecomputeConfig(corpus="-", out="-", teacher=str(model), k=1), tokenizer.table)
+    teacher = open_teacher(TeacherGroup(teacher=str(model)), CodecGroup(k=1), tokenizer.table)
     (rows,) = teacher.rows([ids])
     bits = -float(rows.target_logprob.sum()) / math.log(2) / int(encoded.ends[-1])
     figure(f"{model.name}: {bits:.3f} bits per byte on {encoded.ends[-1]} bytes of prose")

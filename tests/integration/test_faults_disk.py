@@ -41,7 +41,7 @@ def largest(folder: Path, pattern: str) -> int:
 @pytest.mark.parametrize("target", ["part", "manifest"])
 def test_a_full_disk(undisturbed, tmp_path, figure, target):
     whole, out = Path(undisturbed.out), tmp_path / "out"
-    config = undisturbed.model_copy(update={"out": str(out), "workers": 1})
+    config = undisturbed.changed(out=str(out), workers=1)
     run = Run(config, tmp_path)
     if target == "manifest":
         # everything is there but the manifest, which is larger than any record
@@ -71,7 +71,7 @@ def test_a_full_disk(undisturbed, tmp_path, figure, target):
 def test_a_disk_that_is_full_for_a_record_only(undisturbed, tmp_path):
     """The part was published, its record found no room: the next run adopts the file."""
     whole, out = Path(undisturbed.out), tmp_path / "out"
-    run = Run(undisturbed.model_copy(update={"out": str(out), "workers": 1}), tmp_path)
+    run = Run(undisturbed.changed(out=str(out), workers=1), tmp_path)
     run.finish()
     for name in ("manifest.json", "SHA256SUMS", "commits/part-00002.json"):
         (out / name).unlink()

@@ -42,7 +42,7 @@ def test_one_document_costs_one_shard(undisturbed, tmp_path, figure, where, what
     out, hits = tmp_path / "out", tmp_path / "hits"
     hits.mkdir()
     # one worker: what is in the engine beside the guilty one is known
-    config = undisturbed.model_copy(update={"out": str(out), "workers": 1})
+    config = undisturbed.changed(out=str(out), workers=1)
     run = Run(config, tmp_path, job={"folder": str(hits), "word": WORD, where: what})
     error = run.finish(code=4)
     assert re.search(rf"1 of {len(parts)} shards were quarantined after three attempts", error), error

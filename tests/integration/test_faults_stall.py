@@ -26,7 +26,7 @@ def test_a_worker_that_stalls_past_its_lease_and_then_finishes(undisturbed, tmp_
     last = max(committed(undisturbed.out))
     waits[line_of(undisturbed, last)] = "overdue"
     assert all(sum(line in text for text in texts) == 1 for line in waits)
-    config = undisturbed.model_copy(update={"out": str(out), "lease_seconds": LEASE})
+    config = undisturbed.changed(out=str(out), lease_seconds=LEASE)
     Run(config, tmp_path, {"folder": str(notes), "waits": waits}).finish()
     seen = events(out)
     assert seen["overdue"] == 1

@@ -184,18 +184,18 @@ def test_what_was_computed_outlives_an_outage(proxy):
 @pytest.mark.parametrize("kind", ["truncated", "503"])
 def test_a_corpus_that_cannot_be_read_just_now_is_not_a_bad_one(undisturbed, proxy, tmp_path, kind):
     """A file that breaks off on its way here holds what it holds: nothing of it may be skipped as bad."""
-    Folder("s3://alpha-store/corpus").replace("corpus.jsonl", Path(undisturbed.corpus).read_bytes())
+    Folder("s3://alpha-store/corpus").replace("corpus.jsonl", Path(undisturbed.corpus.corpus).read_bytes())
     remote = {"corpus": "s3://alpha-store/corpus/corpus.jsonl", "on_bad": "skip"}
-    config = undisturbed.model_copy(update=remote)
+    config = undisturbed.changed(**remote)
     proxy.rules = [Rule(kind, method="GET", path="/corpus.jsonl")]
     with pytest.raises(Unreachable, match=r"corpus\.jsonl"):
-        make_plan(config, config.shard_bytes, Silent())
+        make_plan(config.corpus, config.run.shard_bytes, Silent())
     proxy.rules = []
-    plan = make_plan(config, config.shard_bytes, Silent())
+    plan = make_plan(config.corpus, config.run.shard_bytes, Silent())
     assert plan.corpus.bad == {}
     proxy.rules = [Rule(kind, method="GET", path="/corpus.jsonl")]
     with pytest.raises(Unreachable, match=r"corpus\.jsonl"):
-        SliceReader(config, plan).read(plan.shards[3])
+        SliceReader(config.corpus, plan).read(plan.shards[3])
 
 
 @pytest.mark.usefixtures("stormy")

@@ -37,7 +37,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Callable[[st
     for name, text in TEXTS.items():
         (root / "corpus" / f"{name}.txt").write_text(text, newline="")
     teacher = str(tokenizer_file("smollm2"))
-    config = PrecomputeConfig(
+    config = PrecomputeConfig.from_flat(
         corpus=str(root / "corpus"), teacher=teacher, out=str(root / "capture"), backend="fake", k=16, min_p=0.01
     )
     precompute(config, Silent())

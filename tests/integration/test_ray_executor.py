@@ -182,7 +182,7 @@ def test_a_capture_made_on_ray_is_the_one_made_here_byte_for_byte(nodes, tmp_pat
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     here, there = (
-        PrecomputeConfig(
+        PrecomputeConfig.from_flat(
             corpus=str(corpus), teacher="bytes", backend="fake", k=8, max_tokens=64, shard_bytes=700, workers=2,
             out=str(tmp_path / name), ray=ray,
         )

@@ -24,7 +24,7 @@ def _cluster() -> Iterator[None]:
 
 def config(**flags: object) -> PrecomputeConfig:
     known: dict[str, object] = {"corpus": "c", "teacher": "bytes", "backend": "hf", "out": "o", "ray": "auto"}
-    return PrecomputeConfig.model_validate(known | flags)
+    return PrecomputeConfig.from_flat(**known | flags)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,8 @@ def config(**flags: object) -> PrecomputeConfig:
     ],
 )
 def test_workers_and_gpus(flags: dict[str, object], fleet: Fleet) -> None:
-    assert fleet_of_ray(config(**flags)) == fleet
+    asked = config(**flags)
+    assert fleet_of_ray(asked.run, asked.teacher) == fleet
 
 
 def test_a_dry_run_asks_the_cluster_first_and_takes_its_pilot_there(

@@ -44,7 +44,7 @@ def capture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             (root / "text" / name).write_text(text, encoding="utf-8")
         teacher, backend = str(request.getfixturevalue("smollm2_dir")), "hf" if request.param == "topk" else "fake"
         fixed = {"corpus": str(root / "text"), "teacher": teacher, "out": str(root / "capture"), "max_tokens": 32}
-        precompute(PrecomputeConfig(**fixed, codec=request.param, backend=backend), Silent())
+        precompute(PrecomputeConfig.from_flat(**fixed, codec=request.param, backend=backend), Silent())
     flags = ["corpus=cc0-1.0", "outputs=apache-2.0"]
     write_card(CardConfig(capture=str(root / "capture"), license=flags), Silent())
     return root / "capture"

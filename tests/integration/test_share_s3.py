@@ -81,7 +81,7 @@ def capture(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     text = json.loads(TEXT.read_text(encoding="utf-8"))["text"]
     lines = [json.dumps({"id": f"p{n}", "text": text[200 * n : 200 * (n + 1)].strip()}) for n in range(DOCUMENTS)]
     (folder / "prose.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    config = PrecomputeConfig(
+    config = PrecomputeConfig.from_flat(
         corpus=str(folder / "prose.jsonl"),
         teacher=str(smollm2_dir),
         out=str(folder / "capture"),

@@ -118,8 +118,8 @@ def test_rows_are_the_same(
     tokenizer = load_tokenizer(str(model))
     batch = sequences(tokenizer, longest)
     info, (found, again) = vllm_rows(model, batch, tmp_path)
-    config = PrecomputeConfig(corpus="-", out="-", teacher=str(model), k=K, max_tokens=256)
-    teacher = open_teacher(config, tokenizer.table)
+    config = PrecomputeConfig.from_flat(corpus="-", out="-", teacher=str(model), k=K, max_tokens=256)
+    teacher = open_teacher(config.teacher, config.codec, tokenizer.table)
     expected = teacher.rows(batch)
     result = compare(found, expected)
     figure(

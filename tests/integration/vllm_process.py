@@ -27,8 +27,10 @@ def opened(model: str) -> Any:
     # vLLM's processes import this file, and its CPU build stumbles over numba there.
     from xtoken.pipeline.teachers.vllm_teacher import open_teacher
 
-    config = PrecomputeConfig(corpus="-", out="-", teacher=model, backend="vllm", k=K, max_tokens=64, dtype="float32")
-    return open_teacher(config, load_tokenizer("bytes").table)
+    config = PrecomputeConfig.from_flat(
+        corpus="-", out="-", teacher=model, backend="vllm", k=K, max_tokens=64, dtype="float32"
+    )
+    return open_teacher(config.teacher, config.codec, load_tokenizer("bytes").table)
 
 
 def refusal(call: Callable[[], Any]) -> str:

@@ -151,7 +151,7 @@ def main(model: str, source: str, target: str, what: str) -> None:
     # vLLM's processes import this file, and its CPU build stumbles over numba there.
     from xtoken.pipeline.teachers.vllm_teacher import open_teacher
 
-    config = PrecomputeConfig(
+    config = PrecomputeConfig.from_flat(
         corpus="-",
         out="-",
         teacher=model,
@@ -162,7 +162,7 @@ def main(model: str, source: str, target: str, what: str) -> None:
         dtype="float32" if what == "all" else "bfloat16",
     )
     # vLLM's rows need nothing of the tokenizer; bytes are loaded in no time.
-    teacher = open_teacher(config, load_tokenizer("bytes").table)
+    teacher = open_teacher(config.teacher, config.codec, load_tokenizer("bytes").table)
     with np.load(source) as file:
         batch = [file[str(index)] for index in range(len(file.files))]
     found: dict[str, Any] = {

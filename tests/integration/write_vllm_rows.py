@@ -13,9 +13,9 @@ from xtoken.schemas.configs.capture import PrecomputeConfig
 
 
 def main(model: str, source: str, target: str) -> None:
-    config = PrecomputeConfig(corpus="-", out="-", teacher=model, backend="vllm", k=64, max_tokens=256)
+    config = PrecomputeConfig.from_flat(corpus="-", out="-", teacher=model, backend="vllm", k=64, max_tokens=256)
     # vLLM's rows need nothing of the tokenizer; bytes are loaded in no time.
-    teacher = open_teacher(config, load_tokenizer("bytes").table)
+    teacher = open_teacher(config.teacher, config.codec, load_tokenizer("bytes").table)
     with np.load(source) as file:
         batch = [file[str(index)] for index in range(len(file.files))]
     found = {"info": np.array(teacher.info.model_dump_json())}

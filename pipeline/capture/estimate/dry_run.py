@@ -19,7 +19,7 @@ from xtoken.pipeline.store.figures import bos_figure
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.teachers import check_backend
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig, RunGroup, TeacherGroup
 from xtoken.schemas.ui.progress import Progress
 
 
@@ -60,20 +60,26 @@ def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
         return _planned(config, progress)
     with tempfile.TemporaryDirectory(prefix="xtoken-dry-run-") as scratch:
         found = _planned(config.model_copy(update={"out": f"{scratch}/out"}), progress)
-    return {name: value for name, value in found.items() if name != "disk_bytes_free"} | {"log": config.log or "none"}
+    return {name: value for name, value in found.items() if name != "disk_bytes_free"} | {
+        "log": config.run.log or "none"
+    }
 
 
 def _planned(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
     refuse_places(config)
     folder = Folder(config.out)
-    bos = _check_settings(config, folder) if config.like is None else {}
+    bos = _check_settings(config, folder) if config.run.like is None else {}
     if (plan := load_plan(folder)) is not None:
-        settle_plan(folder, config, config.shard_bytes, progress)
-        check_files(config.out, plan, config)
-    fleet = fleet_of_ray(config) if config.ray is not None and config.like is None else None
-    basis = _pilot(config, fleet, progress) if config.like is None else read_likeness(config, config.like, progress)
+        settle_plan(folder, config.corpus, config.run.shard_bytes, progress)
+        check_files(config.out, plan, config.corpus)
+    fleet = fleet_of_ray(config.run, config.teacher) if config.run.ray is not None and config.run.like is None else None
+    basis: Pilot | Likeness
+    if config.run.like is None:
+        basis = _pilot(config, fleet, progress)
+    else:
+        basis = read_likeness(config.corpus, config.run.shard_bytes, config.run.like, progress)
     sizes = [shard.text_bytes for shard in plan.shards] if plan is not None else basis.pool.sizes
-    which, count = config.cells
+    which, count = config.run.cells
     mine = {index: size for index, size in enumerate(sizes) if index % count == which}
     work = _Work(mine, committed_indices(folder) & mine.keys())
     return {
@@ -85,31 +91,33 @@ def _planned(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
         "shards_done": len(work.done),
         "shards_left": len(work.sizes) - len(work.done),
         **_disk(folder, work, basis),
-        **_speed(config, work, basis, fleet),
-        **(basis.figures(work.text_bytes) if config.pilot else {}),
-        "log": str(log_path(config, folder) or "none"),
+        **_speed(config.run, config.teacher, work, basis, fleet),
+        **(basis.figures(work.text_bytes) if config.run.pilot else {}),
+        "log": str(log_path(config.run, folder) or "none"),
     }
 
 
-def _speed(config: PrecomputeConfig, work: _Work, basis: Pilot | Likeness, fleet: Fleet | None) -> dict[str, Any]:
+def _speed(
+    run: RunGroup, teacher: TeacherGroup, work: _Work, basis: Pilot | Likeness, fleet: Fleet | None
+) -> dict[str, Any]:
     if isinstance(basis, Likeness):
         return {**basis.time, "settings": basis.settings}
-    return _time(config, work, basis, fleet or fleet_here(config, basis.device))
+    return _time(run, teacher, work, basis, fleet or fleet_here(run, teacher, basis.device))
 
 
 def _pilot(config: PrecomputeConfig, fleet: Fleet | None, progress: Progress) -> Pilot:
-    if fleet is not None and fleet.gpus and config.ray != "local":
+    if fleet is not None and fleet.gpus and config.run.ray != "local":
         from xtoken.pipeline.capture.estimate.ray_pilot import take_pilot_on_ray
 
-        return take_pilot_on_ray(config, config.pilot_tokens, fleet.gpus, progress)
+        return take_pilot_on_ray(config, config.run.pilot_tokens, fleet.gpus, progress)
     with tempfile.TemporaryDirectory(prefix="xtoken-dry-run-") as scratch:
-        return take_pilot(config.model_copy(update={"out": scratch}), config.pilot_tokens, progress)
+        return take_pilot(config.model_copy(update={"out": scratch}), config.run.pilot_tokens, progress)
 
 
 def _check_settings(config: PrecomputeConfig, folder: Folder) -> dict[str, str]:
     """Refuse what precompute refuses, without leaving the record of settings that it leaves; a word about BOS."""
-    check_backend(config)
-    table = open_tokenizer(config).table
+    check_backend(config.teacher, config.codec)
+    table = open_tokenizer(config.teacher).table
     student = load_tokenizer(config.student).table if config.student is not None else None
     settings = run_settings(config, table, student)
     check_settings(folder, settings, type(config))
@@ -136,16 +144,16 @@ def _free(path: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _time(config: PrecomputeConfig, work: _Work, pilot: Pilot, fleet: Fleet) -> dict[str, Any]:
+def _time(run: RunGroup, teacher: TeacherGroup, work: _Work, pilot: Pilot, fleet: Fleet) -> dict[str, Any]:
     """Hours of wall clock, GPUs and their cost; every worker has the pilot's speed."""
     figures: dict[str, Any] = {
         "workers": fleet.workers,
         "gpus": round(fleet.workers * fleet.gpus, 3),
         "rows_per_s_of_one": pilot.rate,
-        **({"workers_that_add_speed": fleet.engines} if config.pilot else {}),
+        **({"workers_that_add_speed": fleet.engines} if run.pilot else {}),
         "measured_on": pilot.device,
     }
-    if fleet.gpus and pilot.device == "cpu" and config.backend != "fake":
+    if fleet.gpus and pilot.device == "cpu" and teacher.backend != "fake":
         return figures | {
             "hours": "unknown: the pilot ran on a CPU and workers have GPUs; try on a machine that has one"
         }
@@ -155,6 +163,6 @@ def _time(config: PrecomputeConfig, work: _Work, pilot: Pilot, fleet: Fleet) -> 
     hours = (pilot.start_up + tokens / (pilot.rate * engines)) / 3600 if engines else 0.0
     gpu_hours = hours * fleet.gpus * min(fleet.workers, len(work.sizes) - len(work.done))
     figures |= {"hours": round(hours, 4), "time": duration(hours * 3600), "gpu_hours": round(gpu_hours, 4)}
-    if config.gpu_price is None:
+    if run.gpu_price is None:
         return figures
-    return figures | {"cost": round(gpu_hours * config.gpu_price, 2)}
+    return figures | {"cost": round(gpu_hours * run.gpu_price, 2)}

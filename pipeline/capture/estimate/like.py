@@ -7,7 +7,7 @@ from typing import Any
 from xtoken.pipeline.capture.estimate.pilot import interval
 from xtoken.pipeline.capture.estimate.sampling import POOL, Pool, Ratio, ratio, take_pool
 from xtoken.pipeline.store.codecs import open_codec
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import CorpusGroup
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
 from xtoken.schemas.ui.progress import Progress
@@ -54,7 +54,7 @@ class Likeness:
         return {"hours": "unknown: a capture does not record its speed; leave --like out to time a pilot"}
 
 
-def read_likeness(config: PrecomputeConfig, like: str, progress: Progress) -> Likeness:
+def read_likeness(corpus: CorpusGroup, shard_bytes: int, like: str, progress: Progress) -> Likeness:
     """Read the corpus once, and the manifest of another capture.
 
     Raises:
@@ -66,7 +66,7 @@ def read_likeness(config: PrecomputeConfig, like: str, progress: Progress) -> Li
         raise XtokenError(f"--like {like} holds no tokens to go by; name another capture, or leave it out")
     counts = [part.tokens for part in parts]
     return Likeness(
-        pool=take_pool(config, config.shard_bytes, POOL, progress),
+        pool=take_pool(corpus, shard_bytes, POOL, progress),
         # another corpus than the capture's is of parts that were not seen
         tokens_per_byte=ratio(counts, [part.text_bytes for part in parts], 0.0),
         disk=ratio([part.file_bytes for part in parts], counts, 0.0),

@@ -33,7 +33,7 @@ from xtoken.pipeline.store.writer import ROW_GROUP, Sample, list_column, write_p
 from xtoken.pipeline.teachers import check_backend, open_teacher
 from xtoken.pipeline.teachers.base import refuse_k
 from xtoken.pipeline.tokens import TextTokenizer
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import CodecGroup, PrecomputeConfig
 from xtoken.schemas.manifest import CorpusInfo
 from xtoken.schemas.ui.progress import Progress
 
@@ -144,12 +144,12 @@ def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pil
     Raises:
         XtokenError: bad input, or a teacher that cannot be loaded or does not fit the flags.
     """
-    check_backend(config)
-    tokenizer = open_tokenizer(config)
-    refuse_k(config, tokenizer.table.size, f"the vocabulary's {tokenizer.table.size} tokens")
-    look = Look.of(config, tokenizer)
-    pool = take_pool(config, config.shard_bytes, max(POOL, _WIDEST * tokens), progress, look)
-    pieces = [list(windows(piece, tokenizer, config.max_tokens)) for piece in pool.pieces]
+    check_backend(config.teacher, config.codec)
+    tokenizer = open_tokenizer(config.teacher)
+    refuse_k(config.codec, tokenizer.table.size, f"the vocabulary's {tokenizer.table.size} tokens")
+    look = Look.of(config.corpus, config.teacher, tokenizer)
+    pool = take_pool(config.corpus, config.run.shard_bytes, max(POOL, _WIDEST * tokens), progress, look)
+    pieces = [list(windows(piece, tokenizer, config.codec.max_tokens)) for piece in pool.pieces]
     chosen = _choose([window for piece in pieces for window in piece], tokens)
     began = time.monotonic()
     worker, device = _open_worker(config, pool, tokenizer)
@@ -158,14 +158,14 @@ def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pil
     rows = sum(len(sample.realised_logprob) for sample in samples)
     return Pilot(
         pool=pool,
-        costs=_costs(config, pool, pieces, samples, tokenizer),
+        costs=_costs(config.codec, Path(config.out), pool, pieces, samples, tokenizer),
         rate=rows / max(seconds, 1e-9),
         start_up=opened,
         device=device,
         tokens=sum(len(sample.teacher_ids) for sample in samples),
         windows=len(samples),
         whole=pool.whole and len(samples) == sum(map(len, pieces)),
-        rows=_row_figures(config),
+        rows=_row_figures(config.codec, config.out),
     )
 
 
@@ -177,10 +177,15 @@ def _choose(windows: Sequence[Window], tokens: int) -> list[Window]:
 
 def _open_worker(config: PrecomputeConfig, pool: Pool, tokenizer: TextTokenizer) -> tuple[CaptureWorker, str]:
     """The worker of a capture, without a shard to run, and what it runs on."""
-    info = CorpusInfo(source=config.corpus, hash="", documents=pool.documents, text_bytes=pool.text_bytes)
-    plan = Plan(corpus=info, files=pool.files, shard_bytes=config.shard_bytes, shards=[])
-    teacher = open_teacher(config, tokenizer.table, engines_per_gpu(config))
-    check_teacher(config, teacher.info)
+    info = CorpusInfo(source=config.corpus.corpus, hash="", documents=pool.documents, text_bytes=pool.text_bytes)
+    plan = Plan(corpus=info, files=pool.files, shard_bytes=config.run.shard_bytes, shards=[])
+    teacher = open_teacher(
+        config.teacher,
+        config.codec,
+        tokenizer.table,
+        engines_per_gpu(config.run, config.teacher.tensor_parallel),
+    )
+    check_teacher(config.codec, teacher.info)
     return CaptureWorker(config, plan, tokenizer, teacher, None), teacher.info.device
 
 
@@ -197,22 +202,23 @@ def _score(worker: CaptureWorker, chosen: Sequence[Window], progress: Progress) 
 
 
 def _costs(
-    config: PrecomputeConfig,
+    codec: CodecGroup,
+    folder: Path,
     pool: Pool,
     pieces: Sequence[Sequence[Window]],
     samples: Sequence[Sample],
     tokenizer: TextTokenizer,
 ) -> Costs:
-    folder, schema = Path(config.out), open_codec(codec_info(config)).schema()
+    schema = open_codec(codec_info(codec)).schema()
     windows = [window for piece in pieces for window in piece]
     codes = codes_by_use((window.encoded.ids for window in windows), tokenizer.table.size)
     tokens = _tokens_per_byte(pool, pieces)
     pool_tokens, pilot_tokens = sum(map(_size, windows)), sum(len(sample.teacher_ids) for sample in samples)
     text_schema = pa.schema([field for field in schema if field.name in _TEXT_COLUMNS])
-    text, _ = _written(folder / "text.parquet", text_schema, _text_batches(windows, text_schema, text=config.text))
+    text, _ = _written(folder / "text.parquet", text_schema, _text_batches(windows, text_schema, text=codec.text))
     rows, overhead = _written(folder / "rows.parquet", schema, sample_batches(samples, schema, codes))
     columns = {name: (text[name] / pool_tokens if name in text else rows[name] / pilot_tokens) for name in rows}
-    write_vocab(Folder(config.out), tokenizer.table, codes)
+    write_vocab(Folder(str(folder)), tokenizer.table, codes)
     total = tokens.value * pool.text_bytes
     # a part's last group of rows is not full
     groups = total / pool_tokens * len(windows) / ROW_GROUP + pool.shards / 2
@@ -284,10 +290,10 @@ def interval(name: str, value: float, error: float, fixed: int = 0) -> dict[str,
     return {f"{name}_{end}": None if math.isnan(error) else round(at + fixed) for end, at in ends.items()}
 
 
-def _row_figures(config: PrecomputeConfig) -> dict[str, Any]:
+def _row_figures(codec: CodecGroup, folder: str) -> dict[str, Any]:
     """What the codec keeps of the pilot's rows."""
-    path = str(Path(config.out) / "rows.parquet")
-    return open_codec(codec_info(config)).estimate(partial(_rows_as_read, path))
+    path = str(Path(folder) / "rows.parquet")
+    return open_codec(codec_info(codec)).estimate(partial(_rows_as_read, path))
 
 
 def _rows_as_read(path: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:

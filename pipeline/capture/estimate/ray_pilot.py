@@ -18,10 +18,10 @@ def take_pilot_on_ray(config: PrecomputeConfig, tokens: int, gpus: float, progre
     Raises:
         XtokenError: as ``take_pilot``, or the GPUs are taken, or what runs there died.
     """
-    assert config.ray is not None
+    assert config.run.ray is not None
     ray = import_ray()
     progress.start("pilot on the cluster", None, "bytes")
-    with joined(config.ray, 1):
+    with joined(config.run.ray, 1):
         free = ray.available_resources().get("GPU", 0.0)
         if free < gpus:
             raise XtokenError(

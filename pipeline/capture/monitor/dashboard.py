@@ -23,7 +23,7 @@ from xtoken.pipeline.corpus import Listing
 from xtoken.pipeline.executors.fleet import gpus_of_worker
 from xtoken.pipeline.executors.protocol import Event
 from xtoken.pipeline.store.files import Folder
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import RunGroup, TeacherGroup
 from xtoken.schemas.errors import XtokenError, last_words
 from xtoken.schemas.manifest import Part, code_version
 from xtoken.schemas.status import RunStatus, suffixed
@@ -50,7 +50,8 @@ class Dashboard:
         self,
         folder: Folder,
         plan: Plan,
-        config: PrecomputeConfig,
+        run: RunGroup,
+        teacher: TeacherGroup,
         done: Mapping[int, Part],
         progress: Progress,
         clock: Callable[[], float] = time.monotonic,
@@ -60,7 +61,8 @@ class Dashboard:
         Args:
             folder: the capture's, where the status is written.
             plan: all shards.
-            config: what runs; with ``--cell``, only its shards count.
+            run: how it runs; with ``--cell``, only its shards count.
+            teacher: what runs.
             done: what was committed before, whoever did it.
             progress: shows the bytes of text done and the main figures.
             clock: seconds that never go back.
@@ -68,8 +70,8 @@ class Dashboard:
         Raises:
             XtokenError: the log cannot be written.
         """
-        self._folder, self._config, self._progress, self._clock = folder, config, progress, clock
-        which, count = config.cells
+        self._folder, self._run, self._teacher, self._progress, self._clock = folder, run, teacher, progress, clock
+        which, count = run.cells
         self._sizes = {shard.index: shard.text_bytes for shard in plan.shards if shard.index % count == which}
         self._done = {index for index in done if index in self._sizes}
         self.text_bytes = sum(self._sizes.values())
@@ -86,8 +88,8 @@ class Dashboard:
         self._minute: Rate | None = None  # both begin with the first worker that is ready
         self._long: Rate | None = None
         self._opened = 0.0
-        self._log = RunLog(log_path(config, folder))
-        self._status_file = StatusFile(folder, suffixed("status", "json", config.cell))
+        self._log = RunLog(log_path(run, folder))
+        self._status_file = StatusFile(folder, suffixed("status", "json", run.cell))
         self._due, self._closed = self._began, False
         self._over = threading.Event()
         self._beat = threading.Thread(target=self._live_on, name="xtoken-heartbeat", daemon=True)
@@ -202,7 +204,7 @@ class Dashboard:
     def _who(self) -> dict[str, Any]:
         return {
             "xtoken_version": code_version(),
-            "cell": self._config.cell,
+            "cell": self._run.cell,
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
@@ -214,7 +216,7 @@ class Dashboard:
             self._due = now  # from here on there is something to see
         if self._gpus is None:
             with contextlib.suppress(XtokenError, OSError, ValueError):
-                self._gpus = gpus_of_worker(self._config, read_teacher(self._folder).device)
+                self._gpus = gpus_of_worker(self._run, self._teacher, read_teacher(self._folder).device)
 
     def _part(self, shard: int, part: Part, now: float) -> None:
         size = self._sizes.get(shard, 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xtoken.pipeline.store.files import Folder
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import RunGroup
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.status import suffixed
 
@@ -19,11 +19,11 @@ def utc_now() -> datetime:
     return now.replace(microsecond=now.microsecond // 1000 * 1000)
 
 
-def log_path(config: PrecomputeConfig, folder: Folder) -> Path | None:
+def log_path(run: RunGroup, folder: Folder) -> Path | None:
     """Where a run's log is; None where there is none."""
-    if config.log is not None:
-        return Path(config.log)
-    return Path(folder.at(suffixed("log", "jsonl", config.cell))) if folder.local else None
+    if run.log is not None:
+        return Path(run.log)
+    return Path(folder.at(suffixed("log", "jsonl", run.cell))) if folder.local else None
 
 
 class RunLog:

@@ -53,7 +53,7 @@ def small_capture(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Call
         key = json.dumps([texts, teacher, settings])
         if key not in made:
             root = tmp_path_factory.mktemp("capture")
-            config = PrecomputeConfig(
+            config = PrecomputeConfig.from_flat(
                 corpus=str(_write_corpus(root / "corpus", texts, settings.get("id_field"))),
                 teacher=teacher if teacher == "bytes" else str(tokenizer_file(teacher)),
                 out=str(root / "capture"),

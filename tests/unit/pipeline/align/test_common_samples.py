@@ -24,7 +24,7 @@ def make(folder: Path, texts: dict[str, str], **more: Any) -> str:
     (folder / "corpus.jsonl").write_text("\n".join(lines))
     fields = {"teacher": "bytes", "backend": "fake", "k": 4, "shard_bytes": 200, **more}
     corpus, out = str(folder / "corpus.jsonl"), str(folder / "c")
-    precompute(PrecomputeConfig(corpus=corpus, id_field="id", out=out, **fields), Silent())
+    precompute(PrecomputeConfig.from_flat(corpus=corpus, id_field="id", out=out, **fields), Silent())
     return out
 
 

@@ -43,10 +43,12 @@ def test_align_and_precompute_refuse_a_narrow_head(model_folder: Callable[..., P
     narrow = model_folder("narrow", {"vocab_size": 257}, special=False)
     given = {"corpus": str(tmp_path / "a.txt"), "teacher": str(narrow), "k": 8}
     with pytest.raises(XtokenError, match=r"narrow predicts 257 tokens.*the first is '<think>', 257"):
-        precompute(PrecomputeConfig(**given, out=str(tmp_path / "none"), backend="hf"), Silent())
+        precompute(PrecomputeConfig.from_flat(**given, out=str(tmp_path / "none"), backend="hf"), Silent())
     assert not (tmp_path / "none" / "run.json").exists()
     for name in ("a", "b"):
-        precompute(PrecomputeConfig(**given, out=str(tmp_path / name), backend="fake"), Silent())  # it has no head
+        precompute(
+            PrecomputeConfig.from_flat(**given, out=str(tmp_path / name), backend="fake"), Silent()
+        )  # it has no head
     for captures in (["a"], ["a", "b"]):
         folders, out = [str(tmp_path / name) for name in captures], tmp_path / f"targets-{len(captures)}"
         with pytest.raises(XtokenError, match=r"narrow predicts 257 tokens.*the first is '<think>', 257"):

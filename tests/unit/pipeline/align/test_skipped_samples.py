@@ -49,7 +49,7 @@ def deaf(tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 def captured(root: Path, teacher: Path, **more: Any) -> str:
     """A capture of ``LINES`` whose bad documents are skipped."""
     (root / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
-    config = PrecomputeConfig(
+    config = PrecomputeConfig.from_flat(
         corpus=str(root / "corpus.jsonl"),
         id_field="id",
         teacher=str(teacher),

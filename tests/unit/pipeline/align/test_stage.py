@@ -40,7 +40,9 @@ def capture(tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.Temp
     root = tmp_path_factory.mktemp("stage")
     (root / "a.txt").write_text(TEXT * 3, encoding="utf-8")
     teacher = str(tokenizer_file("smollm2"))
-    config = PrecomputeConfig(corpus=str(root / "a.txt"), teacher=teacher, out=str(root / "c"), backend="fake", k=16)
+    config = PrecomputeConfig.from_flat(
+        corpus=str(root / "a.txt"), teacher=teacher, out=str(root / "c"), backend="fake", k=16
+    )
     precompute(config, Silent())
     return root / "c"
 
@@ -185,7 +187,7 @@ def checked(tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.Temp
     root = tmp_path_factory.mktemp("checked")
     (root / "a.txt").write_text(TEXT * 3, encoding="utf-8")
     teacher_file = str(tokenizer_file("llama2"))
-    config = PrecomputeConfig(
+    config = PrecomputeConfig.from_flat(
         corpus=str(root / "a.txt"), teacher=teacher_file, out=str(root / "c"), backend="fake", max_tokens=64
     )
     precompute(config, Silent())

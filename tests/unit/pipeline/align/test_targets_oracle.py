@@ -55,7 +55,7 @@ def capture(
     (root / "text").mkdir()
     (root / "text" / "a.txt").write_text(TEXT * 4, encoding="utf-8")
     (root / "text" / "b.txt").write_text("Plain words, and no more than that.", encoding="utf-8")
-    config = PrecomputeConfig(
+    config = PrecomputeConfig.from_flat(
         corpus=str(root / "text"),
         teacher=str(tokenizer_file(request.param)),
         out=str(root / "c"),

@@ -35,7 +35,9 @@ def make_config(tmp_path: Path, teacher: str, **options: Any) -> PrecomputeConfi
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     values: dict[str, Any] = {"k": 16, "min_p": 0.01} if options.get("codec") != "sampled" else {"draws": 30}
     values |= {"backend": "fake", "max_tokens": 48, "shard_bytes": 2500, "audit_rows": 60, **options}
-    return PrecomputeConfig(corpus=str(tmp_path / "corpus.jsonl"), teacher=teacher, out=str(tmp_path / "out"), **values)
+    return PrecomputeConfig.from_flat(
+        corpus=str(tmp_path / "corpus.jsonl"), teacher=teacher, out=str(tmp_path / "out"), **values
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +56,12 @@ def config(kept: PrecomputeConfig, tmp_path: Path) -> PrecomputeConfig:
 
 def audited(config: PrecomputeConfig, change: Callable[[TeacherRows], TeacherRows], shard: int = 0) -> AuditRecord:
     """Audit a shard by a second path that gives the teacher's rows, changed."""
-    tokenizer, folder = open_tokenizer(config), Folder(config.out)
-    teacher: Any = open_teacher(config, tokenizer.table)
+    tokenizer, folder = open_tokenizer(config.teacher), Folder(config.out)
+    teacher: Any = open_teacher(config.teacher, config.codec, tokenizer.table)
     first = teacher.rows
     teacher.second_path = lambda batch: [change(rows) for rows in first(batch)]
     bos = tokenizer.table.info.bos_id
-    context = np.array([bos] if config.bos == "always" else [], np.int32)
+    context = np.array([bos] if config.teacher.bos == "always" else [], np.int32)
     look = open_audit(config, folder, tokenizer, teacher, context)
     assert look is not None
     look(shard)
@@ -78,7 +80,7 @@ def shifted(rows: TeacherRows) -> TeacherRows:
 
 @pytest.mark.parametrize("bos", ["never", "always"])
 def test_the_teachers_own_rows_differ_by_rounding_only(config: PrecomputeConfig, bos: str, tmp_path: Path) -> None:
-    config = config.model_copy(update={"bos": bos, "out": str(tmp_path / bos)})
+    config = config.changed(bos=bos, out=str(tmp_path / bos))
     precompute(config, Silent())
     found = audited(config, same)
     assert (found.method, found.against, found.capture_path) == ("path", "fake's second path (1)", "fake")
@@ -130,13 +132,13 @@ def test_a_refused_capture_stays_refused(config: PrecomputeConfig) -> None:
     """The same command again must not finish what an audit has stopped."""
     folder = Folder(config.out)
     audited(config, same, shard=1)
-    assert len(accepted_audits(config, folder)) == 1
+    assert len(accepted_audits(config.run, folder)) == 1
     with pytest.raises(XtokenError, match="is not what") as first:
         audited(config, shifted)
     with pytest.raises(XtokenError, match="is not what") as again:
-        accepted_audits(config, folder)
+        accepted_audits(config.run, folder)
     assert str(again.value) == str(first.value)
-    knowing = accepted_audits(config.model_copy(update={"audit": "none"}), folder)
+    knowing = accepted_audits(config.changed(audit="none").run, folder)
     assert knowing == read_audits(folder)
     assert [record.same_top1 == 1.0 for record in knowing] == [False, True], "what was found is told"
 
@@ -171,7 +173,7 @@ def test_what_is_no_number_is_refused(config: PrecomputeConfig, name: str, value
     with pytest.raises(XtokenError, match="is not what"):
         audited(config, broken)
     with pytest.raises(XtokenError, match="is not what"):
-        accepted_audits(config, Folder(config.out))
+        accepted_audits(config.run, Folder(config.out))
 
 
 def test_log_probabilities_of_another_model_are_refused(config: PrecomputeConfig) -> None:
@@ -209,9 +211,9 @@ def test_the_sample_is_whole_windows_and_follows_from_plan_and_shard(config: Pre
     asked: list[list[list[int]]] = []
 
     def prompts_of(shard: int, rows: int) -> list[list[int]]:
-        changed = config.model_copy(update={"audit_rows": rows})
-        tokenizer = open_tokenizer(changed)
-        teacher: Any = open_teacher(changed, tokenizer.table)
+        changed = config.changed(audit_rows=rows)
+        tokenizer = open_tokenizer(changed.teacher)
+        teacher: Any = open_teacher(changed.teacher, changed.codec, tokenizer.table)
         first = teacher.rows
         teacher.second_path = lambda batch: asked.append([ids.tolist() for ids in batch]) or first(batch)
         look = open_audit(changed, Folder(config.out), tokenizer, teacher, np.zeros(0, np.int32))
@@ -239,12 +241,12 @@ def test_the_first_record_stands(config: PrecomputeConfig) -> None:
 
 
 def test_nothing_to_audit(config: PrecomputeConfig) -> None:
-    tokenizer, folder = open_tokenizer(config), Folder(config.out)
-    teacher: Any = open_teacher(config, tokenizer.table)
+    tokenizer, folder = open_tokenizer(config.teacher), Folder(config.out)
+    teacher: Any = open_teacher(config.teacher, config.codec, tokenizer.table)
     context = np.zeros(0, np.int32)
     assert open_audit(config, folder, tokenizer, teacher, context) is None, "the fake teacher has no second path"
     teacher.second_path = teacher.rows
-    none = config.model_copy(update={"audit": "none"})
+    none = config.changed(audit="none")
     assert open_audit(none, folder, tokenizer, teacher, context) is None
     look = open_audit(config, folder, tokenizer, teacher, context)
     assert look is not None
@@ -286,9 +288,9 @@ def test_records_are_read_in_order_and_strangers_left_alone(config: PrecomputeCo
 
 @pytest.mark.engine  # imports transformers
 def test_a_model_that_transformers_cannot_load_is_refused_with_the_way_out(config: PrecomputeConfig) -> None:
-    tokenizer = open_tokenizer(config)
-    teacher = open_teacher(config, tokenizer.table)
-    by_hf = config.model_copy(update={"audit": "hf"})
+    tokenizer = open_tokenizer(config.teacher)
+    teacher = open_teacher(config.teacher, config.codec, tokenizer.table)
+    by_hf = config.changed(audit="hf")
     with pytest.raises(XtokenError, match=r"--audit hf cannot run .*\n.*--audit none"):
         open_audit(by_hf, Folder(config.out), tokenizer, teacher, np.zeros(0, np.int32))
 
@@ -311,9 +313,9 @@ def test_transformers_against_itself(
     tmp_path: Path, smollm2_dir: Path, figure: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(tmp_path, str(smollm2_dir), backend="hf", device="cpu", limit=3, audit="hf", audit_rows=80)
-    precompute(config.model_copy(update={"audit": "none"}), Silent())
-    tokenizer, folder = open_tokenizer(config), Folder(config.out)
-    teacher: Any = open_teacher(config.model_copy(update={"backend": "fake"}), tokenizer.table)
+    precompute(config.changed(audit="none"), Silent())
+    tokenizer, folder = open_tokenizer(config.teacher), Folder(config.out)
+    teacher: Any = open_teacher(config.changed(backend="fake").teacher, config.codec, tokenizer.table)
     look = open_audit(config, folder, tokenizer, teacher, np.zeros(0, np.int32))
     assert look is not None
     look(0)

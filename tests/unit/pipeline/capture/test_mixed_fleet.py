@@ -73,7 +73,7 @@ def config(tmp_path: Path) -> PrecomputeConfig:
     texts = [f"Document {number}: " + "some words, and 1234 numbers. " * 9 for number in range(6)]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     files = {"corpus": str(tmp_path / "corpus.jsonl"), "out": str(tmp_path / "out")}
-    return PrecomputeConfig(**files, teacher="bytes", backend="fake", k=8, max_tokens=64, shard_bytes=300)
+    return PrecomputeConfig.from_flat(**files, teacher="bytes", backend="fake", k=8, max_tokens=64, shard_bytes=300)
 
 
 def test_parts_of_a_mixed_fleet_name_their_device(
@@ -92,7 +92,7 @@ def test_parts_of_a_mixed_fleet_name_their_device(
 
 
 def test_a_run_is_taken_up_on_another_device(config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    half = config.model_copy(update={"cell": "1/2"})
+    half = config.changed(cell="1/2")
     assert precompute(half, Silent(), executor=Fleet(monkeypatch, H100)) is None
     found = precompute(config, Silent(), executor=Fleet(monkeypatch, H200))
     assert found is not None
@@ -110,8 +110,8 @@ def test_a_fleet_of_one_kind_writes_what_older_releases_read(
 
 def test_an_audit_compares_across_devices(config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     precompute(config, Silent(), executor=Fleet(monkeypatch, H100))
-    tokenizer = worker.open_tokenizer(config)
-    elsewhere = on(H200)(config, tokenizer.table)
+    tokenizer = worker.open_tokenizer(config.teacher)
+    elsewhere = on(H200)(config.teacher, config.codec, tokenizer.table)
     look = open_audit(config, Folder(config.out), tokenizer, elsewhere, np.zeros(0, np.int32))
     assert look is not None
     look(1)  # made on the other device

@@ -99,7 +99,7 @@ def test_names_of_folders():
     assert teacher_name("/models/My model (2)/") == "My-model-2"
     assert teacher_name("..") == "teacher"
     flags = {"corpus": "c", "out": "s3://bucket/out/"}
-    found = each_below([PrecomputeConfig(**flags, teacher=name) for name in ("a/one", "b/two")])
+    found = each_below([PrecomputeConfig.from_flat(**flags, teacher=name) for name in ("a/one", "b/two")])
     assert [config.out for config in found] == ["s3://bucket/out/one", "s3://bucket/out/two"]
     with pytest.raises(XtokenError, match="--teacher a/one and --teacher b/One would both go"):
-        each_below([PrecomputeConfig(**flags, teacher=name) for name in ("a/one", "b/One")])
+        each_below([PrecomputeConfig.from_flat(**flags, teacher=name) for name in ("a/one", "b/One")])

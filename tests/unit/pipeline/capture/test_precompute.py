@@ -28,7 +28,7 @@ TEXTS[7] *= 5
 @pytest.fixture
 def config(tmp_path):
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return PrecomputeConfig(
+    return PrecomputeConfig.from_flat(
         corpus=str(tmp_path / "corpus.jsonl"),
         teacher="bytes",
         out=str(tmp_path / "out"),
@@ -74,14 +74,14 @@ class Poisoned:
 @pytest.mark.parametrize("dry", [False, True])
 def test_nothing_is_written_where_the_corpus_lies(config, tmp_path, dry):
     def refused(**changes):
-        changed = config.model_copy(update={"dry_run": dry, **changes})
+        changed = config.changed(dry_run=dry, **changes)
         with pytest.raises(XtokenError) as error:
             (dry_run if dry else precompute)(changed, Silent())
         return str(error.value)
 
     assert "--out" in refused(corpus=str(tmp_path))
     assert "--log" in refused(corpus=str(tmp_path), out=str(tmp_path) + "-out", log=str(tmp_path / "log.jsonl"))
-    assert "--log" in refused(log=config.corpus)
+    assert "--log" in refused(log=config.corpus.corpus)
     assert "the capture's own files" in refused(corpus=f"{config.out}/data/a.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
@@ -106,7 +106,7 @@ def test_a_run_from_nothing_to_a_manifest(config):
 
 def test_two_workers_write_the_same_bytes(config, tmp_path):
     one = precompute(config, Silent())
-    other = config.model_copy(update={"out": str(tmp_path / "other"), "workers": 2})
+    other = config.changed(out=str(tmp_path / "other"), workers=2)
     two = precompute(other, Silent())
     assert files(config.out) == files(other.out)
     assert (one.parts, one.run_hash, one.plan_hash) == (two.parts, two.run_hash, two.plan_hash)
@@ -114,7 +114,7 @@ def test_two_workers_write_the_same_bytes(config, tmp_path):
 
 def test_a_finished_run_does_nothing_again_and_needs_no_corpus(config, monkeypatch):
     manifest = precompute(config, Silent())
-    Path(config.corpus).unlink()
+    Path(config.corpus.corpus).unlink()
     monkeypatch.setattr(module, "LocalExecutor", None)
     before = (Path(config.out) / "manifest.json").stat().st_mtime_ns
     progress = Told()
@@ -157,7 +157,7 @@ def test_another_runs_folder_is_refused_with_what_differs(config, name, monkeypa
     precompute(config, Silent())
     value, message = CHANGES[name]
     with pytest.raises(XtokenError, match=message):
-        precompute(config.model_copy(update={name: value}), Silent())
+        precompute(config.changed(**{name: value}), Silent())
 
 
 def test_a_folder_of_something_else_is_refused(config):
@@ -170,7 +170,7 @@ def test_a_folder_of_something_else_is_refused(config):
 
 def test_a_run_that_failed_before_its_first_commit_leaves_the_folder_free(config, tokenizer_file):
     # the fake teacher takes any tokenizer; the hf one finds no model beside this tokenizer.json
-    wrong = config.model_copy(update={"backend": "hf", "teacher": str(tokenizer_file("smollm2"))})
+    wrong = config.changed(backend="hf", teacher=str(tokenizer_file("smollm2")))
     with pytest.raises(XtokenError):
         precompute(wrong, Silent())
     assert {path.name for path in Path(config.out).iterdir()} == {"log.jsonl", "status.json"}, "only what tells of it"
@@ -185,7 +185,7 @@ def test_k_larger_than_the_vocabulary_is_refused_first(config, tmp_path, tokeniz
     small.pre_tokenizer, small.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     small.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(XtokenError):  # too few bytes to rejoin a canary, or k too large
-        precompute(config.model_copy(update={"teacher": str(tmp_path / "tokenizer.json"), "k": 201}), Silent())
+        precompute(config.changed(teacher=str(tmp_path / "tokenizer.json"), k=201), Silent())
     assert not Path(config.out).exists()
 
 
@@ -197,10 +197,10 @@ def test_memory_is_not_shared_with_workers(config):
 def test_a_vanished_corpus_is_named_and_bringing_it_back_resumes(config, tmp_path):
     precompute(config, Silent())
     (Path(config.out) / "commits" / "part-00001.json").unlink()
-    away = shutil.move(config.corpus, tmp_path / "away.jsonl")
+    away = shutil.move(config.corpus.corpus, tmp_path / "away.jsonl")
     with pytest.raises(XtokenError, match=r"corpus\.jsonl"):
         precompute(config, Silent())
-    shutil.move(away, config.corpus)
+    shutil.move(away, config.corpus.corpus)
     precompute(config, Silent())
     verify(config.out)
 
@@ -248,14 +248,14 @@ def test_a_full_disk_stops_the_run_and_the_same_command_resumes(config):
 def test_cells_share_the_shards_and_whoever_has_none_seals(config):
     undisturbed = precompute(config.model_copy(update={"out": config.out + "-undisturbed"}), Silent())
     count = len(undisturbed.parts)
-    assert precompute(config.model_copy(update={"cell": "2/2"}), Silent()) is None
+    assert precompute(config.changed(cell="2/2"), Silent()) is None
     assert sorted(committed(config.out)) == list(range(1, count, 2))
     assert not (Path(config.out) / "manifest.json").exists()
     # what a worker of another cell is writing is left alone
     theirs = [Path(config.out) / "data" / "part-00001.abc.tmp", Path(config.out) / "data" / "part-00000.abc.tmp"]
     for path in theirs:
         path.write_bytes(b"x")
-    precompute(config.model_copy(update={"cell": "1/2"}), Silent())
+    precompute(config.changed(cell="1/2"), Silent())
     assert [path.exists() for path in theirs] == [True, False]
     sealed = precompute(config, Silent())
     assert sealed is not None

@@ -99,7 +99,7 @@ def test_no_need_to_read_a_whole_corpus_of_them() -> None:
 def config(tmp_path: Path, tokenizer_file: Callable[[str], Path]) -> PrecomputeConfig:
     texts = [f"<s>[INST] How many boats in {year}? [/INST] Seventeen. </s>" for year in range(2010, 2014)]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return PrecomputeConfig(
+    return PrecomputeConfig.from_flat(
         corpus=str(tmp_path / "c.jsonl"),
         teacher=str(tokenizer_file("llama2").parent),
         backend="fake",
@@ -116,12 +116,12 @@ class Never:
 
 
 def test_the_run_stops_before_any_teacher_and_leaves_nothing(config: PrecomputeConfig) -> None:
-    config = config.model_copy(update={"backend": "hf"})
+    config = config.changed(backend="hf")
     with pytest.raises(XtokenError, match=r"4 of 4 documents \(100%\).*--on-rendered text"):
         precompute(config, Silent(), executor=Never())
     assert list(Path(config.out).iterdir()) == []
     with pytest.raises(XtokenError, match="4 of 4 documents"):
-        dry_run(config.model_copy(update={"dry_run": True}), Silent())
+        dry_run(config.changed(dry_run=True), Silent())
 
 
 def test_the_fake_teacher_says_so_and_goes_on(config: PrecomputeConfig, caplog: pytest.LogCaptureFixture) -> None:
@@ -133,7 +133,7 @@ def test_the_fake_teacher_says_so_and_goes_on(config: PrecomputeConfig, caplog: 
 
 
 def test_it_is_text_if_told_so(config: PrecomputeConfig, caplog: pytest.LogCaptureFixture) -> None:
-    manifest = precompute(config.model_copy(update={"on_rendered": "text"}), Silent())
+    manifest = precompute(config.changed(on_rendered="text"), Silent())
     assert "control tokens" not in caplog.text
     assert manifest is not None
     assert manifest.corpus.bad == {REASON: 4}
@@ -141,10 +141,9 @@ def test_it_is_text_if_told_so(config: PrecomputeConfig, caplog: pytest.LogCaptu
 
 
 def test_a_plan_made_for_another_teacher_is_looked_at(config: PrecomputeConfig) -> None:
-    first = config.model_copy(update={"teacher": "bytes"})
+    first = config.changed(teacher="bytes")
     each = [
-        one.model_copy(update={"backend": backend})
-        for one, backend in zip(each_below([first, config]), ("fake", "hf"), strict=True)
+        one.changed(backend=backend) for one, backend in zip(each_below([first, config]), ("fake", "hf"), strict=True)
     ]
     found = list(one_after_the_other(each, lambda one: precompute(one, Silent())))
     assert found[0].error is None

@@ -111,7 +111,7 @@ def test_settings_that_no_record_holds_are_a_defect(folder: Folder) -> None:
 
 def test_a_run_says_how_its_parts_are_written_not_its_manifest(tmp_path: Path) -> None:
     """So that what an older release began can be finished by a newer one."""
-    config = PrecomputeConfig(corpus="c", teacher="bytes", out=str(tmp_path), backend="fake")
+    config = PrecomputeConfig.from_flat(corpus="c", teacher="bytes", out=str(tmp_path), backend="fake")
     found = run_settings(config, load_tokenizer("bytes").table, None)
     assert found["schema_version"] == 2
     json.dumps(found)

@@ -27,7 +27,7 @@ TEXTS = ["Alpha beta, 42 gammas. " * 12, "x", "naïve café\n" * 10, "tail 👩�
 @pytest.fixture
 def config(tmp_path):
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return PrecomputeConfig(
+    return PrecomputeConfig.from_flat(
         corpus=str(tmp_path / "corpus.jsonl"),
         teacher="bytes",
         out=str(tmp_path / "out"),
@@ -50,8 +50,8 @@ def samples(out: str) -> dict[str, dict[str, Any]]:
 
 def test_rows_are_the_teachers_draws(config):
     manifest = precompute(config, Silent())
-    assert manifest.codec == CodecInfo(name="sampled", draws=30, seed=5) == codec_info(config)
-    teacher = open_teacher(config, load_tokenizer("bytes").table)
+    assert manifest.codec == CodecInfo(name="sampled", draws=30, seed=5) == codec_info(config.codec)
+    teacher = open_teacher(config.teacher, config.codec, load_tokenizer("bytes").table)
     seen = 0
     for row in samples(config.out).values():
         if len(row["teacher_ids"]) < 2:
@@ -76,14 +76,14 @@ def test_rows_are_the_teachers_draws(config):
 def test_batches_workers_and_shards_change_no_draw(config, tmp_path):
     precompute(config, Silent())
     whole = files(config.out)
-    again = config.model_copy(update={"out": str(tmp_path / "again"), "batch_tokens": 65, "workers": 2})
+    again = config.changed(out=str(tmp_path / "again"), batch_tokens=65, workers=2)
     precompute(again, Silent())
     assert files(again.out) == whole
-    cut = config.model_copy(update={"out": str(tmp_path / "cut"), "shard_bytes": 1, "batch_tokens": 10**6})
+    cut = config.changed(out=str(tmp_path / "cut"), shard_bytes=1, batch_tokens=10**6)
     precompute(cut, Silent())
     assert samples(cut.out) == samples(config.out)
     assert len(files(cut.out)) > len(whole)
-    other = config.model_copy(update={"out": str(tmp_path / "other"), "seed": 6})
+    other = config.changed(out=str(tmp_path / "other"), seed=6)
     precompute(other, Silent())
     pairs = list(zip(samples(config.out).values(), samples(other.out).values(), strict=True))
     assert all(a["entropy"] == b["entropy"] for a, b in pairs)
@@ -94,6 +94,11 @@ def test_equal_samples_have_equal_draws(config):
     precompute(config, Silent())
     first, last = (row for row in samples(config.out).values() if row["text"] == "x")
     assert first["draw_ids"] == last["draw_ids"]
+
+
+def with_codec(config, **values):
+    """With other settings, of other codecs too, which no command line may give."""
+    return config.model_copy(update={"codec": config.codec.model_copy(update=values)})
 
 
 def test_draws_and_seed_are_the_runs_identity(config):
@@ -108,32 +113,32 @@ def test_draws_and_seed_are_the_runs_identity(config):
         ({"codec": "topk"}, "codec: 'sampled' there, None now.*draws: 30 there, None now.*k: None there, 64 now"),
     ):
         with pytest.raises(XtokenError, match=message):
-            precompute(config.model_copy(update=change), Silent())
+            precompute(with_codec(config, **change), Silent())
     # options of the other codec change nothing
-    again = precompute(config.model_copy(update={"k": 3, "min_p": 0.5}), Silent())
+    again = precompute(with_codec(config, k=3, min_p=0.5), Silent())
     assert (again.run_hash, again.parts) == (manifest.run_hash, manifest.parts)
     assert files(config.out) == whole
 
 
 def test_a_topk_run_begun_before_there_were_draws_resumes_and_refuses_draws(config):
-    plain = config.model_copy(update={"codec": "topk"})
+    plain = with_codec(config, codec="topk")
     precompute(plain, Silent())
     run = Path(config.out) / "run.json"
     settings = json.loads(run.read_text())
     for name in ("codec", "draws", "seed"):
         assert settings.pop(name) is None
     run.write_text(json.dumps(settings))
-    precompute(plain.model_copy(update={"draws": 7, "seed": 8}), Silent())
+    precompute(with_codec(plain, draws=7, seed=8), Silent())
     with pytest.raises(XtokenError, match="codec: None there, 'sampled' now"):
         precompute(config, Silent())
 
 
 def test_more_entries_than_the_vocabulary_are_nobodys_concern(config):
-    precompute(config.model_copy(update={"k": 255}), Silent())
+    precompute(with_codec(config, k=255), Silent())
 
 
 def test_vllm_is_refused_before_anything_is_read_or_written(config):
-    asked = config.model_copy(update={"backend": "vllm", "corpus": "absent", "teacher": "absent/model"})
+    asked = config.changed(backend="vllm", corpus="absent", teacher="absent/model")
     with pytest.raises(XtokenError, match=r"--codec sampled.*'vllm'.*--backend hf, or --codec topk"):
         precompute(asked, Silent())
     assert not Path(config.out).exists()

@@ -34,7 +34,7 @@ TEMPERATURES = [2.0, 4.0]
 @pytest.fixture
 def config(tmp_path):
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return PrecomputeConfig(
+    return PrecomputeConfig.from_flat(
         corpus=str(tmp_path / "corpus.jsonl"),
         teacher="bytes",
         out=str(tmp_path / "out"),
@@ -55,7 +55,7 @@ def test_every_row_holds_its_rest_at_each_temperature(config):
     assert manifest.codec.temperatures == [1.0, *TEMPERATURES]
     tokenizer = load_tokenizer("bytes")
     size = tokenizer.table.size
-    teacher = open_teacher(config.model_copy(update={"k": size}), tokenizer.table)
+    teacher = open_teacher(config.teacher, config.codec.model_copy(update={"k": size}), tokenizer.table)
     rows_seen = 0
     for sample in (row for batch in iter_capture(config.out) for row in batch.to_pylist()):
         if not sample["kept"]:
@@ -80,7 +80,7 @@ def test_every_row_holds_its_rest_at_each_temperature(config):
 
 
 def test_without_temperatures_nothing_changes(config, tmp_path):
-    plain = config.model_copy(update={"temperatures": [], "out": str(tmp_path / "plain")})
+    plain = config.changed(temperatures=[], out=str(tmp_path / "plain"))
     with_, without = precompute(config, Silent()), precompute(plain, Silent())
     for part in without.parts:
         assert pq.read_schema(Path(plain.out) / data_name(part.index)).equals(CAPTURE, check_metadata=True)
@@ -102,14 +102,14 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_other_temperatures_are_refus
     (Path(config.out) / data_name(1)).unlink()
     for other, message in (([2.0], r"temperatures: \[2\.0, 4\.0\] there, \[2\.0\] now"), ([], "there, None now")):
         with pytest.raises(XtokenError, match=message):
-            precompute(config.model_copy(update={"temperatures": other}), Silent())
+            precompute(config.changed(temperatures=other), Silent())
     again = precompute(config, Silent())
     assert (again.run_hash, again.parts) == (manifest.run_hash, manifest.parts)
     assert files(config.out) == whole
 
 
 def test_a_run_begun_before_there_were_temperatures_resumes_without_and_refuses_with(config):
-    plain = config.model_copy(update={"temperatures": []})
+    plain = config.changed(temperatures=[])
     precompute(plain, Silent())
     run = Path(config.out) / "run.json"
     settings = json.loads(run.read_text())
@@ -137,7 +137,7 @@ def test_a_column_of_another_length_is_damage(config, tmp_path):
 
 def test_a_part_without_the_column_is_no_part_of_the_capture(config, tmp_path):
     precompute(config, Silent())
-    plain = config.model_copy(update={"temperatures": [], "out": str(tmp_path / "plain")})
+    plain = config.changed(temperatures=[], out=str(tmp_path / "plain"))
     precompute(plain, Silent())
     codec = read_manifest(config.out, CaptureManifest).codec
     with pytest.raises(VerificationError, match="not those of the format"):
@@ -145,9 +145,9 @@ def test_a_part_without_the_column_is_no_part_of_the_capture(config, tmp_path):
 
 
 def test_vllm_is_refused_before_anything_is_read_or_written(config):
-    asked = config.model_copy(update={"backend": "vllm", "corpus": "absent", "teacher": "absent/model"})
+    asked = config.changed(backend="vllm", corpus="absent", teacher="absent/model")
     with pytest.raises(XtokenError, match=r"--temperatures 2,4 needs whole.*'vllm'.*--backend hf.*--rest drop"):
         precompute(asked, Silent())
     assert not Path(config.out).exists()
     with pytest.raises(XtokenError, match="--temperatures 2,4"):
-        open_teacher(asked, load_tokenizer("bytes").table)
+        open_teacher(asked.teacher, asked.codec, load_tokenizer("bytes").table)

@@ -29,7 +29,7 @@ TEXTS = ["One sentence, then 42 more; naïve. " * 20, "x", "日本語 and Englis
 @pytest.fixture
 def config(tmp_path, tokenizer_file):
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return PrecomputeConfig(
+    return PrecomputeConfig.from_flat(
         corpus=str(tmp_path / "corpus.jsonl"),
         teacher=str(tokenizer_file("smollm2")),
         out=str(tmp_path / "out"),
@@ -45,8 +45,9 @@ def config(tmp_path, tokenizer_file):
 def run(config):
     folder = Folder(config.out)
     folder.make("")
-    plan, tokenizer = settle_plan(folder, config, config.shard_bytes, Silent()), load_tokenizer(config.teacher)
-    write_vocab(folder, tokenizer.table, corpus_codes(config, plan, tokenizer))
+    plan = settle_plan(folder, config.corpus, config.run.shard_bytes, Silent())
+    tokenizer = load_tokenizer(config.teacher.teacher)
+    write_vocab(folder, tokenizer.table, corpus_codes(config.corpus, plan, tokenizer))
     part = serve(config, Lease(0))
     return part, [row for batch in iter_capture(config.out) for row in batch.to_pylist()]
 
@@ -61,9 +62,9 @@ def serve(config, lease):
 
 @pytest.mark.parametrize("bos", ["auto", "always"])
 def test_rows_are_the_teachers(config, bos):
-    config = config.model_copy(update={"bos": bos})
-    tokenizer = load_tokenizer(config.teacher)
-    teacher = open_teacher(config, tokenizer.table)
+    config = config.changed(bos=bos)
+    tokenizer = load_tokenizer(config.teacher.teacher)
+    teacher = open_teacher(config.teacher, config.codec, tokenizer.table)
     part, samples = run(config)
     assert part.samples == len(samples) == len({row["sample_id"] for row in samples})
     context = [tokenizer.table.info.bos_id] if bos == "always" else []
@@ -89,7 +90,7 @@ def test_rows_are_the_teachers(config, bos):
 
 def test_documents_are_whole_and_only_their_last_window_ends_with_eos(config):
     _, samples = run(config)
-    eos = load_tokenizer(config.teacher).table.info.eos_id
+    eos = load_tokenizer(config.teacher.teacher).table.info.eos_id
     documents = {}
     for row in samples:
         documents.setdefault(row["sample_id"].rsplit("#", 1)[0], []).append(row)
@@ -102,12 +103,12 @@ def test_documents_are_whole_and_only_their_last_window_ends_with_eos(config):
 
 def test_batches_of_any_size_give_the_same_file(config, tmp_path):
     first, _ = run(config)
-    other, _ = run(config.model_copy(update={"batch_tokens": 5000, "out": str(tmp_path / "other")}))
+    other, _ = run(config.changed(batch_tokens=5000, out=str(tmp_path / "other")))
     assert other == first
 
 
 def test_no_text(config):
-    part, samples = run(config.model_copy(update={"text": False}))
+    part, samples = run(config.changed(text=False))
     assert all(row["text"] is None for row in samples)
     assert part.text_bytes == sum(len(text.encode()) for text in TEXTS)
 
@@ -119,8 +120,8 @@ def test_a_second_attempt_returns_the_first_commit(config):
 
 
 def test_byte_student_counts(config):
-    part, samples = run(config.model_copy(update={"student": "bytes"}))
-    table = load_tokenizer(config.teacher).table
+    part, samples = run(config.changed(student="bytes"))
+    table = load_tokenizer(config.teacher.teacher).table
     ids = [token for row in samples for token in row["teacher_ids"] if table.lengths[token] > 0]
     # against single bytes each teacher token is a chunk of its own
     assert part.counts["chunks"] == len(ids)
@@ -149,17 +150,17 @@ def test_auto_bos_is_what_the_tokenizer_does(config):
     table = load_tokenizer("bytes").table
     adding = replace(table, info=table.info.model_copy(update={"adds_bos": True, "bos_id": 3}))
     having = replace(table, info=table.info.model_copy(update={"bos_id": 3}))
-    assert sees_bos(config, adding)
-    assert not sees_bos(config, having)
-    assert not sees_bos(config.model_copy(update={"bos": "never"}), adding)
-    assert sees_bos(config.model_copy(update={"bos": "always"}), having)
+    assert sees_bos(config.teacher, adding)
+    assert not sees_bos(config.teacher, having)
+    assert not sees_bos(config.changed(bos="never").teacher, adding)
+    assert sees_bos(config.changed(bos="always").teacher, having)
 
 
 def test_always_bos_needs_one(config):
     table = load_tokenizer("bytes").table
     with pytest.raises(XtokenError, match="has no BOS"):
-        sees_bos(config.model_copy(update={"bos": "always"}), table)
-    assert not sees_bos(config, table)
+        sees_bos(config.changed(bos="always").teacher, table)
+    assert not sees_bos(config.teacher, table)
 
 
 def test_length_batches_hold_everything_once_within_the_limit():

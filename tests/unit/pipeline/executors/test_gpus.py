@@ -51,13 +51,13 @@ def test_tensor_parallel_workers_take_groups(monkeypatch, visible, slot, expecte
 )
 def test_engines_that_share_a_gpu_are_counted(monkeypatch, visible, flags, engines):
     monkeypatch.setenv(devices.VISIBLE, visible)
-    config = PrecomputeConfig.model_validate({"corpus": "c", "teacher": "t", "out": "o", **flags})
-    assert devices.engines_per_gpu(config) == engines
+    config = PrecomputeConfig.from_flat(**{"corpus": "c", "teacher": "t", "out": "o", **flags})
+    assert devices.engines_per_gpu(config.run, config.teacher.tensor_parallel) == engines
 
 
 def test_more_than_one_gpu_is_no_fraction():
     with pytest.raises(ValueError, match=r"gpus_per_worker=1\.5: only less than one GPU can be a fraction"):
-        PrecomputeConfig(corpus="c", teacher="t", out="o", ray="auto", gpus_per_worker=1.5)
+        PrecomputeConfig.from_flat(corpus="c", teacher="t", out="o", ray="auto", gpus_per_worker=1.5)
 
 
 @pytest.mark.parametrize(
@@ -72,16 +72,16 @@ def test_a_worker_sees_its_gpu_and_its_engine_knows_who_shares_it(monkeypatch, t
     monkeypatch.setenv(devices.VISIBLE, "0,1")
     (tmp_path / "corpus.txt").write_text("some words")
     known = {"corpus": str(tmp_path / "corpus.txt"), "teacher": "bytes", "out": str(tmp_path / "out"), "k": 4}
-    precompute(PrecomputeConfig.model_validate({**known, "backend": "fake"}), Silent())
+    precompute(PrecomputeConfig.from_flat(**known, backend="fake"), Silent())
     told = []
 
-    def opened(config, table, engines):
+    def opened(config, codec, table, engines):
         told.append(engines)
         raise XtokenError("far enough")
 
     monkeypatch.setattr(worker, "open_teacher", opened)
     with pytest.raises(XtokenError, match="far enough"):
-        worker.CaptureJob(PrecomputeConfig.model_validate(known | flags)).open(3)
+        worker.CaptureJob(PrecomputeConfig.from_flat(**known | flags)).open(3)
     assert (os.environ[devices.VISIBLE], told) == (visible, engines)
 
 

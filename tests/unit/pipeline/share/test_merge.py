@@ -177,7 +177,7 @@ def test_columns_and_text_must_be_the_same(kept_capture, others, tmp_path, token
         merged([kept_capture, less], tmp_path / "joined")
     (tmp_path / "c.txt").write_text("A text of its own, a little longer. " * 9)
     run = read_manifest(str(kept_capture), CaptureManifest)
-    config = PrecomputeConfig(
+    config = PrecomputeConfig.from_flat(
         corpus=str(tmp_path / "c.txt"),
         teacher=str(tokenizer_file("smollm2")),
         out=str(tmp_path / "bare"),
@@ -253,7 +253,7 @@ def test_draws_are_joined_in_the_codes_of_the_first(tmp_path):
     for name, text in TEXTS.items():
         (tmp_path / f"{name}.txt").write_text(text, newline="")
         out = str(tmp_path / name)
-        config = PrecomputeConfig(
+        config = PrecomputeConfig.from_flat(
             corpus=str(tmp_path / f"{name}.txt"), teacher="bytes", out=out, backend="fake", codec="sampled", draws=20
         )
         precompute(config, Silent())

@@ -83,7 +83,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(params=["fake", "hf"])
 def config(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: str) -> PrecomputeConfig:
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return PrecomputeConfig(
+    return PrecomputeConfig.from_flat(
         corpus=str(tmp_path / "corpus.jsonl"),
         teacher=tiny_model,
         backend=request.param,
@@ -113,8 +113,8 @@ def test_from_the_teacher_to_targets(config: PrecomputeConfig, capture: CaptureM
     assert verify(root)["entries"] == rows * VOCAB
 
     # what is read back is what the teacher says
-    table = load_tokenizer(config.teacher).table
-    teacher, bos = open_teacher(config, table), [table.info.bos_id] if capture.bos else []
+    table = load_tokenizer(config.teacher.teacher).table
+    teacher, bos = open_teacher(config.teacher, config.codec, table), [table.info.bos_id] if capture.bos else []
     seen = 0
     for batch in iter_capture(root):
         decoded, at = codec.decode(batch), 0
@@ -128,7 +128,7 @@ def test_from_the_teacher_to_targets(config: PrecomputeConfig, capture: CaptureM
                 wanted[whole.ids[row]] = whole.logprob[row].astype(np.float16)
                 assert sorted(decoded.ids[here]) == list(range(VOCAB))
                 # of the hf teacher, sequences met others in their batch than here: float32 sums differ a little
-                slack = 0 if config.backend == "fake" else 2**-7
+                slack = 0 if config.teacher.backend == "fake" else 2**-7
                 np.testing.assert_allclose(decoded.logprob[here], wanted[decoded.ids[here]], atol=slack, rtol=0)
                 at += 1
             seen += len(whole.ids)
@@ -170,7 +170,7 @@ def test_from_the_teacher_to_targets(config: PrecomputeConfig, capture: CaptureM
 
 def test_another_codec_is_another_run(config: PrecomputeConfig, capture: CaptureManifest) -> None:
     with pytest.raises(XtokenError, match="codec: 'dense' there, None now"):
-        precompute(config.model_copy(update={"codec": "topk"}), Silent(), executor=Here())
+        precompute(config.changed(codec="topk"), Silent(), executor=Here())
     assert precompute(config, Silent(), executor=Here()).run_hash == capture.run_hash
 
 
@@ -194,20 +194,20 @@ def test_a_damaged_row_is_refused(config: PrecomputeConfig, capture: CaptureMani
 
 
 def test_an_estimate_counts_its_entries(config: PrecomputeConfig) -> None:
-    asked = config.model_copy(update={"out": "", "dry_run": True, "pilot": True})
+    asked = config.changed(dry_run=True, pilot=True).model_copy(update={"out": ""})
     assert dry_run(asked, Silent())["entries_per_row"] == VOCAB
 
 
 def test_a_backend_without_whole_rows_is_refused(config: PrecomputeConfig) -> None:
     with pytest.raises(XtokenError, match="--codec dense needs whole teacher rows, and backend 'vllm'"):
-        check_backend(config.model_copy(update={"backend": "vllm"}))
+        check_backend(config.changed(backend="vllm").teacher, config.codec)
 
 
 def test_options_of_other_codecs_are_refused(config: PrecomputeConfig) -> None:
-    given = config.model_dump()
+    given = config.to_flat()
     for option in ({"k": 8}, {"min_p": 0.1}, {"draws": 3}, {"seed": 1}):
         with pytest.raises(ValueError, match="means nothing to --codec dense"):
-            PrecomputeConfig(**{**given, **option})
+            PrecomputeConfig.from_flat(**{**given, **option})
 
 
 def test_an_unknown_codec_is_named() -> None:

@@ -14,8 +14,8 @@ from xtoken.schemas.configs.capture import PrecomputeConfig
 
 @pytest.fixture
 def teacher() -> Teacher:
-    config = PrecomputeConfig(corpus="-", out="-", teacher="bytes", backend="fake", k=8)
-    return open_teacher(config, load_tokenizer("bytes").table)
+    config = PrecomputeConfig.from_flat(corpus="-", out="-", teacher="bytes", backend="fake", k=8)
+    return open_teacher(config.teacher, config.codec, load_tokenizer("bytes").table)
 
 
 def test_a_stream_of_batches_is_a_call_for_each(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:

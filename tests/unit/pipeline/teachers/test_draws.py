@@ -196,22 +196,22 @@ def test_the_toy_teacher_draws_from_its_whole_row(size):
 
 def test_vllm_and_other_temperatures_are_refused_by_name():
     asked = {"corpus": "x", "teacher": "absent", "out": "y", "codec": "sampled"}
-    config = PrecomputeConfig(**asked, backend="vllm")
-    for check in (check_backend, lambda c: open_teacher(c, load_tokenizer("bytes").table)):
+    config = PrecomputeConfig.from_flat(**asked, backend="vllm")
+    for check in (check_backend, lambda *asked: open_teacher(*asked, load_tokenizer("bytes").table)):
         with pytest.raises(XtokenError, match=r"--codec sampled.*'vllm'.*--backend hf, or --codec topk"):
-            check(config)
+            check(config.teacher, config.codec)
     with pytest.raises(ValueError, match="--temperatures 2 needs --codec topk"):
-        PrecomputeConfig(**asked, temperatures=[2])
+        PrecomputeConfig.from_flat(**asked, temperatures=[2])
 
 
 def test_an_engines_draws_depend_on_batches_by_rounding_only(tmp_path, tokenizer_file):
     tokenizer = load_tokenizer(str(tokenizer_file("smollm2")))
-    config = PrecomputeConfig(corpus="x", teacher=str(tmp_path), out="y", codec="sampled", draws=50)
+    config = PrecomputeConfig.from_flat(corpus="x", teacher=str(tmp_path), out="y", codec="sampled", draws=50)
     save_tiny_model(tmp_path, tokenizer.table.size + 64)
     texts = ["Call me Ishmael. Some years ago", "42 lines;\n  return x", "naïve 日本", "x y"]
     sequences = [tokenizer.encode(text, complete=False).ids for text in texts]
     together, alone = (
-        open_teacher(config.model_copy(update={"batch_tokens": tokens}), tokenizer.table).rows(sequences)
+        open_teacher(config.changed(batch_tokens=tokens).teacher, config.codec, tokenizer.table).rows(sequences)
         for tokens in (2048, 3)
     )
     same = total = 0
@@ -252,8 +252,8 @@ def test_a_real_models_draws_are_its_softmax_in_the_mean(smollm2_dir: Path) -> N
     draws, seeds = 50, 24
     tokenizer = load_tokenizer(str(smollm2_dir))
     ids = tokenizer.encode("In the beginning 50 draws; naïve, 日本", complete=False).ids
-    config = PrecomputeConfig(corpus="x", teacher=str(smollm2_dir), out="y", codec="sampled", draws=draws)
-    teacher, size = open_teacher(config, tokenizer.table), tokenizer.table.size
+    config = PrecomputeConfig.from_flat(corpus="x", teacher=str(smollm2_dir), out="y", codec="sampled", draws=draws)
+    teacher, size = open_teacher(config.teacher, config.codec, tokenizer.table), tokenizer.table.size
     model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
     with torch.inference_mode():
         logp_RU = model(torch.from_numpy(ids)[None].long()).logits[0, :-1, :size].log_softmax(-1)

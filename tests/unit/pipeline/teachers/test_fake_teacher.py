@@ -85,8 +85,8 @@ def test_long_sequences_are_the_sum_of_their_blocks():
 
 
 def test_opened_by_name_without_torch():
-    config = PrecomputeConfig(corpus="x", teacher="bytes", out="y", backend="fake", k=255)
-    found = open_teacher(config, load_tokenizer("bytes").table)
+    config = PrecomputeConfig.from_flat(corpus="x", teacher="bytes", out="y", backend="fake", k=255)
+    found = open_teacher(config.teacher, config.codec, load_tokenizer("bytes").table)
     assert found.info.vocab_rows == 256
     code = (
         "import sys, pipeline.teachers.fake_teacher; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
@@ -99,6 +99,6 @@ def test_k_larger_than_the_vocabulary():
 
     table = load_tokenizer("bytes").table
     small = replace(table, role=table.role[:10])
-    config = PrecomputeConfig(corpus="x", teacher="bytes", out="y", backend="fake", k=11)
+    config = PrecomputeConfig.from_flat(corpus="x", teacher="bytes", out="y", backend="fake", k=11)
     with pytest.raises(XtokenError, match="--k 11 is more than the vocabulary's 10 tokens"):
-        open_teacher(config, small)
+        open_teacher(config.teacher, config.codec, small)

@@ -12,7 +12,7 @@ import transformers
 from numpy.typing import NDArray
 
 from xtoken.pipeline.teachers import hf_teacher, open_teacher
-from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.pipeline.teachers.base import Teacher, TeacherRows
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
@@ -74,8 +74,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("llama"), "llama")
 
 
+def opened(config: PrecomputeConfig, table: TokenTable) -> Teacher:
+    return open_teacher(config.teacher, config.codec, table)
+
+
 def request(folder: Path | str, **options: Any) -> PrecomputeConfig:
-    return PrecomputeConfig(corpus="-", out="-", teacher=str(folder), **{"k": 9, "max_tokens": 60, **options})
+    return PrecomputeConfig.from_flat(corpus="-", out="-", teacher=str(folder), **{"k": 9, "max_tokens": 60, **options})
 
 
 def sequences(lengths: tuple[int, ...] = LENGTHS) -> list[NDArray[np.int32]]:
@@ -113,7 +117,7 @@ def assert_rows(rows: TeacherRows, expected_RU: NDArray[np.float64], ids: NDArra
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_equal_float64_logits_whatever_the_padding(family: str, table: TokenTable, tmp_path: Path) -> None:
     folder = save_model(tmp_path, family)
-    teacher = open_teacher(request(folder), table)
+    teacher = opened(request(folder), table)
     batch = sequences()
     found = teacher.rows(batch)
     assert teacher.info.capture_path == "hf-blocks"
@@ -126,7 +130,7 @@ def test_heads_of_another_kind_run_whole(table: TokenTable, tmp_path: Path, monk
     # HyperCLOVA X multiplies by what Granite divides by; nothing but a comparison can tell.
     monkeypatch.setitem(FAMILIES, "other", ("HyperCLOVAXConfig", {"logits_scaling": 0.5, "head_dim": 8}))
     folder = save_model(tmp_path, "other")
-    teacher = open_teacher(request(folder), table)
+    teacher = opened(request(folder), table)
     assert teacher.info.capture_path == "hf-forward"
     batch = sequences()
     for ids, rows in zip(batch, teacher.rows(batch), strict=True):
@@ -135,7 +139,7 @@ def test_heads_of_another_kind_run_whole(table: TokenTable, tmp_path: Path, monk
 
 def test_every_token_of_the_vocabulary_can_be_asked_for(llama: Path, table: TokenTable) -> None:
     (ids,) = sequences((20,))
-    (rows,) = open_teacher(request(llama, k=VOCAB), table).rows([ids])
+    (rows,) = opened(request(llama, k=VOCAB), table).rows([ids])
     assert (np.sort(rows.ids, axis=1) == np.arange(VOCAB)).all()
     assert_rows(rows, reference(llama, ids), ids, CLOSE)
     np.testing.assert_allclose(np.exp(rows.logprob.astype(np.float64)).sum(axis=1), 1, atol=1e-5)
@@ -146,9 +150,9 @@ def test_small_blocks_and_whole_batches_give_the_same_rows(
     llama: Path, table: TokenTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = sequences()
-    whole = open_teacher(request(llama), table).rows(batch)
+    whole = opened(request(llama), table).rows(batch)
     monkeypatch.setitem(hf_teacher.BLOCK_LOGITS, "cpu", 3 * VOCAB)
-    for one, other in zip(whole, open_teacher(request(llama), table).rows(batch), strict=True):
+    for one, other in zip(whole, opened(request(llama), table).rows(batch), strict=True):
         assert one.ids.shape == other.ids.shape
         np.testing.assert_allclose(one.logprob, other.logprob, atol=CLOSE, rtol=0)
         np.testing.assert_allclose(one.target_logprob, other.target_logprob, atol=CLOSE, rtol=0)
@@ -162,20 +166,20 @@ def test_exact_ties_stand_in_the_order_of_their_ids(table: TokenTable, tmp_path:
 
     folder = save_model(tmp_path, "llama", tie)
     ids = np.array([1, 60, 5, 88, 4, 12, 47, 33, 2, 90], np.int32)
-    (rows,) = open_teacher(request(folder, k=VOCAB), table).rows([ids])
+    (rows,) = opened(request(folder, k=VOCAB), table).rows([ids])
     for row in range(len(ids) - 1):
         ranking = rows.ids[row].tolist()
         places = [ranking.index(token) for token in sorted(equal)]
         assert places == list(range(places[0], places[0] + len(equal)))
         assert rows.target_rank[row] == 1 + ranking.index(int(ids[row + 1]))
     for k in (1, 3, 40, 50, 60, 70):  # some of these cut the tie
-        (fewer,) = open_teacher(request(folder, k=k), table).rows([ids])
+        (fewer,) = opened(request(folder, k=k), table).rows([ids])
         np.testing.assert_array_equal(fewer.ids, rows.ids[:, :k])
         np.testing.assert_array_equal(fewer.target_rank, rows.target_rank)
 
 
 def test_rows_do_not_depend_on_the_call_or_the_company(llama: Path, table: TokenTable) -> None:
-    teacher = open_teacher(request(llama), table)
+    teacher = opened(request(llama), table)
     batch = sequences()
     first, again = teacher.rows(batch), teacher.rows(batch)
     for one, other in zip(first, again, strict=True):
@@ -190,7 +194,7 @@ def test_rows_do_not_depend_on_the_call_or_the_company(llama: Path, table: Token
 
 def test_half_precision_models_keep_a_float32_head(table: TokenTable, tmp_path: Path) -> None:
     folder = save_model(tmp_path, "llama")
-    teacher = open_teacher(request(folder, dtype="bfloat16", k=VOCAB), table)
+    teacher = opened(request(folder, dtype="bfloat16", k=VOCAB), table)
     assert (teacher.info.dtype, teacher.info.head_dtype) == ("bfloat16", "float32")
     (ids,) = sequences((40,))
     (rows,) = teacher.rows([ids])
@@ -199,13 +203,13 @@ def test_half_precision_models_keep_a_float32_head(table: TokenTable, tmp_path: 
 
 
 def test_info_says_which_model_it_was(table: TokenTable, tmp_path: Path) -> None:
-    one = open_teacher(request(save_model(tmp_path / "one", "llama")), table).info
-    same = open_teacher(request(save_model(tmp_path / "same", "llama")), table).info
+    one = opened(request(save_model(tmp_path / "one", "llama")), table).info
+    same = opened(request(save_model(tmp_path / "same", "llama")), table).info
 
     def change(model: Any) -> None:
         model.lm_head.weight[0, 0] += 1
 
-    other = open_teacher(request(save_model(tmp_path / "other", "llama", change)), table).info
+    other = opened(request(save_model(tmp_path / "other", "llama", change)), table).info
     assert (one.vocab_rows, one.context, one.dtype, one.device) == (VOCAB, 64, "float32", "cpu")
     assert one.weights_hash == same.weights_hash
     assert one.weights_hash != other.weights_hash
@@ -227,16 +231,16 @@ def test_what_the_model_cannot_give_is_refused(
     options: dict[str, Any], message: str, llama: Path, table: TokenTable
 ) -> None:
     with pytest.raises(XtokenError, match=message):
-        open_teacher(request(llama, **options), table)
+        opened(request(llama, **options), table)
 
 
 def test_models_that_are_not_there_are_named(table: TokenTable, tmp_path: Path) -> None:
     with pytest.raises(XtokenError, match="nowhere does not exist"):
-        open_teacher(request(tmp_path / "nowhere"), table)
+        opened(request(tmp_path / "nowhere"), table)
     with pytest.raises(XtokenError, match="'nobody/no-such-model' cannot be loaded"):
-        open_teacher(request("nobody/no-such-model"), table)
+        opened(request("nobody/no-such-model"), table)
     with pytest.raises(XtokenError, match="cannot be loaded"):
-        open_teacher(request(tmp_path), table)
+        opened(request(tmp_path), table)
 
 
 def test_damaged_models_are_refused(table: TokenTable, tmp_path: Path) -> None:
@@ -245,10 +249,10 @@ def test_damaged_models_are_refused(table: TokenTable, tmp_path: Path) -> None:
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(XtokenError, match="cannot be loaded"):
-        open_teacher(request(folder), table)
+        opened(request(folder), table)
     weights.unlink()
     with pytest.raises(XtokenError, match="cannot be loaded"):
-        open_teacher(request(folder), table)
+        opened(request(folder), table)
 
 
 def test_weights_that_are_missing_are_not_made_up(llama: Path, table: TokenTable, tmp_path: Path) -> None:
@@ -259,27 +263,27 @@ def test_weights_that_are_missing_are_not_made_up(llama: Path, table: TokenTable
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((llama / "config.json").read_text())
     with pytest.raises(XtokenError, match=r"lacks 1 weights.*layers\.1\.mlp\.up_proj"):
-        open_teacher(request(tmp_path), table)
+        opened(request(tmp_path), table)
 
 
 def test_a_model_with_its_own_code_needs_leave(table: TokenTable, tmp_path: Path) -> None:
     config = {"model_type": "brand-new", "auto_map": {"AutoConfig": "new.NewConfig"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(XtokenError, match="--trust-remote-code"):
-        open_teacher(request(tmp_path), table)
+        opened(request(tmp_path), table)
 
 
 def test_logits_that_are_no_numbers_are_refused(table: TokenTable, tmp_path: Path) -> None:
     def spoil(model: Any) -> None:
         model.lm_head.weight[3] = float("nan")
 
-    teacher = open_teacher(request(save_model(tmp_path, "llama", spoil)), table)
+    teacher = opened(request(save_model(tmp_path, "llama", spoil)), table)
     with pytest.raises(XtokenError, match="NaN"):
         teacher.rows(sequences((5,)))
 
 
 def test_tokens_of_another_model_are_refused(llama: Path, table: TokenTable) -> None:
-    teacher = open_teacher(request(llama), table)
+    teacher = opened(request(llama), table)
     with pytest.raises(XtokenError, match="token id 101 is beyond the 101 rows"):
         teacher.rows([np.array([1, VOCAB], np.int32)])
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.store.codecs.topk import STEP, Packed, decode, decode_tau_tail, encode
 from xtoken.pipeline.teachers import open_teacher
-from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.pipeline.teachers.base import Teacher, TeacherRows
 from xtoken.pipeline.tokens import TokenTable, load_tokenizer
 from xtoken.schemas.configs.capture import PrecomputeConfig
 
@@ -50,8 +50,12 @@ def table_of(size: int) -> TokenTable:
     return TokenTable.build(pieces, [None] * size, [False] * size, no_merges, name="tiny", kind="byte-level")
 
 
+def opened(config: PrecomputeConfig, table: TokenTable) -> Teacher:
+    return open_teacher(config.teacher, config.codec, table)
+
+
 def request(folder: Path, k: int) -> PrecomputeConfig:
-    return PrecomputeConfig(
+    return PrecomputeConfig.from_flat(
         corpus="-", out="-", teacher=str(folder), k=k, max_tokens=60, temperatures=TEMPERATURES, dtype="float32"
     )
 
@@ -87,9 +91,9 @@ def test_a_small_model_truncated_padded_and_whole(tmp_path: Path, head_scale: fl
     folder = tiny(tmp_path, head_scale)
     ids = np.random.default_rng(0).integers(0, 97, 50, dtype=np.int32)
     dense_RU = full_rows(folder, ids, torch.float64)
-    (rows,) = open_teacher(request(folder, 9), table_of(97)).rows([ids])
+    (rows,) = opened(request(folder, 9), table_of(97)).rows([ids])
     assert_rest(pack(rows, 9, 0.003, 97), dense_RU)
-    (rows,) = open_teacher(request(folder, VOCAB), table_of(VOCAB)).rows([ids])
+    (rows,) = opened(request(folder, VOCAB), table_of(VOCAB)).rows([ids])
     whole = pack(rows, VOCAB, 0.0, VOCAB)
     assert whole.kept.tolist() == [VOCAB] * 49
     assert whole.tau_rest_odds is not None
@@ -103,7 +107,7 @@ def test_a_real_model(smollm2_dir: Path) -> None:
     tokenizer = load_tokenizer(str(smollm2_dir))
     (encoded,) = tokenizer.encode_batch([TEXT], [True], keep_text=True)
     ids = encoded.ids.astype(np.int32)
-    (rows,) = open_teacher(request(smollm2_dir, 64), tokenizer.table).rows([ids])
+    (rows,) = opened(request(smollm2_dir, 64), tokenizer.table).rows([ids])
     packed = pack(rows, 64, 0.003, tokenizer.table.size)
     assert 1 <= packed.kept.min() < 20 < packed.kept.max()
     assert_rest(packed, full_rows(smollm2_dir, ids, torch.float32))

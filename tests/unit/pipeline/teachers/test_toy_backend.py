@@ -12,7 +12,7 @@ from xtoken.pipeline.executors.protocol import Event, Lease
 from xtoken.pipeline.store.reader import iter_capture
 from xtoken.pipeline.store.verify import verify
 from xtoken.pipeline.teachers import BACKENDS, Backend
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import CodecGroup, PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Silent
 
@@ -25,10 +25,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrecomputeConfig:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setitem(BACKENDS, "toy", Backend("toy_backend", "", full_rows=False))
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    config = PrecomputeConfig(
+    config = PrecomputeConfig.from_flat(
         corpus=str(tmp_path / "corpus.jsonl"), teacher="bytes", out=str(tmp_path / "out"), k=8, min_p=0.0
     )
-    return config.model_copy(update={"backend": "toy"})  # no field of ours knows its name
+    toy = config.teacher.model_copy(update={"backend": "toy"})  # no field of ours knows its name
+    return config.model_copy(update={"teacher": toy})
 
 
 class HereExecutor:
@@ -59,7 +60,7 @@ def test_a_registered_backend_captures(config, monkeypatch):
 
 def test_what_it_cannot_give_is_refused(config):
     with pytest.raises(XtokenError, match=r"--temperatures 2 needs .* backend 'toy'"):
-        precompute(config.model_copy(update={"temperatures": [2.0]}), Silent())
+        precompute(config.model_copy(update={"codec": CodecGroup(temperatures=[2.0])}), Silent())
 
 
 def test_a_missing_library_is_named_with_its_install_line(config, monkeypatch):

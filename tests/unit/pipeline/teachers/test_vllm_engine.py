@@ -32,10 +32,10 @@ def options(
     rows: int, context: int = 8192, dtype: str = "bfloat16", gpu: Gpu | None = None, *, v2: bool = False, **fields: Any
 ) -> dict[str, Any]:
     quantization, cap = fields.pop("quantization", None), fields.pop("cap", None)
-    config = PrecomputeConfig(corpus="-", out="-", teacher="t", backend="vllm", **fields)
+    config = PrecomputeConfig.from_flat(corpus="-", out="-", teacher="t", backend="vllm", **fields)
     model = ModelConfig(vocab_size=rows, max_position_embeddings=context, quantization_config=quantization)
     model.final_logit_softcapping = cap
-    return engine_options(config, model, dtype, gpu, v2=v2)
+    return engine_options(config.teacher, config.codec, model, dtype, gpu, v2=v2)
 
 
 def test_a_step_is_bounded_where_one_prompt_could_fill_it() -> None:

@@ -66,10 +66,10 @@ MODEL = ModelConfig(vocab_size=151_936, max_position_embeddings=40_960, quantiza
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, v2: bool, engines: int = 1, **fields: Any) -> dict[str, Any]:
-    config = PrecomputeConfig(corpus="-", out="-", teacher="t", backend="vllm", max_tokens=8000, **fields)
+    config = PrecomputeConfig.from_flat(corpus="-", out="-", teacher="t", backend="vllm", max_tokens=8000, **fields)
     monkeypatch.setattr(vllm_teacher, "uses_v2", lambda _: v2)
     platform = Platform("cuda", "NVIDIA H100", 80 << 30)
-    return vllm_teacher._options(config, MODEL, "bfloat16", platform, engines)  # type: ignore[return-value]
+    return vllm_teacher._options(config.teacher, config.codec, MODEL, "bfloat16", platform, engines)  # type: ignore[return-value]
 
 
 def test_options_follow_the_runner_that_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_the_flag_is_what_one_engine_takes(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(ValueError, match="gpu_memory"):
             asked(monkeypatch, True, gpu_memory=share)
     with pytest.raises(ValueError, match=r"gpu_memory=0\.5 is for --backend vllm, not hf"):
-        PrecomputeConfig(corpus="-", out="-", teacher="t", gpu_memory=0.5)
+        PrecomputeConfig.from_flat(corpus="-", out="-", teacher="t", gpu_memory=0.5)
 
 
 def test_vllm_says_by_itself_which_runner_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,16 +108,16 @@ def test_vllm_says_by_itself_which_runner_it_takes(monkeypatch: pytest.MonkeyPat
 def test_options_are_those_that_vllm_knows() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    config = PrecomputeConfig(corpus="-", out="-", teacher="t", backend="vllm", tensor_parallel=2)
-    options = vllm_options.engine_options(config, MODEL, "bfloat16", Gpu(80 << 30), v2=True)
+    config = PrecomputeConfig.from_flat(corpus="-", out="-", teacher="t", backend="vllm", tensor_parallel=2)
+    options = vllm_options.engine_options(config.teacher, config.codec, MODEL, "bfloat16", Gpu(80 << 30), v2=True)
     assert set(options) <= {field.name for field in dataclasses.fields(EngineArgs)}
     assert options["language_model_only"] is True
 
 
 def test_memory_has_its_own_way_out() -> None:
-    config = PrecomputeConfig(corpus="-", out="-", teacher="t", backend="vllm")
-    options = vllm_options.engine_options(config, MODEL, "bfloat16", Gpu(80 << 30), v2=True)
-    error = vllm_teacher._no_room(config, options, CannotStart("No available memory for the cache blocks."))
+    config = PrecomputeConfig.from_flat(corpus="-", out="-", teacher="t", backend="vllm")
+    options = vllm_options.engine_options(config.teacher, config.codec, MODEL, "bfloat16", Gpu(80 << 30), v2=True)
+    error = vllm_teacher._no_room(config.teacher, options, CannotStart("No available memory for the cache blocks."))
     assert str(error).startswith("teacher 't' does not fit: No available memory for the cache blocks.\n")
     assert "0.92 of each GPU's memory (--gpu-memory)" in str(error)
     assert "--tensor-parallel" in str(error)

@@ -228,6 +228,6 @@ def test_a_missing_vllm_gives_the_install_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
     for module in ("vllm_engine", "vllm_teacher"):
         monkeypatch.delitem(sys.modules, f"xtoken.pipeline.teachers.{module}", raising=False)
-    config = PrecomputeConfig(corpus="-", out="-", teacher="t", backend="vllm")
+    config = PrecomputeConfig.from_flat(corpus="-", out="-", teacher="t", backend="vllm")
     with pytest.raises(XtokenError, match=r"backend 'vllm' needs vllm; install it: pip install 'xtoken\[vllm\]'"):
-        open_teacher(config, load_tokenizer("bytes").table)
+        open_teacher(config.teacher, config.codec, load_tokenizer("bytes").table)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.teachers.base import Batch, TeacherRows, check_prompt, entries_asked, stream_batches
 from xtoken.pipeline.tokens import TokenTable
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
 from xtoken.schemas.manifest import TeacherInfo
 
 
@@ -40,7 +40,7 @@ class ToyTeacher:
         return TeacherRows(ids_RK, self._logprob_U[ids_RK], self._logprob_U[label_R], label_R + 1)
 
 
-def open_teacher(config: PrecomputeConfig, table: TokenTable) -> ToyTeacher:
+def open_teacher(config: TeacherGroup, codec: CodecGroup, table: TokenTable) -> ToyTeacher:
     """Called by ``xtoken.pipeline.teachers.open_teacher``."""
     info = TeacherInfo(
         model=config.teacher,
@@ -53,4 +53,4 @@ def open_teacher(config: PrecomputeConfig, table: TokenTable) -> ToyTeacher:
         capture_path="toy",
         engine_version="1",
     )
-    return ToyTeacher(info, entries_asked(config, table.size))
+    return ToyTeacher(info, entries_asked(codec, table.size))

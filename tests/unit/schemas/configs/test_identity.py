@@ -89,7 +89,7 @@ def test_a_capture_records_every_field_without_a_mark(tmp_path: Any) -> None:
     )
     settings = capture_settings(config, load_tokenizer("bytes").table, None)
     assert identity(config).keys() <= settings.keys()
-    plan = make_plan(config, config.shard_bytes, Silent())
+    plan = make_plan(config.corpus, config.run.shard_bytes, Silent())
     written = {**plan.corpus.options, "corpus": plan.corpus.source, "shard_bytes": plan.shard_bytes}
     in_plan = [leaf.name for leaf in leaves(PrecomputeConfig) if marked(leaf.field, "resume") == base.IN_PLAN["resume"]]
     assert sorted(in_plan) == sorted(written)

@@ -134,7 +134,7 @@ def test_all_verbs_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     train: dict[str, Any] = {"targets": "~/t", "student": "~/s", "out": "file://~/o", "eval_text": "~/e"}
     found = build(TrainConfig, train)
     assert (found.student.source, found.out, found.report.eval_text) == (f"{home}/s", f"{home}/o", f"{home}/e")
-    log = build(PrecomputeConfig, {"corpus": "c", "teacher": "t", "out": "o", "log": "file://~/log"}).log
+    log = build(PrecomputeConfig, {"corpus": "c", "teacher": "t", "out": "o", "log": "file://~/log"}).run.log
     assert log == f"{home}/log"
 
 

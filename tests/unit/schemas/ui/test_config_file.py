@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.base import ROWS, Config, argument
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import EstimateConfig, PrecomputeConfig
 from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.config_file import read_settings
@@ -147,6 +147,13 @@ def test_a_command_ends_with_the_reason(write: Any) -> None:
     assert "'sise' is unknown" in call("--config", write("sise: 3"))
 
 
+@pytest.mark.parametrize("model", [PrecomputeConfig, EstimateConfig])
+def test_a_section_is_named_like_its_group_or_like_its_panel(write: Any, model: type[Config]) -> None:
+    for section in ("rows", "codec"):
+        path = write(f"corpus:\n  corpus: c\n{section}:\n  k: 8\n  min-p: 0.1\nrun:\n  workers: 2")
+        assert read_settings(path, model) == {"corpus": "c", "k": 8, "min_p": 0.1, "workers": 2}
+
+
 def test_records_of_runs_are_readable() -> None:
     """As release 0.5.0 wrote them."""
     train = read_settings(str(RUNS / "run" / "run.json"), TrainConfig)
@@ -156,6 +163,8 @@ def test_records_of_runs_are_readable() -> None:
     assert {name: value for name, value in config.record().items() if name in recorded} == recorded
     capture = read_settings(str(RUNS / "capture" / "run.json"), PrecomputeConfig)
     found = build(PrecomputeConfig, capture | {"corpus": "c", "out": "o"})
-    assert (found.teacher, found.backend, found.k, found.temperatures, found.bos) == ("tiny", "fake", 8, [2.0], "never")
+    teacher, codec = found.teacher, found.codec
+    assert (teacher.teacher, teacher.backend, teacher.bos) == ("tiny", "fake", "never")
+    assert (codec.k, codec.temperatures) == (8, [2.0])
     align = build(AlignConfig, read_settings(str(RUNS / "targets" / "align.json"), AlignConfig) | PLACES)
     assert (align.losses, align.entries, align.tau) == (["p-kl", "alm"], 6, 1.0)

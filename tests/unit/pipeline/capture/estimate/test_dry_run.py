@@ -24,7 +24,7 @@ def flags(tmp_path):
 
 
 def config(flags, **changes):
-    return PrecomputeConfig(**({"shard_bytes": 3000, "dry_run": True} | flags | changes))
+    return PrecomputeConfig.from_flat(**({"shard_bytes": 3000, "dry_run": True} | flags | changes))
 
 
 def listing(folder: str) -> dict[str, tuple[int, int]]:
@@ -120,13 +120,18 @@ def test_the_command_line(flags):
     assert not Path(flags["out"]).exists()
 
 
+def worker_of(flags, **changes):
+    made = config(flags, **changes)
+    return made.run, made.teacher
+
+
 def test_fleets(flags, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    here = config(flags, backend="vllm", tensor_parallel=2, workers=2)
-    assert fleet_here(here, "NVIDIA H100") == Fleet(2, 2.0, 2.0)
-    assert fleet_here(config(flags, backend="hf", workers=8), "NVIDIA H100") == Fleet(8, 0.5, 4.0)
-    assert fleet_here(config(flags, backend="hf", workers=8), "cpu") == Fleet(8, 0.0, 1.0)
-    assert fleet_here(config(flags, workers=8), "cpu") == Fleet(8, 0.0, 8.0)
-    assert gpus_of_worker(config(flags, ray="auto", gpus_per_worker=0.25), "NVIDIA H100") == 0.25
-    assert gpus_of_worker(config(flags, ray="auto", backend="vllm", tensor_parallel=4), "NVIDIA H100") == 4.0
-    assert gpus_of_worker(config(flags, ray="auto", gpus_per_worker=0.25), "cpu") == 0.0
+    here = worker_of(flags, backend="vllm", tensor_parallel=2, workers=2)
+    assert fleet_here(*here, "NVIDIA H100") == Fleet(2, 2.0, 2.0)
+    assert fleet_here(*worker_of(flags, backend="hf", workers=8), "NVIDIA H100") == Fleet(8, 0.5, 4.0)
+    assert fleet_here(*worker_of(flags, backend="hf", workers=8), "cpu") == Fleet(8, 0.0, 1.0)
+    assert fleet_here(*worker_of(flags, workers=8), "cpu") == Fleet(8, 0.0, 8.0)
+    assert gpus_of_worker(*worker_of(flags, ray="auto", gpus_per_worker=0.25), "NVIDIA H100") == 0.25
+    assert gpus_of_worker(*worker_of(flags, ray="auto", backend="vllm", tensor_parallel=4), "NVIDIA H100") == 4.0
+    assert gpus_of_worker(*worker_of(flags, ray="auto", gpus_per_worker=0.25), "cpu") == 0.0

@@ -56,13 +56,13 @@ def flags(all_flags):
 
 def estimate(flags, **changes):
     """Without --out: of the whole corpus."""
-    return dry_run(PrecomputeConfig(**{**flags, **changes}, dry_run=True, pilot=True), Silent())
+    return dry_run(PrecomputeConfig.from_flat(**{**flags, **changes}, dry_run=True, pilot=True), Silent())
 
 
 @pytest.fixture(scope="module")
 def capture(all_flags, folder):
     """The capture of the whole corpus."""
-    return precompute(PrecomputeConfig(**all_flags, out=str(folder / "out")), Silent())
+    return precompute(PrecomputeConfig.from_flat(**all_flags, out=str(folder / "out")), Silent())
 
 
 def totals(manifest, *names):

@@ -69,11 +69,12 @@ class Stage:
 
     def __init__(self, out, shards=4, done=(), **flags) -> None:
         self.clock, self.progress = Clock(), Told()
-        self.config = PrecomputeConfig(corpus="c", teacher="bytes", backend="fake", out=str(out), **flags)
+        self.config = PrecomputeConfig.from_flat(corpus="c", teacher="bytes", backend="fake", out=str(out), **flags)
         out.mkdir(exist_ok=True)
         self.folder = Folder(str(out))
         parts = {index: part_of(index) for index in done}
-        self.dashboard = Dashboard(self.folder, plan_of(shards), self.config, parts, self.progress, self.clock)
+        run, teacher = self.config.run, self.config.teacher
+        self.dashboard = Dashboard(self.folder, plan_of(shards), run, teacher, parts, self.progress, self.clock)
 
     def see(self, *events: Event, seconds: float = 0.0) -> None:
         for event in events:
@@ -333,14 +334,14 @@ def test_a_log_elsewhere_and_one_that_cannot_be(tmp_path):
     with pytest.raises(XtokenError, match=r"the log .*nowhere/my\.log cannot be written"):
         Stage(tmp_path / "out", log=str(tmp_path / "nowhere" / "my.log"))
     with pytest.raises(ValueError, match="name a local one"):
-        PrecomputeConfig(corpus="c", teacher="t", out="o", log="s3://bucket/log")
+        PrecomputeConfig.from_flat(corpus="c", teacher="t", out="o", log="s3://bucket/log")
 
 
 def test_on_other_storage_there_is_a_status_and_no_log():
     out = f"memory://board-{uuid.uuid4().hex}"
     folder = Folder(out)
-    config = PrecomputeConfig(corpus="c", teacher="bytes", backend="fake", out=out)
-    Dashboard(folder, plan_of(2), config, {}, Told(), Clock()).close("done")
+    config = PrecomputeConfig.from_flat(corpus="c", teacher="bytes", backend="fake", out=out)
+    Dashboard(folder, plan_of(2), config.run, config.teacher, {}, Told(), Clock()).close("done")
     assert folder.names() == ["status.json"]
     assert read_status(out).phase == "done"
 

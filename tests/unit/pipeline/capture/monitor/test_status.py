@@ -28,7 +28,7 @@ def finished(tmp_path_factory):
     text = "".join(json.dumps({"text": f"document {number}: " + "some words " * 30}) + "\n" for number in range(12))
     (folder / "corpus.jsonl").write_text(text)
     flags = {"corpus": str(folder / "corpus.jsonl"), "teacher": "bytes", "backend": "fake", "k": 4}
-    precompute(PrecomputeConfig(**flags, out=str(folder / "out"), shard_bytes=500), Silent())
+    precompute(PrecomputeConfig.from_flat(**flags, out=str(folder / "out"), shard_bytes=500), Silent())
     for path in (folder / "out").glob("status*.json"):
         path.unlink()
     return folder / "out"
