@@ -106,7 +106,8 @@ class Config(BaseModel):
 
     def changed(self, **values: Any) -> Self:
         """This configuration with other values under some flat names, checked like any other."""
-        return type(self).from_flat(**{**self.to_flat(), **values})
+        given = {leaf.name: leaf.of(self) for leaf in leaves(type(self)) if leaf.of(self) != leaf.field.default}
+        return type(self).from_flat(**{**given, **values})
 
     def refuse_unusable_outputs(self) -> None:
         """Raise XtokenError when an output cannot be made where it is to lie."""

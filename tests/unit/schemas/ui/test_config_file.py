@@ -120,11 +120,32 @@ def test_a_flag_that_may_be_repeated_takes_a_list(write: Any) -> None:
         ("- size", "expected names with values"),
         ("size: [", r"is neither YAML nor JSON \(line 1\)"),
         ("a: !!python/object:os.system {}", "unknown|not a section|neither YAML"),
+        ("size: &a 3\nkeep: *a", "line 2 is an alias; write the value itself"),
+        ("size: !!bool x", "line 1: the value does not fit its tag"),
+        ("kind: !!timestamp x", "line 1: the value does not fit its tag"),
+        ("kind: 2026-13-45", "line 1: the value does not fit its tag"),
+        ("? [a, b]\n: 3", "line 1: a key is not a name"),
+        ("kind: a\0b", "it holds a control character"),
+        ("size: true", "size: expected a value, not true; .* give --size"),
+        ("kind: 1234567", "kind: Input should be a valid string .*; quote it, mend it there"),
     ],
 )
 def test_what_is_refused(write: Any, text: str, said: str) -> None:
     with pytest.raises(XtokenError, match=said):
         read_settings(write(text), Toy)
+
+
+def test_a_few_lines_that_stand_for_very_many_are_refused_at_once(write: Any) -> None:
+    """Each level names the one below ten times."""
+    laughs = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 30))
+    with pytest.raises(XtokenError, match="line 2 is an alias"):
+        read_settings(write("a0: &a0 x\n" + laughs), Toy)
+
+
+def test_sections_of_comments_titles_and_a_mark_at_the_start(write: Any) -> None:
+    assert read_settings(write("inner:\n# size: 4\nkeep: 3"), Toy) == {"keep": 3}
+    assert read_settings(write("Rows:\n  keep: 3"), Toy) == {"keep": 3}
+    assert read_settings(write('\ufeff{"keep": 3}', "run.json"), Toy) == {"keep": 3}
 
 
 def test_an_error_repeats_no_line_of_the_file(write: Any) -> None:
@@ -137,6 +158,8 @@ def test_an_error_repeats_no_line_of_the_file(write: Any) -> None:
 def test_files_that_are_none(tmp_path: Path, write: Any) -> None:
     with pytest.raises(XtokenError, match=r"it is a folder; give the run\.json in it"):
         read_settings(str(tmp_path), Toy)
+    with pytest.raises(XtokenError, match="--config is empty; is a variable unset"):
+        read_settings("", Toy)
     with pytest.raises(XtokenError, match="No such file"):
         read_settings(str(tmp_path / "none"), Toy)
     with pytest.raises(XtokenError, match="more than"):
