@@ -32,7 +32,7 @@ RULES = ("pieces", "first-piece", "reverse", "random")
 
 
 class ProjectConfig(Config):
-    """Build W between a student's and a teacher's tokenizer and audit it."""
+    """Build W, the sparse map from a student's tokens to a teacher's, and audit it."""
 
     student: str = Field(
         description="Student model or tokenizer: Hugging Face id, folder, tokenizer.json, or 'bytes'.",
@@ -69,7 +69,7 @@ class ProjectConfig(Config):
 
 
 class AlignConfig(Config):
-    """Align a capture with a student's tokenizer and build targets through W."""
+    """Align a capture with a student's tokenizer and build what its losses train on, through W ('xtoken project')."""
 
     captures: list[str] = Field(
         description="Capture folder or URL; several of one corpus, separated by commas, for several teachers.",
@@ -235,7 +235,7 @@ class VerifyConfig(Config):
     """Check every file's sha256, schema, counts and row invariants; exit code 3 when something is wrong."""
 
     path: str = argument("Folder or URL of a capture, projection or targets.")
-    audit: bool = Field(False, description="Also show how rows compared with the same tokens scored another way.")
+    audit: bool = Field(False, description="Also show each worker's audit: its stored rows against a second scoring.")
 
 
 class DoctorConfig(Config):

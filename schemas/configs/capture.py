@@ -133,7 +133,8 @@ class CodecGroup(Config):
 
     codec: str = Field(
         "topk",
-        description="topk serves every loss; sampled (full rows: hf) is unbiased for p-kl, sparse-kl, the root.",
+        description="topk serves every loss; sampled (needs whole rows: --backend hf) is unbiased for p-kl, sparse-kl, "
+        "byte-prefix's root.",
         json_schema_extra={"choices": list(CODECS)},
     )
     k: int = Field(64, ge=1, le=255, description="topk: keep at most K entries per position.", json_schema_extra=COMMON)
@@ -154,7 +155,8 @@ class CodecGroup(Config):
     text: bool = Field(True, description="Store the text in the capture; without it, align needs --corpus.")
     temperatures: list[float] = Field(
         default=[],
-        description="Also store the exact normaliser at these temperatures, such as 2,4 (needs full rows: hf).",
+        description="Also store the exact normaliser at these temperatures, such as 2,4 (needs whole rows: "
+        "--backend hf).",
     )
 
     @model_validator(mode="after")
@@ -237,7 +239,8 @@ class RunGroup(WorkGroup):
     )
     audit: Literal["path", "hf", "none"] = Field(
         "path",
-        description="Each worker checks rows of its own: path (the engine's other way out), hf (transformers).",
+        description="Each worker rescores a sample of its stored rows: path (a second code path of the engine), hf "
+        "(transformers).",
         json_schema_extra=MAY_CHANGE,
     )
     audit_rows: int = Field(
@@ -382,8 +385,8 @@ class EstimateConfig(RowsConfig):
     """The same as 'xtoken precompute --dry-run --pilot', which replaces it."""
 
     run: WorkGroup
-    pilot_tokens: int = Field(PILOT_TOKENS, ge=1, description="As of precompute.")
-    like: str | None = Field(None, description="As of precompute.", json_schema_extra=PLACE)
+    pilot_tokens: int = Field(PILOT_TOKENS, ge=1, description="Teacher tokens that are really scored.")
+    like: str | None = Field(None, description="Take bytes from this capture; run no teacher.", json_schema_extra=PLACE)
 
 
 class StatusConfig(Config):

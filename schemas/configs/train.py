@@ -207,7 +207,8 @@ class LossGroup(LossOptions):
         json_schema_extra=COMMON,
     )
     mix: Literal["fixed", "dynamic"] = Field(
-        "fixed", description="fixed: kd_weight KD + ce_weight CE; dynamic: sg(CE/KD) KD + CE."
+        "fixed",
+        description="fixed: kd_weight KD + ce_weight CE; dynamic: KD scaled to the size of CE in each step, + CE.",
     )
     kd_weight: float = Field(1.0, ge=0.0, description="Weight of KD under --mix fixed.")
     ce_weight: float = Field(0.1, ge=0.0, description="Weight of CE under --mix fixed.")
