@@ -133,7 +133,7 @@ class CodecGroup(Config):
 
     codec: str = Field(
         "topk",
-        description="topk serves every loss; sampled (needs whole rows: --backend hf) is unbiased for p-kl, sparse-kl, "
+        description="topk serves every loss; sampled (needs full distributions: --backend hf) is unbiased for p-kl, sparse-kl, "
         "byte-prefix's root.",
         json_schema_extra={"choices": list(CODECS)},
     )
@@ -155,7 +155,7 @@ class CodecGroup(Config):
     text: bool = Field(True, description="Store the text in the capture; without it, align needs --corpus.")
     temperatures: list[float] = Field(
         default=[],
-        description="Also store the exact normaliser at these temperatures, such as 2,4 (needs whole rows: "
+        description="Also store the exact normaliser at these temperatures, such as 2,4 (needs full distributions: "
         "--backend hf).",
     )
 
