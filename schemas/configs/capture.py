@@ -133,7 +133,7 @@ class CodecGroup(Config):
 
     codec: str = Field(
         "topk",
-        description="topk serves every loss; sampled (needs full distributions: --backend hf) is unbiased for p-kl, sparse-kl, "
+        description="topk serves every loss; sampled (full distributions: --backend hf) is unbiased for p-kl, sparse-kl, "
         "byte-prefix's root.",
         json_schema_extra={"choices": list(CODECS)},
     )
