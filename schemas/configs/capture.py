@@ -133,8 +133,8 @@ class CodecGroup(Config):
 
     codec: str = Field(
         "topk",
-        description="topk serves every loss; sampled (full distributions: --backend hf) is unbiased for p-kl, sparse-kl, "
-        "byte-prefix's root.",
+        description="topk serves every loss; sampled (full distributions: --backend hf) is unbiased for p-kl, "
+        "sparse-kl and the root of byte-prefix.",
         json_schema_extra={"choices": list(CODECS)},
     )
     k: int = Field(64, ge=1, le=255, description="topk: keep at most K entries per position.", json_schema_extra=COMMON)
