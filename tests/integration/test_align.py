@@ -222,5 +222,5 @@ def test_a_capture_with_a_shard_set_aside_is_aligned_without_it(capture: Path, t
 
 def test_an_unfinished_capture_is_refused(capture: Path, tmp_path: Path) -> None:
     shutil.copytree(capture, tmp_path / "c", ignore=shutil.ignore_patterns(MANIFEST))
-    with pytest.raises(XtokenError, match="no finished artifact"):
+    with pytest.raises(XtokenError, match="is not a finished artifact"):
         align(_config(tmp_path / "c", tmp_path / "t"), Silent())
