@@ -3,12 +3,15 @@
 ``torchrun`` starts them; without it there is one. Every collective is called by all ranks in the same order.
 """
 
+import atexit
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from xtoken.trainer.student.model import decoder_layers
 
 # A rank that reads from a slow store, or saves, keeps the others waiting; one that is gone must not for ever.
 _PATIENCE = timedelta(minutes=30)
+_LOOKS = 1000  # ten seconds in all, after which a thread that still works is left to its fate
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,30 @@ def open_ranks(device: torch.device) -> Iterator[Ranks]:
         ranks.wait()  # the store and the connections live in each rank: none leaves while another still uses them
     finally:
         dist.destroy_process_group()
+        if backend == "gloo":
+            atexit.register(_let_threads_rest)
+
+
+def _let_threads_rest() -> None:
+    """Wait until gloo's threads sleep, before Python ends.
+
+    They live on after their group is destroyed, since caches of DTensor keep its mesh. One that still lets go of its
+    last work needs the GIL for that, and if Python is ending by then the process aborts ("terminate called without an
+    active exception"). Sleeping here gives them the GIL.
+    """
+    for _ in range(_LOOKS):
+        time.sleep(0.01)
+        if not any(_is_running(task) for task in Path("/proc/self/task").glob("*")):
+            return
+
+
+def _is_running(task: Path) -> bool:
+    """Whether a thread of this process is one of gloo's and does not sleep."""
+    try:
+        name, state = task.joinpath("stat").read_text().rsplit(")", 1)
+    except OSError:
+        return False  # it has ended
+    return "gloo" in name and state.split()[0] != "S"
 
 
 def shard(objective: Any, ranks: Ranks, autocast: torch.dtype | None) -> Any:

@@ -85,7 +85,7 @@ def run(path: Path, ranks: tuple[str, ...]) -> Path:
     """Run a job to its end; its folder."""
     process = begin(path, ranks)
     said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said[-4000:]
+    assert process.returncode == 0, said[-20000:]
     return Path(json.loads(path.read_text())["config"]["out"])
 
 
@@ -175,7 +175,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(job: Callable[..., Path], al
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said[-4000:]
+    assert process.returncode == 0, said[-20000:]
     assert json.loads(path.with_suffix(".answer").read_text()).get("preempted", STEPS) >= 1
     same_curve(alone, run(path, TWO))
 
