@@ -294,6 +294,7 @@ def with_table(root: Path, name: str, table: pa.Table) -> Path:
     manifest = json.loads((root / "manifest.json").read_text())
     manifest["files"][name] = hashlib.sha256((root / name).read_bytes()).hexdigest()
     (root / "manifest.json").write_text(json.dumps(manifest))
+    (root / "SHA256SUMS").unlink(missing_ok=True)
     seal_artifact(str(root))
     return root
 
