@@ -7,7 +7,8 @@ run that is killed, resumed or spread over machines writes the same bytes. An ar
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from xtoken.pipeline.store.files import Folder
@@ -16,6 +17,7 @@ from xtoken.schemas.errors import VerificationError
 SKIPPED_FILE, BAD_FILE = "skipped.jsonl", "bad.jsonl"
 UNRECORDED = "not recorded"  # by releases before 0.6
 _LONGEST = 200  # of a reason, which is counted
+_LONGEST_LINE = 1 << 20  # no record of ours is near it: a longer line is refused as damage
 
 
 def write_records(folder: Folder, name: str, records: Iterable[Mapping[str, Any]]) -> None:
@@ -33,12 +35,8 @@ def count_reasons(folder: Folder, name: str) -> dict[str, int]:
     Raises:
         VerificationError: a line is not a record.
     """
-    try:
-        lines = folder.read(name).splitlines()
-    except FileNotFoundError:
-        return {}
     counts: Counter[str] = Counter()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(folder, name), 1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -50,3 +48,18 @@ def count_reasons(folder: Folder, name: str) -> dict[str, int]:
             )
         counts[str(record.get("reason", UNRECORDED))[:_LONGEST]] += 1
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _lines(folder: Folder, name: str) -> Iterator[bytes]:
+    """Lines of an untrusted file of any size, in little memory; of one that is too long, the beginning."""
+    if folder.is_link(name):
+        raise VerificationError(f"{folder.url(name)} is a symbolic link; an artifact holds plain files only")
+    held = b""
+    with suppress(FileNotFoundError):
+        for block in folder.blocks(name):
+            *whole, held = (held + block).split(b"\n")
+            yield from whole
+            if len(held) > _LONGEST_LINE:
+                break
+    if held:
+        yield held[:_LONGEST_LINE]
