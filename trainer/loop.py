@@ -23,12 +23,13 @@ from xtoken.trainer.diagnosis import diagnose
 from xtoken.trainer.evaluate import EvalSample, held_out_targets
 from xtoken.trainer.finish import HeldOut, evaluate_run, save_result, summary_of
 from xtoken.trainer.lock import only_trainer, refuse_held
+from xtoken.trainer.mixing import MOST
 from xtoken.trainer.optim import learning_rate, set_learning_rate
 from xtoken.trainer.ranks import Ranks, open_ranks
 from xtoken.trainer.run import Run, refuse_foreign
 from xtoken.trainer.signals import Preempted, preemption
 from xtoken.trainer.start import Training, open_targets, start
-from xtoken.trainer.step import Figures, Mixing, StepCounts, count_step, run_step
+from xtoken.trainer.step import Figures, StepCounts, count_step, run_step
 from xtoken.trainer.student.adapters import require_adapters
 from xtoken.trainer.student.model import pick_device
 from xtoken.trainer.trackers import Trackers, require_trackers
@@ -210,10 +211,11 @@ def _train_step(training: Training, outside: _Outside) -> None:
     counts = count_step(batch, training.ranks)
     step = training.counted.step + 1
     training.optimizer.zero_grad(set_to_none=True)
-    mixing = Mixing(config.loss.mix, config.loss.kd_weight, config.loss.ce_weight)
     seed = f"{config.data.seed}/{training.counted.drawn}"
     agree = step % AGREE_EVERY == 0
-    figures = run_step(training.wrapped, batch, counts, mixing, training.ranks, seed=seed, agree=agree)
+    figures = run_step(
+        training.wrapped, batch, counts, training.mixing, training.ranks, seed=seed, step=step, agree=agree
+    )
     norm = _clip(training)
     verdict = training.watch.look(figures.ce, figures.kd, norm, counts.predicted, sum(counts.chunks))
     if verdict is not None:
@@ -222,9 +224,26 @@ def _train_step(training: Training, outside: _Outside) -> None:
     lr = learning_rate(step, optim)
     set_learning_rate(training.optimizer, lr / optim.lr)
     training.optimizer.step()
+    if figures.norms is not None:
+        training.mixing.observe(figures.norms)
+        _tell_capped(training)
     line = _count(training, batch, counts, figures, time.monotonic() - began) | {"lr": lr, "grad_norm": norm}
     training.metrics.write(line)
     _show(outside, line)
+
+
+def _tell_capped(training: Training) -> None:
+    """Once in a process: a term whose gradient is so small that --mix gradmag does not bring it to size."""
+    capped = set(training.mixing.capped()) - training.told
+    if capped and training.ranks.first:
+        names = ["CE" if i == 0 else training.config.data.targets[i - 1] for i in sorted(capped)]
+        _LOG.warning(
+            "--mix gradmag: the gradient of %s is so small that its weight would be above %g times yours; it stays "
+            "there. The metrics file holds gradients and weights",
+            ", ".join(names),
+            MOST,
+        )
+    training.told |= capped
 
 
 def _draw(training: Training) -> StepBatch:
@@ -288,9 +307,21 @@ def _count(
     line |= {name: found[name] for name in ("loss", "kd", "ce") if found[name] is not None}
     if figures.agreement is not None:
         line["top1_agreement"] = figures.agreement
+    if training.mixing.mode == "gradmag" and figures.weights:
+        line |= _per_term("weight", figures.weights)
+        line |= _per_term("gradient", figures.norms or ())
     if len(counts.held) > 1:
         line |= {"teacher_kd": list(figures.teachers), "teacher_samples": list(counts.held)}
     return line
+
+
+def _per_term(what: str, value_T: Sequence[float]) -> dict[str, Any]:
+    """A figure of CE and of each teacher, as metrics name them."""
+    if not value_T:
+        return {}
+    ce, *teachers = value_T
+    found: dict[str, Any] = {f"ce_{what}": ce}
+    return found | ({f"kd_{what}": teachers[0]} if len(teachers) == 1 else {f"teacher_kd_{what}": teachers})
 
 
 _SHOWN = {

@@ -8,11 +8,11 @@ Shapes: B rows, L inputs of a row, P predicting positions, C chunks, H width of 
 head, V <= M ids of the tokenizer, F features, D teachers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -109,27 +109,73 @@ class Objective(torch.nn.Module):
         return work(self, *args, **options)
 
 
-def score(objective: Objective, micro: Micro, factors: Sequence[float], agree: bool = False) -> tuple[Tensor, Tensor]:
-    """sum_i factors_i * term_i (CE first, then teachers) with its gradient, and what it is made of without.
+class Sums(NamedTuple):
+    """What a pass over a micro-batch, or a step of them, adds up; as a tensor float64 [4 + 3 D], in this order.
 
-    The second is float64 [3 + 2 D]: the sum of CE, the weighted sums of KD, the plain sums of KD, agreeing chunks,
-    compared chunks (of the first teacher, if ``agree``).
+    Attributes:
+        ce: of the predicted tokens.
+        weighted, plain: KD of each teacher, with and without the weights of samples.
+        agreed, compared: chunks of the first teacher, if agreement was asked for.
+        squares: of the gradient of each term by the hidden states (its logits, where the head is not fused), if norms
+            were asked for; CE first, then the teachers, all 1 + D without factors and denominators.
     """
+
+    ce: float
+    weighted: list[float]
+    plain: list[float]
+    agreed: float
+    compared: float
+    squares: list[float]
+
+    @staticmethod
+    def size(teachers: int) -> int:
+        """Of the tensor."""
+        return 4 + 3 * teachers
+
+    @classmethod
+    def of(cls, values: Sequence[float], teachers: int) -> "Sums":
+        """From the tensor's values."""
+        ce, *rest = values
+        weighted, plain, rest = rest[:teachers], rest[teachers : 2 * teachers], rest[2 * teachers :]
+        return cls(ce, weighted, plain, rest[0], rest[1], rest[2:])
+
+
+def score(
+    objective: Objective, micro: Micro, factors: Sequence[float], agree: bool = False, norms: bool = False
+) -> tuple[Tensor, Tensor]:
+    """sum_i factors_i * term_i (CE first, then teachers) with its gradient; and ``Sums`` as a tensor, without."""
     states_PH = objective.student.states(micro)
     if objective.liger and any(factors):
         return _liger(objective, micro, states_PH, factors)
-    return score_states(objective, micro, states_PH, factors, agree)
+    return score_states(objective, micro, states_PH, factors, agree, norms)
 
 
 def score_states(
-    objective: Objective, micro: Micro, states_PH: Tensor, factors: Sequence[float], agree: bool = False
+    objective: Objective,
+    micro: Micro,
+    states_PH: Tensor,
+    factors: Sequence[float],
+    agree: bool = False,
+    norms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``score`` from hidden states on, [P, H], or from logits where the head is not fused."""
     head = objective.student.head
+    scorer = _Scorer(objective, micro, tuple(factors), agree, norms)
     # autograd gives gradients to arguments only, so everything that has one is an argument
     inputs = (states_PH, head.weight_MH, head.bias_M, *objective.learned)
-    value, sums = _FusedLinear.apply(objective, micro, tuple(factors), agree, *inputs)  # type: ignore[no-untyped-call]
+    value, sums = _FusedLinear.apply(scorer, *inputs)  # type: ignore[no-untyped-call]
     return value, sums
+
+
+def sums_of(objective: Objective, micro: Micro, factors: Sequence[float]) -> Tensor:
+    """``Sums`` as a tensor, for whoever needs no gradient, under ``no_grad``."""
+    return score(objective, micro, factors)[1]
+
+
+def gradient_sizes(objective: Objective, micro: Micro, factors: Sequence[float]) -> Tensor:
+    """``Sums`` as a tensor, with the squares of the terms whose factor is not 0; leaves no gradient anywhere."""
+    states_PH = objective.student.states(micro).detach()
+    return _Scorer(objective, micro, tuple(factors), agree=False, norms=True).run(states_PH, None)
 
 
 def _liger(objective: Objective, micro: Micro, states_PH: Tensor, factors: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -153,7 +199,7 @@ def _liger(objective: Objective, micro: Micro, states_PH: Tensor, factors: Seque
         softcap=head.softcap,
         accum_dtype=torch.float32,
     )
-    sums = torch.zeros(3 + 2 * len(objective.losses), dtype=torch.float64)
+    sums = torch.zeros(Sums.size(len(objective.losses)), dtype=torch.float64)
     sums[0] = float(ce.detach())  # the other sums are of KD, of which there is none
     return ce * factors[0], sums
 
@@ -170,19 +216,16 @@ class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        objective: Objective,
-        micro: Micro,
-        factors: tuple[float, ...],
-        agree: bool,
+        scorer: "_Scorer",
         states_PH: Tensor,
         weight_MH: Tensor | None,
         bias_M: Tensor | None,
         *learned: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        scorer = _Scorer(objective, micro, factors, agree)
+        factors = scorer.factors
         # the gradient is made now, while each block's logits exist; backward only hands it out
         wanted = any(factors) and any(ctx.needs_input_grad)
-        grads = _Gradients(states_PH, weight_MH, bias_M, learned, ctx.needs_input_grad[4:]) if wanted else None
+        grads = _Gradients(states_PH, weight_MH, bias_M, learned, ctx.needs_input_grad[1:]) if wanted else None
         sums = scorer.run(states_PH, grads)
         ctx.grads, ctx.inputs = grads, (states_PH, weight_MH, bias_M, *learned)
         # CE and the weighted sums, in the order of the factors; in float64, and rounded once at the end
@@ -195,8 +238,8 @@ class _FusedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         if ctx.grads is None:  # all factors are 0; DDP and FSDP still wait for a gradient of every parameter
             zeros = [None if one is None else torch.zeros_like(one) for one in ctx.inputs]
-            return (None, None, None, None, *zeros)
-        return (None, None, None, None, *ctx.grads.scaled(float(grad)))
+            return (None, *zeros)
+        return (None, *ctx.grads.scaled(float(grad)))
 
 
 class _Gradients:
@@ -251,30 +294,56 @@ def _zeros(like: Tensor | None) -> Tensor | None:
 class _Scorer:
     """One micro-batch through the head and the losses, block by block."""
 
-    def __init__(self, objective: Objective, micro: Micro, factors: Sequence[float], agree: bool) -> None:
+    def __init__(self, objective: Objective, micro: Micro, factors: Sequence[float], agree: bool, norms: bool) -> None:
         self.student, self.losses, self.micro = objective.student, objective.losses, micro
-        self.factors, self.agree, self.learned = factors, agree, list(objective.learned)
-        self.sums = torch.zeros(3 + 2 * len(self.losses), dtype=torch.float64, device=self.student.device)
+        self.factors, self.agree, self.norms, self.learned = factors, agree, norms, list(objective.learned)
+        self.sums = torch.zeros(Sums.size(len(self.losses)), dtype=torch.float64, device=self.student.device)
 
     def run(self, states_PH: Tensor, grads: _Gradients | None) -> Tensor:
-        """The sums of ``score``; gradients are added to ``grads``."""
+        """The sums of ``score``; gradients, if wanted, are added to ``grads``."""
         weight_VH, bias_V = self.student.columns()
         collected = self._collect(states_PH, weight_VH, bias_V)
         for low, high in spans(self.micro, self.student.vocabulary, self.losses, states_PH.is_cuda):
             linear_PV = self._linear(states_PH[low:high], weight_VH, bias_V)
-            with torch.set_grad_enabled(grads is not None):
+            graph = grads is not None or self.norms
+            with torch.set_grad_enabled(graph):
                 # the graph begins at the block's logits: autograd goes through the loss alone, never the head's matrix
-                leaf = linear_PV.requires_grad_(grads is not None)
+                leaf = linear_PV.requires_grad_(graph)
                 block = Block(low, high, self._rows(leaf))
-                total = self._total(block, collected)
-                if grads is not None and total is not None:
-                    rows_grad, *learned = torch.autograd.grad(total, [leaf, *self.learned], allow_unused=True)
-                    if rows_grad is not None:
-                        grads.add(block, rows_grad, states_PH, weight_VH)
-                    for kept, one in zip(grads.learned, learned, strict=True):
-                        if one is not None:
-                            kept.add_(one)
+                terms = self._terms(block, collected)
+                if not graph or not terms:
+                    continue
+                rows_grad, *learned = self._measured(leaf, terms, weight_VH) if self.norms else self._total(leaf, terms)
+            if grads is None:
+                continue
+            if rows_grad is not None:
+                grads.add(block, rows_grad, states_PH, weight_VH)
+            for kept, one in zip(grads.learned, learned, strict=True):
+                if one is not None:
+                    kept.add_(one)
         return self.sums
+
+    def _total(self, leaf: Tensor, terms: Mapping[int, Tensor]) -> Sequence[Tensor | None]:
+        """Gradients of a block's part of the objective by its logits and by what losses learn."""
+        total = torch.stack([self.factors[i] * term for i, term in terms.items()]).sum()
+        return torch.autograd.grad(total, [leaf, *self.learned], allow_unused=True)
+
+    def _measured(self, leaf: Tensor, terms: Mapping[int, Tensor], head_VH: Tensor | None) -> list[Tensor | None]:
+        """The same, term by term; the squares of each are added to the sums."""
+        total: list[Tensor | None] = [None] * (1 + len(self.learned))
+        squares = self.sums[3 + 2 * len(self.losses) :]
+        for i, term in terms.items():
+            # all terms come from one log-softmax, whose graph is needed until the last has been through it
+            grads = torch.autograd.grad(term, [leaf, *self.learned], allow_unused=True, retain_graph=True)
+            if grads[0] is not None:
+                rows_grad = grads[0]
+                states_grad = rows_grad if head_VH is None else rows_grad.to(head_VH.dtype) @ head_VH
+                squares[i] += states_grad.double().square().sum()
+            parts = [None if grad is None else grad * self.factors[i] for grad in grads]
+            total = [
+                new if old is None else old if new is None else old + new for old, new in zip(total, parts, strict=True)
+            ]
+        return total
 
     def _linear(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> Tensor:
         """What the head's matrix makes, before scale and cap, at least float32."""
@@ -316,8 +385,8 @@ class _Scorer:
         self.sums[1 + i], self.sums[1 + len(self.losses) + i] = weighted.detach(), plain.detach()
         return _Features(float(weighted.detach()), float(plain.detach()), grad_PF)
 
-    def _total(self, block: Block, collected: dict[int, _Features]) -> Tensor | None:
-        """Add a block's sums; what its gradient is taken of."""
+    def _terms(self, block: Block, collected: dict[int, _Features]) -> dict[int, Tensor]:
+        """Add a block's sums; the terms whose factor is not 0, CE being term 0, to take gradients of."""
         label_P = tensor(self.micro.label_P[block.low : block.high], block.rows.device)
         ce = cross_entropy(block.logp(), label_P)
         self.sums[0] += ce.detach()
@@ -328,8 +397,7 @@ class _Scorer:
             else:
                 terms.append(self._term(i, block, targets, loss))
         # a term whose factor is 0 is counted above and left out of the graph
-        used = [f * term for f, term in zip(self.factors, terms, strict=True) if term is not None and f]
-        return torch.stack(used).sum() if used else None
+        return {i: term for i, term in enumerate(terms) if term is not None and self.factors[i]}
 
     def _term(self, i: int, block: Block, targets: TeacherTargets, loss: Loss) -> Tensor | None:
         first, last = targets.chunks(block.low, block.high)
@@ -348,8 +416,9 @@ class _Scorer:
 
     def _compare(self, agrees_C: Tensor | None) -> None:
         if agrees_C is not None:
-            self.sums[-2] += agrees_C.sum()
-            self.sums[-1] += len(agrees_C)
+            at = 1 + 2 * len(self.losses)
+            self.sums[at] += agrees_C.sum()
+            self.sums[at + 1] += len(agrees_C)
 
 
 def _weigh(terms: Tensor, weight: Any, loss: Loss) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import LossSetup
 from xtoken.trainer.metrics import Metrics
+from xtoken.trainer.mixing import Mixing
 from xtoken.trainer.objective import Objective, Student
 from xtoken.trainer.optim import build_optimizer, named_parameters, optimizer_tensors, restore_optimizer
 from xtoken.trainer.ranks import Ranks, fill, gathered, replicate, shard
@@ -70,6 +71,7 @@ class Training:
     Attributes:
         notes: what the user should know of this run, a sentence each.
         tokenizer_files: see ``rehearse_save``; None on ranks that do not write.
+        told: terms of the objective whose weight has been said to be capped.
     """
 
     config: TrainConfig
@@ -83,6 +85,7 @@ class Training:
     layout: Layout
     packing: bool
     watch: Watch
+    mixing: Mixing
     metrics: Metrics
     length_V: NDArray[np.int32]
     counted: Counted
@@ -90,6 +93,7 @@ class Training:
     tokenizer_files: Path | None
     loader: Loader = field(init=False)
     damaged: list[str] = field(default_factory=list)
+    told: set[int] = field(default_factory=set)
 
     @property
     def sharded(self) -> bool:
@@ -106,7 +110,7 @@ class Training:
         tensors = {"model": self._weights(), "optimizer": optimizer_tensors(self._named(), self.optimizer)}
         if self.sharded:  # whole ones leave their device one at a time, as they are written
             tensors = {group: gathered(members, self.ranks.first) for group, members in tensors.items()}
-        state = vars(self.counted) | {"watch": self.watch.state(), "positions": self._positions()}
+        state = vars(self.counted) | {"watch": self.watch.state(), "positions": self._positions()} | self.mixing.state()
         if self.ranks.first:
             policy = Policy(self.config.checkpoint.keep, self.config.checkpoint.keep_every)
             save_checkpoint(self.run.checkpoints, self.counted.step, tensors, state, policy)
@@ -125,6 +129,8 @@ class Training:
         state = dict(restored.state)
         positions = {int(stream): Position(*place) for stream, place in state.pop("positions").items()}
         self.watch.restore(state.pop("watch"))
+        if "mixing" in state:
+            self.mixing.restore(state.pop("mixing"))
         vars(self.counted).update(state)
         self.damaged += restored.damaged
         self.loader.close()
@@ -189,6 +195,11 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     files = rehearse_save(model, asked.tokenizer_source, run.rehearsal) if ranks.first else None
     vocabulary = min(tokenizer.size, head_width(model))
     head = find_head(model)
+    if config.loss.mix == "gradmag" and not head.fusable:
+        notes.append(
+            f"--mix gradmag compares gradients by the logits: {asked.source} makes its logits in a way of its own, so "
+            "those by the hidden states are not known"
+        )
     packing = pick_packing(head, data.batching, asked.source)
     if asked.lora is not None:
         model = add_adapters(model, asked.lora, asked.lora_alpha, data.seed)
@@ -213,6 +224,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
         wrapped=wrapped,
         optimizer=optimizer,
         watch=Watch(config.checkpoint.spike),
+        mixing=_mixing(config.loss, weights),
         metrics=metrics,
         length_V=length_V,
         counted=counted,
@@ -224,6 +236,11 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     training.restore()
     metrics.back_to(counted.step, counted.left_out)
     return training
+
+
+def _mixing(options: LossGroup, weights: Sequence[float]) -> Mixing:
+    shares = [weight / sum(weights) for weight in weights]
+    return Mixing(options.mix, options.kd_weight, options.ce_weight, shares, options.gradmag_every)
 
 
 def open_loader(training: Training, positions: Sequence[Position] | None) -> Loader:

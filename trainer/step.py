@@ -3,37 +3,24 @@
 All sums are divided by the predicted tokens and valid chunks of the whole step, on all ranks, so the objective does
 not depend on how a step is split into micro-batches, nor on how many ranks share it.
 
-Shapes: D teachers.
+Shapes: D teachers, T = 1 + D terms: CE, then the teachers.
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from xtoken.trainer.data.batches import StepBatch
 from xtoken.trainer.data.micro_batch import Micro
 from xtoken.trainer.losses.base import Loss
-from xtoken.trainer.objective import score
+from xtoken.trainer.mixing import Mixing
+from xtoken.trainer.objective import Sums, gradient_sizes, score, sums_of
 from xtoken.trainer.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """How KD and CE become one objective (see ``xtoken.schemas.configs.train.LossGroup.mix``)."""
-
-    mode: str
-    kd_weight: float
-    ce_weight: float
-
-    def weights(self, kd: float, ce: float) -> tuple[float, float]:
-        """Weights of KD and CE in a step where these are their values; constants for the gradient."""
-        if self.mode == "fixed":
-            return self.kd_weight, self.ce_weight
-        # H-KL can be negative: the ratio of magnitudes keeps the direction of its gradient.
-        return (abs(ce / kd) if kd else 1.0), 1.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +33,8 @@ class Figures:
         ce: mean per predicted token.
         teachers: per teacher, the mean per valid chunk without weights.
         agreement: share of the first teacher's chunks on whose first token both sides agree; None if not asked.
+        weights: of the T terms in the objective.
+        norms: of the gradients of the T terms (see ``xtoken.trainer.mixing``); None if not measured.
     """
 
     loss: float
@@ -53,6 +42,8 @@ class Figures:
     ce: float
     teachers: tuple[float, ...] = ()
     agreement: float | None = None
+    weights: tuple[float, ...] = ()
+    norms: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,41 +75,70 @@ def run_step(
     ranks: Ranks,
     *,
     seed: str = "",
+    step: int = 0,
     agree: bool = False,
 ) -> Figures:
     """Gradient of one optimizer step, left in the parameters' ``grad``; every rank returns the same figures.
 
-    Dynamic mixing needs KD and CE of the whole step before any gradient: it pays one more forward pass.
+    ``dynamic`` needs KD and CE of the whole step before any gradient, and ``gradmag`` norms before the first: such a
+    step pays one more forward pass. Norms measured in a later step are taken into ``mixing`` when it is done.
 
     Args:
         objective: an ``Objective``, or DDP or FSDP around one.
         seed: of dropout in this step; a micro-batch's numbers depend on it and on its first sample alone.
+        step: its number, from 1; ``gradmag`` alone asks.
+        agree: look for the agreement.
     """
     losses = _losses(objective)
-    passes = int(ranks.max(len(batch.micros)))
-    kd_weight, ce_weight = _weights(objective, batch, counts, mixing, ranks, passes, seed)
-    factors = [ce_weight / max(1, counts.predicted), *(kd_weight / max(1, chunks) for chunks in counts.chunks)]
-    sums = torch.zeros(3 + 2 * len(losses), dtype=torch.float64)
-    for at in range(passes):
-        micro, counted = _turn(batch, at)
-        ranks.synchronise(objective, at == passes - 1)
-        seed_all(seed, micro)
+    turns = _Turns(objective, batch, ranks, int(ranks.max(len(batch.micros))), seed)
+    distils = _distils(losses)
+    if distils and mixing.measures(step) and not any(mixing.measured_T):
+        mixing.observe(_norms(turns.look(gradient_sizes, mixing.user_T), counts))
+    weight_T = _weights(turns, counts, mixing, losses)
+    denominator_T = (counts.predicted, *counts.chunks)
+    factor_T = [weight / max(1, count) for weight, count in zip(weight_T, denominator_T, strict=True)]
+    norms = distils and mixing.measures(step) and step > 1
+    sums = torch.zeros(Sums.size(len(losses)), dtype=torch.float64)
+    for at, (micro, counted) in enumerate(turns):
+        ranks.synchronise(objective, at == turns.count - 1)
         # DDP and FSDP average over ranks; the factors already divide by the step of all of them.
-        value, found = objective(score, micro, [factor * ranks.size * counted for factor in factors], agree)
+        value, found = objective(score, micro, [factor * ranks.size * counted for factor in factor_T], agree, norms)
         value.backward()
         sums += found.cpu() * counted
-    return _figures(ranks.sum(sums.tolist()), counts, losses, kd_weight, ce_weight)
+    return _figures(Sums.of(ranks.sum(sums.tolist()), len(losses)), counts, losses, weight_T)
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """The micro-batches of a step; where another rank has more of them, the first again, counted 0."""
+
+    objective: Any
+    batch: StepBatch
+    ranks: Ranks
+    count: int
+    seed: str
+
+    def __iter__(self) -> Iterator[tuple[Micro, int]]:
+        for at in range(self.count):
+            micros = self.batch.micros
+            micro, counted = (micros[at], 1) if at < len(micros) else (micros[0], 0)
+            seed_all(self.seed, micro)
+            yield micro, counted
+
+    def look(self, work: Callable[..., Tensor], factor_T: Sequence[float]) -> Sums:
+        """``Sums`` of all ranks; ``work`` makes those of a micro-batch under ``no_grad``."""
+        losses = _losses(self.objective)
+        sums = torch.zeros(Sums.size(len(losses)), dtype=torch.float64)
+        with torch.no_grad():
+            for micro, counted in self:
+                sums += self.objective(work, micro, factor_T).cpu() * counted
+        return Sums.of(self.ranks.sum(sums.tolist()), len(losses))
 
 
 def seed_all(seed: str, micro: Micro) -> None:
     """Dropout depends on the step and the samples, not on what ran before or on which rank."""
     digest = hashlib.blake2b(f"{seed}/{micro.sample_ids[0]}".encode(), digest_size=7).digest()
     torch.manual_seed(int.from_bytes(digest, "little"))
-
-
-def _turn(batch: StepBatch, at: int) -> tuple[Micro, int]:
-    """The micro-batch of a turn, counted 1, or where another rank has more of them the first again, counted 0."""
-    return (batch.micros[at], 1) if at < len(batch.micros) else (batch.micros[0], 0)
 
 
 def _losses(objective: Any) -> tuple[Loss, ...]:
@@ -130,32 +150,41 @@ def _distils(losses: Sequence[Loss]) -> bool:
     return any(loss.columns.names for loss in losses)
 
 
-def _weights(
-    objective: Any, batch: StepBatch, counts: StepCounts, mixing: Mixing, ranks: Ranks, passes: int, seed: str
-) -> tuple[float, float]:
-    losses = _losses(objective)
+def _weights(turns: _Turns, counts: StepCounts, mixing: Mixing, losses: Sequence[Loss]) -> list[float]:
+    """Of the T terms."""
     if not _distils(losses):
-        return 0.0, 1.0
-    if mixing.mode == "fixed":
-        return mixing.weights(0.0, 0.0)
-    sums = torch.zeros(3 + 2 * len(losses), dtype=torch.float64)
-    nothing = (0.0,) * (1 + len(losses))
-    with torch.no_grad():
-        for at in range(passes):
-            micro, counted = _turn(batch, at)
-            seed_all(seed, micro)
-            sums += objective(score, micro, nothing)[1].cpu() * counted
-    figures = _figures(ranks.sum(sums.tolist()), counts, losses, 1.0, 1.0)
-    return mixing.weights(figures.kd or 0.0, figures.ce)
+        return [1.0] + [0.0] * len(losses)
+    if mixing.mode == "gradmag":
+        return mixing.by_norms()
+    kd = ce = 0.0
+    if mixing.mode == "dynamic":
+        figures = _figures(turns.look(sums_of, [0.0] * (1 + len(losses))), counts, losses, [1.0] * (1 + len(losses)))
+        kd, ce = figures.kd or 0.0, figures.ce
+    kd_weight, ce_weight = mixing.weights(kd, ce)
+    return [ce_weight] + [kd_weight] * len(losses)
 
 
-def _figures(
-    sums: Sequence[float], counts: StepCounts, losses: Sequence[Loss], kd_weight: float, ce_weight: float
-) -> Figures:
-    ce, *terms, agreed, compared = sums
-    ce /= max(1, counts.predicted)
-    means = [value / max(1, chunks) for value, chunks in zip(terms, counts.chunks * 2, strict=True)]
-    kd = sum(means[: len(losses)])
-    teachers = tuple(means[len(losses) :]) if _distils(losses) else ()
-    agreement = agreed / compared if compared else None
-    return Figures(kd_weight * kd + ce_weight * ce, kd if _distils(losses) else None, ce, teachers, agreement)
+def _norms(sums: Sums, counts: StepCounts) -> list[float]:
+    """Of the terms' gradients, [T]; each term divided by its denominator."""
+    denominator_T = (counts.predicted, *counts.chunks)
+    return [math.sqrt(square) / max(1, count) for square, count in zip(sums.squares, denominator_T, strict=True)]
+
+
+def _figures(sums: Sums, counts: StepCounts, losses: Sequence[Loss], weight_T: Sequence[float]) -> Figures:
+    ce = sums.ce / max(1, counts.predicted)
+    kd_D, plain_D = (
+        [value / max(1, n) for value, n in zip(values, counts.chunks, strict=True)]
+        for values in (sums.weighted, sums.plain)
+    )
+    total = sum(weight * term for weight, term in zip(weight_T, (ce, *kd_D), strict=True))
+    if not _distils(losses):
+        return Figures(total, None, ce)
+    return Figures(
+        loss=total,
+        kd=sum(kd_D),
+        ce=ce,
+        teachers=tuple(plain_D),
+        agreement=sums.agreed / sums.compared if sums.compared else None,
+        weights=tuple(weight_T),
+        norms=tuple(_norms(sums, counts)) if any(sums.squares) else None,
+    )

@@ -206,13 +206,32 @@ class LossGroup(LossOptions):
         description="Distillation loss ('xtoken losses' lists them), or one per target folder; ce: the text alone.",
         json_schema_extra=COMMON,
     )
-    mix: Literal["fixed", "dynamic"] = Field(
+    mix: Literal["fixed", "dynamic", "gradmag"] = Field(
         "fixed",
-        description="fixed: kd_weight KD + ce_weight CE; dynamic: KD scaled to the size of CE in each step, + CE.",
+        description="fixed: kd_weight KD + ce_weight CE; dynamic: KD scaled to the value of CE in each step, + CE; "
+        "gradmag: as fixed, with KD scaled until its gradient is as large as that of CE.",
     )
-    kd_weight: float = Field(1.0, ge=0.0, description="Weight of KD under --mix fixed.")
-    ce_weight: float = Field(0.1, ge=0.0, description="Weight of CE under --mix fixed.")
+    kd_weight: float = Field(1.0, ge=0.0, description="Weight of KD under --mix fixed and gradmag.")
+    ce_weight: float = Field(
+        None,
+        ge=0.0,
+        validate_default=True,
+        description="Weight of CE, 0: distillation alone. Left out: 0.1 under --mix fixed, 1 under gradmag.",
+    )
+    gradmag_every: int = Field(
+        10,
+        ge=1,
+        description="Steps between two measurements of gradients for --mix gradmag.",
+        json_schema_extra=DETAILS,
+    )
     learn_w: bool = Field(False, description="Experimental. p-kl: train W's weights too; its zeros stay.")
+
+    @field_validator("ce_weight", mode="before")
+    @classmethod
+    def _default_of_the_mix(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None:
+            return value
+        return 1.0 if info.data.get("mix") == "gradmag" else 0.1
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "LossGroup":
@@ -221,8 +240,10 @@ class LossGroup(LossOptions):
                 raise ValueError(f"loss {name!r} is unknown; choose from {', '.join(LOSSES)}")
         if "ce" in self.loss and len(set(self.loss)) > 1:
             raise ValueError("loss 'ce' has no teacher; leave it out, CE is mixed in by --ce-weight")
-        if self.mix == "fixed" and self.loss != ["ce"] and self.kd_weight == 0:
+        if self.mix != "dynamic" and self.loss != ["ce"] and self.kd_weight == 0:
             raise ValueError("kd_weight=0 trains on nothing but CE; say --loss ce for that")
+        if self.mix == "dynamic" and self.ce_weight == 0:
+            raise ValueError("--mix dynamic scales KD to CE, so CE cannot weigh 0; use --mix fixed or gradmag")
         if self.learn_w and "p-kl" not in self.loss:
             raise ValueError("--learn-w trains the W of p-kl, and no target folder is trained with p-kl")
         return self

@@ -139,6 +139,22 @@ def test_two_ranks_take_the_steps_of_one(
     figure(f"{parallel} of two ranks against one, {STEPS} steps: figures differ by at most {apart:.1e}")
 
 
+def test_ranks_measure_the_gradients_of_the_whole_step(job: Callable[..., Path]) -> None:
+    options = {"mix": "gradmag", "gradmag_every": 3, "ce_weight": 0.5}
+    alone = run(job("gradmag", **options), ONE)
+    for parallel in ("ddp", "fsdp"):
+        other = run(job(f"gradmag-{parallel}", parallel=parallel, **options), TWO)
+        same_curve(alone, other)
+        weighed = 0
+        for line, twin in zip(curve(alone), curve(other), strict=True):
+            assert line.keys() == twin.keys()
+            for name in ("ce_weight", "kd_weight", "ce_gradient", "kd_gradient"):
+                assert (name in line) or name.endswith("gradient")
+                assert twin.get(name, 0) == pytest.approx(line.get(name, 0), rel=CURVE), name
+            weighed += line["kd_weight"] != 1
+        assert weighed == STEPS, "the first step is measured in a pass of its own"
+
+
 def test_adapters_and_recomputed_activations_are_sharded(job: Callable[..., Path]) -> None:
     options = {"lora": 4, "activation_checkpointing": True}
     one, two = run(job("adapted", **options), ONE), run(job("adapted-fsdp", parallel="fsdp", **options), TWO)

@@ -168,8 +168,8 @@ def _labels(groups: Sequence[Group]) -> list[str]:
 
 
 def _base(group: Group) -> str:
-    dynamic = group.runs[0].identity.get("mix") == "dynamic" and group.losses != ("ce",)
-    return group.kind + (", dynamic" if dynamic else "")
+    mix = group.runs[0].identity.get("mix", "fixed")
+    return group.kind + (f", {mix}" if mix != "fixed" and group.losses != ("ce",) else "")
 
 
 def _telling(groups: Sequence[Group]) -> list[list[str]]:

@@ -33,6 +33,9 @@ MACHINE = (
     ("tokens_per_s", "speed", "student tokens per second"),
     ("grad_norm", "gradient norm", "before clipping"),
     ("lr", "learning rate", "of AdamW"),
+    ("kd_gradient", "gradient of KD by hidden states", "norm before its weight"),
+    ("ce_gradient", "gradient of CE by hidden states", "norm before its weight"),
+    ("kd_weight", "weight of KD", "under --mix gradmag"),
 )
 
 

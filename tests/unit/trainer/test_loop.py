@@ -88,7 +88,7 @@ def test_a_tiny_student_learns(
     assert np.mean(values[-5:]) < factor * np.mean(values[:3]), (values[:3], values[-5:])
 
 
-@pytest.mark.parametrize("mix", ["fixed", "dynamic"])
+@pytest.mark.parametrize("mix", ["fixed", "dynamic", "gradmag"])
 def test_resume_is_bit_exact(
     configure: Callable[..., TrainConfig],
     student_info: Any,
@@ -97,7 +97,7 @@ def test_resume_is_bit_exact(
     mix: str,
 ) -> None:
     """Killed in step 9 after a checkpoint at 5, and again in 11: weights and metrics are those of a quiet run."""
-    options: dict[str, Any] = {"mix": mix, "learn_w": mix == "fixed"}
+    options: dict[str, Any] = {"mix": mix, "learn_w": mix == "fixed", "gradmag_every": 3}
     quiet = configure(out=str(tmp_path / "quiet"), **options)
     train(quiet, student_info, HELD_OUT, Silent())
     config, real = configure(**options), loop.run_step

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from xtoken.trainer.step import Mixing
+from xtoken.trainer.mixing import Mixing
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 TOTAL = json.loads((GOLDEN / "nemo_total_01.json").read_text())

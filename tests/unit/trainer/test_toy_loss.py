@@ -16,9 +16,10 @@ from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import Loss
+from xtoken.trainer.mixing import Mixing
 from xtoken.trainer.objective import Objective, Student
 from xtoken.trainer.ranks import Ranks
-from xtoken.trainer.step import Mixing, count_step, run_step
+from xtoken.trainer.step import count_step, run_step
 from xtoken.trainer.student.model import load_student
 
 TOY = LossSchema("toy_loss", about=About("squared distance of chunk likelihoods", "one number per chunk", "never"))

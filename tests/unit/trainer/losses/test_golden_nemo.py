@@ -21,7 +21,7 @@ from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
 from xtoken.trainer.losses.ce import cross_entropy
-from xtoken.trainer.step import Mixing
+from xtoken.trainer.mixing import Mixing
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 PRINTED = 1e-7  # the files hold nine digits
