@@ -8,7 +8,7 @@ import torch
 
 from xtoken.trainer.data.batches import StepBatch
 from xtoken.trainer.data.micro_batch import Micro, TeacherTargets
-from xtoken.trainer.objective import score
+from xtoken.trainer.objective import Sums, score
 from xtoken.trainer.run import write_json
 from xtoken.trainer.step import seed_all
 from xtoken.trainer.watch import Diagnosis, SampleScore, Verdict
@@ -43,9 +43,9 @@ def _score(training: "Training", micro: Micro) -> SampleScore:
     teachers = len(micro.targets)
     with torch.no_grad():
         sums = training.wrapped(score, micro, (0.0,) * (1 + teachers))[1].tolist()
-    chunks = [len(targets.first_C) for targets in micro.targets]
-    plain = sums[1 + teachers : 1 + 2 * teachers]
-    kd = tuple(value / count if count else None for value, count in zip(plain, chunks, strict=True))
+    totals = [targets.total for targets in micro.targets]
+    plain = Sums.of(sums, teachers).plain
+    kd = tuple(value / total if total else None for value, total in zip(plain, totals, strict=True))
     tokens = len(micro.label_P)
     return SampleScore(micro.sample_ids[0], tokens, sums[0] / max(1, tokens), kd)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xtoken.trainer.blocks import Block, block_view, collects, spans, tensor, view
 from xtoken.trainer.data.micro_batch import Micro, TeacherTargets
-from xtoken.trainer.losses.base import FeatureLoss, Loss
+from xtoken.trainer.losses.base import WEIGHT, FeatureLoss, Loss, View
 from xtoken.trainer.losses.ce import cross_entropy
 from xtoken.trainer.student.head import Head, find_head
 
@@ -379,7 +379,7 @@ class _Scorer:
         with torch.enable_grad():
             # no log-probabilities: those of all positions exist at no time, and terms_of reads the features alone
             seen = view(leaf.new_zeros(0, 0), self.micro, targets, loss, (0, len(self.micro.place_P)))
-            weighted, plain = _weigh(loss.terms_of(leaf, seen), targets.weight_B[targets.sample_C], loss)
+            weighted, plain = _weigh(loss.terms_of(leaf, seen), targets.weight_B[targets.sample_C], seen, loss)
             # few numbers per position, so the gradient by all of them at once fits; the way to the logits comes later
             (grad_PF,) = torch.autograd.grad(weighted, leaf)
         self.sums[1 + i], self.sums[1 + len(self.losses) + i] = weighted.detach(), plain.detach()
@@ -409,7 +409,7 @@ class _Scorer:
             self._compare(loss.agrees(seen))
         # a term weighs as its sample's teacher does, and belongs to the sample of its chunk, or of its position
         owner = targets.sample_C[first:last] if loss.per == "chunk" else self.micro.sample_P[block.low : block.high]
-        weighted, plain = _weigh(loss.terms(seen), targets.weight_B[owner], loss)
+        weighted, plain = _weigh(loss.terms(seen), targets.weight_B[owner], seen, loss)
         self.sums[1 + i] += weighted.detach()
         self.sums[1 + len(self.losses) + i] += plain.detach()
         return weighted
@@ -421,8 +421,10 @@ class _Scorer:
             self.sums[at + 1] += len(agrees_C)
 
 
-def _weigh(terms: Tensor, weight: Any, loss: Loss) -> tuple[Tensor, Tensor]:
-    """Weighted and plain sum of a loss's terms, temperature squared included."""
+def _weigh(terms: Tensor, weight: Any, seen: View, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Sums with and without the weights of samples; temperature squared and the weights of kinds are in both."""
+    if WEIGHT in seen.columns:
+        terms = terms * seen.columns[WEIGHT].to(terms.dtype)
     # a softmax at temperature T has gradients of size 1 / T, on both sides: the factor keeps losses comparable over T
     weights = tensor(weight, terms.device).to(terms.dtype)
     return (terms * weights).sum() * loss.temperature**2, terms.sum() * loss.temperature**2

@@ -48,7 +48,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Denominators and counts of a step over all ranks."""
+    """Denominators and counts of a step over all ranks.
+
+    Attributes:
+        totals: of each teacher, what its term is divided by: its chunks, or the sum of their weights by kind.
+    """
 
     predicted: int
     chunks: tuple[int, ...]
@@ -56,15 +60,22 @@ class StepCounts:
     tokens: int
     padded: int
     cut: int
+    totals: tuple[float, ...]
+
+    @property
+    def total_T(self) -> list[float]:
+        """Denominators of the T terms; 1 for one that has nothing in the step, whose sum is 0."""
+        return [total or 1.0 for total in (float(self.predicted), *self.totals)]
 
 
 def count_step(batch: StepBatch, ranks: Ranks) -> StepCounts:
     """Add up what the ranks hold of a step."""
-    plain = [batch.predicted, batch.tokens, batch.padded, batch.cut]
-    found = [int(value) for value in ranks.sum([*plain, *batch.chunks, *batch.held])]
-    predicted, tokens, padded, cut = found[: len(plain)]
-    chunks, held = found[len(plain) : len(plain) + len(batch.chunks)], found[len(plain) + len(batch.chunks) :]
-    return StepCounts(predicted, tuple(chunks), tuple(held), tokens, padded, cut)
+    teachers = len(batch.chunks)
+    plain = [batch.predicted, batch.tokens, batch.padded, batch.cut, *batch.chunks, *batch.held]
+    sums = ranks.sum([*plain, *batch.totals])
+    predicted, tokens, padded, cut, *each = (int(value) for value in sums[: len(plain)])
+    chunks, held = each[:teachers], each[teachers:]
+    return StepCounts(predicted, tuple(chunks), tuple(held), tokens, padded, cut, tuple(sums[len(plain) :]))
 
 
 def run_step(
@@ -95,8 +106,7 @@ def run_step(
     if distils and mixing.measures(step) and not any(mixing.measured_T):
         mixing.observe(_norms(turns.look(gradient_sizes, mixing.user_T), counts))
     weight_T = _weights(turns, counts, mixing, losses)
-    denominator_T = (counts.predicted, *counts.chunks)
-    factor_T = [weight / max(1, count) for weight, count in zip(weight_T, denominator_T, strict=True)]
+    factor_T = [weight / total for weight, total in zip(weight_T, counts.total_T, strict=True)]
     norms = distils and mixing.measures(step) and step > 1
     sums = torch.zeros(Sums.size(len(losses)), dtype=torch.float64)
     for at, (micro, counted) in enumerate(turns):
@@ -166,15 +176,14 @@ def _weights(turns: _Turns, counts: StepCounts, mixing: Mixing, losses: Sequence
 
 def _norms(sums: Sums, counts: StepCounts) -> list[float]:
     """Of the terms' gradients, [T]; each term divided by its denominator."""
-    denominator_T = (counts.predicted, *counts.chunks)
-    return [math.sqrt(square) / max(1, count) for square, count in zip(sums.squares, denominator_T, strict=True)]
+    return [math.sqrt(square) / total for square, total in zip(sums.squares, counts.total_T, strict=True)]
 
 
 def _figures(sums: Sums, counts: StepCounts, losses: Sequence[Loss], weight_T: Sequence[float]) -> Figures:
-    ce = sums.ce / max(1, counts.predicted)
+    ce_total, *totals = counts.total_T
+    ce = sums.ce / ce_total
     kd_D, plain_D = (
-        [value / max(1, n) for value, n in zip(values, counts.chunks, strict=True)]
-        for values in (sums.weighted, sums.plain)
+        [value / total for value, total in zip(values, totals, strict=True)] for values in (sums.weighted, sums.plain)
     )
     total = sum(weight * term for weight, term in zip(weight_T, (ce, *kd_D), strict=True))
     if not _distils(losses):

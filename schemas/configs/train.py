@@ -71,6 +71,12 @@ class LossOptions(Config):
         description="byte-prefix: its terms, any of root, interior, child.",
         json_schema_extra=DETAILS,
     )
+    weigh: list[str] = Field(
+        default=[],
+        description="Weights of chunks by kind, such as one-to-one=1,other=0.25 (one-to-one: one token on either side; "
+        "a kind that is not named weighs 1). For losses per chunk.",
+        json_schema_extra=DETAILS,
+    )
 
     @field_validator("debias", "prefix")
     @classmethod
@@ -82,6 +88,47 @@ class LossOptions(Config):
         if not value and info.field_name == "prefix":
             raise ValueError(f"byte-prefix needs a term; choose from {', '.join(known)}")
         return [name for name in known if name in value]
+
+    @field_validator("weigh")
+    @classmethod
+    def _known_kinds(cls, value: list[str]) -> list[str]:
+        if not value:
+            return value
+        weights = _weights_of_kinds(value)
+        if not any(weights.values()):
+            raise ValueError("all kinds of chunks weigh 0, so nothing would be distilled; make one of them positive")
+        return [f"{kind}={weight:g}" for kind, weight in weights.items()]
+
+    @model_validator(mode="after")
+    def _kinds_are_known(self) -> "LossOptions":
+        if self.weigh and "merge" in self.debias:
+            raise ValueError(
+                "--debias merge joins chunks of both kinds, which --weigh tells apart; leave one of them out"
+            )
+        return self
+
+    @property
+    def kinds(self) -> tuple[float, float] | None:
+        """Weights of one-to-one and of other chunks; None: all weigh the same."""
+        if not self.weigh:
+            return None
+        weights = _weights_of_kinds(self.weigh)
+        return weights["one-to-one"], weights["other"]
+
+
+def _weights_of_kinds(value: list[str]) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for word in value:
+        kind, _, number = word.partition("=")
+        if kind not in ("one-to-one", "other") or kind in weights:
+            raise ValueError(f"{word!r}: expected one-to-one=NUMBER and other=NUMBER, each at most once")
+        try:
+            weights[kind] = float(number)
+        except ValueError as error:
+            raise ValueError(f"{word!r}: expected a number behind '=', as in {kind}=0.25") from error
+        if not 0 <= weights[kind] < float("inf"):
+            raise ValueError(f"{word!r}: the weight must be a finite number of at least 0")
+    return {"one-to-one": weights.get("one-to-one", 1.0), "other": weights.get("other", 1.0)}
 
 
 class StudentGroup(Config):
@@ -244,6 +291,10 @@ class LossGroup(LossOptions):
             raise ValueError("kd_weight=0 trains on nothing but CE; say --loss ce for that")
         if self.mix == "dynamic" and self.ce_weight == 0:
             raise ValueError("--mix dynamic scales KD to CE, so CE cannot weigh 0; use --mix fixed or gradmag")
+        for name in self.loss if self.weigh else []:
+            if "chunk" not in {column.axis for column in LOSSES[name].columns}:
+                kind = "has no chunks" if name == "ce" else "is one per token"
+                raise ValueError(f"--weigh weighs chunks, and the loss {name} {kind}; leave --weigh out")
         if self.learn_w and "p-kl" not in self.loss:
             raise ValueError("--learn-w trains the W of p-kl, and no target folder is trained with p-kl")
         return self

@@ -34,6 +34,7 @@ class StepBatch:
         tokens: student tokens. predicted: those that count for CE. cut: tokens beyond ``Layout.max_tokens``.
         padded: inputs of all forward passes, padding included.
         chunks: valid chunks per teacher. held: samples per teacher.
+        totals: per teacher, what its term is divided by (see ``TeacherTargets.total``).
         positions: of each of the loader's streams.
     """
 
@@ -45,6 +46,7 @@ class StepBatch:
     cut: int
     positions: tuple[Position, ...]
     padded: int
+    totals: tuple[float, ...]
 
     @property
     def sample_ids(self) -> list[str]:
@@ -168,6 +170,7 @@ class Loader:
             sum(sample.cut for sample in samples),
             tuple(share.position for share in shares),
             sum(micro.input_BL.size for micro in micros),
+            tuple(sum(micro.targets[i].total for micro in micros) for i in teachers),
         )
 
 

@@ -36,7 +36,9 @@ class Layout:
 
     def columns(self, source: int) -> tuple[str, ...]:
         """Columns to read of a target folder."""
-        wanted = (*BASE_COLUMNS, *self.losses[source].columns.names, *SCORE_COLUMNS[self.weighting])
+        loss = self.losses[source]
+        ends = () if loss.kinds is None else ("chunk_teacher_end",)
+        wanted = (*BASE_COLUMNS, *ends, *loss.columns.names, *SCORE_COLUMNS[self.weighting])
         return tuple(dict.fromkeys(wanted))
 
     @property

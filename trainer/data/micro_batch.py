@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from xtoken.trainer.data.packing import Shape, packed_shapes, padded_shapes
 from xtoken.trainer.data.samples import Sample
-from xtoken.trainer.losses.base import Loss
+from xtoken.trainer.losses.base import WEIGHT, Loss
 from xtoken.trainer.ragged import Array, Columns, Ints, Ragged, running
 
 
@@ -31,6 +31,11 @@ class TeacherTargets(Ragged[Array]):
     def of(cls, chunks: Ragged[Array], sample_C: Ints, weight_B: NDArray[np.float64]) -> "TeacherTargets":
         """From the chunks of all samples."""
         return cls(chunks.first_C, chunks.length_C, chunks.next_C, chunks.columns, chunks.spec, sample_C, weight_B)
+
+    @property
+    def total(self) -> float:
+        """What the sum over the chunks is divided by: their number, or the sum of their weights by kind."""
+        return float(self.columns[WEIGHT].sum()) if WEIGHT in self.columns else float(len(self.first_C))
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def make_micro(rows: Sequence[Sequence[Sample]], width: int, losses: Sequence[Lo
         place_P,
         np.concatenate([sample.sequence[1:] for sample in samples]).astype(np.int64),
         np.repeat(np.arange(len(samples)), length_B),
-        tuple(_teacher_targets(samples, length_B, at, loss.columns) for at, loss in enumerate(losses)),
+        tuple(_teacher_targets(samples, length_B, at, loss.spec) for at, loss in enumerate(losses)),
     )
 
 

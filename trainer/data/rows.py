@@ -6,7 +6,7 @@ are offsets.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from xtoken.schemas.errors import VerificationError
 from xtoken.trainer.data.layout import SCORE_COLUMNS, Layout
 from xtoken.trainer.data.targets import RowGroup
-from xtoken.trainer.losses.base import Loss
+from xtoken.trainer.losses.base import WEIGHT, Loss
 from xtoken.trainer.ragged import Array, Columns, Ints, Ragged, running
 
 NORMALISED_WITHIN = 1e-3  # float32 log-probabilities of up to 256 cells sum to 1 far closer than this
@@ -83,7 +83,17 @@ def group_targets(group: RowGroup, loss: Loss, layout: Layout) -> GroupTargets:
     score_R = [_score(group, row, layout.weighting) for row in range(len(group.sample_ids))]
     if type(loss).regroup is not Loss.regroup:
         rows = _regrouped(rows, loss)
+    if loss.kinds is not None:
+        _refuse_lengths(group, "chunk_teacher_end", rows.chunk_R)
+        rows = replace(rows, columns={**rows.columns, WEIGHT: _chunk_weights(group, rows, loss.kinds)})
     return _cut(rows, loss, layout, score_R)
+
+
+def _chunk_weights(group: RowGroup, rows: _Rows, kinds: tuple[float, float]) -> NDArray[np.float64]:
+    """[C] by whether a chunk is one token on either side."""
+    teacher = _Rows.of(rows.token_R, *group.lists["chunk_teacher_end"], {})
+    one_C = (rows.end_C - rows.start_C == 1) & (teacher.end_C - teacher.start_C == 1)
+    return np.where(one_C, *kinds)
 
 
 def _cut(rows: _Rows, loss: Loss, layout: Layout, score_R: list[float]) -> GroupTargets:
@@ -92,6 +102,8 @@ def _cut(rows: _Rows, loss: Loss, layout: Layout, score_R: list[float]) -> Group
     kept_C = kept_R[owner_C]
     has_target_C = loss.valid(start_C + rows.token_R[owner_C], rows.columns)
     valid_C = (end_C > start_C) & (end_C <= kept_C) & (start_C + shift >= 0) & has_target_C
+    if loss.kinds is not None:
+        valid_C &= rows.columns[WEIGHT] > 0
     # the token after a chunk that ends where the sample is cut is not predicted, as if the sample ended there
     next_C = np.where(end_C < kept_C, end_C + shift, -1)
     # where every chunk is valid, as nearly always, a slice makes views; a mask would copy every column
@@ -100,7 +112,7 @@ def _cut(rows: _Rows, loss: Loss, layout: Layout, score_R: list[float]) -> Group
     low_R = np.minimum(rows.token_R[:-1] - shift, rows.token_R[1:])  # without context the first is not predicted
     high_R = np.maximum(low_R, rows.token_R[:-1] + kept_R)
     columns, bounds = dict[str, Array](), dict[str, tuple[list[int], list[int]]]()
-    for name in loss.columns.chunk:
+    for name in loss.spec.chunk:
         columns[name], bounds[name] = rows.columns[name][chosen], (valid_R[:-1].tolist(), valid_R[1:].tolist())
     for name in loss.columns.token:
         columns[name], bounds[name] = rows.columns[name], (low_R.tolist(), high_R.tolist())
@@ -114,7 +126,7 @@ def _cut(rows: _Rows, loss: Loss, layout: Layout, score_R: list[float]) -> Group
         columns |= values
         bounds |= dict.fromkeys(names, (begin_R.tolist(), stop_R.tolist()))
     first_C, length_C = (start_C + shift)[chosen], (end_C - start_C)[chosen]
-    whole = Ragged(first_C, length_C, next_C[chosen], columns, loss.columns)
+    whole = Ragged(first_C, length_C, next_C[chosen], columns, loss.spec)
     return GroupTargets(whole, valid_R.tolist(), bounds, score_R)
 
 

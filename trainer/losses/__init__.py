@@ -17,6 +17,7 @@ def open_loss(name: str, setup: "LossSetup") -> "Loss":
     """Build the loss called ``name`` (checked by the configuration) for one W and one student."""
     module: Any = import_module(f"{__name__}.{LOSSES[name].module}")
     loss: Loss = module.open_loss(setup)
+    loss.kinds = setup.options.kinds
     return loss
 
 

@@ -6,7 +6,7 @@ N entries of W.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.ragged import Arrays, Columns, Ragged
+
+WEIGHT = "chunk_weight"  # a column that follows from the ends of a chunk and stands in no table
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,19 @@ class Loss(ABC):
         columns: what it reads of the target table.
         per: ``terms`` gives one number per chunk, or one per position.
         temperature: of the log-probabilities it is shown; its terms are multiplied by the square of it.
+        kinds: weights of one-to-one and of other chunks; None: all weigh the same. ``WEIGHT`` is then a column of its
+            targets, and a chunk of weight 0 has none.
     """
 
     columns: ClassVar[Columns]
     per: ClassVar[Literal["chunk", "token"]] = "chunk"
     temperature: float = 1.0
+    kinds: tuple[float, float] | None = None
+
+    @property
+    def spec(self) -> Columns:
+        """The columns of its targets once they are read."""
+        return self.columns if self.kinds is None else replace(self.columns, chunk=(*self.columns.chunk, WEIGHT))
 
     def check(self, arrays: Arrays) -> None:  # noqa: B027 - most losses have nothing to refuse
         """Refuse target entries that W or the vocabulary cannot serve, before they reach the device.

@@ -186,7 +186,7 @@ def test_no_chunks_in_a_step(make_targets: Callable[..., str], student_dir: str,
         columns=none.columns,
         sample_C=targets.sample_C[:0],
     )
-    batch = replace(batch, micros=[replace(micro, targets=(empty,))], chunks=(0,))
+    batch = replace(batch, micros=[replace(micro, targets=(empty,))], chunks=(0,), totals=(0.0,))
     mixing = gradmag()
     figures = measured(student, batch, losses, 1, mixing)
     assert mixing.measured_T == [1, 0]
