@@ -42,16 +42,16 @@ class LossOptions(Config):
     beta: float = Field(
         0.5, ge=0.0, le=1.0, description="gold: 0 is KL(teacher||student), 1 the reverse.", json_schema_extra=DETAILS
     )
-    alm: Literal["binary-kl", "limit", "abs", "reverse"] = Field(
+    alm: Literal["binary-kl", "limit", "abs", "reverse", "tv"] = Field(
         "binary-kl",
-        description="alm: divergence of chunk likelihoods; limit is binary-kl at alm-tau to infinity.",
+        description="alm: divergence of chunk likelihoods; limit is binary-kl as alm-tau grows, tv total variation.",
         json_schema_extra=DETAILS,
     )
     alm_tau: float = Field(
         100.0,
         gt=0.0,
         allow_inf_nan=False,
-        description="alm: tau_b of binary-kl and reverse.",
+        description="alm: tau_b of binary-kl, reverse and tv; the paper takes 100 and 5.",
         json_schema_extra=DETAILS,
     )
     debias: list[str] = Field(

@@ -169,6 +169,8 @@ def alm(l_T: float, l_S: Tensor, mode: str, tau_b: float) -> Tensor:
     if mode == "reverse":
         a, b = b, a
     p, q = a.exp(), b.exp()
+    if mode == "tv":
+        return (p - q).abs()
     return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
 
 

@@ -17,7 +17,7 @@ from xtoken.trainer.losses.base import View
 EXACT = 1e-9  # the reference takes 1 - e^-1e-6 as a difference: ten digits are left
 FLOAT32 = 2e-5  # float32 log-probabilities of size 10, relative
 STEP = 1e-5  # of central differences: their own error is about its square
-MODES = ["binary-kl", "limit", "abs", "reverse"]
+MODES = ["binary-kl", "limit", "abs", "reverse", "tv"]
 LENGTHS = [1, 3, 1, 2]
 FIRST = [0, 1, 4, 6]  # position 5 belongs to no chunk
 NEXT = [1, 4, -1, 8]
@@ -103,7 +103,7 @@ def test_by_hand(pair: Any) -> None:
     forward = np.exp(-1) * 1 + (1 - np.exp(-1)) * np.log((1 - np.exp(-1)) / (1 - np.exp(-2)))
     reverse = np.exp(-2) * -1 + (1 - np.exp(-2)) * np.log((1 - np.exp(-2)) / (1 - np.exp(-1)))
     limit = (-1 + 2) + -1 * np.log(2)
-    expected = {"binary-kl": forward, "reverse": reverse, "limit": limit, "abs": 1.0}
+    expected = {"binary-kl": forward, "reverse": reverse, "limit": limit, "abs": 1.0, "tv": 0.2325441579}
     for mode, value in expected.items():
         got = alm(one[:1], one[1:], mode, 1.0)
         assert float(got) == pytest.approx(value, rel=1e-9), mode

@@ -165,7 +165,7 @@ def test_gold(both: Fixed, beta: float, merge: str) -> None:
     agree(z, fast, slow)
 
 
-@pytest.mark.parametrize("mode", ["binary-kl", "reverse", "limit", "abs"])
+@pytest.mark.parametrize("mode", ["binary-kl", "reverse", "limit", "abs", "tv"])
 def test_alm(both: Fixed, mode: str) -> None:
     (teacher, z), labels = both, torch.tensor([3, 9, 2, 2, 20, 7])
     l_T, l_S = (
