@@ -38,9 +38,10 @@ from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import Loss, LossSetup
+from xtoken.trainer.mixing import Mixing
 from xtoken.trainer.objective import Objective, Student
 from xtoken.trainer.ranks import Ranks
-from xtoken.trainer.step import Mixing, count_step, run_step
+from xtoken.trainer.step import count_step, run_step
 from xtoken.trainer.student.head import find_head
 from xtoken.trainer.student.model import load_student
 
