@@ -91,7 +91,7 @@ def open_losses(pair: Pair, names: tuple[str, ...]) -> dict[tuple[str, bool], Lo
     setup = partial(
         LossSetup,
         w,
-        VocabArrays.of(student.pieces(), [role is None for role in student.role]),
+        VocabArrays.of(student.pieces(), student.role),
         student.size,
         pair.teacher_tokens.table.size,
         torch.device("cpu"),

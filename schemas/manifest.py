@@ -27,6 +27,7 @@ from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.tables import OLDEST_READ, SCHEMA_VERSIONS
+from xtoken.schemas.word_starts import SpaceSet
 
 MANIFEST = "manifest.json"
 
@@ -54,6 +55,8 @@ _Loss = Annotated[str, AfterValidator(_known_loss)]
 WHOLE_TARGETS = 3
 # Version of captures made on one kind of device; the one after says of which device a part is, and nothing else.
 ONE_DEVICE = 3
+# Version of captures, and of targets, whose P(a word begins) sums over another set of tokens than ``space``.
+OTHER_SPACE = 5
 # Fields of a capture's manifest that older versions did not have.
 _SINCE_3 = ("engine_settings", "audits")
 
@@ -221,6 +224,15 @@ class _Manifest(_Record):
     parts: list[Part] = []
 
 
+M = TypeVar("M", bound=_Manifest)
+
+
+def _refuse_unknown_space(manifest: M) -> M:
+    if getattr(manifest, "space", "space") != "space" and manifest.schema_version < OTHER_SPACE:
+        raise ValueError(f"space is another than ' ', which version {manifest.schema_version} does not know")
+    return manifest
+
+
 class CaptureManifest(_Manifest):
     schema_version: int = ONE_DEVICE
     kind: Literal["capture"] = "capture"
@@ -240,6 +252,7 @@ class CaptureManifest(_Manifest):
     audits: list[AuditRecord] = Field(
         default_factory=list, max_length=MOST_AUDITS, description="of rows of the whole capture this is, or is part of"
     )
+    space: SpaceSet = Field("space", description="tokens that space_logprob sums (schemas/word_starts.py)")
 
     @property
     def has_codes(self) -> bool:
@@ -250,6 +263,8 @@ class CaptureManifest(_Manifest):
     def _as_its_version_has_it(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # releases that write version 2 refuse fields they do not know, and a subset of theirs stays version 2
         data: dict[str, Any] = handler(self)
+        if self.space == "space":
+            del data["space"]
         if self.schema_version >= 3:
             return data
         return {name: value for name, value in data.items() if value or name not in _SINCE_3}
@@ -259,6 +274,8 @@ class CaptureManifest(_Manifest):
         if self.schema_version <= ONE_DEVICE and any(part.device is not None for part in self.parts):
             raise ValueError(f"parts name devices, which version {self.schema_version} does not know")
         return self
+
+    _version_knows_space = model_validator(mode="after")(_refuse_unknown_space)
 
 
 class ProjectionManifest(_Manifest):
@@ -283,6 +300,7 @@ class TargetManifest(_Manifest):
     merge: str = Field("first", description="how a chunk's rows became one: first | last | mean")
     tau: float = Field(1.0, gt=0.0, description="temperature of the stored distributions")
     codec: str = Field("topk", description="codec of the capture: sampled tokens serve linear losses only")
+    space: SpaceSet = Field("space", description="tokens that alm_space_logprob sums, on the student's side too")
     run_hash: str
     set_aside: dict[int, str] = Field(
         default_factory=dict, description="parts that could not be built, with their error"
@@ -296,6 +314,8 @@ class TargetManifest(_Manifest):
         data: dict[str, Any] = handler(self)
         if not self.set_aside:
             del data["set_aside"]
+        if self.space == "space":
+            del data["space"]
         return data
 
     @model_validator(mode="after")
@@ -304,6 +324,8 @@ class TargetManifest(_Manifest):
             raise ValueError(f"parts are quarantined, which version {self.schema_version} does not know")
         return self
 
+    _version_knows_space = model_validator(mode="after")(_refuse_unknown_space)
+
 
 AnyManifest = CaptureManifest | ProjectionManifest | TargetManifest
 _KINDS: dict[str, type[_Manifest]] = {
@@ -311,7 +333,6 @@ _KINDS: dict[str, type[_Manifest]] = {
     "projection": ProjectionManifest,
     "targets": TargetManifest,
 }
-M = TypeVar("M", bound=_Manifest)
 
 
 def part_name(index: int) -> str:

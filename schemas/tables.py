@@ -13,7 +13,7 @@ from xtoken.schemas.losses import FLOATS, INTS, loss_columns
 from xtoken.schemas.losses import target_field as _column
 
 # A release writes the first and reads all from the second on: a capture must stay readable.
-SCHEMA_VERSIONS = {"capture": 4, "projection": 1, "targets": 4}
+SCHEMA_VERSIONS = {"capture": 5, "projection": 1, "targets": 5}
 OLDEST_READ = {"capture": 1, "projection": 1, "targets": 2}
 # A capture's parts are written as now since this version: later ones added to the manifest only.
 PARTS_SINCE = 2

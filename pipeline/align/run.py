@@ -31,6 +31,7 @@ from xtoken.schemas.errors import IncompleteRun, Unreachable, last_words
 from xtoken.schemas.io.remote import patiently
 from xtoken.schemas.manifest import (
     MANIFEST,
+    OTHER_SPACE,
     WHOLE_TARGETS,
     CaptureManifest,
     TargetManifest,
@@ -40,7 +41,6 @@ from xtoken.schemas.manifest import (
     provenance,
     read_manifest,
 )
-from xtoken.schemas.tables import SCHEMA_VERSIONS
 from xtoken.schemas.ui.progress import Progress
 
 STUDENT_VOCAB_FILE = "student_vocab.parquet"
@@ -186,7 +186,7 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
         raise IncompleteRun(_refusal(run, failed, skipped))
     manifest = TargetManifest(
         **provenance(),
-        schema_version=SCHEMA_VERSIONS["targets"] if failed else WHOLE_TARGETS,
+        schema_version=OTHER_SPACE if run.capture.space != "space" else WHOLE_TARGETS + bool(failed),
         files=run.files,
         parts=parts,
         capture_hash=content_hash(run.capture),
@@ -199,6 +199,7 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
         merge=config.merge,
         tau=config.tau,
         codec=run.capture.codec.name,
+        space=run.capture.space,
         run_hash=digest(run.settings),
         set_aside=failed,
     )

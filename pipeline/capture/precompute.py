@@ -43,8 +43,7 @@ from xtoken.schemas.errors import IncompleteRun, Unreachable, VerificationError,
 from xtoken.schemas.heads import refuse_narrow_head, stated_rows
 from xtoken.schemas.io.overlap import refuse_inside
 from xtoken.schemas.io.remote import patiently
-from xtoken.schemas.manifest import MANIFEST, ONE_DEVICE, CaptureManifest, Part, provenance, read_manifest
-from xtoken.schemas.tables import SCHEMA_VERSIONS
+from xtoken.schemas.manifest import MANIFEST, ONE_DEVICE, OTHER_SPACE, CaptureManifest, Part, provenance, read_manifest
 from xtoken.schemas.ui.progress import Progress
 
 _NAMED = 5
@@ -270,7 +269,7 @@ def _manifest(run: _Run, parts: dict[int, Part], failed: dict[int, str]) -> Capt
     devices = list(dict.fromkeys([teacher.device, *others]))
     return CaptureManifest(
         **provenance(),
-        schema_version=ONE_DEVICE if len(devices) == 1 else SCHEMA_VERSIONS["capture"],
+        schema_version=OTHER_SPACE if config.codec.space != "space" else ONE_DEVICE + (len(devices) > 1),
         files=run.files,
         parts=list(parts.values()),
         teacher=teacher.model_copy(update={"device": " + ".join(devices)}),
@@ -278,6 +277,7 @@ def _manifest(run: _Run, parts: dict[int, Part], failed: dict[int, str]) -> Capt
         bos=run.settings["bos"],
         max_tokens=config.codec.max_tokens,
         codec=codec,
+        space=config.codec.space,
         corpus=run.plan.corpus,
         plan_hash=run.plan.hash,
         run_hash=run_hash(run.plan.hash, teacher, run.settings, codec),

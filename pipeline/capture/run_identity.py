@@ -74,7 +74,10 @@ def run_settings(config: PrecomputeConfig, table: TokenTable, student: TokenTabl
         "text": codec.text,
         "student_hash": student.info.hash if student is not None else None,
     }
-    return settings | {name: value for name, value in identity(config).items() if name not in _RECORDED}
+    # a field that came later stands there where it says something: what older releases wrote is written as ever
+    absent = defaults(type(config), _RECORDED)
+    later = {name: value for name, value in identity(config).items() if name not in _RECORDED}
+    return settings | {name: value for name, value in later.items() if value != absent.get(name)}
 
 
 def _codec_settings(codec: CodecGroup) -> dict[str, Any]:
@@ -212,9 +215,7 @@ def read_record(folder: Folder, name: str, *, needed: bool) -> dict[str, Any]:
 def run_hash(plan_hash: str, teacher: TeacherInfo, settings: dict[str, Any], codec: CodecInfo) -> str:
     """Identity of a run: plan, teacher, tokenizer, codec and options."""
     options = {name: settings[name] for name in ("tokenizer_hash", "bos", "max_tokens", "text")}
-    absent = defaults(PrecomputeConfig, _RECORDED)  # a field that came later is part of it where it says something
-    later = [name for name in settings if name not in (*_RECORDED, *_DERIVED)]
-    options |= {name: settings[name] for name in later if settings[name] != absent.get(name)}
+    options |= {name: value for name, value in settings.items() if name not in (*_RECORDED, *_DERIVED)}
     return digest([plan_hash, teacher.model_dump(), options, codec.model_dump()])
 
 
@@ -259,7 +260,8 @@ def _compared(
     folder: Folder, name: str, now: Mapping[str, Any], needed: bool, free: Collection[str], absent: Mapping[str, Any]
 ) -> list[Difference]:
     there = read_record(folder, name, needed=needed)
-    return differences(there, {key: now.get(key) for key in sorted({*there, *now}.difference(free))}, absent)
+    names = sorted({*there, *now}.difference(free))
+    return differences(there, {name: now.get(name, absent.get(name)) for name in names}, absent)
 
 
 def _settle(

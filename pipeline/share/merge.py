@@ -152,7 +152,7 @@ def _compared(one: CaptureManifest, other: CaptureManifest) -> Iterator[tuple[st
     yield "tokenizer.hash", one.tokenizer.hash, other.tokenizer.hash
     for name in type(one.codec).model_fields:
         yield f"codec.{name}", getattr(one.codec, name), getattr(other.codec, name)
-    for name in ("bos", "max_tokens", "left_out"):
+    for name in ("bos", "max_tokens", "left_out", "space"):
         yield name, getattr(one, name), getattr(other, name)
     yield "schema_version", min(one.schema_version, PARTS_SINCE), min(other.schema_version, PARTS_SINCE)
 

@@ -40,7 +40,8 @@ def check_backend(config: "TeacherGroup", codec: "CodecGroup") -> None:
     """Refuse what the backend cannot give, before anything is read or loaded.
 
     Raises:
-        XtokenError: a codec that needs whole rows, or normalisers at other temperatures, from a backend that sees none.
+        XtokenError: a codec that needs whole rows, normalisers at other temperatures, or another set of tokens to sum,
+            from a backend that sees none.
     """
     if registered(codec.codec).whole_rows and not BACKENDS[config.backend].full_rows:
         raise XtokenError(
@@ -53,6 +54,11 @@ def check_backend(config: "TeacherGroup", codec: "CodecGroup") -> None:
             f"--temperatures {named} needs whole teacher rows, and backend {config.backend!r} gives only the top k; "
             "use --backend hf, or leave it out and train with --rest drop and a loss that needs no normaliser "
             "(p-kl, sparse-kl)"
+        )
+    if codec.space != "space" and not BACKENDS[config.backend].full_rows:
+        raise XtokenError(
+            f"--space {codec.space} chooses the tokens of a sum over full distributions, and backend "
+            f"{config.backend!r} gives only the top k; use --backend hf, or leave it out"
         )
 
 

@@ -144,7 +144,7 @@ def open_teacher(config: TeacherGroup, codec: CodecGroup, table: TokenTable) -> 
         engine_version="1",
     )
     sampler = Sampler.of(codec, table.size)
-    return FakeTeacher(info, k, table.starts_with_space(), codec.temperatures, sampler)
+    return FakeTeacher(info, k, table.word_starts(codec.space), codec.temperatures, sampler)
 
 
 def _floor(size: int) -> float:

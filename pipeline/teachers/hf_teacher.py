@@ -224,7 +224,7 @@ def open_teacher(config: TeacherGroup, codec: CodecGroup, table: TokenTable) -> 
     model = _load(config, model_config, device)
     source = pick_source(model)
     info = _info(config, model_config, model, source, device)
-    space = np.flatnonzero(table.starts_with_space()[: info.vocab_rows])
+    space = np.flatnonzero(table.word_starts(codec.space)[: info.vocab_rows])
     space_P, sampler = torch.from_numpy(space).to(device), Sampler.of(codec, table.size)
     reader = RowReader(entries_asked(codec, info.vocab_rows), space_P, tuple(codec.temperatures), sampler)
     attention = str(getattr(model.config, "_attn_implementation", ""))

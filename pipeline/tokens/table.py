@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.tables import MERGES, VOCAB
+from xtoken.schemas.word_starts import SpaceSet, word_starts
 
 Kind = Literal["byte-level", "metaspace", "bytes"]
 _SPACE = 0x20
@@ -110,6 +111,10 @@ class TokenTable:
         filled = self.lengths > 0
         starts[filled] = self.data[self.offsets[:-1][filled]] == _SPACE
         return starts
+
+    def word_starts(self, which: SpaceSet) -> NDArray[np.bool_]:
+        """bool [V]: the token begins a word, as ``xtoken.schemas.word_starts`` says."""
+        return word_starts(self.pieces(), self.role, which)
 
     @cached_property
     def _spells_something(self) -> NDArray[np.bool_]:

@@ -19,6 +19,7 @@ from xtoken.schemas.configs.base import (
     argument,
     ray_address,
 )
+from xtoken.schemas.word_starts import SpaceSet
 
 TRAIN, ALL, ONLY = "train", "all", "only"
 PILOT_TOKENS = 2000
@@ -151,6 +152,11 @@ class CodecGroup(Config):
         ge=8,
         description="Most teacher tokens per sample; longer documents are cut into windows.",
         json_schema_extra=COMMON,
+    )
+    space: SpaceSet = Field(
+        "space",
+        description="What P(a word begins) sums, for ALM's --debias: tokens that start with a space, or paper: with a "
+        "space, tab or newline, and control tokens (needs full distributions: --backend hf).",
     )
     text: bool = Field(True, description="Store the text in the capture; without it, align needs --corpus.")
     temperatures: list[float] = Field(

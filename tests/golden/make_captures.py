@@ -37,13 +37,16 @@ RUNS = {
     "v3-tau": [*TOPK, "--temperatures", "0.5,2"],
     "v3-sampled": [*CAPTURE, "--codec", "sampled", "--draws", "50", "--seed", "7"],
     "v4-topk": TOPK,
+    "v5-topk": [*TOPK, "--space", "paper"],
 }
 AUDITED = ("v3-topk", "v3-tau", "v3-sampled")
 # Begun on another device than it was ended on.
 MIXED = ("v4-topk",)
 # Targets are of a capture that is made beside them and thrown away.
 TARGETS = {"v2-targets": TOPK, "v3-targets": TOPK, "v3-targets-sampled": RUNS["v2-sampled"], "v4-targets": TOPK}
+TARGETS["v5-targets"] = RUNS["v5-topk"]
 LOSSES = {"v2-targets": "p-kl,h-kl,alm", "v3-targets": "p-kl,h-kl,alm", "v4-targets": "p-kl,h-kl,alm"}
+LOSSES["v5-targets"] = "alm"
 # Targets that set a part aside: that of a document before the others, whose part is cut short.
 SET_ASIDE = ("v4-targets",)
 RUN_ONLY = (

@@ -307,8 +307,8 @@ class Targets:
     def vocab(self) -> VocabArrays:
         """What losses ask of the student's tokens."""
         table = self._side_table(VOCAB_FILE)
-        is_text = [role is None for role in table.column("role").to_pylist()]
-        return VocabArrays.of(table.column("bytes").to_pylist(), is_text)
+        roles = table.column("role").to_pylist()
+        return VocabArrays.of(table.column("bytes").to_pylist(), roles, self.manifest.space)
 
     @cached_property
     def needed_width(self) -> int:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtoken.schemas.configs.train import LossOptions
+from xtoken.schemas.word_starts import SpaceSet, word_starts
 from xtoken.trainer.ragged import Arrays, Columns, Ragged
 
 WEIGHT = "chunk_weight"  # a column that follows from the ends of a chunk and stands in no table
@@ -44,7 +45,7 @@ class VocabArrays:
     """What losses ask of the student's tokens.
 
     Attributes:
-        space_V: bool, the token's bytes start with a space.
+        space_V: bool, the token begins a word (``xtoken.schemas.word_starts``).
         length_V: int32, bytes of text that the token stands for; 0 for specials.
         order: int32, text tokens in order of (bytes, id): what ``child_low`` and ``child_high`` count in.
     """
@@ -54,13 +55,16 @@ class VocabArrays:
     length_V: NDArray[np.int32]
 
     @classmethod
-    def of(cls, token_bytes: Sequence[bytes], is_text: Sequence[bool]) -> "VocabArrays":
-        """From each token's bytes and whether it is text (no special, no hole)."""
+    def of(cls, token_bytes: Sequence[bytes], roles: Sequence[str | None], space: SpaceSet = "space") -> "VocabArrays":
+        """From each token's bytes and role (None: text), and which tokens the targets say begin a word."""
+        is_text = [role is None for role in roles]
         text = [i for i, (data, keep) in enumerate(zip(token_bytes, is_text, strict=True)) if keep and data]
-        space = np.zeros(len(token_bytes), np.bool_)
-        space[[i for i in text if token_bytes[i].startswith(b" ")]] = True
         length = np.array([len(data) * keep for data, keep in zip(token_bytes, is_text, strict=True)], np.int32)
-        return cls(space, np.array(sorted(text, key=lambda i: (token_bytes[i], i)), np.int32), length)
+        return cls(
+            word_starts(token_bytes, roles, space),
+            np.array(sorted(text, key=lambda i: (token_bytes[i], i)), np.int32),
+            length,
+        )
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Pair:
 
     @property
     def vocab(self) -> VocabArrays:
-        return VocabArrays.of(BYTES, [i >= 2 for i in range(V)])
+        return VocabArrays.of(BYTES, [None if i >= 2 else "special" for i in range(V)])
 
     def table(self) -> pa.Table:
         w = self.arrays

@@ -106,7 +106,7 @@ def kl(target: dict[int, float], student: dict[int, float]) -> float:
 
 def child(student: TokenTable, found: dict[str, list[Any]], p: dict[int, float]) -> float:
     """The child term, ranges counted as the trainer counts them."""
-    order = VocabArrays.of(student.pieces(), [role is None for role in student.role]).order.tolist()
+    order = VocabArrays.of(student.pieces(), student.role).order.tolist()
     total = 0.0
     for low, high, mass in zip(found["child_low"], found["child_high"], found["child_logprob"], strict=True):
         total -= math.exp(mass) * math.log(sum(p.get(token, 0.0) for token in order[low:high]))
@@ -386,7 +386,7 @@ def test_child_is_that_of_the_sql(pair: Pair) -> None:
 def test_what_must_hold_on_real_tokenizers(pair: Pair) -> None:
     """phi spells the teacher's bytes, ranges hold exactly the tokens that go on with r, and masses add up."""
     _, samples, targets, student, teacher, projection = pair
-    order = VocabArrays.of(student.pieces(), [role is None for role in student.role]).order
+    order = VocabArrays.of(student.pieces(), student.role).order
     pieces = student.pieces()
     words = [pieces[token] for token in order.tolist()]
     mine = [pieces[token] for sample in samples for token in sample.encoded.ids.tolist()]

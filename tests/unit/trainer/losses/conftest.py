@@ -55,7 +55,7 @@ class Pair:
     @property
     def vocab(self) -> VocabArrays:
         """The student's tokens: ``TOKENS``, the first two special."""
-        return VocabArrays.of(TOKENS, [i >= SPECIALS for i in range(V)])
+        return VocabArrays.of(TOKENS, [None if i >= SPECIALS else "special" for i in range(V)])
 
     def setup(self, **options: Any) -> LossSetup:
         """``tau``, ``merge``, ``learn_w`` and any field of ``LossOptions``."""

@@ -28,7 +28,7 @@ Target = tuple[dict[int, float], float]  # mass by student id, REST
 
 def setup_of(tokens: Sequence[bytes], pair: Any, **options: Any) -> LossSetup:
     setup = pair.setup(**options)
-    vocab = VocabArrays.of(tokens, [bool(data) for data in tokens])
+    vocab = VocabArrays.of(tokens, [None if data else "special" for data in tokens])
     return LossSetup(setup.w, vocab, len(tokens), setup.teacher_size, setup.device, setup.options, setup.tau)
 
 

@@ -96,7 +96,7 @@ def build(hyper: Any, mode: str, student: Side) -> ALM:
         if word in hyper["alm_mode"]
     ]
     width = student.logp_TV.shape[1]
-    vocab = VocabArrays.of([b" " if i in student.space else b"x" for i in range(width)], [True] * width)
+    vocab = VocabArrays.of([b" " if i in student.space else b"x" for i in range(width)], [None] * width)
     none = ProjectionArrays(*(np.zeros(0, kind) for kind in (np.int32, np.int32, np.float32, bool, bool)))
     options = LossOptions(
         alm=mode,

@@ -51,7 +51,7 @@ def build(data: Any, hyper: Any) -> Loss:
     merge = {"observed": "first", "bayesian": "last"}[hyper["uld_token_merge_strategy"]]
     setup = LossSetup(
         w,
-        VocabArrays.of([b""] * width, [False] * width),
+        VocabArrays.of([b""] * width, ["special"] * width),
         width,
         size,
         torch.device("cpu"),
