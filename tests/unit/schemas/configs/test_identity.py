@@ -82,13 +82,16 @@ def test_what_may_change_is_frozen(model: type[Config], names: str) -> None:
 
 
 def test_a_capture_records_every_field_without_a_mark(tmp_path: Any) -> None:
-    """In run.json by name, or in plan.json where the mark says so."""
+    """In run.json by name, or in plan.json where the mark says so; what 0.5.0 did not have, where it says something."""
     (tmp_path / "c.txt").write_text("text")
     config = PrecomputeConfig.from_flat(
         **RUNS[PrecomputeConfig] | {"corpus": str(tmp_path / "c.txt"), "split": ["all"]}
     )
-    settings = capture_settings(config, load_tokenizer("bytes").table, None)
-    assert identity(config).keys() <= settings.keys()
+    table = load_tokenizer("bytes").table
+    settings = capture_settings(config, table, None)
+    assert identity(config).keys() - settings.keys() == {"space"}
+    other = capture_settings(config.changed(space="paper"), table, None)
+    assert other == settings | {"space": "paper"}
     plan = make_plan(config.corpus, config.run.shard_bytes, Silent())
     written = {**plan.corpus.options, "corpus": plan.corpus.source, "shard_bytes": plan.shard_bytes}
     in_plan = [leaf.name for leaf in leaves(PrecomputeConfig) if marked(leaf.field, "resume") == base.IN_PLAN["resume"]]
