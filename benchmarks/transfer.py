@@ -1,0 +1,176 @@
+"""A model moved to another tokenizer: what the text alone (CE) and distillation from the model itself bring back.
+
+    python -m benchmarks.transfer WORK                      # settings of the table, learning rates swept
+    python -m benchmarks.transfer WORK --settings ce --rates 1e-4 --steps 20   # a look
+
+SmolLM2-135M goes to a byte-level BPE that is trained here on the text it is to be trained with (or to --tokenizer). The
+model is captured once; every run trains the same transplant on the same targets, tokens and steps. Figures are those
+of "xtoken eval" on a chapter of the same book and on text of another kind: code, a licence, a README. WORK stays;
+a command that was done is not done again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine, machine_line
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DATA = Path("examples/data")
+MODEL = Path(".cache/models/smollm2-135m")
+TEXTS = {"train": "moby-dick", "same": "moby-dick-held-out", "other": "other-kinds"}
+SETTINGS = {
+    "ce": ["--loss", "ce"],
+    "byte-prefix": ["--loss", "byte-prefix", "--ce-weight", "0"],
+    "byte-prefix+ce": ["--loss", "byte-prefix", "--mix", "gradmag"],
+    "p-kl": ["--loss", "p-kl", "--ce-weight", "0"],
+    "alm": ["--loss", "alm", "--mix", "gradmag", "--ce-weight", "0"],
+    "alm+ce": ["--loss", "alm", "--mix", "gradmag"],
+    "alm-tau5+ce": ["--loss", "alm", "--alm-tau", "5", "--mix", "gradmag"],
+}
+STEP = ["--step-tokens", "512", "--micro-tokens", "512", "--max-tokens", "256", "--warmup", "10", "--save-every", "100"]
+
+
+def main() -> None:
+    """Prepare, train, measure, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--tokenizer", help="folder of the new tokenizer; left out: trained on the text")
+    parser.add_argument("--settings", default=",".join(SETTINGS))
+    parser.add_argument("--rates", default="5e-5,1e-4,2e-4")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    work: Path = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = options.tokenizer or train_tokenizer(work / "tokenizer")
+    counts = prepare(work, tokenizer)
+    jobs = [(name, rate) for rate in options.rates.split(",") for name in options.settings.split(",")]
+    threads = max(1, (os.cpu_count() or 2) // options.jobs)
+    rows = [{"model": "transplant", **measured(work, work / "transplant", threads)}]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows += pool.map(lambda job: trained(work, options.steps, threads, *job), jobs)
+    result = {"machine": machine(), "tokenizer": str(options.tokenizer), "steps": options.steps, "counts": counts}
+    result |= {"rows": rows}
+    text = table(result)
+    print(text)
+    if options.write:
+        (RESULTS / "transfer.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / "transfer.md").write_text(text)
+
+
+def train_tokenizer(folder: Path, size: int = 8192) -> str:
+    """A byte-level BPE of the training text, with an end of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if not folder.exists():
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        lines = (ROOT / DATA / "moby-dick.jsonl").read_text(encoding="utf-8").splitlines()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+        )
+        backend.train_from_iterator([json.loads(line)["text"] for line in lines], trainer)
+        folder.mkdir()
+        backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}\n')
+    return str(folder)
+
+
+def prepare(work: Path, tokenizer: str) -> dict[str, Any]:
+    """Captures of the model, its transplant, targets; counts of the training targets."""
+    transplant = work / "transplant"
+    if not (transplant / "config.json").exists():
+        xtoken(["transplant", str(MODEL), "--tokenizer", tokenizer, "--out", str(transplant)])
+    found: dict[str, Any] = {}
+    for kind, name in TEXTS.items():
+        capture, targets = work / f"capture-{kind}", work / f"targets-{kind}"
+        if not (capture / "manifest.json").exists():
+            words = ["precompute", str(DATA / f"{name}.jsonl"), "--id-field", "id", "--teacher", str(MODEL)]
+            xtoken([*words, "--max-tokens", "256", "--shard-bytes", str(1 << 15), "--out", str(capture)])
+        losses = "p-kl,alm,byte-prefix" if kind == "train" else "p-kl"
+        words = ["align", str(capture), "--student", str(transplant), "--for", losses, "--out", str(targets)]
+        found[kind] = xtoken(words)
+    return found
+
+
+def trained(work: Path, steps: int, threads: int, name: str, rate: str) -> dict[str, Any]:
+    """One run and its figures."""
+    out, began = work / "runs" / f"{name}-{rate}-{steps}", time.monotonic()
+    words = ["train", str(work / "targets-train"), "--student", str(work / "transplant"), "--out", str(out)]
+    schedule = ["--lr", rate, "--steps", str(steps), "--keep", "1", "--completions", "0"]
+    summary = xtoken([*words, *SETTINGS[name], *STEP, *schedule], threads)
+    found = measured(work, out / "model", threads)
+    print(f"{out.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return {"model": name, "rate": rate, "tokens": summary["tokens"], "seconds": summary["seconds"], **found}
+
+
+def measured(work: Path, model: Path, threads: int) -> dict[str, Any]:
+    """Bits per byte, KL and agreement with the original, and the original's bits per byte, by kind of text."""
+    kept = model.with_name(f"{model.name}-figures.json")
+    if not kept.exists():
+        found = {}
+        for kind in ("same", "other"):
+            text = ["--text", str(DATA / f"{TEXTS[kind]}.jsonl"), "--id-field", "id"]
+            words = ["eval", str(model), *text, "--targets", str(work / f"targets-{kind}"), "--max-tokens", "256"]
+            found[kind] = xtoken(words, threads)
+        kept.write_text(json.dumps(found))
+    whole = json.loads(kept.read_text())
+    names = ("bits_per_byte", "kl", "top1_agreement", "teacher_bits_per_byte")
+    return {kind: {name: whole[kind][name] for name in names} for kind in whole}
+
+
+def xtoken(words: list[str], threads: int = 2) -> dict[str, Any]:
+    """A command of xtoken; its figures."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "xtoken", *words, "--json", "--quiet"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"xtoken {' '.join(words)} failed:\n{done.stdout}\n{done.stderr[-2000:]}")
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results as Markdown, the best of each column of runs in bold."""
+    rows, original = result["rows"], result["rows"][0]
+    own = result["tokenizer"] == "None"
+    new = "a byte-level BPE of 8,192 tokens, trained on the training text" if own else Path(result["tokenizer"]).name
+    lines = [
+        "# A model moved to another tokenizer",
+        "",
+        f"{machine_line()}.",
+        f"SmolLM2-135M to {new}, `--init fvt`; {result['steps']} steps of 512 tokens of Moby Dick, one seed.",
+        "same: a held-out chapter. other: code, a licence, a README. KL and top-1 to the original, per chunk.",
+        "",
+        "| model | rate | same: bits/byte | KL | top-1 | other: bits/byte | KL | top-1 |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| original | | {original['same']['teacher_bits_per_byte']:.3f} | | | "
+        f"{original['other']['teacher_bits_per_byte']:.3f} | | |",
+    ]
+    best = {
+        (kind, name): (max if name == "top1_agreement" else min)(row[kind][name] for row in rows)
+        for kind in ("same", "other")
+        for name in ("bits_per_byte", "kl", "top1_agreement")
+    }
+    for row in rows:
+        cells = []
+        for kind, name in best:
+            value = row[kind][name]
+            cells.append(f"**{value:.3f}**" if value == best[kind, name] else f"{value:.3f}")
+        lines.append(f"| {row['model']} | {row.get('rate', '')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
