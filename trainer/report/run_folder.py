@@ -20,7 +20,10 @@ from xtoken.trainer.record import METRICS, RUN, identity_of
 
 SUMMARY = "summary.json"
 HELD_OUT, COMPLETIONS = "held-out.jsonl", "completions.jsonl"
-CURVES = ("tokens_per_s", "lr", "grad_norm", "loss", "kd", "ce", "top1_agreement")
+CURVES = (
+    *("tokens_per_s", "lr", "grad_norm", "loss", "kd", "ce", "top1_agreement"),
+    *("kd_gradient", "ce_gradient", "kd_weight"),  # under --mix gradmag
+)
 _LAST = 10  # steps whose mean is a run's final loss, as in summary.json
 _LARGEST = 1e60  # beyond what float32 holds; squares of it are still numbers
 _WINDOW = re.compile(r"#\d+$")

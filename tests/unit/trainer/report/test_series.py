@@ -38,6 +38,26 @@ def test_panels_keep_losses_apart(tmp_path: Path) -> None:
     assert text.goals == (1.41,)
 
 
+def test_gradients_and_weights_of_gradmag_have_panels(tmp_path: Path) -> None:
+    """Norms are measured in every tenth step and weights hold in each; other runs have neither."""
+    roots = [write_run(tmp_path / name, "alm", steps=30) for name in ("mixed", "fixed")]
+    file = Path(roots[0], "metrics.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        if "loss" in line:
+            line |= {"ce_weight": 1.0, "kd_weight": 40.0 + line["step"]}
+            line |= {"ce_gradient": 0.5, "kd_gradient": 0.01} if line["step"] % 10 == 1 else {}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = {panel.title: panel for panel in panels(read(*roots), "tokens")}
+    [weight] = drawn["weight of KD"].curves
+    assert (weight.y_P[0], weight.y_P[-1]) == (41.0, 70.0)
+    [norm] = drawn["gradient of KD by hidden states"].curves
+    assert norm.y_P.tolist() == pytest.approx([0.01] * 3)
+    assert norm.group == 0
+    assert len(norm.x_P) == 3
+    assert "gradient of CE by hidden states" in drawn
+
+
 def test_curves_are_short_and_seeds_become_a_band(tmp_path: Path) -> None:
     roots = [write_run(tmp_path / f"{seed}", "ce", seed, steps=900, held_out=False) for seed in (0, 1)]
     groups = read(*roots)
