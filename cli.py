@@ -32,6 +32,7 @@ from xtoken.schemas.configs.base import Config
 from xtoken.schemas.configs.capture import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
 from xtoken.schemas.configs.share import CardConfig, MergeConfig, PullConfig, PushConfig
 from xtoken.schemas.configs.train import EvalConfig, ReportConfig, TrainConfig
+from xtoken.schemas.configs.transplant import TransplantConfig
 from xtoken.schemas.errors import TRACEBACK, PartlyDone, XtokenError, named
 from xtoken.schemas.io.cache_folders import settle_home
 from xtoken.schemas.io.overlap import refuse_inside
@@ -234,6 +235,38 @@ def _learned_w(config: TrainConfig, files: list[Figures]) -> list[str]:
         weights = np.load(found["file"], allow_pickle=False)
         write_learned(config.data.targets[found["teacher"]], weights, folders[-1], config.out)
     return folders
+
+
+@verb(
+    TransplantConfig,
+    "xtoken transplant HuggingFaceTB/SmolLM2-135M --tokenizer meta-llama/Llama-3.2-1B --out smollm2-llama3",
+)
+def run_transplant(config: TransplantConfig, bars: Bars) -> Figures:
+    """Write a model under another tokenizer: the pipeline maps its tokens, the trainer makes the rows."""
+    from xtoken.pipeline.project.new_tokenizer import plan_transplant, same_tokenizer
+    from xtoken.pipeline.tokens import load_tokenizer
+    from xtoken.trainer.transplant import (
+        NewVocabulary,
+        new_model_folder,
+        open_old_model,
+        put_tokenizer,
+        transplant,
+        write_report,
+    )
+
+    with new_model_folder(config) as folder:
+        old = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        files = put_tokenizer(config, folder, old.table.info.adds_bos)
+        plan = plan_transplant(config, old, files, folder)
+        for note in plan.notes:
+            bars.note(note)
+        table = plan.new.table
+        check = functools.partial(same_tokenizer, folder, plan.new)
+        vocabulary = NewVocabulary(table.info, table.id_of("pad"), plan.token_map, check)
+        model = open_old_model(config.model, config.trust_remote_code)
+        figures = {"model": config.model, **plan.figures, **transplant(config, model, vocabulary, folder, bars)}
+        write_report(folder, figures)
+    return {**figures, "out": config.out}
 
 
 @app.command("losses")

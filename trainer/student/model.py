@@ -56,23 +56,26 @@ def open_student(student: StudentGroup, device: torch.device, tokenizer: Tokeniz
     """
     if student.from_scratch is None:
         model = load_student(str(student.student), device, student.trust_remote_code)
-        _refuse_packed(model, student.source)
+        refuse_packed(model, student.source)
         return model
     return build_student(Path(student.from_scratch), tokenizer, seed, student.trust_remote_code).to(device)
 
 
-def _refuse_packed(model: Any, source: str) -> None:
+def refuse_packed(model: Any, source: str) -> None:
+    """Raise XtokenError for a model whose weights are quantised."""
     packed = getattr(model, "hf_quantizer", None)
     if packed is not None:
         method = getattr(packed.quantization_config.quant_method, "value", packed.quantization_config.quant_method)
         raise XtokenError(
-            f"the student {source!r} is quantised ({method}), and training changes plain weights; give the model that "
+            f"the model {source!r} is quantised ({method}), and only plain weights can be changed; give the model that "
             "it was made from"
         )
 
 
-def load_student(source: str, device: torch.device, trust_remote_code: bool) -> Any:
-    """A causal language model in float32.
+def load_student(
+    source: str, device: torch.device, trust_remote_code: bool, dtype: torch.dtype | str = torch.float32
+) -> Any:
+    """A causal language model, in float32 or ``dtype``; ``auto`` is the one that its files are in.
 
     Raises:
         XtokenError: nothing loadable at ``source``.
@@ -85,7 +88,7 @@ def load_student(source: str, device: torch.device, trust_remote_code: bool) -> 
     try:
         with _no_progress_bars():
             model, loaded = auto.from_pretrained(
-                source, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+                source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
     except Exception as error:  # what an architecture raises on settings that do not go together shares no base
         reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
@@ -202,7 +205,7 @@ def rehearse_save(model: Any, tokenizer: str, out: Path) -> Path:
     shutil.rmtree(out, ignore_errors=True)
     files = out / "tokenizer"
     files.mkdir(parents=True)
-    _save_pretrained(model, out / "model", {})
+    save_pretrained(model, out / "model", {})
     try:
         copy_tokenizer(tokenizer, files)
     except OSError as error:
@@ -230,7 +233,7 @@ def save_student(model: Any, tokenizer: str | Path, out: Path, state: Mapping[st
     """
     mend_settings(model)
     with whole_folder(out) as temporary:
-        _save_pretrained(model, temporary, state)
+        save_pretrained(model, temporary, state)
         if isinstance(tokenizer, Path):
             shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
         else:
@@ -238,7 +241,12 @@ def save_student(model: Any, tokenizer: str | Path, out: Path, state: Mapping[st
         readable_like(temporary / "config.json", temporary)
 
 
-def _save_pretrained(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
+def save_pretrained(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
+    """transformers' own, whose refusals are named; ``state`` as for ``save_student``, an empty one writes no weights.
+
+    Raises:
+        XtokenError, OSError, SafetensorError: as ``save_student``.
+    """
     try:
         with _no_progress_bars():
             model.save_pretrained(folder, state_dict=None if state is None else dict(state))
