@@ -243,8 +243,7 @@ def _learned_w(config: TrainConfig, files: list[Figures]) -> list[str]:
 )
 def run_transplant(config: TransplantConfig, bars: Bars) -> Figures:
     """Write a model under another tokenizer: the pipeline maps its tokens, the trainer makes the rows."""
-    from xtoken.pipeline.project.new_tokenizer import plan_transplant, same_tokenizer
-    from xtoken.pipeline.tokens import load_tokenizer
+    from xtoken.pipeline.project.new_tokenizer import open_tokenizers, plan_transplant, same_tokenizer
     from xtoken.trainer.transplant import (
         NewVocabulary,
         new_model_folder,
@@ -255,9 +254,9 @@ def run_transplant(config: TransplantConfig, bars: Bars) -> Figures:
     )
 
     with new_model_folder(config) as folder:
-        old = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        old, new = open_tokenizers(config)
         files = put_tokenizer(config, folder, old.table.info.adds_bos)
-        plan = plan_transplant(config, old, files, folder)
+        plan = plan_transplant(config, old, new, files, folder)
         for note in plan.notes:
             bars.note(note)
         table = plan.new.table

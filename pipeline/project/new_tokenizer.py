@@ -98,32 +98,46 @@ class Plan:
     notes: list[str]
 
 
-def plan_transplant(config: TransplantConfig, old: "TextTokenizer", model_files: Path, folder: Path) -> Plan:
-    """Finish the files of the new tokenizer and map its tokens to the model's.
-
-    Args:
-        config: the verb's.
-        old: the model's tokenizer.
-        model_files: folder of its files.
-        folder: with the files of the new tokenizer, or of the model's own that is to be cut. They are changed in place.
+def open_tokenizers(config: TransplantConfig) -> tuple["TextTokenizer", "TextTokenizer | None"]:
+    """The model's tokenizer and the new one; None for one that is made here (bytes, or fewer merges).
 
     Raises:
-        XtokenError: the new tokenizer is the old one, or the model's head lacks tokens of text, or see
-            ``tokens.prune``.
+        XtokenError: one cannot be loaded, they are the same, the model's head lacks tokens of text, or the new one puts
+            several tokens in front of a text.
     """
-    rows = stated_rows(config.model)
-    refuse_narrow_head(config.model, rows, old.table.role, old.table.pieces())
-    ours = read_template(model_files)
-    if config.keep_merges is not None:
-        return _cut(config, old, folder, ours, old.table.size if rows is None else rows)
-    made_here = config.tokenizer == "bytes"
-    new = load_tokenizer(str(folder) if made_here else str(config.tokenizer))
+    old = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    refuse_narrow_head(config.model, stated_rows(config.model), old.table.role, old.table.pieces())
+    if config.tokenizer is None or config.tokenizer == "bytes":
+        return old, None
+    new = load_tokenizer(config.tokenizer)
     if new.table.info.hash == old.table.info.hash:
         raise XtokenError(
             f"{config.model} has the tokenizer {config.tokenizer} already (equal hash), so nothing would change; give "
             "another --tokenizer"
         )
     refuse_long_prefix(new)
+    return old, new
+
+
+def plan_transplant(
+    config: TransplantConfig, old: "TextTokenizer", new: "TextTokenizer | None", model_files: Path, folder: Path
+) -> Plan:
+    """Finish the files of the new tokenizer and map its tokens to the model's.
+
+    Args:
+        config: the verb's.
+        old, new: from ``open_tokenizers``.
+        model_files: folder of the files of the model's tokenizer.
+        folder: with the files of the new tokenizer, or of the model's own that is to be cut. They are changed in place.
+
+    Raises:
+        XtokenError: a donor that cannot serve, or see ``tokens.prune``.
+    """
+    rows = stated_rows(config.model)
+    ours = read_template(model_files)
+    if config.keep_merges is not None:
+        return _cut(config, old, folder, ours, old.table.size if rows is None else rows)
+    new = load_tokenizer(str(folder)) if new is None else new
     theirs = read_template(folder)
     pairs = control_pairs(new, old, theirs, ours)
     template, whose = pick_template(old, new, ours, theirs, pairs)
@@ -141,7 +155,7 @@ def _refuse_donor(config: TransplantConfig, new: "TextTokenizer", token_map: Tok
     if donor.hash != new.table.info.hash:
         raise XtokenError(
             f"--donor {config.donor} has another tokenizer ({donor.hash[:12]}) than --tokenizer {config.tokenizer} "
-            f"({new.table.info.hash[:12]}), and it needs a row for each of its tokens; give --tokenizer {config.donor}, "
+            f"({new.table.info.hash[:12]}), and needs a row for each of its tokens; give --tokenizer {config.donor}, "
             "or a donor of that tokenizer"
         )
     if not len(token_map.of(EQUAL)):
