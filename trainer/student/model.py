@@ -108,6 +108,13 @@ def head_width(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
+def vocabulary_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    """What a model has by token, by name: embedding, head and its bias; a head that is the embedding once."""
+    parts = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    inside = {id(parameter) for part in parts for parameter in part.parameters(recurse=False)}
+    return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in inside]
+
+
 def check_width(model: Any, needed: int, source: str) -> None:
     """The output head must cover the ids that samples can hold.
 
