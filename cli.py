@@ -261,7 +261,8 @@ def run_transplant(config: TransplantConfig, bars: Bars) -> Figures:
             bars.note(note)
         table = plan.new.table
         check = functools.partial(same_tokenizer, folder, plan.new)
-        vocabulary = NewVocabulary(table.info, table.id_of("pad"), plan.token_map, check)
+        old_text = old.table.by_bytes() if config.expand_inputs else None
+        vocabulary = NewVocabulary(table.info, table.id_of("pad"), plan.token_map, check, old_text)
         model = open_old_model(config.model, config.trust_remote_code)
         figures = {"model": config.model, **plan.figures, **transplant(config, model, vocabulary, folder, bars)}
         write_report(folder, figures)

@@ -52,6 +52,11 @@ class TransplantConfig(Config):
         "built-in sample when left out.",
         json_schema_extra=PLACE,
     )
+    expand_inputs: bool = Field(
+        False,
+        description="--tokenizer bytes: keep the old embedding, frozen, and add to each byte's row that of the longest "
+        "old token that ends there. Only xtoken loads such a model.",
+    )
     seed: int = Field(0, ge=0, description="Seed of random rows.")
     device: str = Field("auto", description="omp: where sums are searched: auto, cpu, cuda, cuda:1, ...")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model or the donor.")
@@ -62,6 +67,8 @@ class TransplantConfig(Config):
             raise ValueError("give --tokenizer ID, FOLDER or 'bytes', or --keep-merges N, not both and not neither")
         if (self.init == "omp") != (self.donor is not None):
             raise ValueError("--init omp and --donor MODEL go together; give both, or leave both out")
+        if self.expand_inputs and self.tokenizer != "bytes":
+            raise ValueError("--expand-inputs is for --tokenizer bytes; give that, or leave it out")
         if self.keep_merges is not None and self.init != "fvt":
             raise ValueError(f"--keep-merges copies rows, so --init {self.init} means nothing; leave it out")
         if self.text is not None and self.keep_merges is None:

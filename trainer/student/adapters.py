@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.atomic import whole_folder
+from xtoken.trainer.student.expansion import ExpandedModel
 from xtoken.trainer.student.model import readable_like, vocabulary_parameters
 
 _NAME = "default"
@@ -54,6 +55,8 @@ def add_adapters(model: Any, rank: int, alpha: float | None = None, seed: int = 
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
+    if isinstance(model, ExpandedModel):
+        raise XtokenError("--lora does not go with a model of expanded inputs; leave --lora out")
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]

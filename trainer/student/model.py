@@ -16,6 +16,7 @@ from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.atomic import whole_folder
 from xtoken.schemas.io.hub_files import require_known
 from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.trainer.student.expansion import expanded, inner_config, is_expanded
 from xtoken.trainer.student.scratch import build_student
 from xtoken.trainer.student.tokenizer_files import copy_tokenizer
 from xtoken.trainer.student.writable import mend_settings
@@ -85,10 +86,12 @@ def load_student(
     if not os.path.isdir(source) and os.path.exists(source):
         raise XtokenError(f"{source} is a file; a model is a folder or a Hugging Face id")
     auto: Any = AutoModelForCausalLM
+    # the folder of a model with expanded inputs names a type that transformers does not know
+    inside = {"config": inner_config(source)} if is_expanded(source) else {}
     try:
         with _no_progress_bars():
             model, loaded = auto.from_pretrained(
-                source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+                source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **inside
             )
     except Exception as error:  # what an architecture raises on settings that do not go together shares no base
         reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
@@ -100,7 +103,7 @@ def load_student(
         raise XtokenError(f"{source} lacks weights of its architecture, such as {missing[0]}; fetch the model again")
     # transformers goes on without it, and the trained model would stop at other tokens
     require_known(source, "generation_config.json", getattr(model.config, "_commit_hash", None))
-    return model.to(device)
+    return (expanded(model, source) if inside else model).to(device)
 
 
 def head_width(model: Any) -> int:

@@ -3,6 +3,7 @@
 Shapes: R old rows, N new rows, H width.
 """
 
+import inspect
 from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -64,6 +65,18 @@ class OldModel:
         """Old ids at which the model stops."""
         said = [getattr(part, "eos_token_id", None) for part in (self.model.generation_config, self.model.config)]
         return {one for ids in said for one in (ids if isinstance(ids, list) else [ids]) if isinstance(one, int)}
+
+    def inputs_of(self, ids: Sequence[int]) -> Tensor:
+        """What the embedding gives for some ids, its own scale included, [U, H].
+
+        Raises:
+            XtokenError: the model takes nothing but ids, so nothing can be added to what they give.
+        """
+        if "inputs_embeds" not in inspect.signature(self.model.forward).parameters:
+            raise XtokenError(f"{type(self.model).__name__} takes no inputs_embeds; leave --expand-inputs out")
+        with torch.no_grad():
+            found: Tensor = self.model.get_input_embeddings()(torch.tensor(ids))
+        return found
 
     def untie(self) -> None:
         """Give the head a matrix of its own, so that the next save holds both.

@@ -5,7 +5,7 @@ Shapes: R old rows, N new rows, H width.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from xtoken.schemas.io.overlap import refuse_inside
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.token_map import CONTROL, PIECES, UNDECODABLE, UNUSED, TokenMap
 from xtoken.schemas.ui.progress import Progress
+from xtoken.trainer.student.expansion import ExpandedModel
 from xtoken.trainer.student.model import load_student, pick_device, readable_like, save_pretrained
 from xtoken.trainer.student.tokenizer_files import copy_tokenizer, located, write_bytes_with_controls
 from xtoken.trainer.student.writable import mend_settings
@@ -40,12 +41,14 @@ class NewVocabulary:
         pad: its padding token.
         token_map: the old ids of each of its tokens.
         check: raises where the files in the folder are not this tokenizer.
+        old_text: bytes -> old id of all text tokens, under ``--expand-inputs``.
     """
 
     info: TokenizerInfo
     pad: int | None
     token_map: TokenMap
     check: Callable[[], None]
+    old_text: Mapping[bytes, int] | None = None
 
 
 @contextmanager
@@ -100,26 +103,34 @@ def transplant(
     size = -(-token_map.size // config.pad_to) * config.pad_to
     if config.tokenizer == "bytes" and old.tied:
         old.untie()
+    model = _expanded(old, vocabulary.old_text) if vocabulary.old_text is not None else old.model
     before = old.embedding_RH.clone(), None if old.tied else old.head_RH.clone(), old.bias_R
     donor_UH = None if config.donor is None else _donor_rows(config, token_map)
     old.resize(size)
     _settle(old, vocabulary, size)
     notes = mend_settings(old.model)
-    save_pretrained(old.model, folder, {})
+    save_pretrained(model, folder, {})
     vocabulary.check()
     sums = None if donor_UH is None else shared_sums(donor_UH, token_map, config.omp_k, device, progress)
     _fill(config, old, before, token_map, size, sums)
     progress.start("write", None, "model")
-    save_pretrained(old.model, folder, None)
+    save_pretrained(model, folder, None)
     readable_like(folder / "config.json", folder)
     return {
         "rows_before": len(before[0]),
         "rows": size,
         "dtype": str(before[0].dtype).removeprefix("torch."),
         "tied": old.tied,
+        "expanded_by": len(model.tokens) if isinstance(model, ExpandedModel) else 0,
         "classes": _classes(config.init, token_map, size),
         "changed_settings": notes,
     }
+
+
+def _expanded(old: OldModel, old_text: Mapping[bytes, int]) -> ExpandedModel:
+    """The model with its old embedding beside the one that it will get."""
+    inside = {data: token for data, token in old_text.items() if token < old.rows}
+    return ExpandedModel(old.model, list(inside), old.inputs_of(list(inside.values())))
 
 
 def write_report(folder: Path, figures: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.token_map import CONTROL, EQUAL, PIECES, UNUSED, TokenMap
 from xtoken.schemas.ui.progress import Silent
+from xtoken.trainer.student.model import load_student
 from xtoken.trainer.transplant import NewVocabulary, open_old_model, transplant
 
 FAMILIES = ("tied", "untied", "gemma3", "bias", "gpt2")
@@ -167,3 +168,35 @@ def test_a_second_table_by_token_is_refused(saved: Callable[..., str]) -> None:
     source = saved("gpt2", n_positions=40)
     with pytest.raises(XtokenError, match=r"second table by token, transformer\.wpe"):
         open_old_model(source, False)
+
+
+@pytest.mark.parametrize("family", ["tied", "gemma3"])
+def test_old_tokens_stay_beside_the_bytes(saved: Callable[..., str], family: str, tmp_path: Path) -> None:
+    """Each text token's row as the old embedding gave it, scale included; tokens beyond the rows are left out."""
+    source, folder = saved(family), tmp_path / "new"
+    folder.mkdir()
+    config = TransplantConfig(model=source, out=str(folder), tokenizer="bytes", expand_inputs=True)
+    text = {b"ab": 5, b"c": 2, b"far": 40}
+    vocabulary = NewVocabulary(INFO, 7, permuted(), lambda: None, text)
+    figures = transplant(config, open_old_model(source, False), vocabulary, folder, Silent())
+    assert figures["expanded_by"] == 2
+    model = load_student(str(folder), torch.device("cpu"), False)
+    old = open_old_model(source, False).model
+    assert model.tokens == [b"ab", b"c"]
+    assert torch.equal(model.rows[:-1], old.get_input_embeddings()(torch.tensor([5, 2])))
+    assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
+
+
+def test_a_model_of_ids_alone_is_not_expanded(saved: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, input_ids: Any) -> Any:
+        raise NotImplementedError
+
+    old = open_old_model(saved("tied"), False)
+    monkeypatch.setattr(type(old.model), "forward", forward)
+    with pytest.raises(XtokenError, match="takes no inputs_embeds; leave --expand-inputs out"):
+        old.inputs_of([1])
+
+
+def test_expanding_is_for_bytes() -> None:
+    with pytest.raises(ValueError, match="--expand-inputs is for --tokenizer bytes"):
+        TransplantConfig(model="m", out="o", tokenizer="t", expand_inputs=True)
