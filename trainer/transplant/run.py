@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def new_model_folder(config: TransplantConfig) -> Iterator[Path]:
     Raises:
         XtokenError: there is something at ``--out`` already, or it lies inside the model's folder.
     """
-    out = Path(config.out)
+    out = Path(os.path.abspath(config.out))
     if out.exists() and any(out.iterdir()):
         raise XtokenError(f"--out {config.out} is not empty, and nothing there is replaced; name a new folder")
     if os.path.isdir(config.model):
@@ -104,7 +105,7 @@ def transplant(
     donor_UH = None if config.donor is None else _donor_rows(config, token_map)
     old.resize(size)
     _settle(old, vocabulary, size)
-    notes = mend_settings(old.model)
+    mended = mend_settings(old.model)
     save_pretrained(old.model, folder, {})
     vocabulary.check()
     sums = None if donor_UH is None else shared_sums(donor_UH, token_map, config.omp_k, device, progress)
@@ -112,14 +113,28 @@ def transplant(
     progress.start("write", None, "model")
     save_pretrained(old.model, folder, None)
     readable_like(folder / "config.json", folder)
-    return {
+    return _chosen(config) | {
         "rows_before": len(before[0]),
         "rows": size,
         "dtype": str(before[0].dtype).removeprefix("torch."),
         "tied": old.tied,
         "classes": _classes(config.init, token_map, size),
-        "changed_settings": notes,
+        "notes": [*mended, *_padding_note(size - token_map.size)],
     }
+
+
+def _chosen(config: TransplantConfig) -> dict[str, Any]:
+    donor = {"donor": config.donor, "omp_k": config.omp_k} if config.init == "omp" else {}
+    return {"init": config.init, **donor, "seed": config.seed, "xtoken": version("xtoken")}
+
+
+def _padding_note(padded: int) -> list[str]:
+    if not padded:
+        return []
+    return [
+        f"the last {padded:,} rows are padding: suppress_tokens keeps them from being generated, and xtoken leaves "
+        "them out of its softmax; other software sees them"
+    ]
 
 
 def write_report(folder: Path, figures: dict[str, Any]) -> None:
