@@ -257,14 +257,13 @@ def run_transplant(config: TransplantConfig, bars: Bars) -> Figures:
         old, new = open_tokenizers(config)
         files = put_tokenizer(config, folder, old.table.info.adds_bos)
         plan = plan_transplant(config, old, new, files, folder)
-        for note in plan.notes:
-            bars.note(note)
         table = plan.new.table
         check = functools.partial(same_tokenizer, folder, plan.new)
         old_text = old.table.by_bytes() if config.expand_inputs else None
         vocabulary = NewVocabulary(table.info, table.id_of("pad"), plan.token_map, check, old_text)
         model = open_old_model(config.model, config.trust_remote_code)
-        figures = {"model": config.model, **plan.figures, **transplant(config, model, vocabulary, folder, bars)}
+        done = transplant(config, model, vocabulary, folder, bars)
+        figures = {"model": config.model, **plan.figures, **done, "notes": [*plan.notes, *done["notes"]]}
         write_report(folder, figures)
     return {**figures, "out": config.out}
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _ROLES = ("bos", "eos", "pad", "unk")
+# What a tokenizer's settings say of the model that it came with.
+_OF_ITS_MODEL = ("chat_template", "auto_map", "model_max_length", "processor_class")
 # tokenizer.json is all that counts: classes that rebuild a tokenizer from other files have given other ids.
 _CLASS = "PreTrainedTokenizerFast"
 
@@ -58,7 +60,7 @@ def finish_files(folder: Path, tokenizer: "TextTokenizer", template: str | None)
     is another one; where no file tells one, that there is none.
     """
     config, others = _config(folder), _json(folder / "special_tokens_map.json")
-    for name in ("chat_template", "auto_map", "model_max_length"):
+    for name in _OF_ITS_MODEL:
         config.pop(name, None)
     for role in _ROLES:
         key, token = f"{role}_token", tokenizer.table.id_of(role)

@@ -184,6 +184,8 @@ def test_an_untied_padded_head_gets_both_matrices(
     words = ("--tokenizer", tokenizer_file("llama2").parent, "--pad-to", "64")
     figures = xtoken("transplant", source, *words, "--out", tmp_path / "new")
     assert (figures["tied"], figures["rows_before"], figures["rows"]) == (False, 49252, 32000)
+    (note,) = figures["notes"]
+    assert "the model reads no BOS before a text, and the new tokenizer puts one there" in note
     before, after = model_of(source), model_of(tmp_path / "new")
     old, new = load_tokenizer(str(source)).table, load_tokenizer(str(tmp_path / "new")).table
     twin, pieces = old.by_bytes(), new.pieces()
@@ -212,7 +214,9 @@ def test_the_same_command_writes_the_same_bytes(
         made[name] = hashes(tmp_path / name)
     assert made["a"] == made["b"]
     differ = {file for file in made["a"] if made["a"][file] != made["c"][file]}
-    assert differ == {"model.safetensors"}
+    assert differ == {"model.safetensors", "transplant.json"}, "the report names the seed"
+    report = json.loads((tmp_path / "a" / "transplant.json").read_text())
+    assert (report["init"], report["seed"], report["classes"]["padded"]) == ("random", 0, 0)
 
 
 def test_a_donor_explains_its_tokens(tiny: Callable[..., Path], permuted: tuple[Path, Any], tmp_path: Path) -> None:
@@ -301,7 +305,7 @@ def test_fewer_merges_are_the_same_rows(smollm2_dir: Path, tmp_path: Path) -> No
 
 
 def test_refusals_are_named_and_leave_nothing(
-    tiny: Callable[..., Path], tokenizer_file: Callable[[str], Path], tmp_path: Path
+    tiny: Callable[..., Path], tokenizer_file: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = tiny(), tmp_path / "out"
     target = tokenizer_file("llama2").parent
@@ -318,6 +322,8 @@ def test_refusals_are_named_and_leave_nothing(
     ):
         assert said in refused("transplant", source, *words, "--out", out), said
         assert not out.exists()
+    monkeypatch.chdir(source.parent)  # not empty
+    assert "is not empty" in refused("transplant", source, "--tokenizer", target, "--out", ".")
     assert "is not on this machine" in refused("transplant", source, "--tokenizer", target, "--out", "s3://b/m")
     assert "lies inside" in refused("transplant", source, "--tokenizer", target, "--out", source / "new")
     assert "is not empty" in refused("transplant", source, "--tokenizer", target, "--out", source)

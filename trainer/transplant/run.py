@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def new_model_folder(config: TransplantConfig) -> Iterator[Path]:
     Raises:
         XtokenError: there is something at ``--out`` already, or it lies inside the model's folder.
     """
-    out = Path(config.out)
+    out = Path(os.path.abspath(config.out))
     if out.exists() and any(out.iterdir()):
         raise XtokenError(f"--out {config.out} is not empty, and nothing there is replaced; name a new folder")
     if os.path.isdir(config.model):
@@ -108,7 +109,7 @@ def transplant(
     donor_UH = None if config.donor is None else _donor_rows(config, token_map)
     old.resize(size)
     _settle(old, vocabulary, size)
-    notes = mend_settings(old.model)
+    mended = mend_settings(old.model)
     save_pretrained(model, folder, {})
     vocabulary.check()
     sums = None if donor_UH is None else shared_sums(donor_UH, token_map, config.omp_k, device, progress)
@@ -116,14 +117,14 @@ def transplant(
     progress.start("write", None, "model")
     save_pretrained(model, folder, None)
     readable_like(folder / "config.json", folder)
-    return {
+    return _chosen(config) | {
         "rows_before": len(before[0]),
         "rows": size,
         "dtype": str(before[0].dtype).removeprefix("torch."),
         "tied": old.tied,
         "expanded_by": len(model.tokens) if isinstance(model, ExpandedModel) else 0,
         "classes": _classes(config.init, token_map, size),
-        "changed_settings": notes,
+        "notes": [*mended, *_padding_note(size - token_map.size)],
     }
 
 
@@ -131,6 +132,20 @@ def _expanded(old: OldModel, old_text: Mapping[bytes, int]) -> ExpandedModel:
     """The model with its old embedding beside the one that it will get."""
     inside = {data: token for data, token in old_text.items() if token < old.rows}
     return ExpandedModel(old.model, list(inside), old.inputs_of(list(inside.values())))
+
+
+def _chosen(config: TransplantConfig) -> dict[str, Any]:
+    donor = {"donor": config.donor, "omp_k": config.omp_k} if config.init == "omp" else {}
+    return {"init": config.init, **donor, "seed": config.seed, "xtoken": version("xtoken")}
+
+
+def _padding_note(padded: int) -> list[str]:
+    if not padded:
+        return []
+    return [
+        f"the last {padded:,} rows are padding: suppress_tokens keeps them from being generated, and xtoken leaves "
+        "them out of its softmax; other software sees them"
+    ]
 
 
 def write_report(folder: Path, figures: dict[str, Any]) -> None:

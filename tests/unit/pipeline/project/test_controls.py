@@ -1,14 +1,20 @@
 """Control tokens that do the same in two tokenizers, and a chat template in the other's tokens."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from xtoken.pipeline.project.controls import control_pairs, translated, turn_marks
-from xtoken.pipeline.project.new_tokenizer import finish_files, read_template
+from xtoken.pipeline.project.new_tokenizer import _refuse_donor, finish_files, pick_template, read_template
+from xtoken.pipeline.project.transplant import map_tokens
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
+from xtoken.schemas.configs.transplant import TransplantConfig
+from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.token_map import PIECES
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -119,6 +125,31 @@ def test_a_template_is_not_moved_where_a_token_is_missing(opened: Opened) -> Non
     pairs = control_pairs(plain, qwen, None, template)
     assert template is not None
     assert translated(CHATML, qwen, plain, None, pairs) is None, "Qwen3 has no BOS: nothing begins a turn"
+
+
+def test_whose_template_it_is(opened: Opened) -> None:
+    """The model's, where the new tokenizer has its tokens; else the tokenizer's own; else none."""
+    (smollm2, chatml), (llama3, headers), (llama2, _) = opened("smollm2"), opened("llama3"), opened("llama2")
+    assert pick_template(smollm2, llama3, None, headers, {}) == (headers, "tokenizer")
+    assert pick_template(smollm2, llama2, None, None, {}) == (None, "none")
+    pairs = control_pairs(llama3, smollm2, headers, chatml)
+    assert pick_template(smollm2, llama3, chatml, headers, pairs)[1] == "model"
+    qwen3, theirs = opened("qwen3")
+    begins = "{{ bos_token }}{{ messages[0]['content'] }}"
+    pairs = control_pairs(qwen3, smollm2, theirs, begins)
+    assert pick_template(smollm2, qwen3, begins, theirs, pairs) == (theirs, "tokenizer"), "Qwen3 has no BOS"
+    pairs = control_pairs(llama3, smollm2, headers, begins)
+    assert pick_template(smollm2, llama3, begins, headers, pairs) == (begins, "model")
+
+
+def test_a_donor_that_shares_nothing_is_refused(opened: Opened, tokenizer_file: Callable[[str], Path]) -> None:
+    qwen3, _ = opened("qwen3")
+    folder = str(tokenizer_file("qwen3").parent)
+    nothing = map_tokens(qwen3.table, opened("llama2")[0].table, {})
+    nothing = replace(nothing, kind=np.full_like(nothing.kind, PIECES))
+    config = TransplantConfig(model="m", tokenizer=folder, out="o", init="omp", donor=folder)
+    with pytest.raises(XtokenError, match=r"--donor .* shares no token of text with m"):
+        _refuse_donor(config, qwen3, nothing)
 
 
 def test_files_name_their_roles_and_one_template(

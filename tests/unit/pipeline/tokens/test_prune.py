@@ -39,6 +39,7 @@ def toy(merges: list[tuple[str, str]], **model: Any) -> dict[str, Any]:
     }
 
 
+UNIGRAM = {"model": {"type": "Unigram", "byte_fallback": True, "unk_id": 0, "vocab": [["a", 0.0], ["b", -1.0]]}}
 MERGES = [("a", "b"), ("c", "c"), ("ab", "c"), ("a", "a"), ("ab", "cc"), ("abc", "a")]
 
 
@@ -90,6 +91,7 @@ def test_all_rules_of_a_kept_token_stay() -> None:
     [
         (toy(MERGES, ignore_merges=True), 2, "tokenizer 'toy' has ignore_merges"),
         (toy([]), 2, "is BPE without merges"),
+        (UNIGRAM, 2, "is Unigram without merges, and only BPE can be cut"),
         (toy(MERGES), 6, "has 6 merged tokens, so nothing would be left out"),
         (toy([("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")]), 1, None),
         (toy([("a", "bc"), ("b", "c")]), 1, "makes 'abc' of 'a' and 'bc', and 'bc' is not among its first 1 merged"),

@@ -119,6 +119,7 @@ def test_padded_rows_are_the_mean_and_are_not_generated(saved: Callable[..., str
         mean = was[:36].double().mean(0).float()
         assert torch.equal(now[29:], mean.repeat(3, 1))
     assert old.model.generation_config.suppress_tokens == [29, 30, 31]
+    assert figures["notes"][-1].startswith("the last 2 rows are padding")
     again = open_old_model(str(tmp_path / "new"), False).model
     drawn = again.generate(
         torch.tensor([[1, 2]]), max_new_tokens=20, do_sample=True, temperature=50.0, num_return_sequences=20
