@@ -9,7 +9,8 @@ ROUNDS ?= tests/unit tests/unit tests/unit tests/integration
 
 .PHONY: demo docs test unit wheel soak lint types models setup clean
 
-demo: setup models  ## capture a real teacher, train a real student, compare
+demo: setup  ## move a real model to another tokenizer: capture, transplant, train, compare
+	$(BIN)/python examples/demo_models.py --only smollm2-135m
 	$(BIN)/python examples/demo.py
 
 test: setup models  ## every test, in random order; real tokenizers, real models, real engines

@@ -32,6 +32,7 @@ from xtoken.schemas.configs.base import Config
 from xtoken.schemas.configs.capture import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
 from xtoken.schemas.configs.share import CardConfig, MergeConfig, PullConfig, PushConfig
 from xtoken.schemas.configs.train import EvalConfig, ReportConfig, TrainConfig
+from xtoken.schemas.configs.transplant import TransplantConfig
 from xtoken.schemas.errors import TRACEBACK, PartlyDone, XtokenError, named
 from xtoken.schemas.io.cache_folders import settle_home
 from xtoken.schemas.io.overlap import refuse_inside
@@ -234,6 +235,37 @@ def _learned_w(config: TrainConfig, files: list[Figures]) -> list[str]:
         weights = np.load(found["file"], allow_pickle=False)
         write_learned(config.data.targets[found["teacher"]], weights, folders[-1], config.out)
     return folders
+
+
+@verb(
+    TransplantConfig,
+    "xtoken transplant HuggingFaceTB/SmolLM2-135M --tokenizer meta-llama/Llama-3.2-1B --out smollm2-llama3",
+)
+def run_transplant(config: TransplantConfig, bars: Bars) -> Figures:
+    """Write a model under another tokenizer: the pipeline maps its tokens, the trainer makes the rows."""
+    from xtoken.pipeline.project.new_tokenizer import open_tokenizers, plan_transplant, same_tokenizer
+    from xtoken.trainer.transplant import (
+        NewVocabulary,
+        new_model_folder,
+        open_old_model,
+        put_tokenizer,
+        transplant,
+        write_report,
+    )
+
+    with new_model_folder(config) as folder:
+        old, new = open_tokenizers(config)
+        files = put_tokenizer(config, folder, old.table.info.adds_bos)
+        plan = plan_transplant(config, old, new, files, folder)
+        table = plan.new.table
+        check = functools.partial(same_tokenizer, folder, plan.new)
+        old_text = old.table.by_bytes() if config.expand_inputs else None
+        vocabulary = NewVocabulary(table.info, table.id_of("pad"), plan.token_map, check, old_text)
+        model = open_old_model(config.model, config.trust_remote_code)
+        done = transplant(config, model, vocabulary, folder, bars)
+        figures = {"model": config.model, **plan.figures, **done, "notes": [*plan.notes, *done["notes"]]}
+        write_report(folder, figures)
+    return {**figures, "out": config.out}
 
 
 @app.command("losses")

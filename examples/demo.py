@@ -1,9 +1,10 @@
-"""The whole way on real models: capture, W, align, train with P-KL and with CE alone, compare.
+"""A model moves to another tokenizer: capture it, transplant it, and train the transplant with CE and from the capture.
 
-    make demo                              # prepares the models, then runs this
+    make demo                              # prepares the model, then runs this
     python examples/demo.py --steps 30     # again; what is done already is not done twice
 
-Each step is a command of xtoken, shown before it runs; its figures are what ``--json`` prints.
+The tokenizer is trained here, on the text that the model is to be used with. Each other step is a command of xtoken,
+shown before it runs; its figures are what ``--json`` prints.
 """
 
 from __future__ import annotations
@@ -19,34 +20,40 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TEACHER, STUDENT = "gemma-3-270m", "smollm2-135m"
-HELD_OUT_TEXT = "moby-dick-held-out"
-HELD_OUT = ("bits_per_byte", "kl", "top1_agreement")
+MODEL = "smollm2-135m"
+VOCABULARY = 8192
+TEXTS = {"train": "moby-dick", "same": "moby-dick-held-out", "other": "other-kinds"}
+HELD_OUT = ("same", "other")
+# The text alone, and what the trials found best (benchmarks/results/transfer.md).
+RUNS = {"ce": ["--loss", "ce"], "byte-prefix": ["--loss", "byte-prefix", "--ce-weight", "0"]}
+RATES = {"ce": "1e-4", "byte-prefix": "1e-4"}
+LABELS = {"ce": "trained on the text (CE)", "byte-prefix": "distilled from the original"}
 Figures = dict[str, Any]
 
 
 def main() -> None:
     asked = arguments()
-    for source in (asked.teacher, asked.student):
-        if source.startswith(models()) and not Path(source).is_dir():
-            raise SystemExit(f"error: {source} does not exist: 'make demo' prepares it")
+    if asked.model.startswith(models()) and not Path(asked.model).is_dir():
+        raise SystemExit(f"error: {asked.model} does not exist: 'make demo' prepares it")
     began = time.monotonic()
-    captures = {"train": captured(asked, "train", "moby-dick"), "held-out": captured(asked, "held-out", HELD_OUT_TEXT)}
-    runs = {
-        "p-kl": trained(asked, "p-kl", ["--kd-weight", "1.0", "--ce-weight", "1.0"]),
-        "ce": trained(asked, "ce", []),
-    }
-    folders = [f"{asked.out}/run-{loss}" for loss in runs]
-    page = xtoken(asked, "report", *folders, "--out", f"{asked.out}/report.html")["page"]
-    show(figures(page, captures["train"], runs, time.monotonic() - began), as_json=asked.json)
+    tokenizer = train_tokenizer(Path(asked.out) / "tokenizer")
+    transplant, targets = f"{asked.out}/transplant", f"{asked.out}/targets"
+    if not Path(transplant).is_dir():
+        xtoken(asked, "transplant", asked.model, "--tokenizer", tokenizer, "--out", transplant)
+    captured = {kind: capture(asked, kind, transplant) for kind in TEXTS}
+    measured = {"under the new tokenizer, untrained": measure(asked, transplant)}
+    for loss in RUNS:
+        trained = train(asked, loss, transplant, f"{targets}-train")
+        measured[LABELS[loss]] = measure(asked, trained["model"])
+    page = xtoken(asked, "report", *(f"{asked.out}/run-{loss}" for loss in RUNS), "--out", f"{asked.out}/report.html")
+    show(figures(page["page"], captured["train"], measured, asked.steps, time.monotonic() - began), as_json=asked.json)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="demo-run", help="folder for everything the demo writes; a rerun resumes")
-    parser.add_argument("--teacher", default=f"{models()}/{TEACHER}", help="by default the one of 'make demo'")
-    parser.add_argument("--student", default=f"{models()}/{STUDENT}", help="likewise")
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run")
+    parser.add_argument("--model", default=f"{models()}/{MODEL}", help="by default the one of 'make demo'")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     parser.add_argument("--quiet", action="store_true", help="neither commands nor progress")
     return parser.parse_args()
@@ -56,30 +63,57 @@ def models() -> str:
     return os.path.relpath(ROOT / ".cache" / "models")
 
 
-def texts(name: str) -> str:
-    return f"{os.path.relpath(ROOT / 'examples' / 'data')}/{name}.jsonl"
+def text(kind: str) -> str:
+    return f"{os.path.relpath(ROOT / 'examples' / 'data')}/{TEXTS[kind]}.jsonl"
 
 
-def captured(asked: argparse.Namespace, name: str, text: str) -> Figures:
-    """A capture of a text, and its targets through W, which the first capture makes; figures of both."""
-    capture, targets, w = (f"{asked.out}/{folder}" for folder in (f"capture-{name}", f"targets-{name}", "w"))
-    found = xtoken(
-        *(asked, "precompute", texts(text), "--id-field", "id", "--teacher", asked.teacher, "--out", capture),
-        *("--max-tokens", "512", "--shard-bytes", str(1 << 15)),
-    )
-    if name == "train":
-        xtoken(asked, "project", "--student", asked.student, "--teacher", capture, "--out", w)
-    words = [capture, "--student", asked.student, "--out", targets, "--w", w, "--for", "p-kl"]
-    return found | {f"align_{key}": value for key, value in xtoken(asked, "align", *words).items()}
+def train_tokenizer(folder: Path) -> str:
+    """A byte-level BPE of the training text, with a token that ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if not folder.exists():
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        lines = Path(text("train")).read_text(encoding="utf-8").splitlines()
+        backend.train_from_iterator([json.loads(line)["text"] for line in lines], trainer)
+        folder.mkdir(parents=True)
+        backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}\n')
+    return str(folder)
 
 
-def trained(asked: argparse.Namespace, loss: str, weights: list[str]) -> Figures:
-    sizes = ["--step-tokens", "512", "--micro-tokens", "512", "--warmup", "5"]
-    return xtoken(
-        *(asked, "train", f"{asked.out}/targets-train", "--student", asked.student, "--out", f"{asked.out}/run-{loss}"),
-        *("--loss", loss, "--steps", str(asked.steps), *sizes, *weights),
-        *("--eval-text", texts(HELD_OUT_TEXT), "--eval-targets", f"{asked.out}/targets-held-out"),
-    )
+def capture(asked: argparse.Namespace, kind: str, transplant: str) -> Figures:
+    """A capture of the model over a text, aligned with the new tokenizer; figures of the capture."""
+    folder, targets = f"{asked.out}/capture-{kind}", f"{asked.out}/targets-{kind}"
+    words = ["precompute", text(kind), "--id-field", "id", "--teacher", asked.model, "--out", folder]
+    found = xtoken(asked, *words, "--max-tokens", "256", "--shard-bytes", str(1 << 15))
+    losses = ",".join(loss for loss in RUNS if loss != "ce") if kind == "train" else "p-kl"
+    xtoken(asked, "align", folder, "--student", transplant, "--for", losses, "--out", targets)
+    return found
+
+
+def train(asked: argparse.Namespace, loss: str, transplant: str, targets: str) -> Figures:
+    words = ["train", targets, "--student", transplant, "--out", f"{asked.out}/run-{loss}", *RUNS[loss]]
+    sizes = ["--step-tokens", "512", "--micro-tokens", "512", "--max-tokens", "256"]
+    return xtoken(asked, *words, "--lr", RATES[loss], "--steps", str(asked.steps), *sizes)
+
+
+def measure(asked: argparse.Namespace, model: str) -> dict[str, Figures]:
+    """Figures of a model on each kind of held-out text."""
+    return {
+        kind: xtoken(
+            *(asked, "eval", model, "--text", text(kind), "--id-field", "id"),
+            *("--targets", f"{asked.out}/targets-{kind}", "--max-tokens", "256"),
+        )
+        for kind in HELD_OUT
+    }
 
 
 def xtoken(asked: argparse.Namespace, *words: str) -> Figures:
@@ -94,20 +128,23 @@ def xtoken(asked: argparse.Namespace, *words: str) -> Figures:
     return dict(json.loads(done.stdout))
 
 
-def figures(page: str, train: Figures, runs: dict[str, Figures], seconds: float) -> Figures:
-    """What the demo shows at its end: a row for each model on the held-out chapter."""
-    before = runs["ce"]["before"]
-    rows = [{"model": "teacher", "bits_per_byte": before["teacher_bits_per_byte"]}]
-    rows.append({"model": "student before"} | {name: before[name] for name in HELD_OUT})
-    for loss, run in runs.items():
-        rows.append({"model": f"student after {loss}"} | {name: run["after"][name] for name in HELD_OUT})
+def figures(page: str, train: Figures, measured: dict[str, dict[str, Figures]], steps: int, seconds: float) -> Figures:
+    """What the demo shows at its end: a row for each model, on a chapter of the book and on text of another kind."""
+    first = next(iter(measured.values()))
+    rows: list[Figures] = [
+        {"model": "the original"} | {f"{kind}_bits_per_byte": first[kind]["teacher_bits_per_byte"] for kind in HELD_OUT}
+    ]
+    for model, of in measured.items():
+        row: Figures = {"model": model}
+        for kind in HELD_OUT:
+            row |= {f"{kind}_bits_per_byte": of[kind]["bits_per_byte"], f"{kind}_kl": of[kind]["kl"]}
+        rows.append(row)
     return {
         "tokens_captured": train["tokens"],
         "tokens_per_second": train["tokens"] / train["seconds"],
         "bytes_per_token": train["bytes_per_token"],
         "entries_per_row": train["entries_per_row"],
-        "share_of_1_1_chunks": train["align_share_of_1_1_chunks"],
-        "training_steps": runs["ce"]["steps"],
+        "training_steps": steps,
         "minutes": seconds / 60,
         "page": page,
         "held_out": rows,
@@ -123,6 +160,8 @@ def show(found: Figures, *, as_json: bool) -> None:
     from xtoken.schemas.ui.tables import shown
 
     Console().print(*shown(found), sep="\n")
+    print("same: a chapter of the book that nothing was trained on. other: code, a licence, a README.")
+    print("kl: nats per chunk of text between a model's next tokens and those of the original.")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from xtoken.trainer.evaluate import EvalSample, held_out_targets
 from xtoken.trainer.finish import HeldOut, evaluate_run, save_result, summary_of
 from xtoken.trainer.lock import only_trainer, refuse_held
 from xtoken.trainer.mixing import MOST
-from xtoken.trainer.optim import learning_rate, set_learning_rate
+from xtoken.trainer.optim import drop_gradients_of_body, learning_rate, set_learning_rate
 from xtoken.trainer.ranks import Ranks, open_ranks
 from xtoken.trainer.run import Run, refuse_foreign
 from xtoken.trainer.signals import Preempted, preemption
@@ -216,6 +216,8 @@ def _train_step(training: Training, outside: _Outside) -> None:
     figures = run_step(
         training.wrapped, batch, counts, training.mixing, training.ranks, seed=seed, step=step, agree=agree
     )
+    if step <= optim.freeze_steps:
+        drop_gradients_of_body(training.student.model)
     norm = _clip(training)
     verdict = training.watch.look(figures.ce, figures.kd, norm, counts.predicted, sum(counts.chunks))
     if verdict is not None:

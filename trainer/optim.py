@@ -9,6 +9,7 @@ import torch
 from xtoken.schemas.configs.train import OptimGroup
 from xtoken.trainer.losses.base import Loss
 from xtoken.trainer.ranks import like
+from xtoken.trainer.student.model import vocabulary_parameters
 
 FLOOR = 0.1  # share of the peak learning rate at the last step
 
@@ -46,6 +47,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
         group["lr"] = group["peak"] * share
 
 
+def drop_gradients_of_body(model: Any) -> None:
+    """Leave gradients to what the model has by token only (``--freeze-steps``).
+
+    AdamW passes by what has no gradient: it is not decayed, and no state is made for it.
+    """
+    kept = {id(parameter) for _, parameter in vocabulary_parameters(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.grad = None
+
+
 def optimizer_tensors(
     parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
@@ -60,7 +72,8 @@ def optimizer_tensors(
 def restore_optimizer(
     parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """The inverse of ``optimizer_tensors``, exact."""
+    """The inverse of ``optimizer_tensors``, exact: a parameter without state there has none after it."""
+    optimizer.state.clear()
     for name, tensor in tensors.items():
         key, _, parameter_name = name.partition(":")
         parameter = parameters[parameter_name]

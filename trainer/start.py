@@ -202,7 +202,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
         )
     packing = pick_packing(head, data.batching, asked.source)
     if asked.lora is not None:
-        model = add_adapters(model, asked.lora, asked.lora_alpha, data.seed)
+        model = add_adapters(model, asked.lora, asked.lora_alpha, data.seed, embeddings=asked.lora_embeddings)
     some_left_out = ranks.size > 1 and leaves_some_out(head)
     prepare(model, asked.activation_checkpointing, asked.compile)
     losses = tuple(

@@ -148,6 +148,9 @@ class StudentGroup(Config):
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     lora: int | None = Field(None, ge=1, description="Train LoRA adapters of this rank (peft) instead of all weights.")
     lora_alpha: float | None = Field(None, gt=0.0, description="LoRA's alpha; twice the rank when left out.")
+    lora_embeddings: bool = Field(
+        False, description="Under --lora, train the embedding and the head in full: rows of new tokens need it."
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...", json_schema_extra=MAY_CHANGE)
     autocast: Literal["auto", "none", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, none on CPU.")
     parallel: Literal["ddp", "fsdp"] = Field(
@@ -177,6 +180,8 @@ class StudentGroup(Config):
             raise ValueError("--lora adapts trained weights, and --from-scratch has none; leave one of them out")
         if self.lora_alpha is not None and self.lora is None:
             raise ValueError("--lora-alpha goes with --lora RANK; give it, or leave --lora-alpha out")
+        if self.lora_embeddings and self.lora is None:
+            raise ValueError("--lora-embeddings goes with --lora RANK; without it all weights are trained in full")
         return self
 
     @property
@@ -309,6 +314,11 @@ class OptimGroup(Config):
     weight_decay: float = Field(0.01, ge=0.0, description="AdamW weight decay on matrices.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
     clip: float = Field(1.0, gt=0.0, description="Largest gradient norm.")
+    freeze_steps: int = Field(
+        0,
+        ge=0,
+        description="Steps at the beginning in which the embedding and the head train alone, so that new rows settle.",
+    )
     w_lr: float = Field(1e-2, gt=0.0, description="Peak learning rate of W under --learn-w.")
 
 
@@ -391,6 +401,11 @@ class TrainConfig(Config):
         named, folders = len(self.loss.loss), len(self.data.targets)
         if named not in (1, folders):
             raise ValueError(f"--loss names {named} losses for {folders} target folders; give one, or one each")
+        if self.optim.freeze_steps and self.student.lora is not None and not self.student.lora_embeddings:
+            raise ValueError(
+                "--freeze-steps trains the embedding and the head first, which --lora leaves as they are; give "
+                "--lora-embeddings too"
+            )
         if self.loss.learn_w and self.student.parallel == "fsdp":
             raise ValueError("--learn-w goes with --parallel ddp; W is not a part of the model that fsdp shards")
         return self

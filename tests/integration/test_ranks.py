@@ -22,6 +22,8 @@ CURVE, WEIGHTS = 1e-5, 1e-4
 HELD_OUT = [1500, 900, 1400]  # tokens: three forward passes, so that one of two ranks is idle in the last
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7], [20, 2, 8, 6]]
 ONE: tuple[str, ...] = ()
+# embedding and head in full beside adapters, and alone at first
+FULL = {"lora_embeddings": True, "freeze_steps": 3}
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -155,9 +157,13 @@ def test_ranks_measure_the_gradients_of_the_whole_step(job: Callable[..., Path])
         assert weighed == STEPS, "the first step is measured in a pass of its own"
 
 
-def test_adapters_and_recomputed_activations_are_sharded(job: Callable[..., Path]) -> None:
-    options = {"lora": 4, "activation_checkpointing": True}
-    one, two = run(job("adapted", **options), ONE), run(job("adapted-fsdp", parallel="fsdp", **options), TWO)
+@pytest.mark.parametrize(("parallel", "more"), [("fsdp", {}), ("fsdp", FULL), ("ddp", FULL)])
+def test_adapters_and_recomputed_activations_take_the_steps_of_one(
+    job: Callable[..., Path], parallel: str, more: dict[str, Any]
+) -> None:
+    options = {"lora": 4, "activation_checkpointing": True, **more}
+    name = f"adapted-{parallel}-{len(more)}"
+    one, two = run(job(f"{name}-one", **options), ONE), run(job(name, parallel=parallel, **options), TWO)
     same_curve(one, two)
     weights, theirs = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (one, two))
     assert weights.keys() == theirs.keys()

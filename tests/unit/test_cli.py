@@ -13,7 +13,7 @@ from xtoken import cli
 RUNNER = CliRunner()
 VERBS = (
     *("align", "doctor", "eval", "inspect", "losses"),
-    *("precompute", "project", "query", "report", "status", "train", "verify"),
+    *("precompute", "project", "query", "report", "status", "train", "transplant", "verify"),
 )
 SHARE_VERBS = ("card", "merge", "pull", "push")
 REPLACED = ("demo", "estimate", "share verify")  # not listed; each names the command that does the same, and does it

@@ -12,14 +12,16 @@ import pytest
 import typer
 
 from xtoken import cli
+from xtoken.pipeline.tokens import load_tokenizer
 
 SCRIPT = Path(cli.__file__).resolve().parent / "examples" / "demo.py"
-MEASURED = {"bits_per_byte": 1.2, "kl": 0.4, "top1_agreement": 0.6}
+MEASURED = {"bits_per_byte": 1.2, "kl": 0.4, "top1_agreement": 0.6, "teacher_bits_per_byte": 1.0}
 FIGURES = {
+    "transplant": {},
     "precompute": {"tokens": 1000, "seconds": 10.0, "bytes_per_token": 20.0, "entries_per_row": 9.0},
-    "project": {},
     "align": {"share_of_1_1_chunks": 0.7},
-    "train": {"before": MEASURED | {"teacher_bits_per_byte": 1.0}, "after": MEASURED, "steps": 3},
+    "train": {"model": "o/run/model", "steps": 3},
+    "eval": MEASURED,
     "report": {"page": "o/report.html"},
 }
 
@@ -53,23 +55,32 @@ class CommandLine:
 def test_its_commands_are_commands(
     demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = CommandLine()
+    line, out = CommandLine(), str(tmp_path / "o")
     monkeypatch.setattr(demo.subprocess, "run", line)
-    models = [str(tmp_path), "--student", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--teacher", *models, "--steps", "3", "--out", "o", "--json"])
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--model", str(tmp_path), "--steps", "3", "--out", out, "--json"])
     demo.main()
     said = capsys.readouterr()
-    captured = ["precompute", "project", "align", "precompute", "align"]
-    assert line.verbs == [*captured, "train", "train", "report"]
+    captured = ["precompute", "align"] * 3
+    trained = ["train", "eval", "eval"] * 2
+    assert line.verbs == ["transplant", *captured, "eval", "eval", *trained, "report"]
     assert said.err.count("$ xtoken ") == len(line.verbs)
     figures = json.loads(said.out)
     assert figures["tokens_per_second"] == 100.0
-    assert [row["model"] for row in figures["held_out"]] == [
-        "teacher",
-        "student before",
-        "student after p-kl",
-        "student after ce",
+    original, *others = figures["held_out"]
+    assert original == {"model": "the original", "same_bits_per_byte": 1.0, "other_bits_per_byte": 1.0}
+    assert [row["model"] for row in others] == [
+        "under the new tokenizer, untrained",
+        "trained on the text (CE)",
+        "distilled from the original",
     ]
+    assert all(row["other_kl"] == 0.4 for row in others)
+
+
+def test_its_tokenizer_is_the_same_each_time(demo: ModuleType, tmp_path: Path) -> None:
+    first, second = (Path(demo.train_tokenizer(tmp_path / name)) / "tokenizer.json" for name in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes()
+    table = load_tokenizer(str(first.parent)).table
+    assert (table.size, table.info.eos_id) == (demo.VOCABULARY, 0)
 
 
 def test_a_model_that_is_not_prepared_is_named(
@@ -77,15 +88,17 @@ def test_a_model_that_is_not_prepared_is_named(
 ) -> None:
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path / "o")])
-    with pytest.raises(SystemExit, match=r"gemma-3-270m does not exist: 'make demo' prepares it"):
+    with pytest.raises(SystemExit, match=r"smollm2-135m does not exist: 'make demo' prepares it"):
         demo.main()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_step_that_fails_ends_it_with_its_exit_code(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_ends_it_with_its_exit_code(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failed = subprocess.CompletedProcess([], 4, stdout=b"{}")
     monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: failed)
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--teacher", "/t", "--student", "/s", "--quiet"])
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--model", "/t", "--out", str(tmp_path / "o"), "--quiet"])
     with pytest.raises(SystemExit) as ended:
         demo.main()
     assert ended.value.code == 4

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.atomic import whole_folder
-from xtoken.trainer.student.model import readable_like
+from xtoken.trainer.student.expansion import ExpandedModel
+from xtoken.trainer.student.model import readable_like, vocabulary_parameters
 
 _NAME = "default"
 _BASE = ".base_layer."
@@ -34,7 +35,7 @@ def require_adapters() -> None:
         raise XtokenError("--lora needs peft; pip install 'xtoken[lora]'") from error
 
 
-def add_adapters(model: Any, rank: int, alpha: float | None = None, seed: int = 0) -> Any:
+def add_adapters(model: Any, rank: int, alpha: float | None = None, seed: int = 0, *, embeddings: bool = False) -> Any:
     """Freeze ``model`` and add a LoRA adapter to every linear layer but the head, in place.
 
     The model's output stays the same until the first step, since B starts at 0. The caller's random state stays.
@@ -44,6 +45,8 @@ def add_adapters(model: Any, rank: int, alpha: float | None = None, seed: int = 
         rank: R.
         alpha: the adapter's output is scaled by alpha / R; twice the rank when None.
         seed: of the random A.
+        embeddings: leave embedding and head as they are, to be trained in full. A tied one stays one matrix: peft's
+            own way (``modules_to_save``) makes copies, which would untie it.
 
     Raises:
         XtokenError: peft is missing, or the model has no layer that it can adapt.
@@ -52,6 +55,8 @@ def add_adapters(model: Any, rank: int, alpha: float | None = None, seed: int = 
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
+    if isinstance(model, ExpandedModel):
+        raise XtokenError("--lora does not go with a model of expanded inputs; leave --lora out")
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
@@ -66,7 +71,11 @@ def add_adapters(model: Any, rank: int, alpha: float | None = None, seed: int = 
             wrapped: Any = get_peft_model(model, config)
         except ValueError as error:
             raise XtokenError(f"peft cannot adapt {type(model).__name__} ({error}); leave --lora out") from error
-    return wrapped.get_base_model()
+    adapted = wrapped.get_base_model()
+    if embeddings:
+        for _, parameter in vocabulary_parameters(adapted):
+            parameter.requires_grad_(True)
+    return adapted
 
 
 def merged(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -107,16 +116,19 @@ def _delta(layer: Any, prefix: str, state: Mapping[str, Tensor]) -> Tensor:
 def save_adapter(model: Any, out: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Write the adapters as peft's own folder (``PeftModel.from_pretrained(base, out)``), whole or not at all.
 
+    An embedding and a head that were trained in full lie beside them, under the names by which peft loads them.
+
     Args:
         model: what ``add_adapters`` returned.
         out: the folder.
         state: as in ``merged``.
     """
     state = model.state_dict() if state is None else state
+    trained = {name for name, parameter in vocabulary_parameters(model) if parameter.requires_grad}
     tensors = {
         f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": value.detach().cpu().contiguous()
         for name, value in state.items()
-        if ".lora_" in name
+        if ".lora_" in name or name in trained
     }
     assert tensors
     with whole_folder(out) as temporary:

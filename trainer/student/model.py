@@ -16,6 +16,7 @@ from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.atomic import whole_folder
 from xtoken.schemas.io.hub_files import require_known
 from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.trainer.student.expansion import expanded, inner_config, is_expanded
 from xtoken.trainer.student.scratch import build_student
 from xtoken.trainer.student.tokenizer_files import copy_tokenizer
 from xtoken.trainer.student.writable import mend_settings
@@ -56,23 +57,26 @@ def open_student(student: StudentGroup, device: torch.device, tokenizer: Tokeniz
     """
     if student.from_scratch is None:
         model = load_student(str(student.student), device, student.trust_remote_code)
-        _refuse_packed(model, student.source)
+        refuse_packed(model, student.source)
         return model
     return build_student(Path(student.from_scratch), tokenizer, seed, student.trust_remote_code).to(device)
 
 
-def _refuse_packed(model: Any, source: str) -> None:
+def refuse_packed(model: Any, source: str) -> None:
+    """Raise XtokenError for a model whose weights are quantised."""
     packed = getattr(model, "hf_quantizer", None)
     if packed is not None:
         method = getattr(packed.quantization_config.quant_method, "value", packed.quantization_config.quant_method)
         raise XtokenError(
-            f"the student {source!r} is quantised ({method}), and training changes plain weights; give the model that "
+            f"the model {source!r} is quantised ({method}), and only plain weights can be changed; give the model that "
             "it was made from"
         )
 
 
-def load_student(source: str, device: torch.device, trust_remote_code: bool) -> Any:
-    """A causal language model in float32.
+def load_student(
+    source: str, device: torch.device, trust_remote_code: bool, dtype: torch.dtype | str = torch.float32
+) -> Any:
+    """A causal language model, in float32 or ``dtype``; ``auto`` is the one that its files are in.
 
     Raises:
         XtokenError: nothing loadable at ``source``.
@@ -82,10 +86,12 @@ def load_student(source: str, device: torch.device, trust_remote_code: bool) -> 
     if not os.path.isdir(source) and os.path.exists(source):
         raise XtokenError(f"{source} is a file; a model is a folder or a Hugging Face id")
     auto: Any = AutoModelForCausalLM
+    # the folder of a model with expanded inputs names a type that transformers does not know
+    inside = {"config": inner_config(source)} if is_expanded(source) else {}
     try:
         with _no_progress_bars():
             model, loaded = auto.from_pretrained(
-                source, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+                source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **inside
             )
     except Exception as error:  # what an architecture raises on settings that do not go together shares no base
         reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
@@ -97,12 +103,19 @@ def load_student(source: str, device: torch.device, trust_remote_code: bool) -> 
         raise XtokenError(f"{source} lacks weights of its architecture, such as {missing[0]}; fetch the model again")
     # transformers goes on without it, and the trained model would stop at other tokens
     require_known(source, "generation_config.json", getattr(model.config, "_commit_hash", None))
-    return model.to(device)
+    return (expanded(model, source) if inside else model).to(device)
 
 
 def head_width(model: Any) -> int:
     """Tokens the model predicts, padding of its head included."""
     return int(model.get_output_embeddings().weight.shape[0])
+
+
+def vocabulary_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    """What a model has by token, by name: embedding, head and its bias; a head that is the embedding once."""
+    parts = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    inside = {id(parameter) for part in parts for parameter in part.parameters(recurse=False)}
+    return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in inside]
 
 
 def check_width(model: Any, needed: int, source: str) -> None:
@@ -202,7 +215,7 @@ def rehearse_save(model: Any, tokenizer: str, out: Path) -> Path:
     shutil.rmtree(out, ignore_errors=True)
     files = out / "tokenizer"
     files.mkdir(parents=True)
-    _save_pretrained(model, out / "model", {})
+    save_pretrained(model, out / "model", {})
     try:
         copy_tokenizer(tokenizer, files)
     except OSError as error:
@@ -230,7 +243,7 @@ def save_student(model: Any, tokenizer: str | Path, out: Path, state: Mapping[st
     """
     mend_settings(model)
     with whole_folder(out) as temporary:
-        _save_pretrained(model, temporary, state)
+        save_pretrained(model, temporary, state)
         if isinstance(tokenizer, Path):
             shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
         else:
@@ -238,7 +251,12 @@ def save_student(model: Any, tokenizer: str | Path, out: Path, state: Mapping[st
         readable_like(temporary / "config.json", temporary)
 
 
-def _save_pretrained(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
+def save_pretrained(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
+    """transformers' own, whose refusals are named; ``state`` as for ``save_student``, an empty one writes no weights.
+
+    Raises:
+        XtokenError, OSError, SafetensorError: as ``save_student``.
+    """
     try:
         with _no_progress_bars():
             model.save_pretrained(folder, state_dict=None if state is None else dict(state))

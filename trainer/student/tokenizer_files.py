@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.hub_files import commit_of, hub_file, there
@@ -20,6 +21,7 @@ TOKENIZER_FILES = (
 )
 # Without them it is another tokenizer; the others say again what is in tokenizer.json.
 _TELLING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_BYTES_CONTROLS = {"bos": "<|bos|>", "eos": "<|eos|>", "eot": "<|eot|>", "pad": "<|pad|>"}
 _BYTES_README = """# A student of bytes
 
 Token ids are the bytes of UTF-8 text, 0 to 255; there is no BOS, EOS or padding token, and ids above 255 were never
@@ -46,15 +48,19 @@ def copy_tokenizer(source: str, out: Path) -> None:
     if source == "bytes":
         _write_bytes_tokenizer(out)
         return
-    folder, main = _located(source)
+    folder, main = located(source)
     for name in TOKENIZER_FILES:
         file = main if name == "tokenizer.json" and main is not None else folder / name
         if there(file):
             shutil.copyfile(file, out / name)
 
 
-def _located(source: str) -> tuple[Path, Path | None]:
-    """The folder and, if ``source`` is a file, that file."""
+def located(source: str) -> tuple[Path, Path | None]:
+    """The folder of a tokenizer's files and, if ``source`` is a file, that file.
+
+    Raises:
+        XtokenError: as ``copy_tokenizer``.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         return path.parent, path
@@ -84,7 +90,39 @@ def _fetched(repo: str) -> Path:
 
 
 def _write_bytes_tokenizer(out: Path) -> None:
-    """A tokenizer.json whose ids are bytes: the usual byte-level alphabet in the order of bytes, without merges."""
+    _bytes_tokenizer().save(str(out / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (out / "README.md").write_text(_BYTES_README)
+
+
+def write_bytes_with_controls(out: Path, adds_bos: bool) -> None:
+    """A tokenizer of 256 bytes and, from id 256 on, BOS, EOS, end-of-turn and padding, as files in ``out``.
+
+    The tokenizer ``bytes`` has no control tokens, and targets rely on its 256 ids, so this is another one: it is read
+    from its folder, like any. Text of its ids below 256 has the same ids in both.
+
+    Args:
+        out: the folder.
+        adds_bos: whether it puts BOS in front of a text, as the model's own tokenizer does.
+    """
+    from tokenizers import processors
+
+    tokenizer = _bytes_tokenizer()
+    tokenizer.add_special_tokens(list(_BYTES_CONTROLS.values()))
+    if adds_bos:
+        bos = _BYTES_CONTROLS["bos"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    tokenizer.save(str(out / "tokenizer.json"))
+    roles = {f"{role}_token": _BYTES_CONTROLS[role] for role in ("bos", "eos", "pad")}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _bytes_tokenizer() -> Any:
+    """A tokenizer whose ids are bytes: the usual byte-level alphabet in the order of bytes, without merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -92,7 +130,4 @@ def _write_bytes_tokenizer(out: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in letters.items()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(out / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    (out / "README.md").write_text(_BYTES_README)
+    return tokenizer

@@ -27,7 +27,7 @@ from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.evaluate import EvalSample, evaluate
 from xtoken.trainer.loop import train
 from xtoken.trainer.metrics import Metrics
-from xtoken.trainer.optim import build_optimizer, learning_rate
+from xtoken.trainer.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7]]
 HELD_OUT = [EvalSample(np.array([3, 4, 5, 6], np.int32), 9, 2), EvalSample(np.array([7, 8], np.int32), 3, 1)]
@@ -121,6 +121,49 @@ def test_resume_is_bit_exact(
     assert ours == theirs
     assert [line["step"] for line in ours if "loss" in line] == list(range(1, 13))
     assert theirs[-1] == {"step": 12, "eval": "after", **summary["after"]}
+
+
+def test_the_embedding_settles_before_the_body_moves(
+    configure: Callable[..., TrainConfig], student_info: Any, student_dir: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Through step 5 the body is what it was, undecayed and without optimizer state; then it learns. A kill on either
+    side of that changes no bit."""
+    options: dict[str, Any] = {"freeze_steps": 5, "weight_decay": 0.5}
+    quiet = configure(out=str(tmp_path / "quiet"), keep=9, **options)
+    train(quiet, student_info, [], Silent())
+    before = load_file(Path(student_dir) / "model.safetensors")
+    folders = {step: Path(quiet.out) / "checkpoints" / f"step-{step:06d}" for step in (5, 10, 12)}
+    after = {step: load_file(folder / "model.safetensors") for step, folder in folders.items()}
+    table = "model.embed_tokens.weight"
+    for name, value in before.items():
+        assert torch.equal(value, after[5][name]) == (name != table), name
+        assert not torch.equal(value, after[10][name]), name
+    states = {step: load_file(folder / "optimizer.safetensors") for step, folder in folders.items()}
+    assert {name.partition(":")[2] for name in states[5]} == {table}
+    assert {name.partition(":")[2] for name in states[10]} == before.keys()
+    assert {int(value) for name, value in states[10].items() if name.startswith("step:")} == {5, 10}
+    for calls in (3, 7, 12):  # in the steps 3, 7 and 12: before the body moves, behind that, and close to the end
+        config = configure(out=str(tmp_path / f"killed-{calls}"), save_every=2, **options)
+        with monkeypatch.context() as patched:
+            patched.setattr(loop, "run_step", Deadly(loop.run_step, calls))
+            with pytest.raises(Stop):
+                train(config, student_info, [], Silent())
+        train(config, student_info, [], Silent())
+        assert all(torch.equal(value, weights(config.out)[name]) for name, value in weights(quiet.out).items())
+
+
+def test_a_checkpoint_without_a_parameters_state_leaves_it_none(configure: Callable[..., TrainConfig]) -> None:
+    """A rollback to a step in which the body did not move yet forgets what AdamW has learned of it since."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    optimizer, named = build_optimizer(model, configure().optim), dict(model.named_parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    stored = {name: value.clone() for name, value in optimizer_tensors(named, optimizer).items() if ":0." in name}
+    optimizer.step()
+    restore_optimizer(named, optimizer, stored)
+    found = optimizer_tensors(named, optimizer)
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(value, found[name]) for name, value in stored.items())
 
 
 def test_a_finished_run_returns_its_summary(

@@ -122,6 +122,30 @@ def test_adapters_train_and_resume(
     assert train(again, student_info, [], Silent())["after"] == summary["after"]
 
 
+def test_adapters_and_a_whole_embedding_train_and_resume(
+    configure: Callable[..., TrainConfig], student_info: Any, student_dir: str, tmp_path: Path
+) -> None:
+    """The embedding is the head before and after: one matrix in the checkpoint, in the model and in the adapter."""
+    pytest.importorskip("peft")
+    options: dict[str, Any] = {"lora": 2, "lora_embeddings": True, "freeze_steps": 2}
+    config = configure(**options)
+    summary = train(config, student_info, [], Silent())
+    kept = load_file(Path(config.out) / "checkpoints" / "step-000006" / "model.safetensors")
+    assert {name for name in kept if ".lora_" not in name} == {"model.embed_tokens.weight"}
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (student_dir, summary["model"]))
+    assert before.keys() == after.keys()
+    assert "lm_head.weight" not in after
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "model.embed_tokens.weight" in changed
+    assert torch.equal(kept["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    adapter = load_file(Path(summary["adapter"]) / "adapter_model.safetensors")
+    assert {name for name in adapter if ".lora_" not in name} == {"base_model.model.model.embed_tokens.weight"}
+    again = configure(**options, out=str(tmp_path / "again"), save_every=3)
+    assert train(again, student_info, [], Silent())["model"]
+    theirs = load_file(tmp_path / "again" / "model" / "model.safetensors")
+    assert all(torch.equal(after[name], theirs[name]) for name in after)
+
+
 def test_streams_belong_to_the_run(configure: Callable[..., TrainConfig], student_info: Any) -> None:
     config = configure(streams=2, steps=3)
     assert train(config, student_info, [], Silent())["steps"] == 3
@@ -147,6 +171,8 @@ def test_a_kernel_that_does_not_fit_is_refused(
         ({"student": None, "from_scratch": "c.json"}, "has no tokenizer of its own"),
         ({"student": None, "from_scratch": "c.json", "tokenizer": "bytes", "lora": 4}, "--lora adapts trained weights"),
         ({"lora_alpha": 2.0}, "--lora-alpha goes with --lora"),
+        ({"lora_embeddings": True}, "--lora-embeddings goes with --lora"),
+        ({"lora": 2, "freeze_steps": 3}, "which --lora leaves as they are"),
         ({"learn_w": True, "parallel": "fsdp"}, "--learn-w goes with --parallel ddp"),
     ],
 )

@@ -66,6 +66,38 @@ def test_only_adapters_learn_and_merging_is_exact(
     assert torch.equal(before["lm_head.weight"], state["lm_head.weight"])
 
 
+@pytest.mark.parametrize("family", ["untied", "tied", "gemma3", "gpt2"])
+def test_embedding_and_head_in_full_stay_tied_if_they_were(
+    scratch: Callable[..., Any], family: str, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """One storage before training, after it, after the save and in the merged model; peft reads the same model."""
+    from peft import PeftModel
+
+    plain = scratch(family)
+    tied = family != "untied"
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    model = add_adapters(plain, rank=2, embeddings=True)
+    table = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+    assert len(table) == (1 if tied else 2)
+    end = logits(trained(model, ids), ids)
+    for one in (model, load_again(model, tmp_path / "model")):
+        embedding, head = one.get_input_embeddings().weight, one.get_output_embeddings().weight
+        assert (embedding is head) == (embedding.data_ptr() == head.data_ptr()) == tied
+        torch.testing.assert_close(logits(one, ids), end, atol=MERGED_WITHIN, rtol=0)
+    state = merged(model)
+    changed = {name for name in before if not torch.equal(before[name], state[name])}
+    assert table <= changed
+    assert not {name for name in changed - table if "embed" in name or "norm" in name or "ln_" in name}
+    save_adapter(model, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(scratch(family), str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(theirs, ids), end, atol=MERGED_WITHIN, rtol=0)
+
+
+def load_again(model: Any, folder: Path) -> Any:
+    save_student(model, "bytes", folder, merged(model))
+    return load_student(str(folder), CPU, False)
+
+
 def test_merging_is_what_peft_does(scratch: Callable[..., Any], ids: torch.Tensor) -> None:
     from peft.tuners.lora import LoraLayer
 

@@ -126,7 +126,7 @@ def test_a_quantised_student_is_refused(
     model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="gptq"))
     monkeypatch.setattr("xtoken.trainer.student.model.load_student", lambda *_: model)
     config = configure({}, from_scratch=None, student="acme/q")
-    with pytest.raises(XtokenError, match=r"student 'acme/q' is quantised \(gptq\).*give the model"):
+    with pytest.raises(XtokenError, match=r"model 'acme/q' is quantised \(gptq\).*give the model"):
         open_student(config.student, CPU, bytes_info, seed=0)
 
 
