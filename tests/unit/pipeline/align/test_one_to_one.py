@@ -292,6 +292,7 @@ def test_temperatures(capture: Path, student_file: str, tmp_path: Path) -> None:
                 assert other_p - other_p[0] == pytest.approx((one_p - one_p[0]) / 3, abs=1e-5), ids
 
 
+@pytest.mark.thorough
 def test_the_same_bytes_again(capture: Path, student_file: str, mined_targets: str, tmp_path: Path) -> None:
     again = aligned(capture, student_file, tmp_path / "again", ["strict", "mined"])
     names = [path.relative_to(again) for path in Path(again).rglob("*.parquet")]
