@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS, TEXTS = ROOT / ".cache" / "models", ROOT / "examples" / "data"
 STEPS, ENDS = 20, 5  # the first and last five steps are compared: each sees other text
-SPARSE = "sparse-kl"
+SPARSE, MINED = "sparse-kl", "mined"  # the last goes through a W of its own, so it has a folder of its own
 
 
 def xtoken(*words: object) -> dict[str, Any]:
@@ -43,6 +43,8 @@ def prepare(work: Path, losses: list[str]) -> None:
             served = [SPARSE, "p-kl"] if name == student.name else (losses if part == "train" else ["p-kl"])
             options = ["--student", student, "--out", work / name / f"{part}.targets", "--for", ",".join(served)]
             xtoken("align", work / name / part, *options)
+    options = ["--student", student, "--out", work / "gemma-3-270m" / f"{MINED}.targets", "--for", MINED]
+    xtoken("align", work / "gemma-3-270m" / "train", *options)
     shorten(student, work / "shortened")
 
 
@@ -65,7 +67,7 @@ def measure(work: Path, loss: str) -> dict[str, Any]:
     words = ["--student", student, "--out", work / f"run-{loss}", "--loss", loss, "--steps", STEPS, "--warmup", 3]
     words += ["--step-tokens", 512, "--micro-tokens", 512, "--max-tokens", 128, "--lr", 5e-5, "--ce-weight", 0]
     words += ["--eval-targets", work / teacher / "held-out.targets", "--tokenizer", MODELS / "smollm2-135m"]
-    figures = xtoken("train", work / teacher / "train.targets", *words)
+    figures = xtoken("train", work / teacher / f"{MINED if loss == MINED else 'train'}.targets", *words)
     lines = [json.loads(line) for line in (work / f"run-{loss}" / "metrics.jsonl").read_text().splitlines()]
     own = [line.get("kd", line["ce"]) for line in lines if "loss" in line]
     return {
@@ -94,7 +96,7 @@ def main() -> None:
     """Run all losses and write the results."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        prepare(work, [loss for loss in LOSSES if loss != SPARSE])
+        prepare(work, [loss for loss in LOSSES if loss not in (SPARSE, MINED)])
         rows = [measure(work, loss) for loss in LOSSES]
     failed = [row["loss"] for row in rows if row["last_steps"] >= row["first_steps"]]
     RESULTS.mkdir(exist_ok=True)

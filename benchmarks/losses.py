@@ -37,10 +37,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.losses_dense import gradient, load_dense
-from benchmarks.losses_inputs import POSITIONS, K, prepare
+from benchmarks.losses_inputs import MEASURED, POSITIONS, K, prepare
 from benchmarks.machine import machine
 from xtoken.schemas.configs.train import LossOptions
-from xtoken.schemas.losses import LOSSES
 from xtoken.trainer.data.batches import Loader
 from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.micro_batch import Micro
@@ -68,7 +67,7 @@ Pass = Callable[[], tuple[float, float]]  # one pass from logits to gradient; re
 def main() -> None:
     """Parse the command line; a hidden one runs a single case."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.losses", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", choices=LOSSES, action="append", help="this loss; may be repeated")
+    parser.add_argument("--only", choices=MEASURED, action="append", help="this loss; may be repeated")
     parser.add_argument("--profile", action="store_true", help="show where our side spends its time, write nothing")
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -79,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         with console.status("building W, capture, targets and logits"):
             prepare(Path(folder), *(_tokenizer(name) for name in (STUDENT, TEACHER)))
-        names = asked.only or list(LOSSES)
+        names = asked.only or list(MEASURED)
         if asked.profile:
             for name in names:
                 console.print(_run(folder, name, "profile", {})["profile"], markup=False)

@@ -85,6 +85,7 @@ class LossSchema:
         columns: those that it adds to a target table, in order.
         tables: how their entries belong together; left out: each count column alone, named without ``_count``.
         merges: values of 'xtoken align --merge' that it is defined with.
+        renormalised: its entries are renormalised where they are read, so that nothing outside them counts.
         about: what people read of it.
     """
 
@@ -92,6 +93,7 @@ class LossSchema:
     columns: tuple[LossColumn, ...] = ()
     tables: tuple[EntryTable, ...] = ()
     merges: tuple[str, ...] = ("first",)
+    renormalised: bool = False
     about: About = field(kw_only=True)
 
     @property
@@ -249,6 +251,66 @@ LOSSES: dict[str, LossSchema] = {
             "the likelihood of each chunk of text",
             "one number per chunk",
             "any pair, byte students too",
+            "arXiv 2503.20083",
+        ),
+    ),
+    "strict": LossSchema(
+        "strict",
+        (
+            LossColumn(
+                "strict_count",
+                INTS,
+                "chunk",
+                "[C] entries of a chunk of one token on either side, at least 2; else 0",
+                "count",
+            ),
+            LossColumn(
+                "strict_ids",
+                INTS,
+                "strict_count",
+                "[K] student ids of equal bytes, or that end a text or turn by role; most probable first",
+                "student ids",
+            ),
+            LossColumn("strict_logprob", FLOATS, "strict_count", "[K] nats, descending; not renormalised", "logprob"),
+        ),
+        renormalised=True,
+        about=About(
+            "tokens of equal bytes, renormalised, where one token is one token",
+            "entries of equal bytes",
+            "tokenizers of much overlap",
+            "arXiv 2610.08448",
+        ),
+    ),
+    "mined": LossSchema(
+        "mined",
+        (
+            LossColumn(
+                "mined_count",
+                INTS,
+                "chunk",
+                "[C] entries of a chunk of one token on either side; 0 = learnt from its labels",
+                "count",
+            ),
+            LossColumn(
+                "mined_ids",
+                INTS,
+                "mined_count",
+                "[K] teacher ids, most probable first, all reached by W",
+                "teacher ids",
+            ),
+            LossColumn(
+                "mined_logprob",
+                FLOATS,
+                "mined_count",
+                "[K] nats, after unreached mass moved; exp sums to 1 with REST",
+                "logprob",
+            ),
+            LossColumn("mined_rest_logprob", FLOATS, "chunk", "[C] nats: log of REST; -inf = none", "tail"),
+        ),
+        about=About(
+            "the student through W of least edit distance, where one token is one token; labels elsewhere",
+            "entries of reached ids, tail mass",
+            "a baseline: MinED",
             "arXiv 2503.20083",
         ),
     ),

@@ -18,12 +18,13 @@ _LITTLE = 0.01  # of a row: not worth a word
 
 
 def lacking_columns(loss: str, tau: float, merge: str) -> Sequence[str]:
-    """Target columns to look into; none of a loss that has the tail mass, and none at temperature 1.
+    """Target columns to look into; none of a loss that has the tail mass or needs none, and none at temperature 1.
 
     Merged rows (``mean``) are not distributions: what they lack does not show.
     """
     schema = LOSSES[loss]
-    if tau == 1 or merge == "mean" or any(column.holds == "tail" for column in schema.columns):
+    tail = schema.renormalised or any(column.holds == "tail" for column in schema.columns)
+    if tau == 1 or merge == "mean" or tail:
         return []
     counts = [count for table in schema.entry_tables for count in table.counts]
     return [name for count in counts for name in (count, *(column.name for column in schema.along(count, "logprob")))]

@@ -32,9 +32,16 @@ class Chunks:
     @property
     def one_to_one(self) -> int:
         """Chunks of one token on either side."""
+        return int(self.is_one_to_one.sum())
+
+    @property
+    def is_one_to_one(self) -> NDArray[np.bool_]:
+        """bool [C]: chunks of one token on either side, eos of both included, the lead not."""
         student = np.diff(self.student_end, prepend=np.int32(0))
         teacher = np.diff(self.teacher_end, prepend=np.int32(0))
-        return int(((student == 1) & (teacher == 1))[int(self.lead) :].sum())
+        single_C: NDArray[np.bool_] = (student == 1) & (teacher == 1)
+        single_C[: int(self.lead)] = False
+        return single_C
 
 
 def cut(

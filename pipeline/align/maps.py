@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from xtoken.pipeline.align.blanks import Blanks
 from xtoken.pipeline.align.kernels_project import FATES, MASS_CLASSES
 from xtoken.pipeline.align.prefix import PrefixMaps
-from xtoken.pipeline.project.projection import TO_REST, Projection, Unreached
+from xtoken.pipeline.project.projection import EXACT, ROLE, TO_REST, Projection, Unreached
 from xtoken.pipeline.tokens import TokenTable
 
 
@@ -42,6 +42,9 @@ class Routes(NamedTuple):
         return cls(fate_U, class_U.astype(np.int8), offset_U, to_M, np.ones(len(to_M)))
 
 
+STOPS = ("eos", "eot")  # roles of the tokens that end a text or a turn
+
+
 @dataclass(frozen=True)
 class Maps:
     """W and the vocabularies as the kernels need them; arrays [U] over the teacher's (see ``Projection``).
@@ -52,6 +55,7 @@ class Maps:
         routes: where each teacher token's mass goes.
         pair_U: the student token paired with it in H-KL's common set, or -1.
         matched_U: likewise in strict GOLD's.
+        twin_U: the student token of equal bytes, or that ends a text or a turn as the teacher's does, or -1.
         prefix: for byte-prefix, else None.
         blanks: both vocabularies where the teacher's is known, else None.
         moves: mass of teacher tokens that the student cannot reach moves to a prefix of theirs.
@@ -63,6 +67,7 @@ class Maps:
     routes: Routes
     pair_U: NDArray[np.int32]
     matched_U: NDArray[np.int32]
+    twin_U: NDArray[np.int32]
     prefix: PrefixMaps | None
     blanks: Blanks | None = None
     moves: bool = True
@@ -93,7 +98,23 @@ class Maps:
             Routes.of(projection.routes(unreached), projection.columns_by_kind()),
             projection.common_student(),
             projection.matched_student(),
+            twins(projection, student),
             PrefixMaps.of(student, teacher, projection) if teacher is not None and prefix else None,
             None if teacher is None else Blanks(student, teacher),
             unreached == "prefix",
         )
+
+
+def twins(projection: Projection, student: TokenTable) -> NDArray[np.int32]:
+    """``Maps.twin_U``: exact rows of W, and its rows by role of tokens that end a text or a turn.
+
+    Unlike ``Projection.matched_student`` it does not ask for H-KL's common set, in which another student token may have
+    taken the place of the one of equal bytes. Of several such students the ordinary one counts, then the lower id.
+    """
+    ends_V = np.array([role in STOPS for role in student.role], np.bool_)
+    chosen = (projection.kind == EXACT) | ((projection.kind == ROLE) & ends_V[projection.student_id])
+    student_id, teacher_id = projection.student_id[chosen], projection.teacher_id[chosen]
+    best_last = np.lexsort((student_id, student.byte_fallback[student_id]))[::-1]
+    twin_U = np.full(projection.teacher.size, -1, np.int32)
+    twin_U[teacher_id[best_last]] = student_id[best_last]
+    return twin_U

@@ -21,6 +21,8 @@ from xtoken.schemas.manifest import CaptureManifest, TokenizerInfo
 def refuse_losses(config: AlignConfig, student: TokenizerInfo, capture: CaptureManifest) -> None:
     """Raise XtokenError for a loss that this pair or this capture (the first of ``config``) cannot serve."""
     losses, tau = builders(config.losses), config.tau
+    if config.w is None:
+        w_rule(losses)
     for loss in losses:
         loss.refuse(config, student, capture)
     _refuse_without_rows(config, losses, capture)
@@ -36,6 +38,22 @@ def refuse_losses(config: AlignConfig, student: TokenizerInfo, capture: CaptureM
             f"{config.captures[0]} stores it at {stored} only; capture again with --temperatures {tau:g}, or leave "
             "--tau out"
         )
+
+
+def w_rule(losses: Sequence[TargetBuilder]) -> str:
+    """The rule by which the W of these losses is built where none is given; a target folder has one W.
+
+    Raises:
+        XtokenError: two of them want different ones.
+    """
+    by_rule = {loss.w_rule: loss.name for loss in reversed(losses) if loss.w_rule}
+    if len(by_rule) > 1:
+        wanted = " and ".join(f"{name} through one of rule {rule}" for rule, name in reversed(by_rule.items()))
+        raise XtokenError(
+            f"targets have one W, and {wanted} cannot share it; align them into two folders, or build one W for both "
+            "with 'xtoken project' and give it with --w"
+        )
+    return next(iter(by_rule), "pieces")
 
 
 def refuse_narrow_student(config: AlignConfig, student: TokenTable) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from xtoken.pipeline.align.refusals import refuse_losses, refuse_narrow_student, refuse_no_text
+from xtoken.pipeline.align.losses import builders
+from xtoken.pipeline.align.refusals import refuse_losses, refuse_narrow_student, refuse_no_text, w_rule
 from xtoken.pipeline.align.run_identity import claim, run_settings
 from xtoken.pipeline.align.skipped_samples import Skipped, SkippedSamples
 from xtoken.pipeline.align.stage import AlignJob, refuse_other_tokenizer
@@ -123,7 +124,7 @@ def _projection(config: AlignConfig, student: TokenTable, capture: CaptureManife
     """W from its folder, if it was built for these two tokenizers, or built now."""
     teacher = load_vocab(config.captures[0])  # damage here would befall every part
     if config.w is None:
-        return build_w(student, teacher)
+        return build_w(student, teacher, w_rule(builders(config.losses)))
     projection = read_projection(config.w)
     refuse_other_tokenizer("student", student.info, projection.student)
     refuse_other_tokenizer("teacher", capture.tokenizer, projection.teacher)

@@ -120,7 +120,7 @@ def _counts(source: Source) -> Counter[str]:
     samples = source.samples
     return Counter(
         chunks=sum(len(sample.chunks.student_end) - int(sample.chunks.lead) for sample in samples),
-        chunks_1_1=sum(sample.chunks.one_to_one for sample in samples),
+        chunks_1_1=int(source.one_to_one.sum()),
         chunks_with_row=int((source.start_C >= 0).sum()),
         chunks_shifted=int(source.shifted.moved_C.sum()),
         snapped=sum(sample.encoded.snapped for sample in samples),

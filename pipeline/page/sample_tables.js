@@ -126,8 +126,16 @@ function targetTable(name, values, from, real) {
 
 const likelihood = (chunk) => entry("", ["the chunk, as it stands in the text"], data.chunks[chunk][4] * data.unit);
 
+// Lists of entries without an entry: the loss has no target there.
+function empty(values) {
+  const lists = values.filter(Array.isArray);
+  return lists.length > 0 && !lists.some((one) => one.length);
+}
+
 function ofChunk(name, chunk) {
-  const made = targetTable(name, data.targets[name][chunk], data.layout[name].moved ? takers(chunk) : {}, null);
+  const values = data.targets[name][chunk];
+  if (empty(values)) return [make("p", {}, "no entries for this chunk")];
+  const made = targetTable(name, values, data.layout[name].moved ? takers(chunk) : {}, null);
   // of values alone, the likelihood that all targets have is what they belong to
   if (data.layout[name].parts.every(([kind]) => kind === "value")) made.querySelector("tbody").prepend(likelihood(chunk));
   return [made];
@@ -142,8 +150,8 @@ function ofTokens(name, chunk) {
     button.addEventListener("click", () => { tab = name; show(chunk, "s", one); });
     choose.append(button);
   }
-  const values = data.targets[name][k], lists = values.filter(Array.isArray);
-  if (lists.length && !lists.some((one) => one.length)) return [choose, make("p", {}, "no target for ", piece("s", data.s[k]))];
+  const values = data.targets[name][k];
+  if (empty(values)) return [choose, make("p", {}, "no target for ", piece("s", data.s[k]))];
   return [choose, targetTable(name, values, {}, data.s[k])];
 }
 

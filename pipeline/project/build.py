@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.pipeline.project.pieces import PIECES_KEPT, RAW_WEIGHTS, Segmenter, longest_prefix
-from xtoken.pipeline.project.projection import EXACT, PIECES, ROLE, TO_REST, Projection
+from xtoken.pipeline.project.projection import EXACT, MINED, PIECES, ROLE, TO_REST, Projection
 from xtoken.pipeline.project.rules import Entries, apply_rule
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def build_w(student: "TokenTable", teacher: "TokenTable", rule: str = "pieces", 
     entries = apply_rule(rule, seed, default, student, teacher)
     unreached, moved_to = _unreached(student, teacher, twin, entries)
     weight = entries.weight.astype(np.float32)
-    common = common_set(entries.student_id, entries.teacher_id, weight, student.byte_fallback)
+    common = common_set(entries.student_id, entries.teacher_id, weight, entries.kind, student.byte_fallback)
     return Projection(
         entries.student_id,
         entries.teacher_id,
@@ -92,17 +92,19 @@ def common_set(
     student_id: NDArray[np.int32],
     teacher_id: NDArray[np.int32],
     weight: NDArray[np.float32],
+    kind: NDArray[np.int8],
     byte_fallback: NDArray[np.bool_],
 ) -> NDArray[np.bool_]:
     """H-KL's C, bool [N]: each row's largest entry (its first), if heavy enough, once per teacher token.
 
-    Among students of one teacher token the larger weight wins, then the ordinary token over <0xHH> (which the
-    student's tokenizer never produces for that text), then the lower id.
+    Among students of one teacher token the larger weight wins, then whatever was not mined (its bytes may differ), then
+    the ordinary token over <0xHH> (which the student's tokenizer never produces for that text), then the lower id.
     """
     common = np.zeros(len(student_id), np.bool_)
     first = np.flatnonzero(np.diff(student_id, prepend=-1))
     heads = first[weight[first] >= COMMON_WEIGHT]
-    keys = (student_id[heads], byte_fallback[student_id[heads]], -weight[heads], teacher_id[heads])
+    rank = (byte_fallback[student_id[heads]], kind[heads] == MINED, -weight[heads])
+    keys = (student_id[heads], *rank, teacher_id[heads])
     ordered = heads[np.lexsort(keys)]
     winners = np.diff(teacher_id[ordered], prepend=-1) != 0
     common[ordered[winners]] = True

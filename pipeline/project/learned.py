@@ -79,13 +79,14 @@ def reweighted(before: Projection, weights: NDArray[np.float32], byte_fallback: 
         raise XtokenError(f"row {before.student_id[at]} of the trained W sums to {totals[at]:.6f}, rows must sum to 1")
     order = np.lexsort((-weights, before.student_id))
     student_id, teacher_id, weight = before.student_id[order], before.teacher_id[order], weights[order]
-    common = common_set(student_id, teacher_id, weight.astype(np.float32), byte_fallback)
+    kind = before.kind[order]
+    common = common_set(student_id, teacher_id, weight.astype(np.float32), kind, byte_fallback)
     return replace(
         before,
         student_id=student_id,
         teacher_id=teacher_id,
         weight=weight.astype(np.float32),
-        kind=before.kind[order],
+        kind=kind,
         common=common,
     )
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.tables import UNREACHED, W
 
-KINDS = ("exact", "pieces", "role", "reverse", "random")
-EXACT, PIECES, ROLE, REVERSE, RANDOM = range(len(KINDS))
+KINDS = ("exact", "pieces", "role", "reverse", "random", "mined")
+EXACT, PIECES, ROLE, REVERSE, RANDOM, MINED = range(len(KINDS))
 TO_REST, DROPPED = -1, -2
 Unreached = Literal["prefix", "rest", "none"]
 

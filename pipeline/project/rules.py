@@ -1,4 +1,5 @@
-"""The rules by which W may differ from its default, each an ablation: first-piece, reverse, random, masked.
+"""The rules by which W may differ from its default, each an ablation or a baseline: first-piece, reverse, random, mined
+and masked.
 
 Shapes: N entries of W, V student vocabulary, U teacher vocabulary.
 """
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.project.categories import categories, selected
 from xtoken.pipeline.project.pieces import PIECES_KEPT, RAW_WEIGHTS, Segmenter
-from xtoken.pipeline.project.projection import RANDOM, REVERSE, ROLE
+from xtoken.pipeline.project.projection import EXACT, MINED, RANDOM, REVERSE, ROLE
 from xtoken.schemas.configs.artifacts import RULES
 from xtoken.schemas.errors import XtokenError
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from xtoken.pipeline.tokens import TokenTable
 
 REVERSE_KEPT = 4
+MINED_REACH = 3  # bytes that a token of rule mined may be longer or shorter than its row's
 REVERSE_SHARE = 0.1  # what a row's reverse entries weigh together, beside 1 for its own
 
 
@@ -82,6 +84,8 @@ def apply_rule(rule: str, seed: int, entries: Entries, student: "TokenTable", te
         return reverse(entries, student, teacher)
     if rule == "random":
         return random(entries, teacher, seed)
+    if rule == "mined":
+        return mined(entries, student, teacher)
     raise XtokenError(f"rule {rule!r} is unknown; choose from {', '.join(RULES)}, masked:CATEGORY")
 
 
@@ -146,6 +150,35 @@ def random(entries: Entries, teacher: "TokenTable", seed: int) -> Entries:
         teacher_id[todo] = generator.choice(text, int(todo.sum()))
         todo = is_text & np.isin(entries.student_id, _rows_with_repeats(entries.student_id, teacher_id))
     return Entries(entries.student_id, teacher_id, entries.weight, np.where(is_text, RANDOM, entries.kind))
+
+
+def mined(entries: Entries, student: "TokenTable", teacher: "TokenTable") -> Entries:
+    """Least edit distance: exact and role rows stay; every other text row has one entry of weight 1, or none.
+
+    That is the teacher text token of least Levenshtein distance over bytes, among those that share the first byte and
+    differ by at most ``MINED_REACH`` in length; of equally near ones the lower id. Of teacher tokens of equal bytes
+    the one that exact rows take counts (``TokenTable.by_bytes``). The vocabulary mapping of MinED (FuseLLM,
+    arXiv 2401.10491), the baseline of ALM (arXiv 2503.20083), which looks at all tokens; over bytes, not characters.
+    """
+    # numba takes a second to import: only for this rule
+    from xtoken.pipeline.project.kernels import nearest
+
+    kept = entries.where((entries.kind == EXACT) | (entries.kind == ROLE))
+    asked = text_tokens(student)
+    asked[kept.student_id] = False
+    asked_V = np.flatnonzero(asked)
+    known_M = np.array(sorted(teacher.by_bytes().values()), np.int64)
+    found = nearest(*_spelt(student, asked_V), *_spelt(teacher, known_M), MINED_REACH)
+    owner, target = asked_V[found >= 0], known_M[found[found >= 0]]
+    kind = np.full(len(owner), MINED, np.int8)
+    return Entries.joined(kept, Entries(owner.astype(np.int32), target.astype(np.int32), np.ones(len(owner)), kind))
+
+
+def _spelt(table: "TokenTable", ids: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The bytes of some tokens one after the other, and where each starts, with the end of the last behind."""
+    pieces = [table.token(token) for token in ids.tolist()]
+    start = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(piece) for piece in pieces], dtype=np.int64)])
+    return np.frombuffer(b"".join(pieces), np.uint8), start
 
 
 def _rows_with_repeats(student_id: NDArray[np.int32], teacher_id: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -28,7 +28,7 @@ from xtoken.schemas.configs.base import (
 from xtoken.schemas.io.sizes import memory_size
 from xtoken.schemas.losses import LOSSES
 
-RULES = ("pieces", "first-piece", "reverse", "random")
+RULES = ("pieces", "first-piece", "reverse", "random", "mined")
 
 
 class ProjectConfig(Config):
@@ -48,7 +48,8 @@ class ProjectConfig(Config):
     rule: str = Field(
         "pieces",
         description="How W is built: pieces; first-piece (all weight on it); reverse (also teacher to student pieces); "
-        "random (same counts, random targets: the control); masked:CATEGORY (that category's rows left out).",
+        "random (same counts, random targets: the control); mined (least edit distance: for the loss mined); "
+        "masked:CATEGORY (that category's rows left out).",
     )
     seed: int = Field(0, description="Seed of --rule random.")
     mass_rows: int = Field(

@@ -24,7 +24,7 @@ class LossOptions(Config):
 
     kl: Literal["forward", "reverse"] = Field(
         "forward",
-        description="p-kl, h-kl, sparse-kl: KL(teacher||student) or KL(student||teacher).",
+        description="p-kl, h-kl, sparse-kl, strict: KL(teacher||student) or KL(student||teacher).",
         json_schema_extra=DETAILS,
     )
     rest: Literal["bucket", "drop"] = Field(

@@ -111,7 +111,7 @@ def test_every_loss_at_another_temperature(teacher: str, tmp_path: Path, merge: 
     (tmp_path / "text" / "a.txt").write_text(TEXT * 3, encoding="utf-8")
     precompute(_precompute(teacher, tmp_path, temperatures=[0.5, 2.0]), Silent())
     known = {"last": ["ce", "gold", "uld", "alm"], "mean": ["ce", "p-kl", "h-kl", "alm"]}
-    losses = known.get(merge, ["ce", "p-kl", "h-kl", "gold", "uld", "alm", "byte-prefix"])
+    losses = known.get(merge, ["ce", "p-kl", "h-kl", "gold", "uld", "alm", "strict", "byte-prefix"])
     options = {"losses": losses, "merge": merge, "tau": 2.0}
     manifest = align(_config(tmp_path / "c", tmp_path / "t", **options), Silent())
     assert (manifest.losses, manifest.merge, manifest.tau) == (losses, merge, 2.0)
@@ -133,7 +133,14 @@ def test_sparse_kl_needs_the_same_tokenizer(capture: Path, teacher: str, tmp_pat
 
 @pytest.mark.parametrize(
     ("losses", "merge"),
-    [(["h-kl"], "first"), (["gold"], "last"), (["uld"], "first"), (["byte-prefix"], "first"), (["p-kl"], "mean")],
+    [
+        (["h-kl"], "first"),
+        (["mined"], "first"),
+        (["gold"], "last"),
+        (["uld"], "first"),
+        (["byte-prefix"], "first"),
+        (["p-kl"], "mean"),
+    ],
 )
 def test_a_temperature_without_its_rest_is_refused(
     capture: Path, tmp_path: Path, losses: list[str], merge: str

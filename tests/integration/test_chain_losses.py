@@ -5,6 +5,7 @@ models' own forward passes.
 """
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from xtoken import cli
+from xtoken.pipeline.project import Projection, build_w
 from xtoken.pipeline.store.reader import load_vocab
 from xtoken.pipeline.tokens import TokenTable, load_tokenizer
 from xtoken.schemas.configs.train import LossOptions
@@ -181,6 +183,70 @@ def test_byte_prefix_and_alm_are_their_definitions(
         assert total > 0
     mean, _ = trainer_mean(targets, ours, "alm")
     assert mean == pytest.approx(alm / chunks, abs=CLOSE["alm"])
+
+
+@pytest.mark.engine
+def test_strict_and_mined_are_their_definitions(
+    chain: Path, gemma3_dir: Path, smollm2_dir: Path, log_probabilities: Any
+) -> None:
+    xtoken("align", chain / "c", "--student", smollm2_dir, "--out", chain / "mined", "--for", "strict,mined")
+    student, table = load_tokenizer(str(smollm2_dir)), load_vocab(str(chain / "c"))
+    rows, eos = pq.read_table(chain / "c" / "data").to_pylist(), student.table.info.eos_id
+    encoded = [student.encode(row["text"], complete=True) for row in rows]
+    teacher_rows = log_probabilities(gemma3_dir, [[table.info.bos_id, *row["teacher_ids"]] for row in rows])
+    student_rows = log_probabilities(smollm2_dir, [[eos, *one.ids.tolist()] for one in encoded])
+    mine, w = student.table.by_bytes(), build_w(student.table, table, "mined")
+    twin = {t: mine[data] for data, t in table.by_bytes().items() if data in mine}
+    twin |= {t: s for s, t in zip(w.student_id.tolist(), w.teacher_id.tolist(), strict=True) if s == eos}
+    assert len(w.student_id) == len(set(w.student_id.tolist())), "each row of W is one token"
+    strict, mined = [], []
+    for row, one, logp_T, logp_S in zip(rows, encoded, teacher_rows, student_rows, strict=True):
+        for first, length, at in one_to_one(one.ends.tolist(), row["teacher_end"]):
+            if at is None:
+                labels = one.ids[first : first + length]
+                mined.append(-logp_S[np.arange(first, first + length), labels].sum())
+                continue
+            kept, p_S = kept_of(logp_T[at]), np.exp(logp_S[first])
+            strict += dense_strict({twin[t]: p for t, p in kept.items() if t in twin}, p_S)
+            mined.append(dense_mined(kept, p_S, w))
+    model = load_student(str(smollm2_dir), torch.device("cpu"), False).eval()
+    ours, targets = Student(model, torch.device("cpu"), None, student.table.size), Targets(str(chain / "mined"))
+    for name, terms in (("strict", strict), ("mined", mined)):
+        mean, found = trainer_mean(targets, ours, name)
+        assert found == len(terms) > 100
+        assert mean == pytest.approx(np.mean(terms), abs=CLOSE["root"]), name
+    reverse, _ = trainer_mean(targets, ours, "strict", kl="reverse")
+    assert abs(reverse - np.mean(strict)) > 10 * CLOSE["root"]
+
+
+def one_to_one(ends: list[int], teacher_ends: list[int]) -> list[tuple[int, int, int | None]]:
+    """First student token, student tokens and, of one token on either side, the teacher's, of every chunk."""
+    shared = sorted(set(ends[:-1]) & set(teacher_ends[:-1]))
+    mine = [0, *(ends.index(byte) + 1 for byte in shared), len(ends)]
+    theirs = [0, *(teacher_ends.index(byte) + 1 for byte in shared), len(teacher_ends)]
+    spans = zip(pairwise(mine), pairwise(theirs), strict=True)
+    return [(a, b - a, c if b - a == 1 == d - c else None) for (a, b), (c, d) in spans]
+
+
+def dense_strict(inside: dict[int, float], p_S: np.ndarray) -> list[float]:
+    """KL of one chunk over tokens of equal bytes, both sides renormalised; nothing where there is no choice."""
+    if len(inside) < 2:
+        return []
+    p, q = np.array(list(inside.values())), p_S[list(inside)]
+    p, q = p / p.sum(), q / q.sum()
+    return [float((p * np.log(p / q)).sum())]
+
+
+def dense_mined(kept: dict[int, float], p_S: np.ndarray, w: Projection) -> float:
+    """KL of one chunk to the student through W, unreached mass on its prefix, the tail mass as one cell."""
+    q = np.bincount(w.teacher_id, p_S[w.student_id], w.teacher.size)
+    moved = dict(zip(w.unreached.tolist(), w.moved_to.tolist(), strict=True))
+    target: dict[int, float] = {}
+    for t, p in kept.items():
+        if moved.get(t, t) >= 0:
+            target[moved.get(t, t)] = target.get(moved.get(t, t), 0.0) + p
+    rest, q_rest = 1 - sum(target.values()), 1 - q[list(target)].sum()
+    return float(sum(p * np.log(p / q[t]) for t, p in target.items()) + rest * np.log(rest / q_rest))
 
 
 def dense_alm(row: dict[str, Any], encoded: Any, logp_T: np.ndarray, logp_S: np.ndarray) -> float:

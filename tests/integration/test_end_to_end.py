@@ -106,6 +106,26 @@ def test_a_student_learns_from_targets_alone(
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("loss", ["strict", "mined"])
+def test_losses_of_one_to_one_chunks_train(
+    loss: str, capture: Path, targets: Path, smollm2_dir: Path, tmp_path: Path
+) -> None:
+    """From the capture on, without CE: the loss's own term falls, and so does the KL of p-kl on the same text."""
+    words = ["--student", smollm2_dir, "--out"]
+    xtoken("align", capture, *words, tmp_path / "targets", "--for", loss)
+    xtoken("verify", tmp_path / "targets")
+    shown = xtoken("query", tmp_path / "targets", f"SELECT count(*) AS n FROM {loss}_entries")
+    assert shown["rows"][0]["n"] > 1000
+    words += [tmp_path / "run", "--loss", loss, "--steps", 2, "--step-tokens", 1024, "--max-tokens", 256]
+    words += ["--warmup", 0, "--ce-weight", 0, "--lr", 3e-5, "--eval-targets", targets]
+    figures = xtoken("train", tmp_path / "targets", *words)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, second = (line["kd"] for line in lines if "loss" in line)
+    assert second < first
+    assert figures["after"]["kl"] < figures["before"]["kl"]
+
+
+@pytest.mark.engine
 def test_what_does_not_match_is_refused(
     capture: Path, targets: Path, corpus: Path, gemma3_dir: Path, tmp_path: Path
 ) -> None:

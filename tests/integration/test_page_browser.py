@@ -42,7 +42,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Callable[[st
     )
     precompute(config, Silent())
     for name, student in (("tiny", str(TINY)), ("bytes", "bytes")):
-        losses = ["p-kl", "h-kl", "byte-prefix", "alm", "gold", "uld"]
+        losses = ["p-kl", "h-kl", "byte-prefix", "alm", "gold", "uld", "strict"]
         out = str(root / name)
         align(AlignConfig(captures=[str(root / "capture")], student=student, out=out, losses=losses), Silent())
         for sample in TEXTS:
@@ -156,11 +156,14 @@ def test_every_loss_has_its_table(pages: Path, browser: Browser) -> None:
     browser.open(pages / "scripts-bytes.html")
     browser.click(f'.chunk[data-chunk="{chunk}"] .tok')
     sizes = {"uld": row["uld_count"][chunk], "alm": 1 + math.isfinite(row["alm_space_logprob"][chunk])}
-    for loss in ("p-kl", "h-kl", "byte-prefix", "gold", "uld", "alm"):
+    for loss in ("p-kl", "h-kl", "byte-prefix", "gold", "uld", "strict", "alm"):
         browser.click(f'[data-loss="{loss}"]')
         assert browser.evaluate(f"document.querySelector('[data-loss=\"{loss}\"]').ariaPressed") == "true"
         rows = browser.texts(".pane.target tbody tr")
-        assert rows
+        # this chunk has several student tokens, so strict has none
+        assert bool(rows) == (loss != "strict")
+        said = "no entries for this chunk" in " ".join(browser.texts(".pane.target p"))
+        assert said == (loss == "strict")
         if loss in sizes:
             assert len(rows) >= min(sizes[loss], 8)
     token = row["chunk_student_end"][chunk - 1] + 1

@@ -54,6 +54,7 @@ class WByColumn:
         student_N, weight_N: W's entries, ascending by student token.
         column_N: the entries in order of their teacher token.
         degree_U, start_U: how many entries each teacher token has, and where they begin in ``column_N``.
+        reached_U: bool, a numpy array: the teacher token has any.
         size_V, row_V: how many entries each student token has, and where they begin.
     """
 
@@ -63,6 +64,7 @@ class WByColumn:
         self.student_N, self.weight_N = student_N.long(), weight_N
         self.column_N = teacher_N.argsort(stable=True)
         self.degree_U = teacher_N.bincount(minlength=teacher_size)
+        self.reached_U = (self.degree_U > 0).cpu().numpy()
         self.start_U = self.degree_U.cumsum(0) - self.degree_U
         self.size_V = self.student_N.bincount(minlength=student_size)
         self.row_V = self.size_V.cumsum(0) - self.size_V
@@ -139,23 +141,12 @@ class PKL(Loss):
     def __init__(self, setup: LossSetup) -> None:
         self.temperature, self.kl, self.mean = setup.tau, setup.options.kl, setup.merge == "mean"
         self.drop = self.mean or setup.options.rest == "drop"
-        self.degree = np.bincount(setup.w.teacher_id, minlength=setup.teacher_size)
-        student_N, teacher_N, weight_N = (
-            torch.tensor(part, device=setup.device)
-            for part in (setup.w.student_id, setup.w.teacher_id.astype(np.int64), setup.w.weight)
-        )
-        kind = LearnedW if setup.learn_w else WByColumn
-        self.w = kind(student_N, teacher_N, weight_N, setup.student_size, setup.teacher_size)
+        self.w = w_by_column(setup)
         self.heaviest_V = torch.as_tensor(heaviest(setup.w, setup.student_size), device=setup.device)
 
     def check(self, arrays: Arrays) -> None:
         """Every kept id must be a column of W."""
-        ids = arrays["pkl_ids"]
-        inside = (ids >= 0) & (ids < len(self.degree))
-        reached = inside & (self.degree[np.where(inside, ids, 0)] > 0)
-        if not reached.all():
-            bad = int(ids[~reached][0])
-            raise VerificationError(f"teacher id {bad} in pkl_ids is not reached by w.parquet; write the targets again")
+        refuse_unreached(self.w, arrays, "pkl_ids")
 
     def terms(self, view: View) -> Tensor:
         """P-KL of each chunk, [C] nats."""
@@ -182,6 +173,26 @@ class PKL(Loss):
             return self.w.weight_N.cpu().numpy()
         every_N = torch.arange(len(self.w.theta), device=self.w.theta.device)
         return self.w.log_weight(every_N, torch.float32).detach().exp().cpu().numpy()
+
+
+def w_by_column(setup: LossSetup) -> WByColumn:
+    """The W of a loss; ``LearnedW`` where that was asked for."""
+    student_N, teacher_N, weight_N = (
+        torch.tensor(part, device=setup.device)
+        for part in (setup.w.student_id, setup.w.teacher_id.astype(np.int64), setup.w.weight)
+    )
+    kind = LearnedW if setup.learn_w else WByColumn
+    return kind(student_N, teacher_N, weight_N, setup.student_size, setup.teacher_size)
+
+
+def refuse_unreached(w: WByColumn, arrays: Arrays, name: str) -> None:
+    """Raise VerificationError for a teacher id in the column ``name`` that no row of W reaches."""
+    ids = arrays[name]
+    inside = (ids >= 0) & (ids < len(w.reached_U))
+    reached = inside & w.reached_U[np.where(inside, ids, 0)]
+    if not reached.all():
+        bad = int(ids[~reached][0])
+        raise VerificationError(f"teacher id {bad} in {name} is not reached by w.parquet; write the targets again")
 
 
 def heaviest(w: ProjectionArrays, size: int) -> NDArray[np.int64]:

@@ -55,6 +55,30 @@ def p_kl(
     return sparse_kl(W.T @ p_S, p_T, tail, kl=kl, drop=drop)
 
 
+def strict(p_S: Tensor, p_T: Mapping[int, float], *, kl: str = "forward") -> Tensor:
+    """KL(p || q), or KL(q || p) for ``reverse``, of both sides restricted to the ids of ``p_T`` and renormalised."""
+    p_sum, q_sum = sum(p_T.values()), sum((p_S[s] for s in p_T), p_S.new_zeros(()))
+    loss = p_S.new_zeros(())
+    for s in p_T:
+        p, q = torch.tensor(p_T[s] / p_sum, dtype=p_S.dtype), p_S[s] / q_sum
+        loss = loss + (q * (q / p).log() if kl == "reverse" else p * (p / q).log())
+    return loss
+
+
+def mined(p_nV: Tensor, labels: Sequence[int], W: Tensor, p_T: Mapping[int, float], tail: float) -> Tensor:
+    """MinED: P-KL where there are entries, else a one-hot target at each of the chunk's n positions.
+
+    Args:
+        p_nV: student distributions that predict the chunk's tokens.
+        labels: the n tokens of the text.
+        W: [V, U], of least edit distance.
+        p_T, tail: see ``sparse_kl``; no entries: the chunk is not one token on either side.
+    """
+    if p_T:
+        return p_kl(p_nV[0], W, p_T, tail)
+    return sum((cross_entropy(p, label) for p, label in zip(p_nV, labels, strict=True)), p_nV.new_zeros(()))
+
+
 def h_kl(
     p_S: Tensor,
     common_set: Sequence[int],

@@ -79,6 +79,11 @@ class Source:
         instead_C = shifted.prefix_C if prefix else shifted.row_C
         return shifted.rows, np.where(moved_C & (row_C == self.start_C), instead_C, row_C)
 
+    @cached_property
+    def one_to_one(self) -> NDArray[np.bool_]:
+        """bool [C]: chunks of one teacher token and one student token."""
+        return np.concatenate([np.zeros(0, np.bool_), *(sample.chunks.is_one_to_one for sample in self.samples)])
+
     def split(self, pair_U: NDArray[np.int32]) -> tuple[NDArray[Any], ...]:
         """``split_targets`` of every chunk."""
         rows, row_C = self.merged()
@@ -103,6 +108,7 @@ class TargetBuilder:
         not_linear: why its targets are not linear in a distribution, as in "compares sorted lists"; samples are right
             in the mean only, so captures that hold them cannot serve it. Empty = linear.
         needs_prefix_maps: it reads ``Maps.prefix``, which takes seconds to make.
+        w_rule: the rule of 'xtoken project' that W is built by where none is given; empty = it serves through any W.
         rules: what must hold of its targets beyond what their columns say: a sentence, and the SQL condition under
             which a sample breaks it, over the columns of ``checks.summary_batch``.
     """
@@ -112,6 +118,7 @@ class TargetBuilder:
     needs_tail: ClassVar[bool] = True
     not_linear: ClassVar[str] = ""
     needs_prefix_maps: ClassVar[bool] = False
+    w_rule: ClassVar[str] = ""
     rules: ClassVar[Mapping[str, str]] = {}
 
     def columns(self, source: Source) -> Built:  # noqa: ARG002

@@ -11,6 +11,7 @@ class Builder(TargetBuilder):
     """Columns ``gold_*`` and ``factor_logprob``."""
 
     not_linear: ClassVar[str] = "compares sorted lists"
+    w_rule: ClassVar[str] = "pieces"
 
     def columns(self, source: Source) -> Built:
         """See ``TargetBuilder``."""

@@ -17,6 +17,7 @@ class Builder(TargetBuilder):
     """Columns ``pkl_*``; options: ``--entries`` and ``--unreached``."""
 
     needs_tail: ClassVar[bool] = False
+    w_rule: ClassVar[str] = "pieces"
 
     def columns(self, source: Source) -> Built:
         """Of samples, mass that no teacher token of W's takes has no cell: the student's tail mass would depend on

@@ -14,6 +14,8 @@ def test_only_lists_of_whole_rows_at_another_temperature_are_looked_at() -> None
         ("h-kl", 2.0, "mean"),
         ("p-kl", 2.0, "first"),
         ("ce", 2.0, "first"),
+        ("strict", 2.0, "first"),
+        ("mined", 2.0, "first"),
     ):
         assert not lacking_columns(loss, tau, merge)
 

@@ -102,7 +102,8 @@ def _entries(pair: Pair, rng: np.random.Generator, count: str, size: int, names:
     """The columns that ``count`` counts, for ``size`` chunks or tokens of which the last has none."""
     stem = count.removesuffix("_count")
     w = pair.arrays
-    choices = {"pkl": pair.reached, "hkl_common": w.student_id[w.common], "gold": w.student_id[w.exact]}
+    choices = {"hkl_common": w.student_id[w.common], "gold": w.student_id[w.exact]}
+    choices |= dict.fromkeys(("pkl", "mined"), pair.reached)
     cells = [pair.cells(rng, choices.get(stem, np.arange(2, V)), 3 if stem == "child" else 6) for _ in range(size - 1)]
     low = rng.integers(0, V - 4, 3 * size)
     found = {

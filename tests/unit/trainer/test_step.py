@@ -129,7 +129,7 @@ def test_gradient_is_that_of_the_definition(
         torch.testing.assert_close(one, parameter.grad, rtol=1e-6, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["p-kl", "h-kl", "gold", "uld", "byte-prefix", "sparse-kl"])
+@pytest.mark.parametrize("name", ["p-kl", "h-kl", "gold", "uld", "byte-prefix", "sparse-kl", "strict", "mined"])
 def test_temperature_scales_logits_and_terms(
     make_targets: Callable[..., str], student_dir: str, pair: Any, name: str
 ) -> None:
@@ -347,7 +347,7 @@ def test_samples_of_a_step_are_scored_alone(make_targets: Callable[..., str], st
     assert float(sums[2]) / batch.chunks[0] == pytest.approx(figures.kd, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["p-kl", "h-kl", "byte-prefix", "sparse-kl"])
+@pytest.mark.parametrize("name", ["p-kl", "h-kl", "byte-prefix", "sparse-kl", "mined"])
 def test_agreement_counts_equal_first_tokens(
     make_targets: Callable[..., str], student_dir: str, pair: Any, name: str
 ) -> None:
@@ -360,7 +360,7 @@ def test_agreement_counts_equal_first_tokens(
         sums = score(Objective(student, [loss]), micro, (0.0, 0.0), agree=True)[1]
     said = [_said(name, micro.targets[0].columns, chunk, int(first)) for chunk, first in _firsts(micro)]
     mine = [int(logp[int(first)].argmax()) for _, first in _firsts(micro)]
-    if name == "p-kl":
+    if name in ("p-kl", "mined"):
         mine = [int(pair.weight_VU[token].argmax()) if pair.weight_VU[token].any() else -1 for token in mine]
     known = [(a, b) for a, b in zip(mine, said, strict=True) if b is not None]
     assert sums[3:5].tolist() == [sum(a == b for a, b in known), len(known)]
@@ -372,7 +372,7 @@ def _firsts(micro: Any) -> list[tuple[int, Any]]:
 
 def _said(name: str, columns: Any, chunk: int, position: int) -> int | None:
     """The teacher's most probable token of a chunk, where the columns tell."""
-    stem = {"p-kl": "pkl", "h-kl": "hkl_common", "byte-prefix": "prefix", "sparse-kl": "skl"}[name]
+    stem = {"p-kl": "pkl", "h-kl": "hkl_common", "byte-prefix": "prefix", "sparse-kl": "skl"}.get(name, name)
     at = position if name == "byte-prefix" else chunk
     count = columns[f"{stem}_count"].astype(int)
     entries = slice(count[:at].sum(), count[: at + 1].sum())

@@ -30,7 +30,7 @@ from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
 from xtoken.schemas.manifest import CodecInfo
 
-LOSSES = ["p-kl", "h-kl", "gold", "uld", "alm", "byte-prefix"]
+LOSSES = ["p-kl", "h-kl", "gold", "uld", "alm", "strict", "mined", "byte-prefix"]
 CODEC = CodecInfo(k=8, min_p=0.0, step=STEP)
 Dist = dict[bytes, float]
 
@@ -108,10 +108,13 @@ def share(target: dict[int, float], token: int) -> float:
     return math.exp(target[token]) if token in target else 0.0
 
 
+STEMS = ("pkl", "gold", "strict", "mined", "prefix")
+
+
 def columns(found: pa.RecordBatch) -> dict[str, dict[int, float]]:
     """The first chunk's target by loss; byte-prefix: its first token's."""
     hkl = by_names(found, ("hkl_common_count", "hkl_common_ids", "hkl_common_logprob"))
-    return {"h-kl": hkl, **{loss: target_of(found, loss, 0) for loss in ("pkl", "gold", "prefix")}}
+    return {"h-kl": hkl, **{loss: target_of(found, loss, 0) for loss in STEMS}}
 
 
 def test_a_student_with_a_dummy_space(tokenizer_file: Callable[[str], Path]) -> None:
@@ -124,7 +127,9 @@ def test_a_student_with_a_dummy_space(tokenizer_file: Callable[[str], Path]) -> 
     assert share(targets["pkl"], known[b" The"]) == pytest.approx(0.5, rel=0.02)
     # no token is a blank and a line end: what begins so begins with the blank
     assert share(targets["pkl"], known[b" "]) == pytest.approx(0.005, rel=0.05)
-    for loss in ("h-kl", "gold", "prefix"):
+    # one token on either side, so strict and mined have the target, too
+    assert targets["mined"] == targets["pkl"]
+    for loss in ("h-kl", "gold", "strict", "prefix"):
         assert share(targets[loss], realised) == pytest.approx(0.25, rel=0.02)
     # what compares no tokens is as the teacher said it
     assert found["uld_count"][0].as_py()[0] == 3
@@ -140,7 +145,8 @@ def test_a_teacher_with_a_dummy_space(tokenizer_file: Callable[[str], Path]) -> 
     # a text that begins with "In" begins so whether the dummy space was joined to it or not
     assert share(targets["pkl"], known[b"In"]) == pytest.approx(0.375, rel=0.02)
     assert share(targets["pkl"], known[b"The"]) == pytest.approx(0.5, rel=0.02)
-    for loss in ("h-kl", "gold"):
+    assert targets["mined"] == targets["pkl"]
+    for loss in ("h-kl", "gold", "strict"):
         assert share(targets[loss], realised) == pytest.approx(0.375, rel=0.02)
     # behind the blank, as behind any byte that the teacher has begun
     assert share(targets["prefix"], realised) == pytest.approx(1 / 3, rel=0.02)
@@ -157,7 +163,7 @@ def test_a_word_that_the_teacher_has_with_a_blank_only(tokenizer_file: Callable[
     assert share(targets["prefix"], mine[b"Although"]) == pytest.approx(0.5 / 0.875, rel=0.02)
     # W spells the student's word with this piece
     assert share(targets["pkl"], known[b"Alt"]) == pytest.approx(0.5, rel=0.02)
-    assert targets["h-kl"] == targets["gold"] == {}
+    assert targets["h-kl"] == targets["gold"] == targets["strict"] == {}
 
 
 def by_names(found: pa.RecordBatch, names: tuple[str, str, str]) -> dict[int, float]:

@@ -32,7 +32,7 @@ from xtoken.schemas.ui.progress import Silent
 
 TEXT = "The ﬁrst ofﬁce, ２０２６: x² and ①, then plain words again.\n"
 CODEC = CodecInfo(k=16, min_p=0.003, step=1 / 32)
-LOSSES = ("p-kl", "h-kl", "gold", "uld", "alm", "byte-prefix")
+LOSSES = ("p-kl", "h-kl", "gold", "uld", "alm", "strict", "mined", "byte-prefix")
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,14 @@ BREACHES: dict[tuple[str, int], tuple[Any, str]] = {
     ("pkl_rest_logprob", 0): (0.0, "pkl_logprob and the tail mass do not sum to 1"),
     ("pkl_rest_logprob", 1): (0.5, "pkl_rest_logprob is not a log-probability"),
     ("pkl_rest_logprob", 2): (math.nan, "pkl_rest_logprob is NaN where the tail mass is known"),
+    ("strict_ids", 0): (10**6, f"strict_ids {OUTSIDE}"),
+    ("strict_count", 0): (-1, "strict_count is negative"),
+    ("strict_logprob", 0): (0.5, "strict_logprob sums to more than 1"),
+    ("mined_ids", 0): (-1, "mined_ids has an id outside the teacher's vocabulary"),
+    ("mined_count", 0): (-1, "mined_count is negative"),
+    ("mined_logprob", 0): (0.5, "mined_logprob and the tail mass do not sum to 1"),
+    ("mined_rest_logprob", 0): (0.5, "mined_rest_logprob is not a log-probability"),
+    ("mined_rest_logprob", 1): (math.nan, "mined_rest_logprob is NaN where the tail mass is known"),
     ("hkl_other_logprob", 0): (0.5, "hkl_common_logprob and hkl_other_logprob sum to more than 1"),
     ("gold_other_logprob", 0): (0.5, "gold_logprob and gold_other_logprob sum to more than 1"),
     ("uld_logprob", 0): (0.5, "uld_logprob sums to more than 1"),

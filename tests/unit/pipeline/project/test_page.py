@@ -109,6 +109,12 @@ def test_pieces_of_numerals_are_shown(toy: Callable[..., TokenTable]) -> None:
     assert "'777''7'\xa01.000" in shown
 
 
+def test_mined_rows_are_shown(toy: Callable[..., TokenTable]) -> None:
+    shown = "".join(parsed(page_of(toy([b"42", b"7"]), toy([b"43", b"4", b"7"]), rule="mined")).text)
+    assert "mined'42''43'\xa01.000" in shown
+    assert "Rule mined" in shown
+
+
 @pytest.mark.parametrize("rule", ["pieces", "reverse", "random", "masked:latin"])
 def test_weight_flow_against_a_slow_sum(table: Callable[[str], TokenTable], rule: str) -> None:
     student, teacher = table("bytes"), table("llama2")

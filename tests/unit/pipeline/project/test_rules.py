@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from xtoken.pipeline.project import Projection, build_w
 from xtoken.pipeline.project.pieces import Segmenter
-from xtoken.pipeline.project.projection import EXACT, PIECES, RANDOM, REVERSE, ROLE, TO_REST
+from xtoken.pipeline.project.projection import EXACT, MINED, PIECES, RANDOM, REVERSE, ROLE, TO_REST
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.categories import category
 from xtoken.schemas.errors import XtokenError
 
-RULES = ("pieces", "first-piece", "reverse", "random", "masked:numerals", "masked:latin", "masked:specials")
+RULES = ("pieces", "first-piece", "reverse", "random", "mined")
+RULES += ("masked:numerals", "masked:latin", "masked:specials")
 # Both directions of this pair as they were built before there was any other rule.
 FROZEN = {
     ("llama2", "smollm2"): "3f3efafa8853501e216d13be84a3bb6b63d395083c3dd84353c374f579a49975",
@@ -50,7 +51,7 @@ def check_invariants(projection: Projection, student: TokenTable, teacher: Token
     """What holds under every rule, said the slow way."""
     rows, reached = rows_of(projection), set(projection.teacher_id.tolist())
     assert list(rows) == sorted(rows)
-    claims: dict[int, list[tuple[float, bool, int]]] = defaultdict(list)
+    claims: dict[int, list[tuple[float, bool, bool, int]]] = defaultdict(list)
     for s, entries in rows.items():
         weights = [weight for _, weight, _ in entries]
         assert sum(weights) == pytest.approx(1, abs=ROUNDING)
@@ -58,13 +59,14 @@ def check_invariants(projection: Projection, student: TokenTable, teacher: Token
         assert len({t for t, _, _ in entries}) == len(entries)
         check_bytes(s, entries, student, teacher)
         if weights[0] >= 0.6:
-            claims[entries[0][0]].append((-weights[0], bool(student.byte_fallback[s]), s))
+            order = (-weights[0], entries[0][2] == MINED, bool(student.byte_fallback[s]))
+            claims[entries[0][0]].append((*order, s))
     common = zip(
         projection.teacher_id[projection.common].tolist(),
         projection.student_id[projection.common].tolist(),
         strict=True,
     )
-    assert dict(common) == {t: min(found)[2] for t, found in claims.items()}
+    assert dict(common) == {t: min(found)[3] for t, found in claims.items()}
     assert sorted([*reached, *projection.unreached.tolist()]) == list(range(teacher.size))
     assert set(projection.moved_to.tolist()) - {TO_REST} <= reached
 
@@ -83,6 +85,9 @@ def check_bytes(s: int, entries: list[tuple[int, float, int]], student: TokenTab
             assert other
         if kind in (EXACT, PIECES, REVERSE):
             assert {EXACT: other == text, PIECES: other in text, REVERSE: text in other}[kind]
+        if kind == MINED:
+            assert other[:1] == text[:1]
+            assert abs(len(other) - len(text)) <= 3
     if entries[0][2] == PIECES:
         assert text.startswith(teacher.token(entries[0][0]))
 
@@ -224,6 +229,108 @@ def test_reverse_in_numbers(toy: Callable[..., TokenTable]) -> None:
     assert {t: weight for t, weight, _ in rows[1]} == pytest.approx({1: 1 / 1.1, 7: 0.1 / 1.1})
     projection = build_w(student, teacher, "reverse")
     assert projection.unreached.tolist() == []
+
+
+def levenshtein(a: bytes, b: bytes) -> int:
+    """By its definition, a row of the table at a time."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y)))
+    return row[-1]
+
+
+def mined_token(text: bytes, teacher: TokenTable) -> int | None:
+    """The rule's docstring, said with a search through all tokens; of equal bytes the one that exact rows take."""
+    near = [
+        (levenshtein(text, other), t)
+        for other, t in teacher.by_bytes().items()
+        if other[0] == text[0] and abs(len(other) - len(text)) <= 3
+    ]
+    return min(near)[1] if near else None
+
+
+def check_mined(projection: Projection, student: TokenTable, teacher: TokenTable, chosen: list[int]) -> None:
+    rows, twin = rows_of(projection), teacher.by_bytes()
+    for s in chosen:
+        text = student.token(s)
+        if text in twin:
+            assert rows[s] == [(twin[text], 1.0, EXACT)]
+        elif student.role[s] is None:
+            found = mined_token(text, teacher)
+            assert rows.get(s) == (None if found is None else [(found, 1.0, MINED)]), text
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [(b"", b"abc", 3), (b"kitten", b"sitting", 3), (b"flaw", b"lawn", 2), (b"same", b"same", 0), (b"ab", b"ba", 2)],
+)
+def test_the_distance_itself(a: bytes, b: bytes, distance: int) -> None:
+    """Known examples, for the search by hand that the rule is compared with."""
+    assert levenshtein(a, b) == levenshtein(b, a) == distance
+
+
+def test_mined_by_hand(toy: Callable[..., TokenTable]) -> None:
+    """casting: of cast (3 away), casing (1) and castings (1) the lower id of the two near ones. dogs: dig is 2 away,
+    dog 1. sat: no token begins with s. abcdefgh: abcd is 4 bytes shorter, abcde 3. it and eos are as ever.
+    """
+    teacher = toy([b"cast", b"castings", b"casing", b"dig", b"dog", b"it", b"abcd", b"abcde"], specials=["eos"])
+    student = toy([b"casting", b"dogs", b"sat", b"abcdefgh", b"it"], specials=["eos"])
+    assert rows_of(build_w(student, teacher, "mined")) == {
+        0: [(1, 1.0, MINED)],
+        1: [(4, 1.0, MINED)],
+        3: [(7, 1.0, MINED)],
+        4: [(5, 1.0, EXACT)],
+        5: [(8, 1.0, ROLE)],
+    }
+
+
+def test_a_mined_row_does_not_take_the_place_of_the_exact_one(toy: Callable[..., TokenTable]) -> None:
+    """The teacher's dog is nearest to dogs, which has the lower id, too: its pair stays the student's dog."""
+    projection = build_w(toy([b"dogs", b"dog"]), toy([b"dog"]), "mined")
+    assert rows_of(projection) == {0: [(0, 1.0, MINED)], 1: [(0, 1.0, EXACT)]}
+    assert projection.common.tolist() == [False, True]
+    assert projection.matched_student().tolist() == [1]
+
+
+def test_mined_of_equal_bytes_takes_the_ordinary_token(toy: Callable[..., TokenTable]) -> None:
+    """The lower of two ids with the bytes of a comma is <0x2C>, which the tokenizer never produces for a text."""
+    plain = toy([b",", b",", b";"])
+    teacher = TokenTable.build(
+        plain.pieces(), plain.role, [True, False, False], plain.merges, name="toy", kind="metaspace"
+    )
+    assert rows_of(build_w(toy([b",x"]), teacher, "mined")) == {0: [(1, 1.0, MINED)]}
+
+
+@settings(max_examples=100, deadline=None)
+@given(VOCABULARY, VOCABULARY)
+def test_mined_against_a_search_of_all_tokens_on_toys(
+    toy: Callable[..., TokenTable], mine: list[bytes], theirs: list[bytes]
+) -> None:
+    student, teacher = toy(list(dict.fromkeys(mine))), toy(theirs)
+    check_mined(build_w(student, teacher, "mined"), student, teacher, list(range(student.size)))
+
+
+def test_mined_against_a_search_of_all_tokens(real: tuple[TokenTable, TokenTable]) -> None:
+    """Forty random tokens of a real pair, half of them without a twin, and the longest."""
+    student, teacher = real
+    projection = built(*real, "mined")
+    generator, text = np.random.default_rng(3), np.flatnonzero(student.lengths > 0)
+    alone = projection.student_id[projection.kind == MINED]
+    longest = int(student.lengths.argmax())
+    chosen = [*generator.choice(text, 20).tolist(), *generator.choice(alone, 20).tolist(), longest]
+    check_mined(projection, student, teacher, chosen)
+    assert len(alone) > 1000
+
+
+def test_mined_keeps_exact_and_role_rows(real: tuple[TokenTable, TokenTable]) -> None:
+    pieces, found = rows_of(built(*real, "pieces")), rows_of(built(*real, "mined"))
+    same = {s: entries for s, entries in pieces.items() if entries[0][2] in (EXACT, ROLE)}
+    assert same == {s: entries for s, entries in found.items() if entries[0][2] != MINED}
+    whole, mine = (built(*real, rule).matched_student() for rule in ("pieces", "mined"))
+    assert (mine[whole >= 0] == whole[whole >= 0]).all(), "a pair of equal bytes is lost"
+    assert build_w(*real, "mined").hash == built(*real, "mined").hash
 
 
 def test_w_of_every_rule_is_another_w(real: tuple[TokenTable, TokenTable]) -> None:

@@ -18,8 +18,10 @@ from xtoken.trainer.losses.base import Entries
 from xtoken.trainer.losses.byte_prefix import Groups, byte_prefix
 from xtoken.trainer.losses.gold import Matched, gold
 from xtoken.trainer.losses.hkl import h_kl
+from xtoken.trainer.losses.mined import mined
 from xtoken.trainer.losses.pkl import WByColumn, p_kl
 from xtoken.trainer.losses.sparse_kl import sparse_kl
+from xtoken.trainer.losses.strict import strict
 from xtoken.trainer.losses.uld import uld
 
 EXACT = 1e-10  # float64 sums of some hundred terms
@@ -82,6 +84,32 @@ def test_p_kl(both: Fixed, pair: Any, kl: str, drop: bool) -> None:
     W, p_S, tails = torch.tensor(pair.weight_VU), z.softmax(-1), tail_C.exp().tolist()
     slow = [reference.p_kl(p_S[c], W, kept_of(kept, c), tails[c], kl=kl, drop=drop) for c in range(POSITIONS)]
     agree(z, p_kl(z.log_softmax(-1), w, kept, tail_C, kl=kl, drop=drop), slow)
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_strict(both: Fixed, kl: str) -> None:
+    """The even ids are of equal bytes; the teacher's mass on the others is left out on both sides."""
+    teacher, z = both
+    kept, _ = Entries.top(teacher[:, :V:2], KEPT)
+    kept = kept._replace(id_K=2 * kept.id_K)
+    slow = [reference.strict(z.softmax(-1)[c], kept_of(kept, c), kl=kl) for c in range(POSITIONS)]
+    agree(z, strict(z.log_softmax(-1), kept, kl=kl), slow)
+
+
+def test_mined(both: Fixed, pair: Any) -> None:
+    """Chunks of one, two, one and two tokens: the first and the third have entries, the others are one-hot."""
+    (teacher, z), labels = both, torch.tensor([3, 9, 2, 2, 20, 7])
+    first, length = torch.tensor([0, 1, 3, 4]), torch.tensor([1, 2, 1, 2])
+    kept, tail = Entries.top(teacher[[0, 3]][:, pair.reached].log_softmax(-1), KEPT)
+    tail_C = torch.zeros(4, dtype=z.dtype).index_copy(0, torch.tensor([0, 2]), tail)
+    kept = Entries(torch.tensor([KEPT, 0, KEPT, 0]), torch.as_tensor(pair.reached)[kept.id_K], kept.logp_K)
+    s, t = np.nonzero(pair.weight_VU)
+    w = WByColumn(torch.tensor(s), torch.tensor(t), torch.tensor(pair.weight_VU[s, t]), V, U)
+    slow = []
+    for c, (low, count) in enumerate(zip(first.tolist(), length.tolist(), strict=True)):
+        rows, text = z.softmax(-1)[low : low + count], labels[low : low + count].tolist()
+        slow.append(reference.mined(rows, text, torch.tensor(pair.weight_VU), kept_of(kept, c), float(tail_C[c].exp())))
+    agree(z, mined(z.log_softmax(-1), labels, w, kept, tail_C, first, length), slow)
 
 
 def test_p_kl_of_the_mean_over_a_chunk(both: Fixed, pair: Any) -> None:
@@ -211,6 +239,8 @@ def _range(tokens: Sequence[bytes], order: Sequence[int], r: bytes) -> tuple[int
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "sparse-kl": sparse_kl,
+    "strict": strict,
+    "mined": mined,
     "p-kl": p_kl,
     "h-kl": h_kl,
     "uld": uld,
@@ -240,6 +270,7 @@ def test_defaults_of_the_functions_are_those_of_the_flags() -> None:
     same = {
         (p_kl, "kl"): flags.kl,
         (sparse_kl, "kl"): flags.kl,
+        (strict, "kl"): flags.kl,
         (p_kl, "drop"): flags.rest == "drop",
         (sparse_kl, "drop"): flags.rest == "drop",
         **{(h_kl, name): getattr(flags, name) for name in ("kl", "common_weight", "uld_weight", "uncommon_topk")},
