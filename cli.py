@@ -253,14 +253,17 @@ def run_eval(config: EvalConfig, bars: Bars) -> Figures:
     from xtoken.pipeline.tokens import load_tokenizer, refuse_long_prefix
     from xtoken.trainer.evaluate import evaluate
 
-    tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
-    refuse_long_prefix(tokenizer)
+    sources = [config.tokenizer or model for model in config.model]
+    tokenizers = [load_tokenizer(source, trust_remote_code=config.trust_remote_code) for source in sources]
+    for tokenizer in tokenizers:
+        refuse_long_prefix(tokenizer)
     samples = []
     if config.text:
         names = {"text_field": config.text_field, "id_field": config.id_field}
         corpus = CorpusConfig(corpus=config.text, limit=config.limit, split=[ONLY], **names)
-        samples = eval_samples(corpus, tokenizer, config.max_tokens)
-    return dict(evaluate(config, tokenizer.table.info, samples, bars))
+        samples = eval_samples(corpus, tokenizers[0], config.max_tokens)
+    first, *others = [tokenizer.table.info for tokenizer in tokenizers]
+    return dict(evaluate(config, first, samples, bars, others=others))
 
 
 def eval_samples(config: CorpusConfig, tokenizer: "TextTokenizer", max_tokens: int) -> "list[EvalSample]":
