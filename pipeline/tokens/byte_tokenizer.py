@@ -43,3 +43,7 @@ class ByteTokenizer:
             self.encode(text, complete=complete, keep_text=keep_text)
             for text, complete in zip(texts, completes, strict=True)
         ]
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """See ``TextTokenizer.token_ids``."""
+        return [list(text.encode()) for text in texts]

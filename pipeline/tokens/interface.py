@@ -72,3 +72,7 @@ class TextTokenizer(Protocol):
     ) -> list[Encoded]:
         """``encode`` of every text, in order, with the tokenizer's own parallelism."""
         ...
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of every text alone: no EOS, no ends, nothing checked."""
+        ...
