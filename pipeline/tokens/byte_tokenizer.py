@@ -13,6 +13,7 @@ class ByteTokenizer:
 
     prefix: tuple[int, ...] = ()
     cuts_at_spaces = True
+    whole_words = False
 
     def __init__(self) -> None:
         """Build the table of 256 tokens."""

@@ -8,13 +8,14 @@ The tokenizer itself decides, on the last tokens of a sequence: merges and pre-t
 whose last character is not whole yet is viable until the character is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from xtoken.pipeline.tokens.interface import TextTokenizer
+from xtoken.schemas.errors import XtokenError
 
-_TAIL = 8  # tokens that are encoded again, at least
-# What is tried behind a sequence: nothing; and, where a pattern may look ahead or a whole word has a token of its own,
-# one of each kind of character.
+_TAIL = 3  # tokens that are encoded again, at least
+# What is tried behind a sequence beside nothing: one of each kind of character where a pattern may look ahead; letters
+# where a whole word may be a token that is none within a longer word.
 _AFTER_BLANK = ("a", " ", "\n", "0", ".", "\u4e2d")
 _AFTER_WORD = ("z", "Q")
 
@@ -36,12 +37,28 @@ class Canonical:
         """
         self.token_bytes = tokenizer.table.pieces()
         self._ids, self._tail = tokenizer.token_ids, tail
+        self._name = tokenizer.table.info.name
+        self._after_word = _AFTER_WORD if tokenizer.whole_words else ()
         joined = self._joined(self._ids(["a"])[0])
         self.lead = joined.removesuffix(b"a")
 
     def encode(self, data: bytes) -> list[int]:
         """The canonical tokens of whole characters, ``lead`` included."""
         return self._ids([data.removeprefix(self.lead).decode()])[0]
+
+    def refuse_unspelt(self, texts: Mapping[str, bytes]) -> None:
+        """Refuse texts, by name, that the tokens do not spell byte by byte.
+
+        Raises:
+            XtokenError: the tokenizer normalises one of them, or lacks a token for a byte.
+        """
+        for name, data in texts.items():
+            spelt = self._joined(self.encode(self.lead + data))
+            if spelt != self.lead + data:
+                raise XtokenError(
+                    f"{name}: the tokens of {self._name} do not spell this text but {spelt[:60]!r}, so that they give "
+                    "no probability of its bytes; leave the document out, or write it as the tokenizer does"
+                )
 
     def complete(self, ids: Sequence[int]) -> bool:
         """Whether a sequence is canonical: a text may end there."""
@@ -67,7 +84,7 @@ class Canonical:
         failed = self._failing(tail, following, asked, "")
         blank = {at: text for at, text in failed.items() if not text or text[-1].isspace()}
         word = {at: text for at, text in failed.items() if at not in blank}
-        for kind, continuations in ((blank, _AFTER_BLANK), (word, _AFTER_WORD)):
+        for kind, continuations in ((blank, _AFTER_BLANK), (word, self._after_word)):
             for more in continuations:
                 kind = self._failing(tail, following, kind, more)
             for at in kind:
@@ -85,7 +102,7 @@ class Canonical:
         """The last tokens, from one on that begins a character and that a text may begin with; else all."""
         whole = list(ids)
         start = len(whole) if self._tail is None else self._tail
-        for length in range(start, min(len(whole), start + _TAIL)):
+        for length in range(start, min(len(whole), start + 8)):
             tail = whole[-length:]
             text = self._text(self._joined(tail), cut=True)
             if text is not None and self._ids([text])[0][: length // 2] == tail[: length // 2]:

@@ -55,6 +55,7 @@ class HfTokenizer:
         self.prefix = prefix
         self.cuts_at_spaces = cuts_at_spaces
         self.controls = controls
+        self.whole_words = bool(getattr(backend.model, "ignore_merges", False))
         self._backend = backend
         self._normalizer = normalizer
         self._strips = strips

@@ -38,11 +38,11 @@ class NextToken:
         return self._logp(output.logits[0, -1]), getattr(output, "past_key_values", None)
 
     @torch.no_grad()
-    def nats(self, ids: Sequence[int]) -> float:
-        """-log p of these tokens in one forward pass."""
-        logits = self.model(input_ids=self._tensor([self.context, *ids[:-1]]), use_cache=False).logits[0]
-        logp = self._logp(logits)
-        return -float(logp[np.arange(len(ids)), list(ids)].sum())
+    def nats(self, ids: Sequence[int], ends: Sequence[int] = ()) -> float:
+        """-log p of these tokens, and behind them of any of ``ends``, in one forward pass."""
+        logp = self._logp(self.model(input_ids=self._tensor([self.context, *ids]), use_cache=False).logits[0])
+        nats = -float(logp[np.arange(len(ids)), list(ids)].sum())
+        return nats - float(np.logaddexp.reduce(logp[-1, list(ends)])) if ends else nats
 
     def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor([list(ids)], device=next(self.model.parameters()).device)

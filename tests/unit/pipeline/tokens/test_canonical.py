@@ -9,10 +9,11 @@ import pytest
 
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
 from xtoken.pipeline.tokens.canonical import Canonical
+from xtoken.schemas.errors import XtokenError
 
 NAMES = ("smollm2", "gemma3", "llama3", "qwen3", "llama2", "gpt4o")
 TEXTS = {
-    "english": "It isn't a “whale”, he'd said:\n\nCall me Ishmael -- some years   ago, in 1851 or 12,345 days.  \n\n\nGone\n",
+    "english": "It isn't a “whale”, he'd said:\n\nCall me Ishmael -- some years   ago, in 1851.  \n\n\nGone\n",
     "scripts": "Größe Ελληνικά עברית हिन्दी 中文和日本語 한국어 👩‍👩‍👧‍👦 𝔘 naïve\u00a0x",
     "code": "def f(x):\n\tif x <= 0x7f:\n\t\treturn {'a': 1e-10}\n    # ok\r\n\r\nx = f(f(2))  \n",
     "digits": "1 12 123 1234 12345 3.14159 1,000,000 007",
@@ -33,7 +34,7 @@ def tokenizer(request: pytest.FixtureRequest, tokenizer_file: Callable[[str], Pa
 def test_the_tokenizers_own_tokens_are_viable_one_after_the_other(tokenizer: TextTokenizer, text: str) -> None:
     """By their last tokens and by all; the whole is complete."""
     ids = tokenizer.token_ids([text])[0]
-    for tail in (8, 2, None):
+    for tail in (3, 8, None):
         canonical = Canonical(tokenizer, tail)
         assert canonical.encode(canonical.lead + text.encode()) == ids
         assert canonical.complete(ids)
@@ -78,7 +79,36 @@ def test_merges_digits_and_contractions(tokenizer_file: Callable[[str], Path]) -
     assert by_bytes[b" the"] is not None
     assert canonical.viable([th], [e]) == [False]  # " the" is a token
     assert canonical.viable([don, quote], [tell]) == [False]  # 't is a pre-token of its own
-    assert canonical.viable([don, quote], [quote]) == [canonical.encode(b"don''") == [don, quote, quote]]
+
+
+def test_a_word_that_is_a_token_whatever_the_merges_say(tmp_path: Path) -> None:
+    """As in Llama 3's: "ab" is one token alone, and two within a longer word."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = [*bytes_to_unicode().values(), "ab", "bc"]
+    vocab = {letter: at for at, letter in enumerate(letters)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("b", "c")], ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    canonical = Canonical(load_tokenizer(str(tmp_path / "tokenizer.json")))
+    a, b, ab, bc = vocab["a"], vocab["b"], vocab["ab"], vocab["bc"]
+    assert (canonical.encode(b"ab"), canonical.encode(b"abz"), canonical.encode(b"abc")) == (
+        [ab],
+        [a, b, vocab["z"]],
+        [a, bc],
+    )
+    assert canonical.viable([a], [b, bc]) == [True, True]
+    assert canonical.viable([ab], [vocab["z"], vocab["Ġ"]]) == [False, True]
+    assert (canonical.complete([a, b]), canonical.complete([ab])) == (False, True)
+
+
+def test_texts_that_tokens_do_not_spell(tokenizer_file: Callable[[str], Path]) -> None:
+    canonical = Canonical(_load(tokenizer_file("qwen3")))
+    canonical.refuse_unspelt({"one": "café".encode()})
+    with pytest.raises(XtokenError, match=r"two: the tokens of qwen3 do not spell this text but b'caf\\xc3"):
+        canonical.refuse_unspelt({"one": b"tea", "two": "cafe\u0301".encode()})
 
 
 def test_characters_in_parts(tokenizer_file: Callable[[str], Path]) -> None:
