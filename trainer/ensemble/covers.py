@@ -72,7 +72,7 @@ class Next:
     undecided: float
 
 
-class _Sorted:
+class SortedTokens:
     """The tokens that spell something, in order of their bytes."""
 
     def __init__(self, token_bytes: Sequence[bytes], size: int) -> None:
@@ -144,7 +144,7 @@ class Covers:
             floor: share of Z that may stay undecided; 0 is exact.
         """
         self._spelling, self._score, self._ends, self._floor = spelling, score, list(ends), floor
-        self._tokens = _Sorted(spelling.token_bytes, size)
+        self._tokens = SortedTokens(spelling.token_bytes, size)
         self._data = spelling.lead
         self._stems = [self._stem((), 0, 0.0, None)]
         self._settle()
