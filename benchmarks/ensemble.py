@@ -28,11 +28,11 @@ def table(figures: dict[str, Any]) -> str:
         "| | bits per byte | of its own tokens | lost | forward passes per byte | seconds per byte |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for row in figures["models"]:
-        lines.append(
-            f"| {row['model']} | {row['bits_per_byte']:.4f} | {row['token_bits_per_byte']:.4f} | "
-            f"{row['lost']:.2%} | {row['passes_per_byte']:.2f} | {row['seconds_per_byte']:.2f} |"
-        )
+    lines += [
+        f"| {row['model']} | {row['bits_per_byte']:.4f} | {row['token_bits_per_byte']:.4f} | "
+        f"{row['lost']:.2%} | {row['passes_per_byte']:.2f} | {row['seconds_per_byte']:.2f} |"
+        for row in figures["models"]
+    ]
     both = f"| both, mean of P(next byte) | {figures['bits_per_byte']:.4f} | | | | {figures['seconds_per_byte']:.2f} |"
     return "\n".join([*lines, both])
 

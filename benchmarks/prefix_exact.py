@@ -13,7 +13,6 @@ import argparse
 import copy
 import json
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -231,69 +230,82 @@ def compare(found: Found, rule: Callable[[int], int]) -> dict[str, float]:
 
 
 class Teacher:
-    """The model behind a text: P of the next token after several continuations at once."""
+    """The model behind a text: P of the next token after several continuations at once, each computed once."""
 
     def __init__(self, model: Any, size: int) -> None:
-        self.model, self.size, self.cache = model, size, None
+        self.model, self.size = model, size
+        self.cache: Any = None
+        self.known: dict[tuple[int, ...], np.ndarray] = {}
 
     @torch.no_grad()
-    def read(self, ids: Sequence[int]) -> np.ndarray:
-        """P of the next token behind a text, from which continuations then start."""
-        output = self.model(input_ids=torch.tensor([list(ids)]), use_cache=True)
-        self.cache = output.past_key_values
-        return self._p(output.logits[:, -1])[0]
+    def read(self, ids: Sequence[int]) -> None:
+        """Begin behind a text."""
+        output = self.model(input_ids=torch.tensor([list(ids)]), use_cache=True, logits_to_keep=1)
+        self.cache, self.known = output.past_key_values, {(): self._p(output.logits[:, -1])[0]}
 
     @torch.no_grad()
     def expand(self, rows: list[tuple[int, ...]]) -> list[np.ndarray]:
-        """See ``Expand``; all of one length, at least one token."""
-        cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(len(rows))  # type: ignore[union-attr]
-        output = self.model(input_ids=torch.tensor(rows), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return list(self._p(output.logits[:, -1]))
+        """See ``Expand``; all of one length."""
+        new = [row for row in rows if row not in self.known]
+        if new:
+            cache = copy.deepcopy(self.cache)
+            cache.batch_repeat_interleave(len(new))
+            output = self.model(input_ids=torch.tensor(new), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.known |= zip(new, self._p(output.logits[:, -1]), strict=True)
+        return [self.known[row] for row in rows]
 
     def _p(self, logits: torch.Tensor) -> np.ndarray:
         return np.asarray(logits[:, : self.size].double().softmax(-1).numpy())
 
 
-def positions(teacher: Any, student: Any, text: str, count: int) -> tuple[list[int], list[int]]:
-    """The teacher's tokens of a text, and how many of them stand before evenly chosen chunk starts."""
-    ours, theirs = (tokenizer.encode(text, complete=False) for tokenizer in (teacher, student))
-    shared = np.flatnonzero(np.isin(ours.ends, theirs.ends)) + 1
-    shared = shared[(shared >= 8) & (shared < len(ours.ids))]
-    chosen = shared[np.unique(np.linspace(0, len(shared) - 1, count, dtype=int))]
-    return ours.ids.tolist(), chosen.tolist()
+def positions(teacher: Any, students: Sequence[Any], text: str, count: int) -> tuple[list[int], list[int]]:
+    """The teacher's tokens of a text, and how many of them stand before evenly chosen chunk starts of all students."""
+    ours = teacher.encode(text, complete=False)
+    shared = np.ones(len(ours.ids), bool)
+    for student in students:
+        shared &= np.isin(ours.ends, student.encode(text, complete=False).ends)
+    starts = np.flatnonzero(shared[:-1]) + 1
+    starts = starts[starts >= 8]
+    return ours.ids.tolist(), starts[np.unique(np.linspace(0, len(starts) - 1, count, dtype=int))].tolist()
 
 
-def measure(name: str, source: Path, texts: dict[str, str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One student against the teacher: a row for each kind of text."""
+class Student:
+    """A tokenizer beside the teacher's, and the rules that are compared for it."""
+
+    def __init__(self, source: Path, teacher: TokenTable) -> None:
+        self.tokenizer = load_tokenizer(str(source))
+        canonical = Canonical(self.tokenizer)
+        self.first, phi = FirstToken(canonical), longest_prefix(teacher, self.tokenizer.table)
+        self.rules = {"root": phi, "first_piece": first_piece(teacher, canonical, phi)}
+
+    def figures(self, expand: Expand, teacher: TokenTable, most: int) -> dict[str, float]:
+        """Of one position."""
+        found = enumerate_first(expand, teacher, self.first, least=LEAST, most=most, longest=3)
+        compared = {rule: compare(found, function) for rule, function in self.rules.items()}
+        shares = {f"{rule}_{name}": value for rule, values in compared.items() for name, value in values.items()}
+        return {"unsettled": found.unsettled, **shares}
+
+
+def measure(texts: dict[str, str], count: int, most: int) -> list[dict[str, Any]]:
+    """A row for each student and kind of text; the students share the teacher's forward passes."""
     from transformers import AutoModelForCausalLM
 
-    teacher, student = load_tokenizer(str(TEACHER)), load_tokenizer(str(source))
+    teacher = load_tokenizer(str(TEACHER))
     model = Teacher(AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval(), teacher.table.size)
-    canonical = Canonical(student)
-    first, phi = FirstToken(canonical), longest_prefix(teacher.table, student.table)
-    rules = {"root": phi, "first_piece": first_piece(teacher.table, canonical, phi)}
-    rows = []
+    students = {name: Student(source, teacher.table) for name, source in STUDENTS.items()}
+    sums: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for kind, text in texts.items():
-        ids, places = positions(teacher, student, text, options.positions)
-        sums: dict[str, list[float]] = defaultdict(list)
-        start = time.perf_counter()
+        ids, places = positions(teacher, [student.tokenizer for student in students.values()], text, count)
         for place in places:
-            begin = model.read([int(teacher.table.info.bos_id or 0), *ids[:place]])
-
-            def expand(sequences: list[tuple[int, ...]], begin: np.ndarray = begin) -> list[np.ndarray]:
-                return [begin] if sequences == [()] else model.expand(sequences) if sequences else []
-
-            found = enumerate_first(expand, teacher.table, first, least=LEAST, most=options.most, longest=4)
-            sums["unsettled"].append(found.unsettled)
-            for rule, function in rules.items():
-                for figure, value in compare(found, function).items():
-                    sums[f"{rule}_{figure}"].append(value)
-        seconds = time.perf_counter() - start
-        means = {figure: float(np.mean(values)) for figure, values in sums.items()}
-        rows.append({"student": name, "text": kind, "positions": len(places), "seconds": seconds, **means})
-        sys.stderr.write(json.dumps(rows[-1]) + "\n")
-    return rows
+            model.read([int(teacher.table.info.bos_id or 0), *ids[:place]])
+            for name, student in students.items():
+                sums[name, kind].append(student.figures(model.expand, teacher.table, most))
+                sys.stderr.write(f"{kind} {place} {name} {sums[name, kind][-1]}\n")
+    return [
+        {"student": name, "text": kind, "positions": len(found)}
+        | {figure: float(np.mean([one[figure] for one in found])) for figure in found[0]}
+        for (name, kind), found in sums.items()
+    ]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -312,16 +324,12 @@ def main() -> None:
     from benchmarks.machine import machine, machine_line
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--positions", type=int, default=60)
-    parser.add_argument("--most", type=int, default=48, help="continuations followed at each length")
+    parser.add_argument("--positions", type=int, default=40, help="chunk starts of each text")
+    parser.add_argument("--most", type=int, default=32, help="continuations followed at each length")
     options = parser.parse_args()
     prose = str(json.loads(TEXT.read_text(encoding="utf-8").splitlines()[0])["text"])[:1500]
-    numbers = " ".join(
-        f"In {1800 + 7 * i} there were {i * i * 379 + 1234} whales and {3 * i}.5 casks." for i in range(40)
-    )
-    rows = []
-    for name, source in STUDENTS.items():
-        rows += measure(name, source, {"prose": prose, "numbers": numbers[:1500]}, options)
+    counts = [f"In {1800 + 7 * i} there were {i * i * 379 + 1234} whales and {3 * i}.5 casks." for i in range(30)]
+    rows = measure({"prose": prose, "numbers": " ".join(counts)}, options.positions, options.most)
     (RESULTS / "prefix_exact.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     text = [
         "# The root target of byte-prefix beside the exact one",
@@ -330,7 +338,7 @@ def main() -> None:
         "chunk starts: *moved* lies on another token than the exact target has it on, *nowhere* on tokens to which the "
         "exact target gives nothing, *variation* is the total variation. First piece: instead of phi(t), the first "
         f"token of the student's own encoding of t alone. Continuations of at least {LEAST:g} are followed, the "
-        f"{options.most} most probable at each of at most four lengths; *unsettled* is the mass of the others.",
+        f"{options.most} most probable at each of at most three lengths; *unsettled* is the mass of the others.",
         table(rows),
         machine_line(),
     ]
