@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ STUDENTS = {
     "SmolLM2-135M": ROOT / ".cache" / "models" / "smollm2-135m",
     "Llama-3": ROOT / ".cache" / "tokenizers" / "llama3",
 }
-LEAST = 1e-4
+LEAST, ENOUGH, LONGEST = 3e-4, 1e-2, 6
 NONE = -1  # no token of the student's: control tokens of the teacher other than its ends
 _MANY = 64  # longer tokens that go on from given bytes: some of them will be right
 Expand = Callable[[list[tuple[int, ...]]], list[np.ndarray]]  # P of the next token behind each sequence
@@ -124,6 +125,7 @@ def enumerate_first(
     first: FirstToken,
     *,
     least: float,
+    enough: float,
     most: int,
     longest: int,
 ) -> Found:
@@ -134,6 +136,7 @@ def enumerate_first(
         teacher: its tokens.
         first: the student's side.
         least: continuations of no more mass than this stay unsettled.
+        enough: the search ends where the others that are left have no more mass together.
         most: continuations followed at each length.
         longest: teacher tokens that are followed.
     """
@@ -143,6 +146,8 @@ def enumerate_first(
     for _ in range(longest):
         nodes.sort(key=lambda node: -node[2])
         followed = [node for node in nodes[:most] if node[2] > least]
+        if sum(node[2] for node in followed) <= enough:
+            break
         found.unsettled += sum(node[2] for node in nodes[len(followed) :])
         nodes = []
         for (ids, data, mass), p_U in zip(followed, expand([node[0] for node in followed]), strict=True):
@@ -212,8 +217,8 @@ def compare(found: Found, rule: Callable[[int], int]) -> dict[str, float]:
     """A rule for teacher tokens beside q*, over the settled mass of a position.
 
     Returns:
-        Shares of the settled mass: ``moved`` is on another token than q* has it; ``nowhere`` on tokens where q* has
-        nothing; ``variation``, half the sum of the differences.
+        Masses: ``moved`` is on another token than q* has it; ``nowhere`` on tokens where q* has nothing; ``variation``,
+        half the sum of the differences.
     """
     root: dict[int, float] = defaultdict(float)
     moved = 0.0
@@ -221,12 +226,10 @@ def compare(found: Found, rule: Callable[[int], int]) -> dict[str, float]:
         to = rule(token)
         root[to] += p
         moved += p if to != u else 0.0
-    exact, total = found.exact(), sum(found.joint.values())
-    if not total:
-        return {"moved": 0.0, "nowhere": 0.0, "variation": 0.0}
+    exact = found.exact()
     apart = sum(abs(root.get(u, 0.0) - exact.get(u, 0.0)) for u in root.keys() | exact.keys())
     nowhere = sum(p for u, p in root.items() if u not in exact)
-    return {"moved": moved / total, "nowhere": nowhere / total, "variation": apart / 2 / total}
+    return {"moved": moved, "nowhere": nowhere, "variation": apart / 2}
 
 
 class Teacher:
@@ -280,32 +283,49 @@ class Student:
 
     def figures(self, expand: Expand, teacher: TokenTable, most: int) -> dict[str, float]:
         """Of one position."""
-        found = enumerate_first(expand, teacher, self.first, least=LEAST, most=most, longest=3)
+        found = enumerate_first(expand, teacher, self.first, least=LEAST, enough=ENOUGH, most=most, longest=LONGEST)
         compared = {rule: compare(found, function) for rule, function in self.rules.items()}
         shares = {f"{rule}_{name}": value for rule, values in compared.items() for name, value in values.items()}
         return {"unsettled": found.unsettled, **shares}
 
 
-def measure(texts: dict[str, str], count: int, most: int) -> list[dict[str, Any]]:
+def measure(texts: dict[str, str], options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each student and kind of text; the students share the teacher's forward passes."""
     from transformers import AutoModelForCausalLM
 
-    teacher = load_tokenizer(str(TEACHER))
+    teacher, start = load_tokenizer(str(TEACHER)), time.monotonic()
     model = Teacher(AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval(), teacher.table.size)
     students = {name: Student(source, teacher.table) for name, source in STUDENTS.items()}
-    sums: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+    found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+    for kind, ids, place in in_turn(teacher, [student.tokenizer for student in students.values()], texts, options):
+        if time.monotonic() - start > 60 * options.minutes:
+            break
+        model.read([int(teacher.table.info.bos_id or 0), *ids[:place]])
+        for name, student in students.items():
+            found[name, kind].append(student.figures(model.expand, teacher.table, options.most))
+            sys.stderr.write(f"{time.monotonic() - start:.0f} s {kind} {place} {name} {found[name, kind][-1]}\n")
+    return [{"student": name, "text": kind} | shares(rows) for (name, kind), rows in sorted(found.items())]
+
+
+def in_turn(
+    teacher: Any, students: Sequence[Any], texts: dict[str, str], options: argparse.Namespace
+) -> list[tuple[str, list[int], int]]:
+    """Chunk starts in an order of which every beginning is spread over all texts: kind, teacher's tokens, place."""
+    found = []
     for kind, text in texts.items():
-        ids, places = positions(teacher, [student.tokenizer for student in students.values()], text, count)
-        for place in places:
-            model.read([int(teacher.table.info.bos_id or 0), *ids[:place]])
-            for name, student in students.items():
-                sums[name, kind].append(student.figures(model.expand, teacher.table, most))
-                sys.stderr.write(f"{kind} {place} {name} {sums[name, kind][-1]}\n")
-    return [
-        {"student": name, "text": kind, "positions": len(found)}
-        | {figure: float(np.mean([one[figure] for one in found])) for figure in found[0]}
-        for (name, kind), found in sums.items()
-    ]
+        ids, places = positions(teacher, students, text, options.positions)
+        order = np.random.default_rng(0).permutation(len(places)).tolist()
+        found += [(at, kind, ids, places[one]) for at, one in enumerate(order)]
+    return [(kind, ids, place) for _, kind, ids, place in sorted(found, key=lambda one: one[0])]
+
+
+def shares(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """Sums over positions as shares of the settled mass, ``unsettled`` of all."""
+    sums = {name: sum(row[name] for row in rows) for name in rows[0]}
+    unsettled = sums.pop("unsettled")
+    settled = len(rows) - unsettled
+    means = {name: value / settled for name, value in sums.items()}
+    return {"positions": len(rows), "unsettled": unsettled / len(rows), **means}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -324,21 +344,22 @@ def main() -> None:
     from benchmarks.machine import machine, machine_line
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--positions", type=int, default=40, help="chunk starts of each text")
-    parser.add_argument("--most", type=int, default=32, help="continuations followed at each length")
+    parser.add_argument("--positions", type=int, default=150, help="chunk starts of each text, at most")
+    parser.add_argument("--minutes", type=float, default=10, help="after which no further one is begun")
+    parser.add_argument("--most", type=int, default=24, help="continuations followed at each length")
     options = parser.parse_args()
     prose = str(json.loads(TEXT.read_text(encoding="utf-8").splitlines()[0])["text"])[:1500]
     counts = [f"In {1800 + 7 * i} there were {i * i * 379 + 1234} whales and {3 * i}.5 casks." for i in range(30)]
-    rows = measure({"prose": prose, "numbers": " ".join(counts)}, options.positions, options.most)
+    rows = measure({"prose": prose, "numbers": " ".join(counts)}, options)
     (RESULTS / "prefix_exact.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     text = [
         "# The root target of byte-prefix beside the exact one",
         (__doc__ or "").split("\n\n")[1].strip(),
-        "Teacher Gemma-3-270m; of the students only the tokenizers are used. Shares of the settled mass, means over "
+        "Teacher Gemma-3-270m; of the students only the tokenizers are used. Shares of the settled mass, over all "
         "chunk starts: *moved* lies on another token than the exact target has it on, *nowhere* on tokens to which the "
         "exact target gives nothing, *variation* is the total variation. First piece: instead of phi(t), the first "
         f"token of the student's own encoding of t alone. Continuations of at least {LEAST:g} are followed, the "
-        f"{options.most} most probable at each of at most three lengths; *unsettled* is the mass of the others.",
+        f"{options.most} most probable at each length; *unsettled* is the mass of the others.",
         table(rows),
         machine_line(),
     ]

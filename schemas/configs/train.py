@@ -386,6 +386,8 @@ class EvalConfig(Config):
             raise ValueError(f"--combine {self.combine} joins several models, and one is named; leave it out")
         if self.combine == "bytes" and (self.text is None or self.targets is not None or self.tasks):
             raise ValueError("--combine bytes measures --text alone; give --text FILE, without --targets and --tasks")
+        if self.combine == "bytes" and self.max_tokens != type(self).model_fields["max_tokens"].default:
+            raise ValueError("--combine bytes cuts text into windows of 512 bytes; leave --max-tokens out")
         if self.combine != "bytes" and self.max_bytes is not None:
             raise ValueError("--max-bytes goes with --combine bytes; --limit N cuts the text to N documents")
         return self

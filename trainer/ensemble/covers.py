@@ -25,6 +25,7 @@ END = 256  # behind the bytes
 # of them, where 1e-5 of Z takes three times as long.
 FLOOR = 1e-3
 _UNKNOWN, _VIABLE, _REFUSED = 0, 1, -1
+_KEPT = 1 << 14  # arrays of 257 places
 _FEW = 64  # tokens that are asked about one by one
 # Log-probabilities [V] of the token behind ids, and what a call for one id more goes on from; it is given what the
 # call for one id less gave.
@@ -73,9 +74,15 @@ class Next:
 
 
 class SortedTokens:
-    """The tokens that spell something, in order of their bytes."""
+    """The tokens that spell something, in order of their bytes.
+
+    Attributes:
+        id_M: int64, their ids.
+        pieces: their bytes.
+    """
 
     def __init__(self, token_bytes: Sequence[bytes], size: int) -> None:
+        """Of a vocabulary, of which a model's head has the first ``size`` ids."""
         spelt = [token for token, data in enumerate(token_bytes[:size]) if data]
         self.id_M = np.array(sorted(spelt, key=lambda token: (token_bytes[token], token)), np.int64)
         self.pieces = [token_bytes[token] for token in self.id_M.tolist()]
@@ -94,6 +101,8 @@ class SortedTokens:
             beyond = data.rstrip(b"\xff")
             after = beyond[:-1] + bytes([beyond[-1] + 1]) if beyond else None
             end = len(self.pieces) if after is None else bisect_left(self.pieces, after, low)
+            if len(self._splits) >= _KEPT:
+                self._splits.clear()
             found = self._splits[data] = np.array([*starts, end], np.int64)
         return found
 
@@ -133,18 +142,20 @@ class Covers:
     and improbable tokens unchecked, while together they are below ``floor`` of Z. Both are looked at once it matters.
     """
 
-    def __init__(self, spelling: Spelling, score: Score, ends: Sequence[int], size: int, floor: float = FLOOR) -> None:
+    def __init__(
+        self, spelling: Spelling, tokens: SortedTokens, score: Score, ends: Sequence[int], floor: float = FLOOR
+    ) -> None:
         """Start with no bytes.
 
         Args:
             spelling: of the model's tokenizer.
+            tokens: of the same, as many as the model has.
             score: the model behind its context token.
             ends: ids that end a text.
-            size: V.
             floor: share of Z that may stay undecided; 0 is exact.
         """
         self._spelling, self._score, self._ends, self._floor = spelling, score, list(ends), floor
-        self._tokens = SortedTokens(spelling.token_bytes, size)
+        self._tokens = tokens
         self._data = spelling.lead
         self._stems = [self._stem((), 0, 0.0, None)]
         self._settle()

@@ -13,7 +13,7 @@ from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.ui.progress import Progress
 from xtoken.trainer.data.samples import context_token
-from xtoken.trainer.ensemble.covers import Covers, Spelling
+from xtoken.trainer.ensemble.covers import Covers, SortedTokens, Spelling
 from xtoken.trainer.ensemble.next_token import NextToken
 from xtoken.trainer.student.model import check_context, head_width, load_student, pick_device
 
@@ -59,6 +59,7 @@ class _Tally:
 
     name: str
     spelling: Spelling
+    tokens: SortedTokens
     score: NextToken
     ends: tuple[int, ...]
     nats: float = 0.0
@@ -127,7 +128,8 @@ def _load(config: EvalConfig, model: ByteModel, context: int) -> _Tally:
     check_context(loaded, WINDOW + 1, model.name)
     size = min(model.tokenizer.size, head_width(loaded))
     ends = tuple(token for token in model.ends if token < size)
-    return _Tally(model.name, model.spelling, NextToken(loaded, context, size), ends)
+    tokens = SortedTokens(model.spelling.token_bytes, size)
+    return _Tally(model.name, model.spelling, tokens, NextToken(loaded, context, size), ends)
 
 
 def _measure(tallies: Sequence[_Tally], sample: ByteSample, progress: Progress) -> float:
@@ -148,7 +150,7 @@ def _measure(tallies: Sequence[_Tally], sample: ByteSample, progress: Progress) 
 def _begin(tally: _Tally, sample: ByteSample, with_end: bool) -> Covers:
     start = time.perf_counter()
     spelling, score = tally.spelling, tally.score
-    covers = Covers(spelling, score, tally.ends, score.size)
+    covers = Covers(spelling, tally.tokens, score, tally.ends)
     tally.seconds += time.perf_counter() - start
     tally.token_nats += score.nats(spelling.encode(spelling.lead + sample.data), tally.ends if with_end else ())
     return covers

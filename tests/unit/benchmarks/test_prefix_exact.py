@@ -89,7 +89,9 @@ def test_the_enumeration_is_every_continuation(
     pair = write_pair(tmp_path, ["a b", "Ċ Ċ"], student)
     teacher = Small(pair[0], pieces)
     first = exact.FirstToken(Canonical(pair[1]))
-    found = exact.enumerate_first(teacher.expand, pair[0].table, first, least=0, most=10**6, longest=LENGTH + 1)
+    found = exact.enumerate_first(
+        teacher.expand, pair[0].table, first, least=0, enough=0, most=10**6, longest=LENGTH + 1
+    )
     wanted = slow(teacher, pair)
     assert found.unsettled == pytest.approx(0, abs=EXACT)
     assert sum(found.joint.values()) == pytest.approx(1, abs=EXACT)
@@ -101,7 +103,10 @@ def test_what_is_cut_off_is_unsettled_and_nothing_else_changes(exact: ModuleType
     teacher, wanted = Small(pair[0], [b"1", b"2", b"a"]), None
     wanted = slow(teacher, pair)
     first = exact.FirstToken(Canonical(pair[1]))
-    for limits in ({"least": 0.02, "most": 100, "longest": 5}, {"least": 0, "most": 2, "longest": 2}):
+    for limits in (
+        {"least": 0.02, "enough": 0.1, "most": 100, "longest": 5},
+        {"least": 0, "enough": 0, "most": 2, "longest": 2},
+    ):
         found = exact.enumerate_first(teacher.expand, pair[0].table, first, **limits)
         assert 0.001 < found.unsettled < 0.9
         assert sum(found.joint.values()) + found.unsettled == pytest.approx(1, abs=EXACT)
@@ -125,7 +130,7 @@ def test_packed_numerals_by_hand(exact: ModuleType, tmp_path: Path) -> None:
     student = pair[1].table
     known = student.by_bytes()
     found = exact.enumerate_first(
-        expand, pair[0].table, exact.FirstToken(Canonical(pair[1])), least=0, most=100, longest=5
+        expand, pair[0].table, exact.FirstToken(Canonical(pair[1])), least=0, enough=0, most=100, longest=5
     )
     assert found.exact() == pytest.approx({known[b"1"]: 0.2, known[b"12"]: 0.15, known[b"122"]: 0.15, -2: 0.5})
     rule: Callable[[int], int] = exact.longest_prefix(pair[0].table, student)

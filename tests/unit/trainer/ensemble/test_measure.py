@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from xtoken import cli
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.pipeline.tokens.canonical import Canonical
-from xtoken.trainer.ensemble.covers import END, Covers
+from xtoken.trainer.ensemble.covers import END, Covers, SortedTokens
 from xtoken.trainer.ensemble.next_token import NextToken
 from xtoken.trainer.student.model import load_student
 
@@ -63,7 +63,9 @@ def test_bits_of_the_mean_and_of_each(models: list[str], text: str) -> None:
             tokenizer = load_tokenizer(folder)
             size_V = tokenizer.table.size
             score = NextToken(load_student(folder, torch.device("cpu"), False).eval(), 0, size_V)
-            covers, p = Covers(Canonical(tokenizer), score, (0, 1), size_V, floor=0), []
+            spelling = Canonical(tokenizer)
+            tokens_M = SortedTokens(spelling.token_bytes, size_V)
+            covers, p = Covers(spelling, tokens_M, score, (0, 1), floor=0), []
             for symbol in [*one.encode(), END]:
                 p.append(covers.next().p[symbol])
                 if symbol != END:

@@ -210,6 +210,7 @@ def test_other_tokenizers_are_refused_by_name(students: list[str], student_info:
         ({"model": "a", "text": "t", "combine": "prob"}, "--combine prob joins several models, and one is named"),
         ({"model": ["a", "b"], "combine": "bytes", "targets": "t"}, "--combine bytes measures --text alone"),
         ({"model": ["a", "b"], "combine": "bytes", "text": "t", "tasks": ["x"]}, "--combine bytes measures --text"),
+        ({"model": ["a", "b"], "combine": "bytes", "text": "t", "max_tokens": 9}, "leave --max-tokens out"),
         ({"model": ["a", "b"], "combine": "prob", "text": "t", "max_bytes": 9}, "--max-bytes goes with --combine"),
     ],
 )
