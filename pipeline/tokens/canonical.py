@@ -74,7 +74,7 @@ class Canonical:
             text = self._text(data)
             if text is not None:
                 asked[at] = text
-            elif not _goes_on(data):
+            elif not (data.startswith(self.lead) and _goes_on(data)):
                 found[at] = False
         self._ask(tail, following, found, asked)
         return found

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
 from xtoken.pipeline.tokens.canonical import Canonical
@@ -57,6 +59,40 @@ def test_the_last_tokens_decide_as_all_do(tokenizer: TextTokenizer, text: str) -
         rejected += found.count(False)
         at += len(pieces[ids[count]])
     assert rejected > len(ids)
+
+
+_PIECES = [
+    "a",
+    "the",
+    " the",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "'s",
+    "'",
+    "12",
+    "1234",
+    "é",
+    "中文",
+    "👩‍👩",
+    ".",
+    "...",
+    "X",
+    "\u00a0",
+]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=st.lists(st.sampled_from(_PIECES), min_size=1, max_size=10))
+def test_texts_of_any_pieces_are_viable_all_the_way(tokenizer: TextTokenizer, pieces: list[str]) -> None:
+    canonical, text = Canonical(tokenizer), "".join(pieces)
+    ids = tokenizer.token_ids([text])[0]
+    if b"".join(canonical.token_bytes[token] for token in ids) == canonical.lead + text.encode():
+        assert canonical.complete(ids)
+        assert [at for at, token in enumerate(ids) if not canonical.viable(ids[:at], [token])[0]] == []
 
 
 def test_a_pre_token_that_looks_ahead(tokenizer_file: Callable[[str], Path]) -> None:
