@@ -123,3 +123,18 @@ def test_the_cache_is_left_as_it_was(models: list[str]) -> None:
         whole, _ = score(ids, None)
         np.testing.assert_allclose(cached, whole, atol=1e-5)
     assert -score.nats((70, 71)) == pytest.approx(score((), None)[0][70] + score((70,), None)[0][71], abs=1e-5)
+
+
+def test_by_tokens_on_the_command_line(models: list[str], text: str) -> None:
+    """Two equal models are one; other tokenizers are refused before a model is loaded."""
+    words = ["eval", "--device", "cpu", "--json", "--text", text]
+    alone = json.loads(CliRunner().invoke(cli.app, [*words, models[0]]).stdout)
+    twice = CliRunner().invoke(cli.app, [*words, f"{models[0]},{models[0]}", "--combine", "prob"])
+    assert json.loads(twice.stdout)["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-6)
+    Path(models[1], "model.safetensors").unlink()
+    mixed = CliRunner().invoke(cli.app, [*words, ",".join(models), "--combine", "logit"])
+    assert mixed.exit_code == 2
+    assert "have different tokenizers" in json.loads(mixed.stdout)["error"]
+    unsaid = CliRunner().invoke(cli.app, [*words, ",".join(models)])
+    assert unsaid.exit_code == 2
+    assert "2 models are named; join them by --combine" in unsaid.output
