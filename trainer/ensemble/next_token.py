@@ -20,7 +20,11 @@ class NextToken:
             context: the token in front of every text.
             size: ids of the tokenizer that the head has; more columns are padding.
         """
+        from transformers import PreTrainedModel
+
         self.model, self.context, self.size, self.passes = model, context, size, 0
+        # a class of another kind may keep something beside the cache, which a copy of the cache would lose
+        self._copies = isinstance(model, PreTrainedModel)
 
     @torch.no_grad()
     def __call__(self, ids: Sequence[int], before: Any) -> tuple[NDArray[np.float64], Any]:
@@ -33,9 +37,10 @@ class NextToken:
         inputs = [self.context, *ids] if before is None else [ids[-1]]
         # several tokens may be tried behind the same ones, and a model adds to the cache that it is given
         cache = copy.deepcopy(before)
-        output = self.model(input_ids=self._tensor(inputs), past_key_values=cache, use_cache=True)
+        output = self.model(input_ids=self._tensor(inputs), past_key_values=cache, use_cache=self._copies)
         self.passes += 1
-        return self._logp(output.logits[0, -1]), getattr(output, "past_key_values", None)
+        kept = getattr(output, "past_key_values", None) if self._copies else None
+        return self._logp(output.logits[0, -1]), kept
 
     @torch.no_grad()
     def nats(self, ids: Sequence[int], ends: Sequence[int] = ()) -> float:

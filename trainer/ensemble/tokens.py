@@ -116,9 +116,10 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
         known = past_key_values.get_seq_length() if past_key_values is not None else 0
         total, kept = None, []
         for at, model in enumerate(self.models):
-            options = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
+            options = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
             output = model(
                 input_ids=self._shown(at, input_ids, position_ids, known),
+                attention_mask=attention_mask,
                 past_key_values=caches[at],
                 use_cache=bool(use_cache),
                 **{name: value for name, value in options.items() if name in self.takes[at] and value is not None},

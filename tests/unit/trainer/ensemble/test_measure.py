@@ -125,6 +125,27 @@ def test_the_cache_is_left_as_it_was(models: list[str]) -> None:
     assert -score.nats((70, 71)) == pytest.approx(score((), None)[0][70] + score((70,), None)[0][71], abs=1e-5)
 
 
+def test_a_class_of_another_kind_reads_everything_again(models: list[str]) -> None:
+    """What it keeps beside its cache would be lost with a copy."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner, self.read = inner, []
+
+        def forward(self, input_ids: torch.Tensor, past_key_values: Any, use_cache: bool) -> Any:
+            assert past_key_values is None
+            self.read.append(input_ids.shape[1])
+            return self.inner(input_ids=input_ids, use_cache=use_cache)
+
+    model = load_student(models[0], torch.device("cpu"), False).eval()
+    wrapped, plain = NextToken(Wrapper(model), 0, 260), NextToken(model, 0, 260)
+    (_, cache), (_, none) = plain((70,), None), wrapped((70,), None)
+    assert none is None
+    np.testing.assert_allclose(wrapped((70, 71), none)[0], plain((70, 71), cache)[0], atol=1e-5)
+    assert wrapped.model.read == [2, 3]
+
+
 def test_by_tokens_on_the_command_line(models: list[str], text: str) -> None:
     """Two equal models are one; other tokenizers are refused before a model is loaded."""
     words = ["eval", "--device", "cpu", "--json", "--text", text]

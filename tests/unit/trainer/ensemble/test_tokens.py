@@ -159,9 +159,9 @@ def test_a_model_without_a_cache(students: list[str], monkeypatch: pytest.Monkey
     models = load(students)
     real = models[1].forward
 
-    def forward(input_ids: torch.Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+    def forward(input_ids: torch.Tensor, past_key_values: Any, attention_mask: Any, use_cache: bool) -> Any:
         assert past_key_values is None or not use_cache
-        output = real(input_ids=input_ids, use_cache=False)
+        output = real(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         output.past_key_values = None
         return output
 
