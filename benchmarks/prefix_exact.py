@@ -346,7 +346,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--positions", type=int, default=150, help="chunk starts of each text, at most")
     parser.add_argument("--minutes", type=float, default=10, help="after which no further one is begun")
-    parser.add_argument("--most", type=int, default=24, help="continuations followed at each length")
+    parser.add_argument("--most", type=int, default=32, help="continuations followed at each length")
     options = parser.parse_args()
     prose = str(json.loads(TEXT.read_text(encoding="utf-8").splitlines()[0])["text"])[:1500]
     counts = [f"In {1800 + 7 * i} there were {i * i * 379 + 1234} whales and {3 * i}.5 casks." for i in range(30)]

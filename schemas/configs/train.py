@@ -342,8 +342,8 @@ class EvalConfig(Config):
     model: list[str] = argument("Hugging Face id or folder of the model; several, by commas, with --combine.")
     combine: Literal["prob", "logit", "bytes"] | None = Field(
         None,
-        description="Several models as one: the mean of their probabilities, of their log-probabilities, or of the "
-        "probabilities of the next byte, which takes any tokenizers and is slow.",
+        description="Several models as one: mean of probabilities, of log-probabilities, or of P(next byte), for any "
+        "tokenizers and slow.",
     )
     max_bytes: int | None = Field(
         None,
