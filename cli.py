@@ -285,14 +285,36 @@ def run_eval(config: EvalConfig, bars: Bars) -> Figures:
     from xtoken.pipeline.tokens import load_tokenizer, refuse_long_prefix
     from xtoken.trainer.evaluate import evaluate
 
-    tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
-    refuse_long_prefix(tokenizer)
+    sources = [config.tokenizer or model for model in config.model]
+    tokenizers = [load_tokenizer(source, trust_remote_code=config.trust_remote_code) for source in sources]
+    for tokenizer in tokenizers:
+        refuse_long_prefix(tokenizer)
     samples = []
     if config.text:
         names = {"text_field": config.text_field, "id_field": config.id_field}
         corpus = CorpusConfig(corpus=config.text, limit=config.limit, split=[ONLY], **names)
-        samples = eval_samples(corpus, tokenizer, config.max_tokens)
-    return dict(evaluate(config, tokenizer.table.info, samples, bars))
+        if config.combine == "bytes":
+            return _eval_bytes(config, corpus, tokenizers, bars)
+        samples = eval_samples(corpus, tokenizers[0], config.max_tokens)
+    first, *others = [tokenizer.table.info for tokenizer in tokenizers]
+    return dict(evaluate(config, first, samples, bars, others=others))
+
+
+def _eval_bytes(config: EvalConfig, corpus: CorpusConfig, tokenizers: "list[TextTokenizer]", bars: Bars) -> Figures:
+    """Measure models of any tokenizers by the next byte."""
+    from xtoken.pipeline.corpus import Corpus
+    from xtoken.pipeline.corpus.byte_windows import byte_windows
+    from xtoken.pipeline.tokens.canonical import Canonical
+    from xtoken.trainer.ensemble.measure import WINDOW, ByteModel, measure_bytes
+
+    windows = list(byte_windows(Corpus(corpus).documents(), WINDOW, config.max_bytes or 1024))
+    models = []
+    for name, tokenizer in zip(config.model, tokenizers, strict=True):
+        spelling, roles = Canonical(tokenizer), tokenizer.table.role
+        spelling.refuse_unspelt({window.id: window.data for window in windows})
+        ends = tuple(token for token, role in enumerate(roles) if role in ("eos", "eot"))
+        models.append(ByteModel(name, tokenizer.table.info, spelling, ends))
+    return measure_bytes(config, models, windows, bars)
 
 
 def eval_samples(config: CorpusConfig, tokenizer: "TextTokenizer", max_tokens: int) -> "list[EvalSample]":

@@ -13,6 +13,7 @@ class ByteTokenizer:
 
     prefix: tuple[int, ...] = ()
     cuts_at_spaces = True
+    whole_words = False
 
     def __init__(self) -> None:
         """Build the table of 256 tokens."""
@@ -43,3 +44,7 @@ class ByteTokenizer:
             self.encode(text, complete=complete, keep_text=keep_text)
             for text, complete in zip(texts, completes, strict=True)
         ]
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """See ``TextTokenizer.token_ids``."""
+        return [list(text.encode()) for text in texts]

@@ -55,6 +55,7 @@ class HfTokenizer:
         self.prefix = prefix
         self.cuts_at_spaces = cuts_at_spaces
         self.controls = controls
+        self.whole_words = bool(getattr(backend.model, "ignore_merges", False))
         self._backend = backend
         self._normalizer = normalizer
         self._strips = strips
@@ -77,12 +78,16 @@ class HfTokenizer:
         self, texts: Sequence[str], completes: Sequence[bool], *, keep_text: bool = False
     ) -> list[Encoded]:
         """See ``TextTokenizer.encode_batch``."""
+        return [
+            self._finish(self._place(text, ids, keep_text=keep_text), complete)
+            for text, ids, complete in zip(texts, self.token_ids(texts), completes, strict=True)
+        ]
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """See ``TextTokenizer.token_ids``."""
         with named_failures(f"tokenizer {self.table.info.name!r} fails on a text", "use another tokenizer"):
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [
-            self._finish(self._place(text, encoding.ids, keep_text=keep_text), complete)
-            for text, encoding, complete in zip(texts, encodings, completes, strict=True)
-        ]
+        return [encoding.ids for encoding in encodings]
 
     def check(self) -> None:
         """Encode the canary.

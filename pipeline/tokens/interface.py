@@ -42,12 +42,14 @@ class TextTokenizer(Protocol):
         prefix: ids that it puts in front of a text for a model: none, BOS, or several.
         cuts_at_spaces: a text cut before a space that follows no whitespace, where a token ends, has the tokens it had.
         controls: id -> how its files spell it, of all control tokens; in a text, that is text.
+        whole_words: a word that is a token is that token, whether merges lead to it or not.
     """
 
     table: TokenTable
     prefix: tuple[int, ...]
     cuts_at_spaces: bool
     controls: Mapping[int, str]
+    whole_words: bool
 
     def normalise(self, text: str) -> str:
         """The text as this tokenizer sees it where that is stable under repetition, else ``text`` itself."""
@@ -71,4 +73,8 @@ class TextTokenizer(Protocol):
         self, texts: Sequence[str], completes: Sequence[bool], *, keep_text: bool = False
     ) -> list[Encoded]:
         """``encode`` of every text, in order, with the tokenizer's own parallelism."""
+        ...
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of every text alone: no EOS, no ends, nothing checked."""
         ...

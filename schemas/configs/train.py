@@ -426,7 +426,17 @@ class TrainConfig(Config):
 class EvalConfig(Config):
     """Measure a model on held-out text and, when given, against stored teacher rows."""
 
-    model: str = argument("Hugging Face id or folder of the model.")
+    model: list[str] = argument("Hugging Face id or folder of the model; several, by commas, with --combine.")
+    combine: Literal["prob", "logit", "bytes"] | None = Field(
+        None,
+        description="Several models as one: mean of probabilities, of log-probabilities, or of P(next byte), for any "
+        "tokenizers and slow.",
+    )
+    max_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="--combine bytes: how much of --text is measured, 1024 when left out; a byte may take a second.",
+    )
     tokenizer: str | None = Field(
         None, description="Tokenizer of a model whose folder holds none, such as 'bytes'.", json_schema_extra=PLACE
     )
@@ -449,6 +459,25 @@ class EvalConfig(Config):
     max_tokens: int = Field(1024, ge=8, description="Longest window in tokens.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _models_go_together(self) -> "EvalConfig":
+        if len(self.model) > 1 and self.combine is None:
+            raise ValueError(f"{len(self.model)} models are named; join them by --combine prob, logit or bytes")
+        if len(self.model) < 2 and self.combine is not None:
+            raise ValueError(f"--combine {self.combine} joins several models, and one is named; leave it out")
+        if self.combine == "bytes" and (self.text is None or self.targets is not None or self.tasks):
+            raise ValueError("--combine bytes measures --text alone; give --text FILE, without --targets and --tasks")
+        if self.combine == "bytes" and self.max_tokens != type(self).model_fields["max_tokens"].default:
+            raise ValueError("--combine bytes cuts text into windows of 512 bytes; leave --max-tokens out")
+        if self.combine != "bytes" and self.max_bytes is not None:
+            raise ValueError("--max-bytes goes with --combine bytes; --limit N cuts the text to N documents")
+        return self
 
     @model_validator(mode="after")
     def _something_to_measure(self) -> "EvalConfig":

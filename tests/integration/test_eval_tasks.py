@@ -161,6 +161,37 @@ def test_shots_and_the_end_of_quiet(smollm2_dir: Path, task_path: Path) -> None:
     assert sys.modules.get("evaluate", True) is not None
 
 
+def test_an_ensemble(smollm2_dir: Path, loaded: tuple[Any, Any], task_path: Path, tmp_path: Path) -> None:
+    """Likelihoods and greedy words of averaged distributions; a small random model is the other half."""
+    import shutil
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=49152, initializer_range=1.0, **sizes)).eval()
+    other.save_pretrained(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(smollm2_dir / name, tmp_path / "other" / name)
+    model, tokenizer = loaded
+
+    def averaged(ids: torch.Tensor) -> Any:
+        """With the logits of the mean of log-probabilities."""
+        return type("Output", (), {"logits": sum(one(ids).logits.log_softmax(-1) for one in (model, other)) / 2})
+
+    names = {"tasks": ["tiny_choice", "tiny_words"], "task_path": str(task_path), "limit": 6, "device": "cpu"}
+    config = EvalConfig(model=[str(smollm2_dir), str(tmp_path / "other")], combine="logit", **names)
+    rows = evaluate(config, INFO, [], Silent(), others=[INFO])["tasks"]
+    found = {(row["task"], row["metric"]): row["value"] for row in rows}
+    hits = [int(np.argmax(likelihoods(averaged, tokenizer, q, choices))) == at for q, choices, at in QUESTIONS[:6]]
+    alone = [int(np.argmax(likelihoods(model, tokenizer, q, choices))) == at for q, choices, at in QUESTIONS[:6]]
+    assert hits != alone, "the other model changes nothing"
+    assert found["tiny_choice", "acc"] == pytest.approx(np.mean(hits))
+    words = [greedy(model, tokenizer, q) if not i % 3 else "no words" for i, (q, _, _) in enumerate(QUESTIONS[:6])]
+    same = [greedy(averaged, tokenizer, q) == key for (q, _, _), key in zip(QUESTIONS[:6], words, strict=True)]
+    assert found["tiny_words", "exact_match"] == pytest.approx(np.mean(same))
+
+
 def test_what_is_refused(smollm2_dir: Path, task_path: Path, tmp_path: Path) -> None:
     """Unknown names with near ones, data that is not there, metrics that are code from the hub, unsafe tasks."""
     (tmp_path / "away.yaml").write_text(CHOICE.format(name="tiny_away", data=tmp_path / "none.jsonl"))

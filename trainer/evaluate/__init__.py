@@ -23,26 +23,34 @@ def evaluate(
     samples: Sequence[EvalSample],
     progress: Progress,
     rows: list[dict[str, Any]] | None = None,
+    others: Sequence[TokenizerInfo] = (),
 ) -> dict[str, Any]:
     """Measure ``config.model``, loaded once, on ``samples``, ``config.targets`` and ``config.tasks``.
 
     Args:
+        tokenizer: the model's, or of several models the first one's.
         samples: ``config.text``, tokenized.
         rows: see ``measure_student``.
+        others: the tokenizers of the other models, which ``config.combine`` joins to one.
 
     Returns:
         See ``measure_student``; with tasks also ``tasks``, see ``xtoken.trainer.evaluate.tasks.open_tasks``.
 
     Raises:
-        XtokenError: the model cannot be loaded or does not fit the tokenizer, nor the targets, or see ``open_tasks``.
+        XtokenError: the model cannot be loaded or does not fit the tokenizer, nor the targets, or several models do not
+            go together, or see ``open_tasks``.
     """
     from xtoken.trainer.evaluate.tasks import open_tasks
+
+    tokenizers = [tokenizer, *others]
+    if len(config.model) > 1:
+        _refuse_mixed(config, tokenizers)
 
     if config.text is not None and not samples:
         raise XtokenError(f"the held-out text {config.text} holds no tokens; give a longer one")
     targets = held_out_targets(config.targets, tokenizer) if config.targets else None
     score_tasks = open_tasks(config) if config.tasks else None
-    student = _load(config, tokenizer, samples, targets)
+    student = _load(config, tokenizers, samples, targets)
     figures: dict[str, Any] = {}
     if samples or targets is not None:
         figures |= measure_student(student, tokenizer, samples, targets, config.max_tokens, progress, rows)
@@ -52,7 +60,7 @@ def evaluate(
 
 
 def _load(
-    config: EvalConfig, tokenizer: TokenizerInfo, samples: Sequence[EvalSample], targets: "Targets | None"
+    config: EvalConfig, tokenizers: Sequence[TokenizerInfo], samples: Sequence[EvalSample], targets: "Targets | None"
 ) -> "Student":
     from xtoken.trainer.objective import Student
     from xtoken.trainer.student.model import (
@@ -64,12 +72,47 @@ def _load(
         pick_device,
     )
 
-    device = pick_device(config.device)
-    model = load_student(config.model, device, config.trust_remote_code)
-    check_width(model, _needed_width(samples, targets), config.model)
-    if samples or targets is not None:
-        check_context(model, config.max_tokens, config.model)
-    return Student(model, device, pick_autocast("auto", device), min(tokenizer.size, head_width(model)))
+    device, models = pick_device(config.device), []
+    for name in config.model:
+        model = load_student(name, device, config.trust_remote_code)
+        check_width(model, _needed_width(samples, targets), name)
+        if samples or targets is not None:
+            check_context(model, config.max_tokens, name)
+        models.append(model)
+    size = min(tokenizers[0].size, *map(head_width, models))
+    return Student(_joined(models, config, tokenizers, size), device, pick_autocast("auto", device), size)
+
+
+def _joined(models: Sequence[Any], config: EvalConfig, tokenizers: Sequence[TokenizerInfo], size: int) -> Any:
+    """One model, or several as one."""
+    from xtoken.trainer.data.samples import context_token
+
+    if len(models) == 1:
+        return models[0]
+    from xtoken.trainer.ensemble import Ensemble
+
+    assert config.combine in ("prob", "logit")
+    return Ensemble(models, config.combine, size, [context_token(one) for one in tokenizers])
+
+
+def _refuse_mixed(config: EvalConfig, tokenizers: Sequence[TokenizerInfo]) -> None:
+    """Raise XtokenError for models that cannot be one, before any is loaded."""
+    from xtoken.trainer.data.samples import context_token
+    from xtoken.trainer.ensemble.tokens import refuse_unequal
+
+    refuse_unequal(config.model, tokenizers)
+    contexts = [context_token(one) for one in tokenizers]
+    for name, own in zip(config.model, contexts, strict=True):
+        if (own is None) != (contexts[0] is None):
+            raise XtokenError(
+                f"{config.model[0]} and {name} do not begin a text alike: one is shown a token in front of it, the "
+                "other none; give both the same tokenizer files"
+            )
+        if own != contexts[0] and config.tasks:
+            raise XtokenError(
+                f"--tasks: {config.model[0]} is shown token {contexts[0]} in front of a text and {name} {own}, and "
+                "lm-eval shows all models the same; give both the same tokenizer files, or leave --tasks out"
+            )
 
 
 def _needed_width(samples: Sequence[EvalSample], targets: "Targets | None") -> int:

@@ -46,7 +46,7 @@ def open_tasks(config: EvalConfig) -> Scorer:
 def _tokenizer(config: EvalConfig) -> Any:
     from transformers import AutoTokenizer
 
-    source = config.tokenizer or config.model
+    source = config.tokenizer or config.model[0]
     auto: Any = AutoTokenizer
     try:
         return auto.from_pretrained(source, trust_remote_code=config.trust_remote_code)

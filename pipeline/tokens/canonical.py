@@ -1,0 +1,136 @@
+"""Which token sequences a tokenizer writes itself: canonical ones, and those that can still become one.
+
+A sequence is canonical if encoding its text gives it back. It is viable if some text that goes on gives it back as its
+beginning: what is canonical need not be so in parts, since a pre-token may depend on what follows ("a\\n\\nb" is
+a, \\n, \\n, b to GPT-2's pattern, and "a\\n\\n" is a, \\n\\n).
+
+The tokenizer itself decides, on the last tokens of a sequence: merges and pre-tokens do not reach further. A sequence
+whose last character is not whole yet is viable until the character is.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from xtoken.pipeline.tokens.interface import TextTokenizer
+from xtoken.schemas.errors import XtokenError
+
+_TAIL = 3  # tokens that are encoded again, at least
+# What is tried behind a sequence beside nothing: one of each kind of character where a pattern may look ahead; letters
+# where a whole word may be a token that is none within a longer word.
+_AFTER_BLANK = ("a", " ", "\n", "0", ".", "\u4e2d")
+_AFTER_WORD = ("z", "Q")
+
+
+class Canonical:
+    """Decides about the sequences of one tokenizer.
+
+    Attributes:
+        token_bytes: [V] what each token stands for; nothing for control tokens.
+        lead: bytes that the tokens of every text begin with and the text does not: the blank that some put in front.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, tail: int | None = _TAIL) -> None:
+        """Of a tokenizer.
+
+        Args:
+            tokenizer: it encodes.
+            tail: how many tokens at the end of a sequence decide; None: all of them, which is slow.
+        """
+        self.token_bytes = tokenizer.table.pieces()
+        self._ids, self._tail = tokenizer.token_ids, tail
+        self._name = tokenizer.table.info.name
+        self._after_word = _AFTER_WORD if tokenizer.whole_words else ()
+        joined = self._joined(self._ids(["a"])[0])
+        self.lead = joined.removesuffix(b"a")
+
+    def encode(self, data: bytes) -> list[int]:
+        """The canonical tokens of whole characters, ``lead`` included."""
+        return self._ids([data.removeprefix(self.lead).decode()])[0]
+
+    def refuse_unspelt(self, texts: Mapping[str, bytes]) -> None:
+        """Refuse texts, by name, that the tokens do not spell byte by byte.
+
+        Raises:
+            XtokenError: the tokenizer normalises one of them, or lacks a token for a byte.
+        """
+        for name, data in texts.items():
+            spelt = self._joined(self.encode(self.lead + data))
+            if spelt != self.lead + data:
+                raise XtokenError(
+                    f"{name}: the tokens of {self._name} do not spell this text but {spelt[:60]!r}, so that they give "
+                    "no probability of its bytes; leave the document out, or write it as the tokenizer does"
+                )
+
+    def complete(self, ids: Sequence[int]) -> bool:
+        """Whether a sequence is canonical: a text may end there."""
+        text = self._text(self._joined(ids))
+        return text is not None and self._ids([text])[0] == list(ids)
+
+    def viable(self, ids: Sequence[int], following: Sequence[int]) -> list[bool]:
+        """For each token of ``following``, whether ``ids`` (viable itself) and that token are viable."""
+        tail = self._tail_of(ids)
+        before, found, asked = self._joined(tail), [True] * len(following), {}
+        for at, token in enumerate(following):
+            data = before + self.token_bytes[token]
+            text = self._text(data)
+            if text is not None:
+                asked[at] = text
+            elif not (data.startswith(self.lead) and _goes_on(data)):
+                found[at] = False
+        self._ask(tail, following, found, asked)
+        return found
+
+    def _ask(self, tail: list[int], following: Sequence[int], found: list[bool], asked: dict[int, str]) -> None:
+        """Encode these texts, then those that fail once more with each continuation."""
+        failed = self._failing(tail, following, asked, "")
+        blank = {at: text for at, text in failed.items() if not text or text[-1].isspace()}
+        word = {at: text for at, text in failed.items() if at not in blank}
+        for kind, continuations in ((blank, _AFTER_BLANK), (word, self._after_word)):
+            for more in continuations:
+                kind = self._failing(tail, following, kind, more)
+            for at in kind:
+                found[at] = False
+
+    def _failing(self, tail: list[int], following: Sequence[int], asked: dict[int, str], more: str) -> dict[int, str]:
+        encoded = self._ids([text + more for text in asked.values()]) if asked else []
+        return {
+            at: text
+            for (at, text), ids in zip(asked.items(), encoded, strict=True)
+            if ids[: len(tail) + 1] != [*tail, following[at]]
+        }
+
+    def _tail_of(self, ids: Sequence[int]) -> list[int]:
+        """The last tokens, from one on that begins a character and that a text may begin with; else all."""
+        whole = list(ids)
+        start = len(whole) if self._tail is None else self._tail
+        for length in range(start, min(len(whole), start + 8)):
+            tail = whole[-length:]
+            text = self._text(self._joined(tail), cut=True)
+            if text is not None and self._ids([text])[0][: length // 2] == tail[: length // 2]:
+                return tail
+        return whole
+
+    def _joined(self, ids: Sequence[int]) -> bytes:
+        return b"".join(map(self.token_bytes.__getitem__, ids))
+
+    def _text(self, data: bytes, *, cut: bool = False) -> str | None:
+        """What the tokenizer is given for these bytes; None for no text; ``cut``: a last character may be in parts."""
+        if not data.startswith(self.lead):
+            return None
+        data = data[len(self.lead) :]
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            return data[: error.start].decode() if cut and _is_open(error, data) else None
+
+
+def _goes_on(data: bytes) -> bool:
+    """Whether bytes that are no text can become one."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return _is_open(error, data)
+    return False
+
+
+def _is_open(error: UnicodeDecodeError, data: bytes) -> bool:
+    return error.end == len(data) and error.reason == "unexpected end of data"
