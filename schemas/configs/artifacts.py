@@ -255,6 +255,5 @@ class DemoConfig(Config):
     """The same as examples/demo.py in a clone of the repository, which replaces it; 'make demo' prepares its models."""
 
     out: str = Field("demo-run", description="As of examples/demo.py.", json_schema_extra=OUT_FOLDER)
-    teacher: str | None = Field(None, description="As of examples/demo.py.", json_schema_extra=PLACE)
-    student: str | None = Field(None, description="As of examples/demo.py.", json_schema_extra=PLACE)
-    steps: int = Field(30, ge=1, description="As of examples/demo.py.")
+    model: str | None = Field(None, description="As of examples/demo.py.", json_schema_extra=PLACE)
+    steps: int = Field(60, ge=1, description="As of examples/demo.py.")

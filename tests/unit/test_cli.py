@@ -59,9 +59,9 @@ def test_a_replaced_verb_says_the_same_command_and_does_it(request: pytest.Fixtu
 
 
 def test_the_demo_goes_on_as_a_script(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    result = RUNNER.invoke(cli.app, ["demo", "--out", str(tmp_path / "o"), "--steps", "7", "--teacher", "/nowhere"])
+    result = RUNNER.invoke(cli.app, ["demo", "--out", str(tmp_path / "o"), "--steps", "7", "--model", "/nowhere"])
     assert result.exit_code == 2
-    assert f"examples/demo.py --out {tmp_path}/o --teacher /nowhere --steps 7\n" in result.stderr
+    assert f"examples/demo.py --out {tmp_path}/o --model /nowhere --steps 7\n" in result.stderr
     assert "the demo ended with exit code" in result.stderr
     assert "/nowhere" in capfd.readouterr().err
 

@@ -29,6 +29,7 @@ WRITES = {
     "share pull": ("share", "pull", "c"),
     "share merge": ("share", "merge", "c,d"),
     "demo": ("demo", "--out"),
+    "transplant": ("transplant", "m", "--tokenizer", "t", "--out"),
 }
 
 

@@ -129,6 +129,7 @@ def moved(smollm2_dir: Path, tokenizer_file: Callable[[str], Path], tmp_path_fac
     return build
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["gemma3", "llama2", "qwen3"])
 def test_where_all_tokens_are_shared_the_shared_tokens_have_their_logits(
     smollm2_dir: Path, tokenizer_file: Callable[[str], Path], moved: Moved, name: str
@@ -153,6 +154,7 @@ def test_where_all_tokens_are_shared_the_shared_tokens_have_their_logits(
     assert torch.allclose(ours.log_softmax(1), theirs.log_softmax(1), rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "begin", "end"),
     # the base model of Gemma-3 has no template: only roles tell what its control tokens do
@@ -219,6 +221,7 @@ def test_the_same_command_writes_the_same_bytes(
     assert (report["init"], report["seed"], report["classes"]["padded"]) == ("random", 0, 0)
 
 
+@pytest.mark.thorough
 def test_a_donor_explains_its_tokens(tiny: Callable[..., Path], permuted: tuple[Path, Any], tmp_path: Path) -> None:
     """The donor is the model itself, onto half of its merges and back: the lost rows come back as sums of kept ones."""
     source = tiny(hidden_size=8, num_attention_heads=1)

@@ -220,6 +220,7 @@ def routed(p: dict[int, float], tail: float, projection: Projection) -> Target:
     return found, tail
 
 
+@pytest.mark.thorough
 def test_mined_targets_are_rows_through_a_w_of_least_edit_distance(
     capture: Path, student_file: str, mined_targets: str
 ) -> None:
@@ -250,6 +251,7 @@ def test_strict_is_the_same_beside_mined(strict_targets: str, mined_targets: str
     assert all(targets_of(one, "strict") == targets_of(other, "strict") for one, other in pairs)
 
 
+@pytest.mark.thorough
 def test_w_is_built_by_the_rule_that_the_losses_need(capture: Path, student_file: str, tmp_path: Path) -> None:
     with pytest.raises(XtokenError, match="p-kl through one of rule pieces and mined through one of rule mined"):
         aligned(capture, student_file, tmp_path / "both", ["p-kl", "mined"])
@@ -273,6 +275,7 @@ def test_samples_cannot_serve_them(
         aligned(drawn, student_file, tmp_path / "t", [loss])
 
 
+@pytest.mark.thorough
 def test_temperatures(capture: Path, student_file: str, tmp_path: Path) -> None:
     """strict needs no tail mass and serves every temperature; mined needs it and says so. At the same scale the order
     of entries and the support stay.
