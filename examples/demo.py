@@ -27,7 +27,7 @@ HELD_OUT = ("same", "other")
 # The text alone, and what the trials found best (benchmarks/results/transfer.md).
 RUNS = {"ce": ["--loss", "ce"], "byte-prefix": ["--loss", "byte-prefix", "--ce-weight", "0"]}
 RATES = {"ce": "1e-4", "byte-prefix": "1e-4"}
-LABELS = {"ce": "trained on the text (CE)", "byte-prefix": "distilled from the original"}
+LABELS = {"ce": "trained on the text: CE", "byte-prefix": "distilled: byte-prefix"}
 Figures = dict[str, Any]
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     if not Path(transplant).is_dir():
         xtoken(asked, "transplant", asked.model, "--tokenizer", tokenizer, "--out", transplant)
     captured = {kind: capture(asked, kind, transplant) for kind in TEXTS}
-    measured = {"under the new tokenizer, untrained": measure(asked, transplant)}
+    measured = {"transplant, untrained": measure(asked, transplant)}
     for loss in RUNS:
         trained = train(asked, loss, transplant, f"{targets}-train")
         measured[LABELS[loss]] = measure(asked, trained["model"])
@@ -132,12 +132,12 @@ def figures(page: str, train: Figures, measured: dict[str, dict[str, Figures]], 
     """What the demo shows at its end: a row for each model, on a chapter of the book and on text of another kind."""
     first = next(iter(measured.values()))
     rows: list[Figures] = [
-        {"model": "the original"} | {f"{kind}_bits_per_byte": first[kind]["teacher_bits_per_byte"] for kind in HELD_OUT}
+        {"model": "the original"} | {kind: first[kind]["teacher_bits_per_byte"] for kind in HELD_OUT}
     ]
     for model, of in measured.items():
         row: Figures = {"model": model}
         for kind in HELD_OUT:
-            row |= {f"{kind}_bits_per_byte": of[kind]["bits_per_byte"], f"{kind}_kl": of[kind]["kl"]}
+            row |= {kind: of[kind]["bits_per_byte"], f"{kind}_kl": of[kind]["kl"]}
         rows.append(row)
     return {
         "tokens_captured": train["tokens"],
@@ -160,8 +160,8 @@ def show(found: Figures, *, as_json: bool) -> None:
     from xtoken.schemas.ui.tables import shown
 
     Console().print(*shown(found), sep="\n")
-    print("same: a chapter of the book that nothing was trained on. other: code, a licence, a README.")
-    print("kl: nats per chunk of text between a model's next tokens and those of the original.")
+    print("Bits per byte of held-out text. same: a chapter of the book; other: code, a licence, a README.")
+    print("kl: to the original's next tokens, nats per chunk of text.")
 
 
 if __name__ == "__main__":

@@ -67,11 +67,11 @@ def test_its_commands_are_commands(
     figures = json.loads(said.out)
     assert figures["tokens_per_second"] == 100.0
     original, *others = figures["held_out"]
-    assert original == {"model": "the original", "same_bits_per_byte": 1.0, "other_bits_per_byte": 1.0}
+    assert original == {"model": "the original", "same": 1.0, "other": 1.0}
     assert [row["model"] for row in others] == [
-        "under the new tokenizer, untrained",
-        "trained on the text (CE)",
-        "distilled from the original",
+        "transplant, untrained",
+        "trained on the text: CE",
+        "distilled: byte-prefix",
     ]
     assert all(row["other_kl"] == 0.4 for row in others)
 
