@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from xtoken import cli
 from xtoken.pipeline.tokens import load_tokenizer
 
+pytestmark = pytest.mark.thorough  # real models and tokenizers, for minutes
 RUNNER = CliRunner()
 ROOT = Path(cli.__file__).resolve().parent
 CAPTURE = ROOT / "tests" / "golden" / "captures" / "v4-topk"
@@ -129,7 +130,6 @@ def moved(smollm2_dir: Path, tokenizer_file: Callable[[str], Path], tmp_path_fac
     return build
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["gemma3", "llama2", "qwen3"])
 def test_where_all_tokens_are_shared_the_shared_tokens_have_their_logits(
     smollm2_dir: Path, tokenizer_file: Callable[[str], Path], moved: Moved, name: str
@@ -154,7 +154,6 @@ def test_where_all_tokens_are_shared_the_shared_tokens_have_their_logits(
     assert torch.allclose(ours.log_softmax(1), theirs.log_softmax(1), rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "begin", "end"),
     # the base model of Gemma-3 has no template: only roles tell what its control tokens do
@@ -221,7 +220,6 @@ def test_the_same_command_writes_the_same_bytes(
     assert (report["init"], report["seed"], report["classes"]["padded"]) == ("random", 0, 0)
 
 
-@pytest.mark.thorough
 def test_a_donor_explains_its_tokens(tiny: Callable[..., Path], permuted: tuple[Path, Any], tmp_path: Path) -> None:
     """The donor is the model itself, onto half of its merges and back: the lost rows come back as sums of kept ones."""
     source = tiny(hidden_size=8, num_attention_heads=1)

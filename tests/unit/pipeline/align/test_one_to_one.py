@@ -32,6 +32,7 @@ from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_manifest
 from xtoken.schemas.ui.progress import Silent
 
+pytestmark = pytest.mark.thorough  # real models and tokenizers, for minutes
 TEXTS = {
     "a.txt": "The quick brown fox, 12345 jumps; naïve café — привет, мир! def f(x): return x ** 2\n" * 4,
     "b.txt": "Wholesale roviral keyframes: ossils of 2048 hematical " * 6,
@@ -220,7 +221,6 @@ def routed(p: dict[int, float], tail: float, projection: Projection) -> Target:
     return found, tail
 
 
-@pytest.mark.thorough
 def test_mined_targets_are_rows_through_a_w_of_least_edit_distance(
     capture: Path, student_file: str, mined_targets: str
 ) -> None:
@@ -251,7 +251,6 @@ def test_strict_is_the_same_beside_mined(strict_targets: str, mined_targets: str
     assert all(targets_of(one, "strict") == targets_of(other, "strict") for one, other in pairs)
 
 
-@pytest.mark.thorough
 def test_w_is_built_by_the_rule_that_the_losses_need(capture: Path, student_file: str, tmp_path: Path) -> None:
     with pytest.raises(XtokenError, match="p-kl through one of rule pieces and mined through one of rule mined"):
         aligned(capture, student_file, tmp_path / "both", ["p-kl", "mined"])
@@ -275,7 +274,6 @@ def test_samples_cannot_serve_them(
         aligned(drawn, student_file, tmp_path / "t", [loss])
 
 
-@pytest.mark.thorough
 def test_temperatures(capture: Path, student_file: str, tmp_path: Path) -> None:
     """strict needs no tail mass and serves every temperature; mined needs it and says so. At the same scale the order
     of entries and the support stay.
@@ -295,7 +293,6 @@ def test_temperatures(capture: Path, student_file: str, tmp_path: Path) -> None:
                 assert other_p - other_p[0] == pytest.approx((one_p - one_p[0]) / 3, abs=1e-5), ids
 
 
-@pytest.mark.thorough
 def test_the_same_bytes_again(capture: Path, student_file: str, mined_targets: str, tmp_path: Path) -> None:
     again = aligned(capture, student_file, tmp_path / "again", ["strict", "mined"])
     names = [path.relative_to(again) for path in Path(again).rglob("*.parquet")]

@@ -44,6 +44,7 @@ def spaces(root: str) -> NDArray[np.float64]:
     return np.concatenate([value for batch in iter_capture(root) for value in batch["space_logprob"].to_pylist()])
 
 
+@pytest.mark.thorough
 def test_both_sides_count_the_same_tokens(tmp_path: Path) -> None:
     roots = {which: capture(tmp_path, which, space=which) for which in ("space", "paper")}
     for which, root in roots.items():
@@ -76,6 +77,7 @@ def test_another_set_is_another_run(tmp_path: Path) -> None:
         capture(tmp_path, "two", space="paper")
 
 
+@pytest.mark.thorough
 def test_captures_of_different_sets_are_not_merged(tmp_path: Path) -> None:
     roots = [capture(tmp_path, "one"), capture(tmp_path, "two", space="paper")]
     with pytest.raises(XtokenError, match="cannot be one capture: space is 'space' and 'paper'"):

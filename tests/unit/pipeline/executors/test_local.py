@@ -156,6 +156,7 @@ def test_a_worker_that_stalls_loses_its_shard_and_may_still_finish(jobs, tmp_pat
     assert "overdue" in watch.kinds()
 
 
+@pytest.mark.thorough
 def test_a_worker_that_never_gets_on_is_replaced(jobs, tmp_path):
     parts, failed = run(jobs.ToyJob(str(tmp_path), {1: "slow"}), workers=1, shards=[0, 1], lease_seconds=1.0)
     assert [part.index for part in parts] == [0]

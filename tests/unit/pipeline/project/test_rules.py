@@ -312,6 +312,7 @@ def test_mined_against_a_search_of_all_tokens_on_toys(
     check_mined(build_w(student, teacher, "mined"), student, teacher, list(range(student.size)))
 
 
+@pytest.mark.thorough
 def test_mined_against_a_search_of_all_tokens(real: tuple[TokenTable, TokenTable]) -> None:
     """Forty random tokens of a real pair, half of them without a twin, and the longest."""
     student, teacher = real

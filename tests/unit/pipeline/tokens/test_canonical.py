@@ -13,6 +13,7 @@ from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
 from xtoken.pipeline.tokens.canonical import Canonical
 from xtoken.schemas.errors import XtokenError
 
+pytestmark = pytest.mark.thorough  # real models and tokenizers, for minutes
 NAMES = ("smollm2", "gemma3", "llama3", "qwen3", "llama2", "gpt4o")
 TEXTS = {
     "english": "It isn't a “whale”, he'd said:\n\nCall me Ishmael -- some years   ago, in 1851.  \n\n\nGone\n",
