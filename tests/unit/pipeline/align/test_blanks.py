@@ -117,6 +117,7 @@ def columns(found: pa.RecordBatch) -> dict[str, dict[int, float]]:
     return {"h-kl": hkl, **{loss: target_of(found, loss, 0) for loss in STEMS}}
 
 
+@pytest.mark.thorough
 def test_a_student_with_a_dummy_space(tokenizer_file: Callable[[str], Path]) -> None:
     teacher, student = _load(tokenizer_file("gemma3")), _load(tokenizer_file("llama2"))
     known = teacher.table.by_bytes()

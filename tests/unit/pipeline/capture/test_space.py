@@ -56,6 +56,7 @@ def test_both_sides_count_the_same_tokens(tmp_path: Path) -> None:
     assert (spaces(roots["paper"]) > spaces(roots["space"])).all(), "more tokens have more mass"
 
 
+@pytest.mark.thorough
 def test_versions_and_names(tmp_path: Path) -> None:
     """What does not ask for the set of the paper is written as ever, for releases that do not know the field."""
     old, new = capture(tmp_path, "old"), capture(tmp_path, "new", space="paper")

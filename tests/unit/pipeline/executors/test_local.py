@@ -147,6 +147,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
+@pytest.mark.thorough
 def test_a_worker_that_stalls_loses_its_shard_and_may_still_finish(jobs, tmp_path):
     watch = jobs.Watching()
     parts, failed = run(jobs.ToyJob(str(tmp_path), {1: "stall once"}), lease_seconds=3.0, watch=watch)

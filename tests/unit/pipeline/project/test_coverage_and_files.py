@@ -58,6 +58,7 @@ def test_llama3_onto_qwen3(table: Callable[[str], TokenTable]) -> None:
     assert 1.1 < found["mean_nonzeros"] < 1.4
 
 
+@pytest.mark.thorough
 def test_smollm2_onto_gemma3(table: Callable[[str], TokenTable]) -> None:
     student, teacher = table("smollm2"), table("gemma3")
     found = _audited(student, teacher)
