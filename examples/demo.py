@@ -24,7 +24,7 @@ MODEL = "smollm2-135m"
 VOCABULARY = 8192
 TEXTS = {"train": "moby-dick", "same": "moby-dick-held-out", "other": "other-kinds"}
 HELD_OUT = ("same", "other")
-# The text alone, and what the trials found best (benchmarks/results/transfer.md).
+# The text alone, and the distributions of the model alone.
 RUNS = {"ce": ["--loss", "ce"], "byte-prefix": ["--loss", "byte-prefix", "--ce-weight", "0"]}
 RATES = {"ce": "1e-4", "byte-prefix": "1e-4"}
 LABELS = {"ce": "trained on the text: CE", "byte-prefix": "distilled: byte-prefix"}

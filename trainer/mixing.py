@@ -14,13 +14,11 @@
 Terms are counted CE first, then the teachers. Shapes: T = 1 + D terms, D teachers.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_LOG = logging.getLogger("xtoken")
 DECAY = 0.9
 MOST = 1e4  # a term whose gradient all but vanishes is not blown up to that of CE
 

@@ -103,7 +103,7 @@ def run_step(
     losses = _losses(objective)
     turns = _Turns(objective, batch, ranks, int(ranks.max(len(batch.micros))), seed)
     distils = _distils(losses)
-    if distils and mixing.measures(step) and not any(mixing.measured_T):
+    if distils and mixing.measures(step) and step == 1:
         mixing.observe(_norms(turns.look(gradient_sizes, mixing.user_T), counts))
     weight_T = _weights(turns, counts, mixing, losses)
     factor_T = [weight / total for weight, total in zip(weight_T, counts.total_T, strict=True)]
