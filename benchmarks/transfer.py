@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, machine_line
+from examples.demo import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -65,26 +66,6 @@ def main() -> None:
     if options.write:
         (RESULTS / "transfer.json").write_text(json.dumps(result, indent=1) + "\n")
         (RESULTS / "transfer.md").write_text(text)
-
-
-def train_tokenizer(folder: Path, size: int = 8192) -> str:
-    """A byte-level BPE of the training text, with an end of text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    if not folder.exists():
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        lines = (ROOT / DATA / "moby-dick.jsonl").read_text(encoding="utf-8").splitlines()
-        trainer = trainers.BpeTrainer(
-            vocab_size=size, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-        )
-        backend.train_from_iterator([json.loads(line)["text"] for line in lines], trainer)
-        folder.mkdir()
-        backend.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}\n')
-    return str(folder)
 
 
 def prepare(work: Path, tokenizer: str) -> dict[str, Any]:
