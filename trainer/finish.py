@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from xtoken.schemas.errors import XtokenError
@@ -97,7 +96,7 @@ def save_result(training: "Training") -> dict[str, Any]:
         return {}
     try:
         return _write_result(training, state)
-    except (OSError, SafetensorError, XtokenError) as error:
+    except (OSError, XtokenError) as error:
         raise XtokenError(
             f"the trained model could not be written ({error}). Its weights are in {training.run.checkpoints}; mend "
             "this and run the same command again, which writes the model without training"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
@@ -94,7 +93,7 @@ def train(
             return _to_the_end(training, _Outside(held_out, progress, trackers, preempted))
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise XtokenError(_no_memory(config, ranks, error)) from error
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             if not any(reason in str(error) for reason in _FULL):
                 raise
             raise XtokenError(

@@ -1,6 +1,7 @@
 """The student: loaded, built from random weights, made ready to train, and saved as a Hugging Face folder."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from xtoken.schemas.configs.train import StudentGroup
 from xtoken.schemas.devices import auto_device
@@ -239,7 +239,7 @@ def save_student(model: Any, tokenizer: str | Path, out: Path, state: Mapping[st
 
     Raises:
         XtokenError: transformers refuses.
-        OSError, SafetensorError: the disk does.
+        OSError: the disk does.
     """
     mend_settings(model)
     with whole_folder(out) as temporary:
@@ -255,14 +255,16 @@ def save_pretrained(model: Any, folder: Path, state: Mapping[str, torch.Tensor] 
     """transformers' own, whose refusals are named; ``state`` as for ``save_student``, an empty one writes no weights.
 
     Raises:
-        XtokenError, OSError, SafetensorError: as ``save_student``.
+        XtokenError, OSError: as ``save_student``.
     """
     try:
         with _no_progress_bars():
             model.save_pretrained(folder, state_dict=None if state is None else dict(state))
-    except (OSError, SafetensorError):
+    except OSError:
         raise
     except Exception as error:  # what transformers refuses to write shares no base
+        if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors raises no OSError of a full disk
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
         reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
         raise XtokenError(
             f"transformers refuses to write this {type(model).__name__} ({reason}); correct what it names in the "

@@ -1,6 +1,9 @@
 """Students of several families: saved whole, usable by strangers, ready to train."""
 
+import errno
 import json
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 from xtoken.schemas.configs.train import TrainConfig
-from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.errors import XtokenError, named
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.trainer.student.model import decoder_layers, head_width, load_student, open_student, prepare, save_student
 
@@ -122,6 +125,22 @@ def test_a_failed_save_leaves_the_old_folder(
     with pytest.raises(OSError, match="No space"):
         save_student(model, "bytes", out)
     assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_disk_without_room_is_an_error_of_the_system(scratch: Callable[..., Any], tmp_path: Path) -> None:
+    """safetensors has an error of its own for it, with the number in its text."""
+    model, limits = scratch("tied"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    was = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+        with pytest.raises(OSError, match="File too large") as found:
+            save_student(model, "bytes", tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, was)
+    assert found.value.errno == errno.EFBIG
+    assert "make room" in str(named(found.value))
+    assert not (tmp_path / "model").exists(), "half a model is no model"
 
 
 def test_published_generation_settings_do_not_stop_a_save(scratch: Callable[..., Any], tmp_path: Path) -> None:
