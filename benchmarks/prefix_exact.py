@@ -3,8 +3,8 @@
 The exact target at a chunk's start is q*(u), the probability that the student's encoding of the teacher's continuation
 begins with u. It is enumerated: the teacher goes on token by token until every tokenization that the student could
 still write begins with the same token. The root target asks less: it takes, for each teacher token t alone, phi(t), the
-longest student token that t starts with. BPE may forbid that (12, 2 where 122 is a token), and what follows t may
-change it.
+token that the student's own encoding of t begins with; what follows t may change that. Beside it the longest student
+token that t starts with, which was phi before: BPE may forbid it (12, 2 where 122 is a token).
 
     python -m benchmarks.prefix_exact          # writes benchmarks/results/prefix_exact.{json,md}
 """
@@ -187,7 +187,7 @@ def _settled(first: FirstToken, data: bytes, piece: bytes) -> int | None:
 
 
 def longest_prefix(teacher: TokenTable, student: TokenTable) -> Callable[[int], int]:
-    """phi: the longest student token that a teacher token starts with."""
+    """The longest student token that a teacher token starts with"""
     pieces, by_bytes = teacher.pieces(), student.by_bytes()
 
     def phi(token: int) -> int:
@@ -200,17 +200,10 @@ def longest_prefix(teacher: TokenTable, student: TokenTable) -> Callable[[int], 
     return phi
 
 
-def first_piece(teacher: TokenTable, canonical: Canonical, phi: Callable[[int], int]) -> Callable[[int], int]:
-    """The first token of the student's own encoding of a teacher token; phi where the token is no text by itself."""
-    pieces = teacher.pieces()
-
-    def rule(token: int) -> int:
-        try:
-            return int(canonical.encode(canonical.lead + pieces[token])[0]) if pieces[token] else phi(token)
-        except (UnicodeDecodeError, IndexError):
-            return phi(token)
-
-    return rule
+def own_first(teacher: TokenTable, canonical: Canonical, longest: Callable[[int], int]) -> Callable[[int], int]:
+    """phi as align has it: the first token of the student's own encoding of a teacher token."""
+    first_U = canonical.first_tokens(teacher.pieces())
+    return lambda token: longest(token) if first_U[token] < 0 else first_U[token]
 
 
 def compare(found: Found, rule: Callable[[int], int]) -> dict[str, float]:
@@ -278,8 +271,8 @@ class Student:
     def __init__(self, source: Path, teacher: TokenTable) -> None:
         self.tokenizer = load_tokenizer(str(source))
         canonical = Canonical(self.tokenizer)
-        self.first, phi = FirstToken(canonical), longest_prefix(teacher, self.tokenizer.table)
-        self.rules = {"root": phi, "first_piece": first_piece(teacher, canonical, phi)}
+        self.first, longest = FirstToken(canonical), longest_prefix(teacher, self.tokenizer.table)
+        self.rules = {"root": own_first(teacher, canonical, longest), "longest": longest}
 
     def figures(self, expand: Expand, teacher: TokenTable, most: int) -> dict[str, float]:
         """Of one position."""
@@ -331,7 +324,7 @@ def shares(rows: list[dict[str, float]]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     names = ["student", "text", "positions", "unsettled"]
-    names += [f"{rule}_{figure}" for rule in ("root", "first_piece") for figure in ("moved", "nowhere", "variation")]
+    names += [f"{rule}_{figure}" for rule in ("root", "longest") for figure in ("moved", "nowhere", "variation")]
     lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * 3 + "|---:" * 7 + "|"]
     for row in rows:
         cells = [f"{row[name]:.2%}" if isinstance(row[name], float) else str(row[name]) for name in names]
@@ -357,8 +350,8 @@ def main() -> None:
         (__doc__ or "").split("\n\n")[1].strip(),
         "Teacher Gemma-3-270m; of the students only the tokenizers are used. Shares of the settled mass, over all "
         "chunk starts: *moved* lies on another token than the exact target has it on, *nowhere* on tokens to which the "
-        "exact target gives nothing, *variation* is the total variation. First piece: instead of phi(t), the first "
-        f"token of the student's own encoding of t alone. Continuations of at least {LEAST:g} are followed, the "
+        "exact target gives nothing, *variation* is the total variation. Longest: the same with the longest "
+        f"student token that t starts with. Continuations of at least {LEAST:g} are followed, the "
         f"{options.most} most probable at each length; *unsettled* is the mass of the others.",
         table(rows),
         machine_line(),

@@ -13,7 +13,7 @@ from xtoken.pipeline.align.blanks import Blanks
 from xtoken.pipeline.align.kernels_project import FATES, MASS_CLASSES
 from xtoken.pipeline.align.prefix import PrefixMaps
 from xtoken.pipeline.project.projection import EXACT, ROLE, TO_REST, Projection, Unreached
-from xtoken.pipeline.tokens import TokenTable
+from xtoken.pipeline.tokens import TextTokenizer, TokenTable
 
 
 class Routes(NamedTuple):
@@ -81,6 +81,7 @@ class Maps:
         teacher: TokenTable | None = None,
         *,
         prefix: bool = True,
+        tokenizer: TextTokenizer | None = None,
     ) -> "Maps":
         """Maps of one projection under one policy for unreached teacher tokens.
 
@@ -90,6 +91,7 @@ class Maps:
             student: its tokens.
             teacher: its tokens; without them no row is shifted and there are no maps for byte-prefix.
             prefix: make the maps for byte-prefix.
+            tokenizer: for them, see ``PrefixMaps.of``.
         """
         return cls(
             projection.student.size,
@@ -99,7 +101,7 @@ class Maps:
             projection.common_student(),
             projection.matched_student(),
             twins(projection, student),
-            PrefixMaps.of(student, teacher, projection) if teacher is not None and prefix else None,
+            PrefixMaps.of(student, teacher, projection, tokenizer) if teacher is not None and prefix else None,
             None if teacher is None else Blanks(student, teacher),
             unreached == "prefix",
         )

@@ -1,6 +1,8 @@
 """Both vocabularies as byte-prefix needs them (``losses/byte_prefix.py`` builds its columns).
 
-phi_c(t) is the longest student token that a teacher token t, without the bytes c already emitted, starts with.
+phi_c(t) is the student token that its own encoding of a teacher token t, without the bytes c already emitted, begins
+with. The longest student token that fits there would be simpler, and is wrong where BPE's merges forbid it (12, 2 where
+the student writes 1, 22): benchmarks/results/prefix_exact.md has the mass that this concerns.
 
 Shapes: U teacher vocabulary, V student vocabulary, M student text tokens, B bytes of all teacher tokens together.
 """
@@ -13,7 +15,10 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.align.kernels_prefix import longest_prefixes
 from xtoken.pipeline.project.projection import ROLE, Projection
-from xtoken.pipeline.tokens import TokenTable
+from xtoken.pipeline.tokens import TextTokenizer, TokenTable
+from xtoken.pipeline.tokens.canonical import Canonical
+
+_AT_ONCE = 1 << 15  # texts given to the tokenizer together: their encodings take memory
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class PrefixMaps:
 
     Attributes:
         teacher, student: token tables.
-        phi_B: int32, phi at every byte of the teacher's tokens, -1 = none.
+        phi_B: int32, phi at every byte of the teacher's tokens, -1 = no student token fits.
         role_U: int32, the student's special token of the same role, or -1.
         rank_U: int32, place of each teacher token in the order of bytes.
         alone_U: bool, a teacher text token without a student token of equal bytes.
@@ -40,20 +45,44 @@ class PrefixMaps:
     sorted_M: NDArray[np.int64]
 
     @classmethod
-    def of(cls, student: TokenTable, teacher: TokenTable, projection: Projection) -> "PrefixMaps":
-        """Maps of a pair; W says which special tokens correspond."""
+    def of(
+        cls, student: TokenTable, teacher: TokenTable, projection: Projection, tokenizer: TextTokenizer | None
+    ) -> "PrefixMaps":
+        """Maps of a pair.
+
+        Args:
+            student, teacher: token tables.
+            projection: W says which special tokens correspond.
+            tokenizer: the student's, whose encoding decides about phi; None: the longest token that fits is phi.
+        """
         data, offsets_M, id_M = _sorted_text(student)
         phi_B = longest_prefixes(teacher.data, teacher.offsets, data, offsets_M, id_M)
+        if tokenizer is not None and int(student.lengths.max()) > 1:  # bytes have one encoding
+            phi_B = _as_encoded(phi_B, teacher, tokenizer)
         role_U = np.full(teacher.size, -1, np.int32)
         role_U[projection.teacher_id[projection.kind == ROLE]] = projection.student_id[projection.kind == ROLE]
-        pieces = teacher.pieces()
+        pieces, twins = teacher.pieces(), student.by_bytes()
         rank_U = np.empty(teacher.size, np.int32)
         rank_U[sorted(range(teacher.size), key=pieces.__getitem__)] = np.arange(teacher.size, dtype=np.int32)
-        filled = np.flatnonzero(teacher.lengths > 0)
-        first = phi_B[teacher.offsets[filled]]
-        alone_U = np.zeros(teacher.size, np.bool_)
-        alone_U[filled] = (first < 0) | (student.lengths[first] < teacher.lengths[filled])
+        alone_U = np.array([bool(piece) and piece not in twins for piece in pieces], np.bool_)
         return cls(teacher, student, phi_B, role_U, rank_U, alone_U, data, offsets_M)
+
+
+def _as_encoded(longest_B: NDArray[np.int32], teacher: TokenTable, tokenizer: TextTokenizer) -> NDArray[np.int32]:
+    """phi at every byte [B]; the longest token that fits where the bytes that are left are no text by themselves."""
+    canonical, ends_U = Canonical(tokenizer), teacher.offsets[1:]
+    data, end_B = teacher.data.tobytes(), np.repeat(ends_U, teacher.lengths).tolist()
+    places: dict[bytes, list[int]] = {}
+    for start, end in enumerate(end_B):
+        places.setdefault(data[start:end], []).append(start)
+    phi_B = longest_B.copy()
+    rests = list(places)
+    for begin in range(0, len(rests), _AT_ONCE):
+        some = rests[begin : begin + _AT_ONCE]
+        for rest, token in zip(some, canonical.first_tokens(some), strict=True):
+            if token >= 0:
+                phi_B[places[rest]] = token
+    return phi_B
 
 
 def _sorted_text(table: TokenTable) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int32]]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from xtoken.pipeline.align.losses import builders
 from xtoken.pipeline.capture.run_identity import create_or_compare
 from xtoken.pipeline.project.projection import Projection
 from xtoken.pipeline.store.files import Folder
@@ -11,6 +12,7 @@ from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, content_hash
 
 RUN_FILE = "align.json"
+_HASH = 64  # characters
 
 
 def run_settings(config: AlignConfig, capture: CaptureManifest, projection: Projection) -> dict[str, Any]:
@@ -25,6 +27,8 @@ def run_settings(config: AlignConfig, capture: CaptureManifest, projection: Proj
         "tau": config.tau,
         "entries": config.entries,
     }
+    if revisions := [f"{loss.name}-{loss.revision}" for loss in builders(config.losses) if loss.revision]:
+        settings["revisions"] = revisions
     return settings | {name: value for name, value in identity(config).items() if name not in settings}
 
 
@@ -45,12 +49,13 @@ def claim(root: str, settings: dict[str, Any], model: type[AlignConfig] = AlignC
     if foreign and not folder.exists(RUN_FILE):
         raise XtokenError(f"{root} holds {foreign[0]} and no {RUN_FILE}: no align run wrote it; give another --out")
     needed = any(name != RUN_FILE for name in foreign)
-    differ = create_or_compare(folder, RUN_FILE, settings, needed=needed, absent=defaults(model))
+    silent = {**defaults(model), "revisions": []}
+    differ = create_or_compare(folder, RUN_FILE, settings, needed=needed, absent=silent)
     if differ:
         listed = ", ".join(f"{name}: {_short(there)} there, {_short(now)} now" for name, there, now in differ)
         raise XtokenError(f"{root} belongs to another align run ({listed}); give another --out, or remove that folder")
 
 
 def _short(value: Any) -> str:
-    text = "+".join(value) if isinstance(value, list) else str(value)
-    return text[:12]
+    text = "+".join(value) or "none" if isinstance(value, list) else str(value)
+    return text[:12] if len(text) == _HASH else text

@@ -72,7 +72,7 @@ class AlignJob:
         unreached: Unreached = config.unreached
         teacher = load_vocab(self.capture)
         prefix = any(loss.needs_prefix_maps for loss in builders(config.losses))
-        maps = Maps.of(self.projection, unreached, tokenizer.table, teacher, prefix=prefix)
+        maps = Maps.of(self.projection, unreached, tokenizer.table, teacher, prefix=prefix, tokenizer=tokenizer)
         texts = CorpusTexts(self.capture, config.corpus) if config.corpus else None
         recipe = Recipe(config.losses, config.merge, config.tau, self.codec, config.entries)
         parts = CaptureParts(self.capture, config.memory_limit, len(config.losses))

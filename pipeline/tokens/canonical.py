@@ -46,6 +46,29 @@ class Canonical:
         """The canonical tokens of whole characters, ``lead`` included."""
         return self._ids([data.removeprefix(self.lead).decode()])[0]
 
+    def first_tokens(self, texts: Sequence[bytes]) -> list[int]:
+        """The first canonical token of each text, as it is written within a longer one behind a boundary of tokens.
+
+        Returns:
+            ids [texts]; -1 for bytes that are no text, and where the tokenizer does not spell them byte by byte.
+        """
+        found, asked = [-1] * len(texts), {}
+        for at, data in enumerate(texts):
+            # A blank that the tokenizer puts in front of a text is the text's own here, or stands before a line end.
+            before = b"" if data.startswith(self.lead) else b"\n"
+            text = self._text(data if not before else self.lead + before + data)
+            if text:
+                asked[at] = (text, len(self.lead + before) if before else 0)
+        for (at, (_, begin)), ids in zip(asked.items(), self._ids([text for text, _ in asked.values()]), strict=True):
+            end = 0
+            for token in ids:
+                piece = self.token_bytes[token]
+                if end == begin and piece:
+                    found[at] = token if texts[at].startswith(piece) else -1
+                    break
+                end += len(piece)
+        return found
+
     def refuse_unspelt(self, texts: Mapping[str, bytes]) -> None:
         """Refuse texts, by name, that the tokens do not spell byte by byte.
 

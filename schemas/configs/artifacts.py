@@ -159,7 +159,7 @@ class AlignConfig(Config):
         """See ``Config``: align.json, which holds hashes of the capture, the student and W, not their places."""
         if not {"capture", "student", "w", "for"} <= record.keys() or len(str(record["w"])) != 64:
             return None
-        return {name: value for name, value in record.items() if name not in ("capture", "student", "w")}
+        return {name: value for name, value in record.items() if name not in ("capture", "student", "w", "revisions")}
 
     @field_validator("losses")
     @classmethod

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from xtoken import cli
 from xtoken.pipeline.project import Projection, build_w
 from xtoken.pipeline.store.reader import load_vocab
-from xtoken.pipeline.tokens import TokenTable, load_tokenizer
+from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.data.batches import Loader
 from xtoken.trainer.data.layout import Layout
@@ -47,15 +47,22 @@ def xtoken(*words: object) -> dict[str, Any]:
 class Words:
     """A student's text tokens by their bytes."""
 
-    def __init__(self, table: TokenTable) -> None:
-        self.pieces = table.pieces()
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        table = tokenizer.table
+        self.encoded, self.pieces = tokenizer.token_ids, table.pieces()
         self.by_bytes = {self.pieces[i]: i for i in range(table.size - 1, -1, -1) if self._is_text(table, i)}
 
     def _is_text(self, table: TokenTable, i: int) -> bool:
         return table.role[i] is None and bool(self.pieces[i])
 
-    def longest_prefix(self, text: bytes) -> int | None:
-        return next((self.by_bytes[text[:n]] for n in range(len(text), 0, -1) if text[:n] in self.by_bytes), None)
+    def first(self, text: bytes) -> int | None:
+        """Of its own encoding; of bytes that are no text the longest that fits."""
+        if not text:
+            return None
+        try:
+            return self.encoded([text.decode()])[0][0]
+        except UnicodeDecodeError:
+            return next((self.by_bytes[text[:n]] for n in range(len(text), 0, -1) if text[:n] in self.by_bytes), None)
 
     def starting_with(self, text: bytes) -> list[int]:
         return [i for i, data in enumerate(self.pieces) if self.by_bytes.get(data) == i and data.startswith(text)]
@@ -76,7 +83,7 @@ def kl_with_rest(target: dict[int, float], p_S: np.ndarray) -> float:
 def root(kept: dict[int, float], pieces: list[bytes], words: Words, specials: dict[int, int]) -> dict[int, float]:
     target: dict[int, float] = {}
     for t, p in kept.items():
-        u = specials.get(t, words.longest_prefix(pieces[t]) if pieces[t] else None)
+        u = specials.get(t, words.first(pieces[t]) if pieces[t] else None)
         if u is not None:
             target[u] = target.get(u, 0.0) + p
     return target
@@ -86,7 +93,7 @@ def interior(kept: dict[int, float], done: bytes, pieces: list[bytes], words: Wo
     going = {t: p for t, p in kept.items() if pieces[t].startswith(done)}
     target: dict[int, float] = {}
     for t, p in going.items():
-        u = words.longest_prefix(pieces[t][len(done) :])
+        u = words.first(pieces[t][len(done) :])
         if u is not None:
             target[u] = target.get(u, 0.0) + p / sum(going.values())
     return target or None
@@ -168,7 +175,7 @@ def test_byte_prefix_and_alm_are_their_definitions(
     specials = {int(table.info.eos_id or 0): eos}
     teacher_rows = log_probabilities(gemma3_dir, [[table.info.bos_id, *row["teacher_ids"]] for row in rows])
     student_rows = log_probabilities(smollm2_dir, [[eos, *one.ids.tolist()] for one in encoded])
-    names = table.pieces(), Words(student.table), specials
+    names = table.pieces(), Words(student), specials
     sums, chunks, alm = dict.fromkeys(("root", "interior", "child"), 0.0), 0, 0.0
     for row, one, logp_T, logp_S in zip(rows, encoded, teacher_rows, student_rows, strict=True):
         terms, found = sample_terms(row["teacher_end"], row["text"].encode(), logp_T, logp_S, one, names)

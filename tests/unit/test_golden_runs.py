@@ -108,6 +108,19 @@ def test_another_run_is_refused(begun: Callable[..., Any], name: str) -> None:
     assert not (Path(name) / FINISHED[name]).exists()
 
 
+def test_targets_of_an_older_rule_are_another_run(begun: Callable[..., Any]) -> None:
+    """Release 0.5.0 cut byte-prefix by the longest token that fits: none of its parts beside one of now."""
+    words = ["align", "v4-topk", "--student", "bytes", "--for", "byte-prefix", "--out", "cut", "--quiet"]
+    assert CliRunner().invoke(cli.app, words).exit_code == 0
+    record = json.loads(Path("cut/align.json").read_text())
+    assert record.pop("revisions") == ["byte-prefix-1"]
+    assert CliRunner().invoke(cli.app, [*words, "--config", "cut/align.json"]).exit_code == 0
+    Path("cut/align.json").write_text(json.dumps(record))
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 2
+    assert "revisions: none there, byte-prefix-1 now" in result.output
+
+
 def test_the_record_of_a_run_is_its_config_file(begun: Callable[..., Any]) -> None:
     result = CliRunner().invoke(cli.app, ["train", "--config", "run/run.json", "--quiet", "--warmup", "3"])
     assert "warmup=2 there, 3 now" in result.output

@@ -4,8 +4,8 @@
     interior  inside a teacher token        the same, q given the bytes already there
     child     behind the chunk's first token a:  -sum_g M_g log sum_{u in C(r_g)} p_S(u | a)
 
-phi(t) is the longest student token that is a prefix of t's bytes; the tail holds what has none, and is one cell of the
-KL.
+phi(t) is the token that the student's own encoding of t's bytes begins with; the tail holds what has none, and is one
+cell of the KL.
 C(r) are the student tokens that start with the bytes r: a range of the vocabulary in order of bytes. The targets of
 all three were built by 'xtoken align' and depend on nothing the student computes.
 

@@ -108,6 +108,7 @@ class TargetBuilder:
         not_linear: why its targets are not linear in a distribution, as in "compares sorted lists"; samples are right
             in the mean only, so captures that hold them cannot serve it. Empty = linear.
         needs_prefix_maps: it reads ``Maps.prefix``, which takes seconds to make.
+        revision: counted up where the same flags begin to give other columns, so that no folder holds both.
         w_rule: the rule of 'xtoken project' that W is built by where none is given; empty = it serves through any W.
         rules: what must hold of its targets beyond what their columns say: a sentence, and the SQL condition under
             which a sample breaks it, over the columns of ``checks.summary_batch``.
@@ -118,6 +119,7 @@ class TargetBuilder:
     needs_tail: ClassVar[bool] = True
     not_linear: ClassVar[str] = ""
     needs_prefix_maps: ClassVar[bool] = False
+    revision: ClassVar[int] = 0
     w_rule: ClassVar[str] = ""
     rules: ClassVar[Mapping[str, str]] = {}
 

@@ -27,6 +27,7 @@ class Builder(TargetBuilder):
     """Columns ``prefix_*`` and ``child_*``."""
 
     needs_prefix_maps: ClassVar[bool] = True
+    revision: ClassVar[int] = 1  # 0: phi was the longest student token that fits
     rules: ClassVar[Mapping[str, str]] = {
         "a child range is empty or outside the student's tokens": (
             "child_low_low < 0 OR child_high_high > $text OR child_high_above_child_low < 1"

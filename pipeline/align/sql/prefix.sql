@@ -1,7 +1,8 @@
 -- Byte-prefix, root and interior: kept teacher tokens as the student tokens that begin what is left of them.
 -- entries: (place, teacher_id, logprob); rest: (place, logprob), of roots only; emitted: (place, hex), empty at a root;
 -- teacher: (token_id, hex); student: (token_id, hex, byte_fallback), hex empty where a token has no bytes;
--- roles: (teacher_id, student_id). One result row per target entry, and one with student_id NULL for the tail.
+-- encoded: (hex, token_id), the first token of the student's own encoding of what is left of a teacher token, where those
+-- bytes are a text; roles: (teacher_id, student_id). One result row per target entry, and one with student_id NULL for the tail.
 WITH
 -- Kept tokens that start with what is emitted, without it.
 remaining AS (
@@ -19,7 +20,7 @@ spelling AS (
     SELECT hex, token_id FROM student WHERE hex <> ''
     QUALIFY row_number() OVER (PARTITION BY hex ORDER BY byte_fallback, token_id) = 1
 ),
--- Two hex digits are a byte; the longest prefix that is a student token wins.
+-- Two hex digits are a byte. Of bytes that are no text the longest prefix that is a student token wins.
 prefixes AS (
     SELECT place, teacher_id, unnest(range(2, length(hex) + 1, 2)) AS digits, left(hex, digits) AS prefix FROM remaining
 ),
@@ -29,8 +30,14 @@ longest AS (
     GROUP BY place, teacher_id
 ),
 routed AS (
-    SELECT place, coalesce(longest.student_id, CASE WHEN before = '' THEN roles.student_id END) AS student_id, p
-    FROM remaining LEFT JOIN longest USING (place, teacher_id) LEFT JOIN roles USING (teacher_id)
+    SELECT
+        place,
+        coalesce(encoded.token_id, longest.student_id, CASE WHEN before = '' THEN roles.student_id END) AS student_id,
+        p
+    FROM remaining
+    LEFT JOIN encoded USING (hex)
+    LEFT JOIN longest USING (place, teacher_id)
+    LEFT JOIN roles USING (teacher_id)
     UNION ALL
     SELECT place, NULL, exp(logprob) FROM rest
 ),

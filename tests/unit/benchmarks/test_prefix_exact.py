@@ -133,5 +133,7 @@ def test_packed_numerals_by_hand(exact: ModuleType, tmp_path: Path) -> None:
         expand, pair[0].table, exact.FirstToken(Canonical(pair[1])), least=0, enough=0, most=100, longest=5
     )
     assert found.exact() == pytest.approx({known[b"1"]: 0.2, known[b"12"]: 0.15, known[b"122"]: 0.15, -2: 0.5})
-    rule: Callable[[int], int] = exact.longest_prefix(pair[0].table, student)
-    assert exact.compare(found, rule) == pytest.approx({"moved": 0.3, "nowhere": 0.0, "variation": 0.3})
+    longest: Callable[[int], int] = exact.longest_prefix(pair[0].table, student)
+    assert exact.compare(found, longest) == pytest.approx({"moved": 0.3, "nowhere": 0.0, "variation": 0.3})
+    own = exact.own_first(pair[0].table, Canonical(pair[1]), longest)
+    assert exact.compare(found, own) == exact.compare(found, longest), "1 alone is 1 to both"
