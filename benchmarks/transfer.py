@@ -1,6 +1,7 @@
 """A model moved to another tokenizer: what the text alone (CE) and distillation from the model itself bring back.
 
-    python -m benchmarks.transfer WORK                      # settings of the table, learning rates swept
+    python -m benchmarks.transfer WORK                      # every setting at every learning rate
+    python -m benchmarks.transfer WORK --settings ce,alm:1e-4      # one of them at one rate
     python -m benchmarks.transfer WORK --settings ce --rates 1e-4 --steps 20   # a look
 
 SmolLM2-135M goes to a byte-level BPE that is trained here on the text it is to be trained with (or to --tokenizer). The
@@ -32,6 +33,7 @@ SETTINGS = {
     "byte-prefix": ["--loss", "byte-prefix", "--ce-weight", "0"],
     "byte-prefix+ce": ["--loss", "byte-prefix", "--mix", "gradmag"],
     "p-kl": ["--loss", "p-kl", "--ce-weight", "0"],
+    "h-kl": ["--loss", "h-kl", "--ce-weight", "0"],
     "alm": ["--loss", "alm", "--mix", "gradmag", "--ce-weight", "0"],
     "alm+ce": ["--loss", "alm", "--mix", "gradmag"],
     "alm-tau5+ce": ["--loss", "alm", "--alm-tau", "5", "--mix", "gradmag"],
@@ -44,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--tokenizer", help="folder of the new tokenizer; left out: trained on the text")
-    parser.add_argument("--settings", default=",".join(SETTINGS))
+    parser.add_argument("--settings", default=",".join(SETTINGS), help="NAME or NAME:RATE, by commas")
     parser.add_argument("--rates", default="5e-5,1e-4,2e-4")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out")
@@ -54,7 +56,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = options.tokenizer or train_tokenizer(work / "tokenizer")
     counts = prepare(work, tokenizer)
-    jobs = [(name, rate) for rate in options.rates.split(",") for name in options.settings.split(",")]
+    asked = [one.partition(":") for one in options.settings.split(",")]
+    jobs = [(name, one) for name, _, rate in asked for one in (rate or options.rates).split(",")]
     threads = max(1, (os.cpu_count() or 2) // options.jobs)
     rows = [{"model": "transplant", **measured(work, work / "transplant", threads)}]
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -79,7 +82,7 @@ def prepare(work: Path, tokenizer: str) -> dict[str, Any]:
         if not (capture / "manifest.json").exists():
             words = ["precompute", str(DATA / f"{name}.jsonl"), "--id-field", "id", "--teacher", str(MODEL)]
             xtoken([*words, "--max-tokens", "256", "--shard-bytes", str(1 << 15), "--out", str(capture)])
-        losses = "p-kl,alm,byte-prefix" if kind == "train" else "p-kl"
+        losses = "p-kl,h-kl,alm,byte-prefix" if kind == "train" else "p-kl"
         words = ["align", str(capture), "--student", str(transplant), "--for", losses, "--out", str(targets)]
         found[kind] = xtoken(words)
     return found
