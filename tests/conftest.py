@@ -24,6 +24,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: threads of each would take the cores from each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How quick a machine is decides nothing, and the same code is given the same examples; make soak looks for others.
 _PATIENT: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
