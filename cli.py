@@ -30,8 +30,9 @@ from xtoken.schemas.configs.artifacts import (
 )
 from xtoken.schemas.configs.base import Config
 from xtoken.schemas.configs.capture import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
+from xtoken.schemas.configs.measure import EvalConfig, ReportConfig
 from xtoken.schemas.configs.share import CardConfig, MergeConfig, PullConfig, PushConfig
-from xtoken.schemas.configs.train import EvalConfig, ReportConfig, TrainConfig
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.configs.transplant import TransplantConfig
 from xtoken.schemas.errors import TRACEBACK, PartlyDone, XtokenError, named
 from xtoken.schemas.io.cache_folders import settle_home

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.machine import machine, machine_line
 from xtoken.cli import run_eval
-from xtoken.schemas.configs.train import EvalConfig
+from xtoken.schemas.configs.measure import EvalConfig
 from xtoken.schemas.ui.progress import Bars
 
 ROOT = Path(__file__).resolve().parent.parent

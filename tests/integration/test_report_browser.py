@@ -8,7 +8,7 @@ import pytest
 from browser import Browser, chromium
 from report_runs import write_run
 
-from xtoken.schemas.configs.train import ReportConfig
+from xtoken.schemas.configs.measure import ReportConfig
 from xtoken.trainer.report.page import write_report
 
 ATTACK = "</div></script><script>owned=1</script><img src=x onerror=owned=1><svg onload=owned=1>\u202eevil\u2066 "

@@ -70,7 +70,7 @@ def test_what_makes_a_configuration_can_be_said_in_words() -> None:
     """Arguments without names, lists of them, switches, and flags whose name is not their field's."""
     from xtoken.schemas.configs.artifacts import AlignConfig
     from xtoken.schemas.configs.capture import PrecomputeConfig
-    from xtoken.schemas.configs.train import ReportConfig
+    from xtoken.schemas.configs.measure import ReportConfig
     from xtoken.schemas.ui.flags import build, words_of
 
     runs = build(ReportConfig, {"runs": ["a b", "c"], "out": "r.html"})

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xtoken.schemas.configs.train import EvalConfig
+from xtoken.schemas.configs.measure import EvalConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.ui.progress import Progress

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xtoken.schemas.configs.train import EvalConfig
+from xtoken.schemas.configs.measure import EvalConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Progress
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from xtoken.schemas.configs.train import ReportConfig
+from xtoken.schemas.configs.measure import ReportConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.atomic import write_text
 from xtoken.trainer.report.curves import draw, legend

@@ -211,6 +211,7 @@ def test_weight_of_ce_follows_the_mix() -> None:
     ("options", "rule"),
     [
         ({"mix": "dynamic", "ce_weight": 0}, "CE cannot weigh 0; use --mix fixed or gradmag"),
+        ({"gradmag_every": 5}, "--gradmag-every goes with --mix gradmag, not fixed; leave it out"),
         ({"mix": "gradmag", "kd_weight": 0}, "say --loss ce for that"),
     ],
 )

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 import xtoken.trainer.loop as loop
 import xtoken.trainer.start as start
-from xtoken.schemas.configs.train import EvalConfig, TrainConfig
+from xtoken.schemas.configs.measure import EvalConfig
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.ui.progress import Silent

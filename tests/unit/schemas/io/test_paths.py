@@ -13,7 +13,8 @@ from xtoken.schemas import configs
 from xtoken.schemas.configs.artifacts import AlignConfig, QueryConfig
 from xtoken.schemas.configs.base import Config, place_of
 from xtoken.schemas.configs.capture import CorpusConfig, PrecomputeConfig
-from xtoken.schemas.configs.train import ReportConfig, TrainConfig
+from xtoken.schemas.configs.measure import ReportConfig
+from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.paths import is_chain, plain, refuse_lost_folder, refuse_unusable
 from xtoken.schemas.io.remote import is_local, open_filesystem

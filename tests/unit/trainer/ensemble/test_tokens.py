@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from xtoken.schemas.configs.train import EvalConfig
+from xtoken.schemas.configs.measure import EvalConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.ensemble import Ensemble

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from xtoken.schemas.categories import CATEGORIES
-from xtoken.schemas.configs.train import EvalConfig
+from xtoken.schemas.configs.measure import EvalConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.data.layout import Layout

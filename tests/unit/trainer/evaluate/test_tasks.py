@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from xtoken.schemas.configs.train import EvalConfig
+from xtoken.schemas.configs.measure import EvalConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.evaluate import evaluate

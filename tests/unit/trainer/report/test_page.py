@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from report_runs import write_lines, write_run
 
-from xtoken.schemas.configs.train import ReportConfig
+from xtoken.schemas.configs.measure import ReportConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.trainer.report.markup import Html, element, p_text, shown, table
 from xtoken.trainer.report.page import write_report
