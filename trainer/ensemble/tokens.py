@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.trainer.student.expansion import ExpandedModel
 from xtoken.trainer.student.model import head_width
 
 Combine = Literal["prob", "logit"]
@@ -29,9 +30,28 @@ class EnsembleConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 class EnsembleCache(Cache):
     """The models' caches side by side: what is done to all layers of one (reordering, cropping) is done to all."""
 
-    def __init__(self, caches: Sequence[Cache]) -> None:
+    def __init__(self, caches: Sequence[Cache], *, in_order: bool = False) -> None:
+        """Of caches, one per model.
+
+        Args:
+            caches: theirs.
+            in_order: a model remembers by row what it has read beside its cache, so that rows cannot change places.
+        """
         super().__init__(layers=[layer for cache in caches for layer in cache.layers])
-        self.caches = tuple(caches)
+        self.caches, self.in_order = tuple(caches), in_order
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As transformers' own.
+
+        Raises:
+            XtokenError: a model has expanded inputs.
+        """
+        if self.in_order:
+            raise XtokenError(
+                "beam search lets rows change places, which a model with expanded inputs does not follow; "
+                "call generate with num_beams=1"
+            )
+        super().reorder_cache(beam_idx)
 
 
 class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -129,7 +149,8 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
             total = logp if total is None else self._add(total, logp)
             kept.append(getattr(output, "past_key_values", None) if use_cache else None)
         assert total is not None
-        cache = _joined(kept) if use_cache else None
+        in_order = any(isinstance(model, ExpandedModel) for model in self.models)
+        cache = _joined(kept, in_order) if use_cache else None
         return CausalLMOutputWithPast(logits=self._mean(total), past_key_values=cache)  # type: ignore[arg-type]
 
     def _shown(self, at: int, input_BL: Tensor, position_BL: Tensor | None, known: int) -> Tensor:
@@ -149,12 +170,12 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
         return torch.log_softmax(total if self.combine == "prob" else total / len(self.models), dim=-1)
 
 
-def _joined(caches: Sequence[Any]) -> EnsembleCache:
+def _joined(caches: Sequence[Any], in_order: bool) -> EnsembleCache:
     if not all(isinstance(cache, Cache) for cache in caches):
         raise XtokenError(
             "a model of the ensemble keeps no cache of keys and values; call generate with use_cache=False"
         )
-    return EnsembleCache(caches)
+    return EnsembleCache(caches, in_order=in_order)
 
 
 def refuse_unequal(names: Sequence[str], tokenizers: Sequence[TokenizerInfo]) -> None:

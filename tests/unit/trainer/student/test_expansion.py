@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.ensemble import Ensemble
 from xtoken.trainer.student.adapters import add_adapters
 from xtoken.trainer.student.expansion import FILE, Endings, ExpandedModel
 from xtoken.trainer.student.head import find_head, packing_changes_nothing
@@ -160,3 +161,13 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 def test_adapters_are_refused() -> None:
     with pytest.raises(XtokenError, match="--lora does not go with a model of expanded inputs"):
         add_adapters(make(), 2)
+
+
+def test_in_an_ensemble_rows_stay_where_they_are() -> None:
+    """Greedily a cache changes nothing; beams would exchange rows whose bytes the model remembers apart."""
+    ensemble, ids = Ensemble([make(), make("gemma")], "prob", 259), text(256, b"abab the")
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    plain = ensemble.generate(ids, use_cache=False, **options)
+    assert torch.equal(ensemble.generate(ids, use_cache=True, **options), plain)
+    with pytest.raises(XtokenError, match="call generate with num_beams=1"):
+        ensemble.generate(ids, num_beams=2, **options)
