@@ -51,7 +51,7 @@ class EnsembleCache(Cache):
                 "beam search lets rows change places, which a model with expanded inputs does not follow; "
                 "call generate with num_beams=1"
             )
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # a LongTensor to them, which is no type
 
 
 class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
