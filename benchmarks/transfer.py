@@ -89,14 +89,20 @@ def prepare(work: Path, tokenizer: str) -> dict[str, Any]:
 
 
 def trained(work: Path, steps: int, threads: int, name: str, rate: str) -> dict[str, Any]:
-    """One run and its figures."""
+    """One run and its figures, which stay beside its folder."""
     out, began = work / "runs" / f"{name}-{rate}-{steps}", time.monotonic()
+    kept = out.with_name(f"{out.name}.json")
+    if kept.exists():
+        row: dict[str, Any] = json.loads(kept.read_text())
+        return row
     words = ["train", str(work / "targets-train"), "--student", str(work / "transplant"), "--out", str(out)]
     schedule = ["--lr", rate, "--steps", str(steps), "--keep", "1", "--completions", "0"]
     summary = xtoken([*words, *SETTINGS[name], *STEP, *schedule], threads)
     found = measured(work, out / "model", threads)
     print(f"{out.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    return {"model": name, "rate": rate, "tokens": summary["tokens"], "seconds": summary["seconds"], **found}
+    row = {"model": name, "rate": rate, "tokens": summary["tokens"], "seconds": summary["seconds"], **found}
+    kept.write_text(json.dumps(row))
+    return row
 
 
 def measured(work: Path, model: Path, threads: int) -> dict[str, Any]:
