@@ -3,7 +3,7 @@
     python -m benchmarks.losses                       # all losses; writes benchmarks/results/losses.json and .md
     python -m benchmarks.losses --only p-kl --profile # where one loss spends its time
 
-Ours is what ``trainer.objective.score_states`` does for a micro-batch: blocks, terms, backward, CE included. Dense is
+Ours is what ``trainer.score.score_states`` does for a micro-batch: blocks, terms, backward, CE included. Dense is
 ``losses_dense.gradient``: one autograd pass. Both start from the same logits and end with the gradient by them.
 
 Time: the median of five passes of each side after one, each begun when the machine is idle; passes during which other
@@ -48,7 +48,8 @@ from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import Loss, LossSetup
-from xtoken.trainer.objective import Objective, Student, score_states
+from xtoken.trainer.objective import Objective, Student
+from xtoken.trainer.score import score_states
 from xtoken.trainer.student.head import Head
 
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,8 @@ import torch
 
 from xtoken.trainer.data.batches import StepBatch
 from xtoken.trainer.data.micro_batch import Micro, TeacherTargets
-from xtoken.trainer.objective import Sums, score
 from xtoken.trainer.run import write_json
+from xtoken.trainer.score import Sums, score
 from xtoken.trainer.step import seed_all
 from xtoken.trainer.watch import Diagnosis, SampleScore, Verdict
 

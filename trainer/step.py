@@ -19,8 +19,8 @@ from xtoken.trainer.data.batches import StepBatch
 from xtoken.trainer.data.micro_batch import Micro
 from xtoken.trainer.losses.base import Loss
 from xtoken.trainer.mixing import Mixing
-from xtoken.trainer.objective import Sums, gradient_sizes, score, sums_of
 from xtoken.trainer.ranks import Ranks
+from xtoken.trainer.score import Sums, gradient_sizes, score, sums_of
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def _train(root: str, _out: str) -> None:
     from xtoken.trainer.data.targets import Targets
     from xtoken.trainer.losses import open_loss
     from xtoken.trainer.losses.base import LossSetup
-    from xtoken.trainer.objective import measure
+    from xtoken.trainer.score import measure
 
     targets = Targets(root)
     info = targets.manifest.student

@@ -27,7 +27,8 @@ from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import LossSetup
-from xtoken.trainer.objective import Student, measure
+from xtoken.trainer.objective import Student
+from xtoken.trainer.score import measure
 from xtoken.trainer.student.model import load_student
 
 TEXT = Path(cli.__file__).resolve().parent / "examples" / "data" / "moby-dick-held-out.jsonl"

@@ -20,7 +20,8 @@ from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
-from xtoken.trainer.objective import Objective, Student, score
+from xtoken.trainer.objective import Objective, Student
+from xtoken.trainer.score import score
 from xtoken.trainer.start import use_liger
 from xtoken.trainer.student.head import Head
 

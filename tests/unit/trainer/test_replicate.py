@@ -13,8 +13,9 @@ from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
-from xtoken.trainer.objective import Objective, Student, score
+from xtoken.trainer.objective import Objective, Student
 from xtoken.trainer.ranks import replicate
+from xtoken.trainer.score import score
 from xtoken.trainer.student.head import find_head, leaves_some_out
 from xtoken.trainer.student.model import load_student
 

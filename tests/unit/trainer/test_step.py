@@ -18,8 +18,9 @@ from xtoken.trainer.diagnosis import single_samples
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import Loss
 from xtoken.trainer.mixing import Mixing
-from xtoken.trainer.objective import Objective, Student, score
+from xtoken.trainer.objective import Objective, Student
 from xtoken.trainer.ranks import Ranks
+from xtoken.trainer.score import score
 from xtoken.trainer.step import Figures, count_step, run_step
 from xtoken.trainer.student.model import load_student
 
