@@ -2,12 +2,13 @@
 
     python -m benchmarks.transfer WORK                      # every setting at every learning rate
     python -m benchmarks.transfer WORK --settings ce,alm:1e-4      # one of them at one rate
+    python -m benchmarks.transfer OTHER --tokenizer bytes --name transfer-bytes --step-tokens 1024
     python -m benchmarks.transfer WORK --settings ce --rates 1e-4 --steps 20   # a look
 
 SmolLM2-135M goes to a byte-level BPE that is trained here on the text it is to be trained with (or to --tokenizer). The
 model is captured once; every run trains the same transplant on the same targets, tokens and steps. Figures are those
-of "xtoken eval" on a chapter of the same book and on text of another kind: code, a licence, a README. WORK stays;
-a command that was done is not done again.
+of "xtoken eval" on a chapter of the same book and on text of another kind: code, a licence, a README. Every model
+answers a prompt, greedily, as transformers loads it. WORK stays; a command that was done is not done again.
 """
 
 import argparse
@@ -38,7 +39,8 @@ SETTINGS = {
     "alm+ce": ["--loss", "alm", "--mix", "gradmag"],
     "alm-tau5+ce": ["--loss", "alm", "--alm-tau", "5", "--mix", "gradmag"],
 }
-STEP = ["--step-tokens", "512", "--micro-tokens", "512", "--max-tokens", "256", "--warmup", "10", "--save-every", "100"]
+STEP = ["--micro-tokens", "512", "--max-tokens", "256", "--warmup", "10", "--save-every", "100"]
+PROMPT = "The captain looked at the sea, and said"
 
 
 def main() -> None:
@@ -49,6 +51,8 @@ def main() -> None:
     parser.add_argument("--settings", default=",".join(SETTINGS), help="NAME or NAME:RATE, by commas")
     parser.add_argument("--rates", default="5e-5,1e-4,2e-4")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--step-tokens", type=int, default=512)
+    parser.add_argument("--name", default="transfer", help="of the files in benchmarks/results")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
@@ -61,14 +65,14 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 2) // options.jobs)
     rows = [{"model": "transplant", **measured(work, work / "transplant", threads)}]
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows += pool.map(lambda job: trained(work, options.steps, threads, *job), jobs)
-    result = {"machine": machine(), "tokenizer": str(options.tokenizer), "steps": options.steps, "counts": counts}
-    result |= {"rows": rows}
+        rows += pool.map(lambda job: trained(work, options, threads, *job), jobs)
+    result = {"machine": machine(), "tokenizer": str(options.tokenizer), "steps": options.steps}
+    result |= {"step_tokens": options.step_tokens, "counts": counts, "rows": rows}
     text = table(result)
     print(text)
     if options.write:
-        (RESULTS / "transfer.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "transfer.md").write_text(text)
+        (RESULTS / f"{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / f"{options.name}.md").write_text(text)
 
 
 def prepare(work: Path, tokenizer: str) -> dict[str, Any]:
@@ -88,15 +92,16 @@ def prepare(work: Path, tokenizer: str) -> dict[str, Any]:
     return found
 
 
-def trained(work: Path, steps: int, threads: int, name: str, rate: str) -> dict[str, Any]:
+def trained(work: Path, options: argparse.Namespace, threads: int, name: str, rate: str) -> dict[str, Any]:
     """One run and its figures, which stay beside its folder."""
-    out, began = work / "runs" / f"{name}-{rate}-{steps}", time.monotonic()
+    out, began = work / "runs" / f"{name}-{rate}-{options.steps}", time.monotonic()
     kept = out.with_name(f"{out.name}.json")
     if kept.exists():
         row: dict[str, Any] = json.loads(kept.read_text())
         return row
     words = ["train", str(work / "targets-train"), "--student", str(work / "transplant"), "--out", str(out)]
-    schedule = ["--lr", rate, "--steps", str(steps), "--keep", "1", "--completions", "0"]
+    schedule = ["--lr", rate, "--steps", str(options.steps), "--step-tokens", str(options.step_tokens)]
+    schedule += ["--keep", "1", "--completions", "0"]
     summary = xtoken([*words, *SETTINGS[name], *STEP, *schedule], threads)
     found = measured(work, out / "model", threads)
     print(f"{out.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
@@ -117,7 +122,19 @@ def measured(work: Path, model: Path, threads: int) -> dict[str, Any]:
         kept.write_text(json.dumps(found))
     whole = json.loads(kept.read_text())
     names = ("bits_per_byte", "kl", "top1_agreement", "teacher_bits_per_byte")
-    return {kind: {name: whole[kind][name] for name in names} for kind in whole}
+    figures = {kind: {name: whole[kind][name] for name in names} for kind in whole}
+    return {"answer": answer(model), **figures}
+
+
+def answer(model: Path) -> str:
+    """What the model writes behind ``PROMPT``: 60 tokens, the most probable one each time."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    ids = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False).input_ids
+    written = loaded.generate(ids, max_new_tokens=60, do_sample=False)[0, ids.shape[1] :]
+    return str(tokenizer.decode(written, skip_special_tokens=True))
 
 
 def xtoken(words: list[str], threads: int = 2) -> dict[str, Any]:
@@ -140,7 +157,8 @@ def table(result: dict[str, Any]) -> str:
         "# A model moved to another tokenizer",
         "",
         f"{machine_line()}.",
-        f"SmolLM2-135M to {new}, `--init fvt`; {result['steps']} steps of 512 tokens of Moby Dick, one seed.",
+        f"SmolLM2-135M to {new}, `--init fvt`; one seed.",
+        f"{result['steps']} steps of {result['step_tokens']} tokens of Moby Dick.",
         "same: a held-out chapter. other: code, a licence, a README. KL and top-1 to the original, per chunk.",
         "",
         "| model | rate | same: bits/byte | KL | top-1 | other: bits/byte | KL | top-1 |",
@@ -159,6 +177,10 @@ def table(result: dict[str, Any]) -> str:
             value = row[kind][name]
             cells.append(f"**{value:.3f}**" if value == best[kind, name] else f"{value:.3f}")
         lines.append(f"| {row['model']} | {row.get('rate', '')} | {' | '.join(cells)} |")
+    lines += ["", f"Behind *{PROMPT}*, greedily, after training:", ""]
+    lines += [
+        f"- {row['model']} {row.get('rate', '')}: `{json.dumps(row['answer'], ensure_ascii=False)}`" for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
