@@ -150,9 +150,10 @@ def _measure(tallies: Sequence[_Tally], sample: ByteSample, progress: Progress) 
 def _begin(tally: _Tally, sample: ByteSample, with_end: bool) -> Covers:
     start = time.perf_counter()
     spelling, score = tally.spelling, tally.score
-    covers = Covers(spelling, tally.tokens, score, tally.ends)
+    lead = spelling.lead_of(sample.data)
+    covers = Covers(spelling, tally.tokens, score, tally.ends, lead=lead)
     tally.seconds += time.perf_counter() - start
-    tally.token_nats += score.nats(spelling.encode(spelling.lead + sample.data), tally.ends if with_end else ())
+    tally.token_nats += score.nats(spelling.encode(lead + sample.data), tally.ends if with_end else ())
     return covers
 
 
