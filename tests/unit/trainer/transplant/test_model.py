@@ -188,6 +188,17 @@ def test_old_tokens_stay_beside_the_bytes(saved: Callable[..., str], family: str
     assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
 
 
+def test_a_model_with_expanded_inputs_is_refused(saved: Callable[..., str], tmp_path: Path) -> None:
+    """It would read the first 256 ids of any tokenizer as bytes."""
+    source, folder = saved("tied"), tmp_path / "new"
+    folder.mkdir()
+    config = TransplantConfig(model=source, out=str(folder), tokenizer="bytes", expand_inputs=True)
+    vocabulary = NewVocabulary(INFO, 7, permuted(), lambda: None, {b"ab": 5})
+    transplant(config, open_old_model(source, False), vocabulary, folder, Silent())
+    with pytest.raises(XtokenError, match=r"has expanded inputs, .*give the model that it was made from"):
+        open_old_model(str(folder), False)
+
+
 def test_a_model_of_ids_alone_is_not_expanded(saved: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: Any, input_ids: Any) -> Any:
         raise NotImplementedError
