@@ -297,6 +297,10 @@ class LossGroup(LossOptions):
             if "chunk" not in {column.axis for column in LOSSES[name].columns}:
                 kind = "has no chunks" if name == "ce" else "is one per token"
                 raise ValueError(f"--weigh weighs chunks, and the loss {name} {kind}; leave --weigh out")
+        if "strict" in self.loss and self.kinds is not None and self.kinds[0] == 0:
+            raise ValueError(
+                "the loss strict learns from one-to-one chunks alone, and --weigh gives them 0; leave one of them out"
+            )
         if self.mix != "gradmag" and self.gradmag_every != type(self).model_fields["gradmag_every"].default:
             raise ValueError(f"--gradmag-every goes with --mix gradmag, not {self.mix}; leave it out")
         if self.learn_w and "p-kl" not in self.loss:

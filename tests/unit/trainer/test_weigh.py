@@ -107,6 +107,8 @@ def test_ends_of_another_length_are_refused(make_targets: Callable[..., str], pa
         ({"weigh": ["other=nan"]}, "'other=nan': the weight must be a finite number"),
         ({"weigh": ["other=0"], "loss": ["byte-prefix"]}, "the loss byte-prefix is one per token"),
         ({"weigh": ["other=0"], "loss": ["ce"]}, "the loss ce has no chunks"),
+        ({"weigh": ["one-to-one=0"], "loss": ["strict"]}, "strict learns from one-to-one chunks alone"),
+        ({"weigh": ["one-to-one=0"], "loss": ["alm", "strict"]}, "strict learns from one-to-one chunks alone"),
         ({"weigh": ["other=0"], "loss": ["alm"], "debias": ["merge"]}, "joins chunks of both kinds"),
     ],
 )
