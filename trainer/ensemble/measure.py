@@ -97,7 +97,10 @@ def measure_bytes(
         XtokenError: no text, a model without a token in front of it, or one that cannot be loaded or is too short.
     """
     if not samples:
-        raise XtokenError(f"the held-out text {config.text} is empty; give a longer one")
+        raise XtokenError(
+            f"the held-out text {config.text} is empty, or its first character has more bytes than --max-bytes; give a "
+            "longer one, or a larger --max-bytes"
+        )
     contexts = [_context(model) for model in models]
     tallies = [_load(config, model, context) for model, context in zip(models, contexts, strict=True)]
     size, nats = sum(len(sample.data) for sample in samples), 0.0

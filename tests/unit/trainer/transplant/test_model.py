@@ -15,7 +15,7 @@ from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.token_map import CONTROL, EQUAL, PIECES, UNUSED, TokenMap
 from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.student.model import load_student
-from xtoken.trainer.transplant import NewVocabulary, open_old_model, transplant
+from xtoken.trainer.transplant import NewVocabulary, new_model_folder, open_old_model, transplant
 
 FAMILIES = ("tied", "untied", "gemma3", "bias", "gpt2")
 INFO = TokenizerInfo(name="new", hash="d" * 64, kind="byte-level", size=30, adds_bos=False, bos_id=3, eos_id=4)
@@ -197,6 +197,16 @@ def test_a_model_with_expanded_inputs_is_refused(saved: Callable[..., str], tmp_
     transplant(config, open_old_model(source, False), vocabulary, folder, Silent())
     with pytest.raises(XtokenError, match=r"has expanded inputs, .*give the model that it was made from"):
         open_old_model(str(folder), False)
+
+
+def test_a_link_to_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    """Such as one to a larger disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with new_model_folder(TransplantConfig(model="m", tokenizer="t", out=str(tmp_path / "out"))) as folder:
+        (folder / "config.json").write_text("{}")
+    assert (tmp_path / "disk" / "config.json").read_text() == "{}"
+    assert (tmp_path / "out").is_symlink()
 
 
 def test_a_model_of_ids_alone_is_not_expanded(saved: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
