@@ -260,10 +260,13 @@ class LossGroup(LossOptions):
         description="fixed: kd_weight KD + ce_weight CE; dynamic: KD scaled to the value of CE in each step, + CE; "
         "gradmag: as fixed, with KD scaled until its gradient is as large as that of CE.",
     )
-    kd_weight: float = Field(1.0, ge=0.0, description="Weight of KD under --mix fixed and gradmag.")
+    kd_weight: float = Field(
+        1.0, ge=0.0, allow_inf_nan=False, description="Weight of KD under --mix fixed and gradmag."
+    )
     ce_weight: float = Field(
         None,
         ge=0.0,
+        allow_inf_nan=False,
         validate_default=True,
         description="Weight of CE, 0: distillation alone. Left out: 0.1 under --mix fixed, 1 under gradmag.",
     )

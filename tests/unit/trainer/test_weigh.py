@@ -117,6 +117,13 @@ def test_refusals(options: dict[str, Any], rule: str) -> None:
         LossGroup(**options)
 
 
+@pytest.mark.parametrize("name", ["kd_weight", "ce_weight"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1"])
+def test_a_weight_of_a_term_is_a_number(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        LossGroup(**{name: value, "mix": "gradmag"})
+
+
 def test_a_kind_that_is_not_named_weighs_1() -> None:
     assert LossGroup(weigh=["other=0.5"]).kinds == (1.0, 0.5)
     assert LossGroup(weigh=["other=0.5"]).weigh == ["one-to-one=1", "other=0.5"]
