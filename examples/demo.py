@@ -45,7 +45,7 @@ def main() -> None:
     for loss in RUNS:
         trained = train(asked, loss, transplant, f"{targets}-train")
         measured[LABELS[loss]] = measure(asked, trained["model"])
-    page = xtoken(asked, "report", *(f"{asked.out}/run-{loss}" for loss in RUNS), "--out", f"{asked.out}/report.html")
+    page = xtoken(asked, "report", *(run_of(asked, loss) for loss in RUNS), "--out", f"{asked.out}/report.html")
     show(figures(page["page"], captured["train"], measured, asked.steps, time.monotonic() - began), as_json=asked.json)
 
 
@@ -56,7 +56,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     parser.add_argument("--quiet", action="store_true", help="neither commands nor progress")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.steps < 1:
+        parser.error(f"argument --steps: {asked.steps} is no number of steps; give at least 1")
+    if not asked.out:
+        parser.error("argument --out: an empty path; is a variable unset?")
+    return asked
 
 
 def models() -> str:
@@ -71,7 +76,7 @@ def train_tokenizer(folder: Path) -> str:
     """A byte-level BPE of the training text, with a token that ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if not folder.exists():
+    if not (folder / "tokenizer_config.json").exists():  # the last file that is written
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -83,7 +88,7 @@ def train_tokenizer(folder: Path) -> str:
         )
         lines = Path(text("train")).read_text(encoding="utf-8").splitlines()
         backend.train_from_iterator([json.loads(line)["text"] for line in lines], trainer)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         backend.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}\n')
     return str(folder)
@@ -99,8 +104,13 @@ def capture(asked: argparse.Namespace, kind: str, transplant: str) -> Figures:
     return found
 
 
+def run_of(asked: argparse.Namespace, loss: str) -> str:
+    """A run of another number of steps is another run."""
+    return f"{asked.out}/run-{loss}-{asked.steps}"
+
+
 def train(asked: argparse.Namespace, loss: str, transplant: str, targets: str) -> Figures:
-    words = ["train", targets, "--student", transplant, "--out", f"{asked.out}/run-{loss}", *RUNS[loss]]
+    words = ["train", targets, "--student", transplant, "--out", run_of(asked, loss), *RUNS[loss]]
     sizes = ["--step-tokens", "512", "--micro-tokens", "512", "--max-tokens", "256"]
     return xtoken(asked, *words, "--lr", RATES[loss], "--steps", str(asked.steps), *sizes)
 

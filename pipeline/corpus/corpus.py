@@ -192,7 +192,8 @@ class Corpus:
         """
         if self._config.on_bad == "stop":
             raise XtokenError(
-                f"{where}: {problem.reason}: {problem.detail}; {problem.fix}, or have it counted with --on-bad skip"
+                f"{where}: {problem.reason}: {problem.detail}; {problem.fix}, or have precompute count it with "
+                "--on-bad skip"
             )
         self.bad[problem.reason] += 1
         if self._note is not None:

@@ -30,12 +30,20 @@ _CLASS = "PreTrainedTokenizerFast"
 
 
 def read_template(folder: Path) -> str | None:
-    """The chat template of a folder of tokenizer files; of several, the one named default."""
+    """The chat template of a folder of tokenizer files; of several, the one named default.
+
+    Raises:
+        XtokenError: it is not text.
+    """
     if there(folder / _TEMPLATE):
-        return (folder / _TEMPLATE).read_text(encoding="utf-8")
+        try:
+            return (folder / _TEMPLATE).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise XtokenError(f"{folder / _TEMPLATE} is not UTF-8 ({error.reason}); fetch the file again") from error
     found = _config(folder).get("chat_template")
     if isinstance(found, list):
-        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+        named = (one for one in found if isinstance(one, Mapping) and one.get("name") == "default")
+        found = next((one.get("template") for one in named), None)
     return found if isinstance(found, str) else None
 
 
@@ -112,13 +120,17 @@ def open_tokenizers(config: TransplantConfig) -> tuple["TextTokenizer", "TextTok
     if config.tokenizer is None or config.tokenizer == "bytes":
         return old, None
     new = load_tokenizer(config.tokenizer)
+    _refuse_same(config, old, new)
+    refuse_long_prefix(new)
+    return old, new
+
+
+def _refuse_same(config: TransplantConfig, old: "TextTokenizer", new: "TextTokenizer") -> None:
     if new.table.info.hash == old.table.info.hash:
         raise XtokenError(
             f"{config.model} has the tokenizer {config.tokenizer} already (equal hash), so nothing would change; give "
             "another --tokenizer"
         )
-    refuse_long_prefix(new)
-    return old, new
 
 
 def plan_transplant(
@@ -133,13 +145,15 @@ def plan_transplant(
         folder: with the files of the new tokenizer, or of the model's own that is to be cut. They are changed in place.
 
     Raises:
-        XtokenError: a donor that cannot serve, or see ``tokens.prune``.
+        XtokenError: a model of bytes that is to be one, a donor that cannot serve, or see ``tokens.prune``.
     """
     rows = stated_rows(config.model)
     ours = read_template(model_files)
     if config.keep_merges is not None:
         return _cut(config, old, folder, ours, old.table.size if rows is None else rows)
-    new = load_tokenizer(str(folder)) if new is None else new
+    if new is None:
+        new = load_tokenizer(str(folder))
+        _refuse_same(config, old, new)
     theirs = read_template(folder)
     pairs = control_pairs(new, old, theirs, ours)
     template, whose = pick_template(old, new, ours, theirs, pairs)

@@ -25,7 +25,8 @@ class Canonical:
 
     Attributes:
         token_bytes: [V] what each token stands for; nothing for control tokens.
-        lead: bytes that the tokens of every text begin with and the text does not: the blank that some put in front.
+        lead: bytes that the tokens of a text begin with and the text does not: the blank that some put in front. Some
+            put it in front of every text, others only where the text has none.
     """
 
     def __init__(self, tokenizer: TextTokenizer, tail: int | None = _TAIL) -> None:
@@ -41,10 +42,16 @@ class Canonical:
         self._after_word = _AFTER_WORD if tokenizer.whole_words else ()
         joined = self._joined(self._ids(["a"])[0])
         self.lead = joined.removesuffix(b"a")
+        begun = self.lead + b"a"  # as a text of its own: has it the lead already?
+        self._once = bool(self.lead) and self._joined(self._ids([begun.decode()])[0]) == begun
+
+    def lead_of(self, data: bytes) -> bytes:
+        """What the tokens of this text have in front of it."""
+        return b"" if self._once and data.startswith(self.lead) else self.lead
 
     def encode(self, data: bytes) -> list[int]:
-        """The canonical tokens of whole characters, ``lead`` included."""
-        return self._ids([data.removeprefix(self.lead).decode()])[0]
+        """The canonical tokens of whole characters, ``lead_of`` them included."""
+        return self._ids([(data if self._once else data.removeprefix(self.lead)).decode()])[0]
 
     def first_tokens(self, texts: Sequence[bytes]) -> list[int]:
         """The first canonical token of each text, as it is written within a longer one behind a boundary of tokens.
@@ -76,8 +83,9 @@ class Canonical:
             XtokenError: the tokenizer normalises one of them, or lacks a token for a byte.
         """
         for name, data in texts.items():
-            spelt = self._joined(self.encode(self.lead + data))
-            if spelt != self.lead + data:
+            whole = self.lead_of(data) + data
+            spelt = self._joined(self.encode(whole))
+            if spelt != whole:
                 raise XtokenError(
                     f"{name}: the tokens of {self._name} do not spell this text but {spelt[:60]!r}, so that they give "
                     "no probability of its bytes; leave the document out, or write it as the tokenizer does"
@@ -139,7 +147,8 @@ class Canonical:
         """What the tokenizer is given for these bytes; None for no text; ``cut``: a last character may be in parts."""
         if not data.startswith(self.lead):
             return None
-        data = data[len(self.lead) :]
+        if not self._once:
+            data = data[len(self.lead) :]
         try:
             return data.decode()
         except UnicodeDecodeError as error:

@@ -260,10 +260,13 @@ class LossGroup(LossOptions):
         description="fixed: kd_weight KD + ce_weight CE; dynamic: KD scaled to the value of CE in each step, + CE; "
         "gradmag: as fixed, with KD scaled until its gradient is as large as that of CE.",
     )
-    kd_weight: float = Field(1.0, ge=0.0, description="Weight of KD under --mix fixed and gradmag.")
+    kd_weight: float = Field(
+        1.0, ge=0.0, allow_inf_nan=False, description="Weight of KD under --mix fixed and gradmag."
+    )
     ce_weight: float = Field(
         None,
         ge=0.0,
+        allow_inf_nan=False,
         validate_default=True,
         description="Weight of CE, 0: distillation alone. Left out: 0.1 under --mix fixed, 1 under gradmag.",
     )
@@ -297,6 +300,10 @@ class LossGroup(LossOptions):
             if "chunk" not in {column.axis for column in LOSSES[name].columns}:
                 kind = "has no chunks" if name == "ce" else "is one per token"
                 raise ValueError(f"--weigh weighs chunks, and the loss {name} {kind}; leave --weigh out")
+        if "strict" in self.loss and self.kinds is not None and self.kinds[0] == 0:
+            raise ValueError(
+                "the loss strict learns from one-to-one chunks alone, and --weigh gives them 0; leave one of them out"
+            )
         if self.mix != "gradmag" and self.gradmag_every != type(self).model_fields["gradmag_every"].default:
             raise ValueError(f"--gradmag-every goes with --mix gradmag, not {self.mix}; leave it out")
         if self.learn_w and "p-kl" not in self.loss:

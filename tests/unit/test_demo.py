@@ -41,6 +41,7 @@ class CommandLine:
 
     def __init__(self) -> None:
         self.verbs: list[str] = []
+        self.outs: list[str] = []
 
     def __call__(self, command: list[str], **_: Any) -> "subprocess.CompletedProcess[bytes]":
         assert command[:3] == [sys.executable, "-m", "xtoken"]
@@ -49,6 +50,7 @@ class CommandLine:
         context = group.commands[verb].make_context(verb, words)
         assert context.params["as_json"]
         self.verbs.append(verb)
+        self.outs.append(str(context.params.get("out")))
         return subprocess.CompletedProcess(command, 0, stdout=json.dumps(FIGURES[verb]).encode())
 
 
@@ -64,6 +66,8 @@ def test_its_commands_are_commands(
     trained = ["train", "eval", "eval"] * 2
     assert line.verbs == ["transplant", *captured, "eval", "eval", *trained, "report"]
     assert said.err.count("$ xtoken ") == len(line.verbs)
+    runs = [path for path in line.outs if "/run-" in path]
+    assert runs == [f"{out}/run-ce-3", f"{out}/run-byte-prefix-3"], "other --steps in the same --out are other runs"
     figures = json.loads(said.out)
     assert figures["tokens_per_second"] == 100.0
     original, *others = figures["held_out"]
@@ -74,6 +78,28 @@ def test_its_commands_are_commands(
         "distilled: byte-prefix",
     ]
     assert all(row["other_kl"] == 0.4 for row in others)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--steps", "0"], "--steps: 0 is no number of steps"), (["--out", ""], "--out: an empty path")],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_runs(
+    demo: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo.py", *words])
+    with pytest.raises(SystemExit, match="2"):
+        demo.arguments()
+    assert said in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_was_half_written_is_written_again(demo: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    assert load_tokenizer(demo.train_tokenizer(tmp_path / "half")).table.size == demo.VOCABULARY
 
 
 def test_its_tokenizer_is_the_same_each_time(demo: ModuleType, tmp_path: Path) -> None:

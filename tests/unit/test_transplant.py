@@ -281,6 +281,8 @@ def test_a_model_of_bytes_is_a_student(tiny: Callable[..., Path], tokenizer: str
     assert trained.get_output_embeddings().weight.shape == (260, 16)
     hash_of = [load_tokenizer(str(one)).table.info.hash for one in (student, tmp_path / "run" / "model")]
     assert hash_of[0] == hash_of[1]
+    said = refused("transplant", model, "--tokenizer", "bytes", "--out", tmp_path / "again")
+    assert "has the tokenizer bytes already (equal hash)" in said
 
 
 def test_fewer_merges_are_the_same_rows(smollm2_dir: Path, tmp_path: Path) -> None:

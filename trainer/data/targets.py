@@ -228,7 +228,8 @@ class Targets:
 
         Raises:
             XtokenError: the tail mass is needed at a temperature the capture holds no normaliser of, debiasing without
-                the teacher's P(next token starts with a space), or what samples of teacher distributions cannot serve.
+                the teacher's P(next token starts with a space), strict without any target, or what samples of teacher
+                distributions cannot serve.
         """
         if registered(self.manifest.codec).linear:
             self._refuse_biased(loss, options)
@@ -244,6 +245,12 @@ class Targets:
             raise XtokenError(
                 f"--debias {','.join(options.debias)} needs the teacher's P(next token starts with a space), which the "
                 f"capture behind {self.root} does not hold; capture with --backend hf, or leave --debias out"
+            )
+
+        if loss == "strict" and all(part.counts.get("strict_chunks") == 0 for part in self.manifest.parts):
+            raise XtokenError(
+                f"{self.root} has no target for strict: no chunk of one token on either side has two kept entries with "
+                "a student token of equal bytes; capture with a larger --k or a smaller --min-p, or take another loss"
             )
 
     def _refuse_biased(self, loss: str, options: LossOptions) -> None:

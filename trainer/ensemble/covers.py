@@ -42,11 +42,15 @@ class Spelling(Protocol):
 
     @property
     def lead(self) -> bytes:
-        """What the tokens of every text begin with, and the text does not."""
+        """What the tokens of a text begin with, and the text does not."""
+        ...
+
+    def lead_of(self, data: bytes) -> bytes:
+        """What they begin with in front of this text, which may have it already."""
         ...
 
     def encode(self, data: bytes) -> list[int]:
-        """The tokens of a text, ``lead`` included."""
+        """The tokens of a text, ``lead_of`` it included."""
         ...
 
     def complete(self, ids: Sequence[int]) -> bool:
@@ -143,7 +147,13 @@ class Covers:
     """
 
     def __init__(
-        self, spelling: Spelling, tokens: SortedTokens, score: Score, ends: Sequence[int], floor: float = FLOOR
+        self,
+        spelling: Spelling,
+        tokens: SortedTokens,
+        score: Score,
+        ends: Sequence[int],
+        floor: float = FLOOR,
+        lead: bytes | None = None,
     ) -> None:
         """Start with no bytes.
 
@@ -153,10 +163,11 @@ class Covers:
             score: the model behind its context token.
             ends: ids that end a text.
             floor: share of Z that may stay undecided; 0 is exact.
+            lead: of the text that is to come (``Spelling.lead_of``); ``Spelling.lead`` when left out.
         """
         self._spelling, self._score, self._ends, self._floor = spelling, score, list(ends), floor
         self._tokens = tokens
-        self._data = spelling.lead
+        self._data = spelling.lead if lead is None else lead
         self._stems = [self._stem((), 0, 0.0, None)]
         self._settle()
 

@@ -97,7 +97,10 @@ def measure_bytes(
         XtokenError: no text, a model without a token in front of it, or one that cannot be loaded or is too short.
     """
     if not samples:
-        raise XtokenError(f"the held-out text {config.text} is empty; give a longer one")
+        raise XtokenError(
+            f"the held-out text {config.text} is empty, or its first character has more bytes than --max-bytes; give a "
+            "longer one, or a larger --max-bytes"
+        )
     contexts = [_context(model) for model in models]
     tallies = [_load(config, model, context) for model, context in zip(models, contexts, strict=True)]
     size, nats = sum(len(sample.data) for sample in samples), 0.0
@@ -150,9 +153,10 @@ def _measure(tallies: Sequence[_Tally], sample: ByteSample, progress: Progress) 
 def _begin(tally: _Tally, sample: ByteSample, with_end: bool) -> Covers:
     start = time.perf_counter()
     spelling, score = tally.spelling, tally.score
-    covers = Covers(spelling, tally.tokens, score, tally.ends)
+    lead = spelling.lead_of(sample.data)
+    covers = Covers(spelling, tally.tokens, score, tally.ends, lead=lead)
     tally.seconds += time.perf_counter() - start
-    tally.token_nats += score.nats(spelling.encode(spelling.lead + sample.data), tally.ends if with_end else ())
+    tally.token_nats += score.nats(spelling.encode(lead + sample.data), tally.ends if with_end else ())
     return covers
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
+from xtoken.trainer.student.expansion import is_expanded
 from xtoken.trainer.student.model import load_student, refuse_packed
 
 # Settings of generation that name ids of the old tokenizer.
@@ -150,8 +151,13 @@ def open_old_model(source: str, trust_remote_code: bool) -> OldModel:
     """Load a model in the dtype of its files and see that all it has by token are an embedding and a head.
 
     Raises:
-        XtokenError: it cannot be loaded, is quantised, or has more, or less.
+        XtokenError: it cannot be loaded, is quantised, has expanded inputs, or has more, or less.
     """
+    if is_expanded(source):
+        raise XtokenError(
+            f"{source} has expanded inputs, which read its ids as bytes and would read those of other tokens so, too; "
+            "give the model that it was made from"
+        )
     model = load_student(source, torch.device("cpu"), trust_remote_code, dtype="auto")
     refuse_packed(model, source)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

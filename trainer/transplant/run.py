@@ -59,7 +59,7 @@ def new_model_folder(config: TransplantConfig) -> Iterator[Path]:
     Raises:
         XtokenError: there is something at ``--out`` already, or it lies inside the model's folder.
     """
-    out = Path(os.path.abspath(config.out))
+    out = Path(os.path.realpath(config.out))  # a link is no folder that another could take the place of
     if out.exists() and any(out.iterdir()):
         raise XtokenError(f"--out {config.out} is not empty, and nothing there is replaced; name a new folder")
     if os.path.isdir(config.model):

@@ -107,12 +107,21 @@ def test_ends_of_another_length_are_refused(make_targets: Callable[..., str], pa
         ({"weigh": ["other=nan"]}, "'other=nan': the weight must be a finite number"),
         ({"weigh": ["other=0"], "loss": ["byte-prefix"]}, "the loss byte-prefix is one per token"),
         ({"weigh": ["other=0"], "loss": ["ce"]}, "the loss ce has no chunks"),
+        ({"weigh": ["one-to-one=0"], "loss": ["strict"]}, "strict learns from one-to-one chunks alone"),
+        ({"weigh": ["one-to-one=0"], "loss": ["alm", "strict"]}, "strict learns from one-to-one chunks alone"),
         ({"weigh": ["other=0"], "loss": ["alm"], "debias": ["merge"]}, "joins chunks of both kinds"),
     ],
 )
 def test_refusals(options: dict[str, Any], rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         LossGroup(**options)
+
+
+@pytest.mark.parametrize("name", ["kd_weight", "ce_weight"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1"])
+def test_a_weight_of_a_term_is_a_number(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        LossGroup(**{name: value, "mix": "gradmag"})
 
 
 def test_a_kind_that_is_not_named_weighs_1() -> None:

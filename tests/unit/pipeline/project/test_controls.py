@@ -152,6 +152,17 @@ def test_a_donor_that_shares_nothing_is_refused(opened: Opened, tokenizer_file: 
         _refuse_donor(config, qwen3, nothing)
 
 
+def test_a_template_that_is_no_text_is_named(tmp_path: Path) -> None:
+    config, template = tmp_path / "tokenizer_config.json", tmp_path / "chat_template.jinja"
+    config.write_text('{"chat_template": ["default", {"name": "tools"}, {"name": "default", "template": "mine"}]}')
+    assert read_template(tmp_path) == "mine"
+    config.write_text('{"chat_template": ["default"]}')
+    assert read_template(tmp_path) is None
+    template.write_bytes(b"\xff\xfe{{ messages }}")
+    with pytest.raises(XtokenError, match=r"chat_template\.jinja is not UTF-8 \(invalid start byte\)"):
+        read_template(tmp_path)
+
+
 def test_files_name_their_roles_and_one_template(
     opened: Opened, tokenizer_file: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -1,13 +1,15 @@
-"""Ids in targets of strangers index arrays, so they are looked at when a row group is read."""
+"""Ids in targets of strangers, and targets without what their loss needs, are refused."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.configs.train import LossOptions
+from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.trainer.data.targets import Targets
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "captures"
@@ -28,3 +30,20 @@ def test_ids_outside_their_vocabulary_are_refused(tmp_path: Path, name: str, val
     targets.read(group, ("student_ids",))
     with pytest.raises(VerificationError, match=f"has {name} outside 0 to"):
         targets.read(group, (name,))
+
+
+def test_strict_without_a_target_is_refused(make_targets: Callable[..., str]) -> None:
+    """A teacher so sharp, or a capture so small, that no row keeps two tokens; older parts do not say."""
+    targets = Targets(make_targets([[6], [7]], losses=("strict", "alm")))
+    targets.require_options("strict", LossOptions())
+    first, second = targets.manifest.parts
+    none, some = ({"strict_chunks": count} for count in (0, 3))
+    for counts, refused in (((none, none), True), ((none, some), False)):
+        parts = [part.model_copy(update={"counts": one}) for part, one in zip((first, second), counts, strict=True)]
+        targets.manifest = targets.manifest.model_copy(update={"parts": parts})
+        targets.require_options("alm", LossOptions())
+        if refused:
+            with pytest.raises(XtokenError, match="has no target for strict: no chunk of one token on either side"):
+                targets.require_options("strict", LossOptions())
+        else:
+            targets.require_options("strict", LossOptions())

@@ -15,7 +15,7 @@ from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.token_map import CONTROL, EQUAL, PIECES, UNUSED, TokenMap
 from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.student.model import load_student
-from xtoken.trainer.transplant import NewVocabulary, open_old_model, transplant
+from xtoken.trainer.transplant import NewVocabulary, new_model_folder, open_old_model, transplant
 
 FAMILIES = ("tied", "untied", "gemma3", "bias", "gpt2")
 INFO = TokenizerInfo(name="new", hash="d" * 64, kind="byte-level", size=30, adds_bos=False, bos_id=3, eos_id=4)
@@ -186,6 +186,27 @@ def test_old_tokens_stay_beside_the_bytes(saved: Callable[..., str], family: str
     assert model.tokens == [b"ab", b"c"]
     assert torch.equal(model.rows[:-1], old.get_input_embeddings()(torch.tensor([5, 2])))
     assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
+
+
+def test_a_model_with_expanded_inputs_is_refused(saved: Callable[..., str], tmp_path: Path) -> None:
+    """It would read the first 256 ids of any tokenizer as bytes."""
+    source, folder = saved("tied"), tmp_path / "new"
+    folder.mkdir()
+    config = TransplantConfig(model=source, out=str(folder), tokenizer="bytes", expand_inputs=True)
+    vocabulary = NewVocabulary(INFO, 7, permuted(), lambda: None, {b"ab": 5})
+    transplant(config, open_old_model(source, False), vocabulary, folder, Silent())
+    with pytest.raises(XtokenError, match=r"has expanded inputs, .*give the model that it was made from"):
+        open_old_model(str(folder), False)
+
+
+def test_a_link_to_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    """Such as one to a larger disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with new_model_folder(TransplantConfig(model="m", tokenizer="t", out=str(tmp_path / "out"))) as folder:
+        (folder / "config.json").write_text("{}")
+    assert (tmp_path / "disk" / "config.json").read_text() == "{}"
+    assert (tmp_path / "out").is_symlink()
 
 
 def test_a_model_of_ids_alone_is_not_expanded(saved: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
