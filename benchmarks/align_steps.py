@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from benchmarks.align_clock import STEPS, TOKENIZE, Clock
 from benchmarks.align_turns import Figures, in_turn
-from xtoken.pipeline.align.stage import AlignJob, AlignWorker
+from xtoken.pipeline.align.stage import AlignJob, AlignWorker, phi_of
 from xtoken.pipeline.project.build import build_w
 from xtoken.pipeline.project.projection import Projection
 from xtoken.pipeline.store.reader import iter_capture, load_vocab
@@ -42,7 +42,8 @@ def open_worker(capture: str, student: str, losses: list[str], projection: Proje
     """A worker as the executor opens it, in this process."""
     manifest = read_manifest(capture, CaptureManifest)
     config = AlignConfig(captures=[capture], student=student, out="", losses=losses, memory_limit="512MB")
-    return AlignJob(config, capture, "", projection, manifest.codec).open()
+    phi_B = phi_of(losses, load_vocab(capture), load_tokenizer(student))
+    return AlignJob(config, capture, "", projection, manifest.codec, phi_B).open()
 
 
 def align_all(worker: AlignWorker, parts: list[int], folder: Path) -> int:

@@ -18,7 +18,7 @@ from xtoken.pipeline.align.kernels_prefix import prefix_entries
 from xtoken.pipeline.align.kernels_project import project_rows
 from xtoken.pipeline.align.kernels_targets import merged, split_targets
 from xtoken.pipeline.align.maps import Routes
-from xtoken.pipeline.align.prefix import PrefixMaps
+from xtoken.pipeline.align.prefix import PrefixMaps, first_tokens
 from xtoken.pipeline.align.rows import Rows
 from xtoken.pipeline.corpus import Document, windows
 from xtoken.pipeline.project.build import build_w
@@ -79,7 +79,8 @@ def load_pair(teacher: Path, student: Path, student_tokens: Path) -> Pair:
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (teacher, student)]
     tokens = [load_tokenizer(str(path)) for path in (teacher, student_tokens)]
     projection = build_w(tokens[1].table, tokens[0].table)
-    prefix = PrefixMaps.of(tokens[1].table, tokens[0].table, projection)
+    phi_B = first_tokens(tokens[0].table, tokens[1])
+    prefix = PrefixMaps.of(tokens[1].table, tokens[0].table, projection, phi_B)
     return Pair(models[0], models[1], tokens[0], tokens[1], projection, prefix)
 
 

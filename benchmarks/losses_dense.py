@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xtoken.pipeline.align.prefix import PrefixMaps
+from xtoken.pipeline.align.prefix import PrefixMaps, first_tokens
 from xtoken.pipeline.project.projection import Projection
 from xtoken.pipeline.store.reader import iter_capture, load_vocab
-from xtoken.pipeline.tokens import TokenTable
+from xtoken.pipeline.tokens import TokenTable, load_tokenizer
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.trainer.data.micro_batch import Micro
 from xtoken.trainer.data.targets import Targets
@@ -142,9 +142,10 @@ def _unreached(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def _prefix(folder: Path, targets: Targets, teacher: TokenTable, dense: Dense) -> Prefix:
-    student = load_vocab(str(folder.parent / "same" / "capture"))
+    tokenizer = load_tokenizer(str(folder.parent / "tokenizer.json"))
+    student, phi_B = tokenizer.table, first_tokens(teacher, tokenizer)
     w, unreached = (pq.read_table(folder / "targets" / f"{name}.parquet") for name in ("w", "unreached"))
-    maps = PrefixMaps.of(student, teacher, Projection.from_tables(w, unreached, student.info, teacher.info))
+    maps = PrefixMaps.of(student, teacher, Projection.from_tables(w, unreached, student.info, teacher.info), phi_B)
     first_U = np.where(teacher.lengths > 0, maps.phi_B[np.minimum(teacher.offsets[:-1], len(maps.phi_B) - 1)], -1)
     target_U = np.where(maps.role_U >= 0, maps.role_U, first_U)
     phi_U = torch.from_numpy(np.where(target_U < 0, student.size, target_U).astype(np.int64))

@@ -8,6 +8,7 @@ Shapes: R teacher rows, U teacher vocabulary, P student positions, V student voc
 """
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -51,9 +52,12 @@ MEASURED = tuple(loss for loss in LOSSES if loss not in ("strict", "mined"))
 def prepare(root: Path, student: Path, teacher: Path) -> None:
     """Write what the cases read under ``root``: ``cross/`` for two tokenizers, ``same/`` for the student's own twice.
 
-    Each holds ``targets/`` and ``teacher.npy`` float32 [R, U]; ``student.npy`` is float32 [P, V].
+    Each holds ``targets/`` and ``teacher.npy`` float32 [R, U]; ``student.npy`` is float32 [P, V], and
+    ``tokenizer.json`` is the student's.
     """
     tokenizer, text = load_tokenizer(str(student)), _text()
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.copy(student, root / "tokenizer.json")
     for name, side, losses in (
         ("cross", teacher, [loss for loss in MEASURED if loss != "sparse-kl"]),
         ("same", student, ["sparse-kl"]),

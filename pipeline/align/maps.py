@@ -13,7 +13,7 @@ from xtoken.pipeline.align.blanks import Blanks
 from xtoken.pipeline.align.kernels_project import FATES, MASS_CLASSES
 from xtoken.pipeline.align.prefix import PrefixMaps
 from xtoken.pipeline.project.projection import EXACT, ROLE, TO_REST, Projection, Unreached
-from xtoken.pipeline.tokens import TextTokenizer, TokenTable
+from xtoken.pipeline.tokens import TokenTable
 
 
 class Routes(NamedTuple):
@@ -80,8 +80,7 @@ class Maps:
         student: TokenTable,
         teacher: TokenTable | None = None,
         *,
-        prefix: bool = True,
-        tokenizer: TextTokenizer | None = None,
+        phi_B: NDArray[np.int32] | None = None,
     ) -> "Maps":
         """Maps of one projection under one policy for unreached teacher tokens.
 
@@ -90,8 +89,7 @@ class Maps:
             unreached: what becomes of teacher tokens that no row of W reaches.
             student: its tokens.
             teacher: its tokens; without them no row is shifted and there are no maps for byte-prefix.
-            prefix: make the maps for byte-prefix.
-            tokenizer: for them, see ``PrefixMaps.of``.
+            phi_B: of the pair, for byte-prefix; without them or the teacher's tokens there are no maps for it.
         """
         return cls(
             projection.student.size,
@@ -101,7 +99,7 @@ class Maps:
             projection.common_student(),
             projection.matched_student(),
             twins(projection, student),
-            PrefixMaps.of(student, teacher, projection, tokenizer) if teacher is not None and prefix else None,
+            None if teacher is None or phi_B is None else PrefixMaps.of(student, teacher, projection, phi_B),
             None if teacher is None else Blanks(student, teacher),
             unreached == "prefix",
         )

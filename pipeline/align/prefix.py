@@ -46,19 +46,16 @@ class PrefixMaps:
 
     @classmethod
     def of(
-        cls, student: TokenTable, teacher: TokenTable, projection: Projection, tokenizer: TextTokenizer | None
+        cls, student: TokenTable, teacher: TokenTable, projection: Projection, phi_B: NDArray[np.int32]
     ) -> "PrefixMaps":
         """Maps of a pair.
 
         Args:
             student, teacher: token tables.
             projection: W says which special tokens correspond.
-            tokenizer: the student's, whose encoding decides about phi; None: the longest token that fits is phi.
+            phi_B: ``first_tokens`` of the pair.
         """
-        data, offsets_M, id_M = _sorted_text(student)
-        phi_B = longest_prefixes(teacher.data, teacher.offsets, data, offsets_M, id_M)
-        if tokenizer is not None and int(student.lengths.max()) > 1:  # bytes have one encoding
-            phi_B = _as_encoded(phi_B, teacher, tokenizer)
+        data, offsets_M, _ = _sorted_text(student)
         role_U = np.full(teacher.size, -1, np.int32)
         role_U[projection.teacher_id[projection.kind == ROLE]] = projection.student_id[projection.kind == ROLE]
         pieces, twins = teacher.pieces(), student.by_bytes()
@@ -68,21 +65,28 @@ class PrefixMaps:
         return cls(teacher, student, phi_B, role_U, rank_U, alone_U, data, offsets_M)
 
 
-def _as_encoded(longest_B: NDArray[np.int32], teacher: TokenTable, tokenizer: TextTokenizer) -> NDArray[np.int32]:
-    """phi at every byte [B]; the longest token that fits where the bytes that are left are no text by themselves."""
-    canonical, ends_U = Canonical(tokenizer), teacher.offsets[1:]
-    data, end_B = teacher.data.tobytes(), np.repeat(ends_U, teacher.lengths).tolist()
-    places: dict[bytes, list[int]] = {}
-    for start, end in enumerate(end_B):
-        places.setdefault(data[start:end], []).append(start)
-    phi_B = longest_B.copy()
-    rests = list(places)
+def longest_tokens(teacher: TokenTable, student: TokenTable) -> NDArray[np.int32]:
+    """At every byte of the teacher's tokens the longest student token that fits there, int32 [B]; -1 = none."""
+    return longest_prefixes(teacher.data, teacher.offsets, *_sorted_text(student))
+
+
+def first_tokens(teacher: TokenTable, student: TextTokenizer) -> NDArray[np.int32]:
+    """phi at every byte of the teacher's tokens, int32 [B]; the longest token that fits where the rest is no text.
+
+    Every ending of a token is encoded once: half a minute of one core for a vocabulary of 262,000.
+    """
+    phi_B = longest_tokens(teacher, student.table)
+    if int(student.table.lengths.max()) < 2:
+        return phi_B  # bytes have one encoding
+    canonical, data = Canonical(student), teacher.data.tobytes()
+    place: dict[bytes, int] = {}
+    end_B = np.repeat(teacher.offsets[1:], teacher.lengths).tolist()
+    place_B = [place.setdefault(data[start:end], len(place)) for start, end in enumerate(end_B)]
+    rests, found = list(place), []
     for begin in range(0, len(rests), _AT_ONCE):
-        some = rests[begin : begin + _AT_ONCE]
-        for rest, token in zip(some, canonical.first_tokens(some), strict=True):
-            if token >= 0:
-                phi_B[places[rest]] = token
-    return phi_B
+        found += canonical.first_tokens(rests[begin : begin + _AT_ONCE])
+    own_B = np.array(found, np.int32)[place_B]
+    return np.where(own_B < 0, phi_B, own_B)
 
 
 def _sorted_text(table: TokenTable) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int32]]:

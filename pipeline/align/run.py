@@ -15,7 +15,7 @@ from xtoken.pipeline.align.losses import builders
 from xtoken.pipeline.align.refusals import refuse_losses, refuse_narrow_student, refuse_no_text, w_rule
 from xtoken.pipeline.align.run_identity import claim, run_settings
 from xtoken.pipeline.align.skipped_samples import Skipped, SkippedSamples
-from xtoken.pipeline.align.stage import AlignJob, refuse_other_tokenizer
+from xtoken.pipeline.align.stage import AlignJob, phi_of, refuse_other_tokenizer
 from xtoken.pipeline.executors.local import LocalExecutor, refuse_unshared
 from xtoken.pipeline.executors.protocol import Event, Executor
 from xtoken.pipeline.project.build import build_w
@@ -65,11 +65,11 @@ class _Run:
         """The student's tokenizer, as manifests have it."""
         return self.tokenizer.table.info
 
-    @property
     def job(self) -> AlignJob:
         """What workers open."""
         config, capture = self.config, self.capture
-        return AlignJob(config, config.captures[0], config.out, self.projection, capture.codec)
+        phi_B = phi_of(config.losses, load_vocab(config.captures[0]), self.tokenizer)
+        return AlignJob(config, config.captures[0], config.out, self.projection, capture.codec, phi_B)
 
 
 def align(config: AlignConfig, progress: Progress, *, executor: Executor | None = None) -> TargetManifest:
@@ -153,7 +153,7 @@ def _work(run: _Run, executor: Executor | None, progress: Progress) -> dict[int,
     progress.start("align", sum(tokens.values()), "tokens", sum(tokens[index] for index in done))
     try:
         with _memory_goes_back():
-            return (executor or _executor(run.config)).run(run.job, waiting, _Advance(progress, tokens))
+            return (executor or _executor(run.config)).run(run.job(), waiting, _Advance(progress, tokens))
     finally:
         progress.finish()
         with suppress(Unreachable):  # the next run finds it; why this one ends is more important

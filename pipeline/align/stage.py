@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import join
@@ -19,6 +21,7 @@ from xtoken.pipeline.align.encoding import encode
 from xtoken.pipeline.align.losses import builders
 from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.parts import CaptureParts
+from xtoken.pipeline.align.prefix import first_tokens
 from xtoken.pipeline.align.rows import Recipe
 from xtoken.pipeline.align.sample_texts import CorpusTexts, refuse_without_text
 from xtoken.pipeline.align.targets import target_batch
@@ -29,7 +32,7 @@ from xtoken.pipeline.store.columns import flat
 from xtoken.pipeline.store.publish import Figures, publish_part
 from xtoken.pipeline.store.reader import load_vocab
 from xtoken.pipeline.store.writer import group_rows, write_parquet
-from xtoken.pipeline.tokens import TextTokenizer, load_tokenizer
+from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.parquet_limits import check_pages, reading
@@ -46,6 +49,7 @@ class AlignJob:
         capture: folder or URL of the one that is aligned.
         out: folder or URL of its targets.
         codec: how the capture stored its rows.
+        phi_B: ``phi_of`` the pair, made once for all workers.
     """
 
     config: AlignConfig
@@ -53,6 +57,7 @@ class AlignJob:
     out: str
     projection: Projection
     codec: CodecInfo
+    phi_B: NDArray[np.int32] | None = None
 
     @property
     def ahead(self) -> int:
@@ -71,13 +76,17 @@ class AlignJob:
         refuse_other_tokenizer("student", tokenizer.table.info, self.projection.student)
         unreached: Unreached = config.unreached
         teacher = load_vocab(self.capture)
-        prefix = any(loss.needs_prefix_maps for loss in builders(config.losses))
-        maps = Maps.of(self.projection, unreached, tokenizer.table, teacher, prefix=prefix, tokenizer=tokenizer)
+        maps = Maps.of(self.projection, unreached, tokenizer.table, teacher, phi_B=self.phi_B)
         texts = CorpusTexts(self.capture, config.corpus) if config.corpus else None
         recipe = Recipe(config.losses, config.merge, config.tau, self.codec, config.entries)
         parts = CaptureParts(self.capture, config.memory_limit, len(config.losses))
         rules = Rules(maps, recipe, config.memory_limit)
         return AlignWorker(self, tokenizer, maps, recipe, rules, parts, texts)
+
+
+def phi_of(losses: Sequence[str], teacher: TokenTable, student: TextTokenizer) -> NDArray[np.int32] | None:
+    """``first_tokens`` of the pair if one of the losses needs them."""
+    return first_tokens(teacher, student) if any(loss.needs_prefix_maps for loss in builders(losses)) else None
 
 
 def refuse_other_tokenizer(side: str, given: TokenizerInfo, wanted: TokenizerInfo) -> None:

@@ -18,6 +18,7 @@ from xtoken.pipeline.align.blanks import shifted_row
 from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import join
 from xtoken.pipeline.align.maps import Maps
+from xtoken.pipeline.align.prefix import first_tokens
 from xtoken.pipeline.align.rows import Recipe, Rows
 from xtoken.pipeline.align.stage import encode
 from xtoken.pipeline.align.targets import target_batch
@@ -82,7 +83,8 @@ def _load(path: Path) -> TextTokenizer:
 
 @cache
 def _maps(teacher: TextTokenizer, student: TextTokenizer) -> Maps:
-    return Maps.of(build_w(student.table, teacher.table), "prefix", student.table, teacher.table)
+    phi_B = first_tokens(teacher.table, student)
+    return Maps.of(build_w(student.table, teacher.table), "prefix", student.table, teacher.table, phi_B=phi_B)
 
 
 def target_of(found: pa.RecordBatch, prefix: str, index: int) -> dict[int, float]:

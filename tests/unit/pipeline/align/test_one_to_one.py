@@ -149,7 +149,7 @@ def test_the_stop_pair_stays_in(capture: Path, student_file: str) -> None:
     none. The chunk of both eos has a target, like any other of one token.
     """
     tokenizer, teacher = load_tokenizer(student_file), load_vocab(str(capture))
-    maps = Maps.of(build_w(tokenizer.table, teacher), "prefix", tokenizer.table, teacher, prefix=False)
+    maps = Maps.of(build_w(tokenizer.table, teacher), "prefix", tokenizer.table, teacher)
     made = Recipe(["strict"], "first", 1.0, read_manifest(str(capture), CaptureManifest).codec)
     eos, closed, others = tokenizer.table.info.eos_id, list[int](), set[str | None]()
     for batch in CaptureParts(str(capture), "1GB").read(0):

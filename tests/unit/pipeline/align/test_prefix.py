@@ -22,7 +22,7 @@ from xtoken.pipeline.align.chunks import Chunks, Joined, join
 from xtoken.pipeline.align.losses.byte_prefix import prefix_columns
 from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.parts import with_teacher_eos
-from xtoken.pipeline.align.prefix import PrefixMaps
+from xtoken.pipeline.align.prefix import PrefixMaps, first_tokens, longest_tokens
 from xtoken.pipeline.align.queries import query
 from xtoken.pipeline.align.rows import Recipe, Rows
 from xtoken.pipeline.align.stage import encode
@@ -78,7 +78,7 @@ def columns_of(
     sample = Joined(0, Encoded(text, ends[0], ends[1], False), Chunks(ends[2], ends[3], False))
     batch = pa.RecordBatch.from_pydict({"text": [text], "teacher_ids": [theirs[0]], "teacher_end": [theirs[1]]})
     start = np.array([0, *chunks[1][:-1]], np.int64)
-    maps = PrefixMaps.of(student, teacher, build_w(student, teacher), None)
+    maps = PrefixMaps.of(student, teacher, build_w(student, teacher), longest_tokens(teacher, student))
     found = prefix_columns(batch, [sample], Shifted.none(made, start), start, maps)
     return {name: values.tolist() for name, values in found.items()}
 
@@ -135,7 +135,8 @@ def test_the_students_merges_decide_about_the_first_token(tmp_path: Path) -> Non
     teacher = table(b"abc", b"ab", b"a\xc3", b"\xc3", b"\x80")
     student = write_bpe(tmp_path, ["b c", "a b"])
     known = {piece: student.table.by_bytes()[piece] for piece in (b"a", b"ab", b"bc", b"c", b"b", b"\xc3", b"\x80")}
-    found = PrefixMaps.of(student.table, teacher, build_w(student.table, teacher), student)
+    phi_B = first_tokens(teacher, student)
+    found = PrefixMaps.of(student.table, teacher, build_w(student.table, teacher), phi_B)
     spelled = [b"a", b"bc", b"c", b"ab", b"b", b"a", b"\xc3", b"\xc3", b"\x80"]
     assert found.phi_B.tolist() == [known[piece] for piece in spelled]
     assert found.alone_U.tolist() == [True, False, True, False, False]
@@ -263,7 +264,10 @@ def pair(
     samples = join(batch, encode(student, batch), student.table.info.eos_id)
     projection = build_w(student.table, teacher.table)
     # test_blanks.py is about shifted rows
-    maps = replace(Maps.of(projection, "prefix", student.table, teacher.table, tokenizer=student), blanks=None)
+    maps = replace(
+        Maps.of(projection, "prefix", student.table, teacher.table, phi_B=first_tokens(teacher.table, student)),
+        blanks=None,
+    )
     recipe = Recipe(["byte-prefix"], "first", 1.0, CodecInfo(k=24, min_p=0.0, step=1 / 32))
     targets, _ = target_batch(batch, samples, maps, recipe)
     Rules(maps, recipe).check(summary_batch(batch, samples, targets, recipe.losses))
@@ -419,7 +423,7 @@ def test_child_is_that_of_the_sql(pair: Pair) -> None:
 
 def test_what_must_hold_on_real_tokenizers(pair: Pair) -> None:
     """phi begins the student's own encoding, ranges hold exactly the tokens that go on with r, and masses add up."""
-    _, samples, targets, tokenizer, teacher, projection = pair
+    _, samples, targets, tokenizer, teacher, _ = pair
     student = tokenizer.table
     order = VocabArrays.of(student.pieces(), student.role).order
     pieces = student.pieces()
@@ -436,17 +440,17 @@ def test_what_must_hold_on_real_tokenizers(pair: Pair) -> None:
                 and (high == len(words) or not words[high].startswith(common[:n]))
                 for n in range(1, len(common) + 1)
             ), "the range is not all tokens with one prefix"
-    longest, own = (PrefixMaps.of(student, teacher, projection, one) for one in (None, tokenizer))
+    longest_B, own_B = longest_tokens(teacher, student), first_tokens(teacher, tokenizer)
     data, known = teacher.data.tobytes(), student.by_bytes()
     other = 0
     for at in np.random.default_rng(0).choice(len(data), 2000).tolist():
         token = int(np.searchsorted(teacher.offsets, at, side="right")) - 1
         left = data[at : teacher.offsets[token + 1]]
         fits = [known[left[:n]] for n in range(len(left), 0, -1) if left[:n] in known]
-        assert longest.phi_B[at] == (fits[0] if fits else -1)
-        (first,) = [first for _, first in encoded(tokenizer, {left})] or [longest.phi_B[at]]
-        assert own.phi_B[at] == first
-        other += first != longest.phi_B[at]
+        assert longest_B[at] == (fits[0] if fits else -1)
+        (first,) = [first for _, first in encoded(tokenizer, {left})] or [longest_B[at]]
+        assert own_B[at] == first
+        other += first != longest_B[at]
     assert other > 100 or student.info.kind == "bytes", "they are not the same"
 
 

@@ -17,6 +17,7 @@ from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import Chunks, Joined, join
 from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.parts import CaptureParts
+from xtoken.pipeline.align.prefix import first_tokens
 from xtoken.pipeline.align.rows import Recipe, RowBatch
 from xtoken.pipeline.align.stage import AlignJob, encode
 from xtoken.pipeline.align.targets import target_batch
@@ -60,7 +61,8 @@ def nfkc(tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 @pytest.mark.thorough
 def test_a_normalising_student_gets_coarser_chunks_never_wrong_ones(capture: Path, nfkc: str) -> None:
     student, teacher = load_tokenizer(nfkc), load_vocab(str(capture))
-    maps = Maps.of(build_w(student.table, teacher), "prefix", student.table, teacher)
+    phi_B = first_tokens(teacher, student)
+    maps = Maps.of(build_w(student.table, teacher), "prefix", student.table, teacher, phi_B=phi_B)
     (batch,) = CaptureParts(str(capture), "1GB").read(0)
     samples = join(batch, encode(student, batch), student.table.info.eos_id)
     assert len(samples) == batch.num_rows
@@ -200,7 +202,8 @@ def checked(tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.Temp
     )
     precompute(config, Silent())
     student, teacher = load_tokenizer(str(tokenizer_file("smollm2"))), load_vocab(str(root / "c"))
-    maps = Maps.of(build_w(student.table, teacher), "prefix", student.table, teacher)
+    phi_B = first_tokens(teacher, student)
+    maps = Maps.of(build_w(student.table, teacher), "prefix", student.table, teacher, phi_B=phi_B)
     (batch,) = CaptureParts(str(root / "c"), "1GB").read(0)
     samples = join(batch, encode(student, batch), student.table.info.eos_id)
     recipe = Recipe(LOSSES, "first", 1.0, CodecInfo(k=64, min_p=0.003, step=1 / 32))
