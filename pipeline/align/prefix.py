@@ -73,7 +73,7 @@ def longest_tokens(teacher: TokenTable, student: TokenTable) -> NDArray[np.int32
 def first_tokens(teacher: TokenTable, student: TextTokenizer) -> NDArray[np.int32]:
     """phi at every byte of the teacher's tokens, int32 [B]; the longest token that fits where the rest is no text.
 
-    Every ending of a token is encoded once: half a minute of one core for a vocabulary of 262,000.
+    Every ending of a token is encoded once: some ten seconds of one core for a vocabulary of 262,000.
     """
     phi_B = longest_tokens(teacher, student.table)
     if int(student.table.lengths.max()) < 2:
