@@ -24,10 +24,10 @@ MODEL = "smollm2-135m"
 VOCABULARY = 8192
 TEXTS = {"train": "moby-dick", "same": "moby-dick-held-out", "other": "other-kinds"}
 HELD_OUT = ("same", "other")
-# The text alone, and the distributions of the model alone.
-RUNS = {"ce": ["--loss", "ce"], "byte-prefix": ["--loss", "byte-prefix", "--ce-weight", "0"]}
-RATES = {"ce": "1e-4", "byte-prefix": "1e-4"}
-LABELS = {"ce": "trained on the text: CE", "byte-prefix": "distilled: byte-prefix"}
+# The text alone; and the text with the model's own distributions, at equal gradients.
+RUNS = {"ce": ["--loss", "ce"], "byte-prefix": ["--loss", "byte-prefix", "--mix", "gradmag"]}
+RATE = "1e-4"
+LABELS = {"ce": "trained on the text: CE", "byte-prefix": "distilled: byte-prefix and CE"}
 Figures = dict[str, Any]
 
 
@@ -112,7 +112,7 @@ def run_of(asked: argparse.Namespace, loss: str) -> str:
 def train(asked: argparse.Namespace, loss: str, transplant: str, targets: str) -> Figures:
     words = ["train", targets, "--student", transplant, "--out", run_of(asked, loss), *RUNS[loss]]
     sizes = ["--step-tokens", "512", "--micro-tokens", "512", "--max-tokens", "256"]
-    return xtoken(asked, *words, "--lr", RATES[loss], "--steps", str(asked.steps), *sizes)
+    return xtoken(asked, *words, "--lr", RATE, "--steps", str(asked.steps), *sizes)
 
 
 def measure(asked: argparse.Namespace, model: str) -> dict[str, Figures]:

@@ -75,7 +75,7 @@ def test_its_commands_are_commands(
     assert [row["model"] for row in others] == [
         "transplant, untrained",
         "trained on the text: CE",
-        "distilled: byte-prefix",
+        "distilled: byte-prefix and CE",
     ]
     assert all(row["other_kl"] == 0.4 for row in others)
 
