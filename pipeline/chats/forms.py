@@ -118,10 +118,10 @@ def _bad(what: str, value: object, rule: str) -> Refused:
 
 def _list(what: str, value: Any) -> list[Any]:
     """A list, or a list as JSON text."""
-    value = parsed_json(value) if isinstance(value, str) else value
-    if not isinstance(value, list):
+    found = parsed_json(value) if isinstance(value, str) else value
+    if not isinstance(found, list):
         raise _bad(what, value, "it must be a list")
-    return value
+    return found
 
 
 def _text(what: str, value: Any) -> str:

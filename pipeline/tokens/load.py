@@ -44,7 +44,7 @@ def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_cod
     if source == "bytes":
         return ByteTokenizer()
     files = _find(source, revision, trust_remote_code)
-    return _assemble(files.name, files.path, files.data, files.side)
+    return _assemble(files, read_spec(files.data, files.name))
 
 
 def load_chat_tokenizer(source: str, *, revision: str | None = None) -> ChatTokenizer:
@@ -57,7 +57,7 @@ def load_chat_tokenizer(source: str, *, revision: str | None = None) -> ChatToke
         return ChatTokenizer.of_bytes(ByteTokenizer())
     files = _find(source, revision, False)
     spec = read_spec(files.data, files.name)
-    text = _assemble(files.name, files.path, files.data, files.side, added_as_text=True)
+    text = _assemble(files, spec, added_as_text=True)
     with named_failures(f"tokenizer {files.name!r}: {files.path} cannot be loaded", "fetch the file again"):
         return ChatTokenizer(text, marking(files.path, spec, control_names(spec, files.side)), spec)
 
@@ -105,27 +105,25 @@ def refuse_long_prefix(tokenizer: TextTokenizer, also: str = "") -> None:
         )
 
 
-def _assemble(
-    name: str, path: Path, data: Mapping[str, Any], side: SideFiles, *, added_as_text: bool = False
-) -> HfTokenizer:
+def _assemble(files: _Files, spec: Spec, *, added_as_text: bool = False) -> HfTokenizer:
     from tokenizers import Tokenizer
 
-    spec = read_spec(data, name)
-    refuse_missing_tokens(spec, side, name)
-    specials = special_tokens(spec, side)
-    changed = without_control_tokens(data, spec, frozenset([*specials, *control_names(spec, side)]))
+    name, path = files.name, files.path
+    refuse_missing_tokens(spec, files.side, name)
+    controls = frozenset([*special_tokens(spec, files.side), *control_names(spec, files.side)])
+    changed = without_control_tokens(files.data, spec, controls)
     if added_as_text:
-        changed = {**(changed or data), "added_tokens": []}
+        changed = {**(changed or files.data), "added_tokens": []}
     with named_failures(f"tokenizer {name!r}: {path} cannot be loaded", "fetch the file again"):
         backend = Tokenizer.from_file(str(path)) if changed is None else Tokenizer.from_str(json.dumps(changed))
     with named_failures(f"tokenizer {name!r}: {path} is loaded and fails at work", "fetch the file again"):
-        return _checked(name, backend, spec, changed, data, side)
+        return _checked(files, backend, spec, changed)
 
 
-def _checked(
-    name: str, backend: Any, spec: Spec, changed: Mapping[str, Any] | None, data: Mapping[str, Any], side: SideFiles
-) -> HfTokenizer:
-    _refuse_moved_ids(backend, spec if changed is None else read_spec(changed, name), name)
+def _checked(files: _Files, backend: Any, spec: Spec, changed: Mapping[str, Any] | None) -> HfTokenizer:
+    name, side = files.name, files.side
+    if changed is None or changed["added_tokens"]:
+        _refuse_moved_ids(backend, spec if changed is None else read_spec(changed, name), name)
     _as_plain_text(backend, special_tokens(spec, side) if changed is None else [])
     in_text = frozenset(token for token in role_candidates(spec, side) if _text_produces(backend, token))
     prefix = _prefix(backend)
@@ -144,7 +142,7 @@ def _checked(
         spec.added_ids if backend.get_added_tokens_decoder() else {},
         controls={at: spec.names[at] for at, role in enumerate(table.role) if role not in (None, "hole")},
         prefix=prefix,
-        cuts_at_spaces=keeps_tokens(data),
+        cuts_at_spaces=keeps_tokens(files.data),
     )
     tokenizer.check()
     return tokenizer
