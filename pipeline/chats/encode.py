@@ -4,7 +4,7 @@ Shapes: T tokens of a sample.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -136,8 +136,25 @@ class ChatModel:
         Raises:
             Refused: the template or the tokenizer cannot write it, or nothing of it would be learned.
         """
+        tokens = self._encode(conversation, learn, self.template)
+        _refuse_untaught(tokens)
+        return tokens
+
+    def encode_prompt(self, conversation: Conversation) -> ChatTokens:
+        """A conversation with what asks for its next answer; nothing of it is taught.
+
+        Raises:
+            Refused: the template or the tokenizer cannot write it.
+        """
+        return self._encode(conversation, (), self._asking)
+
+    @cached_property
+    def _asking(self) -> ChatTemplate:
+        return replace(self.template, asks=True)
+
+    def _encode(self, conversation: Conversation, learn: Collection[Kind], template: ChatTemplate) -> ChatTokens:
         stops = [self.tokenizer.added[token] for token in self.stops if token in self.tokenizer.added]
-        rendered = render_spans(conversation, self.template, self.markers, stops)
+        rendered = render_spans(conversation, template, self.markers, stops)
         writer = _Writer(self, self._taught(conversation, learn, rendered))
         last = {span.message: at for at, span in enumerate(rendered.spans) if span.kind in _ANSWER}
         answered = {at: message for message, at in last.items()}
@@ -147,9 +164,7 @@ class ChatModel:
             whole = self.tokenizer.template_ids(rendered.text, "start")
         except CannotTokenize as error:
             raise Refused("a content has no tokens", str(error), "leave it out") from error
-        tokens = writer.tokens(rendered.absent, rendered.trimmed, whole)
-        _refuse_untaught(tokens)
-        return tokens
+        return writer.tokens(rendered.absent, rendered.trimmed, whole)
 
     def _taught(self, conversation: Conversation, learn: Collection[Kind], rendered: Rendered) -> set[tuple[Kind, int]]:
         """Kind and message of what is taught. An answer whose calls are left out does not end where it seems to."""
@@ -167,7 +182,7 @@ def open_chat_model(
     revision: str | None = None,
     template: str | None = None,
     arguments: Mapping[str, Any] | None = None,
-    date: datetime = datetime(2026, 1, 1),
+    date: datetime,
 ) -> ChatModel:
     """The chat template and tokenizer of a model; see ``load_template`` for the arguments.
 

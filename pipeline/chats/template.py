@@ -7,7 +7,7 @@ alternate, tools that they do not know) refuses that conversation, by name.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import product
@@ -43,13 +43,15 @@ class ChatTemplate:
         sources: name -> Jinja source; a model with one has it as ``default``.
         variables: what it is given beside messages and tools: how special tokens are spelt, and ``--template-arg``.
         date: what ``strftime_now`` says.
-        stops: spellings or ids of tokens that end an answer, by generation_config.json.
+        stops: ids of tokens that end an answer, by generation_config.json.
+        asks: whether a rendering ends with what asks for the next answer (``add_generation_prompt``).
     """
 
     sources: Mapping[str, str]
     variables: Mapping[str, Any] = field(default_factory=dict)
-    date: datetime = datetime(2026, 1, 1)
+    date: datetime = datetime(1970, 1, 1)
     stops: tuple[int, ...] = ()
+    asks: bool = False
 
     @property
     def sha256(self) -> str:
@@ -65,18 +67,14 @@ class ChatTemplate:
         """The template for a conversation with or without tools, chosen as transformers does."""
         return self.sources["tool_use"] if tools and "tool_use" in self.sources else self.sources["default"]
 
-    def render(self, conversation: Conversation, *, prompt: bool = False) -> str:
+    def render(self, conversation: Conversation) -> str:
         """The conversation as the model reads it.
-
-        Args:
-            conversation: messages and tools.
-            prompt: whether what asks for the next answer follows (``add_generation_prompt``).
 
         Raises:
             Refused: the template refuses it, or fails on it.
         """
         form = self.call_form(tools=bool(conversation.tools)) if any(m.calls for m in conversation.messages) else None
-        return self._render(conversation, form or CallForm(), prompt=prompt)
+        return self._render(conversation, form or CallForm())
 
     def call_form(self, *, tools: bool) -> CallForm:
         """The first form of tool calls in which the template writes one at all; the usual one if it never does."""
@@ -90,12 +88,12 @@ class ChatTemplate:
     def opens_thinking(self) -> bool:
         """Whether what asks for an answer ends with the mark that opens reasoning: the model never writes it then."""
         try:
-            asked = self.render(Conversation((Message("user", "a"),)), prompt=True)
+            asked = replace(self, asks=True).render(Conversation((Message("user", "a"),)))
         except Refused:
             return False
         return asked.rstrip().endswith("<think>")
 
-    def _render(self, conversation: Conversation, form: CallForm, *, prompt: bool) -> str:
+    def _render(self, conversation: Conversation, form: CallForm) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tools = conversation.schemas or None
@@ -104,7 +102,7 @@ class ChatTemplate:
                 conversations=[[_as_dict(message, form) for message in conversation.messages]],
                 tools=tools,
                 chat_template=self.source(tools=tools is not None),
-                add_generation_prompt=prompt,
+                add_generation_prompt=self.asks,
                 **{**self.variables, "strftime_now": self.date.strftime},
             )
         except Exception as error:
@@ -148,8 +146,8 @@ def _forms_that_show(template: ChatTemplate, tools: bool) -> Iterator[CallForm]:
         for messages in ((asked, said), (asked, said, answer)):
             without = Conversation((asked, Message("assistant", "a")), offered)
             try:
-                shown = template._render(Conversation(messages, offered), CallForm(content, as_text), prompt=False)
-                before = template._render(without, CallForm(), prompt=False)
+                shown = template._render(Conversation(messages, offered), CallForm(content, as_text))
+                before = template._render(without, CallForm())
             except Refused:
                 continue
             if shown.count(_PROBE) > before.count(_PROBE) and (content is not None or "None" not in shown):
@@ -162,7 +160,7 @@ def load_template(
     revision: str | None = None,
     file: str | None = None,
     arguments: Mapping[str, Any] | None = None,
-    date: datetime = datetime(2026, 1, 1),
+    date: datetime,
 ) -> ChatTemplate:
     """The chat template of a tokenizer or model.
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from xtoken.pipeline.chats import ChatModel, open_chat_model
 
 Model = Callable[[str], ChatModel]
+DAY = datetime(2026, 7, 4)
 # No package carries Phi-3's files. These are templates of its two forms on Llama-2's vocabulary, with Phi-3's markers,
 # which eat the blanks behind them: mini knows system messages and ends with EOS; medium leaves them out and writes the
 # answer's header behind the question. Both leave out what tools say.
@@ -49,7 +51,7 @@ def model(tokenizer_file: Callable[[str], Path], demo_models: Any, tmp_path_fact
             folder = demo_models.prepare_tokenizer(name) if name == "gemma3" else tokenizer_file(source).parent
             if name in PHI3 or name == "chatglm3":
                 folder = _with_markers(name, folder, tmp_path_factory.mktemp(name))
-            loaded[name] = open_chat_model(str(folder))
+            loaded[name] = open_chat_model(str(folder), date=DAY)
         return loaded[name]
 
     return find

@@ -1,5 +1,6 @@
 """Random conversations of random models: what holds of all, in one model and between two."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,6 +14,10 @@ from .conftest import Model, each
 from .test_pairs import check_pair
 from .test_spans import check
 
+REASONS = {
+    *("none", "nothing is taught", "the chat template refuses it", "contents that cannot be told apart"),
+    *("reasoning twice", "control token in a tool or call"),
+}
 PIECES = [
     *("Hello", " world", "naïve café", "日本語", "Ελληνικά", "עברית", "👩‍👩‍👧", "e\u0301", "12345", "x = [1]", "QzqZ"),
     *("\n", "\n\n", " ", "  ", "\t", "\u00a0", "\u3000", "", "{{ 1 }}", "{% raw %}", '"', "\\", "None"),
@@ -67,20 +72,18 @@ talks: SearchStrategy[list[dict[str, Any]]] = st.tuples(system, turns).map(lambd
 @pytest.mark.parametrize("name", each())
 def test_any_conversation_is_spans_of_its_own_contents_or_refused(model: Model, name: str) -> None:
     chat = model(name)
-    encoded = 0
+    reasons = Counter[str]()
 
     @settings(max_examples=40)
     @given(talks)
     def run(messages: list[dict[str, Any]]) -> None:
-        nonlocal encoded
         try:
             conversation = read_row({"messages": messages}, "messages")
             tokens = check(chat, conversation)
         except Refused as refused:
-            assert refused.reason
-            assert refused.fix
+            reasons[refused.reason] += 1
             return
-        encoded += 1
+        reasons["none"] += 1
         # what is rewritten for other tokens only, or not at all, is not taught
         assert from_json(to_json(conversation)) == conversation
         taught = {span.message for span in tokens.spans if span.learn}
@@ -100,7 +103,8 @@ def test_any_conversation_is_spans_of_its_own_contents_or_refused(model: Model, 
             assert len(part) <= len(tokens) // 2
 
     run()
-    assert encoded >= 5
+    assert reasons["none"] >= 5
+    assert set(reasons) <= REASONS
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,7 @@ def test_any_conversation_pairs(model: Model, first: str, second: str) -> None:
     def run(messages: list[dict[str, Any]]) -> None:
         try:
             check_pair(teacher, student, read_row({"messages": messages}, "messages"))
-        except Refused as refused:
-            assert refused.reason
+        except Refused:
+            return
 
     run()

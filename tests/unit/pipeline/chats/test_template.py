@@ -3,6 +3,7 @@
 import hashlib
 import json
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from xtoken.pipeline.chats import Call, ChatTemplate, Conversation, Message, Ref
 from xtoken.pipeline.chats.template import CallForm
 from xtoken.schemas.errors import XtokenError
 
+load = partial(load_template, date=datetime(2026, 7, 4))
 TALK = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
@@ -25,32 +27,32 @@ def folder(root: Path, jinja: str | None = None, **config: Any) -> str:
 
 def test_a_file_of_its_own_comes_before_the_configuration(tmp_path: Path) -> None:
     source = folder(tmp_path, PLAIN, chat_template="other")
-    assert load_template(source).render(TALK) == "<user>Hi<assistant>Hello"
-    assert load_template(str(tmp_path / "tokenizer_config.json")).sources == {"default": PLAIN}
-    assert load_template(folder(tmp_path, PLAIN)).sha256 == hashlib.sha256(PLAIN.encode()).hexdigest()
+    assert load(source).render(TALK) == "<user>Hi<assistant>Hello"
+    assert load(str(tmp_path / "tokenizer_config.json")).sources == {"default": PLAIN}
+    assert load(folder(tmp_path, PLAIN)).sha256 == hashlib.sha256(PLAIN.encode()).hexdigest()
 
 
 def test_a_template_in_the_configuration_knows_its_special_tokens(tmp_path: Path) -> None:
     text = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ name }}"
     config = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "pad_token": None}
     source = folder(tmp_path, chat_template=text, **config)
-    assert load_template(source).render(TALK) == "<s>|</s>||"
-    assert load_template(source, arguments={"name": "a", "bos_token": "b"}).render(TALK) == "b|</s>||a"
+    assert load(source).render(TALK) == "<s>|</s>||"
+    assert load(source, arguments={"name": "a", "bos_token": "b"}).render(TALK) == "b|</s>||a"
 
 
 def test_of_named_templates_the_one_for_tools_is_taken_where_there_are_tools(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools[0].name }}"}]
-    found = load_template(folder(tmp_path, chat_template=named))
+    found = load(folder(tmp_path, chat_template=named))
     assert found.render(TALK) == "plain"
     assert found.render(Conversation(TALK.messages, ('{"name":"add"}',))) == "add"
-    assert found.sha256 != load_template(folder(tmp_path, chat_template=named[:1])).sha256
+    assert found.sha256 != load(folder(tmp_path, chat_template=named[:1])).sha256
 
 
 def test_a_given_file_counts_whatever_the_model_has(tmp_path: Path) -> None:
     given = tmp_path / "own.jinja"
     given.write_text(PLAIN)
-    assert load_template(folder(tmp_path, chat_template="other"), file=str(given)).sources == {"default": PLAIN}
-    assert load_template("bytes", file=str(given)).render(TALK) == "<user>Hi<assistant>Hello"
+    assert load(folder(tmp_path, chat_template="other"), file=str(given)).sources == {"default": PLAIN}
+    assert load("bytes", file=str(given)).render(TALK) == "<user>Hi<assistant>Hello"
 
 
 @pytest.mark.parametrize(
@@ -64,17 +66,17 @@ def test_a_given_file_counts_whatever_the_model_has(tmp_path: Path) -> None:
 )
 def test_a_model_without_a_template_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     with pytest.raises(XtokenError, match=message):
-        load_template(folder(tmp_path, **config))
+        load(folder(tmp_path, **config))
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(XtokenError, match=r"none\.jinja cannot be read"):
-        load_template("bytes", file=str(tmp_path / "none.jinja"))
+        load("bytes", file=str(tmp_path / "none.jinja"))
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(XtokenError, match="not readable JSON"):
-        load_template(str(tmp_path))
+        load(str(tmp_path))
     with pytest.raises(XtokenError, match="--template-arg messages is what the template is given by the run"):
-        load_template(folder(tmp_path, PLAIN), arguments={"messages": 1})
+        load(folder(tmp_path, PLAIN), arguments={"messages": 1})
 
 
 def test_a_template_that_is_no_template_fails_for_all_conversations() -> None:
@@ -104,7 +106,7 @@ def test_stops_are_those_of_the_generation_config(tmp_path: Path) -> None:
     source = folder(tmp_path, PLAIN)
     for value, stops in ((None, ()), (2, (2,)), ([2, 7], (2, 7)), ("a", ()), (True, ())):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
-        assert load_template(source).stops == stops
+        assert load(source).stops == stops
 
 
 @pytest.mark.parametrize(
