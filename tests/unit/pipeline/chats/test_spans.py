@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -404,6 +405,35 @@ def test_the_same_conversation_gives_the_same_tokens(model: Model) -> None:
     first, second = (model("qwen3").encode(talk("calls", tools=True), LEARN) for _ in range(2))
     assert first.spans == second.spans
     assert first.ids.tobytes() == second.ids.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("behind", "stop"),
+    [
+        ("<|im_end|>", True),
+        (" \n<|im_end|>", True),
+        ("<|im_end|><|im_end|>", True),
+        (".<|im_end|>", False),
+        ("<|im_start|><|im_end|>", False),
+        ("<|endoftext|>", False),
+        ("", False),
+    ],
+)
+def test_a_stop_is_the_first_control_token_behind_an_answer_with_blanks_at_most_before_it(
+    model: Model, behind: str, stop: bool
+) -> None:
+    source = "{% for m in messages %}<|im_start|>{{ m.content }}" + behind + "{% endfor %}"
+    chat = ChatModel(ChatTemplate({"default": source}), model("smollm2").tokenizer)
+    found = seen(chat.encode(talk("system")), chat)
+    assert [span for span in found if span[0] == "stop"] == ([("stop", 2, 0, "<|im_end|>")] if stop else [])
+
+
+def test_a_stop_that_the_generation_config_names(model: Model) -> None:
+    (token,) = model("smollm2").tokenizer.template_ids("<|endoftext|>", "start")
+    template = ChatTemplate({"default": "{% for m in messages %}:{{ m.content }}<|endoftext|>{% endfor %}"})
+    for stops, expected in (((), None), ((token,), token)):
+        chat = ChatModel(replace(template, stops=stops), model("smollm2").tokenizer)
+        assert chat.stop_token == expected
 
 
 @pytest.mark.parametrize("name", each())
