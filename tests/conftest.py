@@ -102,7 +102,7 @@ def gemma3_dir(demo_models: ModuleType) -> Path:
 def tokenizer_file(demo_models: ModuleType) -> Callable[[str], Path]:
     """``tokenizer_file(name)``: a real tokenizer.json, its tokenizer_config.json beside it.
 
-    Names: smollm2, gemma3, llama3, qwen3, llama2, gpt4o; the last four skip the test where npm is missing.
+    Names: smollm2, gemma3 (the base model), and those of demo_models.TOKENIZERS, which are skipped without npm.
     """
     models = {"smollm2": "smollm2-135m", "gemma3": "gemma-3-270m"}
 

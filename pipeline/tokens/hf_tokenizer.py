@@ -83,6 +83,19 @@ class HfTokenizer:
             for text, ids, complete in zip(texts, self.token_ids(texts), completes, strict=True)
         ]
 
+    @property
+    def backend(self) -> Any:
+        """The ``tokenizers.Tokenizer``."""
+        return self._backend
+
+    def placed(self, text: str, ids: Sequence[int]) -> Encoded:
+        """The ends of tokens that ``backend`` gave for this text, referring to ``text`` itself.
+
+        Raises:
+            CannotTokenize: as ``encode``.
+        """
+        return self._finish(self._place(text, list(ids), keep_text=True), False)
+
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """See ``TextTokenizer.token_ids``."""
         with named_failures(f"tokenizer {self.table.info.name!r} fails on a text", "use another tokenizer"):

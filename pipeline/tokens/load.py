@@ -6,10 +6,12 @@ been seen to give other ids than the file they were built from.
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xtoken.pipeline.tokens.byte_tokenizer import ByteTokenizer
+from xtoken.pipeline.tokens.chat import ChatTokenizer, marking
 from xtoken.pipeline.tokens.cuts import keeps_tokens
 from xtoken.pipeline.tokens.failures import named_failures
 from xtoken.pipeline.tokens.hf_table import build_table, control_names, role_candidates, special_tokens, text_normalizer
@@ -41,6 +43,36 @@ def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_cod
     """
     if source == "bytes":
         return ByteTokenizer()
+    files = _find(source, revision, trust_remote_code)
+    return _assemble(files, read_spec(files.data, files.name))
+
+
+def load_chat_tokenizer(source: str, *, revision: str | None = None) -> ChatTokenizer:
+    """Load a tokenizer for conversations: template text with its added tokens, contents without any.
+
+    Raises:
+        XtokenError: as ``load_tokenizer``.
+    """
+    if source == "bytes":
+        return ChatTokenizer.of_bytes(ByteTokenizer())
+    files = _find(source, revision, False)
+    spec = read_spec(files.data, files.name)
+    text = _assemble(files, spec, added_as_text=True)
+    with named_failures(f"tokenizer {files.name!r}: {files.path} cannot be loaded", "fetch the file again"):
+        return ChatTokenizer(text, marking(files.path, spec, control_names(spec, files.side)), spec)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What was found of a tokenizer. ``name`` goes into manifests: a model's name, not where it lies on one machine."""
+
+    name: str
+    path: Path
+    data: Mapping[str, Any]
+    side: SideFiles
+
+
+def _find(source: str, revision: str | None, trust_remote_code: bool) -> _Files:
     local = _local_file(source)
     path = local or _hub_file(source, revision, trust_remote_code)
     data = _read_json(path)
@@ -49,9 +81,8 @@ def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_cod
     else:
         files = {name: hub_file(source, name, commit_of(path) or revision) for name in _SIDE_FILES}
         side = {name: _read_json(file) for name, file in files.items() if file is not None}
-    # The name goes into manifests: a model's name, not where it lies on one machine.
     name = source if local is None else (path.resolve().parent.name if path.name == _FILE else path.stem)
-    return _assemble(name, path, data, SideFiles(*(side.get(name, {}) for name in _SIDE_FILES)))
+    return _Files(name, path, data, SideFiles(*(side.get(name, {}) for name in _SIDE_FILES)))
 
 
 def refuse_long_prefix(tokenizer: TextTokenizer, also: str = "") -> None:
@@ -74,23 +105,25 @@ def refuse_long_prefix(tokenizer: TextTokenizer, also: str = "") -> None:
         )
 
 
-def _assemble(name: str, path: Path, data: Mapping[str, Any], side: SideFiles) -> HfTokenizer:
+def _assemble(files: _Files, spec: Spec, *, added_as_text: bool = False) -> HfTokenizer:
     from tokenizers import Tokenizer
 
-    spec = read_spec(data, name)
-    refuse_missing_tokens(spec, side, name)
-    specials = special_tokens(spec, side)
-    changed = without_control_tokens(data, spec, frozenset([*specials, *control_names(spec, side)]))
+    name, path = files.name, files.path
+    refuse_missing_tokens(spec, files.side, name)
+    controls = frozenset([*special_tokens(spec, files.side), *control_names(spec, files.side)])
+    changed = without_control_tokens(files.data, spec, controls)
+    if added_as_text:
+        changed = {**(changed or files.data), "added_tokens": []}
     with named_failures(f"tokenizer {name!r}: {path} cannot be loaded", "fetch the file again"):
         backend = Tokenizer.from_file(str(path)) if changed is None else Tokenizer.from_str(json.dumps(changed))
     with named_failures(f"tokenizer {name!r}: {path} is loaded and fails at work", "fetch the file again"):
-        return _checked(name, backend, spec, changed, data, side)
+        return _checked(files, backend, spec, changed)
 
 
-def _checked(
-    name: str, backend: Any, spec: Spec, changed: Mapping[str, Any] | None, data: Mapping[str, Any], side: SideFiles
-) -> HfTokenizer:
-    _refuse_moved_ids(backend, spec if changed is None else read_spec(changed, name), name)
+def _checked(files: _Files, backend: Any, spec: Spec, changed: Mapping[str, Any] | None) -> HfTokenizer:
+    name, side = files.name, files.side
+    if changed is None or changed["added_tokens"]:
+        _refuse_moved_ids(backend, spec if changed is None else read_spec(changed, name), name)
     _as_plain_text(backend, special_tokens(spec, side) if changed is None else [])
     in_text = frozenset(token for token in role_candidates(spec, side) if _text_produces(backend, token))
     prefix = _prefix(backend)
@@ -106,10 +139,10 @@ def _checked(
         table,
         None if normalizer is None else _normalizer(normalizer),
         strips,
-        spec.added_ids,
+        spec.added_ids if backend.get_added_tokens_decoder() else {},
         controls={at: spec.names[at] for at, role in enumerate(table.role) if role not in (None, "hole")},
         prefix=prefix,
-        cuts_at_spaces=keeps_tokens(data),
+        cuts_at_spaces=keeps_tokens(files.data),
     )
     tokenizer.check()
     return tokenizer
