@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from xtoken.pipeline.align.code_use import token_codes
 from xtoken.pipeline.align.losses import builders
 from xtoken.pipeline.align.refusals import refuse_losses, refuse_narrow_student, refuse_no_text, w_rule
+from xtoken.pipeline.align.rows import Recipe
 from xtoken.pipeline.align.run_identity import claim, run_settings
 from xtoken.pipeline.align.skipped_samples import Skipped, SkippedSamples
 from xtoken.pipeline.align.stage import AlignJob, refuse_other_tokenizer
@@ -23,7 +25,7 @@ from xtoken.pipeline.project.files import read_projection, write_table, write_ta
 from xtoken.pipeline.project.projection import Projection
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import clean, committed
-from xtoken.pipeline.store.reader import load_vocab
+from xtoken.pipeline.store.reader import load_vocab, read_table
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
 from xtoken.pipeline.store.skip_records import SKIPPED_FILE
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
@@ -32,8 +34,6 @@ from xtoken.schemas.errors import IncompleteRun, Unreachable, last_words
 from xtoken.schemas.io.remote import patiently
 from xtoken.schemas.manifest import (
     MANIFEST,
-    OTHER_SPACE,
-    WHOLE_TARGETS,
     CaptureManifest,
     TargetManifest,
     TokenizerInfo,
@@ -42,6 +42,8 @@ from xtoken.schemas.manifest import (
     provenance,
     read_manifest,
 )
+from xtoken.schemas.tables import SCHEMA_VERSIONS
+from xtoken.schemas.target_form import CODES_FILE, TargetForm, TokenCodes, needs_codes
 from xtoken.schemas.ui.progress import Progress
 
 STUDENT_VOCAB_FILE = "student_vocab.parquet"
@@ -59,6 +61,7 @@ class _Run:
     tokenizer: TextTokenizer
     settings: dict[str, Any]
     files: dict[str, str]
+    form: TargetForm
 
     @property
     def student(self) -> TokenizerInfo:
@@ -69,7 +72,7 @@ class _Run:
     def job(self) -> AlignJob:
         """What workers open."""
         config, capture = self.config, self.capture
-        return AlignJob(config, config.captures[0], config.out, self.projection, capture.codec)
+        return AlignJob(config, config.captures[0], config.out, self.projection, capture.codec, self.form)
 
 
 def align(config: AlignConfig, progress: Progress, *, executor: Executor | None = None) -> TargetManifest:
@@ -102,15 +105,21 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
     refuse_narrow_student(config, student)
     refuse_losses(config, student.info, capture)
     projection = _projection(config, student, capture)
-    settings = run_settings(config, capture, projection)
+    there = written(config.out)
+    finished = there is not None and not there.set_aside
+    version = there.schema_version if there is not None and finished else SCHEMA_VERSIONS["targets"]
+    settings = run_settings(config, capture, projection, version)
     claim(config.out, settings, type(config))
-    if (there := written(config.out)) is not None and not there.set_aside:
+    if there is not None and finished:
         seal(config.out)
         return there
     refuse_no_text(config, capture)
     files = write_tables(config.out, projection)
     files[STUDENT_VOCAB_FILE] = write_table(config.out, STUDENT_VOCAB_FILE, student.to_tables()[0])
-    run = _Run(config, capture, projection, tokenizer, settings, files)
+    form = _form(config, capture, projection)
+    if form.codes is not None:
+        files[CODES_FILE] = write_table(config.out, CODES_FILE, form.codes.table())
+    run = _Run(config, capture, projection, tokenizer, settings, files, form)
     failed = _work(run, executor, progress)
     return patiently(partial(_finish, run, failed))
 
@@ -118,6 +127,19 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
 def written(out: str) -> TargetManifest | None:
     """The manifest of targets that lies there already, or None."""
     return read_manifest(out, TargetManifest) if Folder(out).exists(MANIFEST) else None
+
+
+def _form(config: AlignConfig, capture: CaptureManifest, projection: Projection) -> TargetForm:
+    """How parts will hold their columns. Codes that a killed run wrote stay: its parts hold them."""
+    version, codes = SCHEMA_VERSIONS["targets"], None
+    if needs_codes(config.losses, version):
+        if Folder(config.out).exists(CODES_FILE):
+            there = read_table(Folder(config.out).url(CODES_FILE))
+            codes = TokenCodes.of(there, projection.teacher.size, projection.student.size)
+        else:
+            codes = token_codes(config.captures[0], capture, projection, config.unreached)
+    recipe = Recipe(config.losses, config.merge, config.tau, capture.codec, config.entries)
+    return TargetForm(config.losses, version, recipe.step, codes)
 
 
 def _projection(config: AlignConfig, student: TokenTable, capture: CaptureManifest) -> Projection:
@@ -187,7 +209,7 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
         raise IncompleteRun(_refusal(run, failed, skipped))
     manifest = TargetManifest(
         **provenance(),
-        schema_version=OTHER_SPACE if run.capture.space != "space" else WHOLE_TARGETS + bool(failed),
+        schema_version=run.form.version,
         files=run.files,
         parts=parts,
         capture_hash=content_hash(run.capture),
@@ -201,6 +223,7 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
         tau=config.tau,
         codec=run.capture.codec.name,
         space=run.capture.space,
+        step=run.form.step,
         run_hash=digest(run.settings),
         set_aside=failed,
     )

@@ -35,7 +35,9 @@ from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.parquet_limits import check_pages, reading
 from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.manifest import CodecInfo, Part, TokenizerInfo
-from xtoken.schemas.tables import targets
+from xtoken.schemas.target_form import TargetForm
+
+_RISING = ("student_end", "chunk_student_end", "chunk_teacher_end")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class AlignJob:
         capture: folder or URL of the one that is aligned.
         out: folder or URL of its targets.
         codec: how the capture stored its rows.
+        form: how the parts hold their columns.
     """
 
     config: AlignConfig
@@ -53,6 +56,7 @@ class AlignJob:
     out: str
     projection: Projection
     codec: CodecInfo
+    form: TargetForm
 
     @property
     def ahead(self) -> int:
@@ -109,13 +113,13 @@ class AlignWorker(OneByOne):
             VerificationError: the capture part is not the one recorded, or the targets break a rule.
         """
         del attempt, on_progress  # a part is done within seconds
-        written = _Written(targets(self.job.config.losses))
+        written = _Written(self.job.form.schema)
         return publish_part(self.job.out, shard, partial(self._write, shard, written), written.check)
 
     def _write(self, shard: int, written: "_Written", url: str) -> dict[str, int]:
         written.forget()
         rows = group_rows(self.parts.records[shard].samples)
-        write_parquet(url, written.schema, self._batches(shard, written), rows)
+        write_parquet(url, written.schema, self._batches(shard, written), rows, rising=_RISING)
         if written.built:
             self.rules.check(pa.concat_tables(written.built))
         return dict(written.counts)
@@ -130,7 +134,7 @@ class AlignWorker(OneByOne):
             samples = join(batch, encode(self.tokenizer, batch), eos_id)
             built, figures = target_batch(batch, samples, self.maps, self.recipe)
             written.add(batch, built, figures, summary_batch(batch, samples, built, self.job.config.losses))
-            yield built
+            yield self.job.form.stored_batch(built)
 
 
 @dataclass

@@ -28,6 +28,7 @@ from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import CodecInfo
+from xtoken.schemas.target_form import TargetForm
 from xtoken.schemas.ui.progress import Silent
 
 TEXT = "The ﬁrst ofﬁce, ２０２６: x² and ①, then plain words again.\n"
@@ -131,6 +132,7 @@ def test_kept_ids_outside_the_vocabulary_are_refused(capture: Path, tmp_path: Pa
         str(tmp_path),
         projection,
         CODEC,
+        TargetForm(["p-kl"], 6),
     )
     worker = job.open()
     worker = replace(worker, maps=replace(worker.maps, teacher_size=10))
