@@ -7,20 +7,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import Field
 from typer.testing import CliRunner
 
 from xtoken import cli
 from xtoken.pipeline.align import run_captures
+from xtoken.pipeline.align.run import align
+from xtoken.pipeline.align.run_identity import run_settings as align_settings
 from xtoken.pipeline.capture.precompute import precompute
 from xtoken.pipeline.capture.run_identity import check_settings, run_settings
+from xtoken.pipeline.project import build_w
 from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.store.reader import iter_targets, load_vocab
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.configs.train import OptimGroup, TrainConfig
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.tables import targets
 from xtoken.schemas.ui.config_file import read_settings
 from xtoken.schemas.ui.flags import build
 from xtoken.schemas.ui.progress import Silent
@@ -66,9 +75,13 @@ def files(root: Path, below: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (root / below).glob("part-*") if path.suffix != ".tmp"}
 
 
-@pytest.mark.parametrize("name", ["capture", "targets"])
-def test_parts_are_finished(begun: Callable[..., Any], name: str) -> None:
-    root = Path(name)
+def everything(root: Path) -> dict[str, bytes]:
+    """Content of all files."""
+    return {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_parts_are_finished(begun: Callable[..., Any]) -> None:
+    name, root = "capture", Path("capture")
     record, before = (root / RECORDS[name]).read_bytes(), files(root, "data")
     assert before
     assert not (root / FINISHED[name]).exists()
@@ -80,6 +93,51 @@ def test_parts_are_finished(begun: Callable[..., Any], name: str) -> None:
     assert begun(name, out="fresh").exit_code == 0
     assert (Path("fresh") / RECORDS[name]).read_bytes() == record, "what is written is what 0.5.0 wrote"
     assert files(Path("fresh"), "data") == after, "a run from its beginning gives the same bytes"
+
+
+def test_targets_that_were_begun_in_an_older_version_are_another_run(begun: Callable[..., Any]) -> None:
+    """No folder holds parts of two versions; what is there stays as it is."""
+    before = everything(Path("targets"))
+    result = begun("targets", FREE["targets"])
+    assert result.exit_code == 2
+    assert "targets: a version before 6 there, version 6 now" in result.output
+    assert "give another --out, or remove that folder" in result.output
+    assert everything(Path("targets")) == before
+
+
+def test_targets_from_the_beginning_hold_what_older_ones_held(begun: Callable[..., Any]) -> None:
+    """Every value of the part that 0.5.0 wrote, but for the rounding of log-probabilities to steps."""
+    assert begun("targets", out="fresh").exit_code == 0
+    record = json.loads(Path("fresh/align.json").read_text())
+    assert record.pop("targets") == "version 6"
+    assert record == json.loads(Path("targets/align.json").read_text())
+    (path,) = Path("targets/data").glob("*.parquet")
+    old = pq.read_table(path)
+    assert old.schema.equals(targets(["p-kl", "alm"]))
+    new = pa.Table.from_batches(iter_targets("fresh")).slice(0, len(old))
+    rounded = ["pkl_logprob", "pkl_rest_logprob"]
+    ours, theirs = (repr(table.drop_columns(rounded).to_pydict()) for table in (new, old))
+    assert ours == theirs, "where both say nan, too"
+    for name in rounded:
+        ours, theirs = (table[name].combine_chunks().flatten().to_numpy() for table in (new, old))
+        np.testing.assert_allclose(ours, theirs, atol=1 / 32, rtol=0)
+
+
+@pytest.mark.parametrize(("golden", "version"), [("v3-targets", 3), ("v4-targets", 4)])
+def test_targets_that_an_older_release_finished(begun: Callable[..., Any], golden: str, version: int) -> None:
+    """They stay; but parts that were set aside are not built anew beside those of an older version."""
+    shutil.copytree(GOLDEN / "captures" / golden, "old")
+    config = AlignConfig(captures=["v4-topk"], student="bytes", out="old", losses=["p-kl", "h-kl", "alm"])
+    projection = build_w(load_tokenizer("bytes").table, load_vocab("v4-topk"))
+    record = align_settings(config, read_manifest("v4-topk", CaptureManifest), projection, version)
+    Path("old/align.json").write_text(json.dumps(record, indent=1) + "\n")
+    before = everything(Path("old"))
+    if version == 3:
+        assert align(config, Silent()).schema_version == 3
+    else:
+        with pytest.raises(XtokenError, match="targets: a version before 6 there, version 6 now"):
+            align(config, Silent())
+    assert everything(Path("old")) == before
 
 
 def test_steps_are_finished(begun: Callable[..., Any]) -> None:
