@@ -97,13 +97,13 @@ class TargetForm:
     @cached_property
     def _renamed(self) -> dict[str, str]:
         """Names on disk of columns that are stored otherwise than they are read, by the names that readers know."""
-        if self.version < LEAN_TARGETS:
+        if not self.lean:
             return {}
         return {name: field.name for name, field in lean_fields(self.losses).items()}
 
     @cached_property
     def _gaps(self) -> list[GapColumns]:
-        return gap_columns(self.losses) if self.version >= LEAN_TARGETS else []
+        return gap_columns(self.losses) if self.lean else []
 
     @cached_property
     def _ids(self) -> dict[str, Ids]:
@@ -119,8 +119,8 @@ class TargetForm:
         return probabilities(self.step)
 
     @property
-    def whole(self) -> bool:
-        """Whether ``read`` makes what has a tail mass sum to 1 with it."""
+    def lean(self) -> bool:
+        """Whether there are steps, codes and a tail mass that ``read`` makes entries sum to 1 with."""
         return self.version >= LEAN_TARGETS
 
     @property

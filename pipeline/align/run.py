@@ -24,16 +24,19 @@ from xtoken.pipeline.project.build import build_w
 from xtoken.pipeline.project.files import read_projection, write_table, write_tables
 from xtoken.pipeline.project.projection import Projection
 from xtoken.pipeline.store.files import Folder
-from xtoken.pipeline.store.publish import clean, committed
+from xtoken.pipeline.store.publish import clean, committed, data_name
 from xtoken.pipeline.store.reader import load_vocab, read_table
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
 from xtoken.pipeline.store.skip_records import SKIPPED_FILE
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
 from xtoken.schemas.configs.artifacts import AlignConfig
-from xtoken.schemas.errors import IncompleteRun, Unreachable, last_words
-from xtoken.schemas.io.remote import patiently
+from xtoken.schemas.errors import IncompleteRun, Unreachable, VerificationError, last_words
+from xtoken.schemas.io.parquet_limits import reading
+from xtoken.schemas.io.remote import patiently, read_footer
 from xtoken.schemas.manifest import (
     MANIFEST,
+    OTHER_SPACE,
+    WHOLE_TARGETS,
     CaptureManifest,
     TargetManifest,
     TokenizerInfo,
@@ -42,7 +45,7 @@ from xtoken.schemas.manifest import (
     provenance,
     read_manifest,
 )
-from xtoken.schemas.tables import SCHEMA_VERSIONS
+from xtoken.schemas.tables import LEAN_TARGETS, SCHEMA_VERSIONS, targets
 from xtoken.schemas.target_form import CODES_FILE, TargetForm, TokenCodes, needs_codes
 from xtoken.schemas.ui.progress import Progress
 
@@ -105,12 +108,9 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
     refuse_narrow_student(config, student)
     refuse_losses(config, student.info, capture)
     projection = _projection(config, student, capture)
-    there = written(config.out)
-    finished = there is not None and not there.set_aside
-    version = there.schema_version if there is not None and finished else SCHEMA_VERSIONS["targets"]
-    settings = run_settings(config, capture, projection, version)
+    settings = run_settings(config, capture, projection)
     claim(config.out, settings, type(config))
-    if there is not None and finished:
+    if (there := written(config.out)) is not None and not there.set_aside:
         seal(config.out)
         return there
     refuse_no_text(config, capture)
@@ -130,8 +130,8 @@ def written(out: str) -> TargetManifest | None:
 
 
 def _form(config: AlignConfig, capture: CaptureManifest, projection: Projection) -> TargetForm:
-    """How parts will hold their columns. Codes that a killed run wrote stay: its parts hold them."""
-    version, codes = SCHEMA_VERSIONS["targets"], None
+    """How parts will hold their columns: as those that are there do, which are in the codes that lie beside them."""
+    version, codes = _version(config), None
     if needs_codes(config.losses, version):
         if Folder(config.out).exists(CODES_FILE):
             there = read_table(Folder(config.out).url(CODES_FILE))
@@ -140,6 +140,20 @@ def _form(config: AlignConfig, capture: CaptureManifest, projection: Projection)
             codes = token_codes(config.captures[0], capture, projection, config.unreached)
     recipe = Recipe(config.losses, config.merge, config.tau, capture.codec, config.entries)
     return TargetForm(config.losses, version, recipe.step, codes)
+
+
+def _version(config: AlignConfig) -> int:
+    """Of the schema: a folder that an older release began goes on in its version, so that no folder holds two."""
+    newest, older = SCHEMA_VERSIONS["targets"], LEAN_TARGETS - 1
+    for index in sorted(committed(config.out)):
+        path = Folder(config.out).url(data_name(index))
+        try:
+            with reading(path, ""):
+                stored = read_footer(path).schema.to_arrow_schema()
+        except VerificationError:  # 'xtoken verify' says so; the next part tells as much
+            continue
+        return newest if stored.equals(targets(config.losses, newest)) else older
+    return newest
 
 
 def _projection(config: AlignConfig, student: TokenTable, capture: CaptureManifest) -> Projection:
@@ -209,7 +223,7 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
         raise IncompleteRun(_refusal(run, failed, skipped))
     manifest = TargetManifest(
         **provenance(),
-        schema_version=run.form.version,
+        schema_version=_manifest_version(run, failed),
         files=run.files,
         parts=parts,
         capture_hash=content_hash(run.capture),
@@ -223,7 +237,7 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
         tau=config.tau,
         codec=run.capture.codec.name,
         space=run.capture.space,
-        step=run.form.step,
+        step=run.form.step if run.form.lean else None,
         run_hash=digest(run.settings),
         set_aside=failed,
     )
@@ -238,6 +252,13 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
             "mend the capture and run the same command again to try them once more"
         )
     return manifest
+
+
+def _manifest_version(run: _Run, failed: dict[int, str]) -> int:
+    """What older releases wrote says what differs from theirs, and nothing more."""
+    if run.form.lean:
+        return run.form.version
+    return OTHER_SPACE if run.capture.space != "space" else WHOLE_TARGETS + bool(failed)
 
 
 def _refusal(run: _Run, failed: dict[int, str], skipped: Skipped) -> str:

@@ -10,21 +10,13 @@ from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.identity import defaults, identity
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, content_hash
-from xtoken.schemas.tables import LEAN_TARGETS, SCHEMA_VERSIONS
 
 RUN_FILE = "align.json"
 _HASH = 64  # characters
 
 
-def run_settings(
-    config: AlignConfig, capture: CaptureManifest, projection: Projection, version: int = SCHEMA_VERSIONS["targets"]
-) -> dict[str, Any]:
-    """Everything that decides what the targets hold.
-
-    Args:
-        config, capture, projection: of the run.
-        version: schema version of the parts; runs before version 6 did not record theirs.
-    """
+def run_settings(config: AlignConfig, capture: CaptureManifest, projection: Projection) -> dict[str, Any]:
+    """Everything that decides what the targets hold."""
     settings = {
         "capture": content_hash(capture),
         "student": projection.student.hash,
@@ -37,8 +29,6 @@ def run_settings(
     }
     if revisions := [f"{loss.name}-{loss.revision}" for loss in builders(config.losses) if loss.revision]:
         settings["revisions"] = revisions
-    if version >= LEAN_TARGETS:
-        settings["targets"] = f"version {version}"
     return settings | {name: value for name, value in identity(config).items() if name not in settings}
 
 
@@ -59,7 +49,7 @@ def claim(root: str, settings: dict[str, Any], model: type[AlignConfig] = AlignC
     if foreign and not folder.exists(RUN_FILE):
         raise XtokenError(f"{root} holds {foreign[0]} and no {RUN_FILE}: no align run wrote it; give another --out")
     needed = any(name != RUN_FILE for name in foreign)
-    silent = {**defaults(model), "revisions": [], "targets": f"a version before {LEAN_TARGETS}"}
+    silent = {**defaults(model), "revisions": []}
     differ = create_or_compare(folder, RUN_FILE, settings, needed=needed, absent=silent)
     if differ:
         listed = ", ".join(f"{name}: {_short(there)} there, {_short(now)} now" for name, there, now in differ)

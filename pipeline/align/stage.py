@@ -119,7 +119,9 @@ class AlignWorker(OneByOne):
     def _write(self, shard: int, written: "_Written", url: str) -> dict[str, int]:
         written.forget()
         rows = group_rows(self.parts.records[shard].samples)
-        write_parquet(url, written.schema, self._batches(shard, written), rows, rising=_RISING)
+        write_parquet(
+            url, written.schema, self._batches(shard, written), rows, rising=_RISING if self.job.form.lean else ()
+        )
         if written.built:
             self.rules.check(pa.concat_tables(written.built))
         return dict(written.counts)

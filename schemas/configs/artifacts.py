@@ -28,8 +28,6 @@ from xtoken.schemas.configs.base import (
 from xtoken.schemas.io.sizes import memory_size
 from xtoken.schemas.losses import LOSSES
 
-# Of the record of a run, beside what its flags say.
-_NO_SETTINGS = ("capture", "student", "w", "revisions", "targets")
 RULES = ("pieces", "first-piece", "reverse", "random", "mined")
 
 
@@ -161,7 +159,7 @@ class AlignConfig(Config):
         """See ``Config``: align.json, which holds hashes of the capture, the student and W, not their places."""
         if not {"capture", "student", "w", "for"} <= record.keys() or len(str(record["w"])) != 64:
             return None
-        return {name: value for name, value in record.items() if name not in _NO_SETTINGS}
+        return {name: value for name, value in record.items() if name not in ("capture", "student", "w", "revisions")}
 
     @field_validator("losses")
     @classmethod

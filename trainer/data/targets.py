@@ -175,7 +175,7 @@ class Targets:
             self._check_ids(lists, path)
         if len(ids) != ref.rows:
             raise VerificationError(f"{path} has {len(ids)} rows in group {ref.group}, not {ref.rows}; {_FETCH}")
-        return RowGroup(ref, ids, lists, self._form.whole)
+        return RowGroup(ref, ids, lists, self._form.lean)
 
     def _check_ids(self, lists: Mapping[str, tuple[NDArray[np.int32], Array]], path: str) -> None:
         """Ids index arrays, on a GPU without a look at their bounds: they must lie in their vocabulary."""
