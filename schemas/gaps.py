@@ -98,7 +98,6 @@ def from_gaps(
         tail_C[target] = -stored * step if known else (-np.inf if stored == NO_TAIL else np.nan)
         if high == low:
             continue
-        base, scale = np.int64(0), 0.0
         if whole:
             base = min(np.int64(gap_K[low]), stored) if known else np.int64(gap_K[low])
             # counted from the largest cell, which makes the sum at least 1, and its logarithm exact
@@ -106,13 +105,29 @@ def from_gaps(
             for at in range(low, high):
                 level += np.int64(gap_K[at])
                 total += table[level] if level < len(table) else np.exp(-level * step)
+                logprob_K[at] = -level * step
             if known:
                 total += table[stored - base] if stored - base < len(table) else np.exp((base - stored) * step)
                 tail_C[target] = (base - stored) * step - np.log(total)
-            scale = np.log(total)
-        level = -base
-        for at in range(low, high):
-            level += np.int64(gap_K[at])
-            logprob_K[at] = -level * step - scale
+            scale = np.float32(np.log(total))
+            for at in range(low, high):
+                logprob_K[at] -= scale
+        else:
+            level = np.int64(0)
+            for at in range(low, high):
+                level += np.int64(gap_K[at])
+                logprob_K[at] = -level * step
         low = high
     return logprob_K, tail_C
+
+
+@compiled
+def looked_up(ids_U: NDArray[np.int32], codes_K: NDArray[np.int32]) -> tuple[NDArray[np.int32], bool]:
+    """The id of each code, int32 [K], and whether each is one of 0 to U-1."""
+    ids_K, right = np.empty(len(codes_K), np.int32), True
+    for at in range(len(codes_K)):
+        code = codes_K[at]
+        inside = 0 <= code < len(ids_U)
+        right &= inside
+        ids_K[at] = ids_U[code if inside else 0]
+    return ids_K, right

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.schemas.gaps import NO_TAIL, from_gaps, probabilities, to_gaps
+from xtoken.schemas.gaps import NO_TAIL, from_gaps, looked_up, probabilities, to_gaps
 from xtoken.schemas.losses import GapColumns, gap_columns, holds_ids, lean_fields, loss_columns
 from xtoken.schemas.tables import CODES, LEAN_TARGETS, targets
 
@@ -213,10 +213,9 @@ class TargetForm:
 
 
 def _looked_up(ids: Ids, codes: NDArray[Any], name: str) -> Ids:
-    # one comparison: as an unsigned number what is negative is large
-    if len(codes) and codes.view(np.uint32).max() >= len(ids):
+    found, right = looked_up(ids, codes)
+    if not right:
         raise VerificationError(f"{name} has a code outside 0 to {len(ids) - 1}; {_DAMAGED}")
-    found: Ids = ids[codes]
     return found
 
 

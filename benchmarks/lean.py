@@ -1,0 +1,195 @@
+"""What targets take on disk in version 6 of their schema and before, what its rounding costs, and how fast either is read.
+
+    python -m benchmarks.lean CAPTURE --student TOKENIZER              # writes results/lean.{json,md}
+
+The same command aligns the capture in both versions. Loaders run in turn, each in a process of its own; times are CPU
+time of that process, so a busy machine makes them worse, but for both alike. Nothing here is timed in tests.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.loader import in_process
+from benchmarks.machine import machine, machine_line
+from xtoken.pipeline.align.run import align
+from xtoken.pipeline.store.columns import flat
+from xtoken.pipeline.store.inspect import bytes_per_token
+from xtoken.pipeline.store.reader import iter_targets
+from xtoken.schemas.configs.artifacts import AlignConfig
+from xtoken.schemas.losses import LOSSES, GapColumns, gap_columns
+from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_manifest
+from xtoken.schemas.tables import LEAN_TARGETS, SCHEMA_VERSIONS, targets
+from xtoken.schemas.ui.progress import Silent
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NAMES = ["p-kl", "h-kl", "gold", "uld", "alm", "strict", "mined", "byte-prefix"]
+SMALL = 0.05  # bytes per token of a column that has no line
+UNMOVED = 1e-5  # nats: float32 rounding of a few
+Figures = dict[str, Any]
+
+
+def aligned(capture: str, student: str, out: str, version: int) -> TargetManifest:
+    """Targets for all losses in a version of their schema."""
+    config = AlignConfig(captures=[capture], student=student, out=out, losses=NAMES)
+    with mock.patch.dict(SCHEMA_VERSIONS, targets=version):
+        return align(config, Silent())
+
+
+def rounding(old: str, new: str) -> Figures:
+    """KL(old || new) of each column in steps over its targets with entries, and the share that did not move."""
+    found: dict[str, list[NDArray[np.float64]]] = {}
+    for before, after in zip(iter_targets(old), iter_targets(new), strict=True):
+        for gaps in gap_columns(NAMES):
+            kl, moved = _kl(before, after, gaps)
+            found.setdefault(gaps.logprob, []).append(np.stack([kl, moved]))
+    figures = {}
+    for name, parts in found.items():
+        kl, moved = np.concatenate(parts, axis=1)
+        figures[name] = {
+            "mean": kl.mean(),
+            "p99": np.quantile(kl, 0.99),
+            "max": kl.max(),
+            "unmoved": (~(moved > UNMOVED)).mean(),
+        }
+        figures[name] = {key: float(value) for key, value in figures[name].items()}
+    return figures
+
+
+def _kl(before: Any, after: Any, gaps: GapColumns) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    count = flat(before, gaps.count)
+    owner = np.repeat(np.arange(len(count)), count)
+    old, new = (flat(one, gaps.logprob).astype(np.float64) for one in (before, after))
+    ends = [np.full(len(count), -np.inf)] * 2
+    if gaps.tail:
+        ends = [flat(one, gaps.tail).astype(np.float64) for one in (before, after)]
+    scales = [
+        np.log(np.bincount(owner, np.exp(one), len(count)) + np.exp(end))
+        for one, end in zip((old, new), ends, strict=True)
+    ]
+    old, new = (one - scale[owner] for one, scale in zip((old, new), scales, strict=True))
+    kl = np.bincount(owner, np.exp(old) * (old - new), len(count))
+    here = np.isfinite(ends[0]) & np.isfinite(ends[1])
+    kl[here] += (np.exp(ends[0] - scales[0]) * ((ends[0] - scales[0]) - (ends[1] - scales[1])))[here]
+    worst = np.zeros(len(count))
+    np.maximum.at(worst, owner, abs(old - new))
+    return kl[count > 0], worst[count > 0]
+
+
+def by_loss(sizes: dict[int, dict[str, float]]) -> Figures:
+    """Bytes per student token of targets for one loss: what all tables have and the loss's own columns."""
+    return {
+        loss: {version: sum(size[name] for name in targets([loss], version).names) for version, size in sizes.items()}
+        for loss in NAMES
+    }
+
+
+def loaders(roots: dict[int, str], turns: int) -> Figures:
+    """Tokens per CPU second of loaders for p-kl, in turn."""
+    runs: dict[int, list[Figures]] = {version: [] for version in roots}
+    for _ in range(turns):
+        for version, root in roots.items():
+            runs[version].append({**in_process("timed", root, 1, True), **in_process("stages", root)})
+    return {
+        version: {name: statistics.median(run[name] for run in found) for name in found[0]}
+        for version, found in runs.items()
+    }
+
+
+def measure(capture: str, student: str, turns: int, scratch: Path) -> Figures:
+    """All figures."""
+    roots = {version: str(scratch / f"v{version}") for version in (LEAN_TARGETS - 1, LEAN_TARGETS)}
+    manifests = {version: aligned(capture, student, root, version) for version, root in roots.items()}
+    sizes = {version: bytes_per_token(root, manifests[version]) for version, root in roots.items()}
+    source = read_manifest(capture, CaptureManifest)
+    theirs = bytes_per_token(capture, source)
+    bare = sum(size for name, size in theirs.items() if name not in ("all", "text", "space_logprob"))
+    tokens = sum(part.tokens for part in manifests[LEAN_TARGETS].parts)
+    return {
+        "machine": machine(),
+        "teacher": source.teacher.model,
+        "student": manifests[LEAN_TARGETS].student.name,
+        "student_tokens": tokens,
+        "teacher_tokens": sum(part.tokens for part in source.parts),
+        "capture": {"all": theirs["all"], "without_text_and_space": bare},
+        "columns": sizes,
+        "by_loss": by_loss(sizes),
+        "rounding": rounding(*roots.values()),
+        "loader": loaders(roots, turns),
+    }
+
+
+def page(found: Figures) -> str:
+    """The figures in Markdown."""
+    old, new = found["columns"]
+    share = found["student_tokens"] / found["teacher_tokens"]
+    lines = [
+        "# Targets on disk",
+        "",
+        f"`python -m benchmarks.lean CAPTURE --student TOKENIZER` on {machine_line()}. {Path(found['teacher']).name}'s rows of "
+        f"{found['teacher_tokens']:,} tokens (k 64, min_p 0.003) for {found['student_tokens']:,} tokens of {Path(found['student']).name}. "
+        f"Bytes per student token ({share:.2f} of a teacher token each); the capture has {found['capture']['all']:.1f} per token of its "
+        f"own, {found['capture']['without_text_and_space']:.1f} without text and `space_logprob`.",
+        "",
+        "| targets for | before | version 6 | of before | per teacher token |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {loss} | {one[old]:.1f} | {one[new]:.1f} | {one[new] / one[old]:.2f} | {one[new] * share:.1f} |"
+            for loss, one in found["by_loss"].items()
+        ),
+        "",
+        "| column (version 6) | before | version 6 |",
+        "|---|---|---|",
+        *_columns(found["columns"][old], found["columns"][new]),
+        "",
+        "KL(before || version 6) in nats, over targets with entries; `unmoved`: no value is another by more than 1e-5:",
+        "",
+        "| entries | mean | 99 % | largest | unmoved |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {name} | {one['mean']:.1e} | {one['p99']:.1e} | {one['max']:.1e} | {one['unmoved']:.1%} |"
+            for name, one in found["rounding"].items()
+        ),
+        "",
+        "The loader for p-kl, one thread, medians of processes in turn (`benchmarks/loader.py`):",
+        "",
+        "| targets | tokens per CPU second | read, us per token | check | lay out | peak MiB |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {'version 6' if version == new else 'before'} | {one['tokens_per_cpu_s']:,.0f} | {one['read']:.3f} | {one['check']:.3f} | "
+            f"{one['pack']:.3f} | {one['rss_mib']:.0f} |"
+            for version, one in found["loader"].items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _columns(old: dict[str, float], new: dict[str, float]) -> list[str]:
+    pairs = zip(targets(NAMES, LEAN_TARGETS - 1).names, targets(NAMES, LEAN_TARGETS).names, strict=True)
+    return [f"| {now} | {old[name]:.2f} | {new[now]:.2f} |" for name, now in pairs if old[name] >= SMALL]
+
+
+def main() -> None:
+    """Measure, write results, print the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("capture")
+    parser.add_argument("--student", required=True)
+    parser.add_argument("--turns", type=int, default=3)
+    arguments = parser.parse_args()
+    assert set(NAMES) <= LOSSES.keys()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = measure(arguments.capture, arguments.student, arguments.turns, Path(scratch))
+    (RESULTS / "lean.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "lean.md").write_text(page(found))
+    print(page(found))
+
+
+if __name__ == "__main__":
+    main()
