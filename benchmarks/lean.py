@@ -1,4 +1,4 @@
-"""What targets take on disk in version 6 of their schema and before, what its rounding costs, and how fast either is read.
+"""What targets take on disk in version 6 of their schema and before, what rounding costs, and how fast both are read.
 
     python -m benchmarks.lean CAPTURE --student TOKENIZER              # writes results/lean.{json,md}
 
@@ -30,7 +30,7 @@ from xtoken.schemas.tables import LEAN_TARGETS, SCHEMA_VERSIONS, targets
 from xtoken.schemas.ui.progress import Silent
 
 RESULTS = Path(__file__).resolve().parent / "results"
-NAMES = ["p-kl", "h-kl", "gold", "uld", "alm", "strict", "mined", "byte-prefix"]
+NAMES = ["p-kl", "h-kl", "gold", "uld", "alm", "strict", "byte-prefix"]
 SMALL = 0.05  # bytes per token of a column that has no line
 UNMOVED = 1e-5  # nats: float32 rounding of a few
 Figures = dict[str, Any]
@@ -53,33 +53,28 @@ def rounding(old: str, new: str) -> Figures:
     figures = {}
     for name, parts in found.items():
         kl, moved = np.concatenate(parts, axis=1)
-        figures[name] = {
-            "mean": kl.mean(),
-            "p99": np.quantile(kl, 0.99),
-            "max": kl.max(),
-            "unmoved": (~(moved > UNMOVED)).mean(),
-        }
-        figures[name] = {key: float(value) for key, value in figures[name].items()}
+        summed = (kl.mean(), np.quantile(kl, 0.99), kl.max(), (moved <= UNMOVED).mean())
+        figures[name] = dict(zip(("mean", "p99", "max", "unmoved"), map(float, summed), strict=True))
     return figures
 
 
 def _kl(before: Any, after: Any, gaps: GapColumns) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """KL of each target with entries, both sides over what they add up to, and the most that an entry moved."""
     count = flat(before, gaps.count)
     owner = np.repeat(np.arange(len(count)), count)
-    old, new = (flat(one, gaps.logprob).astype(np.float64) for one in (before, after))
-    ends = [np.full(len(count), -np.inf)] * 2
-    if gaps.tail:
-        ends = [flat(one, gaps.tail).astype(np.float64) for one in (before, after)]
-    scales = [
-        np.log(np.bincount(owner, np.exp(one), len(count)) + np.exp(end))
-        for one, end in zip((old, new), ends, strict=True)
-    ]
-    old, new = (one - scale[owner] for one, scale in zip((old, new), scales, strict=True))
-    kl = np.bincount(owner, np.exp(old) * (old - new), len(count))
-    here = np.isfinite(ends[0]) & np.isfinite(ends[1])
-    kl[here] += (np.exp(ends[0] - scales[0]) * ((ends[0] - scales[0]) - (ends[1] - scales[1])))[here]
+    entries, tails = [], []
+    for side in (before, after):
+        entry = flat(side, gaps.logprob).astype(np.float64)
+        tail = flat(side, gaps.tail).astype(np.float64) if gaps.tail else np.full(len(count), -np.inf)
+        with np.errstate(divide="ignore"):
+            scale = np.log(np.bincount(owner, np.exp(entry), len(count)) + np.exp(tail))
+        entries.append(entry - scale[owner])
+        tails.append(tail - scale)
+    kl = np.bincount(owner, np.exp(entries[0]) * (entries[0] - entries[1]), len(count))
+    here = np.isfinite(tails[0]) & np.isfinite(tails[1])
+    kl[here] += np.exp(tails[0][here]) * (tails[0][here] - tails[1][here])
     worst = np.zeros(len(count))
-    np.maximum.at(worst, owner, abs(old - new))
+    np.maximum.at(worst, owner, abs(entries[0] - entries[1]))
     return kl[count > 0], worst[count > 0]
 
 
@@ -130,15 +125,16 @@ def page(found: Figures) -> str:
     """The figures in Markdown."""
     old, new = found["columns"]
     share = found["student_tokens"] / found["teacher_tokens"]
+    teacher, student = (Path(found[side]).name for side in ("teacher", "student"))
     lines = [
         "# Targets on disk",
         "",
-        f"`python -m benchmarks.lean CAPTURE --student TOKENIZER` on {machine_line()}. {Path(found['teacher']).name}'s rows of "
-        f"{found['teacher_tokens']:,} tokens (k 64, min_p 0.003) for {found['student_tokens']:,} tokens of {Path(found['student']).name}. "
-        f"Bytes per student token ({share:.2f} of a teacher token each); the capture has {found['capture']['all']:.1f} per token of its "
+        f"`python -m benchmarks.lean CAPTURE --student TOKENIZER` on {machine_line()}. {teacher}'s rows of "
+        f"{found['teacher_tokens']:,} tokens for {found['student_tokens']:,} tokens of {student}. Bytes per student "
+        f"token ({share:.2f} per token of the teacher); the capture has {found['capture']['all']:.1f} per token of its "
         f"own, {found['capture']['without_text_and_space']:.1f} without text and `space_logprob`.",
         "",
-        "| targets for | before | version 6 | of before | per teacher token |",
+        "| targets for | before | version 6 | of before | version 6, per teacher token |",
         "|---|---|---|---|---|",
         *(
             f"| {loss} | {one[old]:.1f} | {one[new]:.1f} | {one[new] / one[old]:.2f} | {one[new] * share:.1f} |"
@@ -149,7 +145,7 @@ def page(found: Figures) -> str:
         "|---|---|---|",
         *_columns(found["columns"][old], found["columns"][new]),
         "",
-        "KL(before || version 6) in nats, over targets with entries; `unmoved`: no value is another by more than 1e-5:",
+        f"KL(before || version 6) in nats, of targets with entries; unmoved: no value by more than {UNMOVED:g}.",
         "",
         "| entries | mean | 99 % | largest | unmoved |",
         "|---|---|---|---|---|",
@@ -158,17 +154,18 @@ def page(found: Figures) -> str:
             for name, one in found["rounding"].items()
         ),
         "",
-        "The loader for p-kl, one thread, medians of processes in turn (`benchmarks/loader.py`):",
+        "The loader for p-kl, one thread, medians of processes in turn (`benchmarks/loader.py`); CPU microseconds:",
         "",
-        "| targets | tokens per CPU second | read, us per token | check | lay out | peak MiB |",
+        "| targets | tokens per CPU second | read, per token | check | lay out | peak MiB |",
         "|---|---|---|---|---|---|",
-        *(
-            f"| {'version 6' if version == new else 'before'} | {one['tokens_per_cpu_s']:,.0f} | {one['read']:.3f} | {one['check']:.3f} | "
-            f"{one['pack']:.3f} | {one['rss_mib']:.0f} |"
-            for version, one in found["loader"].items()
-        ),
+        *(_loader_row("version 6" if at == new else "before", one) for at, one in found["loader"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _loader_row(name: str, one: Figures) -> str:
+    stages = " | ".join(f"{one[stage]:.3f}" for stage in ("read", "check", "pack"))
+    return f"| {name} | {one['tokens_per_cpu_s']:,.0f} | {stages} | {one['rss_mib']:.0f} |"
 
 
 def _columns(old: dict[str, float], new: dict[str, float]) -> list[str]:
