@@ -66,10 +66,10 @@ def _kl(before: Any, after: Any, gaps: GapColumns) -> tuple[NDArray[np.float64],
     for side in (before, after):
         entry = flat(side, gaps.logprob).astype(np.float64)
         tail = flat(side, gaps.tail).astype(np.float64) if gaps.tail else np.full(len(count), -np.inf)
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             scale = np.log(np.bincount(owner, np.exp(entry), len(count)) + np.exp(tail))
         entries.append(entry - scale[owner])
-        tails.append(tail - scale)
+            tails.append(tail - scale)
     kl = np.bincount(owner, np.exp(entries[0]) * (entries[0] - entries[1]), len(count))
     here = np.isfinite(tails[0]) & np.isfinite(tails[1])
     kl[here] += np.exp(tails[0][here]) * (tails[0][here] - tails[1][here])
@@ -109,8 +109,8 @@ def measure(capture: str, student: str, turns: int, scratch: Path) -> Figures:
     tokens = sum(part.tokens for part in manifests[LEAN_TARGETS].parts)
     return {
         "machine": machine(),
-        "teacher": source.teacher.model,
-        "student": manifests[LEAN_TARGETS].student.name,
+        "teacher": Path(source.teacher.model).name,
+        "student": Path(manifests[LEAN_TARGETS].student.name).name,
         "student_tokens": tokens,
         "teacher_tokens": sum(part.tokens for part in source.parts),
         "capture": {"all": theirs["all"], "without_text_and_space": bare},
@@ -125,12 +125,11 @@ def page(found: Figures) -> str:
     """The figures in Markdown."""
     old, new = found["columns"]
     share = found["student_tokens"] / found["teacher_tokens"]
-    teacher, student = (Path(found[side]).name for side in ("teacher", "student"))
     lines = [
         "# Targets on disk",
         "",
-        f"`python -m benchmarks.lean CAPTURE --student TOKENIZER` on {machine_line()}. {teacher}'s rows of "
-        f"{found['teacher_tokens']:,} tokens for {found['student_tokens']:,} tokens of {student}. Bytes per student "
+        f"`python -m benchmarks.lean CAPTURE --student TOKENIZER` on {machine_line()}. {found['teacher']}'s rows of "
+        f"{found['teacher_tokens']:,} tokens for {found['student_tokens']:,} tokens of {found['student']}. Bytes per student "
         f"token ({share:.2f} per token of the teacher); the capture has {found['capture']['all']:.1f} per token of its "
         f"own, {found['capture']['without_text_and_space']:.1f} without text and `space_logprob`.",
         "",

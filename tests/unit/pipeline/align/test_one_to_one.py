@@ -39,7 +39,6 @@ TEXTS = {
 }
 STEP = 1 / 32
 CLOSE = 2e-6  # float32 of numbers of size 10, relative
-STEP = 1 / 32  # nats, of what targets hold
 Target = tuple[dict[int, float], float]
 
 
