@@ -66,10 +66,11 @@ def _kl(before: Any, after: Any, gaps: GapColumns) -> tuple[NDArray[np.float64],
     for side in (before, after):
         entry = flat(side, gaps.logprob).astype(np.float64)
         tail = flat(side, gaps.tail).astype(np.float64) if gaps.tail else np.full(len(count), -np.inf)
+        # a target without entries may have no tail mass either
         with np.errstate(divide="ignore", invalid="ignore"):
             scale = np.log(np.bincount(owner, np.exp(entry), len(count)) + np.exp(tail))
-        entries.append(entry - scale[owner])
             tails.append(tail - scale)
+        entries.append(entry - scale[owner])
     kl = np.bincount(owner, np.exp(entries[0]) * (entries[0] - entries[1]), len(count))
     here = np.isfinite(tails[0]) & np.isfinite(tails[1])
     kl[here] += np.exp(tails[0][here]) * (tails[0][here] - tails[1][here])
@@ -129,9 +130,9 @@ def page(found: Figures) -> str:
         "# Targets on disk",
         "",
         f"`python -m benchmarks.lean CAPTURE --student TOKENIZER` on {machine_line()}. {found['teacher']}'s rows of "
-        f"{found['teacher_tokens']:,} tokens for {found['student_tokens']:,} tokens of {found['student']}. Bytes per student "
-        f"token ({share:.2f} per token of the teacher); the capture has {found['capture']['all']:.1f} per token of its "
-        f"own, {found['capture']['without_text_and_space']:.1f} without text and `space_logprob`.",
+        f"{found['teacher_tokens']:,} tokens for {found['student_tokens']:,} tokens of {found['student']}. Bytes per "
+        f"student token ({share:.2f} per token of the teacher); the capture has {found['capture']['all']:.1f} per token "
+        f"of its own, {found['capture']['without_text_and_space']:.1f} without text and `space_logprob`.",
         "",
         "| targets for | before | version 6 | of before | version 6, per teacher token |",
         "|---|---|---|---|---|",

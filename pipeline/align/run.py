@@ -118,7 +118,7 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
     files[STUDENT_VOCAB_FILE] = write_table(config.out, STUDENT_VOCAB_FILE, student.to_tables()[0])
     form = _form(config, capture, projection)
     if form.codes is not None:
-        files[CODES_FILE] = write_table(config.out, CODES_FILE, form.codes.table())
+        files[CODES_FILE] = _write_codes(config.out, form.codes)
     run = _Run(config, capture, projection, tokenizer, settings, files, form)
     failed = _work(run, executor, progress)
     return patiently(partial(_finish, run, failed))
@@ -136,10 +136,21 @@ def _form(config: AlignConfig, capture: CaptureManifest, projection: Projection)
         if Folder(config.out).exists(CODES_FILE):
             there = read_table(Folder(config.out).url(CODES_FILE))
             codes = TokenCodes.of(there, projection.teacher.size, projection.student.size)
+        elif committed(config.out):
+            raise VerificationError(
+                f"{config.out} holds parts without {CODES_FILE}, which names their tokens; remove that folder and run "
+                "the same command again"
+            )
         else:
             codes = token_codes(config.captures[0], capture, projection, config.unreached)
     recipe = Recipe(config.losses, config.merge, config.tau, capture.codec, config.entries)
     return TargetForm(config.losses, version, recipe.step, codes)
+
+
+def _write_codes(out: str, codes: TokenCodes) -> str:
+    """Write codes.parquet unless it is there; its sha256."""
+    folder = Folder(out)
+    return folder.sha256(CODES_FILE)[0] if folder.exists(CODES_FILE) else write_table(out, CODES_FILE, codes.table())
 
 
 def _version(config: AlignConfig) -> int:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,16 @@ import pytest
 
 from xtoken.pipeline.align import code_use
 from xtoken.pipeline.align.code_use import token_codes
+from xtoken.pipeline.align.run import align
+from xtoken.pipeline.executors.protocol import Job, Watch
 from xtoken.pipeline.project import build_w
 from xtoken.pipeline.project.projection import Projection
 from xtoken.pipeline.store.reader import ids_of_codes, iter_capture, load_vocab
 from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.schemas.configs.artifacts import AlignConfig
+from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.ui.progress import Silent
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "captures"
 
@@ -67,3 +73,30 @@ def test_a_few_row_groups_are_enough_and_a_damaged_part_is_left_out(
 @pytest.mark.parametrize(("items", "most", "chosen"), [([], 3, []), ([5], 3, [5]), (list(range(10)), 4, [0, 3, 6, 9])])
 def test_what_is_looked_at_is_spread_evenly(items: list[int], most: int, chosen: list[int]) -> None:
     assert code_use._spread(items, most) == chosen
+
+
+class InThisProcess:
+    """An executor without processes: starting one takes longer than a small part."""
+
+    def run(self, job: Job, shards: Sequence[int], watch: Watch) -> dict[int, str]:  # noqa: ARG002
+        worker = job.open()
+        for shard in shards:
+            worker.run(shard, 1)
+        return {}
+
+
+def test_a_run_goes_on_in_the_codes_of_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever would be counted now; and without them nobody could say what its parts hold."""
+    config = AlignConfig(captures=[str(GOLDEN / "v4-topk")], student="bytes", out=str(tmp_path / "t"), losses=["p-kl"])
+    align(config, Silent(), executor=InThisProcess())
+    before = {path.name: path.read_bytes() for path in (tmp_path / "t").rglob("*.parquet")}
+    (tmp_path / "t" / "manifest.json").unlink()
+    for name in ("data/part-00001.parquet", "commits/part-00001.json"):
+        (tmp_path / "t" / name).unlink()
+    monkeypatch.setattr("xtoken.pipeline.align.run.token_codes", None)
+    align(config, Silent(), executor=InThisProcess())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "t").rglob("*.parquet")} == before
+    for name in ("manifest.json", "codes.parquet"):
+        (tmp_path / "t" / name).unlink()
+    with pytest.raises(VerificationError, match=r"holds parts without codes\.parquet.*remove that folder"):
+        align(config, Silent(), executor=InThisProcess())
