@@ -131,8 +131,8 @@ def page(found: Figures) -> str:
         "",
         f"`python -m benchmarks.lean CAPTURE --student TOKENIZER` on {machine_line()}. {found['teacher']}'s rows of "
         f"{found['teacher_tokens']:,} tokens for {found['student_tokens']:,} tokens of {found['student']}. Bytes per "
-        f"student token ({share:.2f} per token of the teacher); the capture has {found['capture']['all']:.1f} per token "
-        f"of its own, {found['capture']['without_text_and_space']:.1f} without text and `space_logprob`.",
+        f"student token ({share:.2f} per token of the teacher); the capture has {found['capture']['all']:.1f} per "
+        f"token of its own, {found['capture']['without_text_and_space']:.1f} without text and `space_logprob`.",
         "",
         "| targets for | before | version 6 | of before | version 6, per teacher token |",
         "|---|---|---|---|---|",
