@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -231,3 +233,16 @@ def test_a_code_that_no_token_has_is_found(tmp_path):
     write_parquet(path, schema, [pa.RecordBatch.from_pylist([row | {"pkl_codes": [4, 0]}], schema)])
     with pytest.raises(VerificationError, match="pkl_codes has a code outside 0 to 3"):
         TargetCheck(FORMS[LEAN_TARGETS])(path)
+
+
+def test_codes_are_looked_at_as_any_table_beside_the_parts(tmp_path):
+    golden = Path(__file__).resolve().parents[3] / "golden" / "captures" / "v6-targets"
+    root = Path(shutil.copytree(golden, tmp_path / "t"))
+    assert "codes.parquet" in verify(str(root))["files"]
+    whole = (root / "codes.parquet").read_bytes()
+    (root / "codes.parquet").write_bytes(whole[:-1])
+    with pytest.raises(VerificationError, match=r"codes\.parquet has sha256 .*, its manifest says"):
+        verify(str(root))
+    (root / "codes.parquet").unlink()
+    with pytest.raises(VerificationError, match=r"codes\.parquet is missing"):
+        verify(str(root))
