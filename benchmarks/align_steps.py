@@ -47,7 +47,7 @@ def open_worker(capture: str, student: str, losses: list[str], projection: Proje
     config = AlignConfig(captures=[capture], student=student, out="not-used", losses=losses, memory_limit="512MB")
     codes = token_codes(capture, manifest, projection, "prefix")
     form = TargetForm(losses, SCHEMA_VERSIONS["targets"], manifest.codec.step, codes)
-    return AlignJob(config, capture, "", projection, manifest.codec, form).open()
+    return AlignJob(config, capture, "", form, projection, manifest.codec).open()
 
 
 def align_all(worker: AlignWorker, parts: list[int], folder: Path) -> int:

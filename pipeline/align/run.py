@@ -75,7 +75,7 @@ class _Run:
     def job(self) -> AlignJob:
         """What workers open."""
         config, capture = self.config, self.capture
-        return AlignJob(config, config.captures[0], config.out, self.projection, capture.codec, self.form)
+        return AlignJob(config, config.captures[0], config.out, self.form, self.projection, capture.codec)
 
 
 def align(config: AlignConfig, progress: Progress, *, executor: Executor | None = None) -> TargetManifest:

@@ -47,16 +47,16 @@ class AlignJob:
     Attributes:
         capture: folder or URL of the one that is aligned.
         out: folder or URL of its targets.
-        codec: how the capture stored its rows.
         form: how the parts hold their columns.
+        codec: how the capture stored its rows.
     """
 
     config: AlignConfig
     capture: str
     out: str
+    form: TargetForm
     projection: Projection
     codec: CodecInfo
-    form: TargetForm
 
     @property
     def ahead(self) -> int:

@@ -130,9 +130,9 @@ def test_kept_ids_outside_the_vocabulary_are_refused(capture: Path, tmp_path: Pa
         AlignConfig(captures=[str(capture)], student="bytes", out=str(tmp_path)),
         str(capture),
         str(tmp_path),
+        TargetForm(["p-kl"], 6),
         projection,
         CODEC,
-        TargetForm(["p-kl"], 6),
     )
     worker = job.open()
     worker = replace(worker, maps=replace(worker.maps, teacher_size=10))
