@@ -18,7 +18,6 @@ import pyarrow as pa
 
 from benchmarks.align_clock import STEPS, TOKENIZE, Clock
 from benchmarks.align_turns import Figures, in_turn
-from xtoken.pipeline.align.code_use import token_codes
 from xtoken.pipeline.align.stage import AlignJob, AlignWorker
 from xtoken.pipeline.project.build import build_w
 from xtoken.pipeline.project.projection import Projection
@@ -26,8 +25,6 @@ from xtoken.pipeline.store.reader import iter_capture, load_vocab
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
-from xtoken.schemas.tables import SCHEMA_VERSIONS
-from xtoken.schemas.target_form import TargetForm
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = {
@@ -45,9 +42,7 @@ def open_worker(capture: str, student: str, losses: list[str], projection: Proje
     """A worker as the executor opens it, in this process."""
     manifest = read_manifest(capture, CaptureManifest)
     config = AlignConfig(captures=[capture], student=student, out="not-used", losses=losses, memory_limit="512MB")
-    codes = token_codes(capture, manifest, projection, "prefix")
-    form = TargetForm(losses, SCHEMA_VERSIONS["targets"], manifest.codec.step, codes)
-    return AlignJob(config, capture, "", form, projection, manifest.codec).open()
+    return AlignJob(config, capture, "", projection, manifest.codec).open()
 
 
 def align_all(worker: AlignWorker, parts: list[int], folder: Path) -> int:

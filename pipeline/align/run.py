@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from xtoken.pipeline.align.code_use import token_codes
+from xtoken.pipeline.align.form import open_form
 from xtoken.pipeline.align.losses import builders
 from xtoken.pipeline.align.refusals import refuse_losses, refuse_narrow_student, refuse_no_text, w_rule
-from xtoken.pipeline.align.rows import Recipe
 from xtoken.pipeline.align.run_identity import claim, run_settings
 from xtoken.pipeline.align.skipped_samples import Skipped, SkippedSamples
 from xtoken.pipeline.align.stage import AlignJob, refuse_other_tokenizer
@@ -24,15 +23,14 @@ from xtoken.pipeline.project.build import build_w
 from xtoken.pipeline.project.files import read_projection, write_table, write_tables
 from xtoken.pipeline.project.projection import Projection
 from xtoken.pipeline.store.files import Folder
-from xtoken.pipeline.store.publish import clean, committed, data_name
-from xtoken.pipeline.store.reader import load_vocab, read_table
+from xtoken.pipeline.store.publish import clean, committed
+from xtoken.pipeline.store.reader import load_vocab
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
 from xtoken.pipeline.store.skip_records import SKIPPED_FILE
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
 from xtoken.schemas.configs.artifacts import AlignConfig
-from xtoken.schemas.errors import IncompleteRun, Unreachable, VerificationError, last_words
-from xtoken.schemas.io.parquet_limits import reading
-from xtoken.schemas.io.remote import patiently, read_footer
+from xtoken.schemas.errors import IncompleteRun, Unreachable, last_words
+from xtoken.schemas.io.remote import patiently
 from xtoken.schemas.manifest import (
     MANIFEST,
     OTHER_SPACE,
@@ -45,8 +43,7 @@ from xtoken.schemas.manifest import (
     provenance,
     read_manifest,
 )
-from xtoken.schemas.tables import LEAN_TARGETS, SCHEMA_VERSIONS, targets
-from xtoken.schemas.target_form import CODES_FILE, TargetForm, TokenCodes, needs_codes
+from xtoken.schemas.target_form import CODES_FILE, TargetForm, TokenCodes
 from xtoken.schemas.ui.progress import Progress
 
 STUDENT_VOCAB_FILE = "student_vocab.parquet"
@@ -75,7 +72,7 @@ class _Run:
     def job(self) -> AlignJob:
         """What workers open."""
         config, capture = self.config, self.capture
-        return AlignJob(config, config.captures[0], config.out, self.form, self.projection, capture.codec)
+        return AlignJob(config, config.captures[0], config.out, self.projection, capture.codec)
 
 
 def align(config: AlignConfig, progress: Progress, *, executor: Executor | None = None) -> TargetManifest:
@@ -116,7 +113,7 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
     refuse_no_text(config, capture)
     files = write_tables(config.out, projection)
     files[STUDENT_VOCAB_FILE] = write_table(config.out, STUDENT_VOCAB_FILE, student.to_tables()[0])
-    form = _form(config, capture, projection)
+    form = open_form(config, capture, projection)
     if form.codes is not None:
         files[CODES_FILE] = _write_codes(config.out, form.codes)
     run = _Run(config, capture, projection, tokenizer, settings, files, form)
@@ -129,42 +126,10 @@ def written(out: str) -> TargetManifest | None:
     return read_manifest(out, TargetManifest) if Folder(out).exists(MANIFEST) else None
 
 
-def _form(config: AlignConfig, capture: CaptureManifest, projection: Projection) -> TargetForm:
-    """How parts will hold their columns: as those that are there do, which are in the codes that lie beside them."""
-    version, codes = _version(config), None
-    if needs_codes(config.losses, version):
-        if Folder(config.out).exists(CODES_FILE):
-            there = read_table(Folder(config.out).url(CODES_FILE))
-            codes = TokenCodes.of(there, projection.teacher.size, projection.student.size)
-        elif committed(config.out):
-            raise VerificationError(
-                f"{config.out} holds parts without {CODES_FILE}, which names their tokens; remove that folder and run "
-                "the same command again"
-            )
-        else:
-            codes = token_codes(config.captures[0], capture, projection, config.unreached)
-    recipe = Recipe(config.losses, config.merge, config.tau, capture.codec, config.entries)
-    return TargetForm(config.losses, version, recipe.step, codes)
-
-
 def _write_codes(out: str, codes: TokenCodes) -> str:
     """Write codes.parquet unless it is there; its sha256."""
     folder = Folder(out)
     return folder.sha256(CODES_FILE)[0] if folder.exists(CODES_FILE) else write_table(out, CODES_FILE, codes.table())
-
-
-def _version(config: AlignConfig) -> int:
-    """Of the schema: a folder that an older release began goes on in its version, so that no folder holds two."""
-    newest, older = SCHEMA_VERSIONS["targets"], LEAN_TARGETS - 1
-    for index in sorted(committed(config.out)):
-        path = Folder(config.out).url(data_name(index))
-        try:
-            with reading(path, ""):
-                stored = read_footer(path).schema.to_arrow_schema()
-        except VerificationError:  # 'xtoken verify' says so; the next part tells as much
-            continue
-        return newest if stored.equals(targets(config.losses, newest)) else older
-    return newest
 
 
 def _projection(config: AlignConfig, student: TokenTable, capture: CaptureManifest) -> Projection:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import join
 from xtoken.pipeline.align.encoding import encode
+from xtoken.pipeline.align.form import open_form
 from xtoken.pipeline.align.losses import builders
 from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.parts import CaptureParts
@@ -47,14 +48,12 @@ class AlignJob:
     Attributes:
         capture: folder or URL of the one that is aligned.
         out: folder or URL of its targets.
-        form: how the parts hold their columns.
         codec: how the capture stored its rows.
     """
 
     config: AlignConfig
     capture: str
     out: str
-    form: TargetForm
     projection: Projection
     codec: CodecInfo
 
@@ -81,7 +80,8 @@ class AlignJob:
         recipe = Recipe(config.losses, config.merge, config.tau, self.codec, config.entries)
         parts = CaptureParts(self.capture, config.memory_limit, len(config.losses))
         rules = Rules(maps, recipe, config.memory_limit)
-        return AlignWorker(self, tokenizer, maps, recipe, rules, parts, texts)
+        form = open_form(config, parts.manifest, self.projection)
+        return AlignWorker(self, tokenizer, maps, recipe, rules, parts, texts, form)
 
 
 def refuse_other_tokenizer(side: str, given: TokenizerInfo, wanted: TokenizerInfo) -> None:
@@ -104,6 +104,7 @@ class AlignWorker(OneByOne):
     rules: Rules
     parts: CaptureParts
     texts: CorpusTexts | None
+    form: TargetForm
 
     def run(self, shard: int, attempt: int, on_progress: OnProgress = ignore_progress) -> Part:
         """Build, publish and commit one part; the attempt's number does not enter its content.
@@ -113,14 +114,14 @@ class AlignWorker(OneByOne):
             VerificationError: the capture part is not the one recorded, or the targets break a rule.
         """
         del attempt, on_progress  # a part is done within seconds
-        written = _Written(self.job.form.schema)
+        written = _Written(self.form.schema)
         return publish_part(self.job.out, shard, partial(self._write, shard, written), written.check)
 
     def _write(self, shard: int, written: "_Written", url: str) -> dict[str, int]:
         written.forget()
         rows = group_rows(self.parts.records[shard].samples)
         write_parquet(
-            url, written.schema, self._batches(shard, written), rows, rising=_RISING if self.job.form.lean else ()
+            url, written.schema, self._batches(shard, written), rows, rising=_RISING if self.form.lean else ()
         )
         if written.built:
             self.rules.check(pa.concat_tables(written.built))
@@ -136,7 +137,7 @@ class AlignWorker(OneByOne):
             samples = join(batch, encode(self.tokenizer, batch), eos_id)
             built, figures = target_batch(batch, samples, self.maps, self.recipe)
             written.add(batch, built, figures, summary_batch(batch, samples, built, self.job.config.losses))
-            yield self.job.form.stored_batch(built)
+            yield self.form.stored_batch(built)
 
 
 @dataclass

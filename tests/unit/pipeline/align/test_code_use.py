@@ -93,7 +93,7 @@ def test_a_run_goes_on_in_the_codes_of_its_parts(tmp_path: Path, monkeypatch: py
     (tmp_path / "t" / "manifest.json").unlink()
     for name in ("data/part-00001.parquet", "commits/part-00001.json"):
         (tmp_path / "t" / name).unlink()
-    monkeypatch.setattr("xtoken.pipeline.align.run.token_codes", None)
+    monkeypatch.setattr("xtoken.pipeline.align.form.token_codes", None)
     align(config, Silent(), executor=InThisProcess())
     assert {path.name: path.read_bytes() for path in (tmp_path / "t").rglob("*.parquet")} == before
     for name in ("manifest.json", "codes.parquet"):

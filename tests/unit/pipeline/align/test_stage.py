@@ -28,7 +28,6 @@ from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import CodecInfo
-from xtoken.schemas.target_form import TargetForm
 from xtoken.schemas.ui.progress import Silent
 
 TEXT = "The ﬁrst ofﬁce, ２０２６: x² and ①, then plain words again.\n"
@@ -130,7 +129,6 @@ def test_kept_ids_outside_the_vocabulary_are_refused(capture: Path, tmp_path: Pa
         AlignConfig(captures=[str(capture)], student="bytes", out=str(tmp_path)),
         str(capture),
         str(tmp_path),
-        TargetForm(["p-kl"], 6),
         projection,
         CODEC,
     )
