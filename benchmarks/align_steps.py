@@ -41,7 +41,7 @@ Texts = list[tuple[list[str], list[bool]]]
 def open_worker(capture: str, student: str, losses: list[str], projection: Projection) -> AlignWorker:
     """A worker as the executor opens it, in this process."""
     manifest = read_manifest(capture, CaptureManifest)
-    config = AlignConfig(captures=[capture], student=student, out="not-used", losses=losses, memory_limit="512MB")
+    config = AlignConfig(captures=[capture], student=student, out="", losses=losses, memory_limit="512MB")
     return AlignJob(config, capture, "", projection, manifest.codec).open()
 
 
