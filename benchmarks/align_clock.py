@@ -28,6 +28,7 @@ STEPS: Steps = (
     (STAGE, "summary_batch", "checks of targets: figures of each batch"),
     ("xtoken.pipeline.align.checks", "Rules.check", "checks of targets: SQL over a part"),
     (STAGE, "target_batch", "other columns"),
+    (STAGE, "TargetForm.stored_batch", "steps and codes"),
     ("xtoken.pipeline.align.rows", "RowBatch.of", "restore, decode, normalise"),
     ("xtoken.pipeline.align.rows", "RowBatch.spans", "rows of chunks"),
     ("xtoken.pipeline.align.losses.base", "merge_rows", "rows of chunks"),

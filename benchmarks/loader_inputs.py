@@ -14,21 +14,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from xtoken.pipeline.store.reader import target_form
+from xtoken.pipeline.store.seal import side_files
 from xtoken.pipeline.store.writer import write_parquet
 from xtoken.schemas.manifest import TargetManifest, part_name, read_manifest
 
-SIDE_TABLES = ("w.parquet", "student_vocab.parquet", "unreached.parquet")
 COUNT, IDS, LOGPROB, REST = "pkl_count", "pkl_ids", "pkl_logprob", "pkl_rest_logprob"
 
 
 def filled(root: Path, out: Path, k: int) -> Path:
     """A copy of targets for p-kl in which every chunk that has entries has ``k``."""
     manifest = read_manifest(str(root), TargetManifest)
+    form = target_form(str(root), manifest)
     (out / "data").mkdir(parents=True)
     for part in manifest.parts:
-        table = pq.read_table(root / "data" / part_name(part.index))
-        changed = _filled_table(table, k)
-        write_parquet(str(out / "data" / part_name(part.index)), changed.schema, changed.to_batches())
+        (batch,) = pq.read_table(root / "data" / part_name(part.index)).combine_chunks().to_batches()
+        changed = _filled_table(pa.Table.from_batches([form.read_batch(batch)]), k)
+        stored = [form.stored_batch(batch) for batch in changed.to_batches()]
+        write_parquet(str(out / "data" / part_name(part.index)), form.schema, stored)
     _finish(root, out, manifest)
     return out
 
@@ -48,7 +51,7 @@ def grown(root: Path, out: Path, times: int) -> Path:
 
 
 def _finish(root: Path, out: Path, manifest: TargetManifest) -> None:
-    for name in SIDE_TABLES:
+    for name in side_files(manifest):
         shutil.copy(root / name, out / name)
     (out / "manifest.json").write_text(manifest.model_dump_json())
 
@@ -61,6 +64,8 @@ def _filled_table(table: pa.Table, k: int) -> pa.Table:
     place_FK = (starts_C[has_C, None] + np.arange(k)) % len(ids_K)
     p_FK = np.exp(logprob_K[place_FK].astype(np.float64))
     p_FK *= ((1 - np.exp(rest_C[has_C].astype(np.float64))) / p_FK.sum(1))[:, None]
+    order_FK = np.argsort(-p_FK, axis=1, kind="stable")  # entries fall
+    p_FK, place_FK = np.take_along_axis(p_FK, order_FK, 1), np.take_along_axis(place_FK, order_FK, 1)
     new_C = np.where(has_C, k, 0).astype(np.int32)
     chunk_R = columns[COUNT].offsets.to_numpy()
     entry_R = np.concatenate([[0], np.cumsum(new_C)])[chunk_R]

@@ -11,7 +11,14 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 
 Holds = Literal["count", "student ids", "teacher ids", "shared ids", "ranks", "logprob", "tail", "value"]
-INTS, FLOATS = (pa.list_(pa.field("element", kind, nullable=False)) for kind in (pa.int32(), pa.float32()))
+INTS, FLOATS, STEPS = (
+    pa.list_(pa.field("element", kind, nullable=False)) for kind in (pa.int32(), pa.float32(), pa.uint16())
+)
+# Of columns that are stored otherwise than they are read, in the footer of every part since version 6: frozen.
+_CODES_DOC = "[K] tokens by their code, "
+_GAP_DOC = "[K] steps of the manifest: rank 0 -logprob, later ranks distance to the rank before; "
+_WITH_TAIL, _ALONE = "made to sum to 1 with REST, where that is known", "the loss makes them sum to 1"
+_TAIL_GAP_DOC = "steps of the manifest: -log of REST; 65535 = none; 65534 = unknown"
 
 
 def target_field(name: str, kind: pa.DataType, axis: str, doc: str) -> pa.Field:
@@ -50,6 +57,15 @@ class LossColumn:
     def field(self) -> pa.Field:
         """As it lies on disk."""
         return target_field(self.name, self.type, self.axis, self.doc)
+
+
+@dataclass(frozen=True)
+class GapColumns:
+    """Columns of entries that are stored in steps: counts, log-probabilities, and the tail mass where there is one."""
+
+    count: str
+    logprob: str
+    tail: str | None
 
 
 @dataclass(frozen=True)
@@ -114,6 +130,17 @@ class LossSchema:
         """The column with the tail mass of a table's targets, named after the table."""
         name = f"{table.name}_rest_logprob"
         return next((column for column in self.columns if column.name == name and column.holds == "tail"), None)
+
+    @property
+    def gaps(self) -> list[GapColumns]:
+        """What is stored in steps (``xtoken.schemas.gaps``): entries that are made to sum to 1, with their tail mass by
+        the reader or alone by the loss, so that what rounding gives to all of them goes out again."""
+        found = []
+        for table in self.entry_tables:
+            tail, logprobs = self.tail_of(table), self.along(table.counts[0], "logprob")
+            if len(table.counts) == len(logprobs) == 1 and (tail or self.renormalised):
+                found.append(GapColumns(table.counts[0], logprobs[0].name, None if tail is None else tail.name))
+        return found
 
 
 # A chunk whose first teacher token has no row has count 0 and takes no part in the loss. Log-probabilities are nats at
@@ -369,3 +396,35 @@ def loss_columns(losses: Iterable[str]) -> list[LossColumn]:
     wanted = set(losses)
     columns = (column for name, loss in LOSSES.items() if name in wanted for column in loss.columns)
     return list({column.name: column for column in columns}.values())
+
+
+def gap_columns(losses: Iterable[str]) -> list[GapColumns]:
+    """What the target tables of these losses hold in steps since version 6."""
+    wanted = set(losses)
+    return [gaps for name, loss in LOSSES.items() if name in wanted for gaps in loss.gaps]
+
+
+def holds_ids(column: LossColumn) -> bool:
+    """Whether its elements are tokens, which are stored by code since version 6."""
+    return column.holds in ("student ids", "teacher ids", "shared ids") and column.name.endswith("_ids")
+
+
+def lean_fields(losses: Iterable[str]) -> dict[str, pa.Field]:
+    """The fields on disk, since version 6, of columns that are stored otherwise than readers see them, by the name that
+    these know."""
+    found = {}
+    axis = {column.name: column.axis for column in loss_columns(losses)}
+    for column in filter(holds_ids, loss_columns(losses)):
+        side = "student" if column.holds == "student ids" else "teacher"
+        doc = f"{_CODES_DOC}{side}_id of codes.parquet; {column.doc.partition('] ')[2]}"
+        found[column.name] = target_field(column.name.removesuffix("ids") + "codes", INTS, column.axis, doc)
+    for gaps in gap_columns(losses):
+        doc = _GAP_DOC + (_WITH_TAIL if gaps.tail else _ALONE)
+        found[gaps.logprob] = _steps(gaps.logprob, gaps.count, doc)
+        if gaps.tail:
+            found[gaps.tail] = _steps(gaps.tail, axis[gaps.tail], f"[{axis[gaps.tail][0].upper()}] {_TAIL_GAP_DOC}")
+    return found
+
+
+def _steps(name: str, axis: str, doc: str) -> pa.Field:
+    return target_field(name.removesuffix("logprob") + "gap", STEPS, axis, doc)

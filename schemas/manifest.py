@@ -26,7 +26,7 @@ from xtoken.schemas.codecs import CodecSettings, foreign_fields, known_codec, se
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.losses import LOSSES
-from xtoken.schemas.tables import OLDEST_READ, SCHEMA_VERSIONS
+from xtoken.schemas.tables import LEAN_TARGETS, OLDEST_READ, SCHEMA_VERSIONS
 from xtoken.schemas.word_starts import SpaceSet
 
 MANIFEST = "manifest.json"
@@ -301,6 +301,7 @@ class TargetManifest(_Manifest):
     tau: float = Field(1.0, gt=0.0, description="temperature of the stored distributions")
     codec: str = Field("topk", description="codec of the capture: sampled tokens serve linear losses only")
     space: SpaceSet = Field("space", description="tokens that alm_space_logprob sums, on the student's side too")
+    step: float | None = Field(None, gt=0.0, le=1.0, description="nats: unit of the columns that are in steps")
     run_hash: str
     set_aside: dict[int, str] = Field(
         default_factory=dict, description="parts that could not be built, with their error"
@@ -314,6 +315,8 @@ class TargetManifest(_Manifest):
         data: dict[str, Any] = handler(self)
         if not self.set_aside:
             del data["set_aside"]
+        if self.step is None:
+            del data["step"]
         if self.space == "space":
             del data["space"]
         return data
@@ -322,6 +325,12 @@ class TargetManifest(_Manifest):
     def _version_knows_set_aside(self) -> "TargetManifest":
         if self.set_aside and self.schema_version <= WHOLE_TARGETS:
             raise ValueError(f"parts are quarantined, which version {self.schema_version} does not know")
+        return self
+
+    @model_validator(mode="after")
+    def _version_knows_step(self) -> "TargetManifest":
+        if (self.step is not None) != (self.schema_version >= LEAN_TARGETS):
+            raise ValueError(f"step is {self.step}: version {LEAN_TARGETS} on has one, this is {self.schema_version}")
         return self
 
     _version_knows_space = model_validator(mode="after")(_refuse_unknown_space)

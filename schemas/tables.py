@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from xtoken.schemas.losses import FLOATS, INTS, loss_columns
+from xtoken.schemas.losses import FLOATS, INTS, lean_fields, loss_columns
 from xtoken.schemas.losses import target_field as _column
 
 # A release writes the first and reads all from the second on: a capture must stay readable.
-SCHEMA_VERSIONS = {"capture": 5, "projection": 1, "targets": 5}
+SCHEMA_VERSIONS = {"capture": 5, "projection": 1, "targets": 6}
 OLDEST_READ = {"capture": 1, "projection": 1, "targets": 2}
+# Targets hold entries in steps and tokens by code since this version; readers see them as older ones hold them.
+LEAN_TARGETS = 6
 # A capture's parts are written as now since this version: later ones added to the manifest only.
 PARTS_SINCE = 2
 
@@ -143,9 +145,26 @@ _TARGET_BASE = [
 ]
 
 
-def targets(losses: Iterable[str]) -> pa.Schema:
-    """Schema of a target table that serves these losses (names of ``LOSSES``)."""
-    return pa.schema([*_TARGET_BASE, *(column.field for column in loss_columns(losses))])
+# Which tokens the codes of targets stand for; two vocabularies side by side.
+CODES = pa.schema(
+    [
+        _field("code", pa.int32(), "0 to the size of the larger vocabulary, each once, ascending"),
+        _field("teacher_id", pa.int32(), "the teacher's token; null behind its last", nullable=True),
+        _field("student_id", pa.int32(), "the student's token; null behind its last", nullable=True),
+    ]
+)
+
+
+def targets(losses: Iterable[str], version: int = LEAN_TARGETS - 1) -> pa.Schema:
+    """Schema of a target table that serves these losses (names of ``LOSSES``).
+
+    Args:
+        losses: that it serves.
+        version: schema version of the manifest; left out: the table as readers see it, whatever lies on disk.
+    """
+    losses = list(losses)
+    lean = lean_fields(losses) if version >= LEAN_TARGETS else {}
+    return pa.schema([*_TARGET_BASE, *(lean.get(one.name, one.field) for one in loss_columns(losses))])
 
 
 class TargetColumn(NamedTuple):
@@ -156,7 +175,7 @@ class TargetColumn(NamedTuple):
     axis: str
 
 
-def target_columns(losses: Iterable[str], *, base: bool = True) -> list[TargetColumn]:
-    """The columns of ``targets(losses)`` with their axes, in order; ``base=False`` leaves out what all tables have."""
-    fields = list(targets(losses))[0 if base else len(_TARGET_BASE) :]
+def target_columns(losses: Iterable[str], version: int = LEAN_TARGETS - 1, *, base: bool = True) -> list[TargetColumn]:
+    """The columns of ``targets`` with their axes, in order; ``base=False`` leaves out what all tables have."""
+    fields = list(targets(losses, version))[0 if base else len(_TARGET_BASE) :]
     return [TargetColumn(field.name, field.metadata[b"axis"].decode()) for field in fields]

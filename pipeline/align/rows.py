@@ -19,6 +19,8 @@ from xtoken.schemas.codecs import registered
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.manifest import CodecInfo
 
+_FINE = 2.0**-10  # nats; of 16 bits the largest is then 64 nats
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -42,6 +44,13 @@ class Recipe:
     def rest_known(self) -> bool:
         """Whether the capture holds the tail mass at ``tau``."""
         return self.tau in self.codec.temperatures
+
+    @property
+    def step(self) -> float:
+        """Nats: unit of what targets hold in steps. That of the capture's rows, where targets are these rows; finer,
+        where what they hold lies on no grid: rounding must not outweigh the rounding of the capture, nor bias means."""
+        on_grid = self.tau == 1 and self.merge != "mean" and not self.drawn
+        return self.codec.step if on_grid else _FINE
 
     @property
     def drawn(self) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from xtoken.pipeline.align.form import open_form
 from xtoken.pipeline.align.losses import builders
 from xtoken.pipeline.align.refusals import refuse_losses, refuse_narrow_student, refuse_no_text, w_rule
 from xtoken.pipeline.align.run_identity import claim, run_settings
@@ -42,6 +43,7 @@ from xtoken.schemas.manifest import (
     provenance,
     read_manifest,
 )
+from xtoken.schemas.target_form import CODES_FILE, TargetForm, TokenCodes
 from xtoken.schemas.ui.progress import Progress
 
 STUDENT_VOCAB_FILE = "student_vocab.parquet"
@@ -59,6 +61,7 @@ class _Run:
     tokenizer: TextTokenizer
     settings: dict[str, Any]
     files: dict[str, str]
+    form: TargetForm
 
     @property
     def student(self) -> TokenizerInfo:
@@ -110,7 +113,10 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
     refuse_no_text(config, capture)
     files = write_tables(config.out, projection)
     files[STUDENT_VOCAB_FILE] = write_table(config.out, STUDENT_VOCAB_FILE, student.to_tables()[0])
-    run = _Run(config, capture, projection, tokenizer, settings, files)
+    form = open_form(config, capture, projection)
+    if form.codes is not None:
+        files[CODES_FILE] = _write_codes(config.out, form.codes)
+    run = _Run(config, capture, projection, tokenizer, settings, files, form)
     failed = _work(run, executor, progress)
     return patiently(partial(_finish, run, failed))
 
@@ -118,6 +124,12 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
 def written(out: str) -> TargetManifest | None:
     """The manifest of targets that lies there already, or None."""
     return read_manifest(out, TargetManifest) if Folder(out).exists(MANIFEST) else None
+
+
+def _write_codes(out: str, codes: TokenCodes) -> str:
+    """Write codes.parquet unless it is there; its sha256."""
+    folder = Folder(out)
+    return folder.sha256(CODES_FILE)[0] if folder.exists(CODES_FILE) else write_table(out, CODES_FILE, codes.table())
 
 
 def _projection(config: AlignConfig, student: TokenTable, capture: CaptureManifest) -> Projection:
@@ -187,7 +199,7 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
         raise IncompleteRun(_refusal(run, failed, skipped))
     manifest = TargetManifest(
         **provenance(),
-        schema_version=OTHER_SPACE if run.capture.space != "space" else WHOLE_TARGETS + bool(failed),
+        schema_version=_manifest_version(run, failed),
         files=run.files,
         parts=parts,
         capture_hash=content_hash(run.capture),
@@ -201,6 +213,7 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
         tau=config.tau,
         codec=run.capture.codec.name,
         space=run.capture.space,
+        step=run.form.step if run.form.lean else None,
         run_hash=digest(run.settings),
         set_aside=failed,
     )
@@ -215,6 +228,13 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
             "mend the capture and run the same command again to try them once more"
         )
     return manifest
+
+
+def _manifest_version(run: _Run, failed: dict[int, str]) -> int:
+    """What older releases wrote says what differs from theirs, and nothing more."""
+    if run.form.lean:
+        return run.form.version
+    return OTHER_SPACE if run.capture.space != "space" else WHOLE_TARGETS + bool(failed)
 
 
 def _refusal(run: _Run, failed: dict[int, str], skipped: Skipped) -> str:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import join
 from xtoken.pipeline.align.encoding import encode
+from xtoken.pipeline.align.form import open_form
 from xtoken.pipeline.align.losses import builders
 from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.parts import CaptureParts
@@ -38,7 +39,9 @@ from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.parquet_limits import check_pages, reading
 from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.manifest import CodecInfo, Part, TokenizerInfo
-from xtoken.schemas.tables import targets
+from xtoken.schemas.target_form import TargetForm
+
+_RISING = ("student_end", "chunk_student_end", "chunk_teacher_end")
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class AlignJob:
         recipe = Recipe(config.losses, config.merge, config.tau, self.codec, config.entries)
         parts = CaptureParts(self.capture, config.memory_limit, len(config.losses))
         rules = Rules(maps, recipe, config.memory_limit)
-        return AlignWorker(self, tokenizer, maps, recipe, rules, parts, texts)
+        form = open_form(config, parts.manifest, self.projection)
+        return AlignWorker(self, tokenizer, maps, recipe, rules, parts, texts, form)
 
 
 def phi_of(losses: Sequence[str], teacher: TokenTable, student: TextTokenizer) -> NDArray[np.int32] | None:
@@ -109,6 +113,7 @@ class AlignWorker(OneByOne):
     rules: Rules
     parts: CaptureParts
     texts: CorpusTexts | None
+    form: TargetForm
 
     def run(self, shard: int, attempt: int, on_progress: OnProgress = ignore_progress) -> Part:
         """Build, publish and commit one part; the attempt's number does not enter its content.
@@ -118,13 +123,15 @@ class AlignWorker(OneByOne):
             VerificationError: the capture part is not the one recorded, or the targets break a rule.
         """
         del attempt, on_progress  # a part is done within seconds
-        written = _Written(targets(self.job.config.losses))
+        written = _Written(self.form.schema)
         return publish_part(self.job.out, shard, partial(self._write, shard, written), written.check)
 
     def _write(self, shard: int, written: "_Written", url: str) -> dict[str, int]:
         written.forget()
         rows = group_rows(self.parts.records[shard].samples)
-        write_parquet(url, written.schema, self._batches(shard, written), rows)
+        write_parquet(
+            url, written.schema, self._batches(shard, written), rows, rising=_RISING if self.form.lean else ()
+        )
         if written.built:
             self.rules.check(pa.concat_tables(written.built))
         return dict(written.counts)
@@ -139,7 +146,7 @@ class AlignWorker(OneByOne):
             samples = join(batch, encode(self.tokenizer, batch), eos_id)
             built, figures = target_batch(batch, samples, self.maps, self.recipe)
             written.add(batch, built, figures, summary_batch(batch, samples, built, self.job.config.losses))
-            yield built
+            yield self.form.stored_batch(built)
 
 
 @dataclass

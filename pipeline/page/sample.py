@@ -13,8 +13,7 @@ from xtoken.pipeline.store.codecs.rows import Unpacked
 from xtoken.pipeline.store.codes import restore_ids
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.left_out import LeftOut, without_rows
-from xtoken.pipeline.store.reader import ids_of_codes, load_vocab, read_side_table
-from xtoken.pipeline.store.verify import TargetCheck
+from xtoken.pipeline.store.reader import ids_of_codes, load_vocab, read_side_table, target_form
 from xtoken.schemas.configs.artifacts import InspectConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.losses import LOSSES, LossColumn, loss_columns
@@ -93,7 +92,8 @@ def load_sample(config: InspectConfig) -> Sample:
     name = find_worst(root, capture, config.path) if config.html == WORST else config.html
     place = find(config.path, name)
     sample = _read_capture(root, capture, name, place.part)
-    batch = read_sample(config.path, place, TargetCheck(manifest.losses).schema)
+    form = target_form(config.path, manifest)
+    batch = form.read_batch(read_sample(config.path, place, form.schema))
     return replace(sample, targets=_targets(config.path, manifest, batch, len(sample.row["teacher_ids"])))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from xtoken.pipeline.query.functions import Function, Lookup, Spell, row_functions
+from xtoken.pipeline.query.functions import Function, Lookup, Spell, row_functions, target_functions
 from xtoken.pipeline.query.loss_views import serves_student_mass
 from xtoken.pipeline.query.views import View, read_view
 from xtoken.pipeline.store.checks import CaptureCheck, refuse_other_columns
@@ -18,7 +18,7 @@ from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codes import inverse, read_codes
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.left_out import without_rows
-from xtoken.pipeline.store.reader import VOCAB_FILE, load_vocab, local_part, read_side_table, records
+from xtoken.pipeline.store.reader import VOCAB_FILE, load_vocab, local_part, read_side_table, records, target_form
 from xtoken.schemas.categories import category
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.parquet_limits import check_file, reading
@@ -86,7 +86,8 @@ class CaptureFolder:
         check, codec = CaptureCheck.of(manifest), open_codec(manifest.codec)
         paths = _paths(self.root, self.stack, check.file, manifest.parts)
         whole = codec.schema()
-        on_disk = {name: read_as(name) for name in whole.names} if not manifest.has_codes else {}
+        named = {} if manifest.has_codes else {name: read_as(name) for name in whole.names}
+        on_disk = {name: there for name, there in named.items() if there in check.schema.names}
         _view_of_files(session, "capture._stored", paths, whole, check.schema, on_disk)
         session.execute(f"SET VARIABLE step = CAST({manifest.codec.step!r} AS DOUBLE)")
         for name, function in row_functions(codec).items():
@@ -167,9 +168,13 @@ class TargetsFolder:
         }
 
     def _stored(self, session: Connection) -> None:
-        stored = targets(self.manifest.losses)
-        paths = _paths(self.root, self.stack, partial(_check_columns, stored), self.manifest.parts)
-        _view_of_files(session, "targets._stored", paths, targets(LOSSES), stored, {})
+        form = target_form(self.root, self.manifest)
+        paths = _paths(self.root, self.stack, partial(_check_columns, form.schema), self.manifest.parts)
+        on_disk = {}
+        for name, (expression, function, call) in target_functions(form).items():
+            register(session, function, call)
+            on_disk[name] = expression
+        _view_of_files(session, "targets._stored", paths, targets(LOSSES), form.schema, on_disk)
 
     def _student_vocabulary(self, session: Connection) -> None:
         shown = _vocabulary(self.vocab)
@@ -243,11 +248,11 @@ def _check_columns(schema: pa.Schema, path: str) -> None:
 def _view_of_files(
     session: Connection, name: str, paths: list[str], whole: pa.Schema, stored: pa.Schema, on_disk: dict[str, str]
 ) -> None:
-    """A view with the columns of ``whole``: those not stored are null; ``on_disk`` renames."""
+    """A view with the columns of ``whole``: those not stored are null; ``on_disk`` says what the others are made of."""
     columns = []
     for field in whole:
-        there = on_disk.get(field.name, field.name)
-        held = there if there in stored.names else f"NULL::{_sql_type(field.type)}"
+        missing = field.name not in on_disk and field.name not in stored.names
+        held = f"NULL::{_sql_type(field.type)}" if missing else on_disk.get(field.name, field.name)
         columns.append(f"{held} AS {field.name}")
     # a part's path may hold what DuckDB takes for a pattern
     listed = ", ".join(quoted(_GLOB.sub(lambda match: f"[{match[0]}]", path)) for path in paths)

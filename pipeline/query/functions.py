@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.store.codecs.base import Codec
 from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.target_form import TargetForm
 
 Ints = NDArray[np.int64]
 _UNSPELLED = 0x3F  # '?'
@@ -45,6 +46,19 @@ def row_functions(codec: Codec) -> dict[str, Function]:
     """``unpack_rows`` of a capture's codec."""
     gives = "STRUCT(place INTEGER[], rank INTEGER[], logprob DOUBLE[])"
     return {"unpack_rows": Function(UnpackRows(codec), codec.sql_types, gives)}
+
+
+def target_functions(form: TargetForm) -> dict[str, tuple[str, str, Function]]:
+    """What makes each column of targets that is stored otherwise than it is read: SQL, the function's name, and it."""
+    found = {}
+    for name in form.otherwise:
+        stored = form.stored([name])
+        types = tuple(f"{_DUCKDB[str(form.schema.field(one).type.value_type)]}[]" for one in stored)
+        gives = "INTEGER[]" if name.endswith("_ids") else "FLOAT[]"
+        function = f"read_{name}"
+        call = _OF_SO_MANY[len(stored)](ReadTargets(form, name, tuple(stored)))
+        found[name] = f"{function}({', '.join(stored)})", function, Function(call, types, gives)
+    return found
 
 
 def readable(raw: pa.Array) -> pa.Array:
@@ -121,6 +135,38 @@ class UnpackRows:
             "logprob": self.codec.sql_logprob(lists.values, stored.values),
         }
         return _struct_of_lists(size_N, columns)
+
+
+# DuckDB counts the parameters of a function.
+_OF_SO_MANY: dict[int, Callable[[Callable[..., pa.Array]], Callable[..., pa.Array]]] = {
+    1: lambda read: lambda a: read(a),
+    2: lambda read: lambda a, b: read(a, b),
+    3: lambda read: lambda a, b, c: read(a, b, c),
+}
+_DUCKDB = {"int32": "INTEGER", "uint16": "USMALLINT", "float": "FLOAT"}
+
+
+@dataclass(frozen=True)
+class ReadTargets:
+    """A list column of targets as readers see it, from those on disk that hold it.
+
+    Raises:
+        VerificationError: the lists of a sample do not fit each other, or a code is outside its vocabulary.
+    """
+
+    form: TargetForm
+    name: str
+    stored: tuple[str, ...]
+
+    def __call__(self, *columns: pa.Array) -> pa.Array:
+        """Args: the columns of ``stored``, of [N] samples."""
+        whole = [_array(column) for column in columns]
+        lists = {
+            name: (_offsets(_lengths(one)).to_numpy(), one.flatten().to_numpy(zero_copy_only=False))
+            for name, one in zip(self.stored, whole, strict=True)
+        }
+        offsets, values = self.form.read(lists, [self.name])[self.name]
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 @dataclass(frozen=True)
@@ -218,7 +264,7 @@ class _Lists:
     @classmethod
     def of(cls, column: pa.Array) -> "_Lists":
         whole = _array(column)
-        length_N = pc.fill_null(pc.list_value_length(whole), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        length_N = _lengths(whole)
         values = whole.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
         return cls(length_N, np.cumsum(length_N), values)
 
@@ -226,6 +272,11 @@ class _Lists:
 def _array(column: Any) -> pa.Array:
     """DuckDB hands over chunked arrays."""
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _lengths(column: pa.Array) -> Ints:
+    length_N: Ints = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return length_N
 
 
 def _sizes(column: pa.Array) -> Ints:

@@ -17,10 +17,10 @@ from xtoken.pipeline.store.seal import (
     PLAN_FILE,
     PLOT_FOLDER,
     PLOTS,
-    SIDE_FILES,
     SUMS_FILE,
     manifest_problems,
     read_sums,
+    side_files,
 )
 from xtoken.schemas.configs.share import PullConfig, PushConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
@@ -159,7 +159,7 @@ def _sides(source: Folder, manifest: AnyManifest) -> list[SideFile]:
     Raises:
         VerificationError: the manifest does not record one, or records what is not a file of ours.
     """
-    names = SIDE_FILES[manifest.kind]
+    names = side_files(manifest)
     for name in sorted(set(manifest.files) - set(names)):
         raise VerificationError(f"the manifest in {source.root} names {name!r}, which is not a file of {manifest.kind}")
     for name in names:

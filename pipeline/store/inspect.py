@@ -184,11 +184,11 @@ def _capture_sample(batch: pa.RecordBatch, table: TokenTable, codec: Codec) -> d
 
 def _target_samples(root: str, manifest: TargetManifest) -> list[dict[str, Any]]:
     """Targets: id and sizes of the first samples."""
-    folder = Folder(root)
+    folder, schema = Folder(root), targets(manifest.losses, manifest.schema_version)
     rows = (
         row
         for part in manifest.parts
-        for batch in _batches(folder, part, targets(manifest.losses), ["sample_id", "student_ids", "chunk_student_end"])
+        for batch in _batches(folder, part, schema, ["sample_id", "student_ids", "chunk_student_end"])
         for row in batch.to_pylist()
     )
     return [

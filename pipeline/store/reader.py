@@ -16,8 +16,16 @@ from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.cache import cached
 from xtoken.schemas.io.parquet_limits import batches, open_parquet, read_whole, reading
 from xtoken.schemas.io.remote import open_url
-from xtoken.schemas.manifest import MANIFEST, CaptureManifest, Part, read_any_manifest, read_manifest
+from xtoken.schemas.manifest import (
+    MANIFEST,
+    CaptureManifest,
+    Part,
+    TargetManifest,
+    read_any_manifest,
+    read_manifest,
+)
 from xtoken.schemas.tables import stored_as
+from xtoken.schemas.target_form import CODES_FILE, TargetForm, TokenCodes, needs_codes
 
 VOCAB_FILE = "vocab.parquet"
 MERGES_FILE = "merges.parquet"
@@ -71,6 +79,33 @@ def iter_capture(
             for batch in iter_parquet(path, names, schema=schema):
                 whole = restore_ids(batch, id_of_code)
                 yield whole if left_out is None else left_out.fill(whole, columns)
+
+
+def target_form(root: str, manifest: TargetManifest) -> TargetForm:
+    """How the parts of finished targets hold their columns.
+
+    Raises:
+        VerificationError: codes.parquet is missing or torn, or not the one the manifest records.
+    """
+    codes = None
+    if needs_codes(manifest.losses, manifest.schema_version):
+        table = read_side_table(Folder(root), CODES_FILE, manifest.files)
+        codes = TokenCodes.of(table, manifest.teacher_tokenizer.size, manifest.student.size)
+    return TargetForm(manifest.losses, manifest.schema_version, manifest.step or 0.0, codes)
+
+
+def iter_targets(root: str) -> Iterator[pa.RecordBatch]:
+    """Record batches of finished targets in order, with the columns of ``xtoken.schemas.tables.targets``.
+
+    Raises:
+        VerificationError: a part or codes.parquet is missing or torn.
+    """
+    manifest = read_manifest(root, TargetManifest)
+    form, folder = target_form(root, manifest), Folder(root)
+    for part in manifest.parts:
+        with local_part(folder, part.index, part) as path:
+            for batch in iter_parquet(path, schema=form.schema):
+                yield form.read_batch(batch)
 
 
 def _left_out(folder: Folder) -> LeftOut | None:

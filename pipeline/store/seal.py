@@ -12,7 +12,8 @@ from xtoken.pipeline.store.publish import commit_name, data_name
 from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE
 from xtoken.pipeline.store.skip_records import BAD_FILE, SKIPPED_FILE
 from xtoken.schemas.errors import VerificationError
-from xtoken.schemas.manifest import MANIFEST, AnyManifest, read_any_manifest
+from xtoken.schemas.manifest import MANIFEST, AnyManifest, TargetManifest, read_any_manifest
+from xtoken.schemas.target_form import CODES_FILE, needs_codes
 
 SUMS_FILE = "SHA256SUMS"
 CARD_FILE = "README.md"
@@ -35,6 +36,14 @@ _UNSEALED_ONCE = (SKIPPED_FILE,)
 # Versions from which on an artifact has SHA256SUMS; a projection may be without.
 _SUMS_SINCE = {"capture": 2, "targets": 3}
 _LINE = re.compile(r"([0-9a-f]{64})  ([ -~]{1,200})")
+
+
+def side_files(manifest: AnyManifest) -> tuple[str, ...]:
+    """Names of the tables beside the parts, each of which the manifest records."""
+    names = SIDE_FILES[manifest.kind]
+    if isinstance(manifest, TargetManifest) and needs_codes(manifest.losses, manifest.schema_version):
+        return (*names, CODES_FILE)
+    return names
 
 
 def sums_text(sums: Mapping[str, str]) -> bytes:
@@ -69,7 +78,7 @@ def seal(root: str) -> None:
     folder, manifest = Folder(root), read_any_manifest(root)
     _refuse_changed(folder, manifest)
     sums = {data_name(part.index): part.sha256 for part in manifest.parts}
-    names = [MANIFEST, *SIDE_FILES[manifest.kind], *(commit_name(part.index) for part in manifest.parts)]
+    names = [MANIFEST, *side_files(manifest), *(commit_name(part.index) for part in manifest.parts)]
     sums |= {name: folder.sha256(name)[0] for name in [*names, *_present(folder, manifest)]}
     text = sums_text(sums)
     if not folder.exists(SUMS_FILE) or folder.read(SUMS_FILE) != text:
@@ -81,7 +90,7 @@ def _refuse_changed(folder: Folder, manifest: AnyManifest) -> None:
         sealed = read_sums(folder)
     except (FileNotFoundError, VerificationError):
         return  # not sealed yet, or the seal itself is what is damaged
-    lasting = [*SIDE_FILES[manifest.kind], PLAN_FILE, BAD_FILE, SKIPPED_FILE]
+    lasting = [*side_files(manifest), PLAN_FILE, BAD_FILE, SKIPPED_FILE]
     lasting += [commit_name(part.index) for part in manifest.parts]
     changed = [name for name in lasting if name in sealed and _sum(folder, name) != sealed[name]]
     if changed:

@@ -12,12 +12,13 @@ from xtoken.pipeline.store.columns import flat, list_lengths, sums_per_sample
 from xtoken.pipeline.store.figures import audit_rows, worst_figures
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import Check, Figures, committed, data_name
-from xtoken.pipeline.store.reader import check_side_file, ids_of_codes, load_vocab
-from xtoken.pipeline.store.seal import SIDE_FILES, manifest_problems, seal_problems
+from xtoken.pipeline.store.reader import check_side_file, ids_of_codes, load_vocab, target_form
+from xtoken.pipeline.store.seal import manifest_problems, seal_problems, side_files
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.cache import fresh
 from xtoken.schemas.manifest import AnyManifest, CaptureManifest, Part, TargetManifest, read_any_manifest
-from xtoken.schemas.tables import TargetColumn, target_columns, targets
+from xtoken.schemas.tables import TargetColumn, target_columns
+from xtoken.schemas.target_form import TargetForm
 
 _SHOWN = 20
 _NO_AUDITS = (
@@ -53,7 +54,7 @@ def verify(root: str, progress: Callable[[int], None] | None = None, *, audit: b
         raise
     shown = _audits(root, manifest) if audit else {}
     problems += [*_side_problems(folder, manifest), *_record_problems(root, manifest), *seal_problems(folder, manifest)]
-    check = _part_check(manifest)
+    check = _part_check(root, manifest)
     for part in manifest.parts:
         problems += _part_problems(folder, part, check)
         if progress is not None:
@@ -84,7 +85,7 @@ def _damaged(root: str, problems: Sequence[str]) -> VerificationError:
 
 
 def _side_problems(folder: Folder, manifest: AnyManifest) -> Iterator[str]:
-    expected = SIDE_FILES[manifest.kind]
+    expected = side_files(manifest)
     for name in sorted(set(manifest.files) - set(expected)):
         yield f"manifest.json: {name!r} is not a file of a {manifest.kind} artifact"
     whole = True
@@ -95,12 +96,14 @@ def _side_problems(folder: Folder, manifest: AnyManifest) -> Iterator[str]:
         except VerificationError as error:
             whole = False
             yield str(error)
-    if whole and manifest.kind == "capture":
-        try:
+    try:
+        if whole and manifest.kind == "capture":
             load_vocab(folder.root)
             ids_of_codes(folder.root)
-        except VerificationError as error:
-            yield str(error)
+        elif whole and isinstance(manifest, TargetManifest):
+            target_form(folder.root, manifest)
+    except VerificationError as error:
+        yield str(error)
 
 
 def _record_problems(root: str, manifest: AnyManifest) -> Iterator[str]:
@@ -120,10 +123,15 @@ def _record_problems(root: str, manifest: AnyManifest) -> Iterator[str]:
             yield f"part {index}: commit record and manifest differ"
 
 
-def _part_check(manifest: AnyManifest) -> Check:
+def _part_check(root: str, manifest: AnyManifest) -> Check:
     if isinstance(manifest, CaptureManifest):
         return CaptureCheck.of(manifest)
-    return TargetCheck(manifest.losses if isinstance(manifest, TargetManifest) else ())
+    if not isinstance(manifest, TargetManifest):
+        return TargetCheck(TargetForm((), 0))
+    try:
+        return TargetCheck(target_form(root, manifest))
+    except VerificationError:  # said of the side tables; columns and lengths are still looked at
+        return TargetCheck(TargetForm(manifest.losses, manifest.schema_version, manifest.step or 0.0), read=False)
 
 
 def _part_problems(folder: Folder, part: Part, check: Check) -> Iterator[str]:
@@ -156,11 +164,16 @@ def _no_link(folder: Folder, name: str) -> None:
 
 
 class TargetCheck:
-    """Reads a target part back and counts it; call with its path or URL."""
+    """Reads a target part back and counts it; call with its path or URL.
 
-    def __init__(self, losses: Sequence[str]) -> None:
-        self.schema = targets(losses)
-        self._columns = target_columns(losses)
+    Args:
+        form: how the part holds its columns.
+        read: give the columns their readers' form too, which refuses what has none.
+    """
+
+    def __init__(self, form: TargetForm, *, read: bool = True) -> None:
+        self._form, self._read = form, read
+        self._columns = target_columns(form.losses, form.version)
 
     def __call__(self, url: str) -> Figures:
         """Check schema and list lengths.
@@ -171,8 +184,10 @@ class TargetCheck:
             VerificationError: another schema, or lists of a sample that do not fit each other.
         """
         samples = tokens = chunks = text_bytes = 0
-        for batch in read_checked(url, self.schema):
+        for batch in read_checked(url, self._form.schema):
             _check_lengths(batch, self._columns)
+            if self._read:
+                self._form.read_batch(batch)
             samples += batch.num_rows
             tokens += int(list_lengths(batch, "student_ids").sum())
             chunks += int(list_lengths(batch, "chunk_student_end").sum())

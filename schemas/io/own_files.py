@@ -9,7 +9,7 @@ from xtoken.schemas.errors import XtokenError
 _MARKS = ("manifest.json", "run.json", "align.json", "share.json", "SHA256SUMS")
 _NAMES = {
     *(*_MARKS, "README.md", "plan.json", "teacher.json", "join.json", "skipped.jsonl", "bad.jsonl", "coverage.html"),
-    *("vocab.parquet", "merges.parquet", "student_vocab.parquet", "w.parquet", "unreached.parquet"),
+    *("vocab.parquet", "merges.parquet", "student_vocab.parquet", "w.parquet", "unreached.parquet", "codes.parquet"),
     *("metrics.jsonl", "summary.json", "held-out.jsonl", "completions.jsonl", "diagnosis.json"),
 }
 _NUMBERED = re.compile(r"(?:part-\d+\.(?:parquet|json)|status(?:-\d+-of-\d+)?\.json)")

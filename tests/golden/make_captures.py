@@ -45,8 +45,10 @@ MIXED = ("v4-topk",)
 # Targets are of a capture that is made beside them and thrown away.
 TARGETS = {"v2-targets": TOPK, "v3-targets": TOPK, "v3-targets-sampled": RUNS["v2-sampled"], "v4-targets": TOPK}
 TARGETS["v5-targets"] = RUNS["v5-topk"]
+TARGETS["v6-targets"] = TOPK
 LOSSES = {"v2-targets": "p-kl,h-kl,alm", "v3-targets": "p-kl,h-kl,alm", "v4-targets": "p-kl,h-kl,alm"}
 LOSSES["v5-targets"] = "alm"
+LOSSES["v6-targets"] = "p-kl,h-kl,alm,strict,byte-prefix"
 # Targets that set a part aside: that of a document before the others, whose part is cut short.
 SET_ASIDE = ("v4-targets",)
 RUN_ONLY = (

@@ -10,7 +10,7 @@ from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.manifest import TargetManifest, read_manifest
 
 STUDENT, LOSSES = "bytes", "p-kl,h-kl,byte-prefix"
-SIDE = ("w.parquet", "unreached.parquet", "student_vocab.parquet")
+SIDE = ("w.parquet", "unreached.parquet", "student_vocab.parquet", "codes.parquet")
 
 
 class AlignRun(Run):

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from xtoken.pipeline.align import align
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.project import project
+from xtoken.pipeline.store.reader import iter_targets
 from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.artifacts import AlignConfig, ProjectConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig
@@ -75,7 +77,8 @@ def test_targets_explain_themselves(capture: Path, tmp_path: Path) -> None:
     assert len(manifest.parts) > 1
     found = verify(str(out))
     assert found["samples"] == sum(part.samples for part in read_manifest(str(capture), CaptureManifest).parts)
-    table = pq.read_table(out / "data")
+    assert pq.read_schema(out / "data" / "part-00000.parquet").equals(targets(["p-kl", "h-kl"], 6))
+    table = pa.Table.from_batches(iter_targets(str(out)))
     assert table.schema.equals(targets(["p-kl", "h-kl"]))
     text = {row["sample_id"]: row["text"] for row in pq.read_table(capture / "data").to_pylist()}
     for row in table.to_pylist():
@@ -117,7 +120,7 @@ def test_every_loss_at_another_temperature(teacher: str, tmp_path: Path, merge: 
     assert (manifest.losses, manifest.merge, manifest.tau) == (losses, merge, 2.0)
     found = verify(str(tmp_path / "t"))
     assert found["samples"] == sum(part.samples for part in manifest.parts) > 0
-    table = pq.read_table(tmp_path / "t" / "data")
+    table = pa.Table.from_batches(iter_targets(str(tmp_path / "t")))
     assert table.schema.equals(targets(losses))
     spaces = [value for row in table["alm_space_logprob"].to_pylist() for value in row]
     assert sum(part.counts["space_chunks"] for part in manifest.parts) == sum(value == value for value in spaces) > 0
@@ -152,7 +155,11 @@ def test_a_temperature_without_its_rest_is_refused(
 
 def test_p_kl_does_without_rest_at_a_temperature(capture: Path, tmp_path: Path) -> None:
     align(_config(capture, tmp_path / "t", losses=["ce", "p-kl", "alm"], tau=2.0), Silent())
-    rests = [rest for row in pq.read_table(tmp_path / "t" / "data")["pkl_rest_logprob"].to_pylist() for rest in row]
+    rests = [
+        rest
+        for row in pa.Table.from_batches(iter_targets(str(tmp_path / "t")))["pkl_rest_logprob"].to_pylist()
+        for rest in row
+    ]
     assert sum(rest != rest for rest in rests) > len(rests) / 2
 
 

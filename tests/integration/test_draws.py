@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from typer.testing import CliRunner
 
 from xtoken import cli
 from xtoken.pipeline.project.files import read_projection
-from xtoken.pipeline.store.reader import iter_capture, load_vocab
+from xtoken.pipeline.store.reader import iter_capture, iter_targets, load_vocab
 from xtoken.pipeline.teachers.fake_teacher import FakeTeacher
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.train import LossOptions
@@ -92,6 +91,11 @@ def whole_rows(root: Path) -> tuple[list[list[int]], Rows]:
     return ids, p_RU
 
 
+def samples_of(root: str | Path) -> list[dict[str, Any]]:
+    """Targets as readers see them."""
+    return [row for batch in iter_targets(str(root)) for row in batch.to_pylist()]
+
+
 def repeated(sample: dict[str, Any], loss: str) -> tuple[list[int], dict[str, NDArray[Any]]]:
     """Teacher token that begins each chunk of the repeated text, and the columns of ``loss`` there."""
     first_byte = len("0000\nthe")  # from here on the teacher's last two tokens are the same in every document
@@ -121,7 +125,7 @@ def gradients(root: str, loss: str, **options: Any) -> tuple[Rows, list[int], Ro
         LossOptions(**options),
     )  # fmt: skip
     opened = open_loss(loss, setup)
-    samples = pq.read_table(Path(root) / "data").to_pylist()
+    samples = samples_of(root)
     places, first = repeated(samples[0], loss)
     positions = int(first["length"].sum())
     logits_PV = torch.randn(positions, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
@@ -169,7 +173,7 @@ def assert_right_in_the_mean(found_DPV: Rows, exact_PV: Rows) -> None:
 
 
 def firsts(root: str, loss: str) -> list[int]:
-    return repeated(pq.read_table(Path(root) / "data").to_pylist()[0], loss)[1]["first"].tolist()
+    return repeated(samples_of(root)[0], loss)[1]["first"].tolist()
 
 
 def test_p_kl_is_that_of_whole_rows_in_the_mean(chain: Path) -> None:
@@ -234,7 +238,7 @@ def test_targets_of_draws_hold_no_rest_no_interior_and_the_exact_entropy(chain: 
     assert xtoken("verify", chain / "targets")["kind"] == "targets"
     _, p_RU = whole_rows(chain)
     entropy_R = -(p_RU * np.log(p_RU)).sum(axis=1)
-    sample = pq.read_table(chain / "targets" / "data").to_pylist()[0]
+    sample = samples_of(chain / "targets")[0]
     starts = [0, *sample["chunk_teacher_end"][:-1]]
     rows = [start - 1 for start in starts if start]
     assert sample["teacher_entropy"] == pytest.approx(entropy_R[rows].mean(), rel=1e-4)

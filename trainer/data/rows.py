@@ -178,7 +178,7 @@ def _check(group: RowGroup, rows: _Rows, spec: Columns, vocabulary: int) -> None
         for name in names:
             _refuse_lengths(group, name, running(count)[offset_R])
     for name in rows.columns:
-        if name.endswith("_rest_logprob"):
+        if name.endswith("_rest_logprob") and not group.whole:
             offset_R = rows.chunk_R if name in spec.chunk else rows.token_R
             _refuse(group, offset_R, ~_normalised(rows.columns, name))
 

@@ -36,12 +36,13 @@ from xtoken.schemas.io.remote import in_parallel, is_local, open_url, read_foote
 from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.manifest import Part, TargetManifest, TokenizerInfo, content_hash, part_name, read_manifest
 from xtoken.schemas.missing_mass import lacking_columns, lacking_note
-from xtoken.schemas.tables import VOCAB, W, targets
+from xtoken.schemas.tables import CODES, VOCAB, W
+from xtoken.schemas.target_form import CODES_FILE, TargetForm, TokenCodes, needs_codes
 from xtoken.trainer.losses.base import ProjectionArrays, VocabArrays
 from xtoken.trainer.ragged import Array
 
 W_FILE, VOCAB_FILE = "w.parquet", "student_vocab.parquet"
-_SIDE_TABLES = {W_FILE: W, VOCAB_FILE: VOCAB}
+_SIDE_TABLES = {W_FILE: W, VOCAB_FILE: VOCAB, CODES_FILE: CODES}
 _FOOTERS = 64
 _FETCH = "fetch the targets again"
 
@@ -57,11 +58,16 @@ class GroupRef:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Some columns of one row group; a list column is (offsets [rows + 1], values), a plain one a list of one each."""
+    """Some columns of one row group; a list column is (offsets [rows + 1], values), a plain one a list of one each.
+
+    Attributes:
+        whole: what has a tail mass was made to sum to 1 with it when it was read.
+    """
 
     ref: GroupRef
     sample_ids: list[str]
-    lists: Mapping[str, tuple[NDArray[np.int32], Array]]
+    lists: Mapping[str, tuple[NDArray[Any], Array]]
+    whole: bool = False
 
     def values(self, name: str, row: int) -> Array:
         """The list in column ``name`` of ``row``; of a plain column a list of one."""
@@ -74,7 +80,7 @@ class RowGroup:
             name: (offsets[row : row + 2] - offsets[row], values[offsets[row] : offsets[row + 1]])
             for name, (offsets, values) in self.lists.items()
         }
-        return RowGroup(self.ref, [self.sample_ids[row]], lists)
+        return RowGroup(self.ref, [self.sample_ids[row]], lists, self.whole)
 
 
 class Targets:
@@ -99,9 +105,17 @@ class Targets:
         self.groups = [ref for refs in in_parallel(self._groups_of, self.manifest.parts, root) for ref in refs]
         self.samples = sum(ref.rows for ref in self.groups)
         self.stream = False
-        self._schema = targets(self.manifest.losses)
         self._parts = {part.index: part for part in self.manifest.parts}
         share_cache([self])
+
+    @cached_property
+    def _form(self) -> TargetForm:
+        """How the parts hold their columns; VerificationError where codes.parquet is not the one recorded."""
+        manifest, codes = self.manifest, None
+        if needs_codes(manifest.losses, manifest.schema_version):
+            sizes = manifest.teacher_tokenizer.size, manifest.student.size
+            codes = TokenCodes.of(self._side_table(CODES_FILE), *sizes)
+        return TargetForm(manifest.losses, manifest.schema_version, manifest.step or 0.0, codes)
 
     @property
     def remote_bytes(self) -> int:
@@ -137,7 +151,8 @@ class Targets:
             VerificationError: the file went away, is damaged, or lacks a column.
         """
         path = self._path(ref.part)
-        names = list(dict.fromkeys(("sample_id", *columns)))
+        stored = self._form.stored(columns)
+        names = list(dict.fromkeys(("sample_id", *stored)))
         with reading(path, _FETCH), ExitStack() as stack:
             file = self._open(ref.part, stack)
             # nothing hashes a streamed file as a whole: pages that carry a checksum are at least checked against it
@@ -152,11 +167,15 @@ class Targets:
                 read = batches(parquet, file, path, columns=names, groups=[ref.group], chunks=chunks)
                 table = pa.Table.from_batches([batch.select(names) for batch in read])
             ids = table.column("sample_id").to_pylist()
-            lists = {name: _list_arrays(table.column(name)) for name in columns}
+            found = {name: _list_arrays(table.column(name)) for name in stored}
+            try:
+                lists = self._form.read(found, columns)
+            except VerificationError as error:
+                raise VerificationError(f"{path}, row group {ref.group}: {error}") from error
             self._check_ids(lists, path)
         if len(ids) != ref.rows:
             raise VerificationError(f"{path} has {len(ids)} rows in group {ref.group}, not {ref.rows}; {_FETCH}")
-        return RowGroup(ref, ids, lists)
+        return RowGroup(ref, ids, lists, self._form.lean)
 
     def _check_ids(self, lists: Mapping[str, tuple[NDArray[np.int32], Array]], path: str) -> None:
         """Ids index arrays, on a GPU without a look at their bounds: they must lie in their vocabulary."""
@@ -166,7 +185,8 @@ class Targets:
         for schema in (LOSSES[loss] for loss in self.manifest.losses):
             ranks = [column.name for column in schema.columns if column.holds == "ranks"]
             for column in schema.columns:
-                if column.name not in lists or column.holds not in size_of:
+                # of codes none is outside its vocabulary
+                if column.name not in lists or column.holds not in size_of or column.name in self._form.otherwise:
                     continue
                 size, (_, values) = size_of[column.holds], lists[column.name]
                 # the end of a range of tokens may stand behind the last
@@ -197,7 +217,7 @@ class Targets:
         other = [
             name
             for name in names
-            if name not in self._schema.names or not stored.field(name).equals(self._schema.field(name))
+            if name not in self._form.schema.names or not stored.field(name).equals(self._form.schema.field(name))
         ]
         if other:
             raise VerificationError(f"{path} holds {other[0]} as {stored.field(other[0])}; {_FETCH}")

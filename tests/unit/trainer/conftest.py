@@ -15,7 +15,8 @@ import torch
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.manifest import Part, TargetManifest, TeacherInfo, TokenizerInfo, part_name
-from xtoken.schemas.tables import VOCAB, W, target_columns, targets
+from xtoken.schemas.tables import LEAN_TARGETS, VOCAB, W, target_columns, targets
+from xtoken.schemas.target_form import TargetForm, TokenCodes
 from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
 
 V, U = 24, 30
@@ -23,6 +24,8 @@ BOS, EOS = 0, 1
 BYTES = [b"", b"", *(b" " * (i % 2) + bytes([97 + i]) for i in range(V - 2))]
 STUDENT = TokenizerInfo(name="toy-student", hash="a" * 64, kind="bytes", size=V, adds_bos=True, bos_id=BOS, eos_id=EOS)
 TEACHER = TokenizerInfo(name="toy-teacher", hash="b" * 64, kind="byte-level", size=U, adds_bos=True, bos_id=0)
+
+CODES = TokenCodes(*(np.random.default_rng(9).permutation(size).astype(np.int32) for size in (U, V)))
 
 
 @dataclass
@@ -127,9 +130,14 @@ def write_targets(
     lengths: list[list[int]],
     losses: tuple[str, ...] = ("p-kl", "h-kl"),
     seed: int = 0,
+    step: float | None = None,
     **manifest: Any,
 ) -> str:
-    """A target folder with one part per list of sample lengths, two samples per row group; more for its manifest."""
+    """A target folder with one part per list of sample lengths, two samples per row group; more for its manifest.
+
+    With ``step`` the same samples as version 6 of the schema holds them.
+    """
+    form = TargetForm(losses, 3 if step is None else LEAN_TARGETS, step or 0.0, CODES)
     rng = np.random.default_rng(seed)
     (root / "data").mkdir(parents=True)
     schema, parts = targets(losses), []
@@ -137,11 +145,15 @@ def write_targets(
         rows = [_sample(pair, rng, f"doc{index}#{i}", size) for i, size in enumerate(sizes)]
         table = pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema=schema)
         path = root / "data" / part_name(index)
-        pq.write_table(table, path, row_group_size=2)
+        stored = pa.Table.from_batches([form.stored_batch(batch) for batch in table.to_batches()], form.schema)
+        pq.write_table(stored, path, row_group_size=2)
         parts.append(_part(index, path, sizes))
     vocab = {"token_id": range(V), "bytes": BYTES, "role": ["bos", "eos", *[None] * (V - 2)]}
     vocab_table = pa.table({**vocab, "byte_fallback": [False] * V}, schema=VOCAB)
     files = {"w.parquet": pair.table(), "student_vocab.parquet": vocab_table}
+    if step is not None:
+        files["codes.parquet"] = CODES.table()
+        manifest |= {"schema_version": LEAN_TARGETS, "step": step}
     for name, table in files.items():
         pq.write_table(table, root / name)
     sums = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in files}

@@ -24,7 +24,7 @@ from xtoken.pipeline.page.sample import load_sample
 from xtoken.pipeline.project import build_w, project, read_projection
 from xtoken.pipeline.project.projection import TO_REST, Projection
 from xtoken.pipeline.query import query
-from xtoken.pipeline.store.reader import load_vocab
+from xtoken.pipeline.store.reader import iter_targets, load_vocab
 from xtoken.pipeline.store.verify import verify
 from xtoken.pipeline.tokens import TokenTable, load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig, InspectConfig, ProjectConfig, QueryConfig
@@ -80,7 +80,7 @@ def aligned(capture: Path, student: str, out: Path, losses: list[str], **options
 
 
 def rows_of(folder: str | Path) -> list[dict[str, Any]]:
-    return [row for path in sorted(Path(folder, "data").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return [row for batch in iter_targets(str(folder)) for row in batch.to_pylist()]
 
 
 def distributions(capture: Path) -> dict[str, tuple[int, list[Target]]]:
@@ -88,7 +88,7 @@ def distributions(capture: Path) -> dict[str, tuple[int, list[Target]]]:
     vocab = pq.read_table(capture / "vocab.parquet")
     token_of = dict(zip(vocab["code"].to_pylist(), vocab["token_id"].to_pylist(), strict=True))
     found = {}
-    for row in rows_of(capture):
+    for row in pq.read_table(capture / "data").to_pylist():
         rows, start = [], 0
         for kept, gap in zip(row["kept"], row["rest_gap"], strict=True):
             span = slice(start, start + kept)
@@ -135,9 +135,9 @@ def test_strict_targets_are_the_teachers_entries_of_equal_bytes(
                 assert found == {}
                 seen["more" if not single else "one"] += 1
                 continue
-            assert found == pytest.approx({s: math.log(p) for s, p in inside.items()}, rel=CLOSE)
+            assert found == pytest.approx({s: math.log(p) for s, p in inside.items()}, abs=STEP)
             assert list(found.values()) == sorted(found.values(), reverse=True)
-            assert sum(map(math.exp, found.values())) < 1
+            assert sum(map(math.exp, found.values())) < math.exp(STEP / 2)
             seen["targets"] += 1
     manifest = read_manifest(strict_targets, TargetManifest)
     assert sum(part.counts["strict_chunks"] for part in manifest.parts) == seen["targets"] > 50
@@ -237,8 +237,8 @@ def test_mined_targets_are_rows_through_a_w_of_least_edit_distance(
                 other += 1
                 continue
             expected, tail = routed(*rows[at], projection)
-            assert found == pytest.approx({t: math.log(p) for t, p in expected.items()}, rel=CLOSE, abs=CLOSE)
-            assert math.exp(tail_logp) == pytest.approx(tail, rel=1e-5, abs=CLOSE)
+            assert found == pytest.approx({t: math.log(p) for t, p in expected.items()}, abs=STEP)
+            assert math.exp(tail_logp) == pytest.approx(tail, rel=STEP, abs=CLOSE)
             filled += 1
     manifest = read_manifest(mined_targets, TargetManifest)
     assert sum(part.counts["mined_chunks"] for part in manifest.parts) == filled > 50
@@ -289,8 +289,8 @@ def test_temperatures(capture: Path, student_file: str, tmp_path: Path) -> None:
             assert first.keys() == second.keys()
             if first:
                 ids, one_p, other_p = list(first), np.array([*first.values()]), np.array([second[s] for s in first])
-                # log-ratios over tau: what renormalising leaves
-                assert other_p - other_p[0] == pytest.approx((one_p - one_p[0]) / 3, abs=1e-5), ids
+                # log-ratios over tau, to half a step: what renormalising leaves
+                assert other_p - other_p[0] == pytest.approx((one_p - one_p[0]) / 3, abs=2**-11 + 1e-5), ids
 
 
 def test_the_same_bytes_again(capture: Path, student_file: str, mined_targets: str, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 import xtoken
@@ -22,6 +21,7 @@ from xtoken.pipeline.page.data import UNIT, sample_data
 from xtoken.pipeline.page.sample import load_sample
 from xtoken.pipeline.query import query
 from xtoken.pipeline.store.inspect import inspect
+from xtoken.pipeline.store.reader import iter_targets
 from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.artifacts import AlignConfig, InspectConfig, QueryConfig
 from xtoken.schemas.losses import LOSSES
@@ -71,7 +71,7 @@ def targets(best: None, kept_capture: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def stored(root: str) -> list[dict[str, Any]]:
-    return [row for path in sorted(Path(root, "data").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return [row for batch in iter_targets(str(root)) for row in batch.to_pylist()]
 
 
 def test_its_targets_are_whole_and_counted(targets: str) -> None:

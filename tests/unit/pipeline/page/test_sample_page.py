@@ -186,10 +186,10 @@ def test_what_does_not_belong_together_is_refused(capture: str, targets: str) ->
 @pytest.mark.parametrize(
     ("column", "change", "says"),
     [
-        ("pkl_ids", lambda ids: [10**6, *ids[1:]], "pkl_ids has an id outside"),
-        ("hkl_common_ids", lambda ids: [-1, *ids[1:]], "hkl_common_ids has an id outside"),
+        ("pkl_codes", lambda codes: [10**6, *codes[1:]], "pkl_codes has a code outside"),
+        ("hkl_common_codes", lambda codes: [-1, *codes[1:]], "hkl_common_codes has a code outside"),
         ("chunk_teacher_end", lambda ends: [*ends[:-1], 10**6], "chunk_teacher_end is not a way through"),
-        ("prefix_count", lambda counts: [counts[0] + 1, *counts[1:]], "prefix_ids has .* values, prefix_count says"),
+        ("prefix_count", lambda counts: [counts[0] + 1, *counts[1:]], "prefix_count does not sum to the entries"),
         ("uld_count", lambda counts: counts[:-1], "uld_count has .* values, chunk says"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from xtoken.pipeline.store.reader import iter_targets
 from xtoken.schemas.categories import category
 from xtoken.schemas.errors import XtokenError
 
@@ -17,7 +18,9 @@ from .conftest import TEXTS, aligned, ask
 
 
 def stored(root: Path) -> list[dict[str, Any]]:
-    """Samples as they lie on disk."""
+    """Samples of a capture as they lie on disk, or of targets as readers see them."""
+    if (root / "w.parquet").exists():
+        return [row for batch in iter_targets(str(root)) for row in batch.to_pylist()]
     return [row for path in sorted((root / "data").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 

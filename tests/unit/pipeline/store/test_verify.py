@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +21,8 @@ from xtoken.pipeline.store.writer import write_parquet
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.manifest import CaptureManifest, CodecInfo, read_manifest
-from xtoken.schemas.tables import target_columns, targets
+from xtoken.schemas.tables import LEAN_TARGETS, target_columns, targets
+from xtoken.schemas.target_form import TargetForm, TokenCodes
 
 CAPTURE = open_codec(CodecInfo(k=64)).schema()
 
@@ -175,12 +179,18 @@ def test_other_filesystems(kept_capture):
     assert ours.equals(theirs)
 
 
-def target_row(name: str) -> dict[str, Any]:
+FORMS = {
+    version: TargetForm(list(LOSSES), version, 1 / 32, TokenCodes(*[np.arange(4, dtype=np.int32)] * 2))
+    for version in (LEAN_TARGETS - 1, LEAN_TARGETS)
+}
+
+
+def target_row(name: str, version: int = LEAN_TARGETS - 1) -> dict[str, Any]:
     """A sample of 3 tokens and 2 chunks, with as many entries as its counts say."""
-    schema = targets(LOSSES)
+    schema = targets(LOSSES, version)
     row: dict[str, Any] = {"sample_id": name}
     lengths = {"token": 3, "chunk": 2}
-    for column, axis in target_columns(LOSSES)[1:]:
+    for column, axis in target_columns(LOSSES, version)[1:]:
         assert pa.types.is_list(schema.field(column).type) == (axis != "sample")
         if axis == "sample":
             row[column] = 0.5
@@ -192,15 +202,15 @@ def target_row(name: str) -> dict[str, Any]:
     return row
 
 
-LISTS = [column for column in target_columns(LOSSES) if column.axis != "sample"]
+LISTS = [(at, *column) for at in FORMS for column in target_columns(LOSSES, at) if column.axis != "sample"]
 
 
-@pytest.mark.parametrize(("name", "axis"), LISTS)
-def test_every_target_column_must_fit_its_axis(tmp_path, name, axis):
-    path, schema = str(tmp_path / "part.parquet"), targets(LOSSES)
-    rows = [target_row("a"), target_row("b")]
+@pytest.mark.parametrize(("version", "name", "axis"), LISTS)
+def test_every_target_column_must_fit_its_axis(tmp_path, version, name, axis):
+    path, schema = str(tmp_path / "part.parquet"), FORMS[version].schema
+    rows = [target_row("a", version), target_row("b", version)]
     write_parquet(path, schema, [pa.RecordBatch.from_pylist(rows, schema)])
-    check = TargetCheck(LOSSES)
+    check = TargetCheck(FORMS[version])
     assert (check(path).samples, check(path).tokens, check(path).entries) == (2, 6, 4)
     # One more here and one less there: only the sample, not the batch, is wrong.
     rows[0][name], rows[1][name] = [*rows[0][name], 0], rows[1][name][:-1]
@@ -214,4 +224,25 @@ def test_negative_counts_are_found(tmp_path):
     row = {column: target_row("a")[column] for column in schema.names} | {"uld_count": [3, -1]}
     write_parquet(path, schema, [pa.RecordBatch.from_pylist([row], schema)])
     with pytest.raises(VerificationError, match="uld_count has a negative count"):
-        TargetCheck(["uld"])(path)
+        TargetCheck(TargetForm(["uld"], LEAN_TARGETS))(path)
+
+
+def test_a_code_that_no_token_has_is_found(tmp_path):
+    path, schema = str(tmp_path / "part.parquet"), FORMS[LEAN_TARGETS].schema
+    row = target_row("a", LEAN_TARGETS)
+    write_parquet(path, schema, [pa.RecordBatch.from_pylist([row | {"pkl_codes": [4, 0]}], schema)])
+    with pytest.raises(VerificationError, match="pkl_codes has a code outside 0 to 3"):
+        TargetCheck(FORMS[LEAN_TARGETS])(path)
+
+
+def test_codes_are_looked_at_as_any_table_beside_the_parts(tmp_path):
+    golden = Path(__file__).resolve().parents[3] / "golden" / "captures" / "v6-targets"
+    root = Path(shutil.copytree(golden, tmp_path / "t"))
+    assert "codes.parquet" in verify(str(root))["files"]
+    whole = (root / "codes.parquet").read_bytes()
+    (root / "codes.parquet").write_bytes(whole[:-1])
+    with pytest.raises(VerificationError, match=r"codes\.parquet has sha256 .*, its manifest says"):
+        verify(str(root))
+    (root / "codes.parquet").unlink()
+    with pytest.raises(VerificationError, match=r"codes\.parquet is missing"):
+        verify(str(root))

@@ -12,7 +12,7 @@ import torch
 from xtoken.pipeline.align.run import align
 from xtoken.pipeline.store.codecs.topk import decode, decode_tau_tail
 from xtoken.pipeline.store.inspect import inspect
-from xtoken.pipeline.store.reader import iter_capture, load_vocab
+from xtoken.pipeline.store.reader import iter_capture, iter_targets, load_vocab
 from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import XtokenError
@@ -122,6 +122,23 @@ def test_every_capture_aligns(name: str, tmp_path: Path) -> None:
     manifest = align(config, Silent())
     assert verify(str(tmp_path / "t"))["samples"] == TEXTS
     assert sum(part.tokens for part in manifest.parts) == 418  # the corpus's bytes; 'bytes' has no eos
+
+
+def test_steps_and_codes_hold_what_the_version_before_holds() -> None:
+    """Of the same texts and teacher: every value, but for the rounding to steps."""
+    old, new = (
+        {name: column for batch in iter_targets(str(GOLDEN / root)) for name, column in batch.to_pydict().items()}
+        for root in ("v3-targets", "v6-targets")
+    )
+    assert (
+        {"pkl_ids", "pkl_logprob", "pkl_rest_logprob", "hkl_common_ids", "alm_space_logprob"} < old.keys() < new.keys()
+    )
+    for column, values in old.items():
+        if column in ("pkl_logprob", "pkl_rest_logprob"):
+            for ours, theirs in zip(new[column], values, strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=1 / 32, rtol=0)
+        else:
+            assert repr(new[column]) == repr(values), column
 
 
 @pytest.mark.parametrize("name", TARGETS)
