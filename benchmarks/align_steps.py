@@ -41,7 +41,7 @@ Texts = list[tuple[list[str], list[bool]]]
 def open_worker(capture: str, student: str, losses: list[str], projection: Projection) -> AlignWorker:
     """A worker as the executor opens it, in this process."""
     manifest = read_manifest(capture, CaptureManifest)
-    config = AlignConfig(captures=[capture], student=student, out="", losses=losses, memory_limit="512MB")
+    config = AlignConfig(captures=[capture], student=student, out="unused", losses=losses, memory_limit="512MB")
     phi_B = phi_of(losses, load_vocab(capture), load_tokenizer(student))
     return AlignJob(config, capture, "", projection, manifest.codec, phi_B).open()
 
