@@ -9,6 +9,7 @@ import pytest
 
 from xtoken.pipeline.align.chunks import Chunks, Joined
 from xtoken.pipeline.align.maps import Maps
+from xtoken.pipeline.align.prefix import longest_tokens
 from xtoken.pipeline.align.rows import Recipe, RowBatch
 from xtoken.pipeline.align.targets import target_batch
 from xtoken.pipeline.project import build_w
@@ -139,7 +140,7 @@ def test_a_sample_without_rows_has_no_confidence() -> None:
 
 
 def test_no_samples_are_no_rows() -> None:
-    maps = Maps.of(build_w(TABLE, TABLE), "prefix", TABLE, TABLE)
+    maps = Maps.of(build_w(TABLE, TABLE), "prefix", TABLE, TABLE, phi_B=longest_tokens(TABLE, TABLE))
     losses = ["p-kl", "h-kl", "gold", "alm", "byte-prefix", "sparse-kl"]
     for merge, some in (("first", losses), ("mean", ["p-kl", "h-kl"])):
         recipe = Recipe(some, merge, 1.0, CodecInfo(k=2, min_p=0.0, step=STEP))
