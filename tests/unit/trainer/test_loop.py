@@ -98,11 +98,8 @@ def test_resume_is_bit_exact(
     mix: str,
 ) -> None:
     """Killed in step 9 after a checkpoint at 5, and again in 11: weights and metrics are those of a quiet run."""
-    options: dict[str, Any] = {
-        "mix": mix,
-        "learn_w": mix == "fixed",
-        **({"gradmag_every": 3} if mix == "gradmag" else {}),
-    }
+    options: dict[str, Any] = {"mix": mix, "learn_w": mix == "fixed"}
+    options |= {"gradmag_every": 3} if mix == "gradmag" else {}
     quiet = configure(out=str(tmp_path / "quiet"), **options)
     train(quiet, student_info, HELD_OUT, Silent())
     config, real = configure(**options), loop.run_step
