@@ -10,7 +10,6 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,8 +19,8 @@ from numpy.typing import NDArray
 
 from benchmarks.loader import in_process
 from benchmarks.machine import machine, machine_line
+from tests.in_process import InThisProcess
 from xtoken.pipeline.align.run import align
-from xtoken.pipeline.executors.protocol import Job, Watch
 from xtoken.pipeline.store.columns import flat
 from xtoken.pipeline.store.inspect import bytes_per_token
 from xtoken.pipeline.store.reader import iter_targets
@@ -36,17 +35,6 @@ NAMES = ["p-kl", "h-kl", "gold", "uld", "alm", "strict", "byte-prefix"]
 SMALL = 0.05  # bytes per token of a column that has no line
 UNMOVED = 1e-5  # nats: float32 rounding of a few
 Figures = dict[str, Any]
-
-
-class InThisProcess:
-    """An executor without processes: workers of others would not know the version that is asked for."""
-
-    def run(self, job: Job, shards: Sequence[int], watch: Watch) -> dict[int, str]:  # noqa: ARG002
-        """See ``Executor``."""
-        worker = job.open()
-        for shard in shards:
-            worker.run(shard, 1)
-        return {}
 
 
 def aligned(capture: str, student: str, out: str, version: int) -> TargetManifest:

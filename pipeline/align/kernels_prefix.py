@@ -39,7 +39,7 @@ def _narrow(data: Bytes, offsets_M: Offsets, low: int, high: int, depth: int, by
 def longest_prefixes(
     teacher: Bytes, teacher_U: Offsets, sorted_student: Bytes, sorted_M: Offsets, id_M: NDArray[np.int32]
 ) -> NDArray[np.int32]:
-    """phi at every byte of every teacher token: the longest student token that the token's rest starts with.
+    """At every byte of every teacher token the longest student token that the token's rest starts with.
 
     Args:
         teacher, teacher_U: the teacher's vocabulary.
@@ -50,7 +50,7 @@ def longest_prefixes(
         int32 [B]: student ids, -1 where no student token fits.
     """
     # Walks down the sorted tokens as down a trie: a range that shrinks byte by byte, without building one.
-    phi_B = np.full(len(teacher), -1, np.int32)
+    found_B = np.full(len(teacher), -1, np.int32)
     for token in range(len(teacher_U) - 1):
         end = teacher_U[token + 1]
         for start in range(teacher_U[token], end):
@@ -61,8 +61,8 @@ def longest_prefixes(
                     break
                 # the shortest of those that agree comes first: if it ends here, it is a prefix, and the longest so far
                 if sorted_M[low + 1] - sorted_M[low] == at - start + 1:
-                    phi_B[start] = id_M[low]
-    return phi_B
+                    found_B[start] = id_M[low]
+    return found_B
 
 
 @compiled
@@ -150,7 +150,7 @@ def prefix_entries(
         row_S, token_S, before_S: from ``boundary_rows``.
         offsets_R, ids_K, logprob_K, rest_R: rows, normalised with the tail mass.
         teacher, teacher_U: the teacher's vocabulary.
-        phi_B: from ``longest_prefixes``.
+        phi_B: the student token for what is left at each byte, -1 = none (``prefix.first_tokens``).
         role_U: the student's special token for each teacher special, or -1.
 
     Returns:

@@ -1,18 +1,17 @@
 """Real distributions in steps: what rounding costs, whatever was asked of them, and how many bytes it saves."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+from in_process import InThisProcess
 from numpy.typing import NDArray
 
 from xtoken.pipeline.align.run import align
 from xtoken.pipeline.capture import precompute
-from xtoken.pipeline.executors.protocol import Job, Watch
 from xtoken.pipeline.store.columns import flat
 from xtoken.pipeline.store.inspect import bytes_per_token
 from xtoken.pipeline.store.reader import iter_targets
@@ -38,17 +37,6 @@ def capture(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     precompute(config, Silent())
     return str(root / "c")
-
-
-class InThisProcess:
-    """An executor without processes: workers of others would not know the version that is asked for."""
-
-    def run(self, job: Job, shards: Sequence[int], watch: Watch) -> dict[int, str]:  # noqa: ARG002
-        """See ``Executor``."""
-        worker = job.open()
-        for shard in shards:
-            worker.run(shard, 1)
-        return {}
 
 
 def aligned(capture: str, out: Path, version: int, **options: Any) -> str:

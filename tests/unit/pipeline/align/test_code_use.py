@@ -2,16 +2,15 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import InThisProcess
 
 from xtoken.pipeline.align import code_use
 from xtoken.pipeline.align.code_use import token_codes
 from xtoken.pipeline.align.run import align
-from xtoken.pipeline.executors.protocol import Job, Watch
 from xtoken.pipeline.project import build_w
 from xtoken.pipeline.project.projection import Projection
 from xtoken.pipeline.store.reader import ids_of_codes, iter_capture, load_vocab
@@ -73,16 +72,6 @@ def test_a_few_row_groups_are_enough_and_a_damaged_part_is_left_out(
 @pytest.mark.parametrize(("items", "most", "chosen"), [([], 3, []), ([5], 3, [5]), (list(range(10)), 4, [0, 3, 6, 9])])
 def test_what_is_looked_at_is_spread_evenly(items: list[int], most: int, chosen: list[int]) -> None:
     assert code_use._spread(items, most) == chosen
-
-
-class InThisProcess:
-    """An executor without processes: starting one takes longer than a small part."""
-
-    def run(self, job: Job, shards: Sequence[int], watch: Watch) -> dict[int, str]:  # noqa: ARG002
-        worker = job.open()
-        for shard in shards:
-            worker.run(shard, 1)
-        return {}
 
 
 def test_a_run_goes_on_in_the_codes_of_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Strict and mined on real text: their targets against the stored rows, said with dictionaries; W; what is refused."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from in_process import InThisProcess
 
 from xtoken.pipeline.align.chunks import join
 from xtoken.pipeline.align.encoding import encode
@@ -18,7 +19,6 @@ from xtoken.pipeline.align.parts import CaptureParts
 from xtoken.pipeline.align.rows import Recipe
 from xtoken.pipeline.align.run import align
 from xtoken.pipeline.align.targets import target_batch
-from xtoken.pipeline.executors.protocol import Job, Watch
 from xtoken.pipeline.page.data import sample_data
 from xtoken.pipeline.page.sample import load_sample
 from xtoken.pipeline.project import build_w, project, read_projection
@@ -61,16 +61,6 @@ def strict_targets(capture: Path, student_file: str, tmp_path_factory: pytest.Te
 @pytest.fixture(scope="module")
 def mined_targets(capture: Path, student_file: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return aligned(capture, student_file, tmp_path_factory.mktemp("mined") / "t", ["strict", "mined"])
-
-
-class InThisProcess:
-    """An executor without processes: starting one takes longer than a small part."""
-
-    def run(self, job: Job, shards: Sequence[int], watch: Watch) -> dict[int, str]:  # noqa: ARG002
-        worker = job.open()
-        for shard in shards:
-            worker.run(shard, 1)
-        return {}
 
 
 def aligned(capture: Path, student: str, out: Path, losses: list[str], **options: Any) -> str:

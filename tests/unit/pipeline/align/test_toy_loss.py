@@ -2,7 +2,7 @@
 
 import ast
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -10,13 +10,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from in_process import InThisProcess
 
 import xtoken
 from xtoken.pipeline.align import losses as losses_package
 from xtoken.pipeline.align.checks import rules_of, rules_sql
 from xtoken.pipeline.align.losses import builder
 from xtoken.pipeline.align.run import align
-from xtoken.pipeline.executors.protocol import Job, Watch
 from xtoken.pipeline.page.data import UNIT, sample_data
 from xtoken.pipeline.page.sample import load_sample
 from xtoken.pipeline.query import query
@@ -29,16 +29,6 @@ from xtoken.schemas.ui.progress import Silent
 
 ROOT = Path(xtoken.__file__).parent
 TOYS = Path(__file__).parents[3] / "toys"
-
-
-class InThisProcess:
-    """An executor whose workers see what a test has added."""
-
-    def run(self, job: Job, shards: Sequence[int], watch: Watch) -> dict[int, str]:  # noqa: ARG002
-        worker = job.open()
-        for shard in shards:
-            worker.run(shard, 1)
-        return {}
 
 
 def ask(root: str, sql: str) -> list[dict[str, Any]]:
