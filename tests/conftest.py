@@ -24,6 +24,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read once per process: all clusters of one process need the same
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: threads of each would take the cores from each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -37,7 +37,7 @@ def cluster(cpus: int) -> Iterator[Any]:
         "metrics_export_port": free_ports(1)[0],
         "_system_config": SETTINGS,
     }
-    environment = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": f"{ROOT}/.dev:{HERE}"}
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": f"{ROOT}/.dev:{HERE}"}
     with patch.dict(os.environ, environment):
         started = Cluster(initialize_head=True, head_node_args=head)
         try:

@@ -6,7 +6,7 @@ Shapes: S student tokens, C chunks, K entries summed over chunks; N entries of W
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -356,7 +356,8 @@ class Targets:
     def _side_table(self, name: str) -> pa.Table:
         path, expected = f"{self.root}/{name}", str(self.manifest.files.get(name))
         try:
-            with cached(path, expected) as local, open_url(local) as file:
+            # read once and kept in memory: the cache, where it cannot hold the parts, is not needed for it
+            with nullcontext(path) if self.stream else cached(path, expected) as local, open_url(local) as file:
                 data = file.read()
         except FileNotFoundError as error:
             raise VerificationError(f"{path} does not exist; fetch the targets again") from error
