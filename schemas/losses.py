@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 
 Holds = Literal["count", "student ids", "teacher ids", "shared ids", "ranks", "logprob", "tail", "value"]
-INTS, FLOATS, STEPS = (
-    pa.list_(pa.field("element", kind, nullable=False)) for kind in (pa.int32(), pa.float32(), pa.uint16())
+INTS, FLOATS, STEPS, BOOLS = (
+    pa.list_(pa.field("element", kind, nullable=False)) for kind in (pa.int32(), pa.float32(), pa.uint16(), pa.bool_())
 )
 # Of columns that are stored otherwise than they are read, in the footer of every part since version 6: frozen.
 _CODES_DOC = "[K] tokens by their code, "

@@ -12,8 +12,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -22,11 +20,13 @@ from pydantic import (
     model_validator,
 )
 
+from xtoken.schemas.chat import CaptureChat, ChatInfo
 from xtoken.schemas.codecs import CodecSettings, foreign_fields, known_codec, settings_of
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.losses import LOSSES
-from xtoken.schemas.tables import LEAN_TARGETS, OLDEST_READ, SCHEMA_VERSIONS
+from xtoken.schemas.record import Record
+from xtoken.schemas.tables import CHAT_CAPTURE, CHAT_TARGETS, LEAN_TARGETS, OLDEST_READ, SCHEMA_VERSIONS
 from xtoken.schemas.word_starts import SpaceSet
 
 MANIFEST = "manifest.json"
@@ -34,7 +34,6 @@ MANIFEST = "manifest.json"
 
 # Bounds on what a manifest of others may say, far above what is real: readers reserve memory by some of these.
 MANIFEST_BYTES = 64 << 20  # of some 100,000 parts
-_LONGEST = 1 << 20
 _MOST_TOKENS = 1 << 24
 MOST_AUDITS = 1 << 16  # one for each start of a worker
 _Count = Annotated[int, Field(ge=0, le=1 << 53)]
@@ -61,11 +60,7 @@ OTHER_SPACE = 5
 _SINCE_3 = ("engine_settings", "audits")
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), str_max_length=_LONGEST, allow_inf_nan=False)
-
-
-class Part(_Record):
+class Part(Record):
     """One published shard; also the content of its commit record."""
 
     index: int = Field(ge=0, lt=10**9)
@@ -88,7 +83,7 @@ class Part(_Record):
         return data
 
 
-class TokenizerInfo(_Record):
+class TokenizerInfo(Record):
     """Which tokenizer: the hash of its token bytes, roles and merges decides, the name is for people."""
 
     name: str
@@ -107,7 +102,7 @@ class TokenizerInfo(_Record):
         return self
 
 
-class TeacherInfo(_Record):
+class TeacherInfo(Record):
     """What produced the rows."""
 
     model: str
@@ -126,7 +121,7 @@ class TeacherInfo(_Record):
     engine_version: str
 
 
-class CodecInfo(_Record):
+class CodecInfo(Record):
     """Which codec made rows into integers, and with which settings (``xtoken.schemas.codecs``), flat."""
 
     name: str = "topk"
@@ -168,7 +163,7 @@ EngineSettings = Annotated[
 ]
 
 
-class CorpusInfo(_Record):
+class CorpusInfo(Record):
     source: str
     hash: str
     documents: _Count
@@ -179,7 +174,7 @@ class CorpusInfo(_Record):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class Origin(_Record):
+class Origin(Record):
     """A capture that this one was made from, and which of it."""
 
     content_hash: str = Field(description="content hash of the capture it was made from")
@@ -189,7 +184,7 @@ class Origin(_Record):
     columns: list[str] | None = None
 
 
-class AuditRecord(_Record):
+class AuditRecord(Record):
     """Stored rows of one shard against the same tokens scored again by another way; differences are absolute, in nats.
 
     Codec ``topk``: what is stored is rounded to the codec's step, so ``entries_*`` hold up to half a step of its own.
@@ -215,13 +210,13 @@ class AuditRecord(_Record):
     entropy_max: _Nats | None = None
 
 
-class _Manifest(_Record):
+class _Manifest(Record):
     schema_version: int
     xtoken_version: str
-    argv: list[str] = []
-    environment: dict[str, str] = {}
+    argv: list[str] = Field(default_factory=list)
+    environment: dict[str, str] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict, description="sha256 of side tables, by fixed name")
-    parts: list[Part] = []
+    parts: list[Part] = Field(default_factory=list)
 
 
 M = TypeVar("M", bound=_Manifest)
@@ -230,6 +225,12 @@ M = TypeVar("M", bound=_Manifest)
 def _refuse_unknown_space(manifest: M) -> M:
     if getattr(manifest, "space", "space") != "space" and manifest.schema_version < OTHER_SPACE:
         raise ValueError(f"space is another than ' ', which version {manifest.schema_version} does not know")
+    return manifest
+
+
+def _refuse_unknown_chat(manifest: M, since: int) -> M:
+    if (getattr(manifest, "chat", None) is not None) != (manifest.schema_version >= since):
+        raise ValueError(f"version {since} on, and no version before, says how conversations were read in 'chat'")
     return manifest
 
 
@@ -253,6 +254,7 @@ class CaptureManifest(_Manifest):
         default_factory=list, max_length=MOST_AUDITS, description="of rows of the whole capture this is, or is part of"
     )
     space: SpaceSet = Field("space", description="tokens that space_logprob sums (schemas/word_starts.py)")
+    chat: CaptureChat | None = Field(None, description="of conversations; null: of plain text")
 
     @property
     def has_codes(self) -> bool:
@@ -265,6 +267,8 @@ class CaptureManifest(_Manifest):
         data: dict[str, Any] = handler(self)
         if self.space == "space":
             del data["space"]
+        if self.chat is None:
+            del data["chat"]
         if self.schema_version >= 3:
             return data
         return {name: value for name, value in data.items() if value or name not in _SINCE_3}
@@ -275,6 +279,10 @@ class CaptureManifest(_Manifest):
             raise ValueError(f"parts name devices, which version {self.schema_version} does not know")
         return self
 
+    @model_validator(mode="after")
+    def _version_knows_chat(self) -> "CaptureManifest":
+        return _refuse_unknown_chat(self, CHAT_CAPTURE)
+
     _version_knows_space = model_validator(mode="after")(_refuse_unknown_space)
 
 
@@ -283,8 +291,8 @@ class ProjectionManifest(_Manifest):
     kind: Literal["projection"] = "projection"
     student: TokenizerInfo
     teacher: TokenizerInfo
-    options: dict[str, Any] = {}
-    coverage: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
+    coverage: dict[str, Any] = Field(default_factory=dict)
 
 
 class TargetManifest(_Manifest):
@@ -302,6 +310,7 @@ class TargetManifest(_Manifest):
     codec: str = Field("topk", description="codec of the capture: sampled tokens serve linear losses only")
     space: SpaceSet = Field("space", description="tokens that alm_space_logprob sums, on the student's side too")
     step: float | None = Field(None, gt=0.0, le=1.0, description="nats: unit of the columns that are in steps")
+    chat: ChatInfo | None = Field(None, description="of conversations, the student's side; null: of plain text")
     run_hash: str
     set_aside: dict[int, str] = Field(
         default_factory=dict, description="parts that could not be built, with their error"
@@ -317,6 +326,8 @@ class TargetManifest(_Manifest):
             del data["set_aside"]
         if self.step is None:
             del data["step"]
+        if self.chat is None:
+            del data["chat"]
         if self.space == "space":
             del data["space"]
         return data
@@ -326,6 +337,10 @@ class TargetManifest(_Manifest):
         if self.set_aside and self.schema_version <= WHOLE_TARGETS:
             raise ValueError(f"parts are quarantined, which version {self.schema_version} does not know")
         return self
+
+    @model_validator(mode="after")
+    def _version_knows_chat(self) -> "TargetManifest":
+        return _refuse_unknown_chat(self, CHAT_TARGETS)
 
     @model_validator(mode="after")
     def _version_knows_step(self) -> "TargetManifest":

@@ -1,7 +1,7 @@
 """The Parquet tables, column by column. These names are the public format.
 
-Shape letters: N samples, T teacher tokens, R teacher rows (T - first_row), S student tokens,
-C chunks, K kept entries summed over a sample's rows or chunks. Logarithms are natural.
+Shape letters: N samples, T teacher tokens, R teacher rows (``xtoken.schemas.spans``), S student tokens, C chunks,
+G spans, K kept entries summed over a sample's rows or chunks. Logarithms are natural.
 """
 
 from collections.abc import Iterable
@@ -9,16 +9,19 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from xtoken.schemas.losses import FLOATS, INTS, lean_fields, loss_columns
+from xtoken.schemas.losses import BOOLS, FLOATS, INTS, lean_fields, loss_columns
 from xtoken.schemas.losses import target_field as _column
 
 # A release writes the first and reads all from the second on: a capture must stay readable.
-SCHEMA_VERSIONS = {"capture": 5, "projection": 1, "targets": 6}
+SCHEMA_VERSIONS = {"capture": 6, "projection": 1, "targets": 7}
 OLDEST_READ = {"capture": 1, "projection": 1, "targets": 2}
 # Targets hold entries in steps and tokens by code since this version; readers see them as older ones hold them.
 LEAN_TARGETS = 6
 # A capture's parts are written as now since this version: later ones added to the manifest only.
 PARTS_SINCE = 2
+# Versions of captures of conversations, and of their targets; those of plain text have lower ones. They add columns.
+CHAT_CAPTURE = 6
+CHAT_TARGETS = 7
 
 
 def _field(name: str, kind: pa.DataType, doc: str, *, nullable: bool = False) -> pa.Field:
@@ -48,6 +51,21 @@ _TAIL = [
     _field("complete", pa.bool_(), "the sample ends where its document ends"),
     _field("snapped", pa.bool_(), "some ends were moved up to a safe byte"),
 ]
+# Of captures of conversations.
+_SPANS = [
+    _field(
+        "span_kind",
+        _list(pa.string()),
+        "[G] template, system, user, result, assistant, thinking, marker, call, stop; in order, all tokens and bytes",
+    ),
+    _field("span_byte_end", _list(pa.int32()), "[G] cumulative byte ends in text; those of a template add none"),
+    _field("span_token_end", _list(pa.int32()), "[G] index after the span's last teacher token"),
+    _field("span_message", _list(pa.int32()), "[G] index in messages; -1: of the template"),
+    _field("span_part", _list(pa.int32()), "[G] index of the tool call; of a marker 0 opens, 1 closes; else 0"),
+    _field("span_learn", _list(pa.bool_()), "[G] its tokens are taught: they alone have rows"),
+    _field("messages", pa.string(), "the conversation as JSON, with its tools; null with --no-text", nullable=True),
+]
+SPAN_COLUMNS = tuple(field.name for field in _SPANS if field.name != "messages")
 # What a subset may leave out: columns, and the codec's own ("rows") all together. Readers see null, or rows without
 # entries.
 OPTIONAL = ("text", "rows", "space_logprob")
@@ -82,9 +100,9 @@ def capture(
     Args:
         rows, last: columns of the codec, and those that stand at the end.
         left_out: columns that a subset dropped.
-        version: schema version of the manifest; version 1 held ids where codes stand now.
+        version: schema version of the manifest; version 1 held ids where codes stand now, ``CHAT_CAPTURE`` adds spans.
     """
-    fields = [*_HEAD, *rows, *_TAIL, *last]
+    fields = [*_HEAD, *rows, *_TAIL, *(_SPANS if version >= CHAT_CAPTURE else []), *last]
     dropped = set(left_out)
     named = [field.with_name(read_as(field.name)) if version == 1 else field for field in fields]
     return pa.schema([field for field in named if field.name not in dropped])
@@ -145,6 +163,10 @@ _TARGET_BASE = [
 ]
 
 
+# Of targets of conversations.
+_LEARN = _column("learn", BOOLS, "token", "[S] the token is taught: CE counts it")
+
+
 # Which tokens the codes of targets stand for; two vocabularies side by side.
 CODES = pa.schema(
     [
@@ -155,16 +177,22 @@ CODES = pa.schema(
 )
 
 
-def targets(losses: Iterable[str], version: int = LEAN_TARGETS - 1) -> pa.Schema:
+def _base(chat: bool) -> list[pa.Field]:
+    return [*_TARGET_BASE, _LEARN] if chat else _TARGET_BASE
+
+
+def targets(losses: Iterable[str], version: int = LEAN_TARGETS - 1, *, chat: bool = False) -> pa.Schema:
     """Schema of a target table that serves these losses (names of ``LOSSES``).
 
     Args:
         losses: that it serves.
         version: schema version of the manifest; left out: the table as readers see it, whatever lies on disk.
+        chat: of conversations; follows from a version of the manifest.
     """
     losses = list(losses)
     lean = lean_fields(losses) if version >= LEAN_TARGETS else {}
-    return pa.schema([*_TARGET_BASE, *(lean.get(one.name, one.field) for one in loss_columns(losses))])
+    base = _base(chat or version >= CHAT_TARGETS)
+    return pa.schema([*base, *(lean.get(one.name, one.field) for one in loss_columns(losses))])
 
 
 class TargetColumn(NamedTuple):
@@ -175,7 +203,10 @@ class TargetColumn(NamedTuple):
     axis: str
 
 
-def target_columns(losses: Iterable[str], version: int = LEAN_TARGETS - 1, *, base: bool = True) -> list[TargetColumn]:
+def target_columns(
+    losses: Iterable[str], version: int = LEAN_TARGETS - 1, *, base: bool = True, chat: bool = False
+) -> list[TargetColumn]:
     """The columns of ``targets`` with their axes, in order; ``base=False`` leaves out what all tables have."""
-    fields = list(targets(losses, version))[0 if base else len(_TARGET_BASE) :]
+    chat = chat or version >= CHAT_TARGETS
+    fields = list(targets(losses, version, chat=chat))[0 if base else len(_base(chat)) :]
     return [TargetColumn(field.name, field.metadata[b"axis"].decode()) for field in fields]

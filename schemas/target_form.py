@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.gaps import NO_TAIL, from_gaps, looked_up, probabilities, to_gaps
 from xtoken.schemas.losses import GapColumns, gap_columns, holds_ids, lean_fields, loss_columns
-from xtoken.schemas.tables import CODES, LEAN_TARGETS, targets
+from xtoken.schemas.tables import CHAT_TARGETS, CODES, LEAN_TARGETS, targets
 
 CODES_FILE = "codes.parquet"
 _DAMAGED = "'xtoken verify' on the targets lists what is damaged"
@@ -124,6 +124,11 @@ class TargetForm:
         return self.version >= LEAN_TARGETS
 
     @property
+    def chat(self) -> bool:
+        """Whether the targets are of conversations, and say which tokens are taught."""
+        return self.version >= CHAT_TARGETS
+
+    @property
     def otherwise(self) -> list[str]:
         """Columns, as readers call them, that are stored otherwise than they are read."""
         return list(self._renamed)
@@ -173,7 +178,7 @@ class TargetForm:
         """A whole batch of a part as readers see it (see ``read``)."""
         if not self._renamed:
             return batch
-        schema = targets(self.losses)
+        schema = targets(self.losses, chat=self.chat)
         lists = {field.name: _list_of(batch[field.name]) for field in batch.schema if pa.types.is_list(field.type)}
         columns = self.read(lists, [field.name for field in schema if pa.types.is_list(field.type)])
         return _batch(schema, {name: batch[name] for name in schema.names if name not in columns}, columns)

@@ -11,7 +11,7 @@ from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.io.parquet_limits import reading
 from xtoken.schemas.io.remote import read_footer
 from xtoken.schemas.manifest import CaptureManifest
-from xtoken.schemas.tables import LEAN_TARGETS, SCHEMA_VERSIONS, targets
+from xtoken.schemas.tables import LEAN_TARGETS, targets
 from xtoken.schemas.target_form import CODES_FILE, TargetForm, TokenCodes, needs_codes
 
 
@@ -39,7 +39,7 @@ def open_form(config: AlignConfig, capture: CaptureManifest, projection: Project
 
 def _version(config: AlignConfig) -> int:
     """Of the schema: a folder that an older release began goes on in its version, so that no folder holds two."""
-    newest, older = SCHEMA_VERSIONS["targets"], LEAN_TARGETS - 1
+    newest, older = LEAN_TARGETS, LEAN_TARGETS - 1
     for index in sorted(committed(config.out)):
         path = Folder(config.out).url(data_name(index))
         try:

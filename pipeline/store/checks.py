@@ -22,7 +22,7 @@ from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.io.parquet_limits import batches, check_file, open_parquet, reading
 from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.manifest import CaptureManifest, CodecInfo
-from xtoken.schemas.tables import SCHEMA_VERSIONS, read_as
+from xtoken.schemas.tables import PARTS_SINCE, read_as
 
 _ABOVE_0 = 2e-3  # of a log-probability: what rounding adds, and more
 
@@ -34,7 +34,7 @@ class CaptureCheck:
     vocab_size: int
     codec: CodecInfo
     left_out: Sequence[str] = ()
-    version: int = SCHEMA_VERSIONS["capture"]
+    version: int = PARTS_SINCE
 
     @classmethod
     def of(cls, manifest: CaptureManifest) -> "CaptureCheck":

@@ -4,7 +4,7 @@ Splitting the bytes of integers and floats lets zstd see the empty high bytes as
 stores 8- and 16-bit integers as 32 bits, so for them it is not optional.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.store.codes import Codes
 from xtoken.schemas.io.remote import open_filesystem
-from xtoken.schemas.tables import CAPTURE, holds_codes, read_as
+from xtoken.schemas.tables import CAPTURE, SPAN_COLUMNS, holds_codes, read_as
 
 ROW_GROUP = 32
 _MOST_GROUPS = 1 << 11  # readers refuse more than twice as many (``xtoken.schemas.io.parquet_limits``)
@@ -23,7 +23,10 @@ _MOST_GROUPS = 1 << 11  # readers refuse more than twice as many (``xtoken.schem
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of the capture table (shapes as in ``xtoken.schemas.tables``); ``packed`` is what its codec encoded."""
+    """One row of the capture table (shapes as in ``xtoken.schemas.tables``); ``packed`` is what its codec encoded.
+
+    ``spans`` are the columns ``span_*`` of a conversation, and ``messages`` is its JSON.
+    """
 
     sample_id: str
     text: str | None
@@ -35,6 +38,8 @@ class Sample:
     first_row: int
     complete: bool
     snapped: bool
+    spans: Mapping[str, Sequence[Any]] | None = None
+    messages: str | None = None
 
 
 def capture_batch(samples: Sequence[Sample], schema: pa.Schema, codes: Codes | None = None) -> pa.RecordBatch:
@@ -52,6 +57,9 @@ def capture_batch(samples: Sequence[Sample], schema: pa.Schema, codes: Codes | N
         "complete": [sample.complete for sample in samples],
         "snapped": [sample.snapped for sample in samples],
     }
+    if "messages" in schema.names:
+        columns["messages"] = [sample.messages for sample in samples]
+        columns |= {name: [(sample.spans or {})[name] for sample in samples] for name in SPAN_COLUMNS}
     for name in schema.names:
         if name not in columns:
             columns[name] = list_column([_values(sample, name) for sample in samples], name, schema, codes)

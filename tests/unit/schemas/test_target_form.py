@@ -8,13 +8,13 @@ import pytest
 
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.losses import LOSSES, gap_columns
-from xtoken.schemas.tables import LEAN_TARGETS, SCHEMA_VERSIONS, target_columns, targets
+from xtoken.schemas.tables import LEAN_TARGETS, target_columns, targets
 from xtoken.schemas.target_form import TargetForm, TokenCodes, needs_codes
 
 U, V, STEP = 40, 30, 1 / 32
 rng = np.random.default_rng(1)
 CODES = TokenCodes(rng.permutation(U).astype(np.int32), rng.permutation(V).astype(np.int32))
-NEW = SCHEMA_VERSIONS["targets"]
+NEW = LEAN_TARGETS
 
 
 def sample(name: str) -> dict[str, Any]:

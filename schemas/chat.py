@@ -1,0 +1,32 @@
+"""What the manifests of conversations say of how these were read and rendered."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from xtoken.schemas.record import Record
+
+_MOST_TOKENS = 1 << 24
+Learned = Literal["assistant", "call", "stop", "thinking", "system", "user", "result"]
+
+
+class ChatInfo(Record):
+    """One model's side of conversations."""
+
+    template: str = Field(pattern="^[0-9a-f]{64}$", description="sha256 of the chat template")
+    date: str = Field(max_length=40, description="ISO 8601: what a template that asks for the date is told")
+    arguments: dict[Annotated[str, Field(max_length=100)], Any] = Field(
+        default_factory=dict, max_length=256, description="further variables of the template"
+    )
+    learn: list[Learned] = Field(max_length=16, description="kinds of spans that are taught")
+    stop_token: int | None = Field(
+        None, ge=0, le=_MOST_TOKENS, description="with which the template ends an answer; null: with none"
+    )
+
+
+class CaptureChat(ChatInfo):
+    """The teacher's side, and what became samples."""
+
+    form: str = Field(max_length=40, description="which columns of the corpus hold conversations, and how")
+    turns: Literal["all", "last", "each"] = "all"
+    long: Literal["cut", "skip"] = "cut"
