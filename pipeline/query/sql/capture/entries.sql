@@ -20,7 +20,7 @@ SELECT
 FROM (
     SELECT
         sample_id,
-        unnest(unpacked.place) + first_row AS pos,
+        unnest(taken(token_of_row(row), unpacked.place)) AS pos,
         unnest(unpacked.rank) AS rank,
         teacher_id_of(unnest(codes)) AS teacher_id,
         unnest(unpacked.logprob) AS logprob
