@@ -81,7 +81,10 @@ def tokens_as_boxes(spans: Sequence[Span]) -> list[Box]:
 
 
 def chunks_as_boxes(
-    spans: Sequence[Span], teacher_end: Sequence[int], chunks: Sequence[tuple[int, int, bool]], student_end: Sequence[int]
+    spans: Sequence[Span],
+    teacher_end: Sequence[int],
+    chunks: Sequence[tuple[int, int, bool]],
+    student_end: Sequence[int],
 ) -> list[Box]:
     """Boxes of a sample of targets.
 

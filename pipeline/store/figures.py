@@ -38,6 +38,43 @@ def capture_figures(manifest: CaptureManifest) -> dict[str, Any]:
     }
 
 
+def chat_figures(manifest: CaptureManifest) -> dict[str, Any]:
+    """What a capture of conversations holds, and how they were read; nothing of plain text.
+
+    Every figure follows from the counts of the parts; those of a kind come by its name.
+    """
+    chat = manifest.chat
+    if chat is None:
+        return {}
+    counts: Counter[str] = Counter()
+    for part in manifest.parts:
+        counts.update(part.counts)
+    rows, tokens = (sum(getattr(part, name) for part in manifest.parts) for name in ("rows", "tokens"))
+    found: dict[str, Any] = {
+        "conversations": sum(part.samples for part in manifest.parts),
+        "turns_taught": counts["turns"],
+        "taught_tokens": {"all": rows} | _of_each(counts, "taught_"),
+        "share_of_tokens_taught": round(rows / max(tokens, 1), 4),
+        "cut": counts["conversations_cut"],
+        "tokenized_apart": counts["tokenized_apart"],
+        "absent": _of_each(counts, "absent_"),
+        "trimmed": _of_each(counts, "trimmed_"),
+    }
+    always = ("conversations", "turns_taught", "taught_tokens", "share_of_tokens_taught")
+    return {name: value for name, value in found.items() if value or name in always} | {
+        "form": chat.form,
+        "turns": chat.turns,
+        "long": chat.long,
+        "learn": ",".join(chat.learn),
+        "template": chat.template,
+        "date": chat.date,
+    }
+
+
+def _of_each(counts: Counter[str], prefix: str) -> dict[str, int]:
+    return {name.removeprefix(prefix): count for name, count in sorted(counts.items()) if name.startswith(prefix)}
+
+
 def bos_figure(tokenizer: TokenizerInfo, *, shown: bool) -> dict[str, str]:
     """A word about a teacher that is not shown the BOS its files declare; nothing where it is, or BOS is EOS."""
     if shown or tokenizer.bos_id in (None, tokenizer.eos_id):

@@ -5,6 +5,7 @@ Shapes: N samples of a batch, T their tokens, R their rows.
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codecs.base import Codec
@@ -17,10 +18,11 @@ from xtoken.pipeline.store.publish import data_name
 from xtoken.pipeline.store.reader import ids_of_codes, iter_parquet, stored_columns
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.manifest import CaptureManifest
+from xtoken.schemas.spans import CHAT_ROW_COLUMNS, ROW_COLUMNS, rows_per_sample, tokens_with_row
 from xtoken.schemas.ui.progress import Progress
 
 # Columns that are counted, beside those of the codec.
-_COLUMNS = ("sample_id", "teacher_ids", "teacher_end", "first_row", "realised_logprob")
+_COLUMNS = ("sample_id", "teacher_end", *ROW_COLUMNS, "realised_logprob")
 
 
 def read_stats(root: str, manifest: CaptureManifest, progress: Progress) -> RowStats:
@@ -30,6 +32,7 @@ def read_stats(root: str, manifest: CaptureManifest, progress: Progress) -> RowS
         VerificationError: a part is missing, torn, or its columns contradict each other.
     """
     folder, codec, columns = Folder(root), open_codec(manifest.codec), list(_COLUMNS)
+    columns += CHAT_ROW_COLUMNS if manifest.chat is not None else ()
     if not without_rows(manifest.left_out):
         columns += [name for name in codec.whole_columns if name not in columns]
     id_of_code = ids_of_codes(root)
@@ -50,7 +53,9 @@ def _consistent(batch: pa.RecordBatch, columns: list[str], codec: Codec) -> bool
     if not set(columns) <= set(batch.schema.names):
         return False
     tokens_N = list_lengths(batch, "teacher_ids")
-    rows_N = tokens_N - batch["first_row"].to_numpy()
+    if not _spans_fit(batch, tokens_N):
+        return False
+    rows_N = rows_per_sample(batch)
     wanted = {"realised_logprob": rows_N, "teacher_end": tokens_N}
     if set(codec.whole_columns) <= set(columns):
         wanted |= codec.lengths(batch, rows_N)
@@ -58,16 +63,29 @@ def _consistent(batch: pa.RecordBatch, columns: list[str], codec: Codec) -> bool
     return bool(fits and (tokens_N > 0).all())
 
 
+def _spans_fit(batch: pa.RecordBatch, tokens_N: NDArray[np.int64]) -> bool:
+    """Whether spans of conversations are a way through the tokens, which counting rows relies on."""
+    if "span_learn" not in batch.schema.names:
+        return True
+    spans_N, stops_N = list_lengths(batch, "span_learn"), np.cumsum(list_lengths(batch, "span_learn"))
+    if (spans_N == 0).any() or (list_lengths(batch, "span_token_end") != spans_N).any():
+        return False
+    end_G = flat(batch, "span_token_end").astype(np.int64)
+    width_G = np.diff(end_G, prepend=0)
+    width_G[stops_N - spans_N] = end_G[stops_N - spans_N]
+    return bool((width_G >= 0).all() and (end_G[stops_N - 1] == tokens_N).all())
+
+
 def _add(stats: RowStats, batch: pa.RecordBatch, codec: Codec) -> None:
-    lengths_N, first_N = list_lengths(batch, "teacher_ids"), batch["first_row"].to_numpy()
+    lengths_N, predicted_T = list_lengths(batch, "teacher_ids"), tokens_with_row(batch)
+    end_T = flat(batch, "teacher_end").astype(np.int64)
+    width_T = np.diff(end_T, prepend=0)
     starts_N = np.cumsum(lengths_N) - lengths_N
-    ends = flat(batch, "teacher_end").astype(np.int64)
-    stats.rows += int((lengths_N - first_N).sum())
+    width_T[starts_N] = end_T[starts_N]
+    stats.rows += int(predicted_T.sum())
     stats.nats -= float(flat(batch, "realised_logprob").astype(np.float64).sum())
-    # a first token without a row is no prediction, so its bytes do not count
-    stats.text_bytes += int((ends[starts_N + lengths_N - 1] - ends[starts_N] * first_N).sum())
+    # what is not predicted, a first token or what is not taught, does not count
+    stats.text_bytes += int(width_T[predicted_T].sum())
     if not set(codec.whole_columns) <= set(batch.schema.names):
         return
-    predicted_T = np.ones(int(lengths_N.sum()), np.bool_)
-    predicted_T[starts_N[first_N == 1]] = False
     codec.count(stats, batch, flat(batch, "teacher_ids")[predicted_T])
