@@ -32,9 +32,9 @@ README = "README.md"
 _CODE_NOTE = " Tokens stand by the `code` that `vocab.parquet` gives them, which compresses better than their ids."
 _TEXT_ROWS = """A row says how the teacher saw the token at position `first_row` plus its own number:
 where `first_row` is 1, the sample's first token has no row."""
-_CHAT_ROWS = """A row says how the teacher saw one token that is taught: those of the spans where `span_learn` is true have
-rows, in order. `span_token_end` is where each span ends."""
-# Of the recipes: what says which token a row is about, in DuckDB and in NumPy; and what a sample's surprise is divided by.
+_CHAT_ROWS = """A row says how the teacher saw one token that is taught: the tokens of spans where `span_learn` is true
+have rows, in order. `span_token_end` is where each span ends."""
+# Of the recipes: what says which token a row is about, in DuckDB and NumPy; what a sample's surprise is divided by.
 _TEXT_RECIPE = {
     "rows_sql": "first_row", "at_sql": "first_row + row", "at_numpy": 'sample["first_row"] + row', "rows_numpy": "",
     "per": "byte", "per_sql": "teacher_end[-1]", "per_polars": 'pl.col("teacher_end").list.last()',
