@@ -29,11 +29,6 @@ def write_records(folder: Folder, name: str, records: Iterable[Mapping[str, Any]
         folder.remove(name)
 
 
-def record_line(record: Mapping[str, Any]) -> str:
-    """A record as it is written."""
-    return f"{json.dumps(record, ensure_ascii=False)}\n"
-
-
 def count_reasons(folder: Folder, name: str) -> dict[str, int]:
     """How many records there are of each reason, most first; empty where there is no file.
 
@@ -61,6 +56,11 @@ def read_records(folder: Folder, name: str) -> Iterator[dict[str, Any]]:
                 "stage that writes it with another --out"
             )
         yield record
+
+
+def record_line(record: Mapping[str, Any]) -> str:
+    """A record as it is written."""
+    return f"{json.dumps(record, ensure_ascii=False)}\n"
 
 
 def _lines(folder: Folder, name: str) -> Iterator[bytes]:
