@@ -51,7 +51,7 @@ def chat_figures(manifest: CaptureManifest) -> dict[str, Any]:
         counts.update(part.counts)
     rows, tokens = (sum(getattr(part, name) for part in manifest.parts) for name in ("rows", "tokens"))
     found: dict[str, Any] = {
-        "conversations": sum(part.samples for part in manifest.parts),
+        "conversations": counts["documents"],
         "turns_taught": counts["turns"],
         "taught_tokens": {"all": rows} | _of_each(counts, "taught_"),
         "share_of_tokens_taught": round(rows / max(tokens, 1), 4),

@@ -186,7 +186,7 @@ def _fields(
 
 
 def _what(manifest: CaptureManifest) -> str:
-    where = "a text" if manifest.chat is None else "what is taught of conversations"
+    where = "every token of a text" if manifest.chat is None else "every taught token of conversations"
     held = "log-probabilities of the text" if without_rows(manifest.left_out) else "distributions"
     return f"{where}: its {held}"
 

@@ -125,13 +125,12 @@ def counts(manifest: CaptureManifest) -> str:
 def _taught(manifest: CaptureManifest) -> list[tuple[str, object]]:
     """Tokens, and what of them is taught."""
     figures = chat_figures(manifest)
-    share = f"{figures['share_of_tokens_taught']:.1%} of the tokens"
     kinds = ((kind, count) for kind, count in figures["taught_tokens"].items() if kind != "all")
     return [
         ("answers taught", figures["turns_taught"]),
         ("tokens", sum(part.tokens for part in manifest.parts)),
-        ("rows, one for each token that is taught", figures["taught_tokens"]["all"]),
-        ("share of them", share),
+        ("share of the tokens that is taught", f"{figures['share_of_tokens_taught']:.1%}"),
+        ("rows, one for each taught token", figures["taught_tokens"]["all"]),
         *((f"of them {plain(kind)}", count) for kind, count in kinds),
     ]
 
@@ -175,6 +174,8 @@ def alignment(manifest: CaptureManifest, found: Sequence[Alignment]) -> str:
              _percent(summed["chunks_1_1"], summed["chunks"]), _ratio(text_bytes, summed["chunks"]),
              _ratio(text_bytes, summed["student_tokens"]))
         ]  # fmt: skip
+    if not rows and manifest.chat is not None:
+        return "Not measured: a student's own chat template decides; `xtoken align` counts the chunks."
     if not rows:
         return "Not measured; `xtoken share card CAPTURE --students NAME` counts it for any tokenizer."
     head = ["student's tokenizer", "samples", "chunks of 1 token each", "bytes per chunk", "bytes per student token"]

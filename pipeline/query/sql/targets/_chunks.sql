@@ -1,17 +1,6 @@
--- Chunks in bytes, without what is shown to people.
+-- Chunks in bytes, without what is shown to people; of conversations a chunk without a target is a gap.
 SELECT
-    sample_id,
-    spelling,
-    script,
-    CAST(unnest(range(len(chunk_student_end))) AS INTEGER) AS chunk,
-    unnest(starts_of(chunk_student_end)) AS student_start,
-    unnest(chunk_student_end) AS student_end,
-    unnest(starts_of(chunk_teacher_end)) AS teacher_start,
-    unnest(chunk_teacher_end) AS teacher_end,
-    unnest(starts_of(chunk_end)) AS start_byte,
-    unnest(chunk_end) AS end_byte,
-    known(unnest(teacher_logprob)) AS teacher_logprob,
-    known(unnest(alm_space_logprob)) AS space_logprob,
+    * EXCLUDE (of_chat),
     CASE WHEN of_chat AND teacher_logprob IS NULL THEN 'gap' WHEN end_byte > start_byte THEN 'text'
          WHEN of_chat THEN 'stop' WHEN chunk = 0 THEN 'lead' ELSE 'eos' END AS kind
 FROM (
@@ -19,11 +8,15 @@ FROM (
         sample_id,
         spelling,
         script_of(readable(spelling)) AS script,
-        chunk_student_end,
-        chunk_teacher_end,
-        chunk_end,
         learn IS NOT NULL AS of_chat,
-        teacher_logprob,
-        alm_space_logprob
+        CAST(unnest(range(len(chunk_student_end))) AS INTEGER) AS chunk,
+        unnest(starts_of(chunk_student_end)) AS student_start,
+        unnest(chunk_student_end) AS student_end,
+        unnest(starts_of(chunk_teacher_end)) AS teacher_start,
+        unnest(chunk_teacher_end) AS teacher_end,
+        unnest(starts_of(chunk_end)) AS start_byte,
+        unnest(chunk_end) AS end_byte,
+        known(unnest(teacher_logprob)) AS teacher_logprob,
+        known(unnest(alm_space_logprob)) AS space_logprob
     FROM targets._samples
 )
