@@ -72,7 +72,8 @@ def chat_figures(manifest: CaptureManifest) -> dict[str, Any]:
 
 
 def _of_each(counts: Counter[str], prefix: str) -> dict[str, int]:
-    return {name.removeprefix(prefix): count for name, count in sorted(counts.items()) if name.startswith(prefix)}
+    found = sorted((name, count) for name, count in counts.items() if count and name.startswith(prefix))
+    return {name.removeprefix(prefix): count for name, count in found}
 
 
 def bos_figure(tokenizer: TokenizerInfo, *, shown: bool) -> dict[str, str]:

@@ -84,7 +84,7 @@ def test_spans_are_those_on_disk(chat_capture: Path) -> None:
 
 def test_the_same_messages_are_taught_as_the_conversation_says(chat_capture: Path) -> None:
     rows = ask(
-        chat_capture, "SELECT kind, message, text, messages FROM spans JOIN samples USING (sample_id) WHERE learn"
+        chat_capture, "SELECT kind, message, spans.text, messages FROM spans JOIN samples USING (sample_id) WHERE learn"
     )
     for row in rows:
         message = json.loads(row["messages"])["messages"][row["message"]]
