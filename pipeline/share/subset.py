@@ -225,7 +225,8 @@ class CaptureRewrite:
         return Part(**same, **asdict(figures), file_bytes=size, sha256=sha256, counts=known)
 
     def _batches(self, source: str, schema: pa.Schema, counts: Counter[str]) -> Iterator[pa.RecordBatch]:
-        stored = CaptureCheck.of(self.manifest).schema
+        check = CaptureCheck.of(self.manifest)
+        stored = check.schema
         where = None if self.where is None else Where(self.where, stored)
         last = None
         for batch in read_checked(source, stored):
@@ -235,7 +236,8 @@ class CaptureRewrite:
                 document = sample_id.rpartition("#")[0]
                 counts["documents"] += document != last
                 last = document
-            if self.manifest.chat is not None:
+            if self.manifest.chat is not None and where is not None:
+                check.batch(batch)  # counting trusts the spans
                 counts.update(_chat_counts(kept))
             if kept.num_rows:
                 yield kept.select(schema.names).cast(schema)

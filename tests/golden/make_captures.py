@@ -25,8 +25,9 @@ TEXTS = [
     "short",
 ]
 # Conversations: a system prompt, several turns, reasoning, a call, an answer that is switched off, and text that looks
-# like control tokens; the fourth is too long and is cut, nothing of the last is taught.
+# like control tokens; nothing of the first is taught, the last is too long and is cut.
 CHATS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "short"}],
     [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "The river runs past the old mill?"},
@@ -54,7 +55,6 @@ CHATS: list[list[dict[str, Any]]] = [
         {"role": "user", "content": TEXTS[0]},
         {"role": "assistant", "content": TEXTS[0]},
     ],
-    [{"role": "user", "content": "short"}],
 ]
 TEMPLATES = ("zephyr.jinja", "vicuna.jinja")
 CAPTURE = ["corpus.jsonl", "--teacher", TOKENIZER, "--backend", "fake", "--max-tokens", "64"]
