@@ -45,7 +45,7 @@ def sample_data(sample: Sample) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "unit": UNIT,
         "t": teacher.places(sample.row["teacher_ids"]),
-        "first": sample.row["first_row"],
+        "row": sample.row_of,
         "realised": [_whole(value, UNIT) for value in sample.row["realised_logprob"]],
         **_rows(sample, teacher),
     }
@@ -99,7 +99,8 @@ def _rows(sample: Sample, teacher: Used) -> dict[str, Any]:
 def _tokens_as_chunks(sample: Sample) -> list[list[Any]]:
     """A capture alone has no chunks: each token stands for itself."""
     ends = list(range(1, len(sample.row["teacher_ids"]) + 1))
-    nats = [None] * sample.row["first_row"] + [_whole(value, UNIT) for value in sample.row["realised_logprob"]]
+    known = [_whole(value, UNIT) for value in sample.row["realised_logprob"]]
+    nats = [None if at < 0 else known[at] for at in sample.row_of]
     spans = chunk_bytes(sample, ends)
     return [[end, 0, visible(data), len(data), lp] for end, data, lp in zip(ends, spans, nats, strict=True)]
 

@@ -38,8 +38,7 @@ const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s
 
 // Bits by which the teacher was surprised at a token; null where it has no row.
 function surprise(token) {
-  const nats = token < data.first ? null : data.realised[token - data.first];
-  return nats === null || nats === undefined ? null : nats * data.unit * BITS;
+  return data.row[token] < 0 ? null : data.realised[data.row[token]] * data.unit * BITS;
 }
 
 const step = (bits) => data.edges.filter((edge) => bits >= edge).length;
@@ -116,7 +115,8 @@ function drawLegend() {
     const range = i === 0 ? `< ${high}` : high === undefined ? `≥ ${low}` : `${low}–${high}`;
     legend.append(make("span", {}, make("b", {class: `h${i}`}, range), n.toLocaleString("en")));
   });
-  if (data.first) legend.append(make("span", {}, make("b", {class: "norow"}, "\u00a0"), `no row: ${data.first}`));
+  const without = data.row.filter((row) => row < 0).length;
+  if (without) legend.append(make("span", {}, make("b", {class: "norow"}, "\u00a0"), `no row: ${without}`));
 }
 
 // Bits per byte in equal stretches of the text, and the chunk that each begins in.

@@ -18,6 +18,7 @@ from xtoken.schemas.configs.artifacts import InspectConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.losses import LOSSES, LossColumn, loss_columns
 from xtoken.schemas.manifest import CaptureManifest, TargetManifest, content_hash, read_any_manifest, read_manifest
+from xtoken.schemas.spans import row_of_token
 from xtoken.schemas.tables import VOCAB, target_columns
 
 if TYPE_CHECKING:
@@ -60,12 +61,14 @@ class Sample:
 
     Attributes:
         row: columns of ``xtoken.schemas.tables.capture`` but those of the rows.
+        row_of: of each teacher token, -1 where it has none.
         rows: the teacher's, decoded; None where a subset left them out.
         targets: None of a capture alone.
     """
 
     manifest: CaptureManifest
     row: dict[str, Any]
+    row_of: list[int]
     rows: Unpacked | None
     teacher: Vocabulary
     targets: Targets | None = None
@@ -123,7 +126,7 @@ def _read_capture(root: str, manifest: CaptureManifest, name: str, part: int | N
     spare = set(codec.columns).intersection(codec.own)
     row = {column: values[0] for column, values in batch.to_pydict().items() if column not in spare}
     table = load_vocab(root)
-    return Sample(manifest, row, rows, Vocabulary(table.pieces(), list(table.role)))
+    return Sample(manifest, row, row_of_token(batch).tolist(), rows, Vocabulary(table.pieces(), list(table.role)))
 
 
 def _targets(root: str, manifest: TargetManifest, batch: pa.RecordBatch, teacher_tokens: int) -> Targets:

@@ -54,6 +54,9 @@ def figures(sample: Sample) -> dict[str, Any]:
         chunks = len(targets.row["chunk_student_end"])
         shown |= {"student_tokens": len(targets.row["student_ids"]), "chunks": chunks}
         shown["one_to_one"] = round(_one_to_one(targets.row) / max(chunks, 1), 4)
+    if sample.manifest.chat is not None:  # of what is taught
+        ends = [0, *row["teacher_end"]]
+        size = sum(ends[at + 1] - ends[at] for at, place in enumerate(sample.row_of) if place >= 0)
     if size and row["realised_logprob"]:
         shown["bits_per_byte"] = round(-math.fsum(row["realised_logprob"]) / math.log(2) / size, 4)
     return shown

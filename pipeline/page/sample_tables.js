@@ -45,12 +45,12 @@ const unseen = () => (data.draws ? "not drawn" : "not kept");
 
 function rowPane(k) {
   const bits = surprise(k), title = ["Teacher's row at ", piece("t", data.t[k])];
-  if (bits === null) return pane("row", [...title, make("small", {}, "no row: nothing stood before it")]);
-  const row = data.rows?.[k - data.first], real = data.realised[k - data.first] * data.unit;
+  if (bits === null) return pane("row", [...title, make("small", {}, k ? "no row: it is not taught" : "no row: nothing stood before it")]);
+  const row = data.rows?.[data.row[k]], real = data.realised[data.row[k]] * data.unit;
   const rank = row ? row[0].indexOf(data.t[k]) : -1, place = !row ? "" : rank < 0 ? `, ${unseen()}` : `, rank ${rank + 1}`;
   title.push(make("small", {}, `${bits.toFixed(2)} bits of surprise, ${percent(Math.exp(-real))}${place}`));
   if (!row) return pane("row", [...title, make("small", {}, "the row was left out of this subset")]);
-  if (data.entropy) title.push(make("small", {}, `entropy ${(data.entropy[k - data.first] * data.unit).toFixed(2)} nats`));
+  if (data.entropy) title.push(make("small", {}, `entropy ${(data.entropy[data.row[k]] * data.unit).toFixed(2)} nats`));
   const mark = () => make("small", {}, " ◂ in the text");
   const rows = entries(row[0], row[1], data.step).map(([place, value], i) => {
     const isReal = place === data.t[k], name = [piece("t", place), ...destination(place), ...(isReal ? [mark()] : [])];
@@ -69,7 +69,7 @@ function takers(chunk) {
   const [from, to] = span(chunk, "t"), found = {};
   const used = data.merge === "first" ? [from] : data.merge === "last" ? [to - 1] : Array.from({length: to - from}, (_, i) => from + i);
   for (const k of used) {
-    for (const place of data.rows?.[k - data.first]?.[0] || []) {
+    for (const place of data.rows?.[data.row[k]]?.[0] || []) {
       if (data.moved[place] >= 0) (found[data.moved[place]] ||= new Set()).add(place);
     }
   }

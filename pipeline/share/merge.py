@@ -63,6 +63,8 @@ _TEACHER = (
     "capture_path",
 )
 _NAMES = ("model", "revision")
+# What decides how conversations became samples; ``form`` is of a corpus, and of others there may be others.
+_CHAT = ("template", "date", "arguments", "learn", "turns", "long")
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,9 @@ def _compared(one: CaptureManifest, other: CaptureManifest) -> Iterator[tuple[st
         yield f"codec.{name}", getattr(one.codec, name), getattr(other.codec, name)
     for name in ("bos", "max_tokens", "left_out", "space"):
         yield name, getattr(one, name), getattr(other, name)
+    for name in _CHAT if one.chat is not None and other.chat is not None else ():
+        yield f"chat.{name}", getattr(one.chat, name), getattr(other.chat, name)
+    yield "what it holds (conversations)", one.chat is not None, other.chat is not None
     yield "schema_version", min(one.schema_version, PARTS_SINCE), min(other.schema_version, PARTS_SINCE)
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from xtoken.schemas.chat import CaptureChat
 from xtoken.schemas.errors import last_words
 from xtoken.schemas.manifest import AuditRecord, CaptureManifest, TargetManifest, TokenizerInfo
 
@@ -32,9 +33,29 @@ def capture_figures(manifest: CaptureManifest) -> dict[str, Any]:
         "snapped_samples": counts["snapped"],
         **({"ends_moved": counts["ends_moved"]} if counts["snapped"] and "ends_moved" in counts else {}),
         **student,
-        **bos_figure(manifest.tokenizer, shown=manifest.bos),
+        **(
+            _chat_figures(counts, manifest.chat)
+            if manifest.chat is not None
+            else bos_figure(manifest.tokenizer, shown=manifest.bos)
+        ),
         **({"audits": audits_line(manifest.audits)} if manifest.audits else {}),
         "teacher": f"{manifest.teacher.model} ({manifest.teacher.backend})",
+    }
+
+
+def _chat_figures(counts: Counter[str], chat: CaptureChat) -> dict[str, Any]:
+    """What a capture of conversations holds beside: answers, taught tokens by kind, and what did not go smoothly."""
+
+    def of(prefix: str) -> dict[str, int]:
+        return {name.removeprefix(prefix): count for name, count in sorted(counts.items()) if name.startswith(prefix)}
+
+    groups = {"taught_tokens": of("taught_"), "absent_contents": of("absent_"), "trimmed_contents": of("trimmed_")}
+    single = ("conversations_cut", "conversations_skipped", "tokenized_apart")
+    return {
+        "form": chat.form,
+        "taught_turns": counts["turns"],
+        **{name: found for name, found in groups.items() if found},
+        **{name: counts[name] for name in single if counts[name]},
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 
 from xtoken.pipeline.store.checks import CaptureCheck
@@ -30,6 +31,7 @@ from xtoken.schemas.manifest import (
     content_hash,
     read_any_manifest,
 )
+from xtoken.schemas.spans import tokens_with_row
 from xtoken.schemas.tables import targets
 
 _SAMPLES = 3
@@ -104,6 +106,7 @@ def _artifact(root: str, manifest: AnyManifest) -> dict[str, Any]:
             {"worst_realised_difference": worst["realised_max"]} if worst else {}
         )
         result |= _reasons(root, "bad_documents", BAD_FILE)
+        result |= _reasons(root, "skipped_conversations", SKIPPED_FILE)
         result["samples_shown"] = _capture_samples(root, manifest)
     else:
         result |= _reasons(root, "skipped_samples", SKIPPED_FILE)
@@ -171,7 +174,7 @@ def _capture_sample(batch: pa.RecordBatch, table: TokenTable, codec: Codec) -> d
     middle = len(rows.tail_logprob) // 2
     start, stop = (int(offset) for offset in rows.offsets[middle : middle + 2])
     best = range(start, min(stop, start + _TOP))
-    position = middle + row["first_row"]
+    position = int(np.flatnonzero(tokens_with_row(batch))[middle])
     shown["row"] = {
         "position": position,
         "before": "".join(_readable(table, token) for token in ids[max(0, position - 8) : position]),

@@ -15,8 +15,10 @@ from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.left_out import without_rows
 from xtoken.pipeline.store.publish import data_name
 from xtoken.pipeline.store.reader import ids_of_codes, iter_parquet, stored_columns
+from xtoken.pipeline.store.span_checks import token_ends_fit
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.manifest import CaptureManifest
+from xtoken.schemas.spans import CHAT_ROW_COLUMNS, rows_per_sample, tokens_with_row
 from xtoken.schemas.ui.progress import Progress
 
 # Columns that are counted, beside those of the codec.
@@ -29,7 +31,8 @@ def read_stats(root: str, manifest: CaptureManifest, progress: Progress) -> RowS
     Raises:
         VerificationError: a part is missing, torn, or its columns contradict each other.
     """
-    folder, codec, columns = Folder(root), open_codec(manifest.codec), list(_COLUMNS)
+    folder, codec = Folder(root), open_codec(manifest.codec)
+    columns = [*_COLUMNS, *(CHAT_ROW_COLUMNS if manifest.chat is not None else ())]
     if not without_rows(manifest.left_out):
         columns += [name for name in codec.whole_columns if name not in columns]
     id_of_code = ids_of_codes(root)
@@ -50,7 +53,9 @@ def _consistent(batch: pa.RecordBatch, columns: list[str], codec: Codec) -> bool
     if not set(columns) <= set(batch.schema.names):
         return False
     tokens_N = list_lengths(batch, "teacher_ids")
-    rows_N = tokens_N - batch["first_row"].to_numpy()
+    if "span_learn" in columns and not token_ends_fit(batch, tokens_N):
+        return False
+    rows_N = rows_per_sample(batch)
     wanted = {"realised_logprob": rows_N, "teacher_end": tokens_N}
     if set(codec.whole_columns) <= set(columns):
         wanted |= codec.lengths(batch, rows_N)
@@ -59,15 +64,16 @@ def _consistent(batch: pa.RecordBatch, columns: list[str], codec: Codec) -> bool
 
 
 def _add(stats: RowStats, batch: pa.RecordBatch, codec: Codec) -> None:
-    lengths_N, first_N = list_lengths(batch, "teacher_ids"), batch["first_row"].to_numpy()
+    predicted_T = tokens_with_row(batch)
+    lengths_N = list_lengths(batch, "teacher_ids")
     starts_N = np.cumsum(lengths_N) - lengths_N
-    ends = flat(batch, "teacher_end").astype(np.int64)
-    stats.rows += int((lengths_N - first_N).sum())
+    ends_T = flat(batch, "teacher_end").astype(np.int64)
+    width_T = np.diff(ends_T, prepend=0)
+    width_T[starts_N] = ends_T[starts_N]
+    stats.rows += int(predicted_T.sum())
     stats.nats -= float(flat(batch, "realised_logprob").astype(np.float64).sum())
-    # a first token without a row is no prediction, so its bytes do not count
-    stats.text_bytes += int((ends[starts_N + lengths_N - 1] - ends[starts_N] * first_N).sum())
+    # a token without a row is no prediction, so its bytes do not count
+    stats.text_bytes += int(width_T[predicted_T].sum())
     if not set(codec.whole_columns) <= set(batch.schema.names):
         return
-    predicted_T = np.ones(int(lengths_N.sum()), np.bool_)
-    predicted_T[starts_N[first_N == 1]] = False
     codec.count(stats, batch, flat(batch, "teacher_ids")[predicted_T])

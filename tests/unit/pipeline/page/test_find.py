@@ -14,7 +14,7 @@ from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import data_name
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
-from xtoken.schemas.tables import SCHEMA_VERSIONS
+from xtoken.schemas.tables import LEAN_TARGETS
 from xtoken.schemas.tables import targets as target_schema
 
 
@@ -26,9 +26,7 @@ def test_every_sample_is_found_where_it_lies(capture: str, targets: str) -> None
         assert len(names) == len(set(names)) > 5
         for name in names:
             place = find(root, name)
-            schema = schema or target_schema(
-                ["p-kl", "h-kl", "gold", "uld", "alm", "byte-prefix", "ce"], SCHEMA_VERSIONS["targets"]
-            )
+            schema = schema or target_schema(["p-kl", "h-kl", "gold", "uld", "alm", "byte-prefix", "ce"], LEAN_TARGETS)
             assert read_sample(root, place, schema)["sample_id"].to_pylist() == [name]
 
 
