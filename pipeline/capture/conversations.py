@@ -4,7 +4,7 @@ Shapes: T teacher tokens of a sample, R rows, those of taught tokens.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -19,9 +19,9 @@ from xtoken.pipeline.chats import (
     ChatModel,
     ChatTokens,
     Conversation,
-    Form,
     Refused,
     fit,
+    form_of,
     from_json,
     open_chat_model,
     samples_of,
@@ -35,7 +35,7 @@ from xtoken.pipeline.store.writer import Sample
 from xtoken.pipeline.teachers.base import TeacherRows, chosen_rows
 from xtoken.schemas.chat import CaptureChat
 from xtoken.schemas.configs.base import flag, leaves
-from xtoken.schemas.configs.capture import ChatGroup, CorpusForm, PrecomputeConfig, RowsConfig
+from xtoken.schemas.configs.capture import ChatGroup, CorpusConfig, CorpusForm, PrecomputeConfig, RowsConfig
 from xtoken.schemas.errors import XtokenError
 
 
@@ -68,20 +68,19 @@ def _refuse_unused(chat: ChatGroup) -> None:
             )
 
 
-def form_words(corpus: Corpus) -> str | None:
-    """What a run says of what it found in the corpus; None where there is nothing to say."""
-    form, columns = corpus.form, corpus.columns
-    others = [name for name in FORMS if name != form and _has(name, columns)]
+def form_words(config: CorpusConfig, folder: Folder) -> list[str]:
+    """What a run that is yet to be planned says of what it found in the corpus; nothing of plain text."""
+    if folder.exists(PLAN_FILE):
+        return []
+    corpus = Corpus(config)
+    form, found = corpus.form, form_of(corpus.columns)
+    others: list[str] = [] if found is None or found == form else [found]
+    if form is not None and config.text_field in corpus.columns:
+        others.append("text")
+    also = f"; its columns could be read as {' or '.join(others)}, see --form" if others else ""
     if form is None:
-        return f"the corpus is read as text; its columns hold {others[0]} too, see --form" if others else None
-    also = f" (its columns would also do for {', '.join(others)}; --form takes another)" if others else ""
-    return f"the corpus holds conversations, form {form}{also}"
-
-
-def _has(form: Form, columns: Sequence[str]) -> bool:
-    from xtoken.pipeline.chats import form_of
-
-    return form_of([name for name in columns if form_of([name]) == form]) == form
+        return [f"the corpus is read as text{also}"] if others else []
+    return [f"the corpus holds conversations, form {form}{also}"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +105,16 @@ class ChatPiece:
     def ids(self) -> NDArray[np.int32]:
         """int32 [T]."""
         return self.tokens.ids
+
+    @property
+    def ends(self) -> NDArray[np.int32]:
+        """int32 [T], bytes of the text up to each token's end."""
+        return self.tokens.ends
+
+    @property
+    def text(self) -> str:
+        """Its byte axis."""
+        return self.tokens.text
 
 
 @dataclass(frozen=True)

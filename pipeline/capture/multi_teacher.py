@@ -20,7 +20,7 @@ from xtoken.pipeline.capture.precompute import precompute
 from xtoken.pipeline.corpus import Corpus
 from xtoken.pipeline.store.figures import capture_figures
 from xtoken.pipeline.store.files import Folder, StopRun
-from xtoken.pipeline.store.skip_records import BAD_FILE
+from xtoken.pipeline.store.skip_records import BAD_FILE, SKIPPED_FILE, count_reasons
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import PartlyDone, XtokenError
 from xtoken.schemas.status import RunStatus
@@ -74,8 +74,15 @@ def _run_one(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
         **(run_figures(run) if run is not None else {}),
         "seconds": round(time.monotonic() - began, 1),
         **_files(config),
+        **_skipped(config),
         "out": config.out,
     }
+
+
+def _skipped(config: PrecomputeConfig) -> dict[str, Any]:
+    """Conversations that are no samples, by reason, and where each is named."""
+    reasons = count_reasons(Folder(config.out), SKIPPED_FILE)
+    return {"skipped": reasons, "skipped_named_in": Folder(config.out).url(SKIPPED_FILE)} if reasons else {}
 
 
 def _files(config: PrecomputeConfig) -> dict[str, Any]:

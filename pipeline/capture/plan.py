@@ -246,6 +246,8 @@ def _check_options(folder: Folder, plan: Plan, config: CorpusConfig, shard_bytes
     had = {"split": _SPLIT, "form": "text", **plan.corpus.options, "shard_bytes": plan.shard_bytes}
     if config.form == "auto":
         del asked["form"]
+    if (had["on_bad"], asked["on_bad"]) == ("stop", "skip"):  # nothing was bad when it was planned
+        del asked["on_bad"]
     differ = [f"{name}: {had.get(name)!r} there, {asked[name]!r} now" for name in asked if had.get(name) != asked[name]]
     if differ:
         raise another_run(folder, differ)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xtoken.pipeline.capture.audit import accepted_audits
-from xtoken.pipeline.capture.conversations import Chat, form_of_run, plan_date
+from xtoken.pipeline.capture.conversations import Chat, form_of_run, form_words, plan_date
 from xtoken.pipeline.capture.monitor.dashboard import Dashboard
 from xtoken.pipeline.capture.plan import PLAN_FILE, Plan, check_files, settle_plan
 from xtoken.pipeline.capture.rendered_chat import Look
@@ -101,7 +101,9 @@ def precompute(
     form = form_of_run(config, folder)
     tokenizer = open_tokenizer(config.teacher, chats=form != "text")
     chat = Chat.of(config, form)
-    settings = _checked_settings(config, tokenizer.table) | (chat.settings if chat is not None else {})
+    for word in form_words(config.corpus, folder):
+        progress.note(word)
+    settings = _checked_settings(config, tokenizer.table, chat)
     for word in bos_figure(tokenizer.table.info, shown=settings["bos"]).values() if chat is None else ():
         progress.note(word)
     fresh = settle_settings(folder, settings, type(config))
@@ -170,13 +172,13 @@ def _forget(folder: Folder) -> None:
         folder.remove(name)
 
 
-def _checked_settings(config: PrecomputeConfig, table: TokenTable) -> dict[str, Any]:
+def _checked_settings(config: PrecomputeConfig, table: TokenTable, chat: Chat | None) -> dict[str, Any]:
     refuse_k(config.codec, table.size, f"the vocabulary's {table.size} tokens")
     if config.teacher.backend != "fake":  # which has no head
         rows = stated_rows(config.teacher.teacher, config.teacher.revision)
         refuse_narrow_head(config.teacher.teacher, rows, table.role, table.pieces())
     student = load_tokenizer(config.student).table if config.student is not None else None
-    return run_settings(config, table, student)
+    return run_settings(config, table, student, chat.settings if chat is not None else None)
 
 
 def _work(run: _Run, executor: Executor | None, make_job: MakeJob, progress: Progress) -> CaptureManifest | None:

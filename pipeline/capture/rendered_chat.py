@@ -94,9 +94,9 @@ class Look:
         message = (
             f"{self.rendered:,} of {self.documents:,} documents ({self.rendered / self.documents:.0%}) hold control "
             f"tokens of {self._teacher} as text ({tokens}; the first is {self._first!r}), as chat templates and packed "
-            "files do: the teacher would read such marks as pieces of text. Write one document per record and "
-            "conversations without marks, such as 'User: ... Assistant: ...', or say --on-rendered text if they are "
-            "meant as text"
+            "files do: the teacher would read such marks as pieces of text. Give the conversations themselves, as "
+            "messages (precompute renders them with the teacher's chat template; --form messages if a file has both), "
+            "write one document per record, or say --on-rendered text if they are meant as text"
         )
         if self._refuse:
             raise XtokenError(message)

@@ -56,8 +56,17 @@ def sees_bos(config: TeacherGroup, table: TokenTable) -> bool:
     return shows_bos(config, table.info)
 
 
-def run_settings(config: PrecomputeConfig, table: TokenTable, student: TokenTable | None) -> dict[str, Any]:
-    """Settings that must not differ between the runs that fill one folder."""
+def run_settings(
+    config: PrecomputeConfig, table: TokenTable, student: TokenTable | None, chat: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Settings that must not differ between the runs that fill one folder.
+
+    Args:
+        config: of the run.
+        table: the teacher's tokens.
+        student: the tokens of an intended student.
+        chat: what else decides samples of conversations; None of text.
+    """
     teacher, codec = config.teacher, config.codec
     settings = {
         # of the parts: what a later version adds to the manifest is no reason to begin anew
@@ -67,12 +76,13 @@ def run_settings(config: PrecomputeConfig, table: TokenTable, student: TokenTabl
         "revision": teacher.revision,
         "dtype": teacher.dtype,
         "tokenizer_hash": table.info.hash,
-        "bos": sees_bos(teacher, table),
+        "bos": sees_bos(teacher, table) if chat is None else False,
         **_codec_settings(codec),
         "temperatures": codec.temperatures or None,
         "max_tokens": codec.max_tokens,
         "text": codec.text,
         "student_hash": student.info.hash if student is not None else None,
+        **(chat or {}),
     }
     # a field that came later stands there where it says something: what older releases wrote is written as ever
     absent = defaults(type(config), _RECORDED)

@@ -44,6 +44,16 @@ class Piece(Protocol):
         ...
 
     @property
+    def ends(self) -> NDArray[np.int32]:
+        """Bytes of its text up to each token's end, int32 [T]."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """What both tokenizers see of it."""
+        ...
+
+    @property
     def size(self) -> int:
         """Bytes of the corpus that are done with it."""
         ...

@@ -9,8 +9,8 @@ _COLUMNS = {"messages", "conversation", "conversations", "dialog", "dialogue", "
 _PAIRS = [("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response")]
 _PAIRS += [("question", "answer"), ("query", "response"), ("inputs", "targets")]
 CHAT_WAY_OUT = (
-    "chat data are not supported yet: write each conversation as one text field of plain text, such as "
-    "'User: ... Assistant: ...', without the control tokens of a chat template, and name it with --text-field"
+    "precompute reads conversations: leave --text-field out where the columns are messages, conversations, prompt and "
+    "completion, or instruction and output, or say which with --form; other columns are to be renamed to those"
 )
 
 

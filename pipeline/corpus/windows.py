@@ -39,6 +39,16 @@ class Window:
         return self.encoded.ids
 
     @property
+    def ends(self) -> NDArray[np.int32]:
+        """int32 [T], bytes of the text up to each token's end."""
+        return self.encoded.ends
+
+    @property
+    def text(self) -> str:
+        """Its text."""
+        return self.encoded.text
+
+    @property
     def size(self) -> int:
         """Bytes of its text."""
         ends = self.encoded.ends

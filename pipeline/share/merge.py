@@ -165,7 +165,8 @@ def _compared_chats(one: CaptureChat | None, other: CaptureChat | None) -> Itera
         yield "chat.form", one.form if one else "text", other.form if other else "text"
         return
     for name in CaptureChat.model_fields:
-        yield f"chat.{name}", getattr(one, name), getattr(other, name)
+        if name != "form":  # other corpora may have other columns
+            yield f"chat.{name}", getattr(one, name), getattr(other, name)
 
 
 def _has_text(root: str, manifest: CaptureManifest) -> bool:
@@ -265,6 +266,7 @@ def _joined(sources: Sequence[_Source]) -> Shipment:
             "parts": [],
             "teacher": _teacher([manifest.teacher for manifest in manifests]),
             "corpus": _corpus([manifest.corpus for manifest in manifests]),
+            "chat": _chat([manifest.chat for manifest in manifests]),
             "plan_hash": digest([manifest.plan_hash for manifest in manifests]),
             "run_hash": digest([manifest.run_hash for manifest in manifests]),
             "set_aside": aside,
@@ -355,6 +357,13 @@ def _corpus(infos: Sequence[CorpusInfo]) -> CorpusInfo:
         bad=bad,
         options=infos[0].options if all(one.options == infos[0].options for one in infos) else {},
     )
+
+
+def _chat(chats: Sequence[CaptureChat | None]) -> CaptureChat | None:
+    """How conversations were read, by all forms that they had."""
+    known = [chat for chat in chats if chat is not None]
+    forms = dict.fromkeys(chat.form for chat in known)
+    return known[0].model_copy(update={"form": " + ".join(forms)}) if known else None
 
 
 def _recoding(source: _Source, first: _Source) -> Rewrite | None:

@@ -32,37 +32,39 @@ def capture_figures(manifest: CaptureManifest) -> dict[str, Any]:
         "snapped_samples": counts["snapped"],
         **({"ends_moved": counts["ends_moved"]} if counts["snapped"] and "ends_moved" in counts else {}),
         **student,
-        **bos_figure(manifest.tokenizer, shown=manifest.bos),
+        **(bos_figure(manifest.tokenizer, shown=manifest.bos) if manifest.chat is None else chat_figures(manifest)),
         **({"audits": audits_line(manifest.audits)} if manifest.audits else {}),
         "teacher": f"{manifest.teacher.model} ({manifest.teacher.backend})",
     }
 
 
 def chat_figures(manifest: CaptureManifest) -> dict[str, Any]:
-    """What a capture of conversations holds, and how they were read; nothing of plain text.
-
-    Every figure follows from the counts of the parts; those of a kind come by its name.
-    """
-    chat = manifest.chat
-    if chat is None:
+    """What a capture of conversations holds, in numbers that follow from the counts of its parts; nothing of text."""
+    if manifest.chat is None:
         return {}
     counts: Counter[str] = Counter()
     for part in manifest.parts:
         counts.update(part.counts)
     rows, tokens = (sum(getattr(part, name) for part in manifest.parts) for name in ("rows", "tokens"))
-    found: dict[str, Any] = {
+    groups = {"absent_contents": _of_each(counts, "absent_"), "trimmed_contents": _of_each(counts, "trimmed_")}
+    single = ("conversations_cut", "conversations_skipped", "tokenized_apart")
+    return {
+        "form": manifest.chat.form,
         "conversations": counts["documents"],
-        "turns_taught": counts["turns"],
-        "taught_tokens": {"all": rows} | _of_each(counts, "taught_"),
+        "taught_turns": counts["turns"],
+        "taught_tokens": _of_each(counts, "taught_"),
         "share_of_tokens_taught": round(rows / max(tokens, 1), 4),
-        "cut": counts["conversations_cut"],
-        "tokenized_apart": counts["tokenized_apart"],
-        "absent": _of_each(counts, "absent_"),
-        "trimmed": _of_each(counts, "trimmed_"),
+        **{name: found for name, found in groups.items() if found},
+        **{name: counts[name] for name in single if counts[name]},
     }
-    always = ("conversations", "turns_taught", "taught_tokens", "share_of_tokens_taught")
-    return {name: value for name, value in found.items() if value or name in always} | {
-        "form": chat.form,
+
+
+def chat_settings(manifest: CaptureManifest) -> dict[str, Any]:
+    """How conversations were read and rendered; nothing of plain text."""
+    chat = manifest.chat
+    if chat is None:
+        return {}
+    return {
         "turns": chat.turns,
         "long": chat.long,
         "learn": ",".join(chat.learn),

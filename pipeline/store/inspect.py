@@ -12,7 +12,7 @@ import pyarrow as pa
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codecs.base import Codec
-from xtoken.pipeline.store.figures import chat_figures, worst_figures
+from xtoken.pipeline.store.figures import chat_figures, chat_settings, worst_figures
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import committed, data_name
 from xtoken.pipeline.store.reader import iter_capture, iter_parquet, load_vocab, local_part
@@ -102,12 +102,12 @@ def _artifact(root: str, manifest: AnyManifest) -> dict[str, Any]:
     result["provenance"] = described
     if isinstance(manifest, CaptureManifest):
         if manifest.chat is not None:
-            result["chat"] = chat_figures(manifest)
+            result["chat"] = chat_figures(manifest) | chat_settings(manifest)
         worst = worst_figures(manifest.audits)
         result["audits"] = {"count": len(manifest.audits)} | (
             {"worst_realised_difference": worst["realised_max"]} if worst else {}
         )
-        result |= _reasons(root, "bad_documents", BAD_FILE) | _reasons(root, "skipped_samples", SKIPPED_FILE)
+        result |= _reasons(root, "bad_documents", BAD_FILE) | _reasons(root, "skipped_conversations", SKIPPED_FILE)
         result["samples_shown"] = _capture_samples(root, manifest)
     else:
         result |= _reasons(root, "skipped_samples", SKIPPED_FILE)

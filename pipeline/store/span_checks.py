@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xtoken.pipeline.store.columns import any_per_sample, flat, list_lengths, refuse
+from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.tables import SPAN_COLUMNS
 
 _CONTENTS = ("text", "system", "user", "result", "assistant", "thinking", "call")
@@ -45,6 +46,17 @@ def check_spans(batch: pa.RecordBatch, tokens_N: NDArray[np.int64]) -> None:
     refuse(batch, any_per_sample(np.isin(kind_G, _NO_BYTES) & (width_G > 0), spans_N), "a template's span has bytes")
     _check_learned(batch, kind_G, token_end_G, spans_N)
     _check_messages(batch, kind_G, spans_N)
+
+
+def token_ends_fit(batch: pa.RecordBatch, tokens_N: NDArray[np.int64]) -> bool:
+    """Whether ``xtoken.schemas.spans`` may read a batch: spans end where tokens do, the last where the sample does."""
+    spans_N = list_lengths(batch, "span_learn")
+    try:
+        refuse(batch, (spans_N == 0) | (list_lengths(batch, "span_token_end") != spans_N), "spans do not fit")
+        _ends(batch, "span_token_end", spans_N, tokens_N)
+    except VerificationError:
+        return False
+    return True
 
 
 def _ends(batch: pa.RecordBatch, name: str, spans_N: NDArray[np.int64], last_N: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xtoken.pipeline.capture.conversations import Chat, form_of_run
 from xtoken.pipeline.capture.estimate.like import Likeness, read_likeness
 from xtoken.pipeline.capture.estimate.pilot import Pilot, take_pilot
 from xtoken.pipeline.capture.monitor.event_log import log_path
@@ -68,7 +69,7 @@ def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
 def _planned(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
     refuse_places(config)
     folder = Folder(config.out)
-    bos = _check_settings(config, folder) if config.run.like is None else {}
+    said = _check_settings(config, folder) if config.run.like is None else {}
     if (plan := load_plan(folder)) is not None:
         settle_plan(folder, config.corpus, config.run.shard_bytes, progress)
         check_files(config.out, plan, config.corpus)
@@ -86,7 +87,8 @@ def _planned(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
         "dry_run": "nothing was written",
         "plan": "there" if plan is not None else "would be made",
         **basis.pool.listing.figures,
-        **bos,
+        **said,
+        **((basis.chat or {}) if isinstance(basis, Pilot) else {}),
         "shards": len(work.sizes),
         "shards_done": len(work.done),
         "shards_left": len(work.sizes) - len(work.done),
@@ -117,11 +119,12 @@ def _pilot(config: PrecomputeConfig, fleet: Fleet | None, progress: Progress) ->
 def _check_settings(config: PrecomputeConfig, folder: Folder) -> dict[str, str]:
     """Refuse what precompute refuses, without leaving the record of settings that it leaves; a word about BOS."""
     check_backend(config.teacher, config.codec)
-    table = open_tokenizer(config.teacher).table
+    form = form_of_run(config, folder)
+    table, chat = open_tokenizer(config.teacher, chats=form != "text").table, Chat.of(config, form)
     student = load_tokenizer(config.student).table if config.student is not None else None
-    settings = run_settings(config, table, student)
+    settings = run_settings(config, table, student, chat.settings if chat is not None else None)
     check_settings(folder, settings, type(config))
-    return bos_figure(table.info, shown=settings["bos"])
+    return bos_figure(table.info, shown=settings["bos"]) if chat is None else {}
 
 
 def _disk(folder: Folder, work: _Work, basis: Pilot | Likeness) -> dict[str, Any]:

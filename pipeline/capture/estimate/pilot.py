@@ -7,6 +7,7 @@ and written to a temporary folder by the code that writes a capture; what was wr
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +17,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from xtoken.pipeline.capture.conversations import Chat, ChatPieces, form_of_run
 from xtoken.pipeline.capture.estimate.sampling import POOL, Pool, Ratio, evenly, ratio, take_pool
 from xtoken.pipeline.capture.plan import Plan
 from xtoken.pipeline.capture.precompute import write_vocab
 from xtoken.pipeline.capture.rendered_chat import Look
 from xtoken.pipeline.capture.run_identity import codec_info
 from xtoken.pipeline.capture.worker import CaptureWorker, check_teacher, open_tokenizer, sample_batches
-from xtoken.pipeline.corpus import Window, windows
+from xtoken.pipeline.capture.worker_threads import Piece
+from xtoken.pipeline.corpus import windows
 from xtoken.pipeline.executors.gpus import engines_per_gpu
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codes import Codes, codes_by_use, restore_ids
@@ -34,7 +37,9 @@ from xtoken.pipeline.teachers import check_backend, open_teacher
 from xtoken.pipeline.teachers.base import refuse_k
 from xtoken.pipeline.tokens import TextTokenizer
 from xtoken.schemas.configs.capture import CodecGroup, PrecomputeConfig
+from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CorpusInfo
+from xtoken.schemas.tables import CHAT_CAPTURE, PARTS_SINCE
 from xtoken.schemas.ui.progress import Progress
 
 # Columns that no teacher is needed for: measured on all the text that was tokenized.
@@ -87,6 +92,7 @@ class Pilot:
         device: what the engine runs on.
         tokens, windows: what was scored; all there is if ``whole``.
         rows: figures of what the codec keeps of them.
+        chat: what became of conversations; None of text.
     """
 
     pool: Pool
@@ -98,6 +104,7 @@ class Pilot:
     windows: int
     whole: bool
     rows: dict[str, Any]
+    chat: dict[str, Any] | None = None
 
     @property
     def tokens_per_byte(self) -> Ratio:
@@ -145,37 +152,64 @@ def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pil
         XtokenError: bad input, or a teacher that cannot be loaded or does not fit the flags.
     """
     check_backend(config.teacher, config.codec)
-    tokenizer = open_tokenizer(config.teacher)
+    form = form_of_run(config, Folder(config.out))
+    tokenizer, chat = open_tokenizer(config.teacher, chats=form != "text"), Chat.of(config, form)
     refuse_k(config.codec, tokenizer.table.size, f"the vocabulary's {tokenizer.table.size} tokens")
-    look = Look.of(config.corpus, config.teacher, tokenizer)
+    look = Look.of(config.corpus, config.teacher, tokenizer) if chat is None else None
     pool = take_pool(config.corpus, config.run.shard_bytes, max(POOL, _WIDEST * tokens), progress, look)
-    pieces = [list(windows(piece, tokenizer, config.codec.max_tokens)) for piece in pool.pieces]
+    made = [] if chat is None else [chat.pieces([piece]) for piece in pool.pieces]
+    pieces: list[Sequence[Piece]] = [one.pieces for one in made]
+    if chat is None:
+        pieces = [list(windows(piece, tokenizer, config.codec.max_tokens)) for piece in pool.pieces]
+    if not any(pieces):
+        raise XtokenError(f"not one conversation of {config.corpus.corpus} can be used: {_skipped(made)}")
     chosen = _choose([window for piece in pieces for window in piece], tokens)
     began = time.monotonic()
-    worker, device = _open_worker(config, pool, tokenizer)
+    worker, device = _open_worker(config, pool, tokenizer, chat)
     opened = time.monotonic() - began
     samples, seconds = _score(worker, chosen, progress)
-    rows = sum(len(sample.realised_logprob) for sample in samples)
+    scored = sum(len(sample.teacher_ids) - sample.first_row for sample in samples)
     return Pilot(
         pool=pool,
-        costs=_costs(config.codec, Path(config.out), pool, pieces, samples, tokenizer),
-        rate=rows / max(seconds, 1e-9),
+        costs=_costs(config.codec, Path(config.out), pool, pieces, samples, tokenizer, chat is not None),
+        rate=scored / max(seconds, 1e-9),
         start_up=opened,
         device=device,
         tokens=sum(len(sample.teacher_ids) for sample in samples),
         windows=len(samples),
         whole=pool.whole and len(samples) == sum(map(len, pieces)),
         rows=_row_figures(config.codec, config.out),
+        chat=None if chat is None else _chat_figures(chat, made),
     )
 
 
-def _choose(windows: Sequence[Window], tokens: int) -> list[Window]:
+def _skipped(made: Sequence[ChatPieces]) -> dict[str, int]:
+    return dict(Counter(skip.reason for one in made for skip in one.left_out).most_common())
+
+
+def _chat_figures(chat: Chat, made: Sequence[ChatPieces]) -> dict[str, Any]:
+    """What became of the conversations that were looked at."""
+    samples = [piece for one in made for piece in one.pieces]
+    counts = sum((one.counts for one in made), Counter[str]())
+    taught = sum(int(piece.tokens.learn.sum()) for piece in samples)
+    skipped = _skipped(made)
+    return {
+        "form": chat.info.form,
+        "taught_share": round(taught / max(1, sum(len(piece.ids) for piece in samples)), 4),
+        "looked_at": {"conversations": len(made), "samples": len(samples), "cut": counts["conversations_cut"]},
+        **({"skipped_of_those": skipped} if skipped else {}),
+    }
+
+
+def _choose(windows: Sequence[Piece], tokens: int) -> list[Piece]:
     """About so many tokens, evenly from all windows."""
-    total = sum(len(window.encoded.ids) for window in windows)
+    total = sum(map(_size, windows))
     return evenly(windows, math.ceil(len(windows) * tokens / max(total, 1)))
 
 
-def _open_worker(config: PrecomputeConfig, pool: Pool, tokenizer: TextTokenizer) -> tuple[CaptureWorker, str]:
+def _open_worker(
+    config: PrecomputeConfig, pool: Pool, tokenizer: TextTokenizer, chat: Chat | None
+) -> tuple[CaptureWorker, str]:
     """The worker of a capture, without a shard to run, and what it runs on."""
     info = CorpusInfo(source=config.corpus.corpus, hash="", documents=pool.documents, text_bytes=pool.text_bytes)
     plan = Plan(corpus=info, files=pool.files, shard_bytes=config.run.shard_bytes, shards=[])
@@ -186,14 +220,13 @@ def _open_worker(config: PrecomputeConfig, pool: Pool, tokenizer: TextTokenizer)
         engines_per_gpu(config.run, config.teacher.tensor_parallel),
     )
     check_teacher(config.codec, teacher.info)
-    return CaptureWorker(config, plan, tokenizer, teacher, None), teacher.info.device
+    return CaptureWorker(config, plan, tokenizer, teacher, None, chat=chat), teacher.info.device
 
 
-def _score(worker: CaptureWorker, chosen: Sequence[Window], progress: Progress) -> tuple[list[Sample], float]:
+def _score(worker: CaptureWorker, chosen: Sequence[Piece], progress: Progress) -> tuple[list[Sample], float]:
     """Samples of the windows, and the seconds they took once the engine was warm."""
-    text_bytes = sum(len(window.encoded.text.encode()) for window in chosen)
-    progress.start("pilot", text_bytes, "bytes")
-    worker.score([min(chosen, key=lambda window: len(window.encoded.ids))])
+    progress.start("pilot", sum(window.size for window in chosen), "bytes")
+    worker.score([min(chosen, key=_size)])
     began = time.monotonic()
     samples = worker.score(chosen, _Shown(progress))
     seconds = time.monotonic() - began
@@ -205,13 +238,14 @@ def _costs(
     codec: CodecGroup,
     folder: Path,
     pool: Pool,
-    pieces: Sequence[Sequence[Window]],
+    pieces: Sequence[Sequence[Piece]],
     samples: Sequence[Sample],
     tokenizer: TextTokenizer,
+    chats: bool,
 ) -> Costs:
-    schema = open_codec(codec_info(codec)).schema()
+    schema = open_codec(codec_info(codec)).schema(version=CHAT_CAPTURE if chats else PARTS_SINCE)
     windows = [window for piece in pieces for window in piece]
-    codes = codes_by_use((window.encoded.ids for window in windows), tokenizer.table.size)
+    codes = codes_by_use((window.ids for window in windows), tokenizer.table.size)
     tokens = _tokens_per_byte(pool, pieces)
     pool_tokens, pilot_tokens = sum(map(_size, windows)), sum(len(sample.teacher_ids) for sample in samples)
     text_schema = pa.schema([field for field in schema if field.name in _TEXT_COLUMNS])
@@ -231,9 +265,12 @@ def _costs(
     )
 
 
-def _tokens_per_byte(pool: Pool, pieces: Sequence[Sequence[Window]]) -> Ratio:
+def _tokens_per_byte(pool: Pool, pieces: Sequence[Sequence[Piece]]) -> Ratio:
     tokens = [sum(map(_size, piece)) for piece in pieces]
-    sizes = [len("".join(window.encoded.text for window in piece).encode()) for piece in pieces]
+    sizes = [
+        sum(window.size for window in piece) if document.contents is None else document.contents
+        for document, piece in zip(pool.pieces, pieces, strict=True)
+    ]
     if pool.whole:
         return ratio([sum(tokens)], [pool.text_bytes], 1.0)
     # longer documents were taken more often, in proportion: each counts once
@@ -252,8 +289,8 @@ def _row_bytes(folder: Path, samples: Sequence[Sample], schema: pa.Schema, codes
     return ratio(sizes, [sum(len(sample.teacher_ids) for sample in unit) for unit in units], seen)
 
 
-def _size(window: Window) -> int:
-    return len(window.encoded.ids)
+def _size(window: Piece) -> int:
+    return len(window.ids)
 
 
 def _written(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> tuple[dict[str, int], float]:
@@ -265,14 +302,14 @@ def _written(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -
     return columns, (path.stat().st_size - sum(columns.values())) / metadata.num_row_groups
 
 
-def _text_batches(windows: Sequence[Window], schema: pa.Schema, *, text: bool) -> Iterator[pa.RecordBatch]:
+def _text_batches(windows: Sequence[Piece], schema: pa.Schema, *, text: bool) -> Iterator[pa.RecordBatch]:
     for start in range(0, len(windows), ROW_GROUP):
         part = windows[start : start + ROW_GROUP]
         columns = [
             pa.array([window.sample_id for window in part]),
-            pa.array([window.encoded.text if text else None for window in part], pa.string()),
-            list_column([window.encoded.ids for window in part], "teacher_ids", schema),
-            list_column([window.encoded.ends for window in part], "teacher_end", schema),
+            pa.array([window.text if text else None for window in part], pa.string()),
+            list_column([window.ids for window in part], "teacher_ids", schema),
+            list_column([window.ends for window in part], "teacher_end", schema),
         ]
         yield pa.RecordBatch.from_arrays(columns, schema=schema)
 

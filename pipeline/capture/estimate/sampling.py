@@ -81,8 +81,11 @@ class _Picker:
 
 
 def _piece(document: Document, place: float, text_bytes: int) -> Document:
-    """The document, or what fits a piece of it from a place on (0 to 1), beginning before whitespace if it can."""
-    if text_bytes <= PIECE:
+    """The document, or what fits a piece of it from a place on (0 to 1), beginning before whitespace if it can.
+
+    Conversations stay whole.
+    """
+    if text_bytes <= PIECE or document.contents is not None:
         return document
     text = document.text
     size = max(1, len(text) * PIECE // text_bytes)
@@ -109,7 +112,7 @@ def take_pool(config: CorpusConfig, shard_bytes: int, size: int, progress: Progr
     picker, documents, sizes, full = _Picker(size), 0, list[int](), True
     progress.start(corpus.listing.label("read"), None, "bytes")
     for document in corpus.documents() if look is None else look.over(corpus.documents()):
-        text_bytes = len(document.text.encode())
+        text_bytes = document.text_bytes
         picker.add(document, text_bytes)
         documents += 1
         if full:

@@ -125,13 +125,12 @@ def counts(manifest: CaptureManifest) -> str:
 def _taught(manifest: CaptureManifest) -> list[tuple[str, object]]:
     """Tokens, and what of them is taught."""
     figures = chat_figures(manifest)
-    kinds = ((kind, count) for kind, count in figures["taught_tokens"].items() if kind != "all")
     return [
-        ("answers taught", figures["turns_taught"]),
+        ("answers taught", figures["taught_turns"]),
         ("tokens", sum(part.tokens for part in manifest.parts)),
         ("share of the tokens that is taught", f"{figures['share_of_tokens_taught']:.1%}"),
-        ("rows, one for each taught token", figures["taught_tokens"]["all"]),
-        *((f"of them {plain(kind)}", count) for kind, count in kinds),
+        ("rows, one for each taught token", sum(part.rows for part in manifest.parts)),
+        *((f"of them {plain(kind)}", count) for kind, count in figures["taught_tokens"].items()),
     ]
 
 
@@ -223,10 +222,11 @@ def _not_taught(manifest: CaptureManifest, skipped: Mapping[str, int]) -> list[s
     figures, lines = chat_figures(manifest), []
     if skipped:
         lines.append(f"Conversations left out: {_by_name(skipped)}; `skipped.jsonl` names them.")
-    if "cut" in figures:
-        lines.append(f"Conversations that lost their last messages, since they were too long: {figures['cut']:,}.")
-    if "absent" in figures:
-        lines.append(f"What the chat template leaves out, or writes otherwise: {_by_name(figures['absent'])}.")
+    if "conversations_cut" in figures:
+        cut = figures["conversations_cut"]
+        lines.append(f"Conversations that lost their last messages, since they were too long: {cut:,}.")
+    if "absent_contents" in figures:
+        lines.append(f"What the chat template leaves out, or writes otherwise: {_by_name(figures['absent_contents'])}.")
     if "tokenized_apart" in figures:
         lines.append(
             "Samples of which the whole rendering would be cut into other tokens at the ends of contents: "

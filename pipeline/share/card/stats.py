@@ -5,7 +5,6 @@ Shapes: N samples of a batch, T their tokens, R their rows.
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codecs.base import Codec
@@ -16,6 +15,7 @@ from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.left_out import without_rows
 from xtoken.pipeline.store.publish import data_name
 from xtoken.pipeline.store.reader import ids_of_codes, iter_parquet, stored_columns
+from xtoken.pipeline.store.span_checks import token_ends_fit
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.manifest import CaptureManifest
 from xtoken.schemas.spans import CHAT_ROW_COLUMNS, ROW_COLUMNS, rows_per_sample, tokens_with_row
@@ -53,7 +53,7 @@ def _consistent(batch: pa.RecordBatch, columns: list[str], codec: Codec) -> bool
     if not set(columns) <= set(batch.schema.names):
         return False
     tokens_N = list_lengths(batch, "teacher_ids")
-    if not _spans_fit(batch, tokens_N):
+    if "span_learn" in columns and not token_ends_fit(batch, tokens_N):
         return False
     rows_N = rows_per_sample(batch)
     wanted = {"realised_logprob": rows_N, "teacher_end": tokens_N}
@@ -61,19 +61,6 @@ def _consistent(batch: pa.RecordBatch, columns: list[str], codec: Codec) -> bool
         wanted |= codec.lengths(batch, rows_N)
     fits = all((list_lengths(batch, name) == wanted[name]).all() for name in wanted if name in columns)
     return bool(fits and (tokens_N > 0).all())
-
-
-def _spans_fit(batch: pa.RecordBatch, tokens_N: NDArray[np.int64]) -> bool:
-    """Whether spans of conversations are a way through the tokens, which counting rows relies on."""
-    if "span_learn" not in batch.schema.names:
-        return True
-    spans_N, stops_N = list_lengths(batch, "span_learn"), np.cumsum(list_lengths(batch, "span_learn"))
-    if (spans_N == 0).any() or (list_lengths(batch, "span_token_end") != spans_N).any():
-        return False
-    end_G = flat(batch, "span_token_end").astype(np.int64)
-    width_G = np.diff(end_G, prepend=0)
-    width_G[stops_N - spans_N] = end_G[stops_N - spans_N]
-    return bool((width_G >= 0).all() and (end_G[stops_N - 1] == tokens_N).all())
 
 
 def _add(stats: RowStats, batch: pa.RecordBatch, codec: Codec) -> None:

@@ -77,11 +77,11 @@ def test_chosen_samples_are_counted_anew(chat_capture: Path, tmp_path: Path) -> 
         sizes = np.diff(row["span_token_end"], prepend=0).tolist()
         for kind, learn, size in zip(row["span_kind"], row["span_learn"], sizes, strict=True):
             by_kind[kind] += size if learn else 0
-    assert figures["taught_tokens"] == {"all": by_kind.total(), **+by_kind}
+    assert figures["taught_tokens"] == +by_kind
     turns = [{m for m, learn in zip(row["span_message"], row["span_learn"], strict=True) if learn} for row in kept]
-    assert figures["turns_taught"] == sum(map(len, turns))
+    assert figures["taught_turns"] == sum(map(len, turns))
     assert figures["conversations"] == len(kept)
-    assert "absent" not in figures, "only the teacher's template says it"
+    assert "absent_contents" not in figures, "only the teacher's template says it"
 
 
 def test_without_text_there_are_no_messages_either(chat_capture: Path, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_conversations_of_one_kind_become_one_capture(halves: dict[str, Path], t
     assert found.schema_version == 6
     assert rows(tmp_path / "joined") == rows(halves["first"], halves["second"])
     figures = [chat_figures(read_manifest(str(halves[name]), CaptureManifest)) for name in ("first", "second")]
-    assert chat_figures(found)["turns_taught"] == sum(one["turns_taught"] for one in figures)
+    assert chat_figures(found)["taught_turns"] == sum(one["taught_turns"] for one in figures)
 
 
 def test_what_the_sources_skipped_is_named_by_new_numbers(halves: dict[str, Path], tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_what_the_sources_skipped_is_named_by_new_numbers(halves: dict[str, Path
     (found,) = [json.loads(line) for line in (tmp_path / "joined" / "skipped.jsonl").read_text().splitlines()]
     parts = len(read_manifest(str(halves["first"]), CaptureManifest).parts)
     assert found == skipped | {"part": skipped["part"] + parts}
-    assert inspect(str(tmp_path / "joined"))["skipped_samples"] == {"nothing is taught": 1}
+    assert inspect(str(tmp_path / "joined"))["skipped_conversations"] == {"nothing is taught": 1}
 
 
 def test_parts_of_one_plan_name_what_was_skipped_once(halves: dict[str, Path], tmp_path: Path) -> None:

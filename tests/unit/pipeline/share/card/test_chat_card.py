@@ -53,14 +53,14 @@ def taught(root: Path) -> Counter[str]:
 def test_figures_are_those_of_the_spans(chat_capture: Path) -> None:
     found, samples, by_kind = inspect(str(chat_capture))["chat"], samples_of(chat_capture), taught(chat_capture)
     assert set(by_kind) == {"assistant", "thinking", "marker", "call", "stop"}
-    assert found["taught_tokens"] == {"all": by_kind.total(), **by_kind}
+    assert found["taught_tokens"] == by_kind
     answers = [{m for m, learn in zip(one["span_message"], one["span_learn"], strict=True) if learn} for one in samples]
-    assert found["turns_taught"] == sum(map(len, answers))
+    assert found["taught_turns"] == sum(map(len, answers))
     tokens = sum(len(sample["teacher_ids"]) for sample in samples)
     assert found["share_of_tokens_taught"] == pytest.approx(by_kind.total() / tokens, abs=1e-4)
     assert (found["form"], found["turns"], found["long"]) == ("messages", "all", "cut")
     assert found["learn"] == "assistant,call,stop,thinking"
-    assert found["absent"] == {"thinking": 2}
+    assert found["absent_contents"] == {"thinking": 2}
     assert verify(str(chat_capture))["chat"] == found
 
 
@@ -102,7 +102,7 @@ def test_skipped_conversations_are_counted_by_reason(chat_capture: Path, tmp_pat
     root = Path(shutil.copytree(chat_capture, tmp_path / "capture"))
     lines = ['{"part": 0, "sample_id": "x#0", "reason": "nothing is taught", "detail": ""}\n'] * 3
     (root / "skipped.jsonl").write_text("".join(lines))
-    assert inspect(str(root))["skipped_samples"]["nothing is taught"] == 3
+    assert inspect(str(root))["skipped_conversations"]["nothing is taught"] == 3
     assert "Conversations left out: nothing is taught: 3" in readme(root)
 
 
