@@ -4,7 +4,7 @@ Shapes: T teacher tokens of a sample, R rows, those of taught tokens.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -20,10 +20,13 @@ from xtoken.pipeline.chats import (
     ChatTokens,
     Conversation,
     Refused,
+    Span,
+    as_written,
     fit,
     form_of,
     from_json,
     open_chat_model,
+    pair,
     samples_of,
     span_columns,
     to_json,
@@ -161,12 +164,14 @@ class Chat:
         info: what the manifest says of it.
         max_tokens: most of a sample.
         stops: whether a conversation that the template refuses ends the run.
+        student: the same of an intended student; None where there is none.
     """
 
     model: ChatModel
     info: CaptureChat
     max_tokens: int
     stops: bool
+    student: ChatModel | None = None
 
     @classmethod
     def of(cls, config: RowsConfig, form: CorpusForm, date: str | None = None) -> "Chat | None":
@@ -200,12 +205,15 @@ class Chat:
             turns=chat.turns,
             long=chat.long if chat.turns == "all" else "skip",
         )
-        return cls(model, info, config.codec.max_tokens, config.corpus.on_bad == "stop")
+        asked = getattr(config, "student", None)
+        student = None if asked is None else open_chat_model(asked, date=datetime.fromisoformat(date))
+        return cls(model, info, config.codec.max_tokens, config.corpus.on_bad == "stop", student)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What run.json holds beside the settings themselves."""
-        return {"template_hash": self.info.template}
+        student = {} if self.student is None else {"student_template_hash": self.student.template.sha256}
+        return {"template_hash": self.info.template, **student}
 
     def pieces(self, documents: Iterable[Document]) -> ChatPieces:
         """Samples of some documents, in order.
@@ -244,6 +252,15 @@ class Chat:
             )
         return LeftOut(sample_id, refused.reason, refused.detail)
 
+    def counts(self, made: ChatPieces) -> Counter[str]:
+        """Figures for a commit record, with those of how an intended student's spans meet the teacher's."""
+        counts = made.counts
+        if self.student is not None:
+            kinds = cast(Any, self.info.learn)
+            for piece in made.pieces:
+                counts.update(student_counts(piece.tokens, piece.conversation, self.student, kinds))
+        return counts
+
     def sequences(self, documents: Iterable[Document]) -> Iterator[NDArray[np.int32]]:
         """int32 [R] of each sample: the tokens that rows will be about."""
         for piece in self.pieces(documents).pieces:
@@ -275,6 +292,46 @@ class Chat:
             spans=span_columns(tokens.spans),
             messages=to_json(piece.conversation) if text else None,
         )
+
+
+def student_counts(
+    teacher: ChatTokens, conversation: Conversation, student: ChatModel, learn: Collection[Any]
+) -> Counter[str]:
+    """Chunks of the taught spans that both renderings have, those of one token on both sides, and what is lost.
+
+    Args:
+        teacher: the sample as the teacher reads it.
+        conversation: the sample.
+        student: renders and tokenizes it, too.
+        learn: kinds of spans that are taught.
+    """
+    try:
+        tokens = student.encode(as_written(conversation, teacher), learn)
+    except Refused:
+        return Counter(student_refused=1)
+    pairing = pair(teacher, tokens)
+    counts = Counter(student_tokens=len(tokens), student_snapped=int(tokens.snapped), student_lost=len(pairing.lost))
+    for match in pairing.matches:
+        if match.taught and match.teacher.byte_end > match.teacher.byte_start:
+            ends = [_ends(one, span) for one, span in ((teacher, match.teacher), (tokens, match.student))]
+            chunks, single = chunk_counts(*ends)
+            counts.update(chunks=chunks, chunks_1_1=single)
+        elif match.taught:
+            sizes = [span.token_end - span.token_start for span in (match.teacher, match.student)]
+            counts.update(chunks=int(min(sizes) > 0), chunks_1_1=int(sizes == [1, 1]))
+    return counts
+
+
+def _ends(tokens: ChatTokens, span: Span) -> NDArray[np.int32]:
+    """Byte ends of a span's tokens, from its start."""
+    return tokens.ends[span.token_start : span.token_end] - span.byte_start
+
+
+def chunk_counts(left: NDArray[np.int32], right: NDArray[np.int32]) -> tuple[int, int]:
+    """Chunks between byte ends both sides share, and how many hold exactly one token of each."""
+    shared = np.intersect1d(left, right)
+    tokens = [np.diff(np.searchsorted(ends, shared, side="right"), prepend=0) for ends in (left, right)]
+    return len(shared), int(((tokens[0] == 1) & (tokens[1] == 1)).sum())
 
 
 def plan_date(config: RowsConfig) -> str:

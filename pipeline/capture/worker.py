@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xtoken.pipeline.capture.audit import open_audit
-from xtoken.pipeline.capture.conversations import Chat, ChatPiece
+from xtoken.pipeline.capture.conversations import Chat, ChatPiece, chunk_counts
 from xtoken.pipeline.capture.plan import Plan, SliceReader, load_plan
 from xtoken.pipeline.capture.run_identity import codec_info, sees_bos, settle_teacher
 from xtoken.pipeline.capture.worker_threads import Audit, Piece, Prepared, Stages
@@ -165,7 +165,7 @@ class CaptureWorker:
         if self._chat is not None:
             made = self._chat.pieces(documents)
             left_out = [vars(one) for one in made.left_out]
-            counts = made.counts + Counter(documents=len(documents))
+            counts = self._chat.counts(made) + Counter(documents=len(documents))
             return Prepared(shard, made.pieces, *self._prompts(made.pieces), counts, left_out)
         pieces = all_windows(documents, self._tokenizer, self._config.codec.max_tokens)
         counts = Counter(documents=len(documents))
@@ -292,10 +292,3 @@ def _student_counts(student: TextTokenizer, teacher: TokenTable, pieces: Sequenc
 def _wide(encoded: Encoded, table: TokenTable) -> NDArray[np.int32]:
     """Byte ends of the tokens that have bytes."""
     return encoded.ends[table.lengths[encoded.ids] > 0]
-
-
-def chunk_counts(left: NDArray[np.int32], right: NDArray[np.int32]) -> tuple[int, int]:
-    """Chunks between byte ends both sides share, and how many hold exactly one token of each."""
-    shared = np.intersect1d(left, right)
-    tokens = [np.diff(np.searchsorted(ends, shared, side="right"), prepend=0) for ends in (left, right)]
-    return len(shared), int(((tokens[0] == 1) & (tokens[1] == 1)).sum())

@@ -439,7 +439,7 @@ class RowsConfig(Config):
         """See ``Config``: run.json of a capture, which knows neither its corpus nor where a student's tokenizer is."""
         if not {"tokenizer_hash", "teacher", "backend"} <= record.keys():
             return None
-        derived = ("schema_version", "tokenizer_hash", "step", "student_hash", "template_hash")
+        derived = ("schema_version", "tokenizer_hash", "step", "student_hash", "template_hash", "student_template_hash")
         settings = {name: value for name, value in record.items() if name not in derived and value is not None}
         bos = settings.get("bos")
         return settings | ({"bos": "always" if bos else "never"} if isinstance(bos, bool) else {})

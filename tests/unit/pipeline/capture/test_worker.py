@@ -6,11 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from xtoken.pipeline.capture.conversations import chunk_counts
 from xtoken.pipeline.capture.plan import settle_plan
 from xtoken.pipeline.capture.precompute import write_vocab
 from xtoken.pipeline.capture.run_identity import sees_bos
 from xtoken.pipeline.capture.token_codes import corpus_codes
-from xtoken.pipeline.capture.worker import CaptureJob, chunk_counts, length_batches
+from xtoken.pipeline.capture.worker import CaptureJob, length_batches
 from xtoken.pipeline.executors.protocol import Lease
 from xtoken.pipeline.store.codecs.topk import decode
 from xtoken.pipeline.store.files import Folder
