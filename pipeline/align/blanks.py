@@ -122,23 +122,36 @@ class Blanks:
         return Shifted(_with(rows, shifted), row_C, prefix_C, moved_C, moved_C & theirs_C)
 
     def _teacher_brings(self, batch: pa.RecordBatch, samples: Sequence[Joined]) -> NDArray[np.bool_]:
-        stops = np.cumsum(list_lengths(batch, "teacher_ids"))
-        ids = np.split(flat(batch, "teacher_ids"), stops[:-1])
-        ends = np.split(flat(batch, "teacher_end"), stops[:-1])
+        ids, ends = (_each(batch, name) for name in ("teacher_ids", "teacher_end"))
         return _of_chunks(
             [
-                _brings(self.teacher, ids[one.at], ends[one.at], one.chunks.teacher_end, batch["text"][one.at])
+                _brings(self.teacher, ids[one.at], ends[one.at], one.chunks.teacher_end, *_place(batch, ends, one))
                 for one in samples
             ]
         )
 
     def _student_brings(self, batch: pa.RecordBatch, samples: Sequence[Joined]) -> NDArray[np.bool_]:
+        ends = _each(batch, "teacher_end")
         return _of_chunks(
             [
-                _brings(self.student, one.encoded.ids, one.encoded.ends, one.chunks.student_end, batch["text"][one.at])
+                _brings(self.student, mine.ids, mine.ends, one.chunks.student_end, *_place(batch, ends, one))
                 for one in samples
+                for mine in [one.encoded]
             ]
         )
+
+
+def _each(batch: pa.RecordBatch, name: str) -> list[NDArray[np.int32]]:
+    """A list column, sample by sample."""
+    return np.split(flat(batch, name), np.cumsum(list_lengths(batch, name))[:-1])
+
+
+def _place(
+    batch: pa.RecordBatch, ends: Sequence[NDArray[np.int32]], sample: Joined
+) -> tuple[NDArray[np.int32], pa.Scalar]:
+    """The byte at which each chunk begins, which is where the teacher's token before it ends, and the text."""
+    first_C = np.concatenate([np.zeros(1, np.int32), sample.chunks.teacher_end])[:-1]
+    return np.concatenate([np.zeros(1, np.int32), ends[sample.at]])[first_C], batch["text"][sample.at]
 
 
 def _of_chunks(flags_N: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
@@ -150,14 +163,17 @@ def _brings(
     ids_T: NDArray[np.int32],
     end_T: NDArray[np.int32],
     chunk_end_C: NDArray[np.int32],
+    begin_C: NDArray[np.int32],
     text: pa.Scalar,
 ) -> NDArray[np.bool_]:
-    """Whether the first token of each chunk of a sample has a blank in front that the text lacks there, bool [C]."""
+    """Whether the first token of each chunk of a sample has a blank in front that the text lacks there, bool [C].
+
+    ``begin_C`` is the byte at which each chunk begins.
+    """
     first_C = np.concatenate([np.zeros(1, np.int32), chunk_end_C[:-1]])[: len(chunk_end_C)]
-    known_C = first_C < chunk_end_C  # a lead chunk may hold no token of a side
+    known_C = first_C < chunk_end_C  # a gap may hold no token of a side
     first_C = np.where(known_C, first_C, 0)
-    start_T = np.concatenate([np.zeros(1, np.int32), end_T[:-1]])
-    begin_C, stop_C = start_T[first_C], end_T[first_C]
+    stop_C = end_T[first_C]
     size_C = (table.offsets[1:] - table.offsets[:-1])[ids_T[first_C]]
     brings_C: NDArray[np.bool_] = known_C & (size_C == stop_C - begin_C + 1) & (stop_C > begin_C)
     data = text.as_py().encode() if brings_C.any() else b""

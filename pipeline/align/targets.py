@@ -119,7 +119,7 @@ def _confidence(source: Source) -> tuple[NDArray[np.float32], NDArray[np.float32
 def _counts(source: Source) -> Counter[str]:
     samples = source.samples
     return Counter(
-        chunks=sum(len(sample.chunks.student_end) - int(sample.chunks.lead) for sample in samples),
+        chunks=sum(sample.chunks.count for sample in samples),
         chunks_1_1=int(source.one_to_one.sum()),
         chunks_with_row=int((source.start_C >= 0).sum()),
         chunks_shifted=int(source.shifted.moved_C.sum()),
