@@ -113,7 +113,7 @@ def _least_step(targets: pa.RecordBatch, name: str, spared: NDArray[np.bool_] | 
 
 def _where(targets: pa.RecordBatch, name: str, chosen: NDArray[np.bool_]) -> pa.ListArray:
     """The chosen elements of a list column."""
-    kept = offsets_of(chosen)[offsets_of(list_lengths(targets, name))]
+    kept = offsets_of(chosen.astype(np.int64))[offsets_of(list_lengths(targets, name))]
     return pa.ListArray.from_arrays(pa.array(kept.astype(np.int32)), pa.array(flat(targets, name)[chosen]))
 
 

@@ -54,21 +54,22 @@ def target_batch(
 
 def _record_batch(values: Values, source: Source) -> pa.RecordBatch:
     """Values of all samples, one after the other, as lists of each sample's."""
-    schema = targets(source.recipe.losses)
+    schema = targets(source.recipe.losses, chat=source.chat)
+    columns = target_columns(source.recipe.losses, chat=source.chat)
     lengths = {
         "token": np.array([len(sample.encoded.ids) for sample in source.samples], np.int64),
         "chunk": chunks_per_sample(source.samples),
     }
     at = pa.array([sample.at for sample in source.samples], pa.int64())
     arrays: list[pa.Array] = [source.batch["sample_id"].take(at)]
-    for name, axis in target_columns(source.recipe.losses)[1:]:
+    for name, axis in columns[1:]:
         field = schema.field(name)
         if axis == "sample":
             arrays.append(pa.array(values[name], field.type))
             continue
         if axis not in lengths:
             # a count column stands before what it counts
-            per = next(column.axis for column in target_columns(source.recipe.losses) if column.name == axis)
+            per = next(column.axis for column in columns if column.name == axis)
             lengths[axis] = _sums(values[axis], lengths[per])
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[axis])]).astype(np.int32)
         assert len(values[name]) == offsets[-1], f"{name} has {len(values[name])} values, not {offsets[-1]}"
@@ -89,6 +90,7 @@ def _base(source: Source) -> Values:
     samples, start_C, end_C = source.samples, source.start_C, source.end_C
     empty = np.zeros(0, np.int32)
     entropy_N, top1_N = _confidence(source)
+    taught = [sample.learn for sample in samples if sample.learn is not None]
     return {
         "teacher_entropy": entropy_N,
         "teacher_top1": top1_N,
@@ -97,6 +99,7 @@ def _base(source: Source) -> Values:
         "chunk_student_end": np.concatenate([empty, *(sample.chunks.student_end for sample in samples)]),
         "chunk_teacher_end": np.concatenate([empty, *(sample.chunks.teacher_end for sample in samples)]),
         "teacher_logprob": realised(flat(source.batch, "realised_logprob").astype(np.float64), start_C, end_C),
+        **({"learn": np.concatenate([empty.astype(np.bool_), *taught])} if source.chat else {}),
     }
 
 
@@ -129,12 +132,15 @@ def _counts(source: Source) -> Counter[str]:
 
 
 def _precision(source: Source) -> dict[str, int]:
-    """Where either side's ends are not exact; nothing where the vocabularies are not at hand."""
+    """Where either side's ends are not exact; nothing where the vocabularies are not at hand. What a template writes
+    ends where it begins, so of conversations only samples are counted."""
     blanks, batch = source.maps.blanks, source.batch
     if blanks is None:
         return {}
     mine, theirs = blanks.student, blanks.teacher
     at_N = [sample.at for sample in source.samples]
+    if source.chat:
+        return {"teacher_snapped": sum(batch["snapped"][at].as_py() for at in at_N)}
     stops = np.cumsum(list_lengths(batch, "teacher_ids"))[:-1]
     ids, ends = (np.split(flat(batch, name), stops) for name in ("teacher_ids", "teacher_end"))
     return {

@@ -51,6 +51,11 @@ class Source:
     start_C: NDArray[np.int64]
     end_C: NDArray[np.int64]
 
+    @property
+    def chat(self) -> bool:
+        """Whether the samples are conversations."""
+        return "span_learn" in self.batch.schema.names
+
     @cached_property
     def shifted(self) -> Shifted:
         """The teacher's distributions, with those of chunks that one side begins with a blank of its own shifted."""

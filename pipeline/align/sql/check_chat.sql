@@ -12,7 +12,7 @@ chunk AS (
         coalesce(chunk_teacher_end[place - 1], 0) AS t_start,
         chunk_student_end[place] AS s_end,
         chunk_teacher_end[place] AS t_end,
-        len(list_filter(learn[s_start + 1:s_end], l -> NOT l)) + len(list_filter(taught[t_start + 1:t_end], l -> NOT l))
+        len(list_filter(learn[s_start + 1:s_end], lambda l: NOT l)) + len(list_filter(taught[t_start + 1:t_end], lambda l: NOT l))
             AS untaught,
         coalesce(teacher_end[t_end], 0) - coalesce(teacher_end[t_start], 0) AS bytes,
         len(student_ids) AS s_tokens,

@@ -47,7 +47,9 @@ def test_sql_cuts_the_same_spans(samples: list[tuple[list[int], list[int]]]) -> 
     expected = []
     for doc, (student, teacher) in enumerate(samples):
         chunks = cut(_ends(student), _ends(teacher), student_eos=False, teacher_eos=False)
-        spans = list(zip(_spans(chunks.student_end), _spans(chunks.teacher_end), strict=True))[int(chunks.gap[:1].sum()) :]
+        spans = list(zip(_spans(chunks.student_end), _spans(chunks.teacher_end), strict=True))[
+            int(chunks.gap[:1].sum()) :
+        ]
         expected += [(doc, *s, *t) for s, t in spans]
     assert _sql_cut(samples) == expected
 
