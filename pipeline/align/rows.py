@@ -4,7 +4,7 @@ Shapes: N samples, T teacher tokens, R teacher rows, C chunks, K kept entries, a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.align.chunks import Joined, gaps, offsets_of
 from xtoken.pipeline.align.kernels_rows import mean_rows, tempered
+from xtoken.pipeline.project.stops import StopPair
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codecs.base import Codec
 from xtoken.pipeline.store.columns import flat, list_lengths
@@ -132,6 +133,12 @@ class RowBatch:
         offset_N, token_N = (offsets_of(lengths) for lengths in (rows_N, list_lengths(batch, "teacher_ids")))
         return cls(rows, entropy_R, top1_R, realised_R, offset_N, token_N, np.append(row_of_token(batch), -1))
 
+    def folded(self, stops: StopPair | None) -> "RowBatch":
+        """The same with the mass of the teacher's eos on what ends an answer; entropy and top1 stay."""
+        if stops is None or stops.teacher_eos is None:
+            return self
+        return replace(self, rows=joined_tokens(self.rows, stops.teacher_eos, stops.teacher))
+
     def spans(self, samples: Sequence[Joined]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of each chunk's teacher tokens, start and end [C]; start -1 where the first token has no row."""
         empty = np.zeros(0, np.int64)
@@ -148,6 +155,23 @@ class RowBatch:
             end_C = sample.chunks.teacher_end + self.token_N[sample.at]
             found.append(np.where(end_C < self.token_N[sample.at + 1], self.row_T[end_C], -1))
         return np.concatenate(found)
+
+
+def joined_tokens(rows: Rows, token: int, to: int) -> Rows:
+    """Rows in which one token's mass is another's."""
+    from_K = np.flatnonzero(rows.ids == token)
+    if not len(from_K):
+        return rows
+    to_K = np.flatnonzero(rows.ids == to)
+    row_of, row_to = (np.searchsorted(rows.offsets, at, side="right") - 1 for at in (from_K, to_K))
+    _, both, there = np.intersect1d(row_of, row_to, return_indices=True)
+    ids, logprob, p = rows.ids.copy(), rows.logprob.copy(), rows.p.copy()
+    ids[from_K] = to
+    logprob[to_K[there]] = np.logaddexp(logprob[to_K[there]], logprob[from_K[both]])
+    p[to_K[there]] += p[from_K[both]]
+    kept = np.ones(len(ids), np.bool_)
+    kept[from_K[both]] = False
+    return Rows(offsets_of(kept.astype(np.int64))[rows.offsets], ids[kept], logprob[kept], rows.rest, p[kept])
 
 
 def merge_rows(

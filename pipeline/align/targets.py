@@ -40,7 +40,7 @@ def target_batch(
     Raises:
         VerificationError: lists of a sample do not fit each other.
     """
-    rows = RowBatch.of(batch, recipe)
+    rows = RowBatch.of(batch, recipe).folded(maps.stops)
     source = Source(batch, samples, maps, recipe, rows, *rows.spans(samples))
     values, counts = _base(source), _counts(source)
     known = {column.name for column in loss_columns(recipe.losses)}

@@ -18,7 +18,8 @@ from xtoken.pipeline.chats import ChatModel, Conversation, Refused, read_row
 from xtoken.pipeline.project import build_w
 from xtoken.schemas.chat import ChatInfo
 
-from ..chats.conftest import ALL, QUICK, Model, each, model  # noqa: F401
+from ..chats.conftest import ALL, QUICK, Model
+from ..chats.conftest import model as model  # the fixture
 
 LOSSES = ["p-kl", "h-kl", "gold", "uld", "strict", "alm"]
 RECIPE = Recipe(LOSSES, "first", 1.0, CODEC)
@@ -40,8 +41,8 @@ def written(teacher: ChatModel) -> dict[str, Conversation]:
     return found
 
 
-def student_of(model: ChatModel) -> ChatStudent:
-    return ChatStudent(model, ChatInfo(template="0" * 64, date="2026-07-04", learn=[*LEARN]))
+def student_of(chat: ChatModel) -> ChatStudent:
+    return ChatStudent(chat, ChatInfo(template="0" * 64, date="2026-07-04", learn=[*LEARN]))
 
 
 def spans(sample: Joined) -> list[tuple[tuple[int, int], tuple[int, int], bool]]:
@@ -106,7 +107,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_every_pair(model: Model, first: str, second: str) -> None:  # noqa: F811
+def test_every_pair(model: Model, first: str, second: str) -> None:
     """Chunks are those of the definition, partition both sides, and spell the messages; the stored rules hold."""
     teacher, student = model(first), model(second)
     batch = chat_batch(teacher, written(teacher))
