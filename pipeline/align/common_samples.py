@@ -10,12 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from xtoken.pipeline.align.conversations import COLUMNS, stored_conversation
 from xtoken.pipeline.align.plain_columns import peek
 from xtoken.pipeline.align.queries import query
+from xtoken.pipeline.chats import to_json
 from xtoken.pipeline.store.files import StopRun
 from xtoken.schemas.errors import Unreachable, XtokenError
 from xtoken.schemas.manifest import CaptureManifest
-from xtoken.schemas.tables import CAPTURE, SPAN_COLUMNS
+from xtoken.schemas.tables import CAPTURE
 from xtoken.schemas.ui.progress import Progress
 
 CLASSES = ("in_all", "in_some", "in_one", "other_bytes")
@@ -35,7 +37,7 @@ class _Reading:
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Record batches of ``_COLUMNS``."""
         chat = self.manifest.chat is not None
-        columns = [*_COLUMNS, "messages", *SPAN_COLUMNS] if chat else _COLUMNS
+        columns = list(dict.fromkeys([*_COLUMNS, *COLUMNS])) if chat else _COLUMNS
         for part in self.manifest.parts:
             try:
                 for batch in peek(self.root, self.manifest, part, columns):
@@ -48,16 +50,10 @@ class _Reading:
 
 
 def _written(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Conversations with what decides the student's tokens in the place of their text: the messages, and the contents
-    as the template writes them. Calls, which each family spells in its own way, are left out."""
+    """Conversations with what is rendered for the student in the place of their text."""
     rows = []
     for row in batch.to_pylist():
-        data, start, contents = (row["text"] or "").encode(), 0, []
-        for kind, end in zip(row["span_kind"], row["span_byte_end"], strict=True):
-            if kind != "call":
-                contents.append(f"{kind} {data[start:end]!r}")
-            start = end
-        text = None if row["text"] is None else "\n".join([row["messages"], *contents])
+        text = None if row["text"] is None else to_json(stored_conversation(row)[0])
         size = row["teacher_end"][-1] if text is None else len(text)
         rows.append({"sample_id": row["sample_id"], "text": text, "teacher_end": [size], "complete": row["complete"]})
     return pa.RecordBatch.from_pylist(rows, pa.schema([CAPTURE.field(name) for name in _COLUMNS]))

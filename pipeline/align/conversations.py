@@ -22,6 +22,7 @@ from xtoken.pipeline.align.kernels import boundaries_batch
 from xtoken.pipeline.chats import (
     ChatModel,
     ChatTokens,
+    Conversation,
     Match,
     Pairing,
     Refused,
@@ -68,6 +69,25 @@ class Reading:
         """Those of them that the student's rendering has not, or not at their place."""
         lost = dict(self.pairing.lost)
         return sum(span.byte_end - span.byte_start for span in self.stored.spans if span.learn and span.key in lost)
+
+
+def stored_conversation(row: dict[str, Any]) -> tuple[Conversation, Stored]:
+    """A sample's conversation with its contents as the teacher's template writes them, and the sample.
+
+    Args:
+        row: its ``COLUMNS``.
+
+    Raises:
+        VerificationError: what is stored is no conversation.
+    """
+    try:
+        stored = Stored(row["text"], spans_of({name: row[name] for name in SPAN_COLUMNS}))
+        return as_written(from_json(row["messages"]), stored), stored
+    except (Refused, ValueError, KeyError, TypeError) as error:
+        raise VerificationError(
+            f"sample {row['sample_id']!r}: its messages and spans are no conversation ({error}); 'xtoken verify' on "
+            "the capture lists what is damaged"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -121,14 +141,7 @@ class ChatStudent:
         Raises:
             VerificationError: what is stored of it is no conversation.
         """
-        try:
-            stored = Stored(row["text"], spans_of({name: row[name] for name in SPAN_COLUMNS}))
-            conversation = as_written(from_json(row["messages"]), stored)
-        except (Refused, ValueError, KeyError, TypeError) as error:
-            raise VerificationError(
-                f"sample {row['sample_id']!r}: its messages and spans are no conversation ({error}); 'xtoken verify' "
-                "on the capture lists what is damaged"
-            ) from error
+        conversation, stored = stored_conversation(row)
         try:
             tokens = self.model.encode(conversation, self.info.learn)
         except Refused as refused:

@@ -44,10 +44,13 @@ def run_settings(
     }
     if revisions := [f"{loss.name}-{loss.revision}" for loss in builders(config.losses) if loss.revision]:
         settings["revisions"] = revisions
-    if chat is not None:
+    others = identity(config)
+    if chat is None:  # texts go through no template: nothing is recorded of one
+        del others["template_arg"]
+    else:
         settings["template"] = chat.template
         settings["stops"] = None if stops is None else [stops.student, stops.teacher, stops.teacher_eos]
-    return settings | {name: value for name, value in identity(config).items() if name not in settings}
+    return settings | {name: value for name, value in others.items() if name not in settings}
 
 
 def claim(root: str, settings: dict[str, Any], model: type[AlignConfig] = AlignConfig) -> None:

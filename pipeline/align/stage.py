@@ -161,7 +161,8 @@ class AlignWorker(OneByOne):
             _refuse_foreign_ids(batch, [*open_codec(self.job.codec).id_columns, "teacher_ids"], self.maps.teacher_size)
             samples, counts = self._joined(batch)
             built, figures = target_batch(batch, samples, self.maps, self.recipe)
-            written.add(batch, built, figures + counts, summary_batch(batch, samples, built, self.job.config.losses))
+            figures.update(counts)
+            written.add(batch, built, figures, summary_batch(batch, samples, built, self.job.config.losses))
             yield self.form.stored_batch(built)
 
     def _joined(self, batch: pa.RecordBatch) -> tuple[list[Joined], Counter[str]]:

@@ -1,25 +1,35 @@
 """Conversations of real families through align: chunks against their definition, and what holds of every pair."""
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise, permutations
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from chat_batches import CODEC, LEARN, chat_batch
+from hypothesis import given, settings
 from talks import TALKS
 
 from xtoken.pipeline.align.checks import Rules, summary_batch
-from xtoken.pipeline.align.chunks import Joined
+from xtoken.pipeline.align.chunks import Chunks, Joined
 from xtoken.pipeline.align.conversations import ChatStudent, Reading, conversation_counts, join_conversations
+from xtoken.pipeline.align.encoding import Refusal
 from xtoken.pipeline.align.maps import Maps
+from xtoken.pipeline.align.prefix import longest_tokens
 from xtoken.pipeline.align.rows import Recipe, RowBatch
 from xtoken.pipeline.align.targets import target_batch
 from xtoken.pipeline.chats import ChatModel, Conversation, Refused, read_row
 from xtoken.pipeline.project import build_w
 from xtoken.schemas.chat import ChatInfo
+from xtoken.schemas.errors import VerificationError
 
 from ..chats.conftest import ALL, QUICK, Model
 from ..chats.conftest import model as model  # the fixture
+from ..chats.test_random import talks
+from ..chats.test_spans import small
 
 LOSSES = ["p-kl", "h-kl", "gold", "uld", "strict", "alm"]
 RECIPE = Recipe(LOSSES, "first", 1.0, CODEC)
@@ -154,3 +164,175 @@ def stops(reading: Any) -> int | None:
     if not isinstance(reading, Reading):
         return None
     return sum(match.taught and match.teacher.kind == "stop" for match in reading.pairing.matches)
+
+
+def test_a_small_one_by_hand() -> None:
+    """Bytes on both sides; the first chunk of the answer begins behind all that the templates wrote."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ab"}]
+    conversation = read_row({"messages": messages}, "messages")
+    teacher = small("{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}$")
+    student = small("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    batch = chat_batch(teacher, {"a": conversation})
+    readings, (sample,), targets, rules = aligned(batch, teacher, student)
+    # <u>Hi<a> a b $ against [Hi][ a b ]
+    assert spans(sample) == [
+        ((0, 5), (0, 8), True),
+        ((5, 6), (8, 9), False),
+        ((6, 7), (9, 10), False),
+        ((7, 8), (10, 11), True),
+    ]
+    (row,) = targets.to_pylist()
+    assert bytes(row["student_ids"]) == b"[Hi][ab]"
+    assert row["student_end"] == [0, 1, 2, 2, 2, 3, 4, 4]
+    assert row["learn"] == [False] * 5 + [True] * 2 + [False]
+    assert [math.isnan(value) for value in row["teacher_logprob"]] == [True, False, False, True]
+    assert [count > 0 for count in row["pkl_count"]] == [False, True, True, False]
+    # the first row is the teacher's for "a", whose probability is one of its entries
+    first = dict(zip(row["pkl_ids"][: row["pkl_count"][1]], row["pkl_logprob"], strict=False))
+    assert first[ord("a")] == pytest.approx(row["teacher_logprob"][1], abs=0.03)
+    assert list(rules.broken(summary_batch(batch, [sample], targets, LOSSES))) == []
+    assert dict(conversation_counts(readings, [sample])) == {
+        "chat_ce_only_tokens": 0,
+        "chat_chunk_bytes": 2,
+        "chat_learn_tokens": 2,
+        "chat_taught_bytes": 2,
+        "chat_tokens_differ": 0,
+    }
+
+
+def test_what_the_student_cannot_have_is_lost_and_its_own_text_is_learned_from_alone(model: Model) -> None:
+    """SmolLM2's template leaves Qwen3's calls out; it keeps line ends that Qwen3 would have stripped."""
+    teacher, student = model("qwen3"), model("smollm2")
+    batch = chat_batch(teacher, {"calls": talk("calls")})
+    readings, samples, targets, _ = aligned(batch, teacher, student)
+    counts = conversation_counts(readings, samples)
+    assert (counts["chat_lost_call_absent"], counts["chat_lost_stop_not_taught"]) == (2, 1)
+    assert counts["chat_chunk_bytes"] == len("It rains.")
+    assert counts["chat_ce_only_tokens"] == 0
+    back = chat_batch(student, {"blanks": talk("blanks")})
+    readings, samples, targets, _ = aligned(back, student, teacher)
+    counts = conversation_counts(readings, samples)
+    assert (counts["chat_lost_assistant_other_bytes"], counts["chat_alone_assistant"]) == (1, 1)
+    # all but its stop
+    learned = sum(targets["learn"][0].as_py())
+    assert (counts["chat_learn_tokens"], counts["chat_ce_only_tokens"]) == (learned, learned - 1)
+
+
+def test_who_refuses_is_named_by_reason(model: Model) -> None:
+    refusing = small("{% for m in messages %}[{{ m.content }}]{% endfor %}{{ raise_exception('no') }}")
+    batch = chat_batch(model("smollm2"), {"plain": talk("plain")})
+    (found,) = student_of(refusing).read(batch)
+    assert isinstance(found, Refusal)
+    assert found.reason == "the chat template refuses it"
+    assert join_conversations(batch, [found]) == []
+
+
+def test_what_is_no_conversation_is_damage(model: Model) -> None:
+    batch = chat_batch(model("smollm2"), {"plain": talk("plain")})
+    at = batch.schema.get_field_index("messages")
+    damaged = batch.set_column(at, batch.schema.field(at), pa.array(["[]"]))
+    with pytest.raises(VerificationError, match="'plain': its messages and spans are no conversation"):
+        student_of(model("smollm2")).read(damaged)
+
+
+@pytest.fixture(scope="module")
+def checked(model: Model) -> tuple[pa.RecordBatch, list[Joined], pa.RecordBatch, Rules]:
+    teacher, student = model("qwen3"), model("smollm2")
+    batch = chat_batch(teacher, written(teacher))
+    _, samples, targets, rules = aligned(batch, teacher, student)
+    return batch, samples, targets, rules
+
+
+def flipped(values: list[bool]) -> list[bool]:
+    return [not value for value in values]
+
+
+BREACHES: dict[str, tuple[str, Callable[[list[Any]], list[Any]], str]] = {
+    "untaught": ("learn", flipped, "a chunk with a target has a token that is not taught"),
+    "length": ("learn", lambda learn: learn[:-1], "learn has another length than its tokens"),
+    "target": ("teacher_logprob", lambda _: [-1.0] * len(_), "a chunk with a target has a token that is not taught"),
+    "no target": (
+        "teacher_logprob",
+        lambda _: [math.nan] * len(_),
+        "taught bytes that both sides have are in no chunk",
+    ),
+    "entries": ("pkl_count", lambda counts: [1] * len(counts), "a gap has entries of a target"),
+    "student's rest": ("chunk_student_end", lambda ends: [*ends[:-1], ends[-1] - 1], "chunks do not cover all tokens"),
+    "teacher's rest": ("chunk_teacher_end", lambda ends: [*ends[:-1], ends[-1] - 1], "chunks do not cover all tokens"),
+}
+
+
+@pytest.mark.parametrize("breach", BREACHES)
+def test_every_rule_of_conversations_is_checked(checked: Any, breach: str) -> None:
+    batch, samples, targets, rules = checked
+    name, change, rule = BREACHES[breach]
+    values = targets[name].to_pylist()
+    values[0] = change(values[0])
+    at = targets.schema.get_field_index(name)
+    field = targets.schema.field(at)
+    broken = targets.set_column(at, field, pa.array(values, field.type))
+    alone = Rules(rules.maps, replace(RECIPE, losses=["p-kl"]))
+    found = alone.broken(summary_batch(batch, samples, broken, ["p-kl"]))
+    sample_id = targets["sample_id"][0].as_py()
+    assert any(rule in said for name, said in found if name == sample_id)
+
+
+def test_an_empty_gap_is_found(checked: Any) -> None:
+    batch, samples, targets, rules = checked
+    chunks = samples[0].chunks
+    columns = [chunks.student_end, chunks.teacher_end, chunks.gap]
+    more = replace(samples[0], chunks=Chunks(*(np.append(column, column[-1]) for column in columns)))
+    assert more.chunks.gap[-1]
+    found, _ = target_batch(batch, [more, *samples[1:]], rules.maps, rules.recipe)
+    broken = list(rules.broken(summary_batch(batch, [more, *samples[1:]], found, LOSSES)))
+    assert broken == [(targets["sample_id"][0].as_py(), "a gap has no tokens")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("smollm2", "qwen3"), ("qwen3", "phi3-medium"), ("phi3-medium", "smollm2")]
+    + [pytest.param(*two, marks=pytest.mark.thorough) for two in (("deepseek_v3", "gemma3"), ("llama3_1", "qwen3"))],
+)
+def test_any_conversation(model: Model, first: str, second: str) -> None:
+    teacher, student = model(first), model(second)
+    tables = student.tokenizer.table, teacher.tokenizer.table
+    maps = Maps.of(build_w(*tables), "prefix", *tables)
+    rules = Rules(maps, RECIPE)
+    seen = 0
+
+    @settings(max_examples=25)
+    @given(talks)
+    def run(messages: list[dict[str, Any]]) -> None:
+        nonlocal seen
+        try:
+            batch = chat_batch(teacher, {"a": read_row({"messages": messages}, "messages")})
+        except Refused:
+            return
+        readings = student_of(student).read(batch)
+        samples = join_conversations(batch, readings)
+        targets, _ = target_batch(batch, samples, maps, RECIPE)
+        assert list(rules.broken(summary_batch(batch, samples, targets, LOSSES))) == []
+        for sample in samples:
+            seen += 1
+            reading = readings[sample.at]
+            assert isinstance(reading, Reading)
+            assert spans(sample) == reference(reading, batch["teacher_end"][sample.at].as_py())
+
+    run()
+    assert seen > 5
+
+
+def test_byte_prefix_has_no_target_in_gaps(model: Model) -> None:
+    """A group of teacher tokens that an answer's last token begins to spell would stand at the template's next one."""
+    teacher, student = model("phi3-medium"), model("smollm2")
+    tables = student.tokenizer.table, teacher.tokenizer.table
+    maps = Maps.of(build_w(*tables), "prefix", *tables, phi_B=longest_tokens(tables[1], tables[0]))
+    recipe = Recipe(["byte-prefix"], "first", 1.0, CODEC)
+    batch = chat_batch(teacher, written(teacher))
+    samples = join_conversations(batch, student_of(student).read(batch))
+    targets, _ = target_batch(batch, samples, maps, recipe)
+    assert list(Rules(maps, recipe).broken(summary_batch(batch, samples, targets, ["byte-prefix"]))) == []
+    counts = targets["prefix_count"].flatten().to_numpy()
+    learn = targets["learn"].flatten().to_numpy(zero_copy_only=False)
+    assert (counts > 0).sum() > 20
+    assert not (counts[~learn] > 0).any()
