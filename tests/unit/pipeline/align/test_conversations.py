@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,12 @@ from xtoken.pipeline.align.rows import Recipe, RowBatch
 from xtoken.pipeline.align.targets import target_batch
 from xtoken.pipeline.chats import ChatModel, Conversation, Refused, read_row
 from xtoken.pipeline.project import build_w
+from xtoken.pipeline.store.verify import TargetCheck
+from xtoken.pipeline.store.writer import write_parquet
 from xtoken.schemas.chat import ChatInfo
 from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.tables import CHAT_TARGETS
+from xtoken.schemas.target_form import TargetForm
 
 from ..chats.conftest import ALL, QUICK, Model
 from ..chats.conftest import model as model  # the fixture
@@ -336,3 +341,44 @@ def test_byte_prefix_has_no_target_in_gaps(model: Model) -> None:
     learn = targets["learn"].flatten().to_numpy(zero_copy_only=False)
     assert (counts > 0).sum() > 20
     assert not (counts[~learn] > 0).any()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "label"), [("phi3-medium", "smollm2", b"Hello"), ("smollm2", "phi3-medium", b" Hello")]
+)
+def test_a_blank_in_front_of_an_answer_shifts_its_first_row(
+    model: Model, first: str, second: str, label: bytes
+) -> None:
+    """Llama-2's tokenizer puts one behind each marker. Targets of p-kl are tokens of the teacher's, shifted."""
+    teacher, student = model(first), model(second)
+    batch = chat_batch(teacher, {"system": talk("system")})
+    _, samples, targets, rules = aligned(batch, teacher, student)
+    _, counts = target_batch(batch, samples, rules.maps, RECIPE)
+    assert counts["chunks_shifted"] == 1
+    (row,) = targets.to_pylist()
+    size = next(count for count in row["pkl_count"] if count)
+    assert teacher.tokenizer.table.by_bytes()[label] in row["pkl_ids"][:size]
+
+
+def test_verify_reads_chunks_of_conversations(checked: Any, tmp_path: Path) -> None:
+    """Parts as they are written, and parts that say otherwise."""
+    _, _, targets, rules = checked
+    form = TargetForm(["ce"], CHAT_TARGETS, rules.recipe.step)
+    found = targets.select(form.schema.names).cast(form.schema)
+    path = str(tmp_path / "part.parquet")
+    write_parquet(path, form.schema, [form.stored_batch(found)])
+    figures = TargetCheck(form)(path)
+    assert figures.rows == (~np.isnan(targets["teacher_logprob"].flatten().to_numpy())).sum()
+    assert figures.tokens == len(targets["student_ids"].flatten())
+    for name, change, rule in (
+        ("learn", flipped, "a chunk with a target has a token that is not taught"),
+        ("chunk_student_end", lambda ends: [*ends[:-1], ends[-1] - 1], "chunks do not cover all tokens"),
+        ("chunk_student_end", lambda ends: [ends[1], ends[0], *ends[2:]], "chunk_student_end decreases"),
+    ):
+        values = found[name].to_pylist()
+        values[0] = change(values[0])
+        at = found.schema.get_field_index(name)
+        column = pa.array(values, found.schema.field(at).type)
+        write_parquet(path, form.schema, [found.set_column(at, found.schema.field(at), column)])
+        with pytest.raises(VerificationError, match=rule):
+            TargetCheck(form)(path)
