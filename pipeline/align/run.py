@@ -110,7 +110,8 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
         refuse_unshared(root)
     capture = read_manifest(config.captures[0], CaptureManifest)
     tokenizer = load_tokenizer(config.student)
-    refuse_long_prefix(tokenizer)  # as train would, when the targets are there
+    if capture.chat is None:
+        refuse_long_prefix(tokenizer)  # as train would, when the targets are there
     student = tokenizer.table
     refuse_narrow_student(config, student)
     refuse_losses(config, student.info, capture)
