@@ -52,6 +52,9 @@ _TAIL = [
     _field("snapped", pa.bool_(), "some ends were moved up to a safe byte"),
 ]
 # Of captures of conversations.
+MESSAGES = _field(
+    "messages", pa.string(), "the conversation as JSON, with its tools; null with --no-text", nullable=True
+)
 _SPANS = [
     _field(
         "span_kind",
@@ -63,9 +66,9 @@ _SPANS = [
     _field("span_message", _list(pa.int32()), "[G] index in messages; -1: of the template"),
     _field("span_part", _list(pa.int32()), "[G] index of the tool call; of a marker 0 opens, 1 closes; else 0"),
     _field("span_learn", _list(pa.bool_()), "[G] its tokens are taught: they alone have rows"),
-    _field("messages", pa.string(), "the conversation as JSON, with its tools; null with --no-text", nullable=True),
+    MESSAGES,
 ]
-SPAN_COLUMNS = tuple(field.name for field in _SPANS if field.name != "messages")
+SPAN_COLUMNS = tuple(field.name for field in _SPANS if field is not MESSAGES)
 # What a subset may leave out: columns, and the codec's own ("rows") all together. Readers see null, or rows without
 # entries.
 OPTIONAL = ("text", "rows", "space_logprob")

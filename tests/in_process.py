@@ -1,8 +1,10 @@
-"""An executor without processes, for align in tests and benchmarks."""
+"""Executors without processes, for tests and benchmarks: of align, and of captures."""
 
+import os
 from collections.abc import Sequence
+from unittest import mock
 
-from xtoken.pipeline.executors.protocol import Job, Watch
+from xtoken.pipeline.executors.protocol import Event, Job, Lease, Message, Watch
 
 
 class InThisProcess:
@@ -13,4 +15,21 @@ class InThisProcess:
         worker = job.open()
         for shard in shards:
             worker.run(shard, 1)
+        return {}
+
+
+class InProcess:
+    """An executor without processes: starting one takes longer than a small capture."""
+
+    def run(self, job: Job, shards: Sequence[int], watch: Watch) -> dict[int, str]:
+        """See ``Executor``."""
+
+        def receive(message: Message) -> None:
+            if message.error is not None:
+                raise message.error
+            if message.kind == "part":
+                watch.see(Event("part", shard=message.shard, part=message.part))
+
+        with mock.patch.dict(os.environ):  # a worker chooses the GPUs of its process
+            job.open().serve((Lease(shard) for shard in shards), receive)
         return {}

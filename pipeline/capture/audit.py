@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from xtoken.pipeline.capture.differences import differences
-from xtoken.pipeline.capture.plan import load_plan
+from xtoken.pipeline.capture.plan import Plan, load_plan
 from xtoken.pipeline.capture.run_identity import codec_info, read_small, read_teacher
 from xtoken.pipeline.capture.worker_threads import Audit
 from xtoken.pipeline.store.codecs import open_codec
@@ -31,12 +31,13 @@ from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import AUDITS, read_commit
 from xtoken.pipeline.store.reader import ids_of_codes, iter_parquet, local_part, stored_columns
 from xtoken.pipeline.teachers import open_teacher
-from xtoken.pipeline.teachers.base import Teacher, TeacherRows
+from xtoken.pipeline.teachers.base import Teacher, TeacherRows, chosen_rows
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable
 from xtoken.schemas.configs.capture import CodecGroup, PrecomputeConfig, RunGroup, TeacherGroup
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.remote import named_errors, patiently
 from xtoken.schemas.manifest import MOST_AUDITS, AuditRecord, Part, TeacherInfo
+from xtoken.schemas.spans import CHAT_ROW_COLUMNS, ROW_COLUMNS, tokens_with_row
 
 _NAME = re.compile(r"part-\d{5,}\.json")
 _RECORD_BYTES = 1 << 16
@@ -267,7 +268,7 @@ class _Audit:
         if [len(rows.target_logprob) for rows in others] != [len(ids) - 1 for ids in prompts]:
             wrong = _not_of(self.folder.root, self.info.model, against)
             raise XtokenError(f"{wrong}: it gave other numbers of rows. {_WAY_OUT}")
-        figures = differences(stored, codec_info(self.codec), others)
+        figures = differences(stored, codec_info(self.codec), self._stored_ones(stored, others))
         record = AuditRecord(
             method="hf" if self.run.audit == "hf" else "path",
             against=against,
@@ -278,6 +279,13 @@ class _Audit:
         )
         self._reached(partial(self._keep, shard, record))
         _refuse_other_rows(record, self.folder.root, self.info.model)
+
+    def _stored_ones(self, stored: pa.RecordBatch, others: Sequence[TeacherRows]) -> list[TeacherRows]:
+        """Of rows for every token of each prompt but its first, those that are stored."""
+        has_T, shown = tokens_with_row(stored), len(self.context)
+        stops_N = np.cumsum(list_lengths(stored, "teacher_ids"))
+        positions = [np.flatnonzero(one) + shown - 1 for one in np.split(has_T, stops_N[:-1])]
+        return [chosen_rows(rows, at) for rows, at in zip(others, positions, strict=True)]
 
     def _keep(self, shard: int, record: AuditRecord) -> None:
         self.folder.make(AUDITS)
@@ -291,10 +299,12 @@ class _Audit:
         """Whole samples of a part, drawn at random until they have the wanted rows; as a reader sees them."""
         codes = ids_of_codes(self.folder.root)
         columns = open_codec(codec_info(self.codec)).whole_columns
-        names = list(dict.fromkeys(["sample_id", "teacher_ids", "first_row", *columns, _ROW_LENGTH]))
+        plan = self._plan()
+        spans = CHAT_ROW_COLUMNS if plan.form != "text" else ()
+        names = list(dict.fromkeys(["sample_id", *ROW_COLUMNS, *spans, *columns, _ROW_LENGTH]))
         with local_part(self.folder, part.index, part) as path:
             rows_N = np.concatenate([list_lengths(batch, _ROW_LENGTH) for batch in iter_parquet(path, [_ROW_LENGTH])])
-            chosen = self._chosen(rows_N, part.index)
+            chosen = self._chosen(plan, rows_N, part.index)
             kept, start = [], 0
             for batch in iter_parquet(path, stored_columns(names, codes)):
                 here = chosen[(chosen >= start) & (chosen < start + batch.num_rows)] - start
@@ -303,10 +313,13 @@ class _Audit:
                 start += batch.num_rows
         return pa.Table.from_batches(kept).combine_chunks().to_batches()[0]
 
-    def _chosen(self, rows_N: NDArray[np.int64], shard: int) -> NDArray[np.int64]:
-        """Numbers of samples with at least the wanted rows together, ascending; they follow from plan and shard."""
+    def _plan(self) -> Plan:
         plan = load_plan(self.folder)
         assert plan is not None, "a shard was committed, so there is a plan"
+        return plan
+
+    def _chosen(self, plan: Plan, rows_N: NDArray[np.int64], shard: int) -> NDArray[np.int64]:
+        """Numbers of samples with at least the wanted rows together, ascending; they follow from plan and shard."""
         seed = int.from_bytes(sha256(f"{plan.hash}:{shard}".encode()).digest()[:8], "little")
         order_N = np.random.default_rng(seed).permutation(np.flatnonzero(rows_N > 0))
         enough = int(np.searchsorted(np.cumsum(rows_N[order_N]), self.run.audit_rows)) + 1

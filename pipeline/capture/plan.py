@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from xtoken.pipeline.capture.rendered_chat import Look
 from xtoken.pipeline.capture.run_identity import another_run
@@ -19,7 +19,7 @@ from xtoken.pipeline.corpus import Corpus, Document, Listing
 from xtoken.pipeline.corpus.corpus import Bad
 from xtoken.pipeline.store.files import Folder, StopRun
 from xtoken.pipeline.store.skip_records import BAD_FILE, write_records
-from xtoken.schemas.configs.capture import CorpusConfig
+from xtoken.schemas.configs.capture import CorpusConfig, CorpusForm
 from xtoken.schemas.errors import Unreachable, VerificationError, XtokenError
 from xtoken.schemas.manifest import CorpusInfo, digest
 from xtoken.schemas.ui.progress import Progress
@@ -27,6 +27,7 @@ from xtoken.schemas.ui.progress import Progress
 PLAN_FILE = "plan.json"
 # What decides which documents there are, in which order and under which ids.
 _OPTIONS = ("text_field", "id_field", "limit", "on_bad")
+_NO_FORM = ("text", "auto")
 _SPLIT = CorpusConfig.model_fields["split"].default
 
 
@@ -43,13 +44,25 @@ class Shard(BaseModel):
 
 
 class Plan(BaseModel):
-    """All shards of one corpus, and the files they came from as (name, bytes)."""
+    """All shards of one corpus, and the files they came from as (name, bytes).
+
+    ``date`` is that of conversations: what every run of the plan tells chat templates.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     corpus: CorpusInfo
     files: list[tuple[str, int]]
     shard_bytes: int
     shards: list[Shard]
+    date: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # plans of text stay what older releases read
+        data: dict[str, Any] = handler(self)
+        if self.date is None:
+            del data["date"]
+        return data
 
     @property
     def names(self) -> list[str]:
@@ -57,9 +70,16 @@ class Plan(BaseModel):
         return [name for name, _ in self.files]
 
     @property
+    def form(self) -> CorpusForm:
+        """What the corpus holds."""
+        found: CorpusForm = self.corpus.options.get("form", "text")
+        return found
+
+    @property
     def hash(self) -> str:
         """Identity of the plan; where the corpus lies plays no part."""
-        return digest([self.corpus.hash, self.corpus.options, [shard.model_dump() for shard in self.shards]])
+        date = [] if self.date is None else [self.date]
+        return digest([self.corpus.hash, self.corpus.options, [shard.model_dump() for shard in self.shards], *date])
 
 
 class _Hasher:
@@ -71,14 +91,13 @@ class _Hasher:
         self.text_bytes = 0
 
     def add(self, document: Document) -> int:
-        """Add one document; returns its text's bytes."""
-        text = document.text.encode()
-        for part in (document.id.encode(), text):
+        """Add one document; returns its bytes."""
+        for part in (document.id.encode(), document.text.encode()):
             self._sha256.update(len(part).to_bytes(8, "little"))
             self._sha256.update(part)
         self.documents += 1
-        self.text_bytes += len(text)
-        return len(text)
+        self.text_bytes += document.text_bytes
+        return document.text_bytes
 
     def hexdigest(self) -> str:
         return self._sha256.hexdigest()
@@ -90,6 +109,7 @@ def make_plan(
     progress: Progress,
     look: Look | None = None,
     note: Callable[[Bad], None] | None = None,
+    date: str | None = None,
 ) -> Plan:
     """Read the corpus once and cut it into shards that close at ``shard_bytes`` of text.
 
@@ -99,6 +119,7 @@ def make_plan(
         progress: shows the bytes of text read.
         look: shown every document.
         note: given every bad one under ``--on-bad skip``.
+        date: of a corpus of conversations, for ``Plan.date``.
 
     Raises:
         XtokenError: the corpus is missing, empty, has a bad document under ``--on-bad stop``, or looks rendered.
@@ -122,15 +143,16 @@ def make_plan(
         documents=whole.documents,
         text_bytes=whole.text_bytes,
         bad=dict(sorted((corpus.bad + Counter(look.counts if look is not None else {})).items())),
-        options=_options(config),
+        options=_options(config.model_copy(update={"form": corpus.form or "text"})),
     )
-    return Plan(corpus=info, files=files, shard_bytes=shard_bytes, shards=shards)
+    return Plan(corpus=info, files=files, shard_bytes=shard_bytes, shards=shards, date=date)
 
 
 def _options(config: CorpusConfig) -> dict[str, Any]:
     """Options as plans record them: one that came later is there only where it says something."""
     late = {} if config.split == _SPLIT else {"split": config.split}
-    return {name: getattr(config, name) for name in _OPTIONS} | late
+    form = {} if config.form in _NO_FORM else {"form": config.form}
+    return {name: getattr(config, name) for name in _OPTIONS} | late | form
 
 
 def _cut(documents: Iterator[Document], shard_bytes: int, whole: _Hasher) -> Iterator[Shard]:
@@ -177,7 +199,12 @@ def load_plan(folder: Folder) -> Plan | None:
 
 
 def settle_plan(
-    folder: Folder, config: CorpusConfig, shard_bytes: int, progress: Progress, look: Look | None = None
+    folder: Folder,
+    config: CorpusConfig,
+    shard_bytes: int,
+    progress: Progress,
+    look: Look | None = None,
+    date: str | None = None,
 ) -> Plan:
     """The folder's plan, made and written on the first run, checked against the options on later ones.
 
@@ -187,11 +214,12 @@ def settle_plan(
     plan = load_plan(folder)
     if plan is None:
         bad: list[Bad] = []
-        plan = make_plan(config, shard_bytes, progress, look, bad.append)
+        plan = make_plan(config, shard_bytes, progress, look, bad.append, date)
         # before the plan, with which the corpus is not read for this again
         write_records(folder, BAD_FILE, (one._asdict() for one in bad))
-        folder.create(PLAN_FILE, plan.model_dump_json(indent=1).encode() + b"\n")
-        return plan
+        if folder.create(PLAN_FILE, plan.model_dump_json(indent=1).encode() + b"\n"):
+            return plan
+        plan = load_plan(folder) or plan  # another cell was first, perhaps on the day before
     _check_options(folder, plan, config, shard_bytes)
     return plan
 
@@ -214,8 +242,10 @@ def check_files(root: str, plan: Plan, config: CorpusConfig) -> Listing:
 
 
 def _check_options(folder: Folder, plan: Plan, config: CorpusConfig, shard_bytes: int) -> None:
-    asked = {**_options(config), "split": config.split, "shard_bytes": shard_bytes}
-    had = {"split": _SPLIT, **plan.corpus.options, "shard_bytes": plan.shard_bytes}
+    asked = {**_options(config), "split": config.split, "form": config.form, "shard_bytes": shard_bytes}
+    had = {"split": _SPLIT, "form": "text", **plan.corpus.options, "shard_bytes": plan.shard_bytes}
+    if config.form == "auto":
+        del asked["form"]
     differ = [f"{name}: {had.get(name)!r} there, {asked[name]!r} now" for name in asked if had.get(name) != asked[name]]
     if differ:
         raise another_run(folder, differ)
@@ -245,7 +275,7 @@ class SliceReader:
 
     def __init__(self, config: CorpusConfig, plan: Plan) -> None:
         # a limit counts from the corpus's beginning, and the plan has applied it
-        self._corpus = Corpus(config.model_copy(update={"limit": None}), plan.names)
+        self._corpus = Corpus(config.model_copy(update={"limit": None, "form": plan.form}), plan.names)
         self._plan = plan
         self._stream: _Stream | None = None
         if [file.name for file in self._corpus.files] != plan.names:

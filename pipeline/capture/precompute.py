@@ -1,6 +1,6 @@
 """precompute: check, plan, run what is not committed yet, write the manifest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xtoken.pipeline.capture.audit import accepted_audits
+from xtoken.pipeline.capture.conversations import Chat, form_of_run, plan_date
 from xtoken.pipeline.capture.monitor.dashboard import Dashboard
 from xtoken.pipeline.capture.plan import PLAN_FILE, Plan, check_files, settle_plan
 from xtoken.pipeline.capture.rendered_chat import Look
@@ -34,16 +35,17 @@ from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import clean, committed, data_name
 from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, read_table
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
-from xtoken.pipeline.store.skip_records import BAD_FILE
+from xtoken.pipeline.store.skip_records import BAD_FILE, join_skips
 from xtoken.pipeline.teachers import check_backend
 from xtoken.pipeline.teachers.base import refuse_k
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
-from xtoken.schemas.configs.capture import PrecomputeConfig, RunGroup, TeacherGroup
+from xtoken.schemas.configs.capture import CorpusForm, PrecomputeConfig, RunGroup, TeacherGroup
 from xtoken.schemas.errors import IncompleteRun, Unreachable, VerificationError, XtokenError, last_words
 from xtoken.schemas.heads import refuse_narrow_head, stated_rows
 from xtoken.schemas.io.overlap import refuse_inside
 from xtoken.schemas.io.remote import patiently
 from xtoken.schemas.manifest import MANIFEST, ONE_DEVICE, OTHER_SPACE, CaptureManifest, Part, provenance, read_manifest
+from xtoken.schemas.tables import CHAT_CAPTURE
 from xtoken.schemas.ui.progress import Progress
 
 _NAMED = 5
@@ -61,6 +63,7 @@ class _Run:
     settings: dict[str, Any]
     plan: Plan
     files: dict[str, str]
+    chat: Chat | None = None
 
     def mine(self, index: int) -> bool:
         """Whether a shard is of this cell."""
@@ -95,13 +98,15 @@ def precompute(
     check_backend(config.teacher, config.codec)
     folder = Folder(config.out)
     refuse_unshared(config.out)
-    tokenizer = open_tokenizer(config.teacher)
-    settings = _checked_settings(config, tokenizer.table)
-    for word in bos_figure(tokenizer.table.info, shown=settings["bos"]).values():
+    form = form_of_run(config, folder)
+    tokenizer = open_tokenizer(config.teacher, chats=form != "text")
+    chat = Chat.of(config, form)
+    settings = _checked_settings(config, tokenizer.table) | (chat.settings if chat is not None else {})
+    for word in bos_figure(tokenizer.table.info, shown=settings["bos"]).values() if chat is None else ():
         progress.note(word)
     fresh = settle_settings(folder, settings, type(config))
     try:
-        run = _settle(config, folder, tokenizer, settings, progress)
+        run = _settle(config, folder, tokenizer, settings, progress, form)
         return _work(run, executor, make_job, progress)
     except IncompleteRun:
         raise
@@ -127,19 +132,26 @@ def refuse_places(config: PrecomputeConfig) -> None:
 
 
 def _settle(
-    config: PrecomputeConfig, folder: Folder, tokenizer: TextTokenizer, settings: dict[str, Any], progress: Progress
+    config: PrecomputeConfig,
+    folder: Folder,
+    tokenizer: TextTokenizer,
+    settings: dict[str, Any],
+    progress: Progress,
+    form: CorpusForm,
 ) -> _Run:
     """Plan and token tables, made by the first run and checked by the later ones; a refused audit stays refused."""
     accepted_audits(config.run, folder)
-    look = Look.of(config.corpus, config.teacher, tokenizer)
-    plan = settle_plan(folder, config.corpus, config.run.shard_bytes, progress, look)
+    look = Look.of(config.corpus, config.teacher, tokenizer) if form == "text" else None
+    date = plan_date(config) if form != "text" else None
+    plan = settle_plan(folder, config.corpus, config.run.shard_bytes, progress, look, date)
+    chat = Chat.of(config, plan.form, plan.date)
     if not folder.exists(VOCAB_FILE):
-        if look.documents == 0:
+        if look is not None and look.documents == 0:
             # the plan was made before, perhaps for a teacher of other control tokens
             look_at_some(config.corpus, plan, look)
-        write_vocab(folder, tokenizer.table, corpus_codes(config.corpus, plan, tokenizer))
+        write_vocab(folder, tokenizer.table, corpus_codes(config.corpus, plan, tokenizer, chat))
     files = check_vocab(folder, tokenizer.table)
-    return _Run(config, folder, tokenizer.table, settings, plan, files)
+    return _Run(config, folder, tokenizer.table, settings, plan, files, chat)
 
 
 def _executor(run: RunGroup, teacher: TeacherGroup) -> Executor:
@@ -215,6 +227,7 @@ def _finish(run: _Run, failed: dict[int, str]) -> CaptureManifest:
     manifest = _manifest(run, parts, failed)
     if not _is_current(run.folder, manifest):
         run.folder.remove(SUMS_FILE)
+        join_skips(run.folder, [index for index, part in parts.items() if part.counts.get("conversations_skipped")])
         run.folder.replace(MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
     seal(run.config.out)
     return read_manifest(run.config.out, CaptureManifest)
@@ -269,7 +282,7 @@ def _manifest(run: _Run, parts: dict[int, Part], failed: dict[int, str]) -> Capt
     devices = list(dict.fromkeys([teacher.device, *others]))
     return CaptureManifest(
         **provenance(),
-        schema_version=OTHER_SPACE if config.codec.space != "space" else ONE_DEVICE + (len(devices) > 1),
+        schema_version=_version(run, devices),
         files=run.files,
         parts=list(parts.values()),
         teacher=teacher.model_copy(update={"device": " + ".join(devices)}),
@@ -278,6 +291,7 @@ def _manifest(run: _Run, parts: dict[int, Part], failed: dict[int, str]) -> Capt
         max_tokens=config.codec.max_tokens,
         codec=codec,
         space=config.codec.space,
+        chat=run.chat.info if run.chat is not None else None,
         corpus=run.plan.corpus,
         plan_hash=run.plan.hash,
         run_hash=run_hash(run.plan.hash, teacher, run.settings, codec),
@@ -287,6 +301,13 @@ def _manifest(run: _Run, parts: dict[int, Part], failed: dict[int, str]) -> Capt
         # said by whoever wrote a card before this run went on
         licenses=read_manifest(config.out, CaptureManifest).licenses if folder.exists(MANIFEST) else {},
     )
+
+
+def _version(run: _Run, devices: Sequence[str]) -> int:
+    """The first version of the schema that can say it."""
+    if run.chat is not None:
+        return CHAT_CAPTURE
+    return OTHER_SPACE if run.config.codec.space != "space" else ONE_DEVICE + (len(devices) > 1)
 
 
 def _is_current(folder: Folder, manifest: CaptureManifest) -> bool:

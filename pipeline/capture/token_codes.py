@@ -7,6 +7,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from xtoken.pipeline.capture.conversations import Chat
 from xtoken.pipeline.capture.plan import Plan, SliceReader
 from xtoken.pipeline.capture.rendered_chat import Look
 from xtoken.pipeline.corpus import Document
@@ -20,16 +21,36 @@ _SHARD_BYTES = 1 << 18
 _BATCH = 64
 
 
-def corpus_codes(config: CorpusConfig, plan: Plan, tokenizer: TextTokenizer) -> Codes:
+def corpus_codes(config: CorpusConfig, plan: Plan, tokenizer: TextTokenizer, chat: Chat | None = None) -> Codes:
     """int32 [U], a code for each teacher id; the same for the same plan and tokenizer.
 
-    Documents that the tokenizer refuses count for nothing here; the run itself says what is wrong with them.
+    Texts that the tokenizer refuses count for nothing here; the run itself says what is wrong with them.
+
+    Args:
+        config: the corpus.
+        plan: of it.
+        tokenizer: the teacher's.
+        chat: what renders conversations; None of plain text.
 
     Raises:
-        StopRun: the corpus is not the planned one any more.
+        StopRun: the corpus is not the planned one any more, or ``chat`` refuses a conversation.
     """
-    sequences = (_tokens(texts, tokenizer) for texts in _texts(_some_shards(config, plan)))
+    shards = _some_shards(config, plan)
+    if chat is not None:
+        sequences = (tokens for shard in shards for tokens in chat.sequences(_beginning(shard)))
+    else:
+        sequences = (_tokens(texts, tokenizer) for texts in _texts(shards))
     return codes_by_use(sequences, tokenizer.table.size)
+
+
+def _beginning(documents: Iterable[Document]) -> Iterator[Document]:
+    """The first documents of a shard, of some bytes together."""
+    size = 0
+    for document in documents:
+        if size >= _SHARD_BYTES:
+            return
+        yield document
+        size += document.text_bytes
 
 
 def look_at_some(config: CorpusConfig, plan: Plan, look: Look) -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,9 +16,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xtoken.pipeline.capture.audit import open_audit
+from xtoken.pipeline.capture.conversations import Chat, ChatPiece
 from xtoken.pipeline.capture.plan import Plan, SliceReader, load_plan
 from xtoken.pipeline.capture.run_identity import codec_info, sees_bos, settle_teacher
-from xtoken.pipeline.capture.worker_threads import Audit, Prepared, Stages, text_bytes
+from xtoken.pipeline.capture.worker_threads import Audit, Piece, Prepared, Stages
 from xtoken.pipeline.corpus import Window, all_windows
 from xtoken.pipeline.executors.gpus import engines_per_gpu, pin_gpus
 from xtoken.pipeline.executors.protocol import Lease, OnProgress, Send, ignore_progress
@@ -27,6 +29,7 @@ from xtoken.pipeline.store.codes import Codes, read_codes
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import publish_part, read_commit
 from xtoken.pipeline.store.reader import VOCAB_FILE, read_table
+from xtoken.pipeline.store.skip_records import keep_skips
 from xtoken.pipeline.store.writer import ROW_GROUP, Sample, capture_batch, group_rows, write_parquet
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import Teacher, TeacherRows, refuse_k
@@ -35,6 +38,7 @@ from xtoken.schemas.configs.capture import CodecGroup, PrecomputeConfig, Teacher
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.remote import patiently
 from xtoken.schemas.manifest import Part, TeacherInfo
+from xtoken.schemas.tables import CHAT_CAPTURE, PARTS_SINCE
 
 
 @dataclass(frozen=True)
@@ -70,26 +74,31 @@ class CaptureJob:
                 f"{config.out} holds no plan as {socket.gethostname()} sees it; every machine with workers must see "
                 "the same --out: use an object store, or a file system that all of them mount"
             )
-        tokenizer = open_tokenizer(config.teacher)
+        tokenizer = open_tokenizer(config.teacher, chats=plan.form != "text")
         teacher = open_teacher(config.teacher, config.codec, tokenizer.table, engines)
         check_teacher(config.codec, teacher.info)
         first = patiently(partial(settle_teacher, folder, teacher.info, teacher.settings))
         student = load_tokenizer(config.student) if config.student is not None else None
         codes = read_codes(patiently(partial(read_table, folder.url(VOCAB_FILE))))
-        worker = CaptureWorker(config, plan, tokenizer, teacher, student, codes)
+        chat = Chat.of(config, plan.form, plan.date)
+        worker = CaptureWorker(config, plan, tokenizer, teacher, student, codes, chat)
         worker.device = teacher.info.device if teacher.info.device != first.device else None
         worker.audit = open_audit(config, folder, tokenizer, teacher, worker.context)
         return worker
 
 
-def open_tokenizer(config: TeacherGroup) -> TextTokenizer:
+def open_tokenizer(config: TeacherGroup, *, chats: bool = False) -> TextTokenizer:
     """The teacher's tokenizer.
+
+    Args:
+        config: the teacher.
+        chats: for conversations, of which the chat template says what stands first.
 
     Raises:
         XtokenError: it cannot be loaded, or puts more in front of a text than the teacher would be shown.
     """
     tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    if config.bos != "never":
+    if config.bos != "never" and not chats:
         refuse_long_prefix(tokenizer, ", or show the teacher none of them with --bos never")
     return tokenizer
 
@@ -120,6 +129,7 @@ class CaptureWorker:
         teacher: Teacher,
         student: TextTokenizer | None,
         codes: Codes | None = None,
+        chat: Chat | None = None,
     ) -> None:
         self._config = config
         self._plan = plan
@@ -131,7 +141,10 @@ class CaptureWorker:
         self.device: str | None = None  # where it is not what the run began on
         self._reader = SliceReader(config.corpus, plan)
         self._codec = open_codec(codec_info(config.codec))
-        bos = tokenizer.table.info.bos_id if sees_bos(config.teacher, tokenizer.table) else None
+        self._chat = chat
+        self._version = PARTS_SINCE if chat is None else CHAT_CAPTURE
+        shown = chat is None and sees_bos(config.teacher, tokenizer.table)
+        bos = tokenizer.table.info.bos_id if shown else None
         self.context = np.array([] if bos is None else [bos], np.int32)
 
     def serve(self, leases: Iterator[Lease], send: Send) -> None:
@@ -149,12 +162,16 @@ class CaptureWorker:
         if part is not None:
             return part
         documents = self._reader.read(self._plan.shards[shard])
+        if self._chat is not None:
+            made = self._chat.pieces(documents)
+            left_out = [vars(one) for one in made.left_out]
+            counts = made.counts + Counter(documents=len(documents))
+            return Prepared(shard, made.pieces, *self._prompts(made.pieces), counts, left_out)
         pieces = all_windows(documents, self._tokenizer, self._config.codec.max_tokens)
         counts = Counter(documents=len(documents))
         if self._student is not None:
             counts.update(_student_counts(self._student, self._tokenizer.table, pieces))
-        prompts, batches = self._prompts(pieces)
-        return Prepared(shard, pieces, prompts, batches, counts)
+        return Prepared(shard, pieces, *self._prompts(pieces), counts)
 
     def publish(self, prepared: Prepared, samples: Sequence[Sample]) -> Part:
         """Write, verify and commit the samples of a shard, in the order of its pieces.
@@ -162,22 +179,27 @@ class CaptureWorker:
         Raises:
             StopRun: there is no room to write.
         """
-        moved = sum(
-            self._tokenizer.table.moved_ends(one.teacher_ids, one.teacher_end) for one in samples if one.snapped
-        )
-        counts = {**prepared.counts, "snapped": sum(sample.snapped for sample in samples), "ends_moved": moved}
-        write = partial(_write, samples, self._codec.schema(), self._codes, counts)
-        check = CaptureCheck(self._tokenizer.table.size, self._codec.info)
+        counts = {**prepared.counts, "snapped": sum(sample.snapped for sample in samples)}
+        if self._chat is None:
+            counts["ends_moved"] = self._moved(samples)
+        write = partial(_write, samples, self._codec.schema(version=self._version), self._codes, counts)
+        check = CaptureCheck(self._tokenizer.table.size, self._codec.info, version=self._version)
+        if prepared.left_out:
+            keep_skips(Folder(self._config.out), prepared.shard, prepared.left_out)
         return publish_part(self._config.out, prepared.shard, write, check, device=self.device)
 
-    def _prompts(self, pieces: Sequence[Window]) -> tuple[list[NDArray[np.int32]], list[list[int]]]:
+    def _moved(self, samples: Sequence[Sample]) -> int:
+        table = self._tokenizer.table
+        return sum(table.moved_ends(one.teacher_ids, one.teacher_end) for one in samples if one.snapped)
+
+    def _prompts(self, pieces: Sequence[Piece]) -> tuple[list[NDArray[np.int32]], list[list[int]]]:
         """What the teacher is shown of each piece, and the pieces that have rows in batches of like lengths."""
-        prompts = [np.concatenate([self.context, piece.encoded.ids]).astype(np.int32) for piece in pieces]
+        prompts = [np.concatenate([self.context, piece.ids]).astype(np.int32) for piece in pieces]
         batches = length_batches([len(prompt) for prompt in prompts], self._config.teacher.batch_tokens)
         scored = [[index for index in batch if len(prompts[index]) > 1] for batch in batches]
         return prompts, [batch for batch in scored if batch]
 
-    def score(self, pieces: Sequence[Window], on_progress: OnProgress = ignore_progress) -> list[Sample]:
+    def score(self, pieces: Sequence[Piece], on_progress: OnProgress = ignore_progress) -> list[Sample]:
         """Samples in the order of ``pieces``; the teacher sees them by length. ``on_progress`` gets bytes of text."""
         prompts, batches = self._prompts(pieces)
         scored: dict[int, TeacherRows] = {}
@@ -185,12 +207,19 @@ class CaptureWorker:
         for batch in batches:
             rows = self._teacher.rows([prompts[index] for index in batch])
             scored.update(zip(batch, rows, strict=True))
-            done += sum(text_bytes(pieces[index]) for index in batch)
+            done += sum(pieces[index].size for index in batch)
             on_progress(done)
         return [self.sample(piece, scored.get(index)) for index, piece in enumerate(pieces)]
 
-    def sample(self, piece: Window, rows: TeacherRows | None) -> Sample:
+    def sample(self, piece: Piece, rows: TeacherRows | None) -> Sample:
         """One row of the capture; ``rows`` is None where the teacher saw no token before another."""
+        if isinstance(piece, ChatPiece):
+            assert self._chat is not None
+            assert rows is not None, "something is taught, and never the first token"
+            with _named(piece):
+                size, text = self._tokenizer.table.size, self._config.codec.text
+                return self._chat.sample(piece, rows, self._codec, size, text=text)
+        assert isinstance(piece, Window)
         encoded = piece.encoded
         empty: NDArray[np.float32] = np.zeros(0, np.float32)
         return Sample(
@@ -206,11 +235,18 @@ class CaptureWorker:
             snapped=encoded.snapped,
         )
 
-    def _pack(self, piece: Window, rows: TeacherRows) -> object:
-        try:
+    def _pack(self, piece: Piece, rows: TeacherRows) -> object:
+        with _named(piece):
             return self._codec.encode(rows, self._tokenizer.table.size)
-        except XtokenError as error:
-            raise XtokenError(f"sample {piece.sample_id!r}: {error}") from error
+
+
+@contextmanager
+def _named(piece: Piece) -> Iterator[None]:
+    """Errors of a sample's rows say which it is."""
+    try:
+        yield
+    except XtokenError as error:
+        raise XtokenError(f"sample {piece.sample_id!r}: {error}") from error
 
 
 def length_batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:

@@ -10,14 +10,13 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.pipeline.corpus import Window
 from xtoken.pipeline.executors.protocol import Lease, Message, Send, portable
 from xtoken.pipeline.store.writer import Sample
 from xtoken.pipeline.teachers.base import EngineLost, Teacher, TeacherRows
@@ -31,22 +30,43 @@ _PROGRESS_SECONDS = 0.5
 _BEAT_SECONDS, _MOST_BEATS = 20.0, 180  # during an audit; one that takes longer than an hour hangs
 
 
+class Piece(Protocol):
+    """What becomes one sample."""
+
+    @property
+    def sample_id(self) -> str:
+        """The sample's."""
+        ...
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """Its tokens, int32 [T]."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Bytes of the corpus that are done with it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A shard that is ready for the engine.
 
     Attributes:
-        pieces: its windows, in order.
+        pieces: of its documents, in order.
         prompts: int32 [T] of each, context included.
         batches: indices of the pieces that have rows, in batches of like lengths.
         counts: for the commit record.
+        left_out: what is no sample, for the record of that.
     """
 
     shard: int
-    pieces: list[Window]
+    pieces: Sequence[Piece]
     prompts: list[NDArray[np.int32]]
     batches: list[list[int]]
     counts: Counter[str]
+    left_out: Sequence[Mapping[str, str]] = ()
 
 
 class Steps(Protocol):
@@ -56,8 +76,8 @@ class Steps(Protocol):
         """Read and tokenize a shard; what is committed already, by whomever, is not done again."""
         ...
 
-    def sample(self, piece: Window, rows: TeacherRows | None) -> Sample:
-        """Pack the rows of one window."""
+    def sample(self, piece: Piece, rows: TeacherRows | None) -> Sample:
+        """Pack the rows of one piece."""
         ...
 
     def publish(self, prepared: Prepared, samples: Sequence[Sample]) -> Part:
@@ -84,12 +104,6 @@ class _Shard:
 _Key = tuple[_Shard, int]
 _Batch = Sequence[tuple[_Key, NDArray[np.int32]]]
 _Scored = tuple[_Shard, int, TeacherRows] | tuple[_Shard, None, None] | None
-
-
-def text_bytes(piece: Window) -> int:
-    """Bytes of a window's text."""
-    ends = piece.encoded.ends
-    return int(ends[-1]) if len(ends) else 0
 
 
 class Stages:
@@ -198,7 +212,7 @@ class Stages:
             self._scored.put((shard, None, None))
 
     def _progress(self, shard: _Shard, index: int) -> None:
-        shard.done += text_bytes(shard.prepared.pieces[index])
+        shard.done += shard.prepared.pieces[index].size
         now = time.monotonic()
         if now - shard.reported > _PROGRESS_SECONDS:
             shard.reported = now

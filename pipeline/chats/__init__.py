@@ -35,14 +35,16 @@ Who aligns renders what was stored for the student and walks each matched span b
 
 from xtoken.pipeline.chats.conversation import Call, Conversation, Message, require_taught
 from xtoken.pipeline.chats.encode import LEARNED, ChatModel, ChatTokens, Span, open_chat_model
-from xtoken.pipeline.chats.forms import Form, form_of, from_json, read_row, to_json
+from xtoken.pipeline.chats.forms import FORMS, Form, columns_of, form_of, from_json, read_row, to_json
 from xtoken.pipeline.chats.pairing import Match, Pairing, as_written, on_axis, pair, span_columns, spans_of
 from xtoken.pipeline.chats.refused import Refused
 from xtoken.pipeline.chats.template import ChatTemplate, load_template
-from xtoken.pipeline.chats.turns import Turn, fit, kept_messages, samples_of
+from xtoken.pipeline.chats.turns import TOO_LONG, Turn, fit, kept_messages, samples_of
 
 __all__ = [
+    "FORMS",
     "LEARNED",
+    "TOO_LONG",
     "Call",
     "ChatModel",
     "ChatTemplate",
@@ -56,6 +58,7 @@ __all__ = [
     "Span",
     "Turn",
     "as_written",
+    "columns_of",
     "fit",
     "form_of",
     "from_json",

@@ -97,6 +97,13 @@ class Conversation:
         """The tools, parsed."""
         return [json.loads(tool) for tool in self.tools]
 
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of its contents, reasoning and calls."""
+        texts = [text for one in self.messages for text in (one.content, one.reasoning or "")]
+        texts += [text for one in self.messages for call in one.calls for text in (call.name, call.arguments)]
+        return sum(len(text.encode()) for text in texts)
+
     def cut(self, count: int) -> "Conversation":
         """The first ``count`` messages."""
         return replace(self, messages=self.messages[:count])

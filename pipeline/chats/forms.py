@@ -6,7 +6,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from xtoken.pipeline.chats.conversation import (
     Call,
@@ -23,6 +23,7 @@ from xtoken.pipeline.chats.refused import Refused, shown
 from xtoken.schemas.errors import XtokenError
 
 Form = Literal["messages", "sharegpt", "prompt", "alpaca"]
+FORMS: tuple[Form, ...] = get_args(Form)
 _ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
@@ -43,6 +44,14 @@ _COLUMNS: dict[Form, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
 }
 
+# What a row may have beside them.
+_BESIDE: dict[Form, tuple[str, ...]] = {
+    "messages": ("tools",),
+    "sharegpt": ("system", "tools"),
+    "prompt": ("tools",),
+    "alpaca": ("input", "system", "history", "tools"),
+}
+
 
 def form_of(columns: Collection[str]) -> Form | None:
     """The form of rows with these columns; None if they are no conversations. Of several forms, the first counts.
@@ -50,6 +59,13 @@ def form_of(columns: Collection[str]) -> Form | None:
     The order: ``messages``; ``conversations``; ``prompt`` and ``completion``; ``instruction`` and ``output``.
     """
     return next((form for form, names in _COLUMNS.items() if set(names) <= set(columns)), None)
+
+
+def columns_of(form: Form, columns: Collection[str]) -> list[str]:
+    """Those of a table's columns that ``read_row`` reads, needed ones first, whether they are there or not."""
+    needed = ("prompt",) if form == "prompt" else _COLUMNS[form]
+    others = [name for name in (*_COLUMNS[form], *_BESIDE[form]) if name in columns and name not in needed]
+    return [*needed, *others]
 
 
 def read_row(row: Mapping[str, Any], form: Form) -> Conversation:

@@ -9,6 +9,7 @@ from xtoken.pipeline.chats.refused import Refused
 
 Turns = Literal["all", "last", "each"]
 Long = Literal["cut", "skip"]
+TOO_LONG = "longer than --max-tokens"  # why a conversation is refused that is no fault of it
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def fit(
         if count is None:
             kept = "not one answer would be left of it" if long == "cut" else "--long skip leaves such samples out"
             raise Refused(
-                "longer than --max-tokens",
+                TOO_LONG,
                 f"it has {size:,} tokens, --max-tokens is {limit:,}, and {kept}",
                 "raise --max-tokens, or say --long cut" if long == "skip" else "raise --max-tokens",
             )

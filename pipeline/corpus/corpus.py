@@ -6,15 +6,18 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import pyarrow as pa
 
+from xtoken.pipeline.chats import Form, form_of
 from xtoken.pipeline.corpus.damage import check_head, problem_of
 from xtoken.pipeline.corpus.listing import FORMATS, CorpusFile, list_files, reader_of, suffix_of
-from xtoken.pipeline.corpus.readers import Fields, FileProblem, Problem, Row
+from xtoken.pipeline.corpus.readers import Fields, FileProblem, Problem, Row, first_names
 from xtoken.schemas.configs.capture import CorpusConfig
 from xtoken.schemas.errors import Unreachable, XtokenError
 from xtoken.schemas.io.remote import may_pass, named_errors, open_filesystem
@@ -32,15 +35,22 @@ class Document:
 
     Attributes:
         id: the id field, else ``{file name relative to the corpus}:{record}``.
-        text: NFC, without lone surrogates, not only whitespace.
+        text: NFC, without lone surrogates, not only whitespace; of a conversation its JSON (``chats.to_json``).
         file: index into ``Corpus.files``.
         record: number within the file, from 0 (for JSON lines: line number - 1).
+        contents: bytes of a conversation's contents; None of plain text.
     """
 
     id: str
     text: str
     file: int
     record: int
+    contents: int | None = None
+
+    @property
+    def text_bytes(self) -> int:
+        """What people call its size: bytes of its text, or of a conversation's contents."""
+        return len(self.text.encode()) if self.contents is None else self.contents
 
     @property
     def source(self) -> str:
@@ -97,7 +107,6 @@ class Corpus:
         """
         self._config = config
         self._note = note
-        self._fields = Fields(config.text_field, config.id_field)
         self._fs, root = open_filesystem(config.corpus)
         self.listing = list_files(self._fs, root, config.corpus, config.split, planned)
         self.files = self.listing.files
@@ -106,6 +115,29 @@ class Corpus:
             raise XtokenError(
                 f"corpus {config.corpus} has a suffix that no reader knows; known are {', '.join(FORMATS)}"
             )
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """Names of the fields of the first file that has any; none of a corpus of plain text files."""
+        for file in self.files:
+            suffix = suffix_of(file.name)
+            if suffix is not None and suffix not in (".txt", ".md"):
+                # who reads the documents says what is wrong with it
+                with suppress(*_unreadable(), ValueError, RecursionError), self._fs.open(file.path, "rb") as stream:
+                    return _column_names(stream, suffix)
+        return []
+
+    @cached_property
+    def form(self) -> Form | None:
+        """How the corpus holds conversations; None: it holds text. A text field that is there counts first."""
+        asked = self._config.form
+        if asked != "auto":
+            return None if asked == "text" else asked
+        return None if self._config.text_field in self.columns else form_of(self.columns)
+
+    @cached_property
+    def _fields(self) -> Fields:
+        return Fields(self._config.text_field, self._config.id_field, self.form)
 
     def documents(self, file: int = 0, record: int = 0) -> Iterator[Document]:
         """Documents in a stable order from a position on, at most ``limit`` of them.
@@ -136,7 +168,6 @@ class Corpus:
             self._bad(file.name, Problem("unknown suffix", f"no reader knows it; known are {known}", "move it away"))
             return
         last = start - 1
-        unreadable = (OSError, EOFError, zlib.error, pa.ArrowException, _zstd_error())
         try:
             # a network that fails says nothing about the file
             with named_errors(file.path), self._fs.open(file.path, "rb") as stream:
@@ -151,7 +182,7 @@ class Corpus:
             raise XtokenError(
                 f"{file.path} was listed, but is gone; bring it back or start a new run without it"
             ) from error
-        except unreadable as error:
+        except _unreadable() as error:
             if isinstance(error, OSError) and error.errno is not None:
                 # of the disk, or a right that is missing: it says nothing about the file either
                 kind = Unreachable if may_pass(error) else XtokenError
@@ -176,7 +207,7 @@ class Corpus:
         if _SURROGATES.search(document_id):
             self._bad(where, Problem("bad id", "the id holds a lone surrogate", "mend the id"))
             return None
-        return Document(document_id, text, index, row.number)
+        return Document(document_id, text, index, row.number, row.text_bytes)
 
     def _where(self, file: CorpusFile, number: int) -> str:
         suffix = suffix_of(file.name) or ""
@@ -214,8 +245,16 @@ class Corpus:
             yield document
 
 
-def _zstd_error() -> type[Exception]:
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What readers raise of a file that is damaged or gone."""
     import zstandard
 
-    error: type[Exception] = zstandard.ZstdError
-    return error
+    return OSError, EOFError, zlib.error, pa.ArrowException, zstandard.ZstdError
+
+
+def _column_names(stream: IO[bytes], suffix: str) -> list[str]:
+    if suffix not in (".parquet", ".arrow"):
+        return first_names(stream, suffix)
+    from xtoken.pipeline.corpus.tables import column_names
+
+    return column_names(stream, parquet=suffix == ".parquet")

@@ -6,10 +6,11 @@ cannot be read is a row with a problem, what the whole file cannot give is a ``F
 
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
+from xtoken.pipeline.chats import Form, Refused, read_row, to_json
 from xtoken.pipeline.corpus.chat import CHAT_WAY_OUT, chat_columns, is_conversation
 
 BOM = b"\xef\xbb\xbf"
@@ -21,10 +22,22 @@ _ZST_WINDOW = 1 << 31
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of the text and id fields; ``id`` None = ids are made of file and record."""
+    """What of a record is read.
+
+    Attributes:
+        text: name of the text field.
+        id: name of the id field; None = ids are made of file and record.
+        form: of conversations, which are then read instead of the text field.
+    """
 
     text: str
     id: str | None
+    form: Form | None = None
+
+    @property
+    def wanted(self) -> list[str]:
+        """Fields that every record has; what a conversation needs says its form."""
+        return [name for name in (self.text if self.form is None else None, self.id) if name is not None]
 
 
 @dataclass(frozen=True)
@@ -47,12 +60,16 @@ class FileProblem(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """Record ``number`` (from 0) of a file: its text and id as found, or a problem."""
+    """Record ``number`` (from 0) of a file: its text and id as found, or a problem.
+
+    The text of a conversation is its JSON (``chats.to_json``), and ``text_bytes`` those of its contents.
+    """
 
     number: int
     text: str = ""
     id: str | None = None
     problem: Problem | None = None
+    text_bytes: int | None = None
 
 
 Reader = Callable[[IO[bytes], Fields, int], Iterator[Row]]
@@ -95,16 +112,29 @@ def _json_row(number: int, data: bytes, fields: Fields) -> Row:
     if not isinstance(value, dict):
         detail = f"holds a JSON {_type_name(value)}, not an object"
         return Row(number, problem=Problem("invalid JSON", detail, "write one JSON object per line"))
-    for name in (fields.text, fields.id):
-        if name is not None and name not in value:
+    for name in fields.wanted:
+        if name not in value:
             return Row(number, problem=missing_field(name, list(value), fields))
-    return make_row(number, value[fields.text], None if fields.id is None else value[fields.id], fields)
+    found = value if fields.form is not None else value[fields.text]
+    return make_row(number, found, None if fields.id is None else value[fields.id], fields)
 
 
 def read_jsonl_gz(file: IO[bytes], fields: Fields, start: int) -> Iterator[Row]:
     """``read_jsonl`` of a gzip stream."""
     with gzip.open(file, "rb") as stream:
         yield from read_jsonl(stream, fields, start)
+
+
+def first_names(file: IO[bytes], suffix: str) -> list[str]:
+    """Names of the fields of the first record of JSON lines; none where it is no object."""
+    lines: Iterable[bytes] = file
+    if suffix.endswith(".gz"):
+        lines = gzip.GzipFile(fileobj=file)
+    elif suffix.endswith(".zst"):
+        lines = _lines(_unpacked(file))
+    first = next((line for line in lines if line.removeprefix(BOM).strip()), b"null")
+    value = json.loads(first.removeprefix(BOM))
+    return list(value) if isinstance(value, dict) else []
 
 
 def read_jsonl_zst(file: IO[bytes], fields: Fields, start: int) -> Iterator[Row]:
@@ -147,7 +177,7 @@ def missing_field(name: str, available: list[str], fields: Fields) -> Problem:
     """A record, or a whole table, without a field that was asked for."""
     shown = ", ".join(repr(field) for field in available[:8]) or "none"
     detail, chat = f"has no field {name!r}; it has {shown}", chat_columns(available)
-    if name == fields.text and chat:
+    if name == fields.text and fields.form is None and chat:
         return Problem("chat data", f"{detail}: a conversation, by the name {' and '.join(chat)}", CHAT_WAY_OUT)
     return Problem("missing field", detail, "choose --text-field or --id-field")
 
@@ -160,16 +190,29 @@ def no_text(name: str, kind: str, *, chat: bool) -> Problem:
     return Problem("field is not text", f"field {name!r} holds {kind}, not text", fix)
 
 
-def make_row(number: int, text: Any, document_id: Any, fields: Fields) -> Row:
-    """A row of two values as found, checked for their types."""
-    if not isinstance(text, str):
-        return Row(number, problem=no_text(fields.text, _type_name(text), chat=is_conversation(text)))
-    if fields.id is None:
-        return Row(number, text)
+def make_row(number: int, found: Any, document_id: Any, fields: Fields) -> Row:
+    """A row of a text, or a record that is a conversation, and an id as found, checked for their types."""
+    row = _chat_row(number, found, fields.form) if fields.form is not None else _text_row(number, found, fields)
+    if fields.id is None or row.problem is not None:
+        return row
     if isinstance(document_id, bool) or not isinstance(document_id, str | int) or document_id == "":
         detail = f"id field {fields.id!r} holds {document_id!r}, not a text or a whole number"
         return Row(number, problem=Problem("bad id", detail, "choose another --id-field, or none"))
-    return Row(number, text, str(document_id))
+    return replace(row, id=str(document_id))
+
+
+def _text_row(number: int, text: Any, fields: Fields) -> Row:
+    if isinstance(text, str):
+        return Row(number, text)
+    return Row(number, problem=no_text(fields.text, _type_name(text), chat=is_conversation(text)))
+
+
+def _chat_row(number: int, record: Mapping[str, Any], form: Form) -> Row:
+    try:
+        conversation = read_row(record, form)
+    except Refused as refused:
+        return Row(number, problem=Problem(refused.reason, refused.detail, refused.fix))
+    return Row(number, to_json(conversation), text_bytes=conversation.text_bytes)
 
 
 def _type_name(value: Any) -> str:

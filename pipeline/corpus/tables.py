@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from xtoken.pipeline.chats import columns_of
 from xtoken.pipeline.corpus.chat import has_message_keys
 from xtoken.pipeline.corpus.damage import check_head
 from xtoken.pipeline.corpus.readers import Fields, FileProblem, Problem, Row, make_row, missing_field, no_text
@@ -58,14 +59,16 @@ def _columns(schema: pa.Schema, fields: Fields) -> list[str]:
     Raises:
         FileProblem: a column is missing, or the text column holds no text.
     """
-    wanted = [name for name in (fields.text, fields.id) if name is not None]
+    ids = [] if fields.id is None else [fields.id]
+    wanted = [fields.text, *ids] if fields.form is None else [*columns_of(fields.form, schema.names), *ids]
     for name in wanted:
         if name not in schema.names:
             raise FileProblem(missing_field(name, schema.names, fields))
-    kind = schema.field(fields.text).type
-    if not _is_text(kind):
-        raise FileProblem(no_text(fields.text, f"values of type {kind}", chat=_is_conversation(kind)))
-    return wanted
+    if fields.form is None:
+        kind = schema.field(fields.text).type
+        if not _is_text(kind):
+            raise FileProblem(no_text(fields.text, f"values of type {kind}", chat=_is_conversation(kind)))
+    return list(dict.fromkeys(wanted))
 
 
 def _is_conversation(kind: pa.DataType) -> bool:
@@ -82,11 +85,23 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _rows(batch: pa.RecordBatch, first: int, fields: Fields, start: int) -> Iterator[Row]:
-    texts = _as_bytes(batch.column(fields.text))
+    begin = max(0, start - first)
     ids = [None] * batch.num_rows if fields.id is None else batch.column(fields.id).to_pylist()
-    for number, (text, document_id) in enumerate(zip(texts, ids, strict=True), start=first):
-        if number >= start:
-            yield _row(number, text.as_py(), document_id, fields)
+    if fields.form is not None:
+        for at in range(begin, batch.num_rows):
+            yield _chat(first + at, batch.slice(at, 1), ids[at], fields)
+        return
+    for at, text in enumerate(_as_bytes(batch.column(fields.text))):
+        if at >= begin:
+            yield _row(first + at, text.as_py(), ids[at], fields)
+
+
+def _chat(number: int, row: pa.RecordBatch, document_id: Any, fields: Fields) -> Row:
+    try:
+        record = row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return Row(number, problem=_not_utf8(error))
+    return make_row(number, record, document_id, fields)
 
 
 def _as_bytes(column: Any) -> Any:
@@ -100,6 +115,20 @@ def _row(number: int, text: bytes | None, document_id: Any, fields: Fields) -> R
     try:
         value = None if text is None else text.decode()
     except UnicodeDecodeError as error:
-        fix = "write the file again from valid text"
-        return Row(number, problem=Problem("invalid UTF-8", f"the text is not UTF-8 at byte {error.start}", fix))
+        return Row(number, problem=_not_utf8(error))
     return make_row(number, value, document_id, fields)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> Problem:
+    fix = "write the file again from valid text"
+    return Problem("invalid UTF-8", f"the text is not UTF-8 at byte {error.start}", fix)
+
+
+def column_names(file: IO[bytes], *, parquet: bool) -> list[str]:
+    """Names of a table's columns."""
+    if parquet:
+        return list(pq.ParquetFile(file).schema_arrow.names)
+    is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+    file.seek(0)
+    with pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file) as source:
+        return list(source.schema.names)

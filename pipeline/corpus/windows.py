@@ -33,6 +33,17 @@ class Window:
     encoded: Encoded
     complete: bool
 
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """int32 [T]."""
+        return self.encoded.ids
+
+    @property
+    def size(self) -> int:
+        """Bytes of its text."""
+        ends = self.encoded.ends
+        return int(ends[-1]) if len(ends) else 0
+
 
 def windows(document: Document, tokenizer: TextTokenizer, max_tokens: int) -> Iterator[Window]:
     """Windows of at most ``max_tokens`` tokens; their texts joined are the document.

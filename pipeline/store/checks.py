@@ -17,11 +17,13 @@ from xtoken.pipeline.store.codecs.base import Codec
 from xtoken.pipeline.store.columns import any_per_sample, check_ids, flat, list_lengths, refuse
 from xtoken.pipeline.store.left_out import fill_left_out, refuse_partly_left_out, without_rows
 from xtoken.pipeline.store.publish import Figures
+from xtoken.pipeline.store.span_checks import check_spans
 from xtoken.pipeline.store.writer import ROW_GROUP
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.io.parquet_limits import batches, check_file, open_parquet, reading
 from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.manifest import CaptureManifest, CodecInfo
+from xtoken.schemas.spans import rows_per_sample
 from xtoken.schemas.tables import PARTS_SINCE, read_as
 
 _ABOVE_0 = 2e-3  # of a log-probability: what rounding adds, and more
@@ -107,10 +109,12 @@ def _check_batch(batch: pa.RecordBatch, vocab_size: int, codec: Codec | None) ->
     """Check all columns, the codec's unless a subset left them out."""
     tokens_N = list_lengths(batch, "teacher_ids")
     first_N = batch["first_row"].to_numpy()
-    rows_N = tokens_N - first_N
     refuse(batch, (tokens_N == 0) | ~np.isin(first_N, (0, 1)), "no tokens, or first_row is not 0 or 1")
     refuse(batch, list_lengths(batch, "teacher_end") != tokens_N, "teacher_end has another length than its tokens")
     _check_ends(batch, tokens_N)
+    if "span_learn" in batch.schema.names:
+        check_spans(batch, tokens_N)
+    rows_N = rows_per_sample(batch)
     check_ids(batch, "teacher_ids", tokens_N, vocab_size)
     entries_N = np.zeros_like(rows_N) if codec is None else codec.check(batch, rows_N, vocab_size)
     _check_labels(batch, rows_N)

@@ -15,7 +15,7 @@ from xtoken.pipeline.store.codecs.base import Codec
 from xtoken.pipeline.store.columns import list_lengths
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.manifest import CaptureManifest, CodecInfo
-from xtoken.schemas.tables import OPTIONAL, stored_as
+from xtoken.schemas.tables import MESSAGES, OPTIONAL, stored_as
 
 _EVERY_ROW = "realised_logprob"  # never dropped, one value per row
 
@@ -71,7 +71,8 @@ def without_rows(left_out: Sequence[str]) -> bool:
 
 def optional_columns(codec: Codec) -> dict[str, set[str]]:
     """Columns of each of ``xtoken.schemas.tables.OPTIONAL``, on disk and as readers know them."""
-    return {name: {*codec.own, *map(stored_as, codec.own)} if name == "rows" else {name} for name in OPTIONAL}
+    more = {"rows": {*codec.own, *map(stored_as, codec.own)}, "text": {"text", "messages"}}
+    return {name: more.get(name, {name}) for name in OPTIONAL}
 
 
 def refuse_partly_left_out(manifest: CaptureManifest) -> None:
@@ -92,7 +93,8 @@ def fill_left_out(batch: pa.RecordBatch, left_out: Sequence[str], codec: Codec) 
     It must hold ``realised_logprob`` where the teacher's distributions were dropped.
     """
     gone = _whole_groups(left_out, codec)
-    for field in codec.schema(version=1):
+    messages = [MESSAGES] if "span_learn" in batch.schema.names else []
+    for field in [*codec.schema(version=1), *messages]:
         if field.name in gone:
             batch = batch.append_column(field, _missing(batch, field, codec))
     return batch

@@ -27,7 +27,7 @@ SIDE_FILES = {
 }
 # Files that an artifact may have or not.
 OPTIONAL_FILES = {
-    "capture": (CARD_FILE, PLAN_FILE, BAD_FILE, *PLOTS),
+    "capture": (CARD_FILE, PLAN_FILE, BAD_FILE, SKIPPED_FILE, *PLOTS),
     "targets": (CARD_FILE, SKIPPED_FILE),
     "projection": ("coverage.html",),
 }

@@ -1,7 +1,8 @@
 """What an artifact does not hold, and why: one JSON object per line, in a file beside the parts.
 
-``skipped.jsonl`` of targets: samples of the capture that the student cannot represent. ``bad.jsonl`` of a capture:
-documents of the corpus that were dropped, or mended, under ``--on-bad skip``. Both follow from the input alone, so a
+``skipped.jsonl`` of targets: samples of the capture that the student cannot represent; of a capture: conversations that
+the teacher's template refuses, or that are too long. ``bad.jsonl`` of a capture: documents of the corpus that were
+dropped, or mended, under ``--on-bad skip``. All follow from the input alone, so a
 run that is killed, resumed or spread over machines writes the same bytes. An artifact without any has no such file.
 """
 
@@ -15,6 +16,7 @@ from xtoken.pipeline.store.files import Folder
 from xtoken.schemas.errors import VerificationError
 
 SKIPPED_FILE, BAD_FILE = "skipped.jsonl", "bad.jsonl"
+SKIPS = "skips"  # folder of a capture's records by part, of which the one is made
 UNRECORDED = "not recorded"  # by releases before 0.6
 _LONGEST = 200  # of a reason, which is counted
 _LONGEST_LINE = 1 << 20  # no record of ours is near it: a longer line is refused as damage
@@ -27,6 +29,21 @@ def write_records(folder: Folder, name: str, records: Iterable[Mapping[str, Any]
         folder.replace(name, text.encode())
     elif folder.exists(name):
         folder.remove(name)
+
+
+def keep_skips(folder: Folder, part: int, records: Iterable[Mapping[str, Any]]) -> None:
+    """Record what a part lacks, before the part is committed; of one part it is always the same."""
+    folder.make(SKIPS)
+    write_records(folder, f"{SKIPS}/part-{part:05d}.jsonl", ({"part": part, **record} for record in records))
+
+
+def join_skips(folder: Folder, parts: Iterable[int]) -> None:
+    """Make ``skipped.jsonl`` of the records of these parts, in their order."""
+    lines = b"".join(folder.read(f"{SKIPS}/part-{part:05d}.jsonl") for part in parts)
+    if lines:
+        folder.replace(SKIPPED_FILE, lines)
+    elif folder.exists(SKIPPED_FILE):
+        folder.remove(SKIPPED_FILE)
 
 
 def count_reasons(folder: Folder, name: str) -> dict[str, int]:

@@ -5,7 +5,7 @@ Shapes: T tokens of one sequence, R = T - 1 rows, K entries per row, n temperatu
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,30 @@ class TeacherRows:
     space_logprob: NDArray[np.float32] | None = None
     tau_lognorm: NDArray[np.float32] | None = None
     draws: Draws | None = None
+
+
+def chosen_rows(rows: TeacherRows, chosen_P: NDArray[np.int64]) -> TeacherRows:
+    """Rows of some positions, which rise [P]."""
+
+    def taken(values: NDArray[Any] | None) -> Any:
+        return None if values is None else values[chosen_P]
+
+    draws = rows.draws
+    if draws is not None:
+        kept_R = np.zeros(len(draws.drawn), np.bool_)
+        kept_R[chosen_P] = True
+        kept_K = np.repeat(kept_R, draws.drawn)
+        draws = Draws(draws.drawn[chosen_P], draws.ids[kept_K], draws.count[kept_K], draws.entropy[chosen_P])
+    return TeacherRows(
+        ids=taken(rows.ids),
+        logprob=taken(rows.logprob),
+        target_logprob=taken(rows.target_logprob),
+        target_rank=taken(rows.target_rank),
+        lse=taken(rows.lse),
+        space_logprob=taken(rows.space_logprob),
+        tau_lognorm=taken(rows.tau_lognorm),
+        draws=draws,
+    )
 
 
 Batch = Sequence[tuple[Hashable, NDArray[np.int32]]]

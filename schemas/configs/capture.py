@@ -1,10 +1,13 @@
 """Configuration of the verbs that make a capture; see ``xtoken.schemas.configs.artifacts``."""
 
+import json
 import re
+from datetime import date
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from xtoken.schemas.chat import Learned
 from xtoken.schemas.codecs import CODECS, CodecSettings, foreign_fields, known_codec, settings_of
 from xtoken.schemas.configs.base import (
     AS_HASH,
@@ -21,8 +24,12 @@ from xtoken.schemas.configs.base import (
 )
 from xtoken.schemas.word_starts import SpaceSet
 
+CorpusForm = Literal["auto", "text", "messages", "sharegpt", "prompt", "alpaca"]
 TRAIN, ALL, ONLY = "train", "all", "only"
 PILOT_TOKENS = 2000
+# Kinds of spans that are always taught, and those that are on demand.
+_LEARNED: tuple[Learned, ...] = ("assistant", "call", "stop")
+_MORE_LEARNED: tuple[Learned, ...] = ("thinking",)
 # Words for splits, as Hugging Face's datasets finds them in names of files.
 _SPLITS = {
     TRAIN: ("train", "training"),
@@ -44,6 +51,7 @@ class CorpusConfig(Config):
         PLACE | IN_PLAN,
     )
     text_field: str = Field("text", description="Field or column that holds the text.", json_schema_extra=IN_PLAN)
+    form: CorpusForm = Field("text", description="What the corpus holds.", json_schema_extra=IN_PLAN)
     id_field: str | None = Field(
         None,
         description="Field with a unique document id; else file name and record number.",
@@ -78,6 +86,12 @@ class CorpusConfig(Config):
 class CorpusGroup(CorpusConfig):
     """The corpus of a capture."""
 
+    form: CorpusForm = Field(
+        "auto",
+        description="What the corpus holds: text, or conversations as messages, sharegpt, prompt or alpaca; auto: as "
+        "its columns say, and text where there is a --text-field.",
+        json_schema_extra=IN_PLAN,
+    )
     on_rendered: Literal["stop", "text"] = Field(
         "stop",
         description="Text that looks rendered by a chat template, by the teacher's control tokens in it, stops the run "
@@ -201,6 +215,79 @@ class CodecGroup(Config):
             if not 0 < tau < float("inf"):
                 raise ValueError(f"a temperature of {tau:g} divides by nothing; give numbers above 0, such as 2,4")
         return sorted(set(value) - {1.0})
+
+
+class ChatGroup(Config):
+    """How conversations become samples."""
+
+    turns: Literal["all", "last", "each"] = Field(
+        "all",
+        description="Answers of a conversation that are taught: all in one sample, the last, or each in a sample of "
+        "its own (right for templates that drop earlier reasoning).",
+    )
+    long: Literal["cut", "skip"] = Field(
+        "cut",
+        description="A conversation of more than --max-tokens loses its last messages, back to an answer that fits, or "
+        "is skipped; --turns last and each: it is skipped.",
+    )
+    learn: list[str] = Field(
+        default=[], description="What is taught beside answers, tool calls and their ends: thinking (reasoning)."
+    )
+    template: str | None = Field(
+        None,
+        description="Jinja file with the chat template; left out: the teacher's own.",
+        json_schema_extra=PLACE | AS_HASH,
+    )
+    template_arg: list[str] = Field(
+        default=[], description="Variables of the chat template, such as enable_thinking=false."
+    )
+    date: str | None = Field(
+        None,
+        description="What a chat template takes for today, such as 2026-07-04; left out: the day of the plan.",
+        json_schema_extra=IN_PLAN,
+    )
+
+    @field_validator("learn")
+    @classmethod
+    def _known_kinds(cls, value: list[str]) -> list[str]:
+        for word in value:
+            if word not in _MORE_LEARNED:
+                raise ValueError(f"{word!r} is not taught on demand; known is {', '.join(_MORE_LEARNED)}")
+        return sorted(set(value))
+
+    @field_validator("template_arg")
+    @classmethod
+    def _named_values(cls, value: list[str]) -> list[str]:
+        for word in value:
+            if not re.fullmatch(r"[A-Za-z_]\w*=.*", word, re.DOTALL):
+                raise ValueError(f"{word!r} names no variable; write name=value, such as enable_thinking=false")
+        return value
+
+    @field_validator("date")
+    @classmethod
+    def _a_day(cls, value: str | None) -> str | None:
+        try:
+            return value if value is None else date.fromisoformat(value).isoformat()
+        except ValueError:
+            raise ValueError(f"{value!r} is not a day; write it as 2026-07-04") from None
+
+    @property
+    def learned(self) -> list[Learned]:
+        """Kinds of spans that are taught."""
+        return [*_LEARNED, *(kind for kind in _MORE_LEARNED if kind in self.learn)]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Variables of the template: JSON values where they are such, else text."""
+        pairs = (word.partition("=") for word in self.template_arg)
+        return {name: _json_or_text(value) for name, _, value in pairs}
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 class WorkGroup(Config):
@@ -345,13 +432,14 @@ class RowsConfig(Config):
     corpus: CorpusGroup
     teacher: TeacherGroup
     codec: CodecGroup = Field(title="Rows")
+    chat: ChatGroup = Field(title="Conversations")
 
     @classmethod
     def settings_of(cls, record: dict[str, Any]) -> dict[str, Any] | None:
         """See ``Config``: run.json of a capture, which knows neither its corpus nor where a student's tokenizer is."""
         if not {"tokenizer_hash", "teacher", "backend"} <= record.keys():
             return None
-        derived = ("schema_version", "tokenizer_hash", "step", "student_hash")
+        derived = ("schema_version", "tokenizer_hash", "step", "student_hash", "template_hash")
         settings = {name: value for name, value in record.items() if name not in derived and value is not None}
         bos = settings.get("bos")
         return settings | ({"bos": "always" if bos else "never"} if isinstance(bos, bool) else {})

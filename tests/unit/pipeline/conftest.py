@@ -1,17 +1,15 @@
 """Small real captures for the tests of this folder, made by one builder."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
+from in_process import InProcess
 
 from xtoken.pipeline.capture import precompute
-from xtoken.pipeline.executors.protocol import Event, Job, Lease, Message, Watch
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.ui.progress import Silent
 
@@ -21,23 +19,6 @@ TEXTS = {
     "c.txt": "short",
 }
 SmallCapture = Callable[..., Path]
-
-
-class InProcess:
-    """An executor without processes: starting one takes longer than a small capture."""
-
-    def run(self, job: Job, shards: Sequence[int], watch: Watch) -> dict[int, str]:
-        """See ``Executor``."""
-
-        def receive(message: Message) -> None:
-            if message.error is not None:
-                raise message.error
-            if message.kind == "part":
-                watch.see(Event("part", shard=message.shard, part=message.part))
-
-        with mock.patch.dict(os.environ):  # a worker chooses the GPUs of its process
-            job.open().serve((Lease(shard) for shard in shards), receive)
-        return {}
 
 
 @pytest.fixture(scope="session")

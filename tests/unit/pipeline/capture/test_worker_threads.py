@@ -19,7 +19,7 @@ WAIT = 120  # seconds until a test says that something never happens
 
 
 def piece(size: int = 5):
-    return SimpleNamespace(encoded=SimpleNamespace(ends=np.array([size])))
+    return SimpleNamespace(size=size)
 
 
 @dataclass

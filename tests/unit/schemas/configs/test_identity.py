@@ -90,11 +90,17 @@ def test_a_capture_records_every_field_without_a_mark(tmp_path: Any) -> None:
     )
     table = load_tokenizer("bytes").table
     settings = capture_settings(config, table, None)
-    assert identity(config).keys() - settings.keys() == {"space"}
+    assert identity(config).keys() - settings.keys() == {"space", "turns", "long", "learn", "template_arg"}
     other = capture_settings(config.changed(space="paper"), table, None)
     assert other == settings | {"space": "paper"}
     plan = make_plan(config.corpus, config.run.shard_bytes, Silent())
     written = {**plan.corpus.options, "corpus": plan.corpus.source, "shard_bytes": plan.shard_bytes}
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"prompt": "Hi", "completion": "Hello"}')
+    chat_plan = make_plan(config.changed(corpus=str(chats)).corpus, 1, Silent(), date="2026-07-04")
+    assert chat_plan.corpus.options["form"] == "prompt"
+    written |= {"form": chat_plan.corpus.options["form"], "date": chat_plan.date}
+    assert not {"form", "date"} & {*plan.corpus.options, *plan.model_dump()}, "plans of text are as ever"
     in_plan = [leaf.name for leaf in leaves(PrecomputeConfig) if marked(leaf.field, "resume") == base.IN_PLAN["resume"]]
     assert sorted(in_plan) == sorted(written)
     assert "student_hash" in settings, "the one field that is recorded as a hash"
