@@ -78,5 +78,5 @@ def claim(root: str, settings: dict[str, Any], model: type[AlignConfig] = AlignC
 
 
 def _short(value: Any) -> str:
-    text = "+".join(value) or "none" if isinstance(value, list) else str(value)
+    text = "+".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
     return text[:12] if len(text) == _HASH else text

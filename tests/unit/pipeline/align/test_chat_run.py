@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from in_process import InThisProcess
+from in_process import InProcess, InThisProcess
 from talks import TALKS
 
 from xtoken.pipeline.align.common_samples import compare
@@ -43,7 +43,7 @@ def captured(root: Path, teacher: str, talks: dict[str, list[dict[str, Any]]] = 
     (root / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
     given = {"backend": "fake", "id_field": "id", "date": "2026-07-04", "learn": ["thinking"], "max_tokens": 512}
     places = {"corpus": str(root / "corpus.jsonl"), "teacher": teacher, "out": str(root / "c")}
-    precompute(PrecomputeConfig.from_flat(**places, **{**given, **more}), Silent(), executor=InThisProcess())
+    precompute(PrecomputeConfig.from_flat(**places, **{**given, **more}), Silent(), executor=InProcess())
     return str(root / "c")
 
 
@@ -58,12 +58,12 @@ def capture(sources: Captured, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def aligned(capture: str, student: str, out: Path, **more: Any) -> TargetManifest:
-    config = AlignConfig(captures=[capture], student=student, out=str(out), **{"losses": LOSSES, **more})
+    config = AlignConfig(captures=[capture], student=student, out=str(out), **{"losses": ["p-kl"], **more})
     return align(config, Silent(), executor=InThisProcess())
 
 
 def test_a_run(capture: str, sources: Captured, tmp_path: Path) -> None:
-    manifest = aligned(capture, sources("qwen3"), tmp_path / "t")
+    manifest = aligned(capture, sources("qwen3"), tmp_path / "t", losses=LOSSES)
     stored = read_manifest(capture, CaptureManifest)
     assert stored.chat is not None
     assert manifest.schema_version == CHAT_TARGETS
@@ -99,11 +99,12 @@ def test_figures_say_what_is_taught_and_what_is_lost(capture: str, sources: Capt
     assert figures["lost assistant other bytes"] >= 1
 
 
+@pytest.mark.thorough
 def test_the_same_again_with_any_number_of_workers(sources: Captured, tmp_path: Path) -> None:
     many = {f"{name} {number}": talk for number in range(4) for name, talk in TALKS.items()}
-    capture = captured(tmp_path, sources("smollm2"), many, shard_bytes=2000)
+    capture = captured(tmp_path, sources("smollm2"), many, shard_bytes=300)
     configs = [
-        AlignConfig(captures=[capture], student=sources("qwen3"), out=str(tmp_path / out), losses=LOSSES, workers=count)
+        AlignConfig(captures=[capture], student=sources("qwen3"), out=str(tmp_path / out), workers=count)
         for out, count in (("one", 1), ("again", 1), ("two", 2))
     ]
     for config in configs:
