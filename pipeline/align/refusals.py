@@ -113,9 +113,10 @@ def refuse_no_text(config: AlignConfig, capture: CaptureManifest) -> None:
     if config.corpus is not None:
         CorpusTexts(root, config.corpus)
         return
+    columns = ["text"] if capture.chat is None else ["text", "messages"]
     for part in capture.parts:
         try:
-            for batch in islice(peek(root, capture, part, ["text"]), 1):
+            for batch in islice(peek(root, capture, part, columns), 1):
                 refuse_without_text(batch, root)
         except StopRun:
             raise

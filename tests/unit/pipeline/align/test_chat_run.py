@@ -141,6 +141,9 @@ def test_flags_that_mean_nothing_are_refused(
         aligned(texts, "bytes", tmp_path / "t", losses=["p-kl"], template_arg=["a=1"])
     with pytest.raises(XtokenError, match="bytes has no chat template"):
         aligned(capture, "bytes", tmp_path / "t", losses=["p-kl"])
+    silent = captured(tmp_path, sources("smollm2"), {"plain": TALKS["plain"]}, text=False)
+    with pytest.raises(XtokenError, match=r"captured with --no-text.*; capture it again without"):
+        aligned(silent, sources("qwen3"), tmp_path / "t")
     with pytest.raises(ValueError, match="names no variable"):
         AlignConfig(captures=["c"], student="s", out="o", template_arg=["thinking"])
 

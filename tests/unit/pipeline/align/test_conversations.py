@@ -382,3 +382,22 @@ def test_verify_reads_chunks_of_conversations(checked: Any, tmp_path: Path) -> N
         write_parquet(path, form.schema, [found.set_column(at, found.schema.field(at), column)])
         with pytest.raises(VerificationError, match=rule):
             TargetCheck(form)(path)
+
+
+@pytest.mark.parametrize(
+    ("merge", "losses", "second"),
+    [
+        ("last", ["gold", "uld"], "phi3-medium"),
+        ("mean", ["p-kl", "h-kl"], "phi3-medium"),
+        ("first", ["sparse-kl", "mined", "ce"], "smollm2"),
+    ],
+)
+def test_any_recipe(model: Model, merge: str, losses: list[str], second: str) -> None:
+    """A chunk's one row may be its last, or a mean of all: never one of another chunk's."""
+    teacher, student = model("smollm2"), model(second)
+    recipe = Recipe(losses, merge, 1.0, CODEC)
+    batch = chat_batch(teacher, written(teacher))
+    _, samples, targets, rules = aligned(batch, teacher, student, recipe)
+    assert list(rules.broken(summary_batch(batch, samples, targets, losses))) == []
+    gap_C = np.concatenate([sample.chunks.gap for sample in samples])
+    assert np.array_equal(np.isnan(targets["teacher_logprob"].flatten().to_numpy()), gap_C)
