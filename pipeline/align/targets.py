@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from xtoken.pipeline.align.chunks import Joined, chunks_per_sample
+from xtoken.pipeline.align.chunks import Joined, chunks_per_sample, offsets_of
 from xtoken.pipeline.align.kernels import realised
 from xtoken.pipeline.align.losses import builders
 from xtoken.pipeline.align.losses.base import Source, Values
 from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.rows import Recipe, RowBatch
-from xtoken.pipeline.store.columns import flat, list_lengths
+from xtoken.pipeline.store.columns import flat
 from xtoken.schemas.losses import loss_columns
 from xtoken.schemas.tables import target_columns, targets
 
@@ -141,10 +141,16 @@ def _precision(source: Source) -> dict[str, int]:
     at_N = [sample.at for sample in source.samples]
     if source.chat:
         return {"teacher_snapped": sum(batch["snapped"][at].as_py() for at in at_N)}
-    stops = np.cumsum(list_lengths(batch, "teacher_ids"))[:-1]
-    ids, ends = (np.split(flat(batch, name), stops) for name in ("teacher_ids", "teacher_end"))
+    taken = pa.array(at_N, pa.int64())
+    their_ids, their_ends = (batch[name].take(taken) for name in ("teacher_ids", "teacher_end"))
+    own = [one.encoded for one in source.samples if len(one.encoded.ids)]
+    if not own:
+        return {"ends_moved": 0, "teacher_snapped": 0, "teacher_ends_moved": 0}
+    my_ids, my_ends = np.concatenate([one.ids for one in own]), np.concatenate([one.ends for one in own])
     return {
-        "ends_moved": sum(mine.moved_ends(one.encoded.ids, one.encoded.ends) for one in source.samples),
-        "teacher_snapped": sum(batch["snapped"][at].as_py() for at in at_N),
-        "teacher_ends_moved": sum(theirs.moved_ends(ids[at], ends[at]) for at in at_N),
+        "ends_moved": mine.moved_ends(my_ids, my_ends, offsets_of([len(one.ids) for one in own])[:-1]),
+        "teacher_snapped": sum(batch["snapped"].take(taken).to_pylist()),
+        "teacher_ends_moved": theirs.moved_ends(
+            their_ids.flatten().to_numpy(), their_ends.flatten().to_numpy(), their_ids.offsets.to_numpy()[:-1]
+        ),
     }
