@@ -18,7 +18,7 @@ from xtoken.trainer.data.batches import Loader
 from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.plan import Position
 from xtoken.trainer.data.samples import context_token
-from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.sources import Sources, refuse_unlike
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import LossSetup
@@ -173,6 +173,7 @@ def open_targets(config: TrainConfig, tokenizer: TokenizerInfo) -> list[Targets]
         if config.student.student is not None:
             targets.require_head(config.student.student)
         folders.append(targets)
+    refuse_unlike(folders)
     return folders
 
 
@@ -214,7 +215,9 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     wrapped = _wrap(objective, asked.parallel, ranks, some_left_out)
     optimizer = build_optimizer(model, config.optim, losses)
     weights = tuple(data.weights) or (1.0,) * len(folders)
-    layout = Layout(context_token(tokenizer), data.max_tokens, vocabulary, losses, weights, data.weighting)
+    chat = folders[0].manifest.chat is not None
+    context = None if chat else context_token(tokenizer)
+    layout = Layout(context, data.max_tokens, vocabulary, losses, weights, data.weighting, chat)
     made: dict[str, Any] = {"sources": Sources(folders), "layout": layout, "packing": packing}
     counted = Counted([0] * len(folders))
     metrics = Metrics(run.metrics, ranks.first)
