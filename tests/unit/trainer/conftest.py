@@ -90,7 +90,7 @@ def _sample(pair: Pair, rng: np.random.Generator, name: str, length: int) -> dic
 
 
 def _chat_sample(pair: Pair, rng: np.random.Generator, name: str, length: int) -> dict[str, Any]:
-    """Turns: what is not taught is a gap, with what is taught behind it at places; some gaps have no student tokens.
+    """Turns: what is not taught is a gap, and so is at places what is, by itself or joined to it; some have no tokens.
 
     Chunks have one token or two, and only taught tokens have targets of their own.
     """
@@ -105,8 +105,8 @@ def _chat_sample(pair: Pair, rng: np.random.Generator, name: str, length: int) -
     for low, high in pairwise([0, *(np.flatnonzero(np.diff(learn)) + 1).tolist(), length]):
         if not learn[low]:
             ends, has = [*ends, high], [*has, False]
-        elif mask.random() < 0.15:  # taught, and the teacher has other text there
-            ends[-1] = high
+        elif (what := mask.random()) < 0.25:  # taught, and the teacher has other text there
+            ends, has = ([*ends[:-1], high], has) if what < 0.12 else ([*ends, high], [*has, False])
         else:
             at = low + int(mask.integers(0, high - low)) if mask.random() < 0.3 else -1
             while low < high:
