@@ -35,6 +35,9 @@ class EvalConfig(Config):
     shots: int | None = Field(
         None, ge=0, description="Examples shown per question of --tasks; the task's own when left out."
     )
+    apply_chat_template: bool = Field(
+        False, description="Ask the questions of --tasks as messages in the model's chat template, examples as turns."
+    )
     text_field: str = Field("text", description="Field or column that holds the text.")
     id_field: str | None = Field(
         None, description="Field that holds the document's id, whose part before the last '/' is its source."
@@ -69,7 +72,9 @@ class EvalConfig(Config):
             raise ValueError(
                 "nothing to measure on; give --text FILE, --targets DIR, --tasks NAMES, or several of them"
             )
-        for name, value in (("--task-path", self.task_path), ("--shots", self.shots)):
+        chat = True if self.apply_chat_template else None
+        given = (("--task-path", self.task_path), ("--shots", self.shots), ("--apply-chat-template", chat))
+        for name, value in given:
             if value is not None and not self.tasks:
                 raise ValueError(f"{name} goes with --tasks; name the tasks, or leave {name} out")
         return self

@@ -37,6 +37,7 @@ class Evaluation:
     step: int
     figures: dict[str, float]
     by_source: dict[str, dict[str, float]] = field(default_factory=dict)
+    by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
     by_category: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -219,7 +220,7 @@ def _evaluation(line: dict[str, Any], where: str) -> Evaluation:
             key: {k: number(v, f"{where}, {name}") for k, v in mapping(row, f"{where}, {name}").items()}
             for key, row in mapping(line.get(name, {}), f"{where}, {name}").items()
         }
-        for name in ("by_source", "by_category")
+        for name in ("by_source", "by_kind", "by_category")
     }
     plain = ("bits_per_byte", "bytes", "kl", "top1_agreement", "chunks", "teacher_bits_per_byte")
     figures = {name: number(line[name], f"{where}, {name}") for name in plain if line.get(name) is not None}
