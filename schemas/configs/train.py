@@ -142,6 +142,12 @@ class StudentGroup(Config):
     tokenizer: str | None = Field(
         None, description="Tokenizer of a student whose folder holds none, such as 'bytes'.", json_schema_extra=PLACE
     )
+    template: str | None = Field(
+        None,
+        description="Jinja file with the chat template that conversations were aligned with; left out: the student's "
+        "own.",
+        json_schema_extra=PLACE,
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     lora: int | None = Field(None, ge=1, description="Train LoRA adapters of this rank (peft) instead of all weights.")
     lora_alpha: float | None = Field(None, gt=0.0, description="LoRA's alpha; twice the rank when left out.")

@@ -130,9 +130,43 @@ def test_several_teachers_must_have_written_alike(
 
 
 def test_the_model_carries_the_chat_template(
-    configure: Callable[..., TrainConfig], student_info: Any, student_dir: str
+    configure: Callable[..., TrainConfig], student_info: Any, student_dir: str, tmp_path: Path
 ) -> None:
+    """Its own, or the one that is given, and generation ends where an answer does."""
     (Path(student_dir) / "chat_template.jinja").write_text("{{ messages }} as ever")
-    config = configure()
+    (tmp_path / "other.jinja").write_text("{{ messages }} otherwise")
+    for given, expected in ((None, "as ever"), (str(tmp_path / "other.jinja"), "otherwise")):
+        config = configure(template=given, out=str(tmp_path / expected), steps=1)
+        train(config, student_info, [], Silent())
+        assert Path(config.out, "model", "chat_template.jinja").read_text() == f"{{{{ messages }}}} {expected}"
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, [7]), (1, [1, 7]), ([1, 2], [1, 2, 7]), ([7, 1], [7, 1]), (7, 7)])
+def test_generation_ends_where_an_answer_does(
+    configure: Callable[..., TrainConfig],
+    make_targets: Callable[..., str],
+    student_info: Any,
+    student_dir: str,
+    chat_info: ChatInfo,
+    own: Any,
+    expected: Any,
+) -> None:
+    Path(student_dir, "generation_config.json").write_text(json.dumps({"eos_token_id": own}))
+    chat = chat_info.model_copy(update={"stop_token": 7})
+    config = configure(targets=[make_targets(LENGTHS, name="stops", step=1 / 64, chat=chat)], steps=1)
     train(config, student_info, [], Silent())
-    assert Path(config.out, "model", "chat_template.jinja").read_text() == "{{ messages }} as ever"
+    assert json.loads(Path(config.out, "model", "generation_config.json").read_text())["eos_token_id"] == expected
+
+
+def test_a_real_tokenizer_keeps_its_template(
+    configure: Callable[..., TrainConfig], student_info: Any, smollm2_dir: Path
+) -> None:
+    """The template of SmolLM2 lies in tokenizer_config.json."""
+    from transformers import AutoTokenizer
+
+    config = configure(tokenizer=str(smollm2_dir), steps=1)
+    train(config, student_info, [], Silent())
+    one, other = (AutoTokenizer.from_pretrained(folder) for folder in (smollm2_dir, Path(config.out, "model")))
+    assert one.chat_template == other.chat_template
+    message = [{"role": "user", "content": "Hi"}]
+    assert one.apply_chat_template(message) == other.apply_chat_template(message)
