@@ -2,14 +2,15 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.pipeline.chats.conversation import Conversation
-from xtoken.pipeline.chats.encode import ChatModel, ChatTokens, open_chat_model
+from xtoken.pipeline.chats.encode import LEARNED, ChatModel, ChatTokens, open_chat_model
 from xtoken.pipeline.chats.refused import Refused
 from xtoken.pipeline.chats.slots import Kind
 from xtoken.pipeline.chats.turns import fit, samples_of
@@ -58,17 +59,20 @@ class HeldOut:
         return sum(span.size for span in self.taught)
 
 
-def open_student(source: str, info: ChatInfo, template: str | None = None) -> ChatModel:
-    """The chat model of a student whose targets are conversations.
+def open_student(source: str, info: ChatInfo | None, template: str | None = None) -> ChatModel:
+    """The chat model of a student.
 
     Args:
         source: its tokenizer.
-        info: what the targets' manifest says of its side.
+        info: what the manifest of its targets says of its side, which it must agree with; None: it has no targets of
+            conversations, and the day that its template is told is today (UTC).
         template: file that counts instead of its own chat template.
 
     Raises:
         XtokenError: it has no template, or another one than the targets were written with.
     """
+    if info is None:
+        return open_chat_model(source, template=template, date=datetime.now(UTC).replace(tzinfo=None))
     date = datetime.fromisoformat(info.date)
     model = open_chat_model(source, template=template, arguments=info.arguments, date=date)
     if model.template.sha256 != info.template:
@@ -107,3 +111,28 @@ def _asked(model: ChatModel, conversation: Conversation, tokens: ChatTokens) -> 
     axis = tokens.text.encode()
     answer = [axis[s.byte_start : s.byte_end] for s in tokens.spans if s.message == message and s.kind in _SHOWN]
     return Asked(asked.ids, text, b"".join(answer).decode(errors="replace"), model.stop_token)
+
+
+@dataclass(frozen=True)
+class StudentChats:
+    """A student that conversations are read for; its template and tokenizer are opened when it is asked for them.
+
+    Attributes:
+        source, info, template: see ``open_student``.
+        more: kinds of spans that count beside those that are taught, of its targets or by default.
+    """
+
+    source: str
+    info: ChatInfo | None = None
+    template: str | None = None
+    more: tuple[Kind, ...] = ()
+
+    @cached_property
+    def model(self) -> ChatModel:
+        """See ``open_student``."""
+        return open_student(self.source, self.info, self.template)
+
+    def read(self, conversation: Conversation, limit: int) -> HeldOut:
+        """See ``held_out``."""
+        taught = LEARNED if self.info is None else self.info.learn
+        return held_out(self.model, conversation, (*taught, *self.more), limit)

@@ -24,7 +24,18 @@ class EvalConfig(Config):
     tokenizer: str | None = Field(
         None, description="Tokenizer of a model whose folder holds none, such as 'bytes'.", json_schema_extra=PLACE
     )
-    text: str | None = Field(None, description="Held-out corpus: bits per byte.", json_schema_extra=PLACE)
+    text: str | None = Field(
+        None, description="Held-out corpus of text, or of conversations: bits per byte.", json_schema_extra=PLACE
+    )
+    template: str | None = Field(
+        None,
+        description="Of conversations: Jinja file with the chat template; left out: the model's own.",
+        json_schema_extra=PLACE,
+    )
+    learn: list[str] = Field(
+        default=[],
+        description="Of conversations: what counts beside answers, calls and their ends: thinking (reasoning).",
+    )
     targets: str | None = Field(
         None, description="Held-out targets: KL to the teacher and top-1 agreement.", json_schema_extra=PLACE
     )
@@ -46,6 +57,14 @@ class EvalConfig(Config):
     max_tokens: int = Field(1024, ge=8, description="Longest window in tokens.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+    @field_validator("learn")
+    @classmethod
+    def _known_kinds(cls, value: list[str]) -> list[str]:
+        for word in value:
+            if word != "thinking":
+                raise ValueError(f"{word!r} does not count on demand; known is thinking")
+        return value
 
     @field_validator("model", mode="before")
     @classmethod
@@ -72,6 +91,9 @@ class EvalConfig(Config):
             raise ValueError(
                 "nothing to measure on; give --text FILE, --targets DIR, --tasks NAMES, or several of them"
             )
+        for name, of_chats in (("--template", self.template), ("--learn", self.learn)):
+            if of_chats and self.text is None:
+                raise ValueError(f"{name} is for conversations of --text; name the file, or leave {name} out")
         chat = True if self.apply_chat_template else None
         given = (("--task-path", self.task_path), ("--shots", self.shots), ("--apply-chat-template", chat))
         for name, value in given:

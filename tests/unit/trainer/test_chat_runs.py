@@ -170,3 +170,26 @@ def test_a_real_tokenizer_keeps_its_template(
     assert one.chat_template == other.chat_template
     message = [{"role": "user", "content": "Hi"}]
     assert one.apply_chat_template(message) == other.apply_chat_template(message)
+
+
+def test_the_template_must_be_that_of_the_targets(
+    configure: Callable[..., TrainConfig], make_targets: Callable[..., str], student_dir: str, tmp_path: Path
+) -> None:
+    """Told before the model is loaded; plain text has none."""
+    from typer.testing import CliRunner
+
+    from xtoken import cli
+
+    (tmp_path / "other.jinja").write_text("{{ messages[0].content }}")
+    words = ["--student", student_dir, "--tokenizer", "bytes", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    given = ["--template", str(tmp_path / "other.jinja")]
+    chats, text = configure().data.targets[0], make_targets([[9, 12]], name="text")
+    for root, more, said in (
+        (chats, given, "is not the one that the targets were written with (ffffffffffff); give that one with"),
+        (chats, [], "bytes has no chat template"),
+        (text, given, "is for conversations, and"),
+    ):
+        result = CliRunner().invoke(cli.app, ["train", root, *words, *more])
+        assert result.exit_code != 0
+        assert said in " ".join(result.output.split())
+        assert not (tmp_path / "run").exists()
