@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -299,3 +300,20 @@ def test_text_and_conversations_are_not_one_run(make_targets: Callable[..., str]
     for folders in ([chats, texts], [texts, chats]):
         with pytest.raises(XtokenError, match=r"/targets holds conversations and .*/texts plain text"):
             refuse_unlike(folders)
+
+
+@pytest.mark.parametrize("stop", [9, None])
+def test_what_ends_an_answer_is_a_pair_of_equal_bytes(
+    make_targets: Callable[..., str], chat_info: ChatInfo, pair: Any, monkeypatch: pytest.MonkeyPatch, stop: int | None
+) -> None:
+    """GOLD's M: W has the two tokens by role, whatever the families call them; other roles stay out."""
+    table = pair.table()
+    students = table["student_id"].to_numpy()
+    assert pair.arrays.exact[np.isin(students, [9, 10])].all()
+    kinds = np.where(np.isin(students, [9, 10]), "role", table["kind"].to_numpy(zero_copy_only=False))
+    changed = table.set_column(table.schema.get_field_index("kind"), table.schema.field("kind"), pa.array(kinds))
+    chat = chat_info.model_copy(update={"stop_token": stop})
+    targets = Targets(make_targets([[20]], losses=("gold",), step=STEP, chat=chat))
+    monkeypatch.setattr(targets, "_side_table", lambda _: changed)
+    out = {9, 10} - {stop}
+    np.testing.assert_array_equal(targets.w.exact, pair.arrays.exact & ~np.isin(students, list(out)))
