@@ -35,10 +35,12 @@ def held_out_talks(config: CorpusConfig) -> list[Talk] | None:
             form = form_of(list(value)) if isinstance(value, dict) and config.text_field not in value else None
         if form is None:
             return None
-        where = f"{config.corpus}:{number + 1}"
+        where = f"{config.corpus.rpartition('/')[2]}, line {number + 1}"
         name = _name(config, number, value, where)
         if name in talks:
-            raise XtokenError(f"{where}: the id {name!r} is there twice; give each conversation its own")
+            raise XtokenError(
+                f"{where}: id {name!r} was seen before, but ids must be unique; choose another --id-field"
+            )
         try:
             talks[name] = Talk(name, source_of(name), read_row(value, form))
         except Refused as refused:
@@ -69,9 +71,9 @@ def _parsed(data: bytes) -> Any:
 
 def _name(config: CorpusConfig, number: int, value: Any, where: str) -> str:
     if not isinstance(value, dict):
-        raise XtokenError(f"{where}: the line holds no JSON object; write one conversation per line")
+        raise XtokenError(f"{where}: it is no JSON, or not an object; write one JSON object per line")
     if config.id_field is None:
         return f"{config.corpus.rpartition('/')[2]}:{number}"
     if config.id_field not in value:
-        raise XtokenError(f"{where}: the row has no field {config.id_field!r}; choose another --id-field")
+        raise XtokenError(f"{where}: it has no field {config.id_field!r}; choose another --id-field")
     return str(value[config.id_field])

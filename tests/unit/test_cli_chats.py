@@ -125,10 +125,10 @@ def test_what_does_not_fit_is_left_out_by_name(small: Path, tmp_path: Path, capl
 
 
 WRONG = {
-    "the id 'web/one' is there twice": [TALKS[0], TALKS[0]],
-    "chats.jsonl:2: the row has no field 'id'": [TALKS[0], {"messages": TALKS[1]["messages"]}],
-    "chats.jsonl:2: the line holds no JSON object": [TALKS[0], 7],
-    "chats.jsonl:1: unknown role": [{"id": "a", "messages": [{"role": "narrator", "content": "x"}]}],
+    "chats.jsonl, line 2: id 'web/one' was seen before": [TALKS[0], TALKS[0]],
+    "has no field 'id'": [TALKS[0], {"messages": TALKS[1]["messages"]}],
+    "not an object": [TALKS[0], 7],
+    "chats.jsonl, line 1: unknown role": [{"id": "a", "messages": [{"role": "narrator", "content": "x"}]}],
 }
 
 
