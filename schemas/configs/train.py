@@ -365,7 +365,7 @@ class ReportGroup(Config):
 
     eval_text: str | None = Field(
         None,
-        description="Held-out text or corpus file: bits per byte before and after.",
+        description="Held-out text or conversations, a corpus: bits per byte before and after.",
         json_schema_extra=PLACE | COMMON,
     )
     eval_id_field: str | None = Field(
@@ -383,7 +383,7 @@ class ReportGroup(Config):
     completions: int = Field(
         4,
         ge=0,
-        description="Held-out samples whose beginning the student completes before and after.",
+        description="Held-out samples whose beginning the student completes, or whose question it answers, before and after.",
         json_schema_extra=MAY_CHANGE,
     )
     tensorboard: bool = Field(
