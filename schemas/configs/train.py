@@ -383,7 +383,8 @@ class ReportGroup(Config):
     completions: int = Field(
         4,
         ge=0,
-        description="Held-out samples whose beginning the student completes, or whose question it answers, before and after.",
+        description="Held-out samples whose beginning the student completes before and after, or whose question it "
+        "answers.",
         json_schema_extra=MAY_CHANGE,
     )
     tensorboard: bool = Field(
