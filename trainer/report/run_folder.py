@@ -23,6 +23,7 @@ HELD_OUT, COMPLETIONS = "held-out.jsonl", "completions.jsonl"
 CURVES = (
     *("tokens_per_s", "lr", "grad_norm", "loss", "kd", "ce", "top1_agreement"),
     *("kd_gradient", "ce_gradient", "kd_weight"),  # under --mix gradmag
+    "taught",  # of conversations
 )
 _LAST = 10  # steps whose mean is a run's final loss, as in summary.json
 _LARGEST = 1e60  # beyond what float32 holds; squares of it are still numbers
@@ -117,7 +118,7 @@ class RunRecord:
         return 0.0 if self.summary is None else number(self.summary.get(name, 0), f"{self.root}/{SUMMARY}, {name}")
 
     def final(self, name: str) -> float | None:
-        """Mean of ``loss``, ``kd`` or ``ce`` over the last ten steps that logged it."""
+        """Mean of a figure of steps, such as ``loss``, ``kd`` or ``ce``, over the last ten that logged it."""
         if name in self.curves:
             return float(self.curves[name][1][-_LAST:].mean())
         if self.summary is None or name not in self.summary:
