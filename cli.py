@@ -47,7 +47,7 @@ from xtoken.schemas.ui.tables import shown
 from xtoken.schemas.ui.terminal import Output, delivered, read_input, remarks
 
 if TYPE_CHECKING:
-    from xtoken.pipeline.chats import StudentChats
+    from xtoken.pipeline.chats.held_out import StudentChats
     from xtoken.pipeline.corpus.held_out import Talk
     from xtoken.pipeline.tokens import TextTokenizer
     from xtoken.trainer.evaluate import EvalSample
@@ -211,7 +211,7 @@ def run_align(config: AlignConfig, bars: Bars) -> Figures:
 @verb(TrainConfig, "xtoken train targets --student HuggingFaceTB/SmolLM2-135M --loss p-kl --out run")
 def run_train(config: TrainConfig, bars: Bars) -> Figures:
     """Train a student from targets alone."""
-    from xtoken.pipeline.chats import StudentChats
+    from xtoken.pipeline.chats.held_out import StudentChats
     from xtoken.pipeline.tokens import load_tokenizer, refuse_long_prefix
     from xtoken.schemas.manifest import TargetManifest, read_manifest
     from xtoken.trainer.loop import train
@@ -296,7 +296,7 @@ def run_losses(as_json: JSON_FLAG = False, quiet: QUIET_FLAG = False) -> None:
 @verb(EvalConfig, "xtoken eval run/model --text held-out.jsonl --targets held-out-targets")
 def run_eval(config: EvalConfig, bars: Bars) -> Figures:
     """Measure a model."""
-    from xtoken.pipeline.chats import StudentChats
+    from xtoken.pipeline.chats.held_out import StudentChats
     from xtoken.pipeline.tokens import load_tokenizer, refuse_long_prefix
     from xtoken.schemas.manifest import TargetManifest, read_manifest
     from xtoken.trainer.evaluate import evaluate

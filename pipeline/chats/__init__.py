@@ -30,15 +30,14 @@ Who aligns renders what was stored for the student and walks each matched span b
         ...                                                   # if match.taught; of no bytes: one chunk
     student_end = on_axis(pairing, tokens.ends)
 
-Who measures a student reads held-out conversations by its ``StudentChats``.
-
 ``pairing.lost`` is what the teacher teaches and the student's text has not, ``pairing.alone`` what gets CE only.
+
+Who measures a student reads held-out conversations by its ``StudentChats`` (``held_out.py``).
 """
 
 from xtoken.pipeline.chats.conversation import Call, Conversation, Message, require_taught
 from xtoken.pipeline.chats.encode import LEARNED, ChatModel, ChatTokens, Span, open_chat_model
 from xtoken.pipeline.chats.forms import Form, form_of, from_json, read_row, to_json
-from xtoken.pipeline.chats.held_out import HeldOut, StudentChats, held_out, open_student
 from xtoken.pipeline.chats.pairing import Match, Pairing, as_written, on_axis, pair, span_columns, spans_of
 from xtoken.pipeline.chats.refused import Refused
 from xtoken.pipeline.chats.template import ChatTemplate, load_template
@@ -52,24 +51,20 @@ __all__ = [
     "ChatTokens",
     "Conversation",
     "Form",
-    "HeldOut",
     "Match",
     "Message",
     "Pairing",
     "Refused",
     "Span",
-    "StudentChats",
     "Turn",
     "as_written",
     "fit",
     "form_of",
     "from_json",
-    "held_out",
     "kept_messages",
     "load_template",
     "on_axis",
     "open_chat_model",
-    "open_student",
     "pair",
     "read_row",
     "require_taught",

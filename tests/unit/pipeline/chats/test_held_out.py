@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from talks import TALKS
 
-from xtoken.pipeline.chats import Conversation, Message, Refused, held_out, open_student, read_row
+from xtoken.pipeline.chats import Conversation, Message, Refused, read_row
+from xtoken.pipeline.chats.held_out import held_out, open_student
 from xtoken.schemas.chat import ChatInfo
 from xtoken.schemas.errors import XtokenError
 
