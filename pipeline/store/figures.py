@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from xtoken.schemas.chat import CaptureChat
 from xtoken.schemas.errors import last_words
 from xtoken.schemas.manifest import AuditRecord, CaptureManifest, TargetManifest, TokenizerInfo
 
@@ -33,30 +32,50 @@ def capture_figures(manifest: CaptureManifest) -> dict[str, Any]:
         "snapped_samples": counts["snapped"],
         **({"ends_moved": counts["ends_moved"]} if counts["snapped"] and "ends_moved" in counts else {}),
         **student,
-        **(
-            _chat_figures(counts, manifest.chat)
-            if manifest.chat is not None
-            else bos_figure(manifest.tokenizer, shown=manifest.bos)
-        ),
+        **(bos_figure(manifest.tokenizer, shown=manifest.bos) if manifest.chat is None else chat_figures(manifest)),
         **({"audits": audits_line(manifest.audits)} if manifest.audits else {}),
         "teacher": f"{manifest.teacher.model} ({manifest.teacher.backend})",
     }
 
 
-def _chat_figures(counts: Counter[str], chat: CaptureChat) -> dict[str, Any]:
-    """What a capture of conversations holds beside: answers, taught tokens by kind, and what did not go smoothly."""
-
-    def of(prefix: str) -> dict[str, int]:
-        return {name.removeprefix(prefix): count for name, count in sorted(counts.items()) if name.startswith(prefix)}
-
-    groups = {"taught_tokens": of("taught_"), "absent_contents": of("absent_"), "trimmed_contents": of("trimmed_")}
+def chat_figures(manifest: CaptureManifest) -> dict[str, Any]:
+    """What a capture of conversations holds, in numbers that follow from the counts of its parts; nothing of text."""
+    if manifest.chat is None:
+        return {}
+    counts: Counter[str] = Counter()
+    for part in manifest.parts:
+        counts.update(part.counts)
+    rows, tokens = (sum(getattr(part, name) for part in manifest.parts) for name in ("rows", "tokens"))
+    groups = {"absent_contents": _of_each(counts, "absent_"), "trimmed_contents": _of_each(counts, "trimmed_")}
     single = ("conversations_cut", "conversations_skipped", "tokenized_apart")
     return {
-        "form": chat.form,
+        "form": manifest.chat.form,
+        "conversations": counts["documents"],
         "taught_turns": counts["turns"],
+        "taught_tokens": _of_each(counts, "taught_"),
+        "share_of_tokens_taught": round(rows / max(tokens, 1), 4),
         **{name: found for name, found in groups.items() if found},
         **{name: counts[name] for name in single if counts[name]},
     }
+
+
+def chat_settings(manifest: CaptureManifest) -> dict[str, Any]:
+    """How conversations were read and rendered; nothing of plain text."""
+    chat = manifest.chat
+    if chat is None:
+        return {}
+    return {
+        "turns": chat.turns,
+        "long": chat.long,
+        "learn": ",".join(chat.learn),
+        "template": chat.template,
+        "date": chat.date,
+    }
+
+
+def _of_each(counts: Counter[str], prefix: str) -> dict[str, int]:
+    found = sorted((name, count) for name, count in counts.items() if count and name.startswith(prefix))
+    return {name.removeprefix(prefix): count for name, count in found}
 
 
 def bos_figure(tokenizer: TokenizerInfo, *, shown: bool) -> dict[str, str]:

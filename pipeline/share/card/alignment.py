@@ -47,6 +47,11 @@ def alignments(root: str, manifest: CaptureManifest, students: Sequence[str]) ->
     """
     if not students:
         return []
+    if manifest.chat is not None:
+        raise XtokenError(
+            f"--students {','.join(students)} counts chunks of plain text, and {root} holds conversations, which each "
+            "student's own chat template renders; leave it out: 'xtoken align' counts them"
+        )
     tokenizers = [load_tokenizer(student) for student in students]
     found = [Alignment(tokenizer.table.info.name) for tokenizer in tokenizers]
     for row in _samples(root, manifest):
