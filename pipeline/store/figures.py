@@ -1,7 +1,7 @@
 """What an artifact holds, in numbers for people: sums over the commit records of its manifest."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from xtoken.schemas.errors import last_words
@@ -95,6 +95,7 @@ def target_figures(manifest: TargetManifest) -> dict[str, Any]:
     for part in manifest.parts:
         counts.update(part.counts)
     masses = {name.split("_")[1]: counts.pop(name) for name in list(counts) if name.startswith("mass_")}
+    chat = {name.removeprefix("chat_"): counts.pop(name) for name in list(counts) if name.startswith("chat_")}
     tokens = sum(part.tokens for part in manifest.parts)
     aside = {f"part {index}": last_words(why) for index, why in manifest.set_aside.items()}
     return {
@@ -104,9 +105,18 @@ def target_figures(manifest: TargetManifest) -> dict[str, Any]:
         "share_of_1_1_chunks": counts["chunks_1_1"] / max(counts["chunks"], 1),
         "losses": ",".join(manifest.losses),
         **counts,
+        **({"conversations": _chat_figures(chat)} if chat else {}),
         "teacher_mass": {name: ppm / 1e6 / max(counts["chunks_with_row"], 1) for name, ppm in masses.items()},
         **({"set_aside": aside} if aside else {}),
     }
+
+
+def _chat_figures(counts: Mapping[str, int]) -> dict[str, Any]:
+    """Of conversations: what is taught, how much of it has chunks, and what the two renderings do not share."""
+    share = counts["chunk_bytes"] / max(counts["taught_bytes"], 1)
+    shown = {name: counts[name] for name in ("learn_tokens", "ce_only_tokens") if name in counts}
+    others = {name.replace("_", " "): count for name, count in counts.items() if name.startswith(("lost_", "alone_"))}
+    return {"share_of_taught_bytes": share, **shown, **others, "tokens_differ": counts.get("tokens_differ", 0)}
 
 
 def worst_figures(audits: Sequence[AuditRecord]) -> dict[str, float]:

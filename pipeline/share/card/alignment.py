@@ -90,5 +90,5 @@ def _count(counts: Alignment, tokenizer: TextTokenizer, row: dict[str, Any], eos
     counts.samples += 1
     counts.text_bytes += int(ends[-1])
     counts.student_tokens += len(mine.ids)
-    counts.chunks += len(chunks.student_end) - int(chunks.lead)
+    counts.chunks += chunks.count
     counts.one_to_one += chunks.one_to_one
