@@ -96,7 +96,7 @@ def test_figures_say_what_is_taught_and_what_is_lost(capture: str, sources: Capt
     figures = run_captures(config, Silent())["conversations"]
     assert 0.5 < figures["share_of_taught_bytes"] < 1
     assert figures["learn_tokens"] > figures["ce_only_tokens"] > 0
-    assert figures["lost assistant other bytes"] >= 1
+    assert figures["lost_assistant_other_bytes"] >= 1
 
 
 @pytest.mark.thorough
