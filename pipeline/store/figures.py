@@ -115,7 +115,7 @@ def _chat_figures(counts: Mapping[str, int]) -> dict[str, Any]:
     """Of conversations: what is taught, how much of it has chunks, and what the two renderings do not share."""
     share = counts["chunk_bytes"] / max(counts["taught_bytes"], 1)
     shown = {name: counts[name] for name in ("learn_tokens", "ce_only_tokens") if name in counts}
-    others = {name.replace("_", " "): count for name, count in counts.items() if name.startswith(("lost_", "alone_"))}
+    others = {name: count for name, count in counts.items() if name.startswith(("lost_", "alone_"))}
     return {"share_of_taught_bytes": share, **shown, **others, "tokens_differ": counts.get("tokens_differ", 0)}
 
 

@@ -75,6 +75,6 @@ def test_from_one_family_to_another(
     figure(
         f"conversations of SmolLM2 for {name}: {shown['share_of_taught_bytes']:.1%} of taught bytes in chunks, "
         f"{shown['ce_only_tokens']} of {shown['learn_tokens']} taught tokens from the text alone, "
-        + ", ".join(f"{count} {what}" for what, count in shown.items() if what.startswith("lost"))
+        + ", ".join(f"{count} {what}" for what, count in shown.items() if what.startswith("lost_"))
     )
     assert shown["share_of_taught_bytes"] > 0.7
