@@ -33,6 +33,7 @@ Who aligns renders what was stored for the student and walks each matched span b
 ``pairing.lost`` is what the teacher teaches and the student's text has not, ``pairing.alone`` what gets CE only.
 """
 
+from xtoken.pipeline.chats.answers import with_answer
 from xtoken.pipeline.chats.conversation import Call, Conversation, Message, require_taught
 from xtoken.pipeline.chats.encode import LEARNED, ChatModel, ChatTokens, Span, open_chat_model
 from xtoken.pipeline.chats.forms import FORMS, Form, columns_of, form_of, from_json, read_row, to_json
@@ -73,4 +74,5 @@ __all__ = [
     "span_columns",
     "spans_of",
     "to_json",
+    "with_answer",
 ]

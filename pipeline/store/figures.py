@@ -50,7 +50,7 @@ def _chat_figures(counts: Counter[str], chat: CaptureChat) -> dict[str, Any]:
         return {name.removeprefix(prefix): count for name, count in sorted(counts.items()) if name.startswith(prefix)}
 
     groups = {"taught_tokens": of("taught_"), "absent_contents": of("absent_"), "trimmed_contents": of("trimmed_")}
-    single = ("conversations_cut", "conversations_skipped", "tokenized_apart")
+    single = ("conversations_cut", "answers_cut", "conversations_skipped", "tokenized_apart")
     return {
         "form": chat.form,
         "taught_turns": counts["turns"],
