@@ -15,10 +15,10 @@ from xtoken.pipeline.share.card.card import card_files
 from xtoken.pipeline.share.card.stats import read_stats
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.inspect import inspect
-from xtoken.pipeline.store.reader import iter_capture, load_vocab
+from xtoken.pipeline.store.reader import iter_capture, iter_targets, load_vocab
 from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_manifest
 from xtoken.schemas.spans import tokens_with_row
 from xtoken.schemas.ui.progress import Silent
 
@@ -62,6 +62,19 @@ def test_figures_are_those_of_the_spans(chat_capture: Path) -> None:
     assert found["learn"] == "assistant,call,stop,thinking"
     assert found["absent_contents"] == {"thinking": 2}
     assert verify(str(chat_capture))["chat"] == found
+
+
+def test_targets_say_what_of_it_the_student_gets(chat_targets: Path) -> None:
+    found, samples = inspect(str(chat_targets)), [row for b in iter_targets(str(chat_targets)) for row in b.to_pylist()]
+    chat = read_manifest(str(chat_targets), TargetManifest).chat
+    assert chat is not None
+    assert (found["chat"]["template"], found["chat"]["date"]) == (chat.template, chat.date)
+    assert found["chat"]["learn_tokens"] == sum(sum(sample["learn"]) for sample in samples)
+    assert verify(str(chat_targets))["chat"] == found["chat"]
+    for shown, sample in zip(found["samples_shown"], samples, strict=False):
+        known = [value for value in sample["teacher_logprob"] if not np.isnan(value)]
+        assert (shown["sample_id"], shown["chunks"]) == (sample["sample_id"], len(known))
+        assert shown["taught_tokens"] == sum(sample["learn"])
 
 
 def test_inspect_shows_a_row_at_the_token_it_predicts(chat_capture: Path) -> None:
