@@ -31,9 +31,20 @@ class ChatInfo(Record):
         return value
 
 
+class Answering(Record):
+    """How the teacher wrote answers itself."""
+
+    tokens: int = Field(ge=1, le=_MOST_TOKENS, description="at most, of one answer; one that has more is cut")
+    temperature: float = Field(ge=0.0, description="0: the most probable token")
+    top_p: float = Field(gt=0.0, le=1.0)
+    samples: int = Field(ge=1, le=_MOST_TOKENS, description="answers to each prompt")
+    seed: int = Field(ge=0, lt=1 << 63)
+
+
 class CaptureChat(ChatInfo):
     """The teacher's side, and what became samples."""
 
     form: str = Field(max_length=40, description="which columns of the corpus hold conversations, and how")
     turns: Literal["all", "last", "each"] = "all"
     long: Literal["cut", "skip"] = "cut"
+    answering: Answering | None = Field(None, description="null: the corpus holds the answers")

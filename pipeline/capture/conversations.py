@@ -5,6 +5,7 @@ Shapes: T teacher tokens of a sample, R rows, those of taught tokens.
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -36,7 +37,7 @@ from xtoken.pipeline.store.codecs.base import Codec
 from xtoken.pipeline.store.files import Folder, StopRun
 from xtoken.pipeline.store.writer import Sample
 from xtoken.pipeline.teachers.base import TeacherRows, chosen_rows
-from xtoken.schemas.chat import CaptureChat
+from xtoken.schemas.chat import Answering, CaptureChat
 from xtoken.schemas.configs.base import flag, leaves
 from xtoken.schemas.configs.capture import ChatGroup, CorpusConfig, CorpusForm, PrecomputeConfig, RowsConfig
 from xtoken.schemas.errors import XtokenError
@@ -49,7 +50,7 @@ def form_of_run(config: PrecomputeConfig, folder: Folder) -> CorpusForm:
         XtokenError: there is no corpus; or a setting of conversations, and it holds text; or the other way round.
     """
     plan = load_plan(folder) if folder.exists(PLAN_FILE) else None
-    form = plan.form if plan is not None else Corpus(config.corpus).form or "text"
+    form = plan.form if plan is not None else _found_form(config)
     if form == "text":
         _refuse_unused(config.chat)
     elif config.teacher.bos != "auto":
@@ -58,6 +59,12 @@ def form_of_run(config: PrecomputeConfig, folder: Folder) -> CorpusForm:
             "leave it out, or change the template with --template"
         )
     return form
+
+
+def _found_form(config: PrecomputeConfig) -> CorpusForm:
+    corpus = Corpus(config.corpus)
+    alone = config.corpus.form == "auto" and config.chat.generate is not None and "prompt" in corpus.columns
+    return corpus.form or ("prompt" if alone and config.corpus.text_field not in corpus.columns else "text")
 
 
 def _refuse_unused(chat: ChatGroup) -> None:
@@ -71,17 +78,17 @@ def _refuse_unused(chat: ChatGroup) -> None:
             )
 
 
-def form_words(config: CorpusConfig, folder: Folder) -> list[str]:
+def form_words(config: CorpusConfig, folder: Folder, form: CorpusForm) -> list[str]:
     """What a run that is yet to be planned says of what it found in the corpus; nothing of plain text."""
     if folder.exists(PLAN_FILE):
         return []
-    corpus = Corpus(config)
-    form, found = corpus.form, form_of(corpus.columns)
+    columns = Corpus(config).columns
+    found = form_of(columns)
     others: list[str] = [] if found is None or found == form else [found]
-    if form is not None and config.text_field in corpus.columns:
+    if form != "text" and config.text_field in columns:
         others.append("text")
     also = f"; its columns could be read as {' or '.join(others)}, see --form" if others else ""
-    if form is None:
+    if form == "text":
         return [f"the corpus is read as text{also}"] if others else []
     return [f"the corpus holds conversations, form {form}{also}"]
 
@@ -155,6 +162,19 @@ class ChatPieces:
         return +counts
 
 
+def _answering(config: RowsConfig) -> Answering | None:
+    chat = config.chat
+    if chat.generate is None:
+        return None
+    return Answering(
+        tokens=chat.generate,
+        temperature=chat.temperature,
+        top_p=chat.top_p,
+        samples=chat.samples,
+        seed=config.codec.seed,
+    )
+
+
 @dataclass(frozen=True)
 class Chat:
     """How a run makes samples of conversations.
@@ -203,7 +223,8 @@ class Chat:
             stop_token=model.stop_token,
             form=form,
             turns=chat.turns,
-            long=chat.long if chat.turns == "all" else "skip",
+            long=chat.long if chat.turns == "all" and chat.generate is None else "skip",
+            answering=_answering(config),
         )
         asked = getattr(config, "student", None)
         student = None if asked is None else open_chat_model(asked, date=datetime.fromisoformat(date))
@@ -213,7 +234,8 @@ class Chat:
     def settings(self) -> dict[str, Any]:
         """What run.json holds beside the settings themselves."""
         student = {} if self.student is None else {"student_template_hash": self.student.template.sha256}
-        return {"template_hash": self.info.template, **student}
+        seed = {} if self.info.answering is None else {"answer_seed": self.info.answering.seed}
+        return {"template_hash": self.info.template, **student, **seed}
 
     def pieces(self, documents: Iterable[Document]) -> ChatPieces:
         """Samples of some documents, in order.
@@ -226,14 +248,14 @@ class Chat:
             try:
                 turns = samples_of(from_json(document.text), self.info.turns)
             except Refused as refused:
-                made.left_out.append(self._left_out(document.id, refused))
+                made.left_out.append(self.left_out(document.id, refused))
                 continue
             for turn in turns:
                 sample_id = document.id + (turn.suffix or "#0")
                 try:
                     kept, tokens = fit(turn.conversation, self._encode, self.max_tokens, self.info.long)
                 except Refused as refused:
-                    made.left_out.append(self._left_out(sample_id, refused))
+                    made.left_out.append(self.left_out(sample_id, refused))
                     continue
                 whole = len(kept.messages) == len(turn.conversation.messages)
                 size = document.text_bytes // len(turns)
@@ -243,13 +265,18 @@ class Chat:
     def _encode(self, conversation: Conversation) -> ChatTokens:
         return self.model.encode(conversation, cast(Any, self.info.learn))
 
-    def _left_out(self, sample_id: str, refused: Refused) -> LeftOut:
+    def left_out(self, sample_id: str, refused: Refused) -> LeftOut:
         """What is counted; a conversation that is too long is nobody's mistake."""
         if self.stops and refused.reason != TOO_LONG:
             raise StopRun(
                 f"conversation {sample_id!r}: {refused}, or run the same command with --on-bad skip, which counts it "
                 "and goes on with what is committed"
             )
+        return self.skipped(sample_id, refused)
+
+    @staticmethod
+    def skipped(sample_id: str, refused: Refused) -> LeftOut:
+        """The record of a sample that is left out."""
         return LeftOut(sample_id, refused.reason, refused.detail)
 
     def counts(self, made: ChatPieces) -> Counter[str]:
@@ -263,6 +290,11 @@ class Chat:
 
     def sequences(self, documents: Iterable[Document]) -> Iterator[NDArray[np.int32]]:
         """int32 [R] of each sample: the tokens that rows will be about."""
+        if self.info.answering is not None:  # nothing is answered yet
+            for document in documents:
+                with suppress(Refused):
+                    yield self.model.encode_prompt(from_json(document.text)).ids
+            return
         for piece in self.pieces(documents).pieces:
             yield piece.ids[piece.tokens.learn]
 

@@ -110,6 +110,7 @@ def make_plan(
     look: Look | None = None,
     note: Callable[[Bad], None] | None = None,
     date: str | None = None,
+    answer_bytes: int = 0,
 ) -> Plan:
     """Read the corpus once and cut it into shards that close at ``shard_bytes`` of text.
 
@@ -120,6 +121,7 @@ def make_plan(
         look: shown every document.
         note: given every bad one under ``--on-bad skip``.
         date: of a corpus of conversations, for ``Plan.date``.
+        answer_bytes: that each document counts for more, since the teacher will answer it.
 
     Raises:
         XtokenError: the corpus is missing, empty, has a bad document under ``--on-bad stop``, or looks rendered.
@@ -129,7 +131,7 @@ def make_plan(
     whole, shards = _Hasher(), []
     progress.start(corpus.listing.label("plan"), None, "bytes")
     documents = corpus.documents() if look is None else look.over(corpus.documents())
-    for shard in _cut(documents, shard_bytes, whole):
+    for shard in _cut(documents, shard_bytes, whole, answer_bytes):
         shards.append(shard)
         progress.advance(shard.text_bytes, documents=whole.documents)
     progress.finish()
@@ -155,14 +157,14 @@ def _options(config: CorpusConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in _OPTIONS} | late | form
 
 
-def _cut(documents: Iterator[Document], shard_bytes: int, whole: _Hasher) -> Iterator[Shard]:
+def _cut(documents: Iterator[Document], shard_bytes: int, whole: _Hasher, more: int = 0) -> Iterator[Shard]:
     index, part = 0, _Hasher()
     first: Document | None = None
     for document in documents:
         first = first or document
         whole.add(document)
         part.add(document)
-        if part.text_bytes >= shard_bytes:
+        if part.text_bytes + more * part.documents >= shard_bytes:
             yield _shard(index, first, part)
             index, part, first = index + 1, _Hasher(), None
     if first is not None:
@@ -205,6 +207,7 @@ def settle_plan(
     progress: Progress,
     look: Look | None = None,
     date: str | None = None,
+    answer_bytes: int = 0,
 ) -> Plan:
     """The folder's plan, made and written on the first run, checked against the options on later ones.
 
@@ -214,7 +217,7 @@ def settle_plan(
     plan = load_plan(folder)
     if plan is None:
         bad: list[Bad] = []
-        plan = make_plan(config, shard_bytes, progress, look, bad.append, date)
+        plan = make_plan(config, shard_bytes, progress, look, bad.append, date, answer_bytes)
         # before the plan, with which the corpus is not read for this again
         write_records(folder, BAD_FILE, (one._asdict() for one in bad))
         if folder.create(PLAN_FILE, plan.model_dump_json(indent=1).encode() + b"\n"):

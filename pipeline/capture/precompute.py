@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from xtoken.pipeline.capture.answering import BYTES_PER_TOKEN
 from xtoken.pipeline.capture.audit import accepted_audits
 from xtoken.pipeline.capture.conversations import Chat, form_of_run, form_words, plan_date
 from xtoken.pipeline.capture.monitor.dashboard import Dashboard
@@ -101,7 +102,7 @@ def precompute(
     form = form_of_run(config, folder)
     tokenizer = open_tokenizer(config.teacher, chats=form != "text")
     chat = Chat.of(config, form)
-    for word in form_words(config.corpus, folder):
+    for word in form_words(config.corpus, folder, form):
         progress.note(word)
     settings = _checked_settings(config, tokenizer.table, chat)
     for word in bos_figure(tokenizer.table.info, shown=settings["bos"]).values() if chat is None else ():
@@ -145,7 +146,9 @@ def _settle(
     accepted_audits(config.run, folder)
     look = Look.of(config.corpus, config.teacher, tokenizer) if form == "text" else None
     date = plan_date(config) if form != "text" else None
-    plan = settle_plan(folder, config.corpus, config.run.shard_bytes, progress, look, date)
+    corpus, chats = config.corpus.model_copy(update={"form": form}), config.chat
+    answers = 0 if chats.generate is None else BYTES_PER_TOKEN * chats.generate * chats.samples
+    plan = settle_plan(folder, corpus, config.run.shard_bytes, progress, look, date, answers)
     chat = Chat.of(config, plan.form, plan.date)
     if not folder.exists(VOCAB_FILE):
         if look is not None and look.documents == 0:

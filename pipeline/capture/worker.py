@@ -8,19 +8,20 @@ import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from xtoken.pipeline.capture.answering import answered, prompts_of, question
 from xtoken.pipeline.capture.audit import open_audit
-from xtoken.pipeline.capture.conversations import Chat, ChatPiece, chunk_counts
+from xtoken.pipeline.capture.conversations import Chat, ChatPiece, ChatPieces, chunk_counts
 from xtoken.pipeline.capture.plan import Plan, SliceReader, load_plan
 from xtoken.pipeline.capture.run_identity import codec_info, sees_bos, settle_teacher
 from xtoken.pipeline.capture.worker_threads import Audit, Piece, Prepared, Stages
-from xtoken.pipeline.corpus import Window, all_windows
+from xtoken.pipeline.corpus import Document, Window, all_windows
 from xtoken.pipeline.executors.gpus import engines_per_gpu, pin_gpus
 from xtoken.pipeline.executors.protocol import Lease, OnProgress, Send, ignore_progress
 from xtoken.pipeline.store.checks import CaptureCheck
@@ -162,16 +163,40 @@ class CaptureWorker:
         if part is not None:
             return part
         documents = self._reader.read(self._plan.shards[shard])
+        if self._chat is not None and self._chat.info.answering is not None:
+            return self._questions(shard, documents)
         if self._chat is not None:
-            made = self._chat.pieces(documents)
-            left_out = [vars(one) for one in made.left_out]
-            counts = self._chat.counts(made) + Counter(documents=len(documents))
-            return Prepared(shard, made.pieces, *self._prompts(made.pieces), counts, left_out)
+            return self._chats(shard, self._chat.pieces(documents), len(documents))
         pieces = all_windows(documents, self._tokenizer, self._config.codec.max_tokens)
         counts = Counter(documents=len(documents))
         if self._student is not None:
             counts.update(_student_counts(self._student, self._tokenizer.table, pieces))
         return Prepared(shard, pieces, *self._prompts(pieces), counts)
+
+    def _chats(self, shard: int, made: ChatPieces, documents: int) -> Prepared:
+        assert self._chat is not None
+        counts = self._chat.counts(made) + Counter(documents=documents)
+        return Prepared(shard, made.pieces, *self._prompts(made.pieces), counts, [vars(one) for one in made.left_out])
+
+    def _questions(self, shard: int, documents: Sequence[Document]) -> Prepared:
+        """A shard whose answers the teacher is to write."""
+        assert self._chat is not None
+        prompts, made = prompts_of(self._chat, documents)
+        left_out = [vars(one) for one in made.left_out]
+        questions = [question(self._chat, prompt) for prompt in prompts]
+        counts = Counter(documents=len(documents), conversations_skipped=len(left_out))
+        return Prepared(shard, [], [], [], counts, left_out, prompts, questions)
+
+    def answered(self, prepared: Prepared, answers: Sequence[NDArray[np.int32]]) -> Prepared:
+        """See ``Steps``."""
+        assert self._chat is not None
+        made = answered(self._chat, prepared.prompts_to_answer, answers)
+        done = self._chats(prepared.shard, made, prepared.counts["documents"])
+        done.counts.update(
+            conversations_skipped=prepared.counts["conversations_skipped"],
+            answers_cut=done.counts.pop("conversations_cut", 0),
+        )
+        return replace(done, left_out=[*prepared.left_out, *done.left_out], counts=+done.counts)
 
     def publish(self, prepared: Prepared, samples: Sequence[Sample]) -> Part:
         """Write, verify and commit the samples of a shard, in the order of its pieces.

@@ -12,14 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.pipeline.executors.protocol import Lease, Message, Send, portable
 from xtoken.pipeline.store.writer import Sample
-from xtoken.pipeline.teachers.base import EngineLost, Teacher, TeacherRows
+from xtoken.pipeline.teachers.base import EngineLost, Question, Teacher, TeacherRows
 from xtoken.schemas.manifest import Part
 
 Audit = Callable[[int], None]
@@ -69,6 +69,8 @@ class Prepared:
         batches: indices of the pieces that have rows, in batches of like lengths.
         counts: for the commit record.
         left_out: what is no sample, for the record of that.
+        prompts_to_answer: what the teacher is to answer first; then there are no pieces yet.
+        questions: the same as the engine is asked.
     """
 
     shard: int
@@ -77,6 +79,8 @@ class Prepared:
     batches: list[list[int]]
     counts: Counter[str]
     left_out: Sequence[Mapping[str, str]] = ()
+    prompts_to_answer: Sequence[Any] = ()
+    questions: Sequence[Question] = ()
 
 
 class Steps(Protocol):
@@ -84,6 +88,10 @@ class Steps(Protocol):
 
     def prepare(self, shard: int) -> Prepared | Part:
         """Read and tokenize a shard; what is committed already, by whomever, is not done again."""
+        ...
+
+    def answered(self, prepared: Prepared, answers: Sequence[NDArray[np.int32]]) -> Prepared:
+        """The shard with the teacher's answers to its questions, in their order."""
         ...
 
     def sample(self, piece: Piece, rows: TeacherRows | None) -> Sample:
@@ -205,8 +213,10 @@ class Stages:
                 yield None
 
     def _feed_one(self, shard: _Shard) -> Iterator[_Batch | None]:
-        prepared = shard.prepared
         self._in_engine.append(shard)
+        if shard.prepared.questions:
+            shard.prepared = self._answered(shard)
+        prepared = shard.prepared
         for batch in prepared.batches:
             if shard.closed.is_set():  # failed while being packed
                 break
@@ -214,6 +224,14 @@ class Stages:
             yield [((shard, index), prepared.prompts[index]) for index in batch]
         shard.fed = True
         self._finish(shard)
+
+    def _answered(self, shard: _Shard) -> Prepared:
+        """Have the teacher write the answers; the driver learns that the worker lives."""
+        prepared, found = shard.prepared, dict[int, NDArray[np.int32]]()
+        for number, ids in self._teacher.generate(prepared.questions):
+            found[number] = ids
+            self._alive(shard)
+        return self._steps.answered(prepared, [found[number] for number in range(len(prepared.questions))])
 
     def _finish(self, shard: _Shard) -> None:
         """Pass a shard on once all of it is answered."""
@@ -223,6 +241,9 @@ class Stages:
 
     def _progress(self, shard: _Shard, index: int) -> None:
         shard.done += shard.prepared.pieces[index].size
+        self._alive(shard)
+
+    def _alive(self, shard: _Shard) -> None:
         now = time.monotonic()
         if now - shard.reported > _PROGRESS_SECONDS:
             shard.reported = now

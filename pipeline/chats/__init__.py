@@ -35,6 +35,7 @@ Who aligns renders what was stored for the student and walks each matched span b
 Who measures a student reads held-out conversations by its ``StudentChats`` (``held_out.py``).
 """
 
+from xtoken.pipeline.chats.answers import with_answer
 from xtoken.pipeline.chats.conversation import Call, Conversation, Message, require_taught
 from xtoken.pipeline.chats.encode import LEARNED, ChatModel, ChatTokens, Span, open_chat_model
 from xtoken.pipeline.chats.forms import FORMS, Form, columns_of, form_of, from_json, read_row, to_json
@@ -75,4 +76,5 @@ __all__ = [
     "span_columns",
     "spans_of",
     "to_json",
+    "with_answer",
 ]

@@ -54,7 +54,7 @@ def chat_figures(manifest: CaptureManifest) -> dict[str, Any]:
         counts.update(part.counts)
     rows, tokens = (sum(getattr(part, name) for part in manifest.parts) for name in ("rows", "tokens"))
     groups = {"absent_contents": _of_each(counts, "absent_"), "trimmed_contents": _of_each(counts, "trimmed_")}
-    single = ("conversations_cut", "conversations_skipped", "tokenized_apart")
+    single = ("conversations_cut", "answers_cut", "conversations_skipped", "tokenized_apart")
     return {
         "form": manifest.chat.form,
         "conversations": counts["documents"],

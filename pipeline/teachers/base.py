@@ -90,6 +90,27 @@ Batch = Sequence[tuple[Hashable, NDArray[np.int32]]]
 """Sequences of token ids, each under a key of the caller's."""
 
 
+@dataclass(frozen=True)
+class Question:
+    """A prompt to be answered.
+
+    Attributes:
+        ids: int32 [T], the whole prompt.
+        tokens: most of the answer.
+        temperature: 0 takes the most probable token each time.
+        top_p: mass of the most probable tokens that are drawn from.
+        seed: what is drawn follows from it.
+        stops: ids that end an answer.
+    """
+
+    ids: NDArray[np.int32]
+    tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stops: tuple[int, ...]
+
+
 class Teacher(Protocol):
     """An engine with one model loaded.
 
@@ -113,6 +134,13 @@ class Teacher(Protocol):
 
         ``None`` among the batches says that nothing is ready just now: the engine goes on with what it has and asks
         again. The caller gives it only while something is unanswered.
+        """
+        ...
+
+    def generate(self, questions: Sequence[Question]) -> Iterator[tuple[int, NDArray[np.int32]]]:
+        """Answer prompts; yields the number of a question and its answer, int32, in any order.
+
+        An answer ends with a stop, or has as many tokens as were asked for.
         """
         ...
 

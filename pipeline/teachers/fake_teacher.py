@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.pipeline.teachers.base import Batch, Draws, TeacherRows, entries_asked, refuse_k, stream_batches
+from xtoken.pipeline.teachers.base import Batch, Draws, Question, TeacherRows, entries_asked, refuse_k, stream_batches
 from xtoken.pipeline.teachers.draws import Sampler, counted, draw_row
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
@@ -51,6 +51,17 @@ class FakeTeacher:
     def stream(self, batches: Iterator[Batch | None]) -> Iterator[tuple[Hashable, TeacherRows]]:
         """Batch by batch (see ``xtoken.pipeline.teachers.base.Teacher``)."""
         return stream_batches(self, batches)
+
+    def generate(self, questions: Sequence[Question]) -> Iterator[tuple[int, NDArray[np.int32]]]:
+        """Words that follow from the seed alone, which are whole characters; half of the answers are cut."""
+        words = np.flatnonzero(self._space_U)
+        for number, question in enumerate(questions):
+            random = np.random.default_rng(question.seed)
+            count = int(random.integers(1, 2 * question.tokens + 1))
+            ids = random.choice(words, min(count, question.tokens)).astype(np.int32)
+            if count <= question.tokens and question.stops:
+                ids[-1] = question.stops[0]
+            yield number, ids
 
     def second_path(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows] | None:
         """None: there is no other way to the same rows."""

@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from xtoken.pipeline.teachers import model_source
-from xtoken.pipeline.teachers.base import Batch, TeacherRows, check_prompt, entries_asked, stream_batches
+from xtoken.pipeline.teachers.base import Batch, Question, TeacherRows, check_prompt, entries_asked, stream_batches
 from xtoken.pipeline.teachers.draws import Sampler
+from xtoken.pipeline.teachers.hf_answers import answers
 from xtoken.pipeline.teachers.logit_rows import RowReader, cut, join
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
@@ -132,8 +133,10 @@ class HfTeacher:
         device: torch.device,
         batch_tokens: int,
         attention: str = "",
+        model: Any = None,
     ) -> None:
         self.info = info
+        self._model = model
         self.settings: dict[str, str | int | float | bool] = {"batch_tokens": batch_tokens, "attention": attention}
         self._source = source
         self._reader = reader
@@ -164,6 +167,14 @@ class HfTeacher:
     def stream(self, batches: Iterator[Batch | None]) -> Iterator[tuple[Hashable, TeacherRows]]:
         """Batch by batch (see ``xtoken.pipeline.teachers.base.Teacher``)."""
         return stream_batches(self, batches)
+
+    def generate(self, questions: Sequence[Question]) -> Iterator[tuple[int, NDArray[np.int32]]]:
+        """Answer prompts (see ``xtoken.pipeline.teachers.base.Teacher``); which meet follows from their lengths."""
+        for question in questions:
+            check_prompt(question.ids, self.info)
+        sizes = [len(question.ids) + question.tokens for question in questions]
+        for group in groups(sizes, self._batch_tokens):
+            yield from zip(group, answers(self._model, self._device, [questions[at] for at in group]), strict=True)
 
     def second_path(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows] | None:
         """None: there is no other way to the same rows."""
@@ -228,7 +239,7 @@ def open_teacher(config: TeacherGroup, codec: CodecGroup, table: TokenTable) -> 
     space_P, sampler = torch.from_numpy(space).to(device), Sampler.of(codec, table.size)
     reader = RowReader(entries_asked(codec, info.vocab_rows), space_P, tuple(codec.temperatures), sampler)
     attention = str(getattr(model.config, "_attn_implementation", ""))
-    return HfTeacher(source, reader, info, device, config.batch_tokens, attention)
+    return HfTeacher(source, reader, info, device, config.batch_tokens, attention, model)
 
 
 def pick_source(model: Any) -> LogitSource:

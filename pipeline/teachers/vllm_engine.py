@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.pipeline.teachers.base import EngineLost
+from xtoken.pipeline.teachers.base import EngineLost, Question
 from xtoken.pipeline.teachers.vllm_options import MIN_STEP_TOKENS, multiprocessing_wanted, version
 from xtoken.pipeline.teachers.vllm_replies import Entries, TensorRows, flat_entries, read_entries
 from xtoken.pipeline.teachers.vllm_start import Overheard, is_gone, lacks_memory, watch
@@ -129,11 +129,31 @@ class Engine:
 
     def add(self, ids: NDArray[np.int32], *, flat: bool = False) -> str:
         """Queue a prompt; its reply is found under the name returned."""
+        return self._add(ids, self._sampling(flat or not self._fast))
+
+    def ask(self, question: Question) -> str:
+        """Queue a prompt to be answered; the reply is found under the name returned."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            max_tokens=question.tokens,
+            temperature=question.temperature,
+            top_p=question.top_p,
+            seed=question.seed,
+            stop_token_ids=list(question.stops),
+            ignore_eos=True,  # it is among the stops, if it is one
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return self._add(question.ids, sampling)
+
+    def _add(self, ids: NDArray[np.int32], sampling: Any) -> str:
         from vllm.inputs import tokens_input
 
         name = str(next(self._names))
         with self._while_it_lives():
-            self._core.add_request(name, tokens_input(ids.tolist()), self._sampling(flat or not self._fast))
+            self._core.add_request(name, tokens_input(ids.tolist()), sampling)
         return name
 
     def step(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.pipeline.teachers import model_source
-from xtoken.pipeline.teachers.base import Batch, TeacherRows, check_prompt
+from xtoken.pipeline.teachers.base import Batch, Question, TeacherRows, check_prompt
 from xtoken.pipeline.teachers.vllm_engine import Engine
 from xtoken.pipeline.teachers.vllm_memory import Gpu, alone_on_gpu
 from xtoken.pipeline.teachers.vllm_options import (
@@ -72,6 +72,29 @@ class VllmTeacher:
     def second_path(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows] | None:
         """The same by vLLM's public flat form, where ``rows`` takes the tensors; else None."""
         return self._score(batch, flat=True) if self.info.capture_path == "vllm-tensors" else None
+
+    def generate(self, questions: Sequence[Question]) -> Iterator[tuple[int, NDArray[np.int32]]]:
+        """Answer prompts (see ``xtoken.pipeline.teachers.base.Teacher``).
+
+        Raises:
+            XtokenError: a reply without an answer, or with a token that is none.
+        """
+        for question in questions:
+            check_prompt(question.ids, self.info)
+        waiting = {self._engine.ask(question): number for number, question in enumerate(questions)}
+        try:
+            while waiting:
+                found = self._engine.take(waiting)
+                if not found:
+                    self._engine.step()
+                for name, output in found:
+                    number = waiting.pop(name)
+                    ids = np.array(output.outputs[0].token_ids, np.int32) if output.outputs else np.zeros(0, np.int32)
+                    if not 1 <= len(ids) <= questions[number].tokens:
+                        raise self._bad_reply(f"an answer of {len(ids)} tokens")
+                    yield number, ids
+        finally:
+            self._engine.abort(list(waiting))
 
     def stream(self, batches: Iterator[Batch | None]) -> Iterator[tuple[Hashable, TeacherRows]]:
         """Score batch after batch without a pause between them (see ``xtoken.pipeline.teachers.base.Teacher``).

@@ -161,7 +161,9 @@ class CodecGroup(Config):
         description="topk: keep entries of at least this probability (and always one).",
     )
     draws: int = Field(50, ge=1, le=1000, description="sampled: samples per position.")
-    seed: int = Field(0, ge=0, description="sampled: the samples follow from it and the tokens of the text.")
+    seed: int = Field(
+        0, ge=0, description="sampled and --generate: what is drawn follows from it and the tokens before."
+    )
     max_tokens: int = Field(
         512,
         ge=8,
@@ -204,7 +206,7 @@ class CodecGroup(Config):
                 f"--codec {self.codec} stores rows at temperature 1 only, so --temperatures {named} needs --codec topk"
             )
         for name in others:
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if name != "seed" and getattr(self, name) != type(self).model_fields[name].default:
                 flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
                 raise ValueError(f"{flag} means nothing to --codec {self.codec}; leave one of them out")
         return self
@@ -247,6 +249,30 @@ class ChatGroup(Config):
         description="What a chat template takes for today, such as 2026-07-04; left out: the day of the plan.",
         json_schema_extra=IN_PLAN,
     )
+
+    generate: int | None = Field(
+        None,
+        ge=1,
+        description="The teacher answers conversations that end with a user's message itself, with at most so many "
+        "tokens; rows are of its answers.",
+    )
+    temperature: float = Field(
+        1.0, ge=0.0, allow_inf_nan=False, description="Of --generate; 0: the most probable token each time."
+    )
+    top_p: float = Field(
+        1.0, gt=0.0, le=1.0, description="Of --generate: draw from the most probable tokens of so much mass."
+    )
+    samples: int = Field(1, ge=1, le=1000, description="Of --generate: answers to each prompt.")
+
+    @model_validator(mode="after")
+    def _of_answers(self) -> "ChatGroup":
+        for name in ("temperature", "top_p", "samples"):
+            if self.generate is None and getattr(self, name) != type(self).model_fields[name].default:
+                shown = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise ValueError(f"{shown} is for answers that the teacher writes; say --generate too, or leave it out")
+        if self.generate is not None and self.turns != "all":
+            raise ValueError(f"--turns {self.turns} means nothing to --generate, which teaches the new answer alone")
+        return self
 
     @field_validator("learn")
     @classmethod
@@ -421,6 +447,23 @@ class RowsConfig(Config):
     codec: CodecGroup = Field(title="Rows")
     chat: ChatGroup = Field(title="Conversations")
 
+    @model_validator(mode="after")
+    def _seed_of_something(self) -> "RowsConfig":
+        if self.codec.seed and "seed" in foreign_fields(self.codec.codec) and self.chat.generate is None:
+            raise ValueError(
+                f"--seed {self.codec.seed} means nothing to --codec {self.codec.codec}; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_fit(self) -> "RowsConfig":
+        if self.chat.generate is not None and self.chat.generate >= self.codec.max_tokens:
+            raise ValueError(
+                f"--generate {self.chat.generate} leaves no room for a prompt within --max-tokens "
+                f"{self.codec.max_tokens}; raise --max-tokens"
+            )
+        return self
+
     @classmethod
     def settings_of(cls, record: dict[str, Any]) -> dict[str, Any] | None:
         """See ``Config``: run.json of a capture, which knows neither its corpus nor where a student's tokenizer is."""
@@ -428,6 +471,8 @@ class RowsConfig(Config):
             return None
         derived = ("schema_version", "tokenizer_hash", "step", "student_hash", "template_hash", "student_template_hash")
         settings = {name: value for name, value in record.items() if name not in derived and value is not None}
+        if "answer_seed" in settings:
+            settings["seed"] = settings.pop("answer_seed")
         bos = settings.get("bos")
         return settings | ({"bos": "always" if bos else "never"} if isinstance(bos, bool) else {})
 

@@ -21,6 +21,7 @@ from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.teachers import check_backend
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.capture import PrecomputeConfig, RunGroup, TeacherGroup
+from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Progress
 
 
@@ -68,6 +69,11 @@ def dry_run(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
 
 def _planned(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
     refuse_places(config)
+    if config.chat.generate is not None:
+        raise XtokenError(
+            "--dry-run does not know how long answers will be that the teacher has yet to write; leave --generate out, "
+            "or take a first look at a real run with --limit"
+        )
     folder = Folder(config.out)
     said = _check_settings(config, folder) if config.run.like is None else {}
     if (plan := load_plan(folder)) is not None:

@@ -90,7 +90,9 @@ def test_a_capture_records_every_field_without_a_mark(tmp_path: Any) -> None:
     )
     table = load_tokenizer("bytes").table
     settings = capture_settings(config, table, None)
-    assert identity(config).keys() - settings.keys() == {"space", "turns", "long", "learn", "template_arg"}
+    assert identity(config).keys() - settings.keys() == {
+        *("space", "turns", "long", "learn", "template_arg", "generate", "temperature", "top_p", "samples")
+    }
     other = capture_settings(config.changed(space="paper"), table, None)
     assert other == settings | {"space": "paper"}
     plan = make_plan(config.corpus, config.run.shard_bytes, Silent())
