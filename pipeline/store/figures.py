@@ -71,7 +71,9 @@ def chat_summary(manifest: AnyManifest) -> dict[str, Any]:
     if isinstance(manifest, ProjectionManifest) or manifest.chat is None:
         return {}
     if isinstance(manifest, CaptureManifest):
-        settings = {name: getattr(manifest.chat, name) for name in ("turns", "long")}
+        settings: dict[str, Any] = {name: getattr(manifest.chat, name) for name in ("turns", "long")}
+        if manifest.chat.answering is not None:
+            settings["answering"] = manifest.chat.answering.model_dump()
         figures = chat_figures(manifest)
     else:
         settings, figures = {}, target_figures(manifest).get("conversations", {})
