@@ -5,7 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from xtoken.schemas.errors import last_words
-from xtoken.schemas.manifest import AuditRecord, CaptureManifest, TargetManifest, TokenizerInfo
+from xtoken.schemas.manifest import (
+    AnyManifest,
+    AuditRecord,
+    CaptureManifest,
+    ProjectionManifest,
+    TargetManifest,
+    TokenizerInfo,
+)
 
 _NAMED = 3
 # Which of several figures is the worst one.
@@ -59,18 +66,19 @@ def chat_figures(manifest: CaptureManifest) -> dict[str, Any]:
     }
 
 
-def chat_settings(manifest: CaptureManifest) -> dict[str, Any]:
-    """How conversations were read and rendered; nothing of plain text."""
-    chat = manifest.chat
-    if chat is None:
+def chat_summary(manifest: AnyManifest) -> dict[str, Any]:
+    """What a capture, or targets, of conversations hold, and how they were read and rendered; nothing of others."""
+    if isinstance(manifest, ProjectionManifest) or manifest.chat is None:
         return {}
-    return {
-        "turns": chat.turns,
-        "long": chat.long,
-        "learn": ",".join(chat.learn),
-        "template": chat.template,
-        "date": chat.date,
-    }
+    if isinstance(manifest, CaptureManifest):
+        settings: dict[str, Any] = {name: getattr(manifest.chat, name) for name in ("turns", "long")}
+        if manifest.chat.answering is not None:
+            settings["answering"] = manifest.chat.answering.model_dump()
+        figures = chat_figures(manifest)
+    else:
+        settings, figures = {}, target_figures(manifest).get("conversations", {})
+    chat = manifest.chat
+    return {**figures, **settings, "learn": ",".join(chat.learn), "template": chat.template, "date": chat.date}
 
 
 def _of_each(counts: Counter[str], prefix: str) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What is this path? Kind, counts, bytes per token by column, provenance and three samples."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -12,7 +13,7 @@ import pyarrow as pa
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codecs.base import Codec
-from xtoken.pipeline.store.figures import chat_figures, chat_settings, worst_figures
+from xtoken.pipeline.store.figures import chat_summary, worst_figures
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import committed, data_name
 from xtoken.pipeline.store.reader import iter_capture, iter_parquet, load_vocab, local_part
@@ -100,9 +101,9 @@ def _artifact(root: str, manifest: AnyManifest) -> dict[str, Any]:
     result["counts"] = dict(sorted(counts.items()))
     result["bytes_per_token"] = bytes_per_token(root, manifest)
     result["provenance"] = described
+    if chat := chat_summary(manifest):
+        result["chat"] = chat
     if isinstance(manifest, CaptureManifest):
-        if manifest.chat is not None:
-            result["chat"] = chat_figures(manifest) | chat_settings(manifest)
         worst = worst_figures(manifest.audits)
         result["audits"] = {"count": len(manifest.audits)} | (
             {"worst_realised_difference": worst["realised_max"]} if worst else {}
@@ -195,17 +196,22 @@ def _capture_sample(batch: pa.RecordBatch, table: TokenTable, codec: Codec) -> d
 def _target_samples(root: str, manifest: TargetManifest) -> list[dict[str, Any]]:
     """Targets: id and sizes of the first samples."""
     folder, schema = Folder(root), targets(manifest.losses, manifest.schema_version)
+    more = () if manifest.chat is None else ("learn", "teacher_logprob")
     rows = (
         row
         for part in manifest.parts
-        for batch in _batches(folder, part, schema, ["sample_id", "student_ids", "chunk_student_end"])
+        for batch in _batches(folder, part, schema, ["sample_id", "student_ids", "chunk_student_end", *more])
         for row in batch.to_pylist()
     )
     return [
         {
             "sample_id": row["sample_id"],
             "student_tokens": len(row["student_ids"]),
-            "chunks": len(row["chunk_student_end"]),
+            # of conversations gaps are no chunks
+            "chunks": sum(not math.isnan(value) for value in row["teacher_logprob"])
+            if more
+            else len(row["chunk_student_end"]),
+            **({"taught_tokens": sum(row["learn"])} if more else {}),
         }
         for row in islice(rows, _SAMPLES)
     ]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.store.checks import CaptureCheck, read_checked
 from xtoken.pipeline.store.columns import any_per_sample, flat, list_lengths, refuse, sums_per_sample
-from xtoken.pipeline.store.figures import audit_rows, chat_figures, chat_settings, worst_figures
+from xtoken.pipeline.store.figures import audit_rows, chat_summary, worst_figures
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import Check, Figures, committed, data_name
 from xtoken.pipeline.store.reader import check_side_file, ids_of_codes, load_vocab, target_form
@@ -66,7 +66,7 @@ def verify(root: str, progress: Callable[[int], None] | None = None, *, audit: b
     aside = {"set_aside": sorted(manifest.set_aside)} if isinstance(manifest, CaptureManifest) else {}
     if isinstance(manifest, TargetManifest) and manifest.set_aside:
         aside = {"set_aside": sorted(manifest.set_aside)}
-    chat = chat_figures(manifest) | chat_settings(manifest) if isinstance(manifest, CaptureManifest) else {}
+    chat = chat_summary(manifest)
     found = {"kind": manifest.kind, "parts": len(manifest.parts), "files": sorted(manifest.files), **totals, **aside}
     return found | ({"chat": chat} if chat else {}) | shown
 

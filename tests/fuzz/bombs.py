@@ -19,7 +19,8 @@ def zeros(root: Path, rng: Rng) -> None:
     name = pick(rng, [field.name for field in table.schema if pa.types.is_list(field.type)])
     at = table.column_names.index(name)
     field = table.schema.field(name)
-    two = pa.array([[0, 0]], pa.list_(field.type.value_type))
+    zero = False if pa.types.is_boolean(field.type.value_type) else "0" if name == "span_kind" else 0
+    two = pa.array([[zero, zero]], pa.list_(field.type.value_type))
     sink = io.BytesIO()
     options = {"use_dictionary": [f"{name}.list.element"], "compression": "none", "write_statistics": False}
     pq.write_table(table.set_column(at, field, two.cast(field.type)), sink, **options)

@@ -1,8 +1,9 @@
 -- Functions of ids and texts, for views and for whoever asks.
 
--- A sample is a document or a window of one: document id, '#', number.
-CREATE MACRO document_of(sample_id) AS regexp_replace(sample_id, '#[0-9]+$', '');
-CREATE MACRO window_of(sample_id) AS try_cast(regexp_extract(sample_id, '#([0-9]+)$', 1) AS INTEGER);
+-- A sample is a document or a window of one: document id, '#', number. Of a conversation it is 0, or the index of the
+-- one message that is taught; an answer of the teacher's own has a number too: '#2.0'.
+CREATE MACRO document_of(sample_id) AS regexp_replace(sample_id, '#[0-9]+([.][0-9]+)?$', '');
+CREATE MACRO window_of(sample_id) AS try_cast(regexp_extract(sample_id, '#([0-9]+)([.][0-9]+)?$', 1) AS INTEGER);
 
 -- The document id up to its last '/', so that ids like book/language/page group by book and language; an id without one
 -- up to its first '#' or ':', as in corpus.jsonl:12.

@@ -58,12 +58,19 @@ def _conversations(manifest: CaptureManifest) -> list[str]:
     chat = manifest.chat
     if chat is None:
         return []
+    asked = chat.answering
     taught = {"all": "every answer", "last": "the last answer", "each": "every answer, each in a sample of its own"}
     given = "".join(f", {code(name)} {code(value)}" for name, value in list(chat.arguments.items())[:_NAMED])
     too_long = "lose their last messages" if chat.long == "cut" else "are left out"
+    own = [] if asked is None else [
+        f"**Answers**: the teacher's own, {asked.samples:,} to each prompt, of at most {asked.tokens:,} tokens, at "
+        f"temperature {asked.temperature:g} and top-p {asked.top_p:g}, seed {asked.seed}"
+    ]  # fmt: skip
+    what = taught[chat.turns] if asked is None else "the teacher's own answer"
     return [
-        f"**Conversations**: read from the form {code(chat.form)}; taught is {taught[chat.turns]}, of it "
+        f"**Conversations**: read from the form {code(chat.form)}; taught is {what}, of it "
         f"{', '.join(chat.learn)}; those that are too long {too_long}",
+        *own,
         f"**Chat template**: sha256 {code(chat.template)}, for the date {code(chat.date)}{given}; an answer ends with "
         + ("no token" if chat.stop_token is None else f"token {chat.stop_token}"),
     ]
@@ -225,6 +232,8 @@ def _not_taught(manifest: CaptureManifest, skipped: Mapping[str, int]) -> list[s
     if "conversations_cut" in figures:
         cut = figures["conversations_cut"]
         lines.append(f"Conversations that lost their last messages, since they were too long: {cut:,}.")
+    if "answers_cut" in figures:
+        lines.append(f"Answers that were cut at the most tokens, and have no end: {figures['answers_cut']:,}.")
     if "absent_contents" in figures:
         lines.append(f"What the chat template leaves out, or writes otherwise: {_by_name(figures['absent_contents'])}.")
     if "tokenized_apart" in figures:

@@ -14,11 +14,13 @@ from xtoken.pipeline.share.card.alignment import alignments
 from xtoken.pipeline.share.card.card import card_files
 from xtoken.pipeline.share.card.stats import read_stats
 from xtoken.pipeline.store.codecs import open_codec
+from xtoken.pipeline.store.figures import chat_summary
 from xtoken.pipeline.store.inspect import inspect
-from xtoken.pipeline.store.reader import iter_capture, load_vocab
+from xtoken.pipeline.store.reader import iter_capture, iter_targets, load_vocab
 from xtoken.pipeline.store.verify import verify
+from xtoken.schemas.chat import Answering
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_manifest
 from xtoken.schemas.spans import tokens_with_row
 from xtoken.schemas.ui.progress import Silent
 
@@ -64,6 +66,19 @@ def test_figures_are_those_of_the_spans(chat_capture: Path) -> None:
     assert verify(str(chat_capture))["chat"] == found
 
 
+def test_targets_say_what_of_it_the_student_gets(chat_targets: Path) -> None:
+    found, samples = inspect(str(chat_targets)), [row for b in iter_targets(str(chat_targets)) for row in b.to_pylist()]
+    chat = read_manifest(str(chat_targets), TargetManifest).chat
+    assert chat is not None
+    assert (found["chat"]["template"], found["chat"]["date"]) == (chat.template, chat.date)
+    assert found["chat"]["learn_tokens"] == sum(sum(sample["learn"]) for sample in samples)
+    assert verify(str(chat_targets))["chat"] == found["chat"]
+    for shown, sample in zip(found["samples_shown"], samples, strict=False):
+        known = [value for value in sample["teacher_logprob"] if not np.isnan(value)]
+        assert (shown["sample_id"], shown["chunks"]) == (sample["sample_id"], len(known))
+        assert shown["taught_tokens"] == sum(sample["learn"])
+
+
 def test_inspect_shows_a_row_at_the_token_it_predicts(chat_capture: Path) -> None:
     found = inspect(str(chat_capture))
     assert "chat" not in found["provenance"] or found["provenance"]["chat"]["form"] == "messages"
@@ -96,6 +111,21 @@ def test_what_the_card_says(chat_capture: Path) -> None:
         "Not measured: a student's own chat template decides",
     ):
         assert words in text
+
+
+def test_answers_of_the_teachers_own_are_named(chat_capture: Path) -> None:
+    manifest = manifest_of(chat_capture)
+    assert manifest.chat is not None
+    asked = Answering(tokens=1024, temperature=0.7, top_p=0.95, samples=4, seed=3)
+    parts = [part.model_copy(update={"counts": part.counts | {"answers_cut": 2}}) for part in manifest.parts]
+    changed = {"chat": manifest.chat.model_copy(update={"answering": asked}), "parts": parts}
+    written = manifest.model_copy(update=changed)
+    text = card_files(str(chat_capture), written, LICENSES, None)["README.md"].decode()
+    assert "4 to each prompt, of at most 1,024 tokens, at temperature 0.7 and top-p 0.95, seed 3" in text
+    assert "taught is the teacher's own answer" in text
+    assert f"Answers that were cut at the most tokens, and have no end: {2 * len(parts)}." in text
+    assert chat_summary(written)["answering"] == asked.model_dump()
+    assert "answering" not in chat_summary(manifest)
 
 
 def test_skipped_conversations_are_counted_by_reason(chat_capture: Path, tmp_path: Path) -> None:
