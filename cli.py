@@ -7,6 +7,7 @@ also the only place where the pipeline and the trainer meet.
 import contextlib
 import functools
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -46,6 +47,8 @@ from xtoken.schemas.ui.tables import shown
 from xtoken.schemas.ui.terminal import Output, delivered, read_input, remarks
 
 if TYPE_CHECKING:
+    from xtoken.pipeline.chats.held_out import StudentChats
+    from xtoken.pipeline.corpus.held_out import Talk
     from xtoken.pipeline.tokens import TextTokenizer
     from xtoken.trainer.evaluate import EvalSample
 
@@ -208,7 +211,9 @@ def run_align(config: AlignConfig, bars: Bars) -> Figures:
 @verb(TrainConfig, "xtoken train targets --student HuggingFaceTB/SmolLM2-135M --loss p-kl --out run")
 def run_train(config: TrainConfig, bars: Bars) -> Figures:
     """Train a student from targets alone."""
+    from xtoken.pipeline.chats.held_out import StudentChats
     from xtoken.pipeline.tokens import load_tokenizer, refuse_long_prefix
+    from xtoken.schemas.manifest import TargetManifest, read_manifest
     from xtoken.trainer.loop import train
 
     student, report = config.student, config.report
@@ -216,10 +221,18 @@ def run_train(config: TrainConfig, bars: Bars) -> Figures:
         refuse_inside("--out", config.out, report.eval_text)
     tokenizer = load_tokenizer(student.tokenizer_source, trust_remote_code=student.trust_remote_code)
     refuse_long_prefix(tokenizer)
-    samples = []
+    info, samples = read_manifest(config.data.targets[0], TargetManifest).chat, []
+    if info is None and student.template is not None:
+        raise XtokenError(
+            f"--template {student.template} is for conversations, and {config.data.targets[0]} holds plain text; leave "
+            "it out"
+        )
+    chats = StudentChats(student.tokenizer_source, info, student.template)
+    if info is not None:
+        _ = chats.model  # refused here if its template is not the one that the targets were written with
     if report.eval_text:
         corpus = CorpusConfig(corpus=report.eval_text, id_field=report.eval_id_field, split=[ONLY])
-        samples = eval_samples(corpus, tokenizer, config.data.max_tokens)
+        samples = eval_samples(corpus, tokenizer, config.data.max_tokens, chats)
     summary = train(config, tokenizer.table.info, samples, bars)
     return summary | ({"learned_w": _learned_w(config, summary["learned_w"])} if "learned_w" in summary else {})
 
@@ -283,7 +296,9 @@ def run_losses(as_json: JSON_FLAG = False, quiet: QUIET_FLAG = False) -> None:
 @verb(EvalConfig, "xtoken eval run/model --text held-out.jsonl --targets held-out-targets")
 def run_eval(config: EvalConfig, bars: Bars) -> Figures:
     """Measure a model."""
+    from xtoken.pipeline.chats.held_out import StudentChats
     from xtoken.pipeline.tokens import load_tokenizer, refuse_long_prefix
+    from xtoken.schemas.manifest import TargetManifest, read_manifest
     from xtoken.trainer.evaluate import evaluate
 
     sources = [config.tokenizer or model for model in config.model]
@@ -296,7 +311,10 @@ def run_eval(config: EvalConfig, bars: Bars) -> Figures:
         corpus = CorpusConfig(corpus=config.text, limit=config.limit, split=[ONLY], **names)
         if config.combine == "bytes":
             return _eval_bytes(config, corpus, tokenizers, bars)
-        samples = eval_samples(corpus, tokenizers[0], config.max_tokens)
+        info = read_manifest(config.targets, TargetManifest).chat if config.targets else None
+        more: list[Any] = config.learn
+        chats = StudentChats(sources[0], info, config.template, tuple(more))
+        samples = eval_samples(corpus, tokenizers[0], config.max_tokens, chats)
     first, *others = [tokenizer.table.info for tokenizer in tokenizers]
     return dict(evaluate(config, first, samples, bars, others=others))
 
@@ -318,17 +336,45 @@ def _eval_bytes(config: EvalConfig, corpus: CorpusConfig, tokenizers: "list[Text
     return measure_bytes(config, models, windows, bars)
 
 
-def eval_samples(config: CorpusConfig, tokenizer: "TextTokenizer", max_tokens: int) -> "list[EvalSample]":
-    """Tokenize a held-out corpus for the evaluator, windows cut as at capture."""
+def eval_samples(
+    config: CorpusConfig, tokenizer: "TextTokenizer", max_tokens: int, chats: "StudentChats"
+) -> "list[EvalSample]":
+    """Tokenize held-out data for the evaluator: windows cut as at capture, conversations as ``chats`` reads them."""
     from xtoken.pipeline.corpus import Corpus, windows
+    from xtoken.pipeline.corpus.held_out import held_out_talks
     from xtoken.trainer.evaluate import EvalSample
 
+    talks = held_out_talks(config)
+    if talks is not None:
+        return _chat_samples(talks, chats, max_tokens)
     samples = []
     for document in Corpus(config).documents():
         for window in windows(document, tokenizer, max_tokens):
             encoded = window.encoded
             ends = encoded.ends
             samples.append(EvalSample(encoded.ids, int(ends[-1]), int(ends[0]), window.sample_id, document.source))
+    return samples
+
+
+def _chat_samples(talks: "list[Talk]", chats: "StudentChats", max_tokens: int) -> "list[EvalSample]":
+    """Conversations as the model's template writes them; what it cannot write, or is too long, is left out by name."""
+    from xtoken.pipeline.chats import Refused
+    from xtoken.trainer.evaluate import EvalSample, Question, TaughtSpan
+
+    samples, left_out = [], []
+    for talk in talks:
+        try:
+            found = chats.read(talk.conversation, max_tokens)
+        except Refused as refused:
+            left_out.append(f"{talk.id}: {refused}")
+            continue
+        taught = [TaughtSpan(*span) for span in found.taught]
+        question = None if found.asked is None else Question(*found.asked)
+        samples.append(EvalSample(found.ids, found.taught_bytes, 0, f"{talk.id}#0", talk.source, taught, question))
+    if left_out and RANK == "0":
+        logging.getLogger("xtoken").warning(
+            "%d of %d held-out conversations are left out, such as %s", len(left_out), len(talks), left_out[0]
+        )
     return samples
 
 

@@ -1,8 +1,9 @@
 """What the manifests of conversations say of how these were read and rendered."""
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from xtoken.schemas.record import Record
 
@@ -22,6 +23,12 @@ class ChatInfo(Record):
     stop_token: int | None = Field(
         None, ge=0, le=_MOST_TOKENS, description="with which the template ends an answer; null: with none"
     )
+
+    @field_validator("date")
+    @classmethod
+    def _a_date(cls, value: str) -> str:
+        datetime.fromisoformat(value)
+        return value
 
 
 class Answering(Record):

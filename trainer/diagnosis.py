@@ -55,13 +55,14 @@ def single_samples(micro: Micro) -> Iterator[Micro]:
     for number, sample_id in enumerate(micro.sample_ids):
         low, high = np.searchsorted(micro.sample_P, [number, number + 1]).tolist()
         if low < high:
-            inputs = micro.input_BL.reshape(-1)[micro.place_P[low:high]][None]
-            length = np.arange(high - low, dtype=np.int64)
+            place_P = micro.place_P[low:high]
+            # up to the last input that predicts something; the sample's first is at position 0
+            first, stop = int(place_P[0] - micro.position_BL.flat[place_P[0]]), int(place_P[-1]) + 1
             yield Micro(
                 sample_ids=(sample_id,),
-                input_BL=inputs,
-                position_BL=length[None],
-                place_P=length,
+                input_BL=micro.input_BL.reshape(1, -1)[:, first:stop],
+                position_BL=np.arange(stop - first, dtype=np.int64)[None],
+                place_P=place_P - first,
                 label_P=micro.label_P[low:high],
                 sample_P=np.zeros(high - low, np.int64),
                 targets=tuple(_alone(targets, number, low, high) for targets in micro.targets),

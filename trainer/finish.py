@@ -25,6 +25,8 @@ from xtoken.trainer.student.model import save_student
 if TYPE_CHECKING:
     from xtoken.trainer.start import Training
 
+# Of conversations: what the summary adds up, and the figure of a step that holds it.
+_CHAT = {"taught_tokens": "predicted", "untaught_samples": "untaught_samples"}
 COMPLETIONS, HELD_OUT, ADAPTER = "completions.jsonl", "held-out.jsonl", "adapter"
 
 
@@ -128,6 +130,8 @@ def summary_of(training: "Training") -> dict[str, Any]:
         if len(training.objective.losses) > 1:
             summary |= _teacher_summary(training, last)
     summary["cut_tokens"] = sum(line.get("cut_tokens", 0) for line in metrics.lines)
+    if training.layout.chat:
+        summary |= {name: sum(line.get(key, 0) for line in metrics.lines) for name, key in _CHAT.items()}
     summary |= {"left_out": len(counted.left_out)} if counted.left_out else {}
     summary |= {"damaged_checkpoints": training.damaged} if training.damaged else {}
     summary |= {"notes": training.notes} if training.notes else {}

@@ -59,10 +59,11 @@ def train(
 
     Returns:
         ``steps``, ``epochs``, ``tokens``, ``chunks`` (of all teachers), ``cut_tokens`` (beyond max_tokens, never
-        seen), ``seconds``, ``loss``, ``kd``, ``ce`` (nats, mean of the last ten steps), ``model`` (folder); with
-        several teachers ``teachers``: each one's loss, samples and mean KD; with ``learn_w`` the file of each learned
-        W under ``learned_w``; with held-out data ``before`` and ``after`` (see ``measure_student``). A run that
-        SIGTERM ended early says ``preempted``: it has saved, and the same command goes on.
+        seen; of conversations also ``taught_tokens`` and ``untaught_samples``, left out as nothing of them is taught
+        within max_tokens), ``seconds``, ``loss``, ``kd``, ``ce`` (nats, mean of the last ten steps), ``model``
+        (folder); with several teachers ``teachers``: each one's loss, samples and mean KD; with ``learn_w`` the file
+        of each learned W under ``learned_w``; with held-out data ``before`` and ``after`` (see ``measure_student``).
+        A run that SIGTERM ended early says ``preempted``: it has saved, and the same command goes on.
 
     Raises:
         XtokenError: targets, student, tokenizer and options do not fit each other, ``out`` holds another run, a loss
@@ -299,11 +300,13 @@ def _count(
         "predicted": counts.predicted,
         "chunks": sum(counts.chunks),
         "cut_tokens": counts.cut,
-        "padding": 1 - counts.predicted / counts.padded,
+        "padding": 1 - counts.inputs / counts.padded,
         "seconds": seconds,
         "tokens_per_s": counts.tokens / seconds,
         "bits_per_byte": figures.ce * counts.predicted / math.log(2) / max(1.0, text_bytes),
     }
+    if training.layout.chat:
+        line |= {"taught": counts.predicted / max(1, counts.tokens), "untaught_samples": counts.untaught}
     found = asdict(figures)
     line |= {name: found[name] for name in ("loss", "kd", "ce") if found[name] is not None}
     if figures.agreement is not None:
@@ -332,6 +335,7 @@ _SHOWN = {
     "ce": "CE",
     "top1_agreement": "top-1",
     "bits_per_byte": "bits/byte",
+    "taught": "taught",
     "grad_norm": "norm",
 }
 

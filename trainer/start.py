@@ -18,7 +18,7 @@ from xtoken.trainer.data.batches import Loader
 from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.plan import Position
 from xtoken.trainer.data.samples import context_token
-from xtoken.trainer.data.sources import Sources
+from xtoken.trainer.data.sources import Sources, refuse_unlike
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import LossSetup
@@ -33,6 +33,7 @@ from xtoken.trainer.student.head import find_head, leaves_some_out, pick_packing
 from xtoken.trainer.student.model import (
     check_context,
     check_width,
+    end_answers_with,
     head_width,
     open_student,
     pick_autocast,
@@ -173,6 +174,7 @@ def open_targets(config: TrainConfig, tokenizer: TokenizerInfo) -> list[Targets]
         if config.student.student is not None:
             targets.require_head(config.student.student)
         folders.append(targets)
+    refuse_unlike(folders)
     return folders
 
 
@@ -192,7 +194,9 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     changes = "; ".join(mend_settings(model))
     notes = [f"the trained model will not have all settings of {asked.source}: {changes}"] if changes else []
     notes += [note for targets, loss in zip(folders, config.losses, strict=True) if (note := targets.lacking(loss))]
-    files = rehearse_save(model, asked.tokenizer_source, run.rehearsal) if ranks.first else None
+    chat = folders[0].manifest.chat
+    end_answers_with(model, chat.stop_token if chat is not None else None)
+    files = rehearse_save(model, asked.tokenizer_source, run.rehearsal, asked.template) if ranks.first else None
     vocabulary = min(tokenizer.size, head_width(model))
     head = find_head(model)
     if config.loss.mix == "gradmag" and not head.fusable:
@@ -214,7 +218,8 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     wrapped = _wrap(objective, asked.parallel, ranks, some_left_out)
     optimizer = build_optimizer(model, config.optim, losses)
     weights = tuple(data.weights) or (1.0,) * len(folders)
-    layout = Layout(context_token(tokenizer), data.max_tokens, vocabulary, losses, weights, data.weighting)
+    context = context_token(tokenizer) if chat is None else None
+    layout = Layout(context, data.max_tokens, vocabulary, losses, weights, data.weighting, chat is not None)
     made: dict[str, Any] = {"sources": Sources(folders), "layout": layout, "packing": packing}
     counted = Counted([0] * len(folders))
     metrics = Metrics(run.metrics, ranks.first)

@@ -58,8 +58,10 @@ class StepCounts:
     chunks: tuple[int, ...]
     held: tuple[int, ...]
     tokens: int
+    inputs: int
     padded: int
     cut: int
+    untaught: int
     totals: tuple[float, ...]
 
     @property
@@ -71,11 +73,12 @@ class StepCounts:
 def count_step(batch: StepBatch, ranks: Ranks) -> StepCounts:
     """Add up what the ranks hold of a step."""
     teachers = len(batch.chunks)
-    plain = [batch.predicted, batch.tokens, batch.padded, batch.cut, *batch.chunks, *batch.held]
+    sizes = [batch.predicted, batch.tokens, batch.inputs, batch.padded, batch.cut, batch.untaught]
+    plain = [*sizes, *batch.chunks, *batch.held]
     sums = ranks.sum([*plain, *batch.totals])
-    predicted, tokens, padded, cut, *each = (int(value) for value in sums[: len(plain)])
-    chunks, held = each[:teachers], each[teachers:]
-    return StepCounts(predicted, tuple(chunks), tuple(held), tokens, padded, cut, tuple(sums[len(plain) :]))
+    predicted, tokens, inputs, padded, cut, untaught, *each = (int(value) for value in sums[: len(plain)])
+    chunks, held, totals = tuple(each[:teachers]), tuple(each[teachers:]), tuple(sums[len(plain) :])
+    return StepCounts(predicted, chunks, held, tokens, inputs, padded, cut, untaught, totals)
 
 
 def run_step(

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from xtoken.pipeline.align.chunks import Joined
+from xtoken.pipeline.align.chunks import Joined, chunks_per_sample, offsets_of
 from xtoken.pipeline.align.rows import Rows
 from xtoken.pipeline.store.columns import flat, list_lengths
 from xtoken.pipeline.tokens import TokenTable
@@ -103,7 +103,7 @@ class Blanks:
             rows: the teacher's.
             start_C: row of each chunk's first teacher token, -1 = none.
         """
-        theirs_C, mine_C = self._teacher_brings(batch, samples), self._student_brings(batch, samples)
+        theirs_C, mine_C = self._brought(batch, samples)
         moved_C = (theirs_C != mine_C) & (start_C >= 0)
         if not moved_C.any():
             return Shifted.none(rows, start_C)
@@ -121,50 +121,86 @@ class Blanks:
         row_C[at_C], prefix_C[at_C] = np.split(place, 2)
         return Shifted(_with(rows, shifted), row_C, prefix_C, moved_C, moved_C & theirs_C)
 
-    def _teacher_brings(self, batch: pa.RecordBatch, samples: Sequence[Joined]) -> NDArray[np.bool_]:
-        stops = np.cumsum(list_lengths(batch, "teacher_ids"))
-        ids = np.split(flat(batch, "teacher_ids"), stops[:-1])
-        ends = np.split(flat(batch, "teacher_end"), stops[:-1])
-        return _of_chunks(
-            [
-                _brings(self.teacher, ids[one.at], ends[one.at], one.chunks.teacher_end, batch["text"][one.at])
-                for one in samples
-            ]
+    def _brought(self, batch: pa.RecordBatch, samples: Sequence[Joined]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Whether the teacher, and the student, begins each chunk with a blank that the text lacks there, bool [C]."""
+        ids, ends, from_N = _tokens(batch, samples)
+        first_C, last_C = _ranges([one.chunks.teacher_end for one in samples], from_N)
+        # a chunk begins where the teacher's token before it ends, and with it the student's
+        at_start_C = first_C == np.repeat(from_N, chunks_per_sample(samples))
+        begin_C = np.where(at_start_C, 0, np.append(ends, 0)[first_C - 1])
+        theirs = _Side(self.teacher, ids, ends, first_C, last_C)
+        mine_N = offsets_of([len(one.encoded.ids) for one in samples])[:-1]
+        mine_ids, mine_ends = (
+            np.concatenate([np.zeros(0, np.int32), *(getattr(one.encoded, name) for one in samples)])
+            for name in ("ids", "ends")
         )
-
-    def _student_brings(self, batch: pa.RecordBatch, samples: Sequence[Joined]) -> NDArray[np.bool_]:
-        return _of_chunks(
-            [
-                _brings(self.student, one.encoded.ids, one.encoded.ends, one.chunks.student_end, batch["text"][one.at])
-                for one in samples
-            ]
-        )
+        mine = _Side(self.student, mine_ids, mine_ends, *_ranges([one.chunks.student_end for one in samples], mine_N))
+        texts = _Texts(batch, samples)
+        return theirs.brings(begin_C, texts), mine.brings(begin_C, texts)
 
 
-def _of_chunks(flags_N: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
-    return np.concatenate([np.zeros(0, np.bool_), *flags_N])
+def _tokens(
+    batch: pa.RecordBatch, samples: Sequence[Joined]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
+    """The teacher's ids and ends of a batch, and where those of these samples start, [N]."""
+    from_N = offsets_of(list_lengths(batch, "teacher_ids"))[[one.at for one in samples]]
+    return flat(batch, "teacher_ids"), flat(batch, "teacher_end"), from_N
 
 
-def _brings(
-    table: TokenTable,
-    ids_T: NDArray[np.int32],
-    end_T: NDArray[np.int32],
-    chunk_end_C: NDArray[np.int32],
-    text: pa.Scalar,
-) -> NDArray[np.bool_]:
-    """Whether the first token of each chunk of a sample has a blank in front that the text lacks there, bool [C]."""
-    first_C = np.concatenate([np.zeros(1, np.int32), chunk_end_C[:-1]])[: len(chunk_end_C)]
-    known_C = first_C < chunk_end_C  # a lead chunk may hold no token of a side
-    first_C = np.where(known_C, first_C, 0)
-    start_T = np.concatenate([np.zeros(1, np.int32), end_T[:-1]])
-    begin_C, stop_C = start_T[first_C], end_T[first_C]
-    size_C = (table.offsets[1:] - table.offsets[:-1])[ids_T[first_C]]
-    brings_C: NDArray[np.bool_] = known_C & (size_C == stop_C - begin_C + 1) & (stop_C > begin_C)
-    data = text.as_py().encode() if brings_C.any() else b""
-    for at in np.flatnonzero(brings_C):
-        piece = table.token(int(ids_T[first_C[at]]))
-        brings_C[at] = piece == b" " + data[begin_C[at] : stop_C[at]]
-    return brings_C
+def _ranges(
+    end_C: Sequence[NDArray[np.int32]], from_N: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First token of each chunk and the one after its last, [C], counted over all samples; from their ends in each."""
+    lengths = [len(ends) for ends in end_C]
+    last_C = np.concatenate([np.zeros(0, np.int64), *end_C]) + np.repeat(from_N, lengths)
+    first_C = np.concatenate([np.zeros(1, np.int64), last_C])[:-1]
+    filled = np.array(lengths, np.int64) > 0
+    first_C[offsets_of(lengths)[:-1][filled]] = from_N[filled]
+    return first_C, last_C
+
+
+class _Texts:
+    """The bytes of samples, by the chunk."""
+
+    def __init__(self, batch: pa.RecordBatch, samples: Sequence[Joined]) -> None:
+        self._texts, self._at = batch["text"], [one.at for one in samples]
+        self._chunk_N = offsets_of(chunks_per_sample(samples))
+        self._data: dict[int, bytes] = {}
+
+    def of(self, chunk: int) -> bytes:
+        sample = self._at[int(np.searchsorted(self._chunk_N, chunk, side="right")) - 1]
+        if sample not in self._data:
+            self._data[sample] = self._texts[sample].as_py().encode()
+        return self._data[sample]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One side's tokens of all samples, and the first and the one after the last of each chunk."""
+
+    table: TokenTable
+    ids: NDArray[np.int32]
+    ends: NDArray[np.int32]
+    first_C: NDArray[np.int64]
+    last_C: NDArray[np.int64]
+
+    def brings(self, begin_C: NDArray[np.int32], texts: _Texts) -> NDArray[np.bool_]:
+        """Whether the first token of each chunk has a blank in front that the text lacks there, bool [C].
+
+        Args:
+            begin_C: the byte at which each chunk begins.
+            texts: of the samples.
+        """
+        brings_C = np.zeros(len(begin_C), np.bool_)
+        known = np.flatnonzero(self.first_C < self.last_C)  # a gap may hold no token of a side
+        token, begin, stop = self.ids[self.first_C[known]], begin_C[known], self.ends[self.first_C[known]]
+        size = self.table.offsets[token + 1] - self.table.offsets[token]
+        likely = (size == stop - begin + 1) & (stop > begin)
+        for chunk, one, start, end in zip(
+            *(values[likely].tolist() for values in (known, token, begin, stop)), strict=True
+        ):
+            brings_C[chunk] = self.table.token(one) == b" " + texts.of(chunk)[start:end]
+        return brings_C
 
 
 _Row = tuple[NDArray[np.int32], NDArray[np.float64], float]

@@ -1,6 +1,7 @@
 """What must hold in every part of targets before it is published, in SQL. A breach is a defect.
 
-``sql/check.sql`` judges what all tables have; the rules of a loss follow from what its columns hold.
+``sql/check.sql`` judges what all tables have, ``sql/check_chat.sql`` what those of conversations have beside it; the
+rules of a loss follow from what its columns hold.
 
 What has an element per entry is too much to hold until a part is whole, so numpy and a kernel boil it down to extremes
 of each sample first; SQL judges them, and the bytes that chunks cover.
@@ -19,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from xtoken.pipeline.align.chunks import Joined
+from xtoken.pipeline.align.chat_checks import chat_summary
+from xtoken.pipeline.align.chunks import Joined, gaps, offsets_of
 from xtoken.pipeline.align.kernels_targets import masses
 from xtoken.pipeline.align.losses import builder
 from xtoken.pipeline.align.maps import Maps
@@ -59,11 +61,13 @@ def summary_batch(
     """
     columns: dict[str, Any] = {name: targets[name] for name in (*_AS_THEY_ARE, *_CONFIDENCE)}
     columns["teacher_end"] = batch["teacher_end"].take(pa.array([sample.at for sample in samples], pa.int64()))
-    lead_N = np.array([sample.chunks.lead for sample in samples], np.int32)
-    columns["lead"] = pa.array(lead_N)
-    columns["student_end_step"] = _least_step(targets, "student_end", np.zeros_like(lead_N))
+    gap_C = gaps(samples)
+    columns["student_end_step"] = _least_step(targets, "student_end", 0)
     for name in ("chunk_student_end", "chunk_teacher_end"):
-        columns[f"{name}_step"] = _least_step(targets, name, lead_N)
+        columns[f"{name}_step"] = _least_step(targets, name, gap_C)
+        columns[f"{name}_gap"], columns[f"{name}_cut"] = (_where(targets, name, which) for which in (gap_C, ~gap_C))
+    if targets.schema.get_field_index("learn") >= 0:
+        columns |= chat_summary(batch, samples, targets, losses)
     columns |= _extremes(targets, "student_ids") | {"teacher_logprob_high": _greatest(targets, "teacher_logprob")}
     for column in loss_columns(losses):
         if column.holds == "value":
@@ -98,13 +102,19 @@ def _greatest(targets: pa.RecordBatch, name: str) -> pa.Array:
     return pc.if_else(pc.is_nan(largest), pa.scalar(None, largest.type), largest)
 
 
-def _least_step(targets: pa.RecordBatch, name: str, spared_N: NDArray[np.int32]) -> pa.Array:
-    """The least that a list of ends goes up by, from 0 on, [N]; ``spared_N`` is added to the first step of each."""
+def _least_step(targets: pa.RecordBatch, name: str, spared: NDArray[np.bool_] | int) -> pa.Array:
+    """The least that a list of ends goes up by, from 0 on, [N]; ``spared`` is added to the steps."""
     lengths_N, values = list_lengths(targets, name), flat(targets, name)
     step = np.diff(values, prepend=values[:0].dtype.type(0))
     first_N, filled_N = np.cumsum(lengths_N) - lengths_N, lengths_N > 0
-    step[first_N[filled_N]] = values[first_N[filled_N]] + spared_N[filled_N]
-    return _reduced(np.minimum, step, lengths_N)
+    step[first_N[filled_N]] = values[first_N[filled_N]]
+    return _reduced(np.minimum, step + spared, lengths_N)
+
+
+def _where(targets: pa.RecordBatch, name: str, chosen: NDArray[np.bool_]) -> pa.ListArray:
+    """The chosen elements of a list column."""
+    kept = offsets_of(chosen.astype(np.int64))[offsets_of(list_lengths(targets, name))]
+    return pa.ListArray.from_arrays(pa.array(kept.astype(np.int32)), pa.array(flat(targets, name)[chosen]))
 
 
 def _masses(targets: pa.RecordBatch, schema: LossSchema, table: EntryTable) -> dict[str, pa.Array]:
@@ -192,8 +202,11 @@ class Rules:
             "text": self.maps.student_text,
             "drawn": self.recipe.drawn,
             "rest_unknown": self.recipe.tau != 1 and not self.recipe.rest_known,
+            "chat": "learn" in built.schema.names,
         }
         texts = [query("check"), *filter(None, map(rules_sql, self.recipe.losses))]
+        if "learn" in built.schema.names:
+            texts.append(query("check_chat"))
         joined = " UNION ALL ".join(f"({text})" for text in texts)
         used = {name: value for name, value in known.items() if re.search(rf"\${name}\b", joined)}
         self._connection.register("built", built)

@@ -1,10 +1,11 @@
 """Chunks: the smallest spans of a sample that both tokenizations cut at the same bytes.
 
-Shapes: N samples, S student tokens, T teacher tokens, C chunks.
+Shapes: N samples, S student tokens, T teacher tokens, C chunks, M pairs of spans.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +23,19 @@ class Chunks:
     Attributes:
         student_end: int32 [C].
         teacher_end: int32 [C].
-        lead: the first chunk holds only zero-width tokens (a dummy prefix) set aside; it has no target.
+        gap: bool [C], chunks without a target, perhaps without a token of one side. Of a text only the first may be
+            one: tokens of no bytes (a dummy prefix). Of a conversation what the template writes, what is not taught,
+            and what the two renderings do not share.
     """
 
     student_end: NDArray[np.int32]
     teacher_end: NDArray[np.int32]
-    lead: bool
+    gap: NDArray[np.bool_]
+
+    @property
+    def count(self) -> int:
+        """Chunks that are no gap."""
+        return int((~self.gap).sum())
 
     @property
     def one_to_one(self) -> int:
@@ -36,11 +44,10 @@ class Chunks:
 
     @property
     def is_one_to_one(self) -> NDArray[np.bool_]:
-        """bool [C]: chunks of one token on either side, eos of both included, the lead not."""
+        """bool [C]: chunks of one token on either side, eos of both included, gaps not."""
         student = np.diff(self.student_end, prepend=np.int32(0))
         teacher = np.diff(self.teacher_end, prepend=np.int32(0))
-        single_C: NDArray[np.bool_] = (student == 1) & (teacher == 1)
-        single_C[: int(self.lead)] = False
+        single_C: NDArray[np.bool_] = (student == 1) & (teacher == 1) & ~self.gap
         return single_C
 
 
@@ -78,17 +85,29 @@ def _cut_all(
         student_end_S, student_offset_N, teacher_end_T, teacher_offset_N, student_eos_N, teacher_eos_N
     )
     assert decreasing < 0, f"byte ends must not decrease, as those of sample {decreasing} of the batch do"
-    spans = zip(offset_N[:-1].tolist(), offset_N[1:].tolist(), lead_N.tolist(), strict=True)
-    return [Chunks(s_end_C[first:last], t_end_C[first:last], lead) for first, last, lead in spans]
+    gap_C = np.zeros(len(s_end_C), np.bool_)
+    gap_C[offset_N[:-1][lead_N]] = True
+    spans = [slice(first, last) for first, last in pairwise(offset_N.tolist())]
+    return [Chunks(s_end_C[span], t_end_C[span], gap_C[span]) for span in spans]
 
 
 @dataclass(frozen=True)
 class Joined:
-    """One sample with both tokenizations: its place in the batch, the student's tokens, and the chunks."""
+    """One sample with both tokenizations.
+
+    Attributes:
+        at: its place in the batch.
+        encoded: the student's tokens, with their ends in the text of the capture.
+        chunks: they partition a conversation; behind the last of a text some tokens may be left.
+        learn: of a conversation, bool [S]: the student's tokens that are taught; None of a text.
+        lost_bytes: of a conversation, how many taught bytes of the teacher's the student cannot have.
+    """
 
     at: int
     encoded: Encoded
     chunks: Chunks
+    learn: NDArray[np.bool_] | None = None
+    lost_bytes: int = 0
 
 
 def join(batch: pa.RecordBatch, encoded: Sequence[Encoded | None], eos_id: int | None) -> list[Joined]:
@@ -106,17 +125,23 @@ def join(batch: pa.RecordBatch, encoded: Sequence[Encoded | None], eos_id: int |
     theirs = batch["teacher_end"].take(pa.array(at_N))
     cuts = _cut_all(
         np.concatenate([mine.ends for _, mine in known]),
-        _offsets([len(mine.ends) for _, mine in known]),
+        offsets_of([len(mine.ends) for _, mine in known]),
         theirs.flatten().to_numpy(),
-        _offsets(pc.list_value_length(theirs).to_numpy()),
+        offsets_of(pc.list_value_length(theirs).to_numpy()),
         np.array([bool(len(mine.ids)) and int(mine.ids[-1]) == eos_id for _, mine in known]),
         batch["teacher_eos"].to_numpy(zero_copy_only=False)[at_N],
     )
     return [Joined(at, mine, chunks) for (at, mine), chunks in zip(known, cuts, strict=True)]
 
 
-def _offsets(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+def offsets_of(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each of some consecutive lists starts, and where the last ends, int64 [N + 1]."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def gaps(samples: Sequence[Joined]) -> NDArray[np.bool_]:
+    """bool [C]: which chunks of all samples are gaps."""
+    return np.concatenate([np.zeros(0, np.bool_), *(sample.chunks.gap for sample in samples)])
 
 
 def chunks_per_sample(samples: Sequence[Joined]) -> NDArray[np.int64]:

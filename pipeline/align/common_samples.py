@@ -1,7 +1,8 @@
 """What several captures have in common, before any of them is aligned: one query over ids, lengths and texts.
 
 Training joins targets by sample id and student tokens, which follow from the bytes of a sample and from whether it
-ends its document. Windows are cut in each teacher's own tokens, so documents longer than --max-tokens rarely join.
+ends its document. Windows are cut in each teacher's own tokens, so documents longer than --max-tokens rarely join. Of a
+conversation they follow from its messages and from its contents as the teacher's template writes them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,8 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from xtoken.pipeline.align.conversations import COLUMNS, stored_conversation
 from xtoken.pipeline.align.plain_columns import peek
 from xtoken.pipeline.align.queries import query
+from xtoken.pipeline.chats import to_json
 from xtoken.pipeline.store.files import StopRun
 from xtoken.schemas.errors import Unreachable, XtokenError
 from xtoken.schemas.manifest import CaptureManifest
@@ -33,15 +36,47 @@ class _Reading:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Record batches of ``_COLUMNS``."""
+        chat = self.manifest.chat is not None
+        columns = list(dict.fromkeys([*_COLUMNS, *COLUMNS])) if chat else _COLUMNS
         for part in self.manifest.parts:
             try:
-                for batch in peek(self.root, self.manifest, part, _COLUMNS):
+                for batch in peek(self.root, self.manifest, part, columns):
                     self.progress.advance(batch.num_rows)
-                    yield batch
+                    yield _written(batch) if chat else batch
             except Unreachable:
                 raise
             except XtokenError:
                 self.unread.append(part.index)
+
+
+def _written(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Conversations with what is rendered for the student in the place of their text."""
+    rows = []
+    for row in batch.to_pylist():
+        text = None if row["text"] is None else to_json(stored_conversation(row)[0])
+        size = row["teacher_end"][-1] if text is None else len(text)
+        rows.append({"sample_id": row["sample_id"], "text": text, "teacher_end": [size], "complete": row["complete"]})
+    return pa.RecordBatch.from_pylist(rows, pa.schema([CAPTURE.field(name) for name in _COLUMNS]))
+
+
+def refuse_other_chat(captures: Mapping[str, CaptureManifest]) -> None:
+    """Raise XtokenError for captures that cannot have a sample in common: of texts and of conversations, or of
+    conversations that teach other kinds of spans or tell templates another date."""
+    (first, manifest), *others = captures.items()
+    for root, other in others:
+        if (manifest.chat is None) != (other.chat is None):
+            kinds = {one: "texts" if found.chat is None else "conversations" for one, found in captures.items()}
+            raise XtokenError(f"{first} holds {kinds[first]}, {root} {kinds[root]}; align them one by one")
+        if manifest.chat is None or other.chat is None:
+            continue
+        for name, flag in (("learn", "--learn"), ("date", "--date")):
+            mine, theirs = getattr(manifest.chat, name), getattr(other.chat, name)
+            if mine != theirs:
+                raise XtokenError(
+                    f"conversations of {first} and {root} differ in {flag} ({mine} and {theirs}), so that no sample "
+                    f"would be the same; capture both with one 'xtoken precompute', or with the same {flag}, or align "
+                    "them one by one"
+                )
 
 
 def compare(captures: Mapping[str, CaptureManifest], memory_limit: str, progress: Progress) -> dict[str, Any]:
@@ -58,10 +93,11 @@ def compare(captures: Mapping[str, CaptureManifest], memory_limit: str, progress
         folder the same counts, and ``parts_unread`` where some could not be read.
 
     Raises:
-        XtokenError: the samples do not fit the memory limit.
+        XtokenError: the samples do not fit the memory limit, or no two of the captures can have one in common.
     """
     import duckdb
 
+    refuse_other_chat(captures)
     progress.start("compare", sum(part.samples for manifest in captures.values() for part in manifest.parts), "samples")
     limits: dict[str, Any] = {"memory_limit": memory_limit, "temp_directory": "", "threads": 1}
     readings = [_Reading(root, manifest, progress) for root, manifest in captures.items()]

@@ -11,7 +11,7 @@ from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.io.parquet_limits import reading
 from xtoken.schemas.io.remote import read_footer
 from xtoken.schemas.manifest import CaptureManifest
-from xtoken.schemas.tables import LEAN_TARGETS, targets
+from xtoken.schemas.tables import CHAT_TARGETS, LEAN_TARGETS, targets
 from xtoken.schemas.target_form import CODES_FILE, TargetForm, TokenCodes, needs_codes
 
 
@@ -21,7 +21,7 @@ def open_form(config: AlignConfig, capture: CaptureManifest, projection: Project
     Raises:
         VerificationError: parts are there without their codes, or these are damaged.
     """
-    version, codes = _version(config), None
+    version, codes = (_version(config) if capture.chat is None else CHAT_TARGETS), None
     if needs_codes(config.losses, version):
         if Folder(config.out).exists(CODES_FILE):
             there = read_table(Folder(config.out).url(CODES_FILE))

@@ -222,7 +222,7 @@ def child_entries(
     Args:
         row_S, before_S: from ``boundary_rows``.
         student_ids_S: the student's tokens.
-        last_S: the token is the last of its sample.
+        last_S: nothing of a chunk comes behind the token: it is the last of its sample, or before a gap.
         offsets_R, ids_K, logprob_K: rows, normalised with the tail mass.
         teacher, teacher_U: the teacher's vocabulary.
         rank_U: each teacher token's place in the order of bytes.

@@ -13,6 +13,7 @@ from xtoken.pipeline.align.blanks import Blanks
 from xtoken.pipeline.align.kernels_project import FATES, MASS_CLASSES
 from xtoken.pipeline.align.prefix import PrefixMaps
 from xtoken.pipeline.project.projection import EXACT, ROLE, TO_REST, Projection, Unreached
+from xtoken.pipeline.project.stops import StopPair
 from xtoken.pipeline.tokens import TokenTable
 
 
@@ -59,6 +60,7 @@ class Maps:
         prefix: for byte-prefix, else None.
         blanks: both vocabularies where the teacher's is known, else None.
         moves: mass of teacher tokens that the student cannot reach moves to a prefix of theirs.
+        stops: of conversations, the tokens that end an answer, which all of these take for tokens of equal bytes.
     """
 
     student_size: int
@@ -71,6 +73,7 @@ class Maps:
     prefix: PrefixMaps | None
     blanks: Blanks | None = None
     moves: bool = True
+    stops: StopPair | None = None
 
     @classmethod
     def of(
@@ -81,6 +84,7 @@ class Maps:
         teacher: TokenTable | None = None,
         *,
         phi_B: NDArray[np.int32] | None = None,
+        stops: StopPair | None = None,
     ) -> "Maps":
         """Maps of one projection under one policy for unreached teacher tokens.
 
@@ -90,18 +94,25 @@ class Maps:
             student: its tokens.
             teacher: its tokens; without them no row is shifted and there are no maps for byte-prefix.
             phi_B: of the pair, for byte-prefix; without them or the teacher's tokens there are no maps for it.
+            stops: what ``projection`` was changed by (``with_stops``), if it was.
         """
+        matched_U, twin_U = projection.matched_student(), twins(projection, student)
+        prefix = None if teacher is None or phi_B is None else PrefixMaps.of(student, teacher, projection, phi_B)
+        if stops is not None:
+            for pair_U in (matched_U, twin_U, *([] if prefix is None else [prefix.role_U])):
+                pair_U[stops.teacher] = stops.student
         return cls(
             projection.student.size,
             projection.teacher.size,
             sum(bool(size) and role is None for size, role in zip(student.lengths.tolist(), student.role, strict=True)),
             Routes.of(projection.routes(unreached), projection.columns_by_kind()),
             projection.common_student(),
-            projection.matched_student(),
-            twins(projection, student),
-            None if teacher is None or phi_B is None else PrefixMaps.of(student, teacher, projection, phi_B),
+            matched_U,
+            twin_U,
+            prefix,
             None if teacher is None else Blanks(student, teacher),
             unreached == "prefix",
+            stops,
         )
 
 

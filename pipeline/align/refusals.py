@@ -89,6 +89,20 @@ def _refuse_biased(config: AlignConfig, losses: Sequence[TargetBuilder]) -> None
         )
 
 
+def refuse_other_kind(config: AlignConfig, capture: CaptureManifest) -> None:
+    """Raise XtokenError for a flag that means something for conversations only, or for texts only."""
+    root = config.captures[0]
+    if capture.chat is None:
+        given = [f"--{name.replace('_', '-')}" for name in ("template", "template_arg") if getattr(config, name)]
+        if given:
+            raise XtokenError(f"{root} holds texts, which no chat template writes; leave {' and '.join(given)} out")
+    elif config.corpus is not None:
+        raise XtokenError(
+            f"{root} holds conversations, which are read from the capture itself; leave --corpus out, and if it was "
+            "captured with --no-text, capture it again without"
+        )
+
+
 def refuse_no_text(config: AlignConfig, capture: CaptureManifest) -> None:
     """Look at the first samples that can be read; with --corpus, look whether that is there.
 
@@ -99,9 +113,10 @@ def refuse_no_text(config: AlignConfig, capture: CaptureManifest) -> None:
     if config.corpus is not None:
         CorpusTexts(root, config.corpus)
         return
+    columns = ["text"] if capture.chat is None else ["text", "messages"]
     for part in capture.parts:
         try:
-            for batch in islice(peek(root, capture, part, ["text"]), 1):
+            for batch in islice(peek(root, capture, part, columns), 1):
                 refuse_without_text(batch, root)
         except StopRun:
             raise

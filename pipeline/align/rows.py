@@ -4,20 +4,22 @@ Shapes: N samples, T teacher tokens, R teacher rows, C chunks, K kept entries, a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from xtoken.pipeline.align.chunks import Joined
+from xtoken.pipeline.align.chunks import Joined, gaps, offsets_of
 from xtoken.pipeline.align.kernels_rows import mean_rows, tempered
+from xtoken.pipeline.project.stops import StopPair
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codecs.base import Codec
 from xtoken.pipeline.store.columns import flat, list_lengths
 from xtoken.schemas.codecs import registered
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.manifest import CodecInfo
+from xtoken.schemas.spans import row_of_token, rows_per_sample
 
 _FINE = 2.0**-10  # nats; of 16 bits the largest is then 64 nats
 
@@ -94,7 +96,8 @@ class RowBatch:
         top1: float64 [R], the largest probability at temperature 1 (of samples: the largest share); NaN = no entries.
         realised: float64 [R], nats: log-probability of the token in the text at the recipe's temperature.
         offset_N: int64 [N + 1]; sample n has rows ``offset_N[n]:offset_N[n + 1]``.
-        first_N: int64 [N], tokens of a sample before its first row.
+        token_N: int64 [N + 1]; sample n has teacher tokens ``token_N[n]:token_N[n + 1]``.
+        row_T: int64 [T + 1], the row of each teacher token, -1 = none, and -1 behind the last.
     """
 
     rows: Rows
@@ -102,7 +105,8 @@ class RowBatch:
     top1: NDArray[np.float64]
     realised: NDArray[np.float64]
     offset_N: NDArray[np.int64]
-    first_N: NDArray[np.int64]
+    token_N: NDArray[np.int64]
+    row_T: NDArray[np.int64]
 
     @classmethod
     def of(cls, batch: pa.RecordBatch, recipe: Recipe) -> "RowBatch":
@@ -111,9 +115,10 @@ class RowBatch:
         Raises:
             VerificationError: lists of a sample do not fit each other.
         """
-        codec, first_N = open_codec(recipe.codec), batch["first_row"].to_numpy().astype(np.int64)
-        rows_N = _rows_of(batch, first_N)
-        _check_lengths(batch, rows_N, first_N, codec)
+        codec = open_codec(recipe.codec)
+        without_N = list_lengths(batch, "teacher_ids") - rows_per_sample(batch)
+        rows_N = _rows_of(batch, without_N)
+        _check_lengths(batch, rows_N, without_N, codec)
         whole = codec.whole(batch)
         plain = Rows(whole.offsets, whole.ids, whole.logprob, whole.tail_logprob, whole.p)
         rows, realised_R = plain, flat(batch, "realised_logprob").astype(np.float64)
@@ -123,26 +128,50 @@ class RowBatch:
             rows = Rows.of(plain.offsets, plain.ids, logprob_K, rest_R)
             # The scale comes from rounded entries, so the token may end up a step above certainty.
             realised_R = np.minimum(realised_R / recipe.tau - shift_R, 0.0)
-        offset_N = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows_N)])
         unknown_R = np.diff(plain.offsets) == 0
         entropy_R, top1_R = (np.where(unknown_R, np.nan, values) for values in (whole.entropy, whole.top1))
-        return cls(rows, entropy_R, top1_R, realised_R, offset_N, first_N)
+        offset_N, token_N = (offsets_of(lengths) for lengths in (rows_N, list_lengths(batch, "teacher_ids")))
+        return cls(rows, entropy_R, top1_R, realised_R, offset_N, token_N, np.append(row_of_token(batch), -1))
+
+    def folded(self, stops: StopPair | None) -> "RowBatch":
+        """The same with the mass of the teacher's eos on what ends an answer; entropy and top1 stay."""
+        if stops is None or stops.teacher_eos is None:
+            return self
+        return replace(self, rows=joined_tokens(self.rows, stops.teacher_eos, stops.teacher))
 
     def spans(self, samples: Sequence[Joined]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of each chunk's teacher tokens, start and end [C]; start -1 where the first token has no row."""
-        per_sample = [self._span(sample) for sample in samples]
         empty = np.zeros(0, np.int64)
-        starts, ends = zip((empty, empty), *per_sample, strict=True)
-        return np.concatenate(starts), np.concatenate(ends)
+        tokens = [sample.chunks.teacher_end + self.token_N[sample.at] for sample in samples]
+        starts = [np.append(self.token_N[one.at], end)[: len(end)] for one, end in zip(samples, tokens, strict=True)]
+        before_T = np.append(0, np.cumsum(self.row_T[:-1] >= 0))  # rows of the tokens before each
+        start_C = np.where(gaps(samples), -1, self.row_T[np.concatenate([empty, *starts])])
+        return start_C, before_T[np.concatenate([empty, *tokens])]
 
-    def _span(self, sample: Joined) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        shift = self.offset_N[sample.at] - self.first_N[sample.at]
-        end_C = sample.chunks.teacher_end.astype(np.int64)
-        start_C = np.concatenate([np.zeros(1, np.int64), end_C[:-1]])[: len(end_C)]
-        no_row_C = start_C < self.first_N[sample.at]
-        if sample.chunks.lead:
-            no_row_C[0] = True
-        return np.where(no_row_C, -1, start_C + shift), end_C + shift
+    def after(self, samples: Sequence[Joined]) -> NDArray[np.int64]:
+        """The row behind each chunk, that of the sample's next teacher token, [C]; -1 = none."""
+        found = [np.zeros(0, np.int64)]
+        for sample in samples:
+            end_C = sample.chunks.teacher_end + self.token_N[sample.at]
+            found.append(np.where(end_C < self.token_N[sample.at + 1], self.row_T[end_C], -1))
+        return np.concatenate(found)
+
+
+def joined_tokens(rows: Rows, token: int, to: int) -> Rows:
+    """Rows in which one token's mass is another's."""
+    from_K = np.flatnonzero(rows.ids == token)
+    if not len(from_K):
+        return rows
+    to_K = np.flatnonzero(rows.ids == to)
+    row_of, row_to = (np.searchsorted(rows.offsets, at, side="right") - 1 for at in (from_K, to_K))
+    _, both, there = np.intersect1d(row_of, row_to, return_indices=True)
+    ids, logprob, p = rows.ids.copy(), rows.logprob.copy(), rows.p.copy()
+    ids[from_K] = to
+    logprob[to_K[there]] = np.logaddexp(logprob[to_K[there]], logprob[from_K[both]])
+    p[to_K[there]] += p[from_K[both]]
+    kept = np.ones(len(ids), np.bool_)
+    kept[from_K[both]] = False
+    return Rows(offsets_of(kept.astype(np.int64))[rows.offsets], ids[kept], logprob[kept], rows.rest, p[kept])
 
 
 def merge_rows(
@@ -165,16 +194,19 @@ def merge_rows(
     return Rows.of(*means), np.where(start_C < 0, -1, np.arange(len(start_C)))
 
 
-def _rows_of(batch: pa.RecordBatch, first_N: NDArray[np.int64]) -> NDArray[np.int64]:
+def _rows_of(batch: pa.RecordBatch, without_N: NDArray[np.int64]) -> NDArray[np.int64]:
     """Distributions of each sample, [N]: what two of three columns agree on, so that the odd one can be named."""
-    tokens = [list_lengths(batch, name) - first_N for name in ("teacher_ids", "teacher_end")]
+    tokens = [list_lengths(batch, name) - without_N for name in ("teacher_ids", "teacher_end")]
     rows_N: NDArray[np.float64] = np.median([*tokens, list_lengths(batch, "realised_logprob")], axis=0)
     return rows_N.astype(np.int64)
 
 
-def _check_lengths(batch: pa.RecordBatch, rows_N: NDArray[np.int64], first_N: NDArray[np.int64], codec: Codec) -> None:
+def _check_lengths(
+    batch: pa.RecordBatch, rows_N: NDArray[np.int64], without_N: NDArray[np.int64], codec: Codec
+) -> None:
     """Raise VerificationError where a sample's lists do not fit each other (compiled loops do not look)."""
-    wanted = {"teacher_ids": rows_N + first_N, "teacher_end": rows_N + first_N, "realised_logprob": rows_N}
+    tokens_N = rows_N + without_N
+    wanted = {"teacher_ids": tokens_N, "teacher_end": tokens_N, "realised_logprob": rows_N}
     wanted |= {name: length_N for name, length_N in codec.lengths(batch, rows_N).items() if name in batch.schema.names}
     has_space_N = batch["space_logprob"].is_valid().to_numpy(zero_copy_only=False)
     wanted["space_logprob"] = np.where(has_space_N, rows_N, 0)

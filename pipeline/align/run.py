@@ -11,17 +11,25 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from xtoken.pipeline.align.conversations import ChatStudent
 from xtoken.pipeline.align.form import open_form
 from xtoken.pipeline.align.losses import builders
-from xtoken.pipeline.align.refusals import refuse_losses, refuse_narrow_student, refuse_no_text, w_rule
+from xtoken.pipeline.align.refusals import (
+    refuse_losses,
+    refuse_narrow_student,
+    refuse_no_text,
+    refuse_other_kind,
+    w_rule,
+)
 from xtoken.pipeline.align.run_identity import claim, run_settings
 from xtoken.pipeline.align.skipped_samples import Skipped, SkippedSamples
-from xtoken.pipeline.align.stage import AlignJob, phi_of, refuse_other_tokenizer
+from xtoken.pipeline.align.stage import AlignJob, chat_student, phi_of, refuse_other_tokenizer
 from xtoken.pipeline.executors.local import LocalExecutor, refuse_unshared
 from xtoken.pipeline.executors.protocol import Event, Executor
 from xtoken.pipeline.project.build import build_w
 from xtoken.pipeline.project.files import read_projection, write_table, write_tables
 from xtoken.pipeline.project.projection import Projection
+from xtoken.pipeline.project.stops import StopPair, with_stops
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import clean, committed
 from xtoken.pipeline.store.reader import load_vocab
@@ -62,6 +70,8 @@ class _Run:
     settings: dict[str, Any]
     files: dict[str, str]
     form: TargetForm
+    chat: ChatStudent | None
+    stops: StopPair | None
 
     @property
     def student(self) -> TokenizerInfo:
@@ -72,7 +82,7 @@ class _Run:
         """What workers open."""
         config, capture = self.config, self.capture
         phi_B = phi_of(config.losses, load_vocab(config.captures[0]), self.tokenizer)
-        return AlignJob(config, config.captures[0], config.out, self.projection, capture.codec, phi_B)
+        return AlignJob(config, config.captures[0], config.out, self.projection, capture.codec, phi_B, self.stops)
 
 
 def align(config: AlignConfig, progress: Progress, *, executor: Executor | None = None) -> TargetManifest:
@@ -100,12 +110,15 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
         refuse_unshared(root)
     capture = read_manifest(config.captures[0], CaptureManifest)
     tokenizer = load_tokenizer(config.student)
-    refuse_long_prefix(tokenizer)  # as train would, when the targets are there
+    if capture.chat is None:
+        refuse_long_prefix(tokenizer)  # as train would, when the targets are there
     student = tokenizer.table
     refuse_narrow_student(config, student)
     refuse_losses(config, student.info, capture)
-    projection = _projection(config, student, capture)
-    settings = run_settings(config, capture, projection)
+    refuse_other_kind(config, capture)
+    chat = chat_student(config, capture)
+    projection, stops = _with_stops(_projection(config, student, capture), student, chat, capture)
+    settings = run_settings(config, capture, projection, None if chat is None else chat.info, stops)
     claim(config.out, settings, type(config))
     if (there := written(config.out)) is not None and not there.set_aside:
         seal(config.out)
@@ -116,7 +129,7 @@ def align(config: AlignConfig, progress: Progress, *, executor: Executor | None 
     form = open_form(config, capture, projection)
     if form.codes is not None:
         files[CODES_FILE] = _write_codes(config.out, form.codes)
-    run = _Run(config, capture, projection, tokenizer, settings, files, form)
+    run = _Run(config, capture, projection, tokenizer, settings, files, form, chat, stops)
     failed = _work(run, executor, progress)
     return patiently(partial(_finish, run, failed))
 
@@ -141,6 +154,16 @@ def _projection(config: AlignConfig, student: TokenTable, capture: CaptureManife
     refuse_other_tokenizer("student", student.info, projection.student)
     refuse_other_tokenizer("teacher", capture.tokenizer, projection.teacher)
     return projection
+
+
+def _with_stops(
+    projection: Projection, student: TokenTable, chat: ChatStudent | None, capture: CaptureManifest
+) -> tuple[Projection, StopPair | None]:
+    """W as it is for texts, or for conversations, and what ends their answers on both sides."""
+    if chat is None or capture.chat is None:
+        return projection, None
+    stops = StopPair.of(student, chat.info.stop_token, capture.tokenizer, capture.chat.stop_token)
+    return (projection, None) if stops is None else (with_stops(projection, stops), stops)
 
 
 def _executor(config: AlignConfig) -> Executor:
@@ -193,7 +216,8 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
     done = committed(config.out)
     assert {*done, *failed} == {part.index for part in run.capture.parts}, "the executor lost a part"
     parts = [done[index] for index in sorted(done)]
-    skipped = SkippedSamples(config.captures[0], run.capture, config.out, run.tokenizer, config.corpus).note(parts)
+    lookup = SkippedSamples(config.captures[0], run.capture, config.out, run.tokenizer, config.corpus, run.chat)
+    skipped = lookup.note(parts)
     # who set parts aside before has accepted samples without targets, and a manifest must not fall behind its parts
     if (failed or skipped.count) and config.on_bad == "refuse" and there is None:
         raise IncompleteRun(_refusal(run, failed, skipped))
@@ -214,6 +238,7 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
         codec=run.capture.codec.name,
         space=run.capture.space,
         step=run.form.step if run.form.lean else None,
+        chat=None if run.chat is None else run.chat.info,
         run_hash=digest(run.settings),
         set_aside=failed,
     )
@@ -242,7 +267,8 @@ def _refusal(run: _Run, failed: dict[int, str], skipped: Skipped) -> str:
     if skipped.count:
         first = ", ".join([*map(repr, skipped.first), *(["..."] if skipped.count > len(skipped.first) else [])])
         said.append(
-            f"the tokenizer of {run.config.student} cannot represent {skipped.count:,} samples ({first}), which "
+            f"the {'tokenizer' if run.chat is None else 'chat template'} of {run.config.student} cannot represent "
+            f"{skipped.count:,} samples ({first}), which "
             f"{run.config.out}/{SKIPPED_FILE} names; all others are committed"
         )
         said += [f"  {count:,} samples: {reason}" for reason, count in skipped.reasons.items()]

@@ -5,7 +5,9 @@ from typing import Any
 from xtoken.pipeline.align.losses import builders
 from xtoken.pipeline.capture.run_identity import create_or_compare
 from xtoken.pipeline.project.projection import Projection
+from xtoken.pipeline.project.stops import StopPair
 from xtoken.pipeline.store.files import Folder
+from xtoken.schemas.chat import ChatInfo
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.identity import defaults, identity
 from xtoken.schemas.errors import XtokenError
@@ -15,8 +17,21 @@ RUN_FILE = "align.json"
 _HASH = 64  # characters
 
 
-def run_settings(config: AlignConfig, capture: CaptureManifest, projection: Projection) -> dict[str, Any]:
-    """Everything that decides what the targets hold."""
+def run_settings(
+    config: AlignConfig,
+    capture: CaptureManifest,
+    projection: Projection,
+    chat: ChatInfo | None = None,
+    stops: StopPair | None = None,
+) -> dict[str, Any]:
+    """Everything that decides what the targets hold.
+
+    Args:
+        config: the run's.
+        capture: what is aligned.
+        projection: W.
+        chat, stops: of conversations, the student's side, and what ends an answer on both.
+    """
     settings = {
         "capture": content_hash(capture),
         "student": projection.student.hash,
@@ -29,7 +44,13 @@ def run_settings(config: AlignConfig, capture: CaptureManifest, projection: Proj
     }
     if revisions := [f"{loss.name}-{loss.revision}" for loss in builders(config.losses) if loss.revision]:
         settings["revisions"] = revisions
-    return settings | {name: value for name, value in identity(config).items() if name not in settings}
+    others = identity(config)
+    if chat is None:  # texts go through no template: nothing is recorded of one
+        del others["template_arg"]
+    else:
+        settings["template"] = chat.template
+        settings["stops"] = None if stops is None else [stops.student, stops.teacher, stops.teacher_eos]
+    return settings | {name: value for name, value in others.items() if name not in settings}
 
 
 def claim(root: str, settings: dict[str, Any], model: type[AlignConfig] = AlignConfig) -> None:
@@ -57,5 +78,5 @@ def claim(root: str, settings: dict[str, Any], model: type[AlignConfig] = AlignC
 
 
 def _short(value: Any) -> str:
-    text = "+".join(value) or "none" if isinstance(value, list) else str(value)
+    text = "+".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
     return text[:12] if len(text) == _HASH else text

@@ -82,7 +82,6 @@ class PartTexts:
 def refuse_without_text(batch: pa.RecordBatch, capture: str) -> None:
     """Raise StopRun when the batch's text was not stored."""
     if batch["text"].null_count:
-        raise StopRun(
-            f"{capture} was captured with --no-text, and the student must tokenize its text; "
-            "give the corpus it was captured from with --corpus"
-        )
+        chat = "messages" in batch.schema.names
+        way_out = "capture it again without" if chat else "give the corpus it was captured from with --corpus"
+        raise StopRun(f"{capture} was captured with --no-text, and the student must tokenize its text; {way_out}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from xtoken.pipeline.align.conversations import COLUMNS, ChatStudent
 from xtoken.pipeline.align.encoding import Refusal, encode_one
 from xtoken.pipeline.align.plain_columns import peek
 from xtoken.pipeline.align.sample_texts import CorpusTexts
@@ -46,6 +47,7 @@ class SkippedSamples:
         out: folder or URL of its targets.
         tokenizer: the student's.
         corpus: of a capture without text, else None.
+        student: of conversations, the student's side.
     """
 
     capture: str
@@ -53,6 +55,7 @@ class SkippedSamples:
     out: str
     tokenizer: TextTokenizer
     corpus: str | None = None
+    student: ChatStudent | None = None
 
     def note(self, parts: Sequence[Part]) -> Skipped:
         """Name each skipped sample in ``out``'s skipped.jsonl, in the order of the capture; without any, no file.
@@ -73,7 +76,7 @@ class SkippedSamples:
             held = {name for batch in iter_parquet(path, ["sample_id"]) for name in batch["sample_id"].to_pylist()}
         try:
             for batch in self._batches(part):
-                for sample in batch.select(["sample_id", "text", "complete"]).to_pylist():
+                for sample in batch.drop_columns(["teacher_end"]).to_pylist():
                     if sample["sample_id"] not in held:
                         yield _record(part.index, sample, self._reason(sample))
         except XtokenError:
@@ -81,7 +84,8 @@ class SkippedSamples:
 
     def _batches(self, part: Part) -> Iterator[pa.RecordBatch]:
         recorded = next(one for one in self.manifest.parts if one.index == part.index)
-        batches = peek(self.capture, self.manifest, recorded, _COLUMNS)
+        columns = _COLUMNS if self.student is None else list(dict.fromkeys([*_COLUMNS, *COLUMNS]))
+        batches = peek(self.capture, self.manifest, recorded, columns)
         if self.corpus is None:
             yield from batches
         else:
@@ -89,6 +93,9 @@ class SkippedSamples:
             yield from map(texts.fill, batches)
 
     def _reason(self, sample: dict[str, Any]) -> Refusal:
+        if self.student is not None:
+            found = self.student.read_one(sample)
+            return found if isinstance(found, Refusal) else _TOKENIZED
         _, refusal = encode_one(self.tokenizer, sample["text"], sample["complete"])
         return refusal or _TOKENIZED
 

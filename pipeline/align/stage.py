@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xtoken.pipeline.align.checks import Rules, summary_batch
-from xtoken.pipeline.align.chunks import join
+from xtoken.pipeline.align.chunks import Joined, join
+from xtoken.pipeline.align.conversations import ChatStudent, conversation_counts, join_conversations
 from xtoken.pipeline.align.encoding import encode
 from xtoken.pipeline.align.form import open_form
 from xtoken.pipeline.align.losses import builders
@@ -28,6 +29,7 @@ from xtoken.pipeline.align.sample_texts import CorpusTexts, refuse_without_text
 from xtoken.pipeline.align.targets import target_batch
 from xtoken.pipeline.executors.protocol import OneByOne, OnProgress, ignore_progress
 from xtoken.pipeline.project.projection import Projection, Unreached
+from xtoken.pipeline.project.stops import StopPair
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.columns import flat
 from xtoken.pipeline.store.publish import Figures, publish_part
@@ -38,7 +40,7 @@ from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.io.parquet_limits import check_pages, reading
 from xtoken.schemas.io.remote import open_url
-from xtoken.schemas.manifest import CodecInfo, Part, TokenizerInfo
+from xtoken.schemas.manifest import CaptureManifest, CodecInfo, Part, TokenizerInfo
 from xtoken.schemas.target_form import TargetForm
 
 _RISING = ("student_end", "chunk_student_end", "chunk_teacher_end")
@@ -53,6 +55,7 @@ class AlignJob:
         out: folder or URL of its targets.
         codec: how the capture stored its rows.
         phi_B: ``phi_of`` the pair, made once for all workers.
+        stops: of conversations, what ``projection`` was changed by.
     """
 
     config: AlignConfig
@@ -61,6 +64,7 @@ class AlignJob:
     projection: Projection
     codec: CodecInfo
     phi_B: NDArray[np.int32] | None = None
+    stops: StopPair | None = None
 
     @property
     def ahead(self) -> int:
@@ -79,13 +83,25 @@ class AlignJob:
         refuse_other_tokenizer("student", tokenizer.table.info, self.projection.student)
         unreached: Unreached = config.unreached
         teacher = load_vocab(self.capture)
-        maps = Maps.of(self.projection, unreached, tokenizer.table, teacher, phi_B=self.phi_B)
+        maps = Maps.of(self.projection, unreached, tokenizer.table, teacher, phi_B=self.phi_B, stops=self.stops)
         texts = CorpusTexts(self.capture, config.corpus) if config.corpus else None
         recipe = Recipe(config.losses, config.merge, config.tau, self.codec, config.entries)
         parts = CaptureParts(self.capture, config.memory_limit, len(config.losses))
         rules = Rules(maps, recipe, config.memory_limit)
         form = open_form(config, parts.manifest, self.projection)
-        return AlignWorker(self, tokenizer, maps, recipe, rules, parts, texts, form)
+        student = chat_student(config, parts.manifest)
+        return AlignWorker(self, tokenizer, maps, recipe, rules, parts, texts, form, student)
+
+
+def chat_student(config: AlignConfig, capture: CaptureManifest) -> ChatStudent | None:
+    """The student's side of the conversations of a capture; None of a capture of texts.
+
+    Raises:
+        XtokenError: it has no chat template, or it cannot be loaded.
+    """
+    if capture.chat is None:
+        return None
+    return ChatStudent.open(config.student, config.template, config.arguments, capture.chat)
 
 
 def phi_of(losses: Sequence[str], teacher: TokenTable, student: TextTokenizer) -> NDArray[np.int32] | None:
@@ -114,6 +130,7 @@ class AlignWorker(OneByOne):
     parts: CaptureParts
     texts: CorpusTexts | None
     form: TargetForm
+    student: ChatStudent | None = None
 
     def run(self, shard: int, attempt: int, on_progress: OnProgress = ignore_progress) -> Part:
         """Build, publish and commit one part; the attempt's number does not enter its content.
@@ -137,16 +154,25 @@ class AlignWorker(OneByOne):
         return dict(written.counts)
 
     def _batches(self, shard: int, written: "_Written") -> Iterator[pa.RecordBatch]:
-        eos_id = self.tokenizer.table.info.eos_id
         texts = None if self.texts is None else self.texts.part(shard)
         for read in self.parts.read(shard):
             batch = read if texts is None else texts.fill(read)
             refuse_without_text(batch, self.job.capture)
             _refuse_foreign_ids(batch, [*open_codec(self.job.codec).id_columns, "teacher_ids"], self.maps.teacher_size)
-            samples = join(batch, encode(self.tokenizer, batch), eos_id)
+            samples, counts = self._joined(batch)
             built, figures = target_batch(batch, samples, self.maps, self.recipe)
+            figures.update(counts)
             written.add(batch, built, figures, summary_batch(batch, samples, built, self.job.config.losses))
             yield self.form.stored_batch(built)
+
+    def _joined(self, batch: pa.RecordBatch) -> tuple[list[Joined], Counter[str]]:
+        """The samples that the student can read, cut into chunks; and counts of conversations."""
+        if self.student is None:
+            eos_id = self.tokenizer.table.info.eos_id
+            return join(batch, encode(self.tokenizer, batch), eos_id), Counter()
+        readings = self.student.read(batch)
+        samples = join_conversations(batch, readings)
+        return samples, conversation_counts(readings, samples)
 
 
 @dataclass
@@ -185,9 +211,16 @@ class _Written:
         tokens = chunks = text_bytes = 0
         for table in self.built:
             tokens += pc.sum(pc.list_value_length(table["student_ids"])).as_py() or 0
-            chunks += pc.sum(pc.list_value_length(table["chunk_student_end"])).as_py() or 0
+            chunks += _chunks(table)
             text_bytes += sum(ends[-1].as_py() if len(ends) else 0 for ends in table["student_end"])
         return Figures(samples, tokens, chunks, chunks, text_bytes)
+
+
+def _chunks(table: pa.Table) -> int:
+    """Chunks of a table of ``summary_batch``, without the gaps of conversations."""
+    if "learn" in table.schema.names:
+        return int((~np.isnan(table["teacher_logprob"].combine_chunks().flatten().to_numpy())).sum())
+    return pc.sum(pc.list_value_length(table["chunk_student_end"])).as_py() or 0
 
 
 def _refuse_foreign_ids(batch: pa.RecordBatch, names: Sequence[str], size: int) -> None:

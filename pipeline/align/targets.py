@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from xtoken.pipeline.align.chunks import Joined, chunks_per_sample
+from xtoken.pipeline.align.chunks import Joined, chunks_per_sample, offsets_of
 from xtoken.pipeline.align.kernels import realised
 from xtoken.pipeline.align.losses import builders
 from xtoken.pipeline.align.losses.base import Source, Values
 from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.rows import Recipe, RowBatch
-from xtoken.pipeline.store.columns import flat, list_lengths
+from xtoken.pipeline.store.columns import flat
 from xtoken.schemas.losses import loss_columns
 from xtoken.schemas.tables import target_columns, targets
 
@@ -40,7 +40,7 @@ def target_batch(
     Raises:
         VerificationError: lists of a sample do not fit each other.
     """
-    rows = RowBatch.of(batch, recipe)
+    rows = RowBatch.of(batch, recipe).folded(maps.stops)
     source = Source(batch, samples, maps, recipe, rows, *rows.spans(samples))
     values, counts = _base(source), _counts(source)
     known = {column.name for column in loss_columns(recipe.losses)}
@@ -54,21 +54,22 @@ def target_batch(
 
 def _record_batch(values: Values, source: Source) -> pa.RecordBatch:
     """Values of all samples, one after the other, as lists of each sample's."""
-    schema = targets(source.recipe.losses)
+    schema = targets(source.recipe.losses, chat=source.chat)
+    columns = target_columns(source.recipe.losses, chat=source.chat)
     lengths = {
         "token": np.array([len(sample.encoded.ids) for sample in source.samples], np.int64),
         "chunk": chunks_per_sample(source.samples),
     }
     at = pa.array([sample.at for sample in source.samples], pa.int64())
     arrays: list[pa.Array] = [source.batch["sample_id"].take(at)]
-    for name, axis in target_columns(source.recipe.losses)[1:]:
+    for name, axis in columns[1:]:
         field = schema.field(name)
         if axis == "sample":
             arrays.append(pa.array(values[name], field.type))
             continue
         if axis not in lengths:
             # a count column stands before what it counts
-            per = next(column.axis for column in target_columns(source.recipe.losses) if column.name == axis)
+            per = next(column.axis for column in columns if column.name == axis)
             lengths[axis] = _sums(values[axis], lengths[per])
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[axis])]).astype(np.int32)
         assert len(values[name]) == offsets[-1], f"{name} has {len(values[name])} values, not {offsets[-1]}"
@@ -89,6 +90,7 @@ def _base(source: Source) -> Values:
     samples, start_C, end_C = source.samples, source.start_C, source.end_C
     empty = np.zeros(0, np.int32)
     entropy_N, top1_N = _confidence(source)
+    taught = [sample.learn for sample in samples if sample.learn is not None]
     return {
         "teacher_entropy": entropy_N,
         "teacher_top1": top1_N,
@@ -97,6 +99,7 @@ def _base(source: Source) -> Values:
         "chunk_student_end": np.concatenate([empty, *(sample.chunks.student_end for sample in samples)]),
         "chunk_teacher_end": np.concatenate([empty, *(sample.chunks.teacher_end for sample in samples)]),
         "teacher_logprob": realised(flat(source.batch, "realised_logprob").astype(np.float64), start_C, end_C),
+        **({"learn": np.concatenate([empty.astype(np.bool_), *taught])} if source.chat else {}),
     }
 
 
@@ -119,7 +122,7 @@ def _confidence(source: Source) -> tuple[NDArray[np.float32], NDArray[np.float32
 def _counts(source: Source) -> Counter[str]:
     samples = source.samples
     return Counter(
-        chunks=sum(len(sample.chunks.student_end) - int(sample.chunks.lead) for sample in samples),
+        chunks=sum(sample.chunks.count for sample in samples),
         chunks_1_1=int(source.one_to_one.sum()),
         chunks_with_row=int((source.start_C >= 0).sum()),
         chunks_shifted=int(source.shifted.moved_C.sum()),
@@ -129,16 +132,25 @@ def _counts(source: Source) -> Counter[str]:
 
 
 def _precision(source: Source) -> dict[str, int]:
-    """Where either side's ends are not exact; nothing where the vocabularies are not at hand."""
+    """Where either side's ends are not exact; nothing where the vocabularies are not at hand. What a template writes
+    ends where it begins, so of conversations only samples are counted."""
     blanks, batch = source.maps.blanks, source.batch
     if blanks is None:
         return {}
     mine, theirs = blanks.student, blanks.teacher
     at_N = [sample.at for sample in source.samples]
-    stops = np.cumsum(list_lengths(batch, "teacher_ids"))[:-1]
-    ids, ends = (np.split(flat(batch, name), stops) for name in ("teacher_ids", "teacher_end"))
+    if source.chat:
+        return {"teacher_snapped": sum(batch["snapped"][at].as_py() for at in at_N)}
+    taken = pa.array(at_N, pa.int64())
+    their_ids, their_ends = (batch[name].take(taken) for name in ("teacher_ids", "teacher_end"))
+    own = [one.encoded for one in source.samples if len(one.encoded.ids)]
+    if not own:
+        return {"ends_moved": 0, "teacher_snapped": 0, "teacher_ends_moved": 0}
+    my_ids, my_ends = np.concatenate([one.ids for one in own]), np.concatenate([one.ends for one in own])
     return {
-        "ends_moved": sum(mine.moved_ends(one.encoded.ids, one.encoded.ends) for one in source.samples),
-        "teacher_snapped": sum(batch["snapped"][at].as_py() for at in at_N),
-        "teacher_ends_moved": sum(theirs.moved_ends(ids[at], ends[at]) for at in at_N),
+        "ends_moved": mine.moved_ends(my_ids, my_ends, offsets_of([len(one.ids) for one in own])[:-1]),
+        "teacher_snapped": sum(batch["snapped"].take(taken).to_pylist()),
+        "teacher_ends_moved": theirs.moved_ends(
+            their_ids.flatten().to_numpy(), their_ends.flatten().to_numpy(), their_ids.offsets.to_numpy()[:-1]
+        ),
     }

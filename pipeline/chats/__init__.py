@@ -31,6 +31,8 @@ Who aligns renders what was stored for the student and walks each matched span b
     student_end = on_axis(pairing, tokens.ends)
 
 ``pairing.lost`` is what the teacher teaches and the student's text has not, ``pairing.alone`` what gets CE only.
+
+Who measures a student reads held-out conversations by its ``StudentChats`` (``held_out.py``).
 """
 
 from xtoken.pipeline.chats.answers import with_answer

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.html.visible import visible
 from xtoken.pipeline.page.sample import Sample, Targets, Vocabulary
+from xtoken.pipeline.page.turns import chunks_as_boxes, spans_of, tokens_as_boxes, turns
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.schemas.losses import LOSSES, LossSchema
 
@@ -45,7 +46,7 @@ def sample_data(sample: Sample) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "unit": UNIT,
         "t": teacher.places(sample.row["teacher_ids"]),
-        "row": sample.row_of,
+        "row": sample.row_of_token,
         "realised": [_whole(value, UNIT) for value in sample.row["realised_logprob"]],
         **_rows(sample, teacher),
     }
@@ -57,9 +58,33 @@ def sample_data(sample: Sample) -> dict[str, Any]:
         shown["chunks"] = _chunks(sample, sample.targets)
         shown["merge"], shown["tau"] = sample.targets.manifest.merge, sample.targets.manifest.tau
         shown["layout"], shown["targets"] = _targets(sample.targets, teacher, student)
+        shown["learn"] = [int(one) for one in sample.targets.row.get("learn", [])]
         shown["moved"] = _moved(sample, sample.targets, teacher)
         shown["student"] = student.listed()
+    if sample.is_chat:
+        shown |= _conversation(sample, shown["chunks"])
     return {**shown, "teacher": teacher.listed()}
+
+
+def _conversation(sample: Sample, chunks: Sequence[list[Any]]) -> dict[str, Any]:
+    """Boxes in the place of chunks, each with its chunk (-1: none) and its span; the spans, and whose turn they are."""
+    spans, ends = spans_of(sample.row), sample.row["teacher_end"]
+    if sample.targets is None:
+        boxes = tokens_as_boxes(spans)
+    else:
+        row = sample.targets.row
+        both = [(end, student, nats is not None) for end, student, _, _, nats in chunks]
+        boxes = chunks_as_boxes(spans, ends, both, row["student_end"])
+    texts = chunk_bytes(sample, [box.teacher_end for box in boxes])
+    shown = [
+        [box.teacher_end, box.student_end, visible(data), len(data), chunks[box.chunk][4] if box.chunk >= 0 else None]
+        for box, data in zip(boxes, texts, strict=True)
+    ]
+    return {
+        "chunks": [[*one, box.chunk, box.span] for one, box in zip(shown, boxes, strict=True)],
+        "spans": [[span.kind, int(span.learn)] for span in spans],
+        "turns": turns(spans),
+    }
 
 
 def chunk_bytes(sample: Sample, ends: Sequence[int]) -> list[bytes]:
@@ -99,8 +124,8 @@ def _rows(sample: Sample, teacher: Used) -> dict[str, Any]:
 def _tokens_as_chunks(sample: Sample) -> list[list[Any]]:
     """A capture alone has no chunks: each token stands for itself."""
     ends = list(range(1, len(sample.row["teacher_ids"]) + 1))
-    known = [_whole(value, UNIT) for value in sample.row["realised_logprob"]]
-    nats = [None if at < 0 else known[at] for at in sample.row_of]
+    realised = sample.row["realised_logprob"]
+    nats = [None if row < 0 else _whole(realised[row], UNIT) for row in sample.row_of_token]
     spans = chunk_bytes(sample, ends)
     return [[end, 0, visible(data), len(data), lp] for end, data, lp in zip(ends, spans, nats, strict=True)]
 

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from xtoken.pipeline.store.columns import flat, list_lengths
+from xtoken.pipeline.store.columns import flat, list_lengths, refuse
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import data_name
 from xtoken.pipeline.store.reader import iter_capture, iter_parquet, local_part, records
@@ -25,6 +25,7 @@ from xtoken.schemas.manifest import CaptureManifest, Part
 WORST = "worst"
 _NEAR = 5
 _ID = "sample_id"
+_SPANS = ("span_byte_end", "span_learn")
 _DAMAGED = "'xtoken verify' lists what is damaged"
 # Field ids of Parquet's footer, on the way to the smallest and largest value of a column chunk.
 _GROUPS, _CHUNKS, _META, _PATH, _STATISTICS, _MOST, _LEAST = 4, 1, 3, 3, 12, 5, 6
@@ -150,9 +151,10 @@ def find_worst(root: str, manifest: CaptureManifest, targets: str | None = None)
     """
     worst: str | None = None
     most = -math.inf
+    columns = [_ID, "realised_logprob", *(("teacher_end",) if manifest.chat is None else _SPANS)]
     for part in manifest.parts:
         held = None if targets is None else set(all_ids(targets, part.index))
-        for batch in iter_capture(root, [_ID, "teacher_end", "realised_logprob"], [part.index]):
+        for batch in iter_capture(root, columns, [part.index]):
             for name, bits in zip(batch[_ID].to_pylist(), _bits_per_byte(batch), strict=True):
                 if bits > most and (held is None or name in held):
                     worst, most = name, float(bits)
@@ -163,10 +165,21 @@ def find_worst(root: str, manifest: CaptureManifest, targets: str | None = None)
 
 def _bits_per_byte(batch: pa.RecordBatch) -> np.ndarray:
     """float64 [N]; -inf where a sample has no row or no byte."""
-    rows_N, tokens_N = list_lengths(batch, "realised_logprob"), list_lengths(batch, "teacher_end")
+    rows_N = list_lengths(batch, "realised_logprob")
     bits_N = -np.array([chunk.sum() for chunk in _split(batch, "realised_logprob", rows_N)]) / math.log(2)
-    bytes_N = np.array([chunk[-1] if len(chunk) else 0 for chunk in _split(batch, "teacher_end", tokens_N)])
+    bytes_N = _bytes(batch)
     return np.where((rows_N > 0) & (bytes_N > 0), bits_N / np.maximum(bytes_N, 1), -np.inf)
+
+
+def _bytes(batch: pa.RecordBatch) -> np.ndarray:
+    """Bytes of each sample; of conversations those of the spans that are taught [N]."""
+    if "span_learn" not in batch.schema.names:
+        ends = _split(batch, "teacher_end", list_lengths(batch, "teacher_end"))
+        return np.array([chunk[-1] if len(chunk) else 0 for chunk in ends])
+    spans_N = list_lengths(batch, "span_learn")
+    refuse(batch, list_lengths(batch, "span_byte_end") != spans_N, "its spans have columns of several lengths")
+    ends, learn = (_split(batch, name, spans_N) for name in _SPANS)
+    return np.array([np.diff(end, prepend=0)[taught > 0].sum() for end, taught in zip(ends, learn, strict=True)])
 
 
 def _split(batch: pa.RecordBatch, name: str, lengths_N: np.ndarray) -> list[np.ndarray]:

@@ -38,7 +38,8 @@ const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s
 
 // Bits by which the teacher was surprised at a token; null where it has no row.
 function surprise(token) {
-  return data.row[token] < 0 ? null : data.realised[data.row[token]] * data.unit * BITS;
+  const nats = data.realised[data.row[token]];
+  return nats === undefined ? null : nats * data.unit * BITS;
 }
 
 const step = (bits) => data.edges.filter((edge) => bits >= edge).length;
@@ -51,8 +52,8 @@ function span(chunk, side) {
 
 function token(side, k) {
   const [, piece] = side === "t" ? data.teacher[data.t[k]] : data.student[data.s[k]];
-  const bits = side === "t" ? surprise(k) : null;
-  const colour = side === "s" ? "" : bits === null ? " none" : ` h${step(bits)}`;
+  const bits = side === "t" ? surprise(k) : null, ofStudent = data.learn?.[k] === 0 ? " unlearned" : "";
+  const colour = side === "s" ? ofStudent : bits === null ? " none" : ` h${step(bits)}`;
   return make("span", {class: `tok${colour}`, "data-side": side, "data-k": k}, ...shown(piece));
 }
 
@@ -62,10 +63,15 @@ function line(side, from, to) {
   return made;
 }
 
+// Of a conversation: which chunk of the targets a box is (-1: none), and the span it is of: [kind, taught].
+const targetOf = (box) => data.chunks[box][5] ?? box;
+const spanOf = (box) => data.spans?.[data.chunks[box][6]];
+
 function chunkBox(chunk) {
-  const [, , piece, , nats] = data.chunks[chunk], teacher = span(chunk, "t");
+  const [, , piece, , nats] = data.chunks[chunk], teacher = span(chunk, "t"), [kind, taught] = spanOf(chunk) ?? [];
   const made = make("div", {class: "chunk", tabindex: -1, "data-chunk": chunk, role: "button"}, line("t", ...teacher));
-  if (nats === null) made.classList.add("norow");
+  if (nats === null) made.classList.add(!data.spans ? "norow" : taught ? "lost" : "untaught");
+  if (kind) made.dataset.kind = kind;
   let says = `${spoken(piece) || "end"}, ${nats === null ? "no row" : `${(nats * data.unit * BITS).toFixed(1)} bits`}`;
   if (data.s) {
     const student = span(chunk, "s"), sizes = [teacher[1] - teacher[0], student[1] - student[0]];
@@ -86,22 +92,54 @@ function tail() {
 }
 
 // After a line's end the next line begins, as far in as spaces say.
-function breakLine(piece) {
+function breakLine(piece, into) {
   const last = typeof piece === "string" ? -1 : piece.findLastIndex(isBreak);
   if (last < 0) return;
   const after = piece.slice(last + 1).filter((part) => part !== ""), indent = make("div", {class: "indent"});
   const spaces = after.reduce((sum, sign) => sum + ({"·": 1, "⇥": 4}[sign[0]] ?? NaN) * Number(sign.slice(2) || 1), 0) || 0;
   indent.style.width = `${0.4 * spaces}rem`;
-  flow.append(make("div", {class: "break"}), ...(spaces ? [indent] : []));
+  into.append(make("div", {class: "break"}), ...(spaces ? [indent] : []));
+}
+
+// What is said of a part of a turn that is not its content.
+const PART_OF = {thinking: "thinking", call: "tool call", marker: "thinking"};
+
+// A turn: who speaks, beside the boxes; what the template writes between turns is a small row of its own.
+function turnBox({role, message, taught}) {
+  const who = make("div", {class: "who"}, make("b", {}, role));
+  if (message >= 0) who.append(make("small", {}, `message ${message + 1}`));
+  if (role === "assistant") who.append(make("small", {class: taught ? "taught" : null}, taught ? "taught" : "not taught"));
+  const inside = make("div", {class: "boxes"});
+  flow.append(make("section", {class: `turn ${role}${taught ? " taught" : ""}`, "aria-label": role}, who, inside));
+  return inside;
+}
+
+function drawTurns() {
+  let next = 0;
+  for (const turn of data.turns) {
+    const inside = turnBox(turn);
+    let part = null;
+    for (; next < boxes.length && data.chunks[next][6] < turn.spans[1]; next++) {
+      const word = PART_OF[spanOf(next)[0]] ?? null;
+      if (word !== part && word) inside.append(make("div", {class: "part"}, word));
+      else if (part && word !== part && spanOf(next)[0] === "assistant") inside.append(make("div", {class: "part"}, "answer"));
+      part = word;
+      inside.append(boxes[next]);
+      breakLine(data.chunks[next][2], inside);
+    }
+  }
 }
 
 function drawFlow() {
-  data.chunks.forEach((chunk, i) => {
-    boxes.push(chunkBox(i));
-    flow.append(boxes[i]);
-    breakLine(chunk[2]);
-  });
-  tail();
+  data.chunks.forEach((_, i) => boxes.push(chunkBox(i)));
+  if (data.turns) drawTurns();
+  else {
+    data.chunks.forEach((chunk, i) => {
+      flow.append(boxes[i]);
+      breakLine(chunk[2], flow);
+    });
+    tail();
+  }
   if (boxes.length) boxes[0].tabIndex = 0;
 }
 
@@ -115,32 +153,34 @@ function drawLegend() {
     const range = i === 0 ? `< ${high}` : high === undefined ? `≥ ${low}` : `${low}–${high}`;
     legend.append(make("span", {}, make("b", {class: `h${i}`}, range), n.toLocaleString("en")));
   });
-  const without = data.row.filter((row) => row < 0).length;
-  if (without) legend.append(make("span", {}, make("b", {class: "norow"}, "\u00a0"), `no row: ${without}`));
+  const none = data.row.filter((row) => row < 0).length, [how, word] = data.spans ? ["untaught", "not taught"] : ["norow", "no row"];
+  if (none) legend.append(make("span", {}, make("b", {class: how}, "\u00a0"), `${word}: ${none.toLocaleString("en")}`));
 }
 
 // Bits per byte in equal stretches of the text, and the chunk that each begins in.
 function stretches() {
   const bins = Math.max(1, Math.min(BINS, data.bytes)), width = data.bytes / bins;
-  const bits = Array(bins).fill(0), chunk = Array(bins).fill(0);
+  const bits = Array(bins).fill(0), chunk = Array(bins).fill(0), taught = Array(bins).fill(0);
   let start = 0;
   data.chunks.forEach(([, , , size, nats], i) => {
     for (let bin = Math.floor(start / width); bin < bins && bin * width < start + size; bin++) {
       const shared = Math.min(start + size, (bin + 1) * width) - Math.max(start, bin * width);
       bits[bin] += size && nats !== null ? (nats * data.unit * BITS * shared) / size : 0;
+      taught[bin] += nats !== null ? shared / width : 0;
       if (bin * width >= start) chunk[bin] = i;
     }
     start += size;
   });
-  return {rate: bits.map((value) => value / width), chunk, width};
+  return {rate: bits.map((value) => value / width), chunk, width, taught};
 }
 
 function drawStrip() {
-  const {rate, chunk, width} = stretches(), most = Math.max(...rate, 1e-9), high = 100;
+  const {rate, chunk, width, taught} = stretches(), most = Math.max(...rate, 1e-9), high = 100;
   const picture = svg("svg", {viewBox: `0 0 ${rate.length} ${high}`, preserveAspectRatio: "none", role: "img",
     "aria-label": `bits per byte along the sample, at most ${most.toFixed(1)}; a click goes to the text`});
   rate.forEach((value, bin) => {
     const tall = (high * value) / most;
+    if (data.spans && taught[bin] < 0.5) picture.append(svg("rect", {class: "untaught", x: bin, y: 0, width: 1, height: high}));
     const words = `byte ${Math.round(bin * width)}: ${value.toFixed(2)} bits per byte`;
     picture.append(svg("rect", {class: "bar", x: bin, y: high - tall, width: 0.85, height: tall}));
     picture.append(svg("rect", {class: "spot", x: bin, y: 0, width: 1, height: high, "data-chunk": chunk[bin]}, svg("title", {}, words)));

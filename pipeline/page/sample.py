@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from xtoken.pipeline.html.visible import Piece, visible
 from xtoken.pipeline.page.find import WORST, find, find_worst, read_sample
+from xtoken.pipeline.page.turns import spans_of
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codecs.rows import Unpacked
@@ -61,17 +62,29 @@ class Sample:
 
     Attributes:
         row: columns of ``xtoken.schemas.tables.capture`` but those of the rows.
-        row_of: of each teacher token, -1 where it has none.
+        row_of_token: the row of each token; -1: none.
         rows: the teacher's, decoded; None where a subset left them out.
         targets: None of a capture alone.
     """
 
     manifest: CaptureManifest
     row: dict[str, Any]
-    row_of: list[int]
+    row_of_token: list[int]
     rows: Unpacked | None
     teacher: Vocabulary
     targets: Targets | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is a conversation."""
+        return "span_kind" in self.row
+
+    @property
+    def taught_bytes(self) -> int:
+        """Bytes of the spans that are taught; of plain text all."""
+        if not self.is_chat:
+            return int(self.row["teacher_end"][-1])
+        return sum(span.byte_end - span.byte_start for span in spans_of(self.row) if span.learn)
 
 
 def load_sample(config: InspectConfig) -> Sample:
@@ -126,7 +139,8 @@ def _read_capture(root: str, manifest: CaptureManifest, name: str, part: int | N
     spare = set(codec.columns).intersection(codec.own)
     row = {column: values[0] for column, values in batch.to_pydict().items() if column not in spare}
     table = load_vocab(root)
-    return Sample(manifest, row, row_of_token(batch).tolist(), rows, Vocabulary(table.pieces(), list(table.role)))
+    vocabulary = Vocabulary(table.pieces(), list(table.role))
+    return Sample(manifest, row, row_of_token(batch).tolist(), rows, vocabulary)
 
 
 def _targets(root: str, manifest: TargetManifest, batch: pa.RecordBatch, teacher_tokens: int) -> Targets:
@@ -145,7 +159,7 @@ def _targets(root: str, manifest: TargetManifest, batch: pa.RecordBatch, teacher
 def _check_lengths(row: dict[str, Any], manifest: TargetManifest) -> None:
     """Lists of one axis have one length, and counts sum to the lengths of what they count."""
     known = {"token": len(row["student_ids"]), "chunk": len(row["chunk_student_end"])}
-    for name, axis in target_columns(manifest.losses):
+    for name, axis in target_columns(manifest.losses, chat=manifest.chat is not None):
         if axis == "sample":
             continue
         wanted = known[axis] if axis in known else sum(row[axis])

@@ -45,30 +45,32 @@ def file_name(sample_id: str) -> str:
 def figures(sample: Sample) -> dict[str, Any]:
     """What the head of the page says, as numbers; what is not there is left out."""
     row, targets = sample.row, sample.targets
-    size = row["teacher_end"][-1]
+    size, taught = row["teacher_end"][-1], sample.taught_bytes
     shown = {"sample_id": row["sample_id"], "teacher": sample.manifest.teacher.model}
     if targets is not None:
         shown["student"] = targets.manifest.student.name
     shown |= {"bytes": size, "teacher_tokens": len(row["teacher_ids"])}
+    if sample.is_chat:
+        answers = {message for message, learn in zip(row["span_message"], row["span_learn"], strict=True) if learn}
+        shown |= {"turns": len(answers), "taught_bytes": taught, "taught_tokens": len(row["realised_logprob"])}
     if targets is not None:
-        chunks = len(targets.row["chunk_student_end"])
+        chunks, one_to_one = _chunks(targets.row, gaps=not sample.is_chat)
         shown |= {"student_tokens": len(targets.row["student_ids"]), "chunks": chunks}
-        shown["one_to_one"] = round(_one_to_one(targets.row) / max(chunks, 1), 4)
-    if sample.manifest.chat is not None:  # of what is taught
-        ends = [0, *row["teacher_end"]]
-        size = sum(ends[at + 1] - ends[at] for at, place in enumerate(sample.row_of) if place >= 0)
-    if size and row["realised_logprob"]:
-        shown["bits_per_byte"] = round(-math.fsum(row["realised_logprob"]) / math.log(2) / size, 4)
+        shown["one_to_one"] = round(one_to_one / max(chunks, 1), 4)
+    if taught and row["realised_logprob"]:
+        shown["bits_per_byte"] = round(-math.fsum(row["realised_logprob"]) / math.log(2) / taught, 4)
     return shown
 
 
-def _one_to_one(row: dict[str, Any]) -> int:
-    """Chunks of one token on either side."""
-    count, before = 0, (0, 0)
-    for ends in zip(row["chunk_student_end"], row["chunk_teacher_end"], strict=True):
-        count += ends == (before[0] + 1, before[1] + 1)
-        before = ends
-    return count
+def _chunks(row: dict[str, Any], *, gaps: bool) -> tuple[int, int]:
+    """How many chunks there are, with those without a target or not, and those of one token on either side."""
+    count, single, before = 0, 0, (0, 0)
+    for *ends, nats in zip(row["chunk_student_end"], row["chunk_teacher_end"], row["teacher_logprob"], strict=True):
+        if gaps or not math.isnan(nats):
+            count += 1
+            single += tuple(ends) == (before[0] + 1, before[1] + 1)
+        before = ends[0], ends[1]
+    return count, single
 
 
 def sample_page(sample: Sample) -> str:
@@ -98,6 +100,9 @@ def sample_page(sample: Sample) -> str:
 
 def _facts(shown: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [(f"{shown['bytes']:,}", "bytes"), (f"{shown['teacher_tokens']:,}", "teacher tokens")]
+    if "turns" in shown:
+        facts.insert(0, (f"{shown['turns']:,}", "turns taught"))
+        facts.append((f"{shown['taught_tokens'] / shown['teacher_tokens']:.1%}", "of them taught"))
     if "student" in shown:
         facts += [(f"{shown['student_tokens']:,}", "student tokens"), (f"{shown['chunks']:,}", "chunks")]
         facts.append((f"{shown['one_to_one']:.1%}", "of chunks are 1-1"))
@@ -122,6 +127,11 @@ def _remarks(sample: Sample) -> str:
 
 
 def _how(sample: Sample) -> str:
+    chat = " Grey is read, not taught: it has no row. Small rows between turns are what a chat template writes."
+    return _boxes(sample) + (chat if sample.is_chat else "")
+
+
+def _boxes(sample: Sample) -> str:
     one = "token" if sample.targets is None else "chunk"
     keys = f"Point at a token, or take the arrow keys: left and right go from {one} to {one}"
     last = "Enter holds what is shown, Esc lets go."

@@ -45,7 +45,8 @@ const unseen = () => (data.draws ? "not drawn" : "not kept");
 
 function rowPane(k) {
   const bits = surprise(k), title = ["Teacher's row at ", piece("t", data.t[k])];
-  if (bits === null) return pane("row", [...title, make("small", {}, k ? "no row: it is not taught" : "no row: nothing stood before it")]);
+  const why = data.spans ? "not taught, so no row" : "no row: nothing stood before it";
+  if (bits === null) return pane("row", [...title, make("small", {}, why)]);
   const row = data.rows?.[data.row[k]], real = data.realised[data.row[k]] * data.unit;
   const rank = row ? row[0].indexOf(data.t[k]) : -1, place = !row ? "" : rank < 0 ? `, ${unseen()}` : `, rank ${rank + 1}`;
   title.push(make("small", {}, `${bits.toFixed(2)} bits of surprise, ${percent(Math.exp(-real))}${place}`));
@@ -58,8 +59,8 @@ function rowPane(k) {
   });
   if (!data.draws) rows.push(restRow(row[2], data.step));
   if (rank < 0) {
-    const why = make("small", {}, ` ◂ in the text, ${unseen()}`);
-    rows.push(entry("", [piece("t", data.t[k]), why], real, {kind: "real", id: data.teacher[data.t[k]][0]}));
+    const note = make("small", {}, ` ◂ in the text, ${unseen()}`);
+    rows.push(entry("", [piece("t", data.t[k]), note], real, {kind: "real", id: data.teacher[data.t[k]][0]}));
   }
   return pane("row", title, table(rows));
 }
@@ -133,7 +134,7 @@ function empty(values) {
 }
 
 function ofChunk(name, chunk) {
-  const values = data.targets[name][chunk];
+  const values = data.targets[name][targetOf(chunk)];
   if (empty(values)) return [make("p", {}, "no entries for this chunk")];
   const made = targetTable(name, values, data.layout[name].moved ? takers(chunk) : {}, null);
   // of values alone, the likelihood that all targets have is what they belong to
@@ -165,9 +166,14 @@ const loss = () => {
 // Which of the chunk's rows its target is made of.
 const FROM = {first: "the row of its first token", last: "the row of its last token", mean: "the mean of its rows"};
 
+function noTarget(chunk) {
+  if (!data.spans) return "no row, so no target";
+  return spanOf(chunk)[1] ? "no target: the student's text has nothing to compare here" : "not taught, so no target";
+}
+
 function targetPane(chunk) {
   const name = loss(), title = [make("span", {}, `${name} target`)];
-  if (data.chunks[chunk][4] === null) return pane("target", [...title, make("small", {}, "no row, so no target")]);
+  if (data.chunks[chunk][4] === null) return pane("target", [...title, make("small", {}, noTarget(chunk))]);
   const {axis, parts} = data.layout[name];
   if (axis === "chunk" && parts.some(([kind]) => kind !== "value")) title.push(make("small", {}, `of the chunk, from ${FROM[data.merge]}`));
   return pane("target", title, ...(axis === "token" ? ofTokens : ofChunk)(name, chunk));
@@ -196,9 +202,17 @@ function pane(name, title, ...inside) {
   return make("div", {class: `pane ${name}${isShown ? " shown" : ""}`}, make("h3", {}, ...title), ...inside);
 }
 
+// "Chunk 3 of 12"; of a conversation's boxes only those with a target are chunks.
+function numbered(box) {
+  const word = data.s ? "Chunk" : "Token", own = data.s ? data.chunks.filter((_, i) => targetOf(i) >= 0) : data.chunks;
+  const number = own.indexOf(data.chunks[box]) + 1;
+  return number ? `${word} ${number.toLocaleString("en")} of ${own.length.toLocaleString("en")}` : "In no chunk";
+}
+
 function about(chunk) {
   const [, , , size, value] = data.chunks[chunk], start = data.chunks.slice(0, chunk).reduce((sum, one) => sum + one[3], 0);
-  const said = [make("b", {}, `${data.s ? "Chunk" : "Token"} ${(chunk + 1).toLocaleString("en")} of ${data.chunks.length.toLocaleString("en")}`)];
+  const said = [make("b", {}, numbered(chunk))];
+  if (data.spans) said.push(`, ${spanOf(chunk)[0]}`);
   said.push(size ? `, bytes ${start.toLocaleString("en")} to ${(start + size).toLocaleString("en")}` : ", no bytes");
   if (value !== null) said.push(`, ${nats(value * data.unit)} nats, ${(value * data.unit * BITS).toFixed(2)} bits`);
   if (held) said.push(" ", make("span", {class: "held"}, "held, Esc lets go"));

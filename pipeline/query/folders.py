@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from xtoken.pipeline.query.functions import Function, Lookup, Spell, row_functions, target_functions
+from xtoken.pipeline.query.functions import Function, Join, Lookup, Spell, row_functions, target_functions
 from xtoken.pipeline.query.loss_views import serves_student_mass
 from xtoken.pipeline.query.views import View, read_view
 from xtoken.pipeline.store.checks import CaptureCheck, refuse_other_columns
@@ -25,7 +25,7 @@ from xtoken.schemas.io.parquet_limits import check_file, reading
 from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.manifest import CaptureManifest, Part, TargetManifest, content_hash, read_manifest
-from xtoken.schemas.tables import UNREACHED, VOCAB, W, read_as, targets
+from xtoken.schemas.tables import CHAT_CAPTURE, UNREACHED, VOCAB, W, read_as, targets
 
 _SQL_TYPES = {"int32": "INTEGER", "uint8": "UTINYINT", "uint16": "USMALLINT", "float": "FLOAT", "string": "VARCHAR"}
 _SQL_TYPES |= {"int16": "SMALLINT"}
@@ -85,11 +85,13 @@ class CaptureFolder:
         manifest = self.manifest
         check, codec = CaptureCheck.of(manifest), open_codec(manifest.codec)
         paths = _paths(self.root, self.stack, check.file, manifest.parts)
-        whole = codec.schema()
+        whole = codec.schema(version=CHAT_CAPTURE)
         named = {} if manifest.has_codes else {name: read_as(name) for name in whole.names}
         on_disk = {name: there for name, there in named.items() if there in check.schema.names}
         _view_of_files(session, "capture._stored", paths, whole, check.schema, on_disk)
         session.execute(f"SET VARIABLE step = CAST({manifest.codec.step!r} AS DOUBLE)")
+        eos_id = manifest.tokenizer.eos_id
+        session.execute(f"SET VARIABLE teacher_eos = {'NULL' if eos_id is None else int(eos_id)}::INTEGER")
         for name, function in row_functions(codec).items():
             register(session, name, function)
 
@@ -106,6 +108,8 @@ class CaptureFolder:
         _table(session, "capture._vocabulary", shown)
         _register_tokens(session, "teacher", shown)
         register(session, "teacher_id_of", Lookup(pa.array(inverse(codes)), "INTEGER").function)
+        named = [piece or f"<{role}>".encode() for piece, role in zip(table.pieces(), table.role, strict=True)]
+        register(session, "teacher_tokens_text", Join(pa.array(named, pa.binary())).function)
 
     def _categories(self, session: Connection) -> None:
         _table(session, "capture._categories", _categories(load_vocab(self.root).to_tables()[0]))
@@ -174,7 +178,7 @@ class TargetsFolder:
         for name, (expression, function, call) in target_functions(form).items():
             register(session, function, call)
             on_disk[name] = expression
-        _view_of_files(session, "targets._stored", paths, targets(LOSSES), form.schema, on_disk)
+        _view_of_files(session, "targets._stored", paths, targets(LOSSES, chat=True), form.schema, on_disk)
 
     def _student_vocabulary(self, session: Connection) -> None:
         shown = _vocabulary(self.vocab)

@@ -198,6 +198,33 @@ class Lookup:
 
 
 @dataclass(frozen=True)
+class Join:
+    """What the tokens of a list spell, one after the other, as text.
+
+    Attributes:
+        pieces: bytes of each token, in id order.
+    """
+
+    pieces: pa.Array = field(repr=False)
+
+    @property
+    def function(self) -> Function:
+        """``teacher_tokens_text(ids)``."""
+        return Function(self, ("INTEGER[]",), "VARCHAR")
+
+    def __call__(self, ids: pa.Array) -> pa.Array:
+        """Args: [N] lists of ids.
+
+        Raises:
+            VerificationError: one is outside the vocabulary.
+        """
+        whole = _array(ids)
+        offsets = _offsets(_lengths(whole))
+        pieces = Lookup(self.pieces, "BLOB")(whole.flatten())
+        return readable(pc.binary_join(pa.ListArray.from_arrays(offsets, pieces), b""))
+
+
+@dataclass(frozen=True)
 class Spell:
     """What tokens say, in bytes: the vocabulary's, cut at the front to the token's width in the text.
 

@@ -22,6 +22,7 @@ _MADE_OF = {
     "teacher_bytes_of(": "capture._vocabulary",
     "teacher_text_of(": "capture._vocabulary",
     "teacher_id_of(": "capture._vocabulary",
+    "teacher_tokens_text(": "capture._vocabulary",
     "student_bytes_of(": "targets._student_vocabulary",
     "student_text_of(": "targets._student_vocabulary",
     "spelled(": "targets._student_vocabulary",

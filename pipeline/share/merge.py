@@ -30,8 +30,9 @@ from xtoken.pipeline.store.files import Folder, disk_full_named
 from xtoken.pipeline.store.left_out import without_rows
 from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, iter_capture, read_side_table
 from xtoken.pipeline.store.seal import PLAN_FILE
-from xtoken.pipeline.store.skip_records import BAD_FILE
+from xtoken.pipeline.store.skip_records import BAD_FILE, SKIPPED_FILE, read_records, record_line
 from xtoken.pipeline.store.writer import group_rows, write_parquet
+from xtoken.schemas.chat import CaptureChat
 from xtoken.schemas.configs.share import MergeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import (
@@ -63,8 +64,6 @@ _TEACHER = (
     "capture_path",
 )
 _NAMES = ("model", "revision")
-# What decides how conversations became samples; ``form`` is of a corpus, and of others there may be others.
-_CHAT = ("template", "date", "arguments", "learn", "turns", "long")
 
 
 @dataclass(frozen=True)
@@ -156,10 +155,18 @@ def _compared(one: CaptureManifest, other: CaptureManifest) -> Iterator[tuple[st
         yield f"codec.{name}", getattr(one.codec, name), getattr(other.codec, name)
     for name in ("bos", "max_tokens", "left_out", "space"):
         yield name, getattr(one, name), getattr(other, name)
-    for name in _CHAT if one.chat is not None and other.chat is not None else ():
-        yield f"chat.{name}", getattr(one.chat, name), getattr(other.chat, name)
-    yield "what it holds (conversations)", one.chat is not None, other.chat is not None
+    yield from _compared_chats(one.chat, other.chat)
     yield "schema_version", min(one.schema_version, PARTS_SINCE), min(other.schema_version, PARTS_SINCE)
+
+
+def _compared_chats(one: CaptureChat | None, other: CaptureChat | None) -> Iterator[tuple[str, Any, Any]]:
+    """The same of how conversations were read; text and conversations do not go together."""
+    if one is None or other is None:
+        yield "chat.form", one.form if one else "text", other.form if other else "text"
+        return
+    for name in CaptureChat.model_fields:
+        if name != "form":  # other corpora may have other columns
+            yield f"chat.{name}", getattr(one, name), getattr(other, name)
 
 
 def _has_text(root: str, manifest: CaptureManifest) -> bool:
@@ -259,6 +266,7 @@ def _joined(sources: Sequence[_Source]) -> Shipment:
             "parts": [],
             "teacher": _teacher([manifest.teacher for manifest in manifests]),
             "corpus": _corpus([manifest.corpus for manifest in manifests]),
+            "chat": _chat([manifest.chat for manifest in manifests]),
             "plan_hash": digest([manifest.plan_hash for manifest in manifests]),
             "run_hash": digest([manifest.run_hash for manifest in manifests]),
             "set_aside": aside,
@@ -275,7 +283,19 @@ def _shipment(
     claim = {"kind": "capture", "merged": [content_hash(source.manifest) for source in sources]}
     first = sources[0]
     tables = [SideFile(name, first.folder, first.manifest.files.get(name)) for name in (VOCAB_FILE, MERGES_FILE)]
-    return Shipment("merge", claim, jobs, [*tables, *plan], manifest)
+    return Shipment("merge", claim, jobs, [*tables, *plan, *_skipped(sources)], manifest)
+
+
+def _skipped(sources: Sequence[_Source]) -> list[SideFile]:
+    """Conversations that the sources skipped, by the numbers that their parts have in the result."""
+    found: dict[str, int] = {}
+    for source in sources:
+        with reachable(source.root):
+            for record in read_records(source.folder, SKIPPED_FILE):
+                part = source.numbers.get(record.get("part", 0), 0)
+                found.setdefault(record_line(record | {"part": part}), part)
+    lines = "".join(sorted(found, key=found.__getitem__))
+    return [SideFile(SKIPPED_FILE, data=lines.encode())] if lines else []
 
 
 def _origin(source: _Source) -> Origin:
@@ -337,6 +357,13 @@ def _corpus(infos: Sequence[CorpusInfo]) -> CorpusInfo:
         bad=bad,
         options=infos[0].options if all(one.options == infos[0].options for one in infos) else {},
     )
+
+
+def _chat(chats: Sequence[CaptureChat | None]) -> CaptureChat | None:
+    """How conversations were read, by all forms that they had."""
+    known = [chat for chat in chats if chat is not None]
+    forms = dict.fromkeys(chat.form for chat in known)
+    return known[0].model_copy(update={"form": " + ".join(forms)}) if known else None
 
 
 def _recoding(source: _Source, first: _Source) -> Rewrite | None:

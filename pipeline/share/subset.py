@@ -6,6 +6,7 @@ asked for.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,7 +28,8 @@ from xtoken.schemas.manifest import AnyManifest, CaptureManifest, Origin, Part, 
 _MEMORY = "512MB"
 _INDEX = "_xtoken_row"
 # Counts that need the teacher's or a student's tokenizer do not survive a choice of samples.
-_COUNTED = ("documents", "snapped")
+_COUNTED = ("documents", "snapped", "turns", "conversations_cut")
+_OF_KIND = "taught_"
 
 
 def is_subset(config: PullConfig) -> bool:
@@ -211,18 +213,20 @@ class CaptureRewrite:
             XtokenError: the condition fails on a sample.
         """
         check = CaptureCheck.of(self.manifest.model_copy(update={"left_out": list(self.left_out)}))
-        counts = dict.fromkeys(_COUNTED, 0)
+        counts: Counter[str] = Counter()
         write_parquet(out, check.schema, self._batches(source, check.schema, counts), group_rows(part.samples))
         figures = check(out)
         if figures.samples == 0:
             return None
         sha256, size = Folder(os.path.dirname(out)).sha256(os.path.basename(out))
-        known = part.counts if self.where is None else {name: counts[name] for name in _COUNTED if name in part.counts}
+        counted = [name for name in part.counts if name in _COUNTED or name.startswith(_OF_KIND)]
+        known = part.counts if self.where is None else {name: counts[name] for name in counted}
         same = {"index": part.index, "device": part.device}
         return Part(**same, **asdict(figures), file_bytes=size, sha256=sha256, counts=known)
 
-    def _batches(self, source: str, schema: pa.Schema, counts: dict[str, int]) -> Iterator[pa.RecordBatch]:
-        stored = CaptureCheck.of(self.manifest).schema
+    def _batches(self, source: str, schema: pa.Schema, counts: Counter[str]) -> Iterator[pa.RecordBatch]:
+        check = CaptureCheck.of(self.manifest)
+        stored = check.schema
         where = None if self.where is None else Where(self.where, stored)
         last = None
         for batch in read_checked(source, stored):
@@ -232,8 +236,23 @@ class CaptureRewrite:
                 document = sample_id.rpartition("#")[0]
                 counts["documents"] += document != last
                 last = document
+            if self.manifest.chat is not None and where is not None:
+                check.batch(batch)  # counting trusts the spans
+                counts.update(_chat_counts(kept))
             if kept.num_rows:
                 yield kept.select(schema.names).cast(schema)
+
+
+def _chat_counts(batch: pa.RecordBatch) -> Counter[str]:
+    """What a capture counts of the spans of its conversations."""
+    counts = Counter(conversations_cut=batch.num_rows - int(pc.sum(batch["complete"]).as_py() or 0))
+    columns = (batch[name].to_pylist() for name in ("span_kind", "span_token_end", "span_message", "span_learn"))
+    for kinds, ends, messages, learn in zip(*columns, strict=True):
+        taught = [at for at, one in enumerate(learn) if one]
+        counts["turns"] += len({messages[at] for at in taught})
+        for at in taught:
+            counts[f"{_OF_KIND}{kinds[at]}"] += ends[at] - (ends[at - 1] if at else 0)
+    return counts
 
 
 def capture_rewrite(config: PullConfig, manifest: CaptureManifest) -> CaptureRewrite | None:

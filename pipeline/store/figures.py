@@ -1,10 +1,9 @@
 """What an artifact holds, in numbers for people: sums over the commit records of its manifest."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from xtoken.schemas.chat import CaptureChat
 from xtoken.schemas.errors import last_words
 from xtoken.schemas.manifest import AuditRecord, CaptureManifest, TargetManifest, TokenizerInfo
 
@@ -33,30 +32,50 @@ def capture_figures(manifest: CaptureManifest) -> dict[str, Any]:
         "snapped_samples": counts["snapped"],
         **({"ends_moved": counts["ends_moved"]} if counts["snapped"] and "ends_moved" in counts else {}),
         **student,
-        **(
-            _chat_figures(counts, manifest.chat)
-            if manifest.chat is not None
-            else bos_figure(manifest.tokenizer, shown=manifest.bos)
-        ),
+        **(bos_figure(manifest.tokenizer, shown=manifest.bos) if manifest.chat is None else chat_figures(manifest)),
         **({"audits": audits_line(manifest.audits)} if manifest.audits else {}),
         "teacher": f"{manifest.teacher.model} ({manifest.teacher.backend})",
     }
 
 
-def _chat_figures(counts: Counter[str], chat: CaptureChat) -> dict[str, Any]:
-    """What a capture of conversations holds beside: answers, taught tokens by kind, and what did not go smoothly."""
-
-    def of(prefix: str) -> dict[str, int]:
-        return {name.removeprefix(prefix): count for name, count in sorted(counts.items()) if name.startswith(prefix)}
-
-    groups = {"taught_tokens": of("taught_"), "absent_contents": of("absent_"), "trimmed_contents": of("trimmed_")}
+def chat_figures(manifest: CaptureManifest) -> dict[str, Any]:
+    """What a capture of conversations holds, in numbers that follow from the counts of its parts; nothing of text."""
+    if manifest.chat is None:
+        return {}
+    counts: Counter[str] = Counter()
+    for part in manifest.parts:
+        counts.update(part.counts)
+    rows, tokens = (sum(getattr(part, name) for part in manifest.parts) for name in ("rows", "tokens"))
+    groups = {"absent_contents": _of_each(counts, "absent_"), "trimmed_contents": _of_each(counts, "trimmed_")}
     single = ("conversations_cut", "answers_cut", "conversations_skipped", "tokenized_apart")
     return {
-        "form": chat.form,
+        "form": manifest.chat.form,
+        "conversations": counts["documents"],
         "taught_turns": counts["turns"],
+        "taught_tokens": _of_each(counts, "taught_"),
+        "share_of_tokens_taught": round(rows / max(tokens, 1), 4),
         **{name: found for name, found in groups.items() if found},
         **{name: counts[name] for name in single if counts[name]},
     }
+
+
+def chat_settings(manifest: CaptureManifest) -> dict[str, Any]:
+    """How conversations were read and rendered; nothing of plain text."""
+    chat = manifest.chat
+    if chat is None:
+        return {}
+    return {
+        "turns": chat.turns,
+        "long": chat.long,
+        "learn": ",".join(chat.learn),
+        "template": chat.template,
+        "date": chat.date,
+    }
+
+
+def _of_each(counts: Counter[str], prefix: str) -> dict[str, int]:
+    found = sorted((name, count) for name, count in counts.items() if count and name.startswith(prefix))
+    return {name.removeprefix(prefix): count for name, count in found}
 
 
 def bos_figure(tokenizer: TokenizerInfo, *, shown: bool) -> dict[str, str]:
@@ -76,6 +95,7 @@ def target_figures(manifest: TargetManifest) -> dict[str, Any]:
     for part in manifest.parts:
         counts.update(part.counts)
     masses = {name.split("_")[1]: counts.pop(name) for name in list(counts) if name.startswith("mass_")}
+    chat = {name.removeprefix("chat_"): counts.pop(name) for name in list(counts) if name.startswith("chat_")}
     tokens = sum(part.tokens for part in manifest.parts)
     aside = {f"part {index}": last_words(why) for index, why in manifest.set_aside.items()}
     return {
@@ -85,9 +105,18 @@ def target_figures(manifest: TargetManifest) -> dict[str, Any]:
         "share_of_1_1_chunks": counts["chunks_1_1"] / max(counts["chunks"], 1),
         "losses": ",".join(manifest.losses),
         **counts,
+        **({"conversations": _chat_figures(chat)} if chat else {}),
         "teacher_mass": {name: ppm / 1e6 / max(counts["chunks_with_row"], 1) for name, ppm in masses.items()},
         **({"set_aside": aside} if aside else {}),
     }
+
+
+def _chat_figures(counts: Mapping[str, int]) -> dict[str, Any]:
+    """Of conversations: what is taught, how much of it has chunks, and what the two renderings do not share."""
+    share = counts["chunk_bytes"] / max(counts["taught_bytes"], 1)
+    shown = {name: counts[name] for name in ("learn_tokens", "ce_only_tokens") if name in counts}
+    others = {name: count for name, count in counts.items() if name.startswith(("lost_", "alone_"))}
+    return {"share_of_taught_bytes": share, **shown, **others, "tokens_differ": counts.get("tokens_differ", 0)}
 
 
 def worst_figures(audits: Sequence[AuditRecord]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codecs.base import Codec
-from xtoken.pipeline.store.figures import worst_figures
+from xtoken.pipeline.store.figures import chat_figures, chat_settings, worst_figures
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import committed, data_name
 from xtoken.pipeline.store.reader import iter_capture, iter_parquet, load_vocab, local_part
@@ -32,7 +32,7 @@ from xtoken.schemas.manifest import (
     read_any_manifest,
 )
 from xtoken.schemas.spans import tokens_with_row
-from xtoken.schemas.tables import targets
+from xtoken.schemas.tables import read_as, targets
 
 _SAMPLES = 3
 _FIRST_TOKENS = 16
@@ -101,12 +101,13 @@ def _artifact(root: str, manifest: AnyManifest) -> dict[str, Any]:
     result["bytes_per_token"] = bytes_per_token(root, manifest)
     result["provenance"] = described
     if isinstance(manifest, CaptureManifest):
+        if manifest.chat is not None:
+            result["chat"] = chat_figures(manifest) | chat_settings(manifest)
         worst = worst_figures(manifest.audits)
         result["audits"] = {"count": len(manifest.audits)} | (
             {"worst_realised_difference": worst["realised_max"]} if worst else {}
         )
-        result |= _reasons(root, "bad_documents", BAD_FILE)
-        result |= _reasons(root, "skipped_conversations", SKIPPED_FILE)
+        result |= _reasons(root, "bad_documents", BAD_FILE) | _reasons(root, "skipped_conversations", SKIPPED_FILE)
         result["samples_shown"] = _capture_samples(root, manifest)
     else:
         result |= _reasons(root, "skipped_samples", SKIPPED_FILE)
@@ -151,9 +152,9 @@ def _capture_samples(root: str, manifest: CaptureManifest) -> list[dict[str, Any
     rows = (batch.slice(index, 1) for batch in iter_capture(root) for index in range(batch.num_rows))
     first = list(islice(rows, _SAMPLES))
     for row in first:
-        # rows that a subset dropped are made up by the reader
-        if not manifest.left_out:
-            CaptureCheck.of(manifest).batch(row)
+        # what a subset dropped is made up by the reader
+        gone = {*manifest.left_out, *map(read_as, manifest.left_out)}
+        CaptureCheck.of(manifest).batch(row.drop_columns([name for name in row.schema.names if name in gone]))
     return [_capture_sample(row, table, open_codec(manifest.codec)) for row in first]
 
 
@@ -171,6 +172,12 @@ def _capture_sample(batch: pa.RecordBatch, table: TokenTable, codec: Codec) -> d
     }
     if not len(rows.tail_logprob):
         return shown
+    if "span_kind" in row:
+        shown["spans"] = [
+            kind + (", taught" if learn else "")
+            for kind, learn in zip(row["span_kind"], row["span_learn"], strict=True)
+            if kind != "template"
+        ][:_FIRST_TOKENS]
     middle = len(rows.tail_logprob) // 2
     start, stop = (int(offset) for offset in rows.offsets[middle : middle + 2])
     best = range(start, min(stop, start + _TOP))

@@ -24,7 +24,7 @@ _LONGEST_LINE = 1 << 20  # no record of ours is near it: a longer line is refuse
 
 def write_records(folder: Folder, name: str, records: Iterable[Mapping[str, Any]]) -> None:
     """Put these records, in their order, in the place of what is there; of none there is no file."""
-    text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+    text = "".join(map(record_line, records))
     if text:
         folder.replace(name, text.encode())
     elif folder.exists(name):
@@ -52,7 +52,16 @@ def count_reasons(folder: Folder, name: str) -> dict[str, int]:
     Raises:
         VerificationError: a line is not a record.
     """
-    counts: Counter[str] = Counter()
+    reasons = (str(record.get("reason", UNRECORDED))[:_LONGEST] for record in read_records(folder, name))
+    return dict(sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0])))
+
+
+def read_records(folder: Folder, name: str) -> Iterator[dict[str, Any]]:
+    """The records of a file, one after the other; none where there is no file.
+
+    Raises:
+        VerificationError: a line is not a record.
+    """
     for number, line in enumerate(_lines(folder, name), 1):
         try:
             record = json.loads(line)
@@ -63,8 +72,12 @@ def count_reasons(folder: Folder, name: str) -> dict[str, int]:
                 f"{folder.url(name)}, line {number}: expected a JSON object; fetch the artifact again, or run the "
                 "stage that writes it with another --out"
             )
-        counts[str(record.get("reason", UNRECORDED))[:_LONGEST]] += 1
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+        yield record
+
+
+def record_line(record: Mapping[str, Any]) -> str:
+    """A record as it is written."""
+    return f"{json.dumps(record, ensure_ascii=False)}\n"
 
 
 def _lines(folder: Folder, name: str) -> Iterator[bytes]:

@@ -8,8 +8,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xtoken.pipeline.store.checks import CaptureCheck, read_checked
-from xtoken.pipeline.store.columns import flat, list_lengths, sums_per_sample
-from xtoken.pipeline.store.figures import audit_rows, worst_figures
+from xtoken.pipeline.store.columns import any_per_sample, flat, list_lengths, refuse, sums_per_sample
+from xtoken.pipeline.store.figures import audit_rows, chat_figures, chat_settings, worst_figures
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import Check, Figures, committed, data_name
 from xtoken.pipeline.store.reader import check_side_file, ids_of_codes, load_vocab, target_form
@@ -66,8 +66,9 @@ def verify(root: str, progress: Callable[[int], None] | None = None, *, audit: b
     aside = {"set_aside": sorted(manifest.set_aside)} if isinstance(manifest, CaptureManifest) else {}
     if isinstance(manifest, TargetManifest) and manifest.set_aside:
         aside = {"set_aside": sorted(manifest.set_aside)}
+    chat = chat_figures(manifest) | chat_settings(manifest) if isinstance(manifest, CaptureManifest) else {}
     found = {"kind": manifest.kind, "parts": len(manifest.parts), "files": sorted(manifest.files), **totals, **aside}
-    return found | shown
+    return found | ({"chat": chat} if chat else {}) | shown
 
 
 def _audits(root: str, manifest: AnyManifest) -> dict[str, Any]:
@@ -178,7 +179,8 @@ class TargetCheck:
     def __call__(self, url: str) -> Figures:
         """Check schema and list lengths.
 
-        ``tokens`` are student tokens, ``rows`` and ``entries`` chunks, ``text_bytes`` the last student ends.
+        ``tokens`` are student tokens, ``rows`` and ``entries`` chunks (of conversations those with a target),
+        ``text_bytes`` the last student ends.
 
         Raises:
             VerificationError: another schema, or lists of a sample that do not fit each other.
@@ -186,13 +188,38 @@ class TargetCheck:
         samples = tokens = chunks = text_bytes = 0
         for batch in read_checked(url, self._form.schema):
             _check_lengths(batch, self._columns)
+            if self._form.chat:
+                _check_chat(batch)
             if self._read:
                 self._form.read_batch(batch)
             samples += batch.num_rows
             tokens += int(list_lengths(batch, "student_ids").sum())
-            chunks += int(list_lengths(batch, "chunk_student_end").sum())
+            chunks += _chunks(batch, chat=self._form.chat)
             text_bytes += sum(row[-1].as_py() if len(row) else 0 for row in batch["student_end"])
         return Figures(samples, tokens, chunks, chunks, text_bytes)
+
+
+def _chunks(batch: pa.RecordBatch, *, chat: bool) -> int:
+    """Chunks, without the gaps of conversations."""
+    if chat:
+        return int((~np.isnan(flat(batch, "teacher_logprob"))).sum())
+    return int(list_lengths(batch, "chunk_student_end").sum())
+
+
+def _check_chat(batch: pa.RecordBatch) -> None:
+    """Chunks cover all tokens of a conversation, and those with a target hold taught tokens only."""
+    tokens_N, chunks_N = list_lengths(batch, "student_ids"), list_lengths(batch, "chunk_student_end")
+    end_C = flat(batch, "chunk_student_end").astype(np.int64)
+    stops_N = np.cumsum(chunks_N)
+    last_N = np.zeros_like(tokens_N)
+    last_N[chunks_N > 0] = end_C[stops_N[chunks_N > 0] - 1]
+    size_C = np.diff(end_C, prepend=0)
+    size_C[(stops_N - chunks_N)[chunks_N > 0]] = end_C[(stops_N - chunks_N)[chunks_N > 0]]
+    refuse(batch, any_per_sample(size_C < 0, chunks_N), "chunk_student_end decreases")
+    refuse(batch, last_N != tokens_N, "chunks do not cover all tokens")
+    has_target_S = np.repeat(~np.isnan(flat(batch, "teacher_logprob")), size_C)
+    untaught = has_target_S & ~flat(batch, "learn")
+    refuse(batch, any_per_sample(untaught, tokens_N), "a chunk with a target has a token that is not taught")
 
 
 # The columns whose lengths say how many tokens and chunks a sample has.

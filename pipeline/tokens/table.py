@@ -122,9 +122,18 @@ class TokenTable:
         splits: NDArray[np.bool_] = (self.lengths > 1) | ((self.lengths == 1) & ~self.starts_with_space())
         return splits
 
-    def moved_ends(self, ids_T: NDArray[np.int32], end_T: NDArray[np.int32]) -> int:
-        """Tokens of a text whose own end is not known: they have bytes, and end where the token before them does."""
+    def moved_ends(
+        self, ids_T: NDArray[np.int32], end_T: NDArray[np.int32], start_N: NDArray[np.int64] | None = None
+    ) -> int:
+        """Tokens of a text whose own end is not known: they have bytes, and end where the token before them does.
+
+        Args:
+            ids_T, end_T: of the text, or of several, one after the other.
+            start_N: where the tokens of each of several texts start, of those that have any.
+        """
         width_T = np.diff(end_T, prepend=np.int32(0))
+        if start_N is not None:
+            width_T[start_N] = end_T[start_N]
         return int(((width_T == 0) & self._spells_something[ids_T]).sum())
 
     def to_tables(self) -> tuple[pa.Table, pa.Table]:

@@ -23,11 +23,15 @@ from xtoken.schemas.configs.base import (
     TARGETS,
     Config,
     argument,
+    arguments_of,
+    named_values,
     ray_address,
 )
 from xtoken.schemas.io.sizes import memory_size
 from xtoken.schemas.losses import LOSSES
 
+# What align.json holds beside settings, or in another form.
+_DERIVED = ("capture", "student", "w", "revisions", "template", "stops")
 RULES = ("pieces", "first-piece", "reverse", "random", "mined")
 
 
@@ -92,6 +96,14 @@ class AlignConfig(Config):
         description="Corpus of a capture made with --no-text; its hash must be the same.",
         json_schema_extra=PLACE | MAY_CHANGE,
     )
+    template: str | None = Field(
+        None,
+        description="Of conversations: Jinja file with the student's chat template; left out: its own.",
+        json_schema_extra=PLACE | AS_HASH,
+    )
+    template_arg: list[str] = Field(
+        default=[], description="Of conversations: variables of that template, such as enable_thinking=false."
+    )
     losses: list[str] = Field(
         default=["p-kl"],
         description=f"Losses the targets serve: {', '.join(LOSSES)}.",
@@ -154,12 +166,19 @@ class AlignConfig(Config):
 
     _a_limit = field_validator("memory_limit")(memory_size)
 
+    _named_values = field_validator("template_arg")(named_values)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        return arguments_of(self.template_arg)
+
     @classmethod
     def settings_of(cls, record: dict[str, Any]) -> dict[str, Any] | None:
         """See ``Config``: align.json, which holds hashes of the capture, the student and W, not their places."""
         if not {"capture", "student", "w", "for"} <= record.keys() or len(str(record["w"])) != 64:
             return None
-        return {name: value for name, value in record.items() if name not in ("capture", "student", "w", "revisions")}
+        return {name: value for name, value in record.items() if name not in _DERIVED}
 
     @field_validator("losses")
     @classmethod

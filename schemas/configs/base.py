@@ -1,5 +1,6 @@
 """What every verb's configuration is made of."""
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Self, cast
@@ -176,3 +177,24 @@ def ray_address(value: str | None) -> str | None:
     if value is not None and value not in ("local", "auto") and re.fullmatch(r"[^/:\s]+:\d+", value) is None:
         raise ValueError(f"{value!r} is not an address; say local, auto or HOST:PORT")
     return value
+
+
+def named_values(value: list[str]) -> list[str]:
+    """Refuse words that are not ``name=value``; for a validator of a chat template's variables."""
+    for word in value:
+        if not re.fullmatch(r"[A-Za-z_]\w*=.*", word, re.DOTALL):
+            raise ValueError(f"{word!r} names no variable; write name=value, such as enable_thinking=false")
+    return value
+
+
+def arguments_of(words: list[str]) -> dict[str, Any]:
+    """Variables of a chat template, of words ``name=value``: JSON values where they are such, else text."""
+    pairs = (word.partition("=") for word in words)
+    return {name: _json_or_text(value) for name, _, value in pairs}
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

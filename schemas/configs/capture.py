@@ -1,6 +1,5 @@
 """Configuration of the verbs that make a capture; see ``xtoken.schemas.configs.artifacts``."""
 
-import json
 import re
 from datetime import date
 from typing import Any, Literal
@@ -20,6 +19,8 @@ from xtoken.schemas.configs.base import (
     ROWS,
     Config,
     argument,
+    arguments_of,
+    named_values,
     ray_address,
 )
 from xtoken.schemas.word_starts import SpaceSet
@@ -281,13 +282,7 @@ class ChatGroup(Config):
                 raise ValueError(f"{word!r} is not taught on demand; known is {', '.join(_MORE_LEARNED)}")
         return sorted(set(value))
 
-    @field_validator("template_arg")
-    @classmethod
-    def _named_values(cls, value: list[str]) -> list[str]:
-        for word in value:
-            if not re.fullmatch(r"[A-Za-z_]\w*=.*", word, re.DOTALL):
-                raise ValueError(f"{word!r} names no variable; write name=value, such as enable_thinking=false")
-        return value
+    _named_values = field_validator("template_arg")(named_values)
 
     @field_validator("date")
     @classmethod
@@ -304,16 +299,8 @@ class ChatGroup(Config):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Variables of the template: JSON values where they are such, else text."""
-        pairs = (word.partition("=") for word in self.template_arg)
-        return {name: _json_or_text(value) for name, _, value in pairs}
-
-
-def _json_or_text(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+        """Variables of the template."""
+        return arguments_of(self.template_arg)
 
 
 class WorkGroup(Config):

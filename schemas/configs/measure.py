@@ -24,7 +24,18 @@ class EvalConfig(Config):
     tokenizer: str | None = Field(
         None, description="Tokenizer of a model whose folder holds none, such as 'bytes'.", json_schema_extra=PLACE
     )
-    text: str | None = Field(None, description="Held-out corpus: bits per byte.", json_schema_extra=PLACE)
+    text: str | None = Field(
+        None, description="Held-out corpus of text, or of conversations: bits per byte.", json_schema_extra=PLACE
+    )
+    template: str | None = Field(
+        None,
+        description="Of conversations: Jinja file with the chat template; left out: the model's own.",
+        json_schema_extra=PLACE,
+    )
+    learn: list[str] = Field(
+        default=[],
+        description="Of conversations: what counts beside answers, calls and their ends: thinking (reasoning).",
+    )
     targets: str | None = Field(
         None, description="Held-out targets: KL to the teacher and top-1 agreement.", json_schema_extra=PLACE
     )
@@ -35,6 +46,9 @@ class EvalConfig(Config):
     shots: int | None = Field(
         None, ge=0, description="Examples shown per question of --tasks; the task's own when left out."
     )
+    apply_chat_template: bool = Field(
+        False, description="Ask the questions of --tasks as messages in the model's chat template, examples as turns."
+    )
     text_field: str = Field("text", description="Field or column that holds the text.")
     id_field: str | None = Field(
         None, description="Field that holds the document's id, whose part before the last '/' is its source."
@@ -43,6 +57,14 @@ class EvalConfig(Config):
     max_tokens: int = Field(1024, ge=8, description="Longest window in tokens.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+    @field_validator("learn")
+    @classmethod
+    def _known_kinds(cls, value: list[str]) -> list[str]:
+        for word in value:
+            if word != "thinking":
+                raise ValueError(f"{word!r} does not count on demand; known is thinking")
+        return value
 
     @field_validator("model", mode="before")
     @classmethod
@@ -69,7 +91,12 @@ class EvalConfig(Config):
             raise ValueError(
                 "nothing to measure on; give --text FILE, --targets DIR, --tasks NAMES, or several of them"
             )
-        for name, value in (("--task-path", self.task_path), ("--shots", self.shots)):
+        for name, of_chats in (("--template", self.template), ("--learn", self.learn)):
+            if of_chats and self.text is None:
+                raise ValueError(f"{name} is for conversations of --text; name the file, or leave {name} out")
+        chat = True if self.apply_chat_template else None
+        given = (("--task-path", self.task_path), ("--shots", self.shots), ("--apply-chat-template", chat))
+        for name, value in given:
             if value is not None and not self.tasks:
                 raise ValueError(f"{name} goes with --tasks; name the tasks, or leave {name} out")
         return self

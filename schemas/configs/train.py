@@ -142,6 +142,12 @@ class StudentGroup(Config):
     tokenizer: str | None = Field(
         None, description="Tokenizer of a student whose folder holds none, such as 'bytes'.", json_schema_extra=PLACE
     )
+    template: str | None = Field(
+        None,
+        description="Jinja file with the chat template that conversations were aligned with; left out: the student's "
+        "own.",
+        json_schema_extra=PLACE,
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     lora: int | None = Field(None, ge=1, description="Train LoRA adapters of this rank (peft) instead of all weights.")
     lora_alpha: float | None = Field(None, gt=0.0, description="LoRA's alpha; twice the rank when left out.")
@@ -359,7 +365,7 @@ class ReportGroup(Config):
 
     eval_text: str | None = Field(
         None,
-        description="Held-out text or corpus file: bits per byte before and after.",
+        description="Held-out text or conversations, a corpus: bits per byte before and after.",
         json_schema_extra=PLACE | COMMON,
     )
     eval_id_field: str | None = Field(
@@ -377,7 +383,8 @@ class ReportGroup(Config):
     completions: int = Field(
         4,
         ge=0,
-        description="Held-out samples whose beginning the student completes before and after.",
+        description="Held-out samples whose beginning the student completes before and after, or whose question it "
+        "answers.",
         json_schema_extra=MAY_CHANGE,
     )
     tensorboard: bool = Field(

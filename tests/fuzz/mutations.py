@@ -180,9 +180,9 @@ def links(root: Path, rng: Rng) -> None:
 
 
 def tables(root: Path) -> list[Path]:
-    """All Parquet files; parts count twice."""
+    """All Parquet files that hold something; parts count twice."""
     parts = sorted((root / "data").glob("part-*.parquet"))
-    return [*parts, *parts, *sorted(root.glob("*.parquet"))]
+    return [path for path in (*parts, *parts, *sorted(root.glob("*.parquet"))) if pq.read_metadata(path).num_rows]
 
 
 def parquet_bytes(root: Path, rng: Rng) -> None:

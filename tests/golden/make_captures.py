@@ -24,6 +24,39 @@ TEXTS = [
     "def area(r):\r\n\treturn 3.14159 * r * r  # unit: m²\n" * 2,
     "short",
 ]
+# Conversations: a system prompt, several turns, reasoning, a call, an answer that is switched off, and text that looks
+# like control tokens; nothing of the first is taught, the last is too long and is cut.
+CHATS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "short"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "The river runs past the old mill?"},
+        {"role": "assistant", "reasoning_content": "27 boats wait.", "content": "It runs, naïve Leser: 日本語。"},
+    ],
+    [
+        {"role": "user", "content": "</s>\n<|system|>\nrain"},
+        {"role": "assistant", "content": "wait", "train": False},
+        {"role": "user", "content": "def area(r):"},
+        {"role": "assistant", "content": "\treturn 3.14159 * r * r</s>"},
+    ],
+    [
+        {"role": "user", "content": "Rain?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "rain", "arguments": {"unit": "m²"}}}],
+        },
+        {"role": "tool", "content": "27"},
+        {"role": "assistant", "content": "27 boats wait."},
+    ],
+    [
+        {"role": "user", "content": "short"},
+        {"role": "assistant", "content": "short"},
+        {"role": "user", "content": TEXTS[0]},
+        {"role": "assistant", "content": TEXTS[0]},
+    ],
+]
+TEMPLATES = ("zephyr.jinja", "vicuna.jinja")
 CAPTURE = ["corpus.jsonl", "--teacher", TOKENIZER, "--backend", "fake", "--max-tokens", "64"]
 CAPTURE += ["--shard-bytes", "250", "--min-p", "0.003"]
 TOPK = [*CAPTURE, "--k", "8"]
@@ -38,6 +71,11 @@ RUNS = {
     "v3-sampled": [*CAPTURE, "--codec", "sampled", "--draws", "50", "--seed", "7"],
     "v4-topk": TOPK,
     "v5-topk": [*TOPK, "--space", "paper"],
+    "v6-chats": [
+        *("chats.jsonl", "--teacher", TOKENIZER, "--backend", "fake", "--max-tokens", "128", "--shard-bytes", "120"),
+        *("--k", "8", "--min-p", "0.003", "--learn", "thinking", "--template", "zephyr.jinja", "--date", "2026-07-04"),
+        *("--on-bad", "skip"),
+    ],
 }
 AUDITED = ("v3-topk", "v3-tau", "v3-sampled")
 # Begun on another device than it was ended on.
@@ -46,9 +84,12 @@ MIXED = ("v4-topk",)
 TARGETS = {"v2-targets": TOPK, "v3-targets": TOPK, "v3-targets-sampled": RUNS["v2-sampled"], "v4-targets": TOPK}
 TARGETS["v5-targets"] = RUNS["v5-topk"]
 TARGETS["v6-targets"] = TOPK
+TARGETS["v7-targets"] = RUNS["v6-chats"]
 LOSSES = {"v2-targets": "p-kl,h-kl,alm", "v3-targets": "p-kl,h-kl,alm", "v4-targets": "p-kl,h-kl,alm"}
 LOSSES["v5-targets"] = "alm"
-LOSSES["v6-targets"] = "p-kl,h-kl,alm,strict,byte-prefix"
+LOSSES["v6-targets"] = LOSSES["v7-targets"] = "p-kl,h-kl,alm,strict,byte-prefix"
+# Students other than bytes, and the chat template of theirs.
+STUDENTS = {"v7-targets": [TOKENIZER, "--template", "vicuna.jinja"]}
 # Targets that set a part aside: that of a document before the others, whose part is cut short.
 SET_ASIDE = ("v4-targets",)
 RUN_ONLY = (
@@ -57,6 +98,7 @@ RUN_ONLY = (
     "align.json",
     "workers",
     "audits",
+    "skips",
     "log.jsonl",
     "status.json",
     "log-1-of-2.jsonl",
@@ -99,14 +141,17 @@ def expected_rows(capture: Path, taus: tuple[float, ...]) -> list[dict[str, Any]
     from xtoken.pipeline.tokens import load_tokenizer
     from xtoken.schemas.manifest import TeacherInfo
 
-    first = pq.read_table(capture / "data" / "part-00000.parquet", columns=["sample_id", "teacher_ids"]).to_pylist()[0]
+    first = pq.read_table(capture / "data" / "part-00000.parquet").to_pylist()[0]
     table = load_tokenizer(TOKENIZER).table
     info = TeacherInfo.model_construct()
     size = table.size
+    taught_R = np.arange(len(first["teacher_ids"]) - 1)
+    if "span_learn" in first:  # row r is about token r + 1
+        taught_R = np.flatnonzero(np.repeat(first["span_learn"], np.diff(first["span_token_end"], prepend=0))) - 1
     (rows,) = FakeTeacher(info, size, table.starts_with_space(), taus).rows([np.array(first["teacher_ids"], np.int32)])
     found = []
-    for row in range(ROWS):
-        entry: dict[str, Any] = {"sample_id": first["sample_id"], "row": row}
+    for at, row in enumerate(taught_R[:ROWS].tolist()):
+        entry: dict[str, Any] = {"sample_id": first["sample_id"], "row": at}
         entry["ids"] = rows.ids[row, :8].tolist()
         entry["logprob"] = [round(float(value), 9) for value in rows.logprob[row, :8]]
         entry["realised_logprob"] = round(float(rows.target_logprob[row]), 6)
@@ -166,7 +211,9 @@ def make(name: str) -> None:
         if aside:
             write_corpus(["A document whose part is lost. " * 9, *TEXTS])
         xtoken("precompute", *TARGETS[name], "--out", source, "--quiet")
-        words = ["align", source, "--student", "bytes", "--for", LOSSES.get(name, "p-kl,alm"), "--out", name, "--quiet"]
+        student = STUDENTS.get(name, ["bytes"])
+        losses = LOSSES.get(name, "p-kl,alm")
+        words = ["align", source, "--student", *student, "--for", losses, "--out", name, "--quiet"]
         if aside:
             first = Path(source) / "data" / "part-00000.parquet"
             first.write_bytes(first.read_bytes()[:100])
@@ -181,8 +228,9 @@ def make(name: str) -> None:
 
 
 def write_corpus(texts: list[str]) -> None:
-    """A document a line."""
+    """A document a line; and the conversations."""
     Path("corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    Path("chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
 
 
 def main(names: list[str]) -> None:
@@ -191,6 +239,8 @@ def main(names: list[str]) -> None:
         train_tokenizer(HERE / TOKENIZER)
     with tempfile.TemporaryDirectory() as work:
         shutil.copytree(HERE / TOKENIZER, Path(work) / TOKENIZER)
+        for template in TEMPLATES:
+            shutil.copy(HERE / template, work)
         os.chdir(work)
         for name in names:
             write_corpus(TEXTS)

@@ -161,6 +161,29 @@ def test_shots_and_the_end_of_quiet(smollm2_dir: Path, task_path: Path) -> None:
     assert sys.modules.get("evaluate", True) is not None
 
 
+def test_questions_in_the_chat_template(smollm2_dir: Path, loaded: tuple[Any, Any], task_path: Path) -> None:
+    """Likelihoods of the choices behind the question as a message; an example is a turn before it."""
+    model, tokenizer = loaded
+    names: dict[str, Any] = {"tasks": ["tiny_choice"], "task_path": str(task_path), "device": "cpu"}
+    config = EvalConfig(model=str(smollm2_dir), apply_chat_template=True, **names)
+    rows = {row["metric"]: row for row in evaluate(config, INFO, [], Silent())["tasks"]}
+    right, without = [], []
+    for question, choices, answer in QUESTIONS:
+        message = [{"role": "user", "content": question}]
+        asked = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        assert asked.endswith("<|im_start|>assistant\n")
+        scores = []
+        for choice in choices:  # straight behind the answer's header: no blank comes first
+            start, ids = len(tokenizer(asked).input_ids), tokenizer(asked + choice).input_ids
+            with torch.no_grad():
+                logp = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            scores.append(float(sum(logp[i - 1, ids[i]] for i in range(start, len(ids)))))
+        right.append(int(np.argmax(scores)) == answer)
+        without.append(int(np.argmax(likelihoods(model, tokenizer, question, choices))) == answer)
+    assert right != without, "the template changes nothing"
+    assert rows["acc"]["value"] == pytest.approx(np.mean(right))
+
+
 def test_an_ensemble(smollm2_dir: Path, loaded: tuple[Any, Any], task_path: Path, tmp_path: Path) -> None:
     """Likelihoods and greedy words of averaged distributions; a small random model is the other half."""
     import shutil

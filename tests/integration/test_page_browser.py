@@ -224,3 +224,86 @@ def test_the_strip_goes_to_the_text(pages: Path, browser: Browser) -> None:
     browser.click(f"#strip rect.spot:nth-of-type({2 * (spots - 5) + 2})")
     assert browser.evaluate("document.activeElement.dataset.chunk") == wanted
     assert int(wanted) > 5
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pages of a golden capture's conversations: with targets for another template, and the capture alone."""
+    root = tmp_path_factory.mktemp("chats")
+    capture, targets = str(TINY.parent / "v6-chats"), str(TINY.parent / "v7-targets")
+    for number in range(1, 5):
+        name = f"chats.jsonl:{number}#0"
+        write_page(InspectConfig(path=targets, html=name, capture=capture, out=str(root / f"{number}-targets.html")))
+        write_page(InspectConfig(path=capture, html=name, out=str(root / f"{number}-alone.html")))
+    return root
+
+
+@pytest.mark.parametrize("name", ["1-targets", "3-targets", "1-alone", "2-alone", "4-alone"])
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_a_conversation_loads_alone_and_fits(chats: Path, browser: Browser, name: str, width: int, dark: bool) -> None:
+    browser.open(chats / f"{name}.html", width, dark=dark)
+    browser.hover(".turn.assistant .tok")
+    assert browser.complaints() == []
+    assert browser.requests() == []
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_turns_stand_in_order_and_say_who_speaks(chats: Path, browser: Browser) -> None:
+    browser.open(chats / "3-targets.html")
+    assert browser.texts(".turn:not(.template) .who b") == ["user", "assistant", "tool", "assistant"]
+    assert browser.texts(".turn.taught .who small.taught") == ["taught", "taught"]
+    assert browser.texts(".part")[0] == "tool call"
+    # every token of both sides stands on the page, once, in order
+    for side in "ts":
+        places = browser.evaluate(f"[...document.querySelectorAll('.line.{side} .tok')].map(t => Number(t.dataset.k))")
+        assert places == list(range(len(places)))
+        assert len(places) > 30
+
+
+def test_grey_is_what_has_no_row(chats: Path, browser: Browser) -> None:
+    sample = load_sample(InspectConfig(path=str(TINY.parent / "v6-chats"), html="chats.jsonl:2#0"))
+    browser.open(chats / "2-targets.html")
+    grey = browser.evaluate("[...document.querySelectorAll('.line.t .tok.none')].map(t => Number(t.dataset.k))")
+    assert grey == [at for at, row in enumerate(sample.row_of_token) if row < 0]
+    browser.hover(".turn.user .tok")
+    assert "not taught, so no row" in browser.texts(".pane.row h3")[0]
+    assert "not taught, so no target" in browser.texts(".pane.target h3")[0]
+    assert browser.texts("#dock .head b") == ["In no chunk"]
+    # a message that is switched off is an assistant's and not taught
+    assert browser.texts(".turn.assistant .who small")[1] == "not taught"
+
+
+def test_a_token_of_an_answer_shows_its_own_row(chats: Path, browser: Browser) -> None:
+    config = InspectConfig(
+        path=str(TINY.parent / "v7-targets"), html="chats.jsonl:3#0", capture=str(TINY.parent / "v6-chats")
+    )
+    sample = load_sample(config)
+    assert sample.rows is not None
+    browser.open(chats / "3-targets.html")
+    taught = [token for token, row in enumerate(sample.row_of_token) if row >= 0]
+    for token in (taught[-1], taught[-3], taught[0]):
+        browser.hover(f'.tok[data-side="t"][data-k="{token}"]')
+        row = sample.row_of_token[token]
+        at = range(*sample.rows.offsets[row : row + 2].tolist())
+        wanted = [(shown(sample, int(sample.rows.ids[k])), float(sample.rows.logprob[k])) for k in at]
+        close(table(browser, "row")[: len(wanted)], wanted)
+
+
+def test_what_the_students_template_leaves_out_is_dashed(chats: Path, browser: Browser) -> None:
+    browser.open(chats / "3-targets.html")
+    browser.hover('.chunk.lost[data-kind="call"] .tok')
+    assert "no target: the student's text has nothing to compare here" in browser.texts(".pane.target h3")[0]
+    assert browser.texts("#dock .head b") == ["In no chunk"]
+
+
+def test_keys_go_through_all_boxes_of_a_conversation(chats: Path, browser: Browser) -> None:
+    browser.open(chats / "1-targets.html")
+    boxes = len(browser.texts(".chunk"))
+    browser.press("Tab")
+    for wanted in ("1", "2"):
+        browser.press("ArrowRight")
+        assert browser.evaluate("document.activeElement.dataset.chunk") == wanted
+    browser.press("End")
+    assert browser.evaluate("document.activeElement.dataset.chunk") == str(boxes - 1)
+    shaded = browser.evaluate("document.querySelectorAll('#strip rect.untaught').length")
+    assert 0 < shaded < browser.evaluate("document.querySelectorAll('#strip rect.bar').length")

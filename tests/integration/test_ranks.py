@@ -35,6 +35,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     folder, toy = tmp_path_factory.mktemp("ranks"), toys()
     targets = toy.write_targets(folder / "targets", toy.Pair(), LENGTHS, losses=("p-kl",))
     held_out = toy.write_targets(folder / "held-out", toy.Pair(), LENGTHS[:3], losses=("p-kl",))
+    chats = {"losses": ("p-kl",), "step": 1 / 64, "chat": toy.CHAT}
+    toy.write_targets(folder / "chats", toy.Pair(), [[*LENGTHS[0], 1], *LENGTHS[1:]], **chats)
+    toy.write_targets(folder / "held-out-chats", toy.Pair(), LENGTHS[:3], **chats)
     torch.manual_seed(3)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(
@@ -61,8 +64,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         "completions": 0,
     }
 
-    def write(name: str, poison: int = 0, **options: Any) -> Path:
-        config = base | {"out": str(folder / name)} | options
+    def write(name: str, poison: int = 0, chats: bool = False, **options: Any) -> Path:
+        of = {"targets": [str(folder / "chats")], "eval_targets": str(folder / "held-out-chats")} if chats else {}
+        config = base | of | {"out": str(folder / name)} | options
         path = folder / f"{name}.json"
         answer = str(folder / f"{name}.answer")
         texts = [[3 + at * at % 17 for at in range(length)] for length in HELD_OUT]
@@ -123,6 +127,17 @@ def same_curve(one: Path, other: Path) -> float:
     for name, value in weights.items():
         torch.testing.assert_close(theirs[name], value, rtol=WEIGHTS, atol=WEIGHTS)
     return apart
+
+
+def test_two_ranks_learn_conversations_as_one(job: Callable[..., Path]) -> None:
+    """Each reads its own, with another share of taught tokens; of one conversation nothing is taught."""
+    one, two = run(job("talk", chats=True), ONE), run(job("talk-ddp", chats=True), TWO)
+    same_curve(one, two)
+    same_held_out(one, two)
+    for name in ("taught", "untaught_samples"):
+        values = [line[name] for line in curve(one)]
+        assert values == [line[name] for line in curve(two)]
+        assert len(set(values)) > 1
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,8 @@ class StepBatch:
 
     Attributes:
         tokens: student tokens. predicted: those that count for CE. cut: tokens beyond ``Layout.max_tokens``.
-        padded: inputs of all forward passes, padding included.
+        inputs: tokens that the forward passes read. padded: with their padding.
+        untaught: conversations left out, as none of their first ``Layout.max_tokens`` tokens is taught.
         chunks: valid chunks per teacher. held: samples per teacher.
         totals: per teacher, what its term is divided by (see ``TeacherTargets.total``).
         positions: of each of the loader's streams.
@@ -45,7 +46,9 @@ class StepBatch:
     held: tuple[int, ...]
     cut: int
     positions: tuple[Position, ...]
+    inputs: int
     padded: int
+    untaught: int
     totals: tuple[float, ...]
 
     @property
@@ -137,10 +140,15 @@ class Loader:
         for share, made in zip(begun.shares, micros, strict=True):
             if not made:
                 ids = ", ".join(sample.sample_id for sample in share.samples[:5])
-                raise XtokenError(f"samples {ids} hold no token that the student can predict; align a longer text")
+                raise XtokenError(f"samples {ids} hold no token that the student can predict; {self._way_out()}")
         batch = self._batch(begun.shares, [micro for made in micros for micro in made])
         self.positions = batch.positions
         return batch
+
+    def _way_out(self) -> str:
+        if self.layout.chat:
+            return f"none is taught among their first {self.layout.max_tokens}: raise --max-tokens"
+        return "align a longer text"
 
     def _can_begin(self) -> bool:
         return not self._ahead or all(stream.ready(self._share_tokens) for stream in self._streams)
@@ -156,6 +164,8 @@ class Loader:
         return self._pool.submit(_read_unit, self.sources, unit, self.layout)
 
     def _size(self, sample: Sample) -> int:
+        if self.layout.chat and not sample.positions:
+            return 0  # it is left out, and nothing reads its tokens
         return len(sample.sequence) - (self.layout.context is not None)
 
     def _batch(self, shares: Sequence[Share], micros: list[Micro]) -> StepBatch:
@@ -169,7 +179,9 @@ class Loader:
             tuple(sum(sample.targets[i] is not None for sample in samples) for i in teachers),
             sum(sample.cut for sample in samples),
             tuple(share.position for share in shares),
+            sum(sample.inputs for sample in samples if sample.positions),
             sum(micro.input_BL.size for micro in micros),
+            sum(not sample.positions for sample in samples) if self.layout.chat else 0,
             tuple(sum(micro.targets[i].total for micro in micros) for i in teachers),
         )
 

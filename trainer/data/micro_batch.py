@@ -1,6 +1,7 @@
 """Samples of one forward pass, and each teacher's targets for them.
 
-Shapes: B samples (in ``input_BL`` rows), L inputs of a row, P predicting positions, C chunks of a teacher, K entries.
+Shapes: B samples (in ``input_BL`` rows), L inputs of a row, I inputs of all samples, P predicting positions (of
+conversations those of taught tokens alone, else all inputs), C chunks of a teacher, K entries.
 """
 
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ class Micro:
     Attributes:
         sample_ids: the samples, row after row.
         input_BL, position_BL: int64, tokens and position ids; 0 at the first input of each sample and of the padding.
-        place_P: int64, flat places in [B, L] that predict a token. label_P: int64, these tokens.
+        place_P: int64, flat places in [B, L] that predict a taught token. label_P: int64, these tokens.
         sample_P: int64, the sample of each position.
         targets: one per teacher.
     """
@@ -63,7 +64,7 @@ class Micro:
 
 
 def make_micro(rows: Sequence[Sequence[Sample]], width: int, losses: Sequence[Loss]) -> Micro:
-    """Lay rows of samples (each with at least one input, together at most ``width``) into one forward pass."""
+    """Lay rows of samples (each with a token to predict, together at most ``width`` inputs) into one forward pass."""
     samples = [sample for row in rows for sample in row]
     length_B = np.array([sample.inputs for sample in samples], np.int64)
     start_B = running(length_B)
@@ -71,33 +72,35 @@ def make_micro(rows: Sequence[Sequence[Sample]], width: int, losses: Sequence[Lo
     used_R = np.bincount(row_B, length_B, len(rows)).astype(np.int64)
     # a sample begins as far behind its row's start as the inputs of the row before it
     place_B = start_B[:-1] + (np.arange(len(rows)) * width - running(used_R)[:-1])[row_B]
-    rising_P = np.arange(start_B[-1])
-    place_P = rising_P + np.repeat(place_B - start_B[:-1], length_B)
+    rising_I = np.arange(start_B[-1])
+    place_I = rising_I + np.repeat(place_B - start_B[:-1], length_B)
     input_BL, position_BL = np.zeros((2, len(rows), width), np.int64)
-    input_BL.flat[place_P] = np.concatenate([sample.sequence[:-1] for sample in samples])
-    position_BL.flat[place_P] = rising_P - np.repeat(start_B[:-1], length_B)
+    input_BL.flat[place_I] = np.concatenate([sample.sequence[:-1] for sample in samples])
+    position_BL.flat[place_I] = rising_I - np.repeat(start_B[:-1], length_B)
     # padding counts from 0: it is not a continuation of the sample before it, and positions stay within the context
     for row, used in enumerate(used_R.tolist()):
-        position_BL[row, used:] = rising_P[: width - used] if width - used <= len(rising_P) else range(width - used)
+        position_BL[row, used:] = rising_I[: width - used] if width - used <= len(rising_I) else range(width - used)
+    predicts_I = np.concatenate([sample.predicts for sample in samples])
+    positions_B = np.array([sample.positions for sample in samples], np.int64)
     return Micro(
         tuple(sample.sample_id for sample in samples),
         input_BL,
         position_BL,
-        place_P,
-        np.concatenate([sample.sequence[1:] for sample in samples]).astype(np.int64),
-        np.repeat(np.arange(len(samples)), length_B),
-        tuple(_teacher_targets(samples, length_B, at, loss.spec) for at, loss in enumerate(losses)),
+        place_I[predicts_I],
+        np.concatenate([sample.sequence[1:] for sample in samples])[predicts_I].astype(np.int64),
+        np.repeat(np.arange(len(samples)), positions_B),
+        tuple(_teacher_targets(samples, positions_B, at, loss.spec) for at, loss in enumerate(losses)),
     )
 
 
-def _teacher_targets(samples: Sequence[Sample], length_B: Ints, teacher: int, spec: Columns) -> TeacherTargets:
+def _teacher_targets(samples: Sequence[Sample], positions_B: Ints, teacher: int, spec: Columns) -> TeacherTargets:
     parts = [
-        sample.targets[teacher] or Ragged.empty(spec, length)
-        for sample, length in zip(samples, length_B.tolist(), strict=True)
+        sample.targets[teacher] or Ragged.empty(spec, positions)
+        for sample, positions in zip(samples, positions_B.tolist(), strict=True)
     ]
     weight_B = np.array([sample.weights[teacher] for sample in samples], np.float64)
     sample_C = np.repeat(np.arange(len(samples)), [len(part.first_C) for part in parts])
-    targets = TeacherTargets.of(Ragged.concat(parts, length_B, spec), sample_C, weight_B)
+    targets = TeacherTargets.of(Ragged.concat(parts, positions_B, spec), sample_C, weight_B)
     assert targets.entry_starts is not None  # worked out here, in a reader's thread, not in the step
     return targets
 
@@ -108,10 +111,10 @@ def split_micros(
     """Micro-batches of at most ``micro_tokens`` inputs, padding included (or one row), widest first.
 
     Args:
-        samples: those without an input are left out.
+        samples: those without a token to predict are left out.
         pack_tokens: pack samples into rows of at most this many inputs; None: one sample per row.
     """
-    kept = [sample for sample in samples if sample.inputs > 0]
+    kept = [sample for sample in samples if sample.positions > 0]
     sizes = [sample.inputs for sample in kept]
     if pack_tokens is None:
         shapes = padded_shapes(sizes, micro_tokens)

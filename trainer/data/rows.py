@@ -1,12 +1,16 @@
 """All rows of a row group at once: checked, cut to the layout, and handed out per sample as views.
 
-Shapes: R rows, S student tokens, C chunks, K entries, each counted over the whole row group; "x_R" of R + 1 numbers
-are offsets.
+Positions of a row count its predicted tokens: all of them, or of conversations those that are taught. A chunk without
+a row of the teacher there is a gap: what lies between taught spans, or has no counterpart in the teacher's text.
+
+Shapes: R rows, S student tokens, P positions, C chunks, K entries, each counted over the whole row group; "x_R" of
+R + 1 numbers are offsets.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +32,7 @@ class _Rows:
     Attributes:
         token_R, chunk_R: where each row's tokens and chunks begin.
         owner_C: the row of each chunk. start_C, end_C: its first token and the one after its last, counted in its row.
+        gap_C: it is a gap; none of plain text is.
         columns: the loss's.
     """
 
@@ -36,17 +41,27 @@ class _Rows:
     owner_C: Ints
     start_C: Ints
     end_C: Ints
+    gap_C: Bools
     columns: Mapping[str, Array]
 
     @classmethod
-    def of(cls, token_R: Array, chunk_R: Array, end_C: Array, columns: Mapping[str, Array]) -> "_Rows":
+    def of(
+        cls, token_R: Array, chunk_R: Array, end_C: Array, columns: Mapping[str, Array], gap_C: Bools | None = None
+    ) -> "_Rows":
         """From offsets and ends."""
         chunks_R, end_C = np.diff(chunk_R), end_C.astype(np.int64)
         start_C = np.zeros(len(end_C), np.int64)
         start_C[1:] = end_C[:-1]
         start_C[chunk_R[:-1][chunks_R > 0]] = 0
         owner_C = np.repeat(np.arange(len(chunks_R)), chunks_R)
-        return cls(token_R.astype(np.int64), chunk_R.astype(np.int64), owner_C, start_C, end_C, columns)
+        gap_C = np.zeros(len(end_C), np.bool_) if gap_C is None else gap_C
+        return cls(token_R.astype(np.int64), chunk_R.astype(np.int64), owner_C, start_C, end_C, gap_C, columns)
+
+    @property
+    def span_C(self) -> tuple[Ints, Ints]:
+        """``start_C`` and ``end_C``, counted over all rows."""
+        before_C = self.token_R[self.owner_C]
+        return self.start_C + before_C, self.end_C + before_C
 
 
 @dataclass(frozen=True)
@@ -80,13 +95,40 @@ def group_targets(group: RowGroup, loss: Loss, layout: Layout) -> GroupTargets:
     columns = {name: group.lists[name][1] for name in loss.columns.names}
     rows = _Rows.of(group.lists["student_ids"][0], *group.lists["chunk_student_end"], columns)
     _check(group, rows, loss.columns, layout.vocabulary)
+    if layout.chat:
+        rows = _with_gaps(group, rows)
     score_R = [_score(group, row, layout.weighting) for row in range(len(group.sample_ids))]
     if type(loss).regroup is not Loss.regroup:
         rows = _regrouped(rows, loss)
     if loss.kinds is not None:
         _refuse_lengths(group, "chunk_teacher_end", rows.chunk_R)
         rows = replace(rows, columns={**rows.columns, WEIGHT: _chunk_weights(group, rows, loss.kinds)})
-    return _cut(rows, loss, layout, score_R)
+    return _cut(rows, _predicted(group, rows, layout), loss, layout, score_R)
+
+
+def _with_gaps(group: RowGroup, rows: _Rows) -> _Rows:
+    """Rows of conversations; all tokens of a chunk that is no gap are taught."""
+    _refuse_lengths(group, "learn", rows.token_R)
+    _refuse_lengths(group, "teacher_logprob", rows.chunk_R)
+    rows = replace(rows, gap_C=np.isnan(group.lists["teacher_logprob"][1]))
+    _refuse(group, rows.chunk_R, ~rows.gap_C & ~_inside(rows, group.lists["learn"][1]))
+    return rows
+
+
+def _predicted(group: RowGroup, rows: _Rows, layout: Layout) -> Bools:
+    """[S] the token is predicted: it is taught, and something stands before it."""
+    first_R = rows.token_R[:-1][np.diff(rows.token_R) > 0]
+    predicted_S = group.lists["learn"][1].copy() if layout.chat else np.ones(rows.token_R[-1], np.bool_)
+    if layout.context is None:
+        predicted_S[first_R] = False
+    return predicted_S
+
+
+def _inside(rows: _Rows, of_S: Bools) -> Bools:
+    """[C] all tokens of the chunk are ``of_S``."""
+    (first_C, stop_C), before_S = rows.span_C, running(of_S)
+    inside_C: Bools = before_S[stop_C] - before_S[first_C] == stop_C - first_C
+    return inside_C
 
 
 def _chunk_weights(group: RowGroup, rows: _Rows, kinds: tuple[float, float]) -> NDArray[np.float64]:
@@ -96,38 +138,45 @@ def _chunk_weights(group: RowGroup, rows: _Rows, kinds: tuple[float, float]) -> 
     return np.where(one_C, *kinds)
 
 
-def _cut(rows: _Rows, loss: Loss, layout: Layout, score_R: list[float]) -> GroupTargets:
-    start_C, end_C, owner_C, shift = rows.start_C, rows.end_C, rows.owner_C, layout.shift
+def _cut(rows: _Rows, predicted_S: Bools, loss: Loss, layout: Layout, score_R: list[float]) -> GroupTargets:
+    position_S = running(predicted_S)
     kept_R = np.minimum(np.diff(rows.token_R), layout.max_tokens)
-    kept_C = kept_R[owner_C]
-    has_target_C = loss.valid(start_C + rows.token_R[owner_C], rows.columns)
-    valid_C = (end_C > start_C) & (end_C <= kept_C) & (start_C + shift >= 0) & has_target_C
+    low_R, high_R = position_S[rows.token_R[:-1]], position_S[rows.token_R[:-1] + kept_R]
+    (first_C, stop_C), length_C = rows.span_C, rows.end_C - rows.start_C
+    valid_C = (length_C > 0) & (rows.end_C <= kept_R[rows.owner_C]) & _inside(rows, predicted_S)
+    valid_C &= loss.valid(first_C, rows.columns) & ~rows.gap_C
     if loss.kinds is not None:
         valid_C &= rows.columns[WEIGHT] > 0
     # the token after a chunk that ends where the sample is cut is not predicted, as if the sample ended there
-    next_C = np.where(end_C < kept_C, end_C + shift, -1)
-    # where every chunk is valid, as nearly always, a slice makes views; a mask would copy every column
-    chosen: slice | Bools = slice(None) if valid_C.all() else valid_C
+    followed_C = (rows.end_C < kept_R[rows.owner_C]) & np.append(predicted_S, False)[stop_C]
+    next_C = np.where(followed_C, position_S[stop_C] - low_R[rows.owner_C], -1)
+    # where everything is chosen, as nearly always, a slice makes views; a mask would copy every column
+    chosen, taken_S = _all_or(valid_C), _all_or(predicted_S)
     valid_R = running(valid_C)[rows.chunk_R]
-    low_R = np.minimum(rows.token_R[:-1] - shift, rows.token_R[1:])  # without context the first is not predicted
-    high_R = np.maximum(low_R, rows.token_R[:-1] + kept_R)
     columns, bounds = dict[str, Array](), dict[str, tuple[list[int], list[int]]]()
     for name in loss.spec.chunk:
         columns[name], bounds[name] = rows.columns[name][chosen], (valid_R[:-1].tolist(), valid_R[1:].tolist())
     for name in loss.columns.token:
-        columns[name], bounds[name] = rows.columns[name], (low_R.tolist(), high_R.tolist())
+        columns[name], bounds[name] = rows.columns[name][taken_S], (low_R.tolist(), high_R.tolist())
     for count_name, names in loss.columns.entries.items():
-        values = {name: rows.columns[name] for name in names}
-        entry_S = running(rows.columns[count_name])
+        values, count = {name: rows.columns[name] for name in names}, rows.columns[count_name]
         if count_name in loss.columns.chunk:
-            values, begin_R, stop_R = _entries_of_chunks(values, entry_S, rows.chunk_R, valid_C, valid_R)
+            values, begin_R, stop_R = _entries_of_chunks(values, running(count), rows.chunk_R, valid_C, valid_R)
         else:
-            begin_R, stop_R = entry_S[low_R], entry_S[high_R]
+            taken_K = taken_S if isinstance(taken_S, slice) else np.repeat(predicted_S, count)
+            entry_P = running(count[taken_S])
+            values = {name: array[taken_K] for name, array in values.items()}
+            begin_R, stop_R = entry_P[low_R], entry_P[high_R]
         columns |= values
         bounds |= dict.fromkeys(names, (begin_R.tolist(), stop_R.tolist()))
-    first_C, length_C = (start_C + shift)[chosen], (end_C - start_C)[chosen]
-    whole = Ragged(first_C, length_C, next_C[chosen], columns, loss.spec)
+    first_P_C = position_S[first_C] - low_R[rows.owner_C]
+    whole = Ragged(first_P_C[chosen], length_C[chosen], next_C[chosen], columns, loss.spec)
     return GroupTargets(whole, valid_R.tolist(), bounds, score_R)
+
+
+def _all_or(mask: Bools) -> slice | Bools:
+    """What chooses where the mask is true."""
+    return slice(None) if mask.all() else mask
 
 
 def _entries_of_chunks(
@@ -152,14 +201,21 @@ def _entries_of_chunks(
 
 
 def _regrouped(rows: _Rows, loss: Loss) -> _Rows:
-    """Rows whose chunks the loss joins, row by row: such columns are short."""
+    """Rows whose chunks the loss joins, run by run of a row and never over a gap: such columns are short."""
     assert set(loss.columns.names) == set(loss.columns.chunk), "joined chunks have one value each"
-    joined = []
-    for low, high in zip(rows.chunk_R[:-1].tolist(), rows.chunk_R[1:].tolist(), strict=True):
-        joined.append(loss.regroup(rows.end_C[low:high], {name: rows.columns[name][low:high] for name in rows.columns}))
+    if not len(rows.end_C):
+        return rows
+    gaps = np.flatnonzero(rows.gap_C)
+    cuts_G = np.unique(np.concatenate([rows.chunk_R, gaps, gaps + 1]))
+    joined = [
+        loss.regroup(rows.end_C[low:high], {name: rows.columns[name][low:high] for name in rows.columns})
+        for low, high in pairwise(cuts_G.tolist())
+    ]
     columns = {name: np.concatenate([arrays[name] for _, arrays in joined]) for name in rows.columns}
-    chunk_R = running(np.array([len(end_C) for end_C, _ in joined], np.int64))
-    return _Rows.of(rows.token_R, chunk_R, np.concatenate([end_C for end_C, _ in joined]), columns)
+    length_G = np.array([len(end_C) for end_C, _ in joined], np.int64)
+    chunk_R = running(length_G)[np.searchsorted(cuts_G, rows.chunk_R)]
+    gap_C = np.repeat(rows.gap_C[cuts_G[:-1]], length_G)
+    return _Rows.of(rows.token_R, chunk_R, np.concatenate([end_C for end_C, _ in joined]), columns, gap_C)
 
 
 def _check(group: RowGroup, rows: _Rows, spec: Columns, vocabulary: int) -> None:

@@ -24,10 +24,11 @@ class Sample:
     """One training sequence.
 
     Attributes:
-        sequence: int32, the context token (if any) and the student tokens; position j predicts token j + 1.
-        targets: per teacher, positions counted from the sample's first; None where it does not hold the sample.
+        sequence: int32, the context token (if any) and the student tokens; input j predicts token j + 1.
+        targets: per teacher, positions counted in the sample's taught tokens; None where it does not hold the sample.
         weights: per teacher, summing to 1 over those that hold the sample (or all 0).
         cut: tokens of the stored sample beyond ``Layout.max_tokens``.
+        taught: bool, of each input, whether the token that it predicts is taught; None: all are, as in plain text.
     """
 
     sample_id: str
@@ -35,11 +36,22 @@ class Sample:
     targets: tuple[Ragged[Array] | None, ...]
     weights: tuple[float, ...]
     cut: int = 0
+    taught: NDArray[np.bool_] | None = None
 
     @property
     def inputs(self) -> int:
         """Tokens the model reads: all but the last."""
         return len(self.sequence) - 1
+
+    @property
+    def predicts(self) -> NDArray[np.bool_]:
+        """``taught``, in full."""
+        return np.ones(max(0, self.inputs), np.bool_) if self.taught is None else self.taught
+
+    @property
+    def positions(self) -> int:
+        """Tokens that are predicted and taught."""
+        return max(0, self.inputs) if self.taught is None else int(self.taught.sum())
 
 
 def context_token(tokenizer: TokenizerInfo) -> int | None:
@@ -89,7 +101,8 @@ def _sample(stored: Sequence[Stored | None], opened: Mapping[tuple[int, int], Gr
     scores = [None if one is None else one[0].score_R[one[1]] for one in held]
     weights = sample_weights(layout.weights, scores, layout.weighting)
     cut = max(0, len(ids) - layout.max_tokens)
-    return Sample(group.sample_ids[row], with_context(ids, layout), targets, weights, cut)
+    taught = group.values("learn", row)[1 : layout.max_tokens] if layout.chat else None
+    return Sample(group.sample_ids[row], with_context(ids, layout), targets, weights, cut, taught)
 
 
 def sample_weights(base: Sequence[float], scores: Sequence[float | None], weighting: str) -> tuple[float, ...]:

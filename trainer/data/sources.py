@@ -1,7 +1,8 @@
 """Several target folders as one set of samples: joined where they hold the same sample, kept apart where not.
 
-Two folders hold the same sample when its id and the student's tokens are equal. The first folder that holds a sample
-owns it; the others are looked up by key (16 bytes per sample), so nothing but row groups in use is in memory.
+Two folders hold the same sample when its id, the student's tokens and, of conversations, what of them is taught are
+equal. The first folder that holds a sample owns it; the others are looked up by key (16 bytes per sample), so nothing
+but row groups in use is in memory.
 """
 
 import hashlib
@@ -11,9 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from xtoken.schemas.chat import ChatInfo
+from xtoken.schemas.errors import XtokenError
 from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.samples import Stored
 from xtoken.trainer.data.targets import GroupRef, RowGroup, Targets, share_cache
+
+_NAMED = {"template": "chat template", "learn": "list of kinds that are taught", "stop_token": "stop token"}
 
 
 @dataclass(frozen=True)
@@ -116,12 +121,38 @@ class Sources:
         return joined
 
 
+def refuse_unlike(folders: Sequence[Targets]) -> None:
+    """Refuse folders whose samples cannot stand in one run.
+
+    Raises:
+        XtokenError: text and conversations, or conversations that the student's side wrote in another way.
+    """
+    first, *others = folders
+    for other in others:
+        one, two = first.manifest.chat, other.manifest.chat
+        if (one is None) != (two is None):
+            chats, texts = (first, other) if two is None else (other, first)
+            raise XtokenError(
+                f"{chats.root} holds conversations and {texts.root} plain text, and one run learns from either; "
+                "train on one after the other"
+            )
+        for name in ChatInfo.model_fields if one is not None else ():
+            ours, theirs = getattr(one, name), getattr(two, name)
+            if ours != theirs:
+                raise XtokenError(
+                    f"{first.root} and {other.root} were written with another {_NAMED.get(name, name)} for the "
+                    f"student ({str(ours)[:40]!r} and {str(theirs)[:40]!r}), so that their samples differ; align "
+                    "both with the same template, date and kinds of spans that are taught"
+                )
+
+
 def _index(folder: Targets) -> _Index:
-    keys = np.zeros(folder.samples, np.uint64)
+    keys, chat = np.zeros(folder.samples, np.uint64), folder.manifest.chat is not None
     starts = np.cumsum([0, *(ref.rows for ref in folder.groups)])[:-1].astype(np.int64)
     for start, ref in zip(starts.tolist(), folder.groups, strict=True):
-        group = folder.read(ref, ("student_ids",))
+        group = folder.read(ref, ("student_ids", "learn") if chat else ("student_ids",))
         for row, sample_id in enumerate(group.sample_ids):
             data = sample_id.encode() + b"\0" + group.values("student_ids", row).astype("<i4").tobytes()
+            data += np.packbits(group.values("learn", row)).tobytes() if chat else b""
             keys[start + row] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     return _Index(keys, np.argsort(keys, kind="stable"), starts)

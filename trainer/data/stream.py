@@ -105,7 +105,7 @@ class Stream:
                 break
             limit = max(limit, window.share) if samples else window.share
             samples.append(sample)
-            predicts = predicts or sample.inputs > 0
+            predicts = predicts or sample.positions > 0
             position = Position(window.epoch, window.before + self._at + 1)
             self._at, self._tokens_left, taken = self._at + 1, self._tokens_left - size, taken + size
         self._begin_next()

@@ -322,13 +322,17 @@ class Targets:
             ids = _numpy(table, name)
             if len(ids) and (ids.min() < 0 or ids.max() >= size):
                 raise VerificationError(f"{W_FILE} in {self.root} has a {name} outside 0 to {size - 1}; {_FETCH}")
-        return ProjectionArrays(
-            _numpy(table, "student_id").astype(np.int32),
-            _numpy(table, "teacher_id").astype(np.int32),
-            _numpy(table, "weight").astype(np.float32),
-            _numpy(table, "common").astype(np.bool_),
-            _numpy(table, "common").astype(np.bool_) & (_numpy(table, "kind") == "exact"),
-        )
+        student, teacher = (_numpy(table, name).astype(np.int32) for name in ("student_id", "teacher_id"))
+        common, kind = _numpy(table, "common").astype(np.bool_), _numpy(table, "kind")
+        equal = (kind == "exact") | ((kind == "role") & (student == self._paired_stop))
+        return ProjectionArrays(student, teacher, _numpy(table, "weight").astype(np.float32), common, common & equal)
+
+    @property
+    def _paired_stop(self) -> int:
+        """The student's token that ends an answer and counts as of the same bytes as the teacher's; -1: none does."""
+        manifest, chat = self.manifest, self.manifest.chat
+        paired = chat is not None and manifest.student.hash != manifest.teacher_tokenizer.hash
+        return -1 if chat is None or chat.stop_token is None or not paired else chat.stop_token
 
     @cached_property
     def vocab(self) -> VocabArrays:

@@ -7,14 +7,14 @@ from xtoken.schemas.configs.measure import EvalConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.ui.progress import Progress
-from xtoken.trainer.evaluate.samples import EvalSample
+from xtoken.trainer.evaluate.samples import EvalSample, Question, TaughtSpan
 
 if TYPE_CHECKING:
     from xtoken.trainer.data.targets import Targets
     from xtoken.trainer.objective import Student
     from xtoken.trainer.ranks import Ranks
 
-__all__ = ["EvalSample", "evaluate", "held_out_targets", "measure_student"]
+__all__ = ["EvalSample", "Question", "TaughtSpan", "evaluate", "held_out_targets", "measure_student"]
 
 
 def evaluate(
@@ -49,6 +49,8 @@ def evaluate(
     if config.text is not None and not samples:
         raise XtokenError(f"the held-out text {config.text} holds no tokens; give a longer one")
     targets = held_out_targets(config.targets, tokenizer) if config.targets else None
+    if len(config.model) > 1:
+        _refuse_conversations(config, samples, targets)
     score_tasks = open_tasks(config) if config.tasks else None
     student = _load(config, tokenizers, samples, targets)
     figures: dict[str, Any] = {}
@@ -115,6 +117,17 @@ def _refuse_mixed(config: EvalConfig, tokenizers: Sequence[TokenizerInfo]) -> No
             )
 
 
+def _refuse_conversations(config: EvalConfig, samples: Sequence[EvalSample], targets: "Targets | None") -> None:
+    """Raise XtokenError: what stands before a conversation is each model's own template."""
+    held = {"--text": config.text} if any(sample.taught is not None for sample in samples) else {}
+    held |= {"--targets": config.targets} if targets is not None and targets.manifest.chat is not None else {}
+    for flag, name in held.items():
+        raise XtokenError(
+            f"{flag} {name} holds conversations, and --combine {config.combine} joins models on plain text; measure "
+            "the models one by one"
+        )
+
+
 def _needed_width(samples: Sequence[EvalSample], targets: "Targets | None") -> int:
     ids = max((int(sample.ids.max()) + 1 for sample in samples if len(sample.ids)), default=0)
     return max(ids, targets.needed_width if targets else 0)
@@ -156,7 +169,8 @@ def measure_student(
         ranks: measure it together; all must call this, and all return the same.
 
     Returns:
-        With samples ``bits_per_byte`` over predicted tokens and ``bytes``, by ``by_source`` where sources are known;
+        With samples ``bits_per_byte`` over predicted tokens and ``bytes``, these by ``by_source`` where sources are
+        known and by ``by_kind`` of conversations;
         with targets ``kl`` (mean P-KL per chunk, nats), ``top1_agreement`` (share) and ``chunks``, these by
         ``by_category`` of the chunk's text, and ``teacher_bits_per_byte``.
 

@@ -102,7 +102,8 @@ def agreement(
     teacher_size = targets.manifest.teacher_tokenizer.size
     setup = LossSetup(targets.w.within(size), targets.vocab, size, teacher_size, device)
     loss, group_V = PKL(setup), torch.as_tensor(token_bytes(targets).categories(), device=device)
-    layout = Layout(context_token(tokenizer), max_tokens, size, (loss,))
+    chat = targets.manifest.chat is not None
+    layout = Layout(None if chat else context_token(tokenizer), max_tokens, size, (loss,), chat=chat)
     tally, mine = _Tally(), targets.groups[ranks.rank :: ranks.size]
 
     def micros() -> Iterator[Micro]:

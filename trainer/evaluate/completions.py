@@ -1,9 +1,9 @@
-"""What a student writes after the beginning of held-out samples: the first thing that people look at.
+"""What a student writes after the beginning of held-out samples, or answers: the first thing that people look at.
 
 Shapes: B samples of one prompt length, L tokens of the prompt.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +17,28 @@ from xtoken.trainer.evaluate.samples import EvalSample
 from xtoken.trainer.evaluate.spelling import Spelling
 from xtoken.trainer.objective import Student
 
-PROMPT_TOKENS, NEW_TOKENS = 32, 48
+PROMPT_TOKENS, NEW_TOKENS, ANSWER_TOKENS = 32, 48, 128
 _BATCH = 8
 _ENDS = ("eos", "eot")
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """The first ``length`` tokens of a sample."""
+    """What a student goes on from.
 
-    sample: EvalSample
-    length: int
+    Attributes:
+        id: of the sample.
+        ids: tokens, with what stands before them.
+        shown: they and what truly follows, as text.
+        ends: the tokens that end what is written.
+        count: of tokens to be written, at most.
+    """
+
+    id: str
+    ids: list[int]
+    shown: tuple[str, str]
+    ends: frozenset[int]
+    count: int
 
 
 def complete(
@@ -36,33 +47,54 @@ def complete(
     """Greedy continuations of ``count`` samples taken evenly from all that have two tokens or more.
 
     A prompt is a sample's first 32 tokens, of a shorter one the first half, and ends with a whole character if it
-    can. The student goes on for at most 48 tokens, within its context, and stops at the end of text. The same model
-    writes the same again.
+    can. The student goes on for at most 48 tokens, within its context, and stops at the end of text. Of a conversation
+    the prompt is its question, left out where the context has no room for it, and the answer has at most 128 tokens.
+    The same model writes the same again.
 
     Returns:
-        ``id``, ``prompt``, ``completion`` and ``text`` (how the sample itself goes on, as many tokens at most) of
-        each, in the order of the samples. Specials are shown by their role.
+        ``id``, ``prompt``, ``completion`` and ``text`` (how the sample itself goes on, as many tokens at most; the
+        answer of a conversation) of each, in the order of the samples. Specials that were written are shown by their
+        role.
     """
-    long_enough = [sample for sample in samples if len(sample.ids) > 1]
-    chosen = np.linspace(0, len(long_enough) - 1, min(count, len(long_enough)), dtype=int).tolist()
-    prompts = [_Prompt(long_enough[i], _prompt_length(long_enough[i], spelling)) for i in chosen]
+    found = [_prompt(student, tokenizer, spelling, sample) for sample in samples]
+    possible = [prompt for prompt in found if prompt is not None]
+    chosen = np.linspace(0, len(possible) - 1, min(count, len(possible)), dtype=int).tolist()
+    prompts = [possible[i] for i in chosen]
     written: dict[int, list[int]] = {}
     training = student.model.training
     student.model.eval()
     for batch in _batches(prompts):
-        written |= zip(batch, _continued(student, tokenizer, spelling, [prompts[i] for i in batch]), strict=True)
+        written |= zip(batch, _continued(student, [prompts[i] for i in batch]), strict=True)
     student.model.train(training)
-    return [_row(prompt, written[i], spelling) for i, prompt in enumerate(prompts)]
+    return [
+        {
+            "id": prompt.id,
+            "prompt": prompt.shown[0],
+            "completion": spelling.text(written[i]),
+            "text": prompt.shown[1],
+        }
+        for i, prompt in enumerate(prompts)
+    ]
 
 
-def _row(prompt: _Prompt, written: list[int], spelling: Spelling) -> dict[str, str]:
-    ids, length = prompt.sample.ids.tolist(), prompt.length
-    return {
-        "id": prompt.sample.id,
-        "prompt": spelling.text(ids[:length]),
-        "completion": spelling.text(written),
-        "text": spelling.text(ids[length : length + NEW_TOKENS]),
-    }
+def _prompt(student: Student, tokenizer: TokenizerInfo, spelling: Spelling, sample: EvalSample) -> _Prompt | None:
+    """None where a sample is too short to go on from, or its question too long."""
+    ends = {i for i in spelling.ids(*_ENDS) if i < student.vocabulary}
+    most = getattr(student.model.config, "max_position_embeddings", None)
+    question = sample.question
+    if question is not None:
+        ends |= {question.stop} if question.stop is not None else set()
+        ids, shown, count = question.ids.tolist(), (question.text, question.answer), ANSWER_TOKENS
+        if most is not None and len(ids) >= most:
+            return None
+    elif sample.taught is None and len(sample.ids) > 1:
+        tokens, length = sample.ids.tolist(), _prompt_length(sample, spelling)
+        context, count = context_token(tokenizer), NEW_TOKENS
+        ids = ([] if context is None else [context]) + tokens[:length]
+        shown = spelling.text(tokens[:length]), spelling.text(tokens[length : length + NEW_TOKENS])
+    else:
+        return None
+    return _Prompt(sample.id, ids, shown, frozenset(ends), count if most is None else min(count, most - len(ids)))
 
 
 def _prompt_length(sample: EvalSample, spelling: Spelling) -> int:
@@ -85,25 +117,20 @@ def _whole(data: bytes) -> bool:
 
 def _batches(prompts: Sequence[_Prompt]) -> Iterator[list[int]]:
     """Indices of prompts of one length, a few at a time: no padding, so no sample sees another."""
-    for length in sorted({prompt.length for prompt in prompts}):
-        same = [i for i, prompt in enumerate(prompts) if prompt.length == length]
+    for length in sorted({len(prompt.ids) for prompt in prompts}):
+        same = [i for i, prompt in enumerate(prompts) if len(prompt.ids) == length]
         yield from (same[start : start + _BATCH] for start in range(0, len(same), _BATCH))
 
 
-def _continued(
-    student: Student, tokenizer: TokenizerInfo, spelling: Spelling, prompts: Sequence[_Prompt]
-) -> list[list[int]]:
+def _continued(student: Student, prompts: Sequence[_Prompt]) -> list[list[int]]:
     """What follows each prompt, up to and with the token that ends the text."""
-    context = context_token(tokenizer)
-    before = [] if context is None else [context]
-    ids_BL = torch.tensor([before + prompt.sample.ids[: prompt.length].tolist() for prompt in prompts])
-    room = getattr(student.model.config, "max_position_embeddings", None) or ids_BL.shape[1] + NEW_TOKENS
-    ends = torch.tensor([i for i in spelling.ids(*_ENDS) if i < student.vocabulary], dtype=torch.long)
-    written = _greedy(student, ids_BL, ends, min(NEW_TOKENS, room - ids_BL.shape[1]))
-    return [_until_end(row, set(ends.tolist())) for row in written.tolist()]
+    ids_BL = torch.tensor([prompt.ids for prompt in prompts])
+    ends = torch.tensor(sorted(frozenset.intersection(*(prompt.ends for prompt in prompts))), dtype=torch.long)
+    written = _greedy(student, ids_BL, ends, max(prompt.count for prompt in prompts))
+    return [_until_end(row[: prompt.count], prompt.ends) for row, prompt in zip(written.tolist(), prompts, strict=True)]
 
 
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+def _until_end(ids: list[int], ends: Collection[int]) -> list[int]:
     stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
     return ids[:stop]
 

@@ -106,6 +106,8 @@ def score(
                 model=_Model(student, tokenizer, progress),
                 tasks=tasks,
                 num_fewshot=config.shots,
+                apply_chat_template=config.apply_chat_template,
+                fewshot_as_multiturn=config.apply_chat_template,
                 limit=config.limit,
                 bootstrap_iters=_BOOTSTRAPS,
                 log_samples=False,

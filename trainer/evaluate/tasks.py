@@ -19,7 +19,8 @@ def open_tasks(config: EvalConfig) -> Scorer:
     """Load ``config.tasks`` (names of tasks, groups or tags), their data and the tokenizer of the model's folder.
 
     Task files may name Python functions, those of ``config.task_path`` included. Metrics and tasks that fetch code or
-    run what the model writes need ``config.trust_remote_code``.
+    run what the model writes need ``config.trust_remote_code``. With ``config.apply_chat_template`` questions are
+    messages in the model's chat template, and examples earlier turns of the conversation.
 
     Returns:
         What scores a student: one row per task (group) and metric, with ``task``, ``metric`` (lm-eval's filter behind
@@ -28,7 +29,7 @@ def open_tasks(config: EvalConfig) -> Scorer:
 
     Raises:
         XtokenError: lm-eval is not installed, a task is unknown or cannot be loaded, or the model has no Hugging Face
-            tokenizer.
+            tokenizer, or one without the chat template that is to be applied.
     """
     if config.task_path is not None and not Path(config.task_path).is_dir():
         raise XtokenError(f"--task-path {config.task_path} is not a folder; give the one that holds the task files")
@@ -49,10 +50,16 @@ def _tokenizer(config: EvalConfig) -> Any:
     source = config.tokenizer or config.model[0]
     auto: Any = AutoTokenizer
     try:
-        return auto.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        tokenizer = auto.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # as many ways as there are files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise XtokenError(
             f"--tasks needs the Hugging Face tokenizer of {source!r}, which cannot be loaded: {reason}; "
             "give --tokenizer ID or FOLDER, or leave --tasks out"
         ) from error
+    if config.apply_chat_template and not tokenizer.chat_template:
+        raise XtokenError(
+            f"--apply-chat-template: the tokenizer of {source!r} has no chat template; put one beside it as "
+            "chat_template.jinja, or leave the flag out"
+        )
+    return tokenizer

@@ -25,7 +25,8 @@ WEIGHT = "chunk_weight"  # a column that follows from the ends of a chunk and st
 class ProjectionArrays:
     """W of a target folder, entries ascending by student id (see ``xtoken.schemas.tables.W``); every array is [N].
 
-    ``common`` marks H-KL's pairs, ``exact`` those of equal bytes among them (strict GOLD's).
+    ``common`` marks H-KL's pairs, ``exact`` those of equal bytes among them (strict GOLD's), and of conversations the
+    tokens that end an answer on either side.
     """
 
     student_id: NDArray[np.int32]

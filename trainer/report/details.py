@@ -15,6 +15,8 @@ _MOST_ROWS = 200
 _MOST_SAMPLES = 20
 _BREAKDOWNS = (
     ("by_source", "bits_per_byte", "Bits per byte by source", True, False),
+    ("by_kind", "bits_per_byte", "Bits per byte by what a conversation holds", True, False),
+    ("by_kind", "bits_per_token", "Bits per token of what has no bytes, such as the end of an answer", True, False),
     ("by_category", "kl", "KL to the teacher by category, nats per chunk", True, False),
     ("by_category", "top1_agreement", "Top-1 agreement with the teacher by category", False, True),
 )
@@ -63,7 +65,7 @@ def _breakdown(groups: Sequence[Group], kind: str, name: str, *, less: bool, per
         ]
         rows.append([label(key) if kind == "by_category" else key or "(none)", *cells])
     more = note(f"{len(keys) - _MOST_ROWS:,} more are not shown.") if len(keys) > _MOST_ROWS else ""
-    first = "category" if kind == "by_category" else "source"
+    first = kind.removeprefix("by_")
     return join([table([first, *(title for title, _ in (*columns, *compared))], rows), more])
 
 
@@ -76,7 +78,7 @@ def _best(values: Sequence[float], *, less: bool) -> float | None:
 def _by_key(group: Group, when: str, kind: str, name: str) -> _Row:
     values: dict[str, list[float]] = {}
     for evaluation in group.evaluations(when):
-        parts = evaluation.by_source if kind == "by_source" else evaluation.by_category
+        parts: dict[str, dict[str, float]] = getattr(evaluation, kind)
         for key, figures in parts.items():
             if name in figures:
                 values.setdefault(key, []).append(figures[name])

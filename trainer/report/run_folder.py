@@ -23,6 +23,7 @@ HELD_OUT, COMPLETIONS = "held-out.jsonl", "completions.jsonl"
 CURVES = (
     *("tokens_per_s", "lr", "grad_norm", "loss", "kd", "ce", "top1_agreement"),
     *("kd_gradient", "ce_gradient", "kd_weight"),  # under --mix gradmag
+    "taught",  # of conversations
 )
 _LAST = 10  # steps whose mean is a run's final loss, as in summary.json
 _LARGEST = 1e60  # beyond what float32 holds; squares of it are still numbers
@@ -37,6 +38,7 @@ class Evaluation:
     step: int
     figures: dict[str, float]
     by_source: dict[str, dict[str, float]] = field(default_factory=dict)
+    by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
     by_category: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -116,7 +118,7 @@ class RunRecord:
         return 0.0 if self.summary is None else number(self.summary.get(name, 0), f"{self.root}/{SUMMARY}, {name}")
 
     def final(self, name: str) -> float | None:
-        """Mean of ``loss``, ``kd`` or ``ce`` over the last ten steps that logged it."""
+        """Mean of a figure of steps, such as ``loss``, ``kd`` or ``ce``, over the last ten that logged it."""
         if name in self.curves:
             return float(self.curves[name][1][-_LAST:].mean())
         if self.summary is None or name not in self.summary:
@@ -219,7 +221,7 @@ def _evaluation(line: dict[str, Any], where: str) -> Evaluation:
             key: {k: number(v, f"{where}, {name}") for k, v in mapping(row, f"{where}, {name}").items()}
             for key, row in mapping(line.get(name, {}), f"{where}, {name}").items()
         }
-        for name in ("by_source", "by_category")
+        for name in ("by_source", "by_kind", "by_category")
     }
     plain = ("bits_per_byte", "bytes", "kl", "top1_agreement", "chunks", "teacher_bits_per_byte")
     figures = {name: number(line[name], f"{where}, {name}") for name in plain if line.get(name) is not None}

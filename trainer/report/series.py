@@ -36,6 +36,7 @@ MACHINE = (
     ("kd_gradient", "gradient of KD by hidden states", "norm before its weight"),
     ("ce_gradient", "gradient of CE by hidden states", "norm before its weight"),
     ("kd_weight", "weight of KD", "under --mix gradmag"),
+    ("taught", "taught tokens of conversations", "share of student tokens"),
 )
 
 

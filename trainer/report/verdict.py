@@ -200,7 +200,9 @@ def _trained(group: Group) -> list[str]:
     count = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
     tokens, seconds = ([getattr(run, name) for run in runs] for name in ("tokens", "seconds"))
     losses = [spread_text(group.final(name), 3) for name in ("loss", "kd", "ce")]
-    means = [f"{sum(tokens) / len(runs):,.0f}", duration(sum(seconds) / len(runs))]
+    taught = group.final("taught")  # of conversations
+    share = "" if taught is None else f", {100 * taught.mean:.0f} % taught"
+    means = [f"{sum(tokens) / len(runs):,.0f}{share}", duration(sum(seconds) / len(runs))]
     return [group.label, count, *means, *losses]
 
 

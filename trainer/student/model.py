@@ -18,7 +18,7 @@ from xtoken.schemas.io.hub_files import require_known
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.trainer.student.expansion import expanded, inner_config, is_expanded
 from xtoken.trainer.student.scratch import build_student
-from xtoken.trainer.student.tokenizer_files import copy_tokenizer
+from xtoken.trainer.student.tokenizer_files import CHAT_TEMPLATE, copy_tokenizer
 from xtoken.trainer.student.writable import mend_settings
 
 _REASON = 300  # characters of a library's message
@@ -198,13 +198,14 @@ def _check_compiler(device: torch.device) -> None:
         ) from error
 
 
-def rehearse_save(model: Any, tokenizer: str, out: Path) -> Path:
+def rehearse_save(model: Any, tokenizer: str, out: Path, template: str | None = None) -> Path:
     """Write all that ``save_student`` will write but the weights, to see before the first step that it can be.
 
     Args:
         model: after ``mend_settings``.
         tokenizer: as for ``save_student``.
         out: a folder to write into; what is there is deleted.
+        template: file with the chat template that the model will have instead of its tokenizer's.
 
     Returns:
         The folder of the tokenizer's files, which ``save_student`` takes: the source may be gone by then.
@@ -218,12 +219,25 @@ def rehearse_save(model: Any, tokenizer: str, out: Path) -> Path:
     save_pretrained(model, out / "model", {})
     try:
         copy_tokenizer(tokenizer, files)
+        if template is not None:
+            shutil.copyfile(Path(template).expanduser(), files / CHAT_TEMPLATE)
     except OSError as error:
         raise XtokenError(
             f"the files of the tokenizer {tokenizer!r} cannot be copied ({error}), and the trained model needs them; "
             "make them readable"
         ) from error
     return files
+
+
+def end_answers_with(model: Any, stop: int | None) -> None:
+    """Have generation end at the token with which conversations end an answer, besides those that end it already."""
+    settings = getattr(model, "generation_config", None)
+    if stop is None or settings is None:
+        return
+    known = settings.eos_token_id
+    ends = known if isinstance(known, list) else [known] if known is not None else []
+    if stop not in ends:
+        settings.eos_token_id = [*ends, stop]
 
 
 def save_student(model: Any, tokenizer: str | Path, out: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.hub_files import commit_of, hub_file, there
 
+CHAT_TEMPLATE = "chat_template.jinja"  # what transformers reads before the one in tokenizer_config.json
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -17,10 +18,10 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 # Without them it is another tokenizer; the others say again what is in tokenizer.json.
-_TELLING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_TELLING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE)
 _BYTES_CONTROLS = {"bos": "<|bos|>", "eos": "<|eos|>", "eot": "<|eot|>", "pad": "<|pad|>"}
 _BYTES_README = """# A student of bytes
 

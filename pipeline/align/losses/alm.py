@@ -4,7 +4,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from xtoken.pipeline.align.chunks import chunks_per_sample
 from xtoken.pipeline.align.losses.base import Built, Source, TargetBuilder
 from xtoken.pipeline.store.columns import flat
 
@@ -21,9 +20,7 @@ class Builder(TargetBuilder):
         has_N = batch["space_logprob"].is_valid().to_numpy(zero_copy_only=False)
         space_R = np.full(int(offset_N[-1]), np.nan, np.float32)
         space_R[np.repeat(has_N, np.diff(offset_N))] = flat(batch, "space_logprob")
-        at_N = np.array([sample.at for sample in source.samples], np.int64)
-        at_C = np.repeat(at_N, chunks_per_sample(source.samples))
-        within_C = (source.end_C >= offset_N[at_C]) & (source.end_C < offset_N[at_C + 1])
-        space_C = np.full(len(at_C), np.nan, np.float32)
-        space_C[within_C] = space_R[source.end_C[within_C]]
+        after_C = source.rows.after(source.samples)
+        space_C = np.full(len(after_C), np.nan, np.float32)
+        space_C[after_C >= 0] = space_R[after_C[after_C >= 0]]
         return {"alm_space_logprob": space_C}, {"space_chunks": int((~np.isnan(space_C)).sum())}

@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xtoken.pipeline.align.blanks import Shifted
-from xtoken.pipeline.align.chunks import Joined
+from xtoken.pipeline.align.chunks import Joined, chunks_per_sample, gaps, offsets_of
 from xtoken.pipeline.align.kernels import realised
 from xtoken.pipeline.align.kernels_targets import split_targets
 from xtoken.pipeline.align.maps import Maps
@@ -51,6 +51,11 @@ class Source:
     start_C: NDArray[np.int64]
     end_C: NDArray[np.int64]
 
+    @property
+    def chat(self) -> bool:
+        """Whether the samples are conversations."""
+        return "span_learn" in self.batch.schema.names
+
     @cached_property
     def shifted(self) -> Shifted:
         """The teacher's distributions, with those of chunks that one side begins with a blank of its own shifted."""
@@ -82,7 +87,15 @@ class Source:
     @cached_property
     def one_to_one(self) -> NDArray[np.bool_]:
         """bool [C]: chunks of one teacher token and one student token."""
-        return np.concatenate([np.zeros(0, np.bool_), *(sample.chunks.is_one_to_one for sample in self.samples)])
+        first_N = offsets_of(chunks_per_sample(self.samples))[:-1]
+        single_C = ~gaps(self.samples)
+        for side in ("student_end", "teacher_end"):
+            ends = [getattr(sample.chunks, side) for sample in self.samples]
+            size_C = np.diff(np.concatenate([np.zeros(0, np.int32), *ends]), prepend=np.int32(0))
+            filled_N = first_N[[len(end) > 0 for end in ends]]
+            size_C[filled_N] = [end[0] for end in ends if len(end)]
+            single_C &= size_C == 1
+        return single_C
 
     def split(self, pair_U: NDArray[np.int32]) -> tuple[NDArray[Any], ...]:
         """``split_targets`` of every chunk."""

@@ -75,9 +75,7 @@ def prefix_columns(
     count_S, ids_K, logprob_K = merged(raw_S, raw_K, rawp_K)
     if roots_only:
         rest_S[count_S > 0] = -np.inf
-    tokens_N = np.array([len(sample.encoded.ids) for sample in samples], np.int64)
-    last_S = np.zeros(len(row_S), np.bool_)
-    last_S[np.cumsum(tokens_N)[tokens_N > 0] - 1] = True
+    last_S = np.concatenate([np.zeros(0, np.bool_), *map(_last, samples)])
     child_S, low_K, high_K, mass_K = child_entries(
         np.full_like(row_S, -1) if roots_only else row_S,
         before_S,
@@ -150,6 +148,14 @@ def _shift_roots(
     mine_C = shifted.moved_C & ~shifted.brought_C
     row_S[(base_C + first_C)[mine_C]] = shifted.prefix_C[mine_C]
     before_S[(base_C + first_C)[shifted.brought_C]] = 1
+
+
+def _last(sample: Joined) -> NDArray[np.bool_]:
+    """Tokens behind which nothing of a chunk comes: the last of a sample, and those before a gap, bool [S]."""
+    last_S = np.zeros(len(sample.encoded.ids) + 1, np.bool_)
+    last_S[_starts(sample.chunks.student_end)[sample.chunks.gap]] = True
+    last_S[-1] = True
+    return last_S[1:]
 
 
 def _starts(end_C: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -1,14 +1,17 @@
--- What holds of every target. built: of summary_batch, a row per sample; $student: tokens of the student's vocabulary.
+-- What holds of every target. built: of summary_batch, a row per sample; $student: tokens of the student's vocabulary;
+-- $chat: of conversations. chunk_*_cut: ends of chunks, chunk_*_gap: ends of those without a target (gaps).
 -- A result row is a sample and a rule that it breaks.
 WITH
--- Byte at which each chunk ends, by either side. A lead chunk is of tokens without a byte, on one side perhaps of none.
+-- Byte at which each chunk ends, by either side. Of a text only the first may be a gap, of tokens without a byte, on one
+-- side perhaps of none.
 cuts AS (
     SELECT
         *,
-        list_select(student_end, chunk_student_end[lead + 1:]) AS student_cut,
-        list_select(teacher_end, chunk_teacher_end[lead + 1:]) AS teacher_cut,
-        lead = 1 AND (coalesce(student_end[chunk_student_end[1]], 0) <> 0
-            OR coalesce(teacher_end[chunk_teacher_end[1]], 0) <> 0) AS lead_has_bytes,
+        list_select(student_end, chunk_student_end_cut) AS student_cut,
+        list_select(teacher_end, chunk_teacher_end_cut) AS teacher_cut,
+        NOT $chat AND (len(chunk_student_end_gap) > 1
+            OR coalesce(student_end[chunk_student_end_gap[1]], 0) <> 0
+            OR coalesce(teacher_end[chunk_teacher_end_gap[1]], 0) <> 0) AS gap_has_bytes,
         student_end[coalesce(chunk_student_end[-1], 0) + 1:] AS student_left,
         teacher_end[coalesce(chunk_teacher_end[-1], 0) + 1:] AS teacher_left
     FROM built
@@ -20,7 +23,7 @@ SELECT
             THEN 'student_ids has an id outside the student''s vocabulary' END,
         CASE WHEN len(student_end) <> len(student_ids) THEN 'student_end has another length than its tokens' END,
         CASE WHEN student_end_step < 0 THEN 'student_end decreases' END,
-        CASE WHEN student_cut IS DISTINCT FROM teacher_cut OR lead_has_bytes
+        CASE WHEN student_cut IS DISTINCT FROM teacher_cut OR gap_has_bytes
             THEN 'the two sides of a chunk cover different bytes' END,
         CASE WHEN chunk_student_end_step < 1 OR chunk_teacher_end_step < 1 THEN 'a chunk has no tokens on one side' END,
         -- A boundary behind the last chunk is one that the walk missed; tokens without a byte make none.

@@ -42,8 +42,37 @@ CREATE MACRO script_of(text) AS CASE WHEN text IS NULL THEN NULL ELSE list_max([
 -- What stood before each element of a list of ends: where each begins.
 CREATE MACRO starts_of(ends) AS CASE WHEN len(ends) = 0 THEN ends ELSE list_prepend(0, ends[:len(ends) - 1]) END;
 
--- A list with one element per row, as one with an element per token.
-CREATE MACRO by_token(per_row, first_row) AS CASE WHEN first_row = 1 THEN list_prepend(NULL, per_row) ELSE per_row END;
+-- How much each of a list of rising ends adds.
+CREATE MACRO widths_of(ends) AS list_transform(list_zip(starts_of(ends), ends), lambda one: one[2] - one[1]);
+CREATE MACRO running(counts) AS list_reduce(counts, lambda sums, one: list_append(sums, sums[-1] + one), [0]);
+CREATE MACRO chosen(counts, which) AS list_transform(
+    list_zip(counts, which), lambda one: CASE WHEN one[2] THEN one[1] ELSE 0 END
+);
+
+-- Tokens of each span, but for the first of a sample, which has no row where nothing stood before it (first_row is 1).
+CREATE MACRO token_counts(first_row, token_ends) AS
+    widths_of(list_prepend(first_row, list_transform(token_ends, lambda one: greatest(one, first_row))))[2:];
+CREATE MACRO rows_of_span(tokens, learn, before) AS
+    CASE WHEN learn THEN range(before, before + tokens) ELSE list_resize([]::BIGINT[], tokens) END;
+
+-- The row of each token of a sample, from 0, null where it has none: tokens of taught spans have rows, in order. Plain
+-- text is one taught span. Nothing else in SQL works out which tokens have rows.
+CREATE MACRO row_of_token(first_row, token_ends, learn) AS list_concat(
+    list_resize([]::BIGINT[], first_row),
+    flatten(list_transform(
+        list_zip(
+            token_counts(first_row, token_ends),
+            learn,
+            running(chosen(token_counts(first_row, token_ends), learn))[:len(learn)]
+        ),
+        lambda one: rows_of_span(one[1], one[2], one[3])
+    ))
+);
+
+-- Elements of a list by their numbers, from 0: null where a number is null. So one per row becomes one per token.
+CREATE MACRO taken(list, numbers) AS list_transform(numbers, lambda one: list[one + 1]);
+-- The token of each row, from the row of each token.
+CREATE MACRO token_of_row(row) AS list_where(range(len(row)), list_transform(row, lambda one: one IS NOT NULL));
 
 CREATE MACRO bits_per_byte_of(nats, bytes) AS nats / ln(2) / nullif(bytes, 0);
 CREATE MACRO known(logprob) AS CASE WHEN isnan(logprob) THEN NULL ELSE logprob END;

@@ -47,6 +47,11 @@ def alignments(root: str, manifest: CaptureManifest, students: Sequence[str]) ->
     """
     if not students:
         return []
+    if manifest.chat is not None:
+        raise XtokenError(
+            f"--students {','.join(students)} counts chunks of plain text, and {root} holds conversations, which each "
+            "student's own chat template renders; leave it out: 'xtoken align' counts them"
+        )
     tokenizers = [load_tokenizer(student) for student in students]
     found = [Alignment(tokenizer.table.info.name) for tokenizer in tokenizers]
     for row in _samples(root, manifest):
@@ -85,5 +90,5 @@ def _count(counts: Alignment, tokenizer: TextTokenizer, row: dict[str, Any], eos
     counts.samples += 1
     counts.text_bytes += int(ends[-1])
     counts.student_tokens += len(mine.ids)
-    counts.chunks += len(chunks.student_end) - int(chunks.lead)
+    counts.chunks += chunks.count
     counts.one_to_one += chunks.one_to_one

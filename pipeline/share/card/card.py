@@ -21,6 +21,7 @@ from xtoken.pipeline.store.left_out import without_rows
 from xtoken.pipeline.store.publish import data_name
 from xtoken.pipeline.store.reader import iter_parquet
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
+from xtoken.pipeline.store.skip_records import SKIPPED_FILE, count_reasons
 from xtoken.schemas.configs.share import LICENSED, CardConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import MANIFEST, CaptureManifest, content_hash, part_name, read_manifest
@@ -29,6 +30,24 @@ from xtoken.schemas.ui.progress import Progress, Silent
 
 README = "README.md"
 _CODE_NOTE = " Tokens stand by the `code` that `vocab.parquet` gives them, which compresses better than their ids."
+_TEXT_ROWS = """A row says how the teacher saw the token at position `first_row` plus its own number:
+where `first_row` is 1, the sample's first token has no row."""
+_CHAT_ROWS = """A row says how the teacher saw one token that is taught: the tokens of spans where `span_learn` is true
+have rows, in order. `span_token_end` is where each span ends."""
+# Of the recipes: what says which token a row is about, in DuckDB and NumPy; what a sample's surprise is divided by.
+_TEXT_RECIPE = {
+    "rows_sql": "first_row", "at_sql": "first_row + row", "at_numpy": 'sample["first_row"] + row', "rows_numpy": "",
+    "per": "byte", "per_sql": "teacher_end[-1]", "per_polars": 'pl.col("teacher_end").list.last()',
+}  # fmt: skip
+_CHAT_RECIPE = {
+    "rows_sql": "flatten(list_transform(list_zip(list_prepend(0, span_token_end), span_token_end, span_learn),\n"
+    "               lambda span: CASE WHEN span[3] THEN range(span[1], span[2]) ELSE [] END)) AS taught",
+    "at_sql": "taught[row + 1]",
+    "rows_numpy": 'sizes = np.diff(sample["span_token_end"], prepend=0)\n'
+    'taught = np.flatnonzero(np.repeat(sample["span_learn"], sizes))  # the token of each row\n',
+    "at_numpy": "taught[row]",
+    "per": "taught token", "per_sql": "len(realised_logprob)", "per_polars": 'pl.col("realised_logprob").list.len()',
+}  # fmt: skip
 _TAGS = ("distillation", "knowledge-distillation", "logits", "xtoken")
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 _SIZES_ABOVE = ("10B<n<100B", "100B<n<1T", "n>1T")
@@ -146,7 +165,8 @@ def _fields(
     return {
         "front_matter": _front_matter(manifest, licenses, named),
         "title": plain(title) if title else f"Rows of {code(teacher)} over {code(source)}",
-        "what": "its " + ("log-probabilities of the text" if without_rows(manifest.left_out) else "distributions"),
+        "what": _what(manifest),
+        "rows_of": _CHAT_ROWS if manifest.chat is not None else _TEXT_ROWS,
         "facts": sections.facts(manifest),
         "license": _license(manifest, licenses),
         "counts": sections.counts(manifest),
@@ -158,11 +178,17 @@ def _fields(
         "reading": _reading(manifest),
         "loss": "alm" if without_rows(manifest.left_out) else "p-kl",
         "corpus_flag": "" if has_text else " --corpus CORPUS",
-        "limits": sections.limits(manifest, has_text=has_text),
+        "limits": sections.limits(manifest, count_reasons(Folder(root), SKIPPED_FILE), has_text=has_text),
         "bibtex_title": latex(named),
         "content_hash": digest,
         "short_hash": digest[:12],
     }
+
+
+def _what(manifest: CaptureManifest) -> str:
+    where = "every token of a text" if manifest.chat is None else "every taught token of conversations"
+    held = "log-probabilities of the text" if without_rows(manifest.left_out) else "distributions"
+    return f"{where}: its {held}"
 
 
 def _images(names: Any) -> str:
@@ -206,13 +232,15 @@ def _license(manifest: CaptureManifest, licenses: dict[str, str]) -> str:
 def _reading(manifest: CaptureManifest) -> str:
     codec = open_codec(manifest.codec)
     first = min((part.index for part in manifest.parts), default=0)
-    values = {name: repr(value) for name, value in manifest.codec} | {"part": part_name(first), "sql": "", "numpy": ""}
+    values = dict(_TEXT_RECIPE if manifest.chat is None else _CHAT_RECIPE)
+    values |= {name: repr(value) for name, value in manifest.codec} | {"part": part_name(first), "sql": "", "numpy": ""}
     by_code = manifest.has_codes
     values["ids"] = next((stored_as(name) if by_code else name for name in codec.id_columns), "")
     values["key"], values["code_note"] = ("code", _CODE_NOTE) if by_code else ("token_id", "")
     if not without_rows(manifest.left_out):
         sql, numpy = Template(codec.recipe).substitute(values).split("\n===\n")
         values |= {"sql": sql.strip(), "numpy": numpy.strip()}
+    values |= {"named": f"bits_per_{values['per'].rpartition(' ')[2]}"}
     return Template(_read("reading_any.md")).substitute(values).strip()
 
 

@@ -10,7 +10,7 @@ from xtoken.pipeline.share.card.markup import code, plain, public
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codecs.row_stats import RowStats
-from xtoken.pipeline.store.figures import audits_line, capture_figures
+from xtoken.pipeline.store.figures import audits_line, capture_figures, chat_figures
 from xtoken.pipeline.store.left_out import without_rows
 from xtoken.schemas.manifest import CaptureManifest, content_hash
 from xtoken.schemas.ui.progress import brief
@@ -42,6 +42,7 @@ def facts(manifest: CaptureManifest) -> str:
         f"**Context**: samples of at most {manifest.max_tokens:,} tokens, {context}, each scored on its own (the model "
         f"takes {teacher.context:,})",
         f"**Rows**: {rows_stored(manifest)}",
+        *_conversations(manifest),
         f"**Corpus**: {code(public(corpus.source))}, {corpus.documents:,} documents, {corpus.text_bytes:,} bytes, hash "
         f"{code(corpus.hash)}",
         *([f"**Audited**: {audits_line(manifest.audits, code)}"] if manifest.audits else []),
@@ -50,6 +51,22 @@ def facts(manifest: CaptureManifest) -> str:
         f"{code(manifest.xtoken_version)}",
     ]
     return bullets(lines)
+
+
+def _conversations(manifest: CaptureManifest) -> list[str]:
+    """How conversations became samples; nothing of plain text."""
+    chat = manifest.chat
+    if chat is None:
+        return []
+    taught = {"all": "every answer", "last": "the last answer", "each": "every answer, each in a sample of its own"}
+    given = "".join(f", {code(name)} {code(value)}" for name, value in list(chat.arguments.items())[:_NAMED])
+    too_long = "lose their last messages" if chat.long == "cut" else "are left out"
+    return [
+        f"**Conversations**: read from the form {code(chat.form)}; taught is {taught[chat.turns]}, of it "
+        f"{', '.join(chat.learn)}; those that are too long {too_long}",
+        f"**Chat template**: sha256 {code(chat.template)}, for the date {code(chat.date)}{given}; an answer ends with "
+        + ("no token" if chat.stop_token is None else f"token {chat.stop_token}"),
+    ]
 
 
 def _precision(manifest: CaptureManifest) -> str:
@@ -95,9 +112,26 @@ def counts(manifest: CaptureManifest) -> str:
         ("files in data/, bytes", sum(part.file_bytes for part in parts)),
         ("bytes per token", figures["bytes_per_token"]),
     ]
+    if manifest.chat is not None:
+        rows[1:3] = _taught(manifest)
     if not without_rows(manifest.left_out):
-        rows.insert(3, (open_codec(manifest.codec).entries_label, figures["entries_per_row"]))
+        rows.insert(
+            [name for name, _ in rows].index("text, bytes"),
+            (open_codec(manifest.codec).entries_label, figures["entries_per_row"]),
+        )
     return table(["", "count"], rows)
+
+
+def _taught(manifest: CaptureManifest) -> list[tuple[str, object]]:
+    """Tokens, and what of them is taught."""
+    figures = chat_figures(manifest)
+    return [
+        ("answers taught", figures["taught_turns"]),
+        ("tokens", sum(part.tokens for part in manifest.parts)),
+        ("share of the tokens that is taught", f"{figures['share_of_tokens_taught']:.1%}"),
+        ("rows, one for each taught token", sum(part.rows for part in manifest.parts)),
+        *((f"of them {plain(kind)}", count) for kind, count in figures["taught_tokens"].items()),
+    ]
 
 
 def columns(manifest: CaptureManifest, sizes: Mapping[str, float]) -> str:
@@ -139,6 +173,8 @@ def alignment(manifest: CaptureManifest, found: Sequence[Alignment]) -> str:
              _percent(summed["chunks_1_1"], summed["chunks"]), _ratio(text_bytes, summed["chunks"]),
              _ratio(text_bytes, summed["student_tokens"]))
         ]  # fmt: skip
+    if not rows and manifest.chat is not None:
+        return "Not measured: a student's own chat template decides; `xtoken align` counts the chunks."
     if not rows:
         return "Not measured; `xtoken share card CAPTURE --students NAME` counts it for any tokenizer."
     head = ["student's tokenizer", "samples", "chunks of 1 token each", "bytes per chunk", "bytes per student token"]
@@ -153,10 +189,21 @@ def _ratio(part: int, whole: int) -> str:
     return f"{part / whole:.2f}" if whole else "-"
 
 
-def limits(manifest: CaptureManifest, *, has_text: bool) -> str:
-    """What is not in the capture."""
+def limits(manifest: CaptureManifest, skipped: Mapping[str, int], *, has_text: bool) -> str:
+    """What is not in the capture.
+
+    Args:
+        manifest: of it.
+        skipped: how many conversations were left out, by reason.
+        has_text: whether samples have their text.
+    """
     left = set(manifest.left_out)
     lines = ["Each sample was scored on its own: no context crosses from one window of a document to the next."]
+    if manifest.chat is not None:
+        lines = [
+            "Each conversation was scored on its own, as the chat template writes it.",
+            *_not_taught(manifest, skipped),
+        ]
     if without_rows(manifest.left_out):
         lines.append("The rows' entries were left out: only losses of the text's own log-probabilities can be trained.")
     else:
@@ -168,6 +215,30 @@ def limits(manifest: CaptureManifest, *, has_text: bool) -> str:
     lines += _missing(manifest)
     lines.append("A teacher's mistakes and biases, and the text's, are in its rows; nothing was filtered.")
     return bullets(lines)
+
+
+def _not_taught(manifest: CaptureManifest, skipped: Mapping[str, int]) -> list[str]:
+    """What conversations have that is not here."""
+    figures, lines = chat_figures(manifest), []
+    if skipped:
+        lines.append(f"Conversations left out: {_by_name(skipped)}; `skipped.jsonl` names them.")
+    if "conversations_cut" in figures:
+        cut = figures["conversations_cut"]
+        lines.append(f"Conversations that lost their last messages, since they were too long: {cut:,}.")
+    if "absent_contents" in figures:
+        lines.append(f"What the chat template leaves out, or writes otherwise: {_by_name(figures['absent_contents'])}.")
+    if "tokenized_apart" in figures:
+        lines.append(
+            "Samples of which the whole rendering would be cut into other tokens at the ends of contents: "
+            f"{figures['tokenized_apart']:,}."
+        )
+    return lines
+
+
+def _by_name(counts: Mapping[str, int]) -> str:
+    most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    more = f" and {len(most) - _NAMED} more" if len(most) > _NAMED else ""
+    return ", ".join(f"{plain(name)}: {count:,}" for name, count in most[:_NAMED]) + more
 
 
 def _missing(manifest: CaptureManifest) -> list[str]:

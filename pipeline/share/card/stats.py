@@ -18,11 +18,11 @@ from xtoken.pipeline.store.reader import ids_of_codes, iter_parquet, stored_colu
 from xtoken.pipeline.store.span_checks import token_ends_fit
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.manifest import CaptureManifest
-from xtoken.schemas.spans import CHAT_ROW_COLUMNS, rows_per_sample, tokens_with_row
+from xtoken.schemas.spans import CHAT_ROW_COLUMNS, ROW_COLUMNS, rows_per_sample, tokens_with_row
 from xtoken.schemas.ui.progress import Progress
 
 # Columns that are counted, beside those of the codec.
-_COLUMNS = ("sample_id", "teacher_ids", "teacher_end", "first_row", "realised_logprob")
+_COLUMNS = ("sample_id", "teacher_end", *ROW_COLUMNS, "realised_logprob")
 
 
 def read_stats(root: str, manifest: CaptureManifest, progress: Progress) -> RowStats:
@@ -31,8 +31,8 @@ def read_stats(root: str, manifest: CaptureManifest, progress: Progress) -> RowS
     Raises:
         VerificationError: a part is missing, torn, or its columns contradict each other.
     """
-    folder, codec = Folder(root), open_codec(manifest.codec)
-    columns = [*_COLUMNS, *(CHAT_ROW_COLUMNS if manifest.chat is not None else ())]
+    folder, codec, columns = Folder(root), open_codec(manifest.codec), list(_COLUMNS)
+    columns += CHAT_ROW_COLUMNS if manifest.chat is not None else ()
     if not without_rows(manifest.left_out):
         columns += [name for name in codec.whole_columns if name not in columns]
     id_of_code = ids_of_codes(root)
@@ -64,15 +64,14 @@ def _consistent(batch: pa.RecordBatch, columns: list[str], codec: Codec) -> bool
 
 
 def _add(stats: RowStats, batch: pa.RecordBatch, codec: Codec) -> None:
-    predicted_T = tokens_with_row(batch)
-    lengths_N = list_lengths(batch, "teacher_ids")
+    lengths_N, predicted_T = list_lengths(batch, "teacher_ids"), tokens_with_row(batch)
+    end_T = flat(batch, "teacher_end").astype(np.int64)
+    width_T = np.diff(end_T, prepend=0)
     starts_N = np.cumsum(lengths_N) - lengths_N
-    ends_T = flat(batch, "teacher_end").astype(np.int64)
-    width_T = np.diff(ends_T, prepend=0)
-    width_T[starts_N] = ends_T[starts_N]
+    width_T[starts_N] = end_T[starts_N]
     stats.rows += int(predicted_T.sum())
     stats.nats -= float(flat(batch, "realised_logprob").astype(np.float64).sum())
-    # a token without a row is no prediction, so its bytes do not count
+    # what is not predicted, a first token or what is not taught, does not count
     stats.text_bytes += int(width_T[predicted_T].sum())
     if not set(codec.whole_columns) <= set(batch.schema.names):
         return

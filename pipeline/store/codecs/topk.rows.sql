@@ -2,6 +2,7 @@
 -- Needs: rows
 SELECT
     sample_id, text, teacher_ids, teacher_end, realised_logprob, space_logprob, first_row, complete, snapped,
+    row, span_kind, span_byte_end, span_token_end, span_message, span_learn, messages,
     CAST(kept AS INTEGER[]) AS kept,
     list_transform(
         rest_gap, lambda gap: CASE WHEN gap = 65535 THEN 0.0 ELSE exp(-CAST(gap AS DOUBLE) * getvariable('step')) END
@@ -9,4 +10,4 @@ SELECT
     NULL::DOUBLE[] AS entropy,
     topk_codes AS codes,
     unpack_rows(kept, topk_codes, topk_gap) AS unpacked
-FROM capture._stored
+FROM capture._samples

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 from in_process import InProcess
+from talks import TALKS
 
+from xtoken.pipeline.align import align
 from xtoken.pipeline.capture import precompute
+from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.ui.progress import Silent
 
@@ -25,17 +28,18 @@ SmallCapture = Callable[..., Path]
 def small_capture(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Callable[[str], Path]) -> SmallCapture:
     """``small_capture(texts, teacher="smollm2", **settings)``: a finished capture by the fake teacher; read only.
 
-    Texts are files by their names, or with ``id_field`` documents of one file by their ids. Settings are those of
-    ``PrecomputeConfig``. It is made once for the same texts and settings.
+    Texts are files by their names, or with ``id_field`` documents of one file by their ids; lists of messages are
+    conversations of one file by their ids. Settings are those of ``PrecomputeConfig``. It is made once for the same
+    texts and settings.
     """
     made: dict[str, Path] = {}
 
-    def build(texts: Mapping[str, str], teacher: str = "smollm2", **settings: Any) -> Path:
+    def build(texts: Mapping[str, Any], teacher: str = "smollm2", **settings: Any) -> Path:
         key = json.dumps([texts, teacher, settings])
         if key not in made:
             root = tmp_path_factory.mktemp("capture")
             config = PrecomputeConfig.from_flat(
-                corpus=str(_write_corpus(root / "corpus", texts, settings.get("id_field"))),
+                corpus=str(_write_corpus(root / "corpus", texts, settings)),
                 teacher=teacher if teacher == "bytes" else str(tokenizer_file(teacher)),
                 out=str(root / "capture"),
                 backend="fake",
@@ -48,15 +52,44 @@ def small_capture(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Call
     return build
 
 
-def _write_corpus(root: Path, texts: Mapping[str, str], id_field: str | None) -> Path:
+def _write_corpus(root: Path, texts: Mapping[str, Any], settings: dict[str, Any]) -> Path:
     root.mkdir()
-    if id_field is not None:
-        lines = (json.dumps({id_field: name, "text": text}, ensure_ascii=False) for name, text in texts.items())
+    is_chat = any(isinstance(text, list) for text in texts.values())
+    if is_chat:
+        settings["id_field"] = "id"
+    if settings.get("id_field") is not None:
+        field = "messages" if is_chat else "text"
+        lines = (
+            json.dumps({settings["id_field"]: name, field: text}, ensure_ascii=False) for name, text in texts.items()
+        )
         (root / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
     else:
         for name, text in texts.items():
             (root / name).write_text(text, newline="", encoding="utf-8")
     return root
+
+
+@pytest.fixture(scope="session")
+def chat_capture(small_capture: SmallCapture) -> Path:
+    """A finished capture of the conversations of ``talks.py`` by a teacher with Qwen3's template; read only.
+
+    Thinking is taught, and the parts are several.
+    """
+    talks = {f"talk/{name}": talk for name, talk in TALKS.items()}
+    return small_capture(
+        talks, "qwen3", max_tokens=96, shard_bytes=150, k=16, min_p=0.01, learn=["thinking"], on_bad="skip"
+    )
+
+
+@pytest.fixture(scope="session")
+def chat_targets(
+    chat_capture: Path, tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Its targets for a student with another template, for p-kl and alm; read only."""
+    out = tmp_path_factory.mktemp("targets") / "chats"
+    student = str(tokenizer_file("smollm2").parent)
+    align(AlignConfig(captures=[str(chat_capture)], student=student, out=str(out), losses=["p-kl", "alm"]), Silent())
+    return out
 
 
 @pytest.fixture(scope="session")

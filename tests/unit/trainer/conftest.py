@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from xtoken.schemas.chat import ChatInfo
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.manifest import Part, TargetManifest, TeacherInfo, TokenizerInfo, part_name
-from xtoken.schemas.tables import LEAN_TARGETS, VOCAB, W, target_columns, targets
+from xtoken.schemas.tables import CHAT_TARGETS, LEAN_TARGETS, VOCAB, W, target_columns, targets
 from xtoken.schemas.target_form import TargetForm, TokenCodes
 from xtoken.trainer.losses.base import LossSetup, ProjectionArrays, VocabArrays
 
@@ -25,6 +27,7 @@ BYTES = [b"", b"", *(b" " * (i % 2) + bytes([97 + i]) for i in range(V - 2))]
 STUDENT = TokenizerInfo(name="toy-student", hash="a" * 64, kind="bytes", size=V, adds_bos=True, bos_id=BOS, eos_id=EOS)
 TEACHER = TokenizerInfo(name="toy-teacher", hash="b" * 64, kind="byte-level", size=U, adds_bos=True, bos_id=0)
 
+CHAT = ChatInfo(template="f" * 64, date="2026-01-02T00:00:00", learn=["assistant", "call", "stop"], stop_token=EOS)
 CODES = TokenCodes(*(np.random.default_rng(9).permutation(size).astype(np.int32) for size in (U, V)))
 
 
@@ -82,7 +85,44 @@ def _sample(pair: Pair, rng: np.random.Generator, name: str, length: int) -> dic
     """
     ids = rng.integers(2, V, length).astype(np.int32)
     ends = np.array([i + 1 for i in range(length) if i % 3 != 1 or i == length - 1], np.int32)
-    sizes = {"chunk": len(ends), "token": length}
+    known = {axis: np.arange(size) < size - 1 for axis, size in (("chunk", len(ends)), ("token", length))}
+    return _columns(pair, rng, name, ids, ends, known)
+
+
+def _chat_sample(pair: Pair, rng: np.random.Generator, name: str, length: int) -> dict[str, Any]:
+    """Turns: what is not taught is a gap, and so is at places what is, by itself or joined to it; some have no tokens.
+
+    Chunks have one token or two, and only taught tokens have targets of their own.
+    """
+    ids = rng.integers(2, V, length).astype(np.int32)
+    mask = np.random.default_rng([length, *name.encode()])  # not of ``rng``: the same whatever the losses are
+    learn = np.zeros(length, np.bool_)
+    at = int(mask.integers(1, 3))
+    while at < length:
+        learn[at : at + int(mask.integers(1, 7))] = True
+        at += 6 + int(mask.integers(1, 3))
+    ends, has = list[int](), list[bool]()
+    for low, high in pairwise([0, *(np.flatnonzero(np.diff(learn)) + 1).tolist(), length]):
+        if not learn[low]:
+            ends, has = [*ends, high], [*has, False]
+        elif (what := mask.random()) < 0.25:  # taught, and the teacher has other text there
+            ends, has = ([*ends[:-1], high], has) if what < 0.12 else ([*ends, high], [*has, False])
+        else:
+            at = low + int(mask.integers(0, high - low)) if mask.random() < 0.3 else -1
+            while low < high:
+                if low == at:
+                    ends, has = [*ends, low], [*has, False]
+                low = min(high, low + int(mask.integers(1, 3)))
+                ends, has = [*ends, low], [*has, True]
+    known = {"chunk": np.array(has), "token": learn}
+    return {"learn": learn} | _columns(pair, rng, name, ids, np.array(ends, np.int32), known)
+
+
+def _columns(
+    pair: Pair, rng: np.random.Generator, name: str, ids: np.ndarray, ends: np.ndarray, known: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """A sample's; ``known``: which chunks and tokens have targets."""
+    length, no_row = len(ids), np.where(known["chunk"], np.float32(0), np.float32(np.nan))
     sample: dict[str, Any] = {
         "sample_id": name,
         "teacher_entropy": float(rng.uniform(1, 3)),
@@ -91,31 +131,34 @@ def _sample(pair: Pair, rng: np.random.Generator, name: str, length: int) -> dic
         "student_end": np.arange(1, length + 1, dtype=np.int32),
         "chunk_student_end": ends,
         "chunk_teacher_end": np.arange(1, len(ends) + 1, dtype=np.int32),
-        "teacher_logprob": np.append(-rng.uniform(1, 3, len(ends) - 1), np.nan).astype(np.float32),
+        "teacher_logprob": (-rng.uniform(1, 3, len(ends)) + no_row).astype(np.float32),
     }
     columns = target_columns(LOSSES, base=False)
     for count, axis in [column for column in columns if column.name.endswith("_count")]:
-        sample |= _entries(pair, rng, count, sizes[axis], {name for name, of in columns if of == count})
+        sample |= _entries(pair, rng, count, known[axis], {name for name, of in columns if of == count})
     for column in ("factor_logprob", "alm_space_logprob"):
-        sample[column] = np.append(-rng.uniform(0.1, 3, len(ends) - 1), np.nan).astype(np.float32)
+        sample[column] = (-rng.uniform(0.1, 3, len(ends)) + no_row).astype(np.float32)
     return sample
 
 
-def _entries(pair: Pair, rng: np.random.Generator, count: str, size: int, names: set[str]) -> dict[str, Any]:
-    """The columns that ``count`` counts, for ``size`` chunks or tokens of which the last has none."""
+def _entries(pair: Pair, rng: np.random.Generator, count: str, has: np.ndarray, names: set[str]) -> dict[str, Any]:
+    """The columns that ``count`` counts, for chunks or tokens that have some or none."""
     stem = count.removesuffix("_count")
     w = pair.arrays
     choices = {"hkl_common": w.student_id[w.common], "gold": w.student_id[w.exact]}
     choices |= dict.fromkeys(("pkl", "mined"), pair.reached)
-    cells = [pair.cells(rng, choices.get(stem, np.arange(2, V)), 3 if stem == "child" else 6) for _ in range(size - 1)]
-    low = rng.integers(0, V - 4, 3 * size)
+    nothing = np.zeros(0, np.int32), np.zeros(0, np.float32), -np.inf
+    ids_of, kept = choices.get(stem, np.arange(2, V)), 3 if stem == "child" else 6
+    cells = [pair.cells(rng, ids_of, kept) if one else nothing for one in has]
+    groups = 3 * int(has.sum())
+    low = rng.integers(0, V - 4, groups)
     found = {
-        count: np.array([*(len(ids) for ids, _, _ in cells), 0], np.int32),
+        count: np.array([len(ids) for ids, _, _ in cells], np.int32),
         f"{stem}_ids": _joined([ids for ids, _, _ in cells], np.int32),
         f"{stem}_logprob": _joined([logprob for _, logprob, _ in cells], np.float32),
-        f"{stem}_rest_logprob": np.array([*(rest for _, _, rest in cells), -np.inf], np.float32),
-        "child_low": low[: 3 * (size - 1)].astype(np.int32),
-        "child_high": (low + rng.integers(1, 3, 3 * size))[: 3 * (size - 1)].astype(np.int32),
+        f"{stem}_rest_logprob": np.array([rest for _, _, rest in cells], np.float32),
+        "child_low": low.astype(np.int32),
+        "child_high": (low + rng.integers(1, 3, groups)).astype(np.int32),
     }
     return {name: value for name, value in found.items() if name in {count, f"{stem}_rest_logprob", *names}}
 
@@ -131,18 +174,20 @@ def write_targets(
     losses: tuple[str, ...] = ("p-kl", "h-kl"),
     seed: int = 0,
     step: float | None = None,
+    chat: ChatInfo | None = None,
     **manifest: Any,
 ) -> str:
     """A target folder with one part per list of sample lengths, two samples per row group; more for its manifest.
 
-    With ``step`` the same samples as version 6 of the schema holds them.
+    With ``step`` the same samples as version 6 of the schema holds them; with ``chat`` and a step conversations.
     """
-    form = TargetForm(losses, 3 if step is None else LEAN_TARGETS, step or 0.0, CODES)
+    version = CHAT_TARGETS if chat is not None else 3 if step is None else LEAN_TARGETS
+    form = TargetForm(losses, version, step or 0.0, CODES)
     rng = np.random.default_rng(seed)
     (root / "data").mkdir(parents=True)
-    schema, parts = targets(losses), []
+    schema, parts, sample = targets(losses, chat=form.chat), [], _chat_sample if form.chat else _sample
     for index, sizes in enumerate(lengths):
-        rows = [_sample(pair, rng, f"doc{index}#{i}", size) for i, size in enumerate(sizes)]
+        rows = [sample(pair, rng, f"doc{index}#{i}", size) for i, size in enumerate(sizes)]
         table = pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema=schema)
         path = root / "data" / part_name(index)
         stored = pa.Table.from_batches([form.stored_batch(batch) for batch in table.to_batches()], form.schema)
@@ -153,7 +198,7 @@ def write_targets(
     files = {"w.parquet": pair.table(), "student_vocab.parquet": vocab_table}
     if step is not None:
         files["codes.parquet"] = CODES.table()
-        manifest |= {"schema_version": LEAN_TARGETS, "step": step}
+        manifest |= {"schema_version": version, "step": step, "chat": chat}
     for name, table in files.items():
         pq.write_table(table, root / name)
     sums = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in files}
@@ -230,6 +275,12 @@ def make_targets(tmp_path: Path, pair: Pair) -> Callable[..., str]:
         return write_targets(tmp_path / name, pair, lengths, **options)
 
     return make
+
+
+@pytest.fixture
+def chat_info() -> ChatInfo:
+    """How the student's side of the toy conversations was written."""
+    return CHAT
 
 
 @pytest.fixture

@@ -20,9 +20,10 @@ SELECT
 FROM (
     SELECT
         sample_id,
-        unnest(unpacked.place) + first_row AS pos,
+        unnest(taken(predicted, unpacked.place)) AS pos,
         unnest(unpacked.rank) AS rank,
         teacher_id_of(unnest(codes)) AS teacher_id,
         unnest(unpacked.logprob) AS logprob
-    FROM capture._rows
+    -- a lambda would compute the list anew for each element
+    FROM (SELECT *, token_of_row(row) AS predicted FROM capture._rows)
 )

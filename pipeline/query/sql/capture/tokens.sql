@@ -6,6 +6,9 @@
 -- token: its bytes as text, what is not UTF-8 written like \xe6
 -- start_byte: where it starts in the sample's text
 -- end_byte: where it ends
+-- span: the span it is of, as in spans
+-- kind: of that span: text, template, user, assistant, stop, ...
+-- learn: it is taught
 -- logprob: nats; log-probability that the teacher gives it there; null for a token without a row
 -- surprise: the same in bits, positive
 -- kept: entries kept in its row; of draws, different tokens drawn
@@ -20,6 +23,9 @@ SELECT
     teacher_text_of(t.teacher_id) AS token,
     t.start_byte,
     t.end_byte,
+    t.span,
+    t.kind,
+    t.learn,
     t.logprob,
     -t.logprob / ln(2) AS surprise,
     t.kept,
@@ -33,10 +39,16 @@ FROM (
         unnest(teacher_ids) AS teacher_id,
         unnest(starts_of(teacher_end)) AS start_byte,
         unnest(teacher_end) AS end_byte,
-        unnest(by_token(realised_logprob, first_row)) AS logprob,
-        unnest(by_token(kept, first_row)) AS kept,
-        unnest(by_token(rest, first_row)) AS rest,
-        unnest(by_token(entropy, first_row)) AS entropy,
-        unnest(by_token(space_logprob, first_row)) AS space_logprob
-    FROM capture._rows
+        unnest(span_of_token) AS span,
+        unnest(taken(span_kind, span_of_token)) AS kind,
+        unnest(taken(span_learn, span_of_token)) AS learn,
+        unnest(taken(realised_logprob, row)) AS logprob,
+        unnest(taken(kept, row)) AS kept,
+        unnest(taken(rest, row)) AS rest,
+        unnest(taken(entropy, row)) AS entropy,
+        unnest(taken(space_logprob, row)) AS space_logprob
+    FROM (
+        SELECT *, steps(CAST(span_token_end AS INTEGER[]), CAST(len(teacher_ids) AS INTEGER)) AS span_of_token
+        FROM capture._rows
+    )
 ) AS t

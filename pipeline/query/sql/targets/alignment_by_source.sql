@@ -2,14 +2,14 @@
 -- source: of the samples, as in samples
 -- script: of the samples, as in samples
 -- samples: samples
--- chunks: chunks with text, and those of eos
+-- chunks: chunks with text, and those of eos or stop
 -- one_to_one: share of the chunks with one token on either side
 -- student_tokens_per_chunk: mean
 -- teacher_tokens_per_chunk: mean
 -- bytes_per_student_token: of chunks
 -- bytes_per_teacher_token: of chunks
 -- bits_per_byte: the teacher's, over chunks with a row
--- bytes: bytes of all chunks
+-- bytes: bytes of these chunks
 SELECT
     source_of(sample_id) AS source,
     script,
@@ -25,6 +25,6 @@ SELECT
     ) AS bits_per_byte,
     CAST(sum(end_byte - start_byte) AS BIGINT) AS bytes
 FROM targets._chunks
-WHERE end_byte > start_byte OR chunk > 0
+WHERE kind NOT IN ('lead', 'gap')
 GROUP BY ALL
 ORDER BY bytes DESC, source, script

@@ -3,7 +3,7 @@
 -- chunk: number of the chunk in its sample, from 0
 -- source: of the sample, as in samples
 -- script: of the sample, as in samples
--- kind: text; eos (closes the document on both sides); lead (tokens 0 bytes wide before the text, no target)
+-- kind: text; eos (closes the document on both sides); lead (tokens 0 bytes wide before the text, no target); of conversations also stop (ends an answer, or opens or closes thinking) and gap (what is not taught on both sides, no target)
 -- student_start: its first student token, as in student_tokens
 -- student_end: the student token after its last
 -- teacher_start: its first teacher token
@@ -23,7 +23,7 @@ SELECT
     chunk,
     source_of(sample_id) AS source,
     script,
-    CASE WHEN end_byte > start_byte THEN 'text' WHEN chunk = 0 THEN 'lead' ELSE 'eos' END AS kind,
+    kind,
     student_start,
     student_end,
     teacher_start,

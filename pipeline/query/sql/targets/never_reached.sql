@@ -6,7 +6,7 @@
 -- role: bos, eos, ...; null for text
 -- category: what kind of text it stands for, as in student_vocab
 -- kind: how W reaches the teacher from it (by its largest weight): exact, pieces, role, ...; none
--- seen: how often it stands in the text, where the teacher should have expected it
+-- seen: how often it stands in what is taught, where the teacher should have expected it
 SELECT v.token_id AS student_id, v.bytes, v.token, v.role, c.category, coalesce(w.kind, 'none') AS kind,
     coalesce(s.seen, 0) AS seen
 FROM targets._student_vocabulary AS v
@@ -15,7 +15,10 @@ LEFT JOIN (SELECT student_id, arg_max(kind, weight) AS kind FROM targets._w GROU
     ON w.student_id = v.token_id
 LEFT JOIN (
     SELECT student_id, count(*) AS seen
-    FROM (SELECT unnest(student_ids) AS student_id FROM targets._stored)
+    FROM (
+        SELECT unnest(CASE WHEN learn IS NULL THEN student_ids ELSE list_where(student_ids, learn) END) AS student_id
+        FROM targets._stored
+    )
     GROUP BY student_id
 ) AS s ON s.student_id = v.token_id
 LEFT JOIN targets._student_mass AS m ON m.student_id = v.token_id

@@ -290,7 +290,7 @@ def boundaries(pair: Pair) -> dict[int, tuple[int, int, bytes]]:
         ids, ends = batch["teacher_ids"][sample.at].as_py(), batch["teacher_end"][sample.at].as_py()
         mine = [0, *sample.encoded.ends.tolist()]
         cuts = list(pairwise(zip([0, *sample.chunks.student_end], [0, *sample.chunks.teacher_end], strict=True)))
-        for (s0, t0), (s1, t1) in cuts[int(sample.chunks.lead) :]:
+        for (s0, t0), (s1, t1) in cuts[int(sample.chunks.gap[:1].sum()) :]:
             if t0 < first:
                 continue
             found[base + int(s0)] = (sample.at, int(t0) - first, b"")

@@ -249,4 +249,4 @@ def test_a_boundary_that_was_missed_is_found(checked: Checked) -> None:
 
 
 def _all_but_last(chunks: Chunks) -> dict[str, Any]:
-    return {"student_end": chunks.student_end[:-1], "teacher_end": chunks.teacher_end[:-1]}
+    return {"student_end": chunks.student_end[:-1], "teacher_end": chunks.teacher_end[:-1], "gap": chunks.gap[:-1]}

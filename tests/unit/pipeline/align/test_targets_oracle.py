@@ -143,7 +143,7 @@ def spans(batch: pa.RecordBatch, samples: list[Joined]) -> list[tuple[int, int, 
         ends = sample.chunks.teacher_end.tolist()
         first = batch["first_row"][sample.at].as_py()
         rows = [(start - first, end - first) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        if sample.chunks.lead:
+        if sample.chunks.gap[:1].any():
             rows[0] = (-1, rows[0][1])
         found += [(sample.at, *row) for row in rows]
     return found
@@ -366,7 +366,7 @@ def _check_realised(batch: pa.RecordBatch, sample: Joined, found: list[float]) -
     first, values = batch["first_row"][sample.at].as_py(), batch["realised_logprob"][sample.at].as_py()
     start = 0
     for chunk, end in enumerate(sample.chunks.teacher_end.tolist()):
-        if start - first < 0 or (chunk == 0 and sample.chunks.lead):
+        if start - first < 0 or sample.chunks.gap[chunk]:
             assert math.isnan(found[chunk])
         else:
             assert found[chunk] == pytest.approx(sum(values[start - first : end - first]), rel=1e-5)

@@ -60,7 +60,7 @@ KINDS["kept"] = pa.list_(pa.uint8())
 def joined(at: int, teacher_end: list[int]) -> Joined:
     """Chunks that end at these teacher tokens; the student has one token for each."""
     ends = np.array(teacher_end, np.int32)
-    chunks = Chunks(np.arange(1, len(ends) + 1, dtype=np.int32), ends, lead=False)
+    chunks = Chunks(np.arange(1, len(ends) + 1, dtype=np.int32), ends, np.zeros(len(ends), np.bool_))
     return Joined(at, Encoded("", np.zeros(len(ends), np.int32), ends, snapped=False), chunks)
 
 

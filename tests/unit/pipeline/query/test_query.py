@@ -70,7 +70,7 @@ def changed(root: Path, column: str, value: int) -> None:
         ("SET memory_limit = '100GB'", "a query reads"),
         ("EXPORT DATABASE '{tmp}/x'", "a query reads"),
         ("SELECT 1; SELECT 2", "2 statements; ask one at a time"),
-        ("SELEC 1", "syntax error.*the views are entries, mass, parts, samples, tokens, vocab"),
+        ("SELEC 1", "syntax error.*the views are entries, mass, parts, samples, spans, tokens, vocab"),
         ("FROM nowhere", "nowhere does not exist"),
         ("SELECT nothing FROM samples", "nothing"),
         ("FROM 's3://bucket/x.parquet'", "the query does not run"),
@@ -267,7 +267,9 @@ def test_the_terminal_says_how_many_more(capture: Path) -> None:
 
 def test_the_command_line_lists_views_and_reads_standard_input(capture: Path) -> None:
     listed = json.loads(RUNNER.invoke(cli.app, ["query", str(capture), "--json"]).stdout)
-    assert [view["view"] for view in listed["views"]] == ["entries", "mass", "parts", "samples", "tokens", "vocab"]
+    assert [view["view"] for view in listed["views"]] == [
+        *("entries", "mass", "parts", "samples", "spans", "tokens", "vocab")
+    ]
     found = RUNNER.invoke(cli.app, ["query", str(capture), "-", "--json"], input="SELECT 1 AS one\n")
     assert json.loads(found.stdout) == {"total": 1, "rows": [{"one": 1}]}
     failed = RUNNER.invoke(cli.app, ["query", str(capture), "FROM nowhere"])

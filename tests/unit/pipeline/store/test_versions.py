@@ -1,5 +1,6 @@
 """A capture must stay readable: golden folders written by every release so far, and what other versions are refused."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from xtoken.pipeline.store.codecs.topk import decode, decode_tau_tail
 from xtoken.pipeline.store.inspect import inspect
 from xtoken.pipeline.store.reader import iter_capture, iter_targets, load_vocab
 from xtoken.pipeline.store.verify import verify
+from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_any_manifest, read_manifest
@@ -30,6 +32,8 @@ CAPTURES = sorted(path.name for path in GOLDEN.glob("v*") if (path / "vocab.parq
 TOPK = [name for name in CAPTURES if "sampled" not in name]
 SAMPLED = [name for name in CAPTURES if "sampled" in name]
 TARGETS = sorted(path.name for path in GOLDEN.glob("v*") if (path / "w.parquet").exists())
+CHATS = [name for name in CAPTURES if "chats" in name]
+TEXTS_OF = [name for name in CAPTURES if name not in CHATS]
 TEXTS = 4
 EOS = 0
 
@@ -107,7 +111,7 @@ def test_sampled_rows_are_draws_of_what_the_teacher_said(name: str) -> None:
             assert abs(drawn.get(token, 0) - n * p) < 5 * np.sqrt(n * p * (1 - p)) + 1
 
 
-@pytest.mark.parametrize("name", CAPTURES)
+@pytest.mark.parametrize("name", TEXTS_OF)
 def test_the_vocabulary_comes_with_it(name: str) -> None:
     table = load_vocab(str(GOLDEN / name))
     row = first_sample(name)
@@ -116,7 +120,58 @@ def test_the_vocabulary_comes_with_it(name: str) -> None:
     assert b"".join(table.token(token) for token in row["teacher_ids"]).decode() == row["text"]
 
 
-@pytest.mark.parametrize("name", CAPTURES)
+@pytest.mark.parametrize("name", CHATS)
+def test_conversations_say_what_they_are(name: str) -> None:
+    """Every byte and kind as a person reads it in the conversations of ``make_captures.py``."""
+    manifest, table = read_manifest(str(GOLDEN / name), CaptureManifest), load_vocab(str(GOLDEN / name))
+    template = (GOLDEN / "zephyr.jinja").read_bytes()
+    assert manifest.chat is not None
+    assert manifest.chat.template == hashlib.sha256(template).hexdigest()
+    assert (manifest.chat.date, manifest.chat.form, manifest.chat.stop_token) == ("2026-07-04", "messages", EOS)
+    rows = [row for batch in iter_capture(str(GOLDEN / name)) for row in batch.to_pylist()]
+    brief, switched, called, cut = rows
+    assert brief["text"] == "Be brief.The river runs past the old mill?27 boats wait.It runs, naïve Leser: 日本語。"
+    assert [kind for kind in brief["span_kind"] if kind != "template"] == [
+        *("system", "user", "marker", "thinking", "marker", "assistant", "stop")
+    ]
+    taught = {m for m, learn in zip(switched["span_message"], switched["span_learn"], strict=True) if learn}
+    assert taught == {3}, "message 1 is switched off"
+    assert switched["text"].startswith("</s>\n<|system|>\nrain")
+    assert EOS not in switched["teacher_ids"][7:26], "a user's '</s>' is text"
+    assert [k for k, learn in zip(called["span_kind"], called["span_learn"], strict=True) if learn] == [
+        *("assistant", "call", "stop", "assistant", "stop")
+    ]
+    assert '{"name": "rain", "arguments": {"unit": "m²"}}' in called["text"]
+    assert (cut["text"], cut["complete"]) == ("shortshort", False)
+    for row in rows:
+        assert len(row["realised_logprob"]) == sum(
+            size
+            for size, learn in zip(np.diff(row["span_token_end"], prepend=0), row["span_learn"], strict=True)
+            if learn
+        )
+        stops = [end - 1 for kind, end in zip(row["span_kind"], row["span_token_end"], strict=True) if kind == "stop"]
+        assert {row["teacher_ids"][at] for at in stops} == {EOS}
+    assert table.size == 400
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_conversations_align_with_a_student_of_another_template(name: str, tmp_path: Path) -> None:
+    config = AlignConfig(
+        captures=[str(GOLDEN / name)],
+        student=str(GOLDEN / "tiny"),
+        template=str(GOLDEN / "vicuna.jinja"),
+        out=str(tmp_path / "t"),
+        losses=["p-kl", "h-kl", "alm", "strict", "byte-prefix"],
+    )
+    manifest = align(config, Silent())
+    assert verify(str(tmp_path / "t"))["samples"] == TEXTS
+    assert manifest.chat is not None
+    golden = GOLDEN / "v7-targets"
+    for path in sorted(golden.rglob("*.parquet")):
+        assert (tmp_path / "t" / path.relative_to(golden)).read_bytes() == path.read_bytes(), "the same bytes"
+
+
+@pytest.mark.parametrize("name", TEXTS_OF)
 def test_every_capture_aligns(name: str, tmp_path: Path) -> None:
     config = AlignConfig(captures=[str(GOLDEN / name)], student="bytes", out=str(tmp_path / "t"), losses=["p-kl"])
     manifest = align(config, Silent())
@@ -152,7 +207,9 @@ def test_golden_targets_are_trained_on(name: str) -> None:
     sample = read_sample([(group, 0)], layout)
     lesson = sample.targets[0]
     assert lesson is not None
-    assert bytes(sample.sequence.tolist()).decode(errors="ignore").startswith("The river runs")
+    source = "bytes" if targets.manifest.chat is None else str(GOLDEN / "tiny")
+    spelt = b"".join(map(load_tokenizer(source).table.token, sample.sequence.tolist())).decode(errors="ignore")
+    assert spelt.startswith("The river runs" if targets.manifest.chat is None else "Be brief.")
     assert len(lesson.first_C) == len(lesson.columns["teacher_logprob"]) > 5
     assert len(targets.w.weight) > 0
 

@@ -8,6 +8,7 @@ from pydantic import Field
 from xtoken.pipeline.align.run_identity import run_settings as align_settings
 from xtoken.pipeline.capture.plan import make_plan
 from xtoken.pipeline.capture.run_identity import run_settings as capture_settings
+from xtoken.pipeline.project.stops import StopPair
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs import base
 from xtoken.schemas.configs.artifacts import AlignConfig
@@ -114,7 +115,14 @@ def test_targets_record_every_field_without_a_mark(monkeypatch: pytest.MonkeyPat
     projection: Any = SimpleNamespace(student=SimpleNamespace(hash="s"), hash="w")
     config = AlignConfig.from_flat(**RUNS[AlignConfig])
     settings = align_settings(config, projection, projection)
-    assert identity(config).keys() | {"capture", "student", "w", "for"} == settings.keys()
+    every = identity(config).keys() | {"capture", "student", "w", "for"}
+    # texts go through no chat template, and their records know of none
+    assert every - {"template_arg"} == settings.keys()
+    chat: Any = SimpleNamespace(template="t")
+    of_chat = align_settings(config, projection, projection, chat, StopPair(1, 2, 3))
+    assert of_chat == settings | {"template_arg": [], "template": "t", "stops": [1, 2, 3]}
+    assert of_chat.keys() == every | {"template", "stops"}
+    assert AlignConfig.settings_of({**of_chat, "w": "0" * 64}) == identity(config) | {"for": ["p-kl"]}
 
 
 def test_flat_names_are_unique() -> None:

@@ -100,6 +100,30 @@ def test_runs_without_an_end_without_held_out_data_and_of_one_step(tmp_path: Pat
     assert "No run was measured on held-out data" in Checked(alone).text
 
 
+def test_conversations(tmp_path: Path) -> None:
+    """How many tokens are taught, and figures by what a conversation holds."""
+    run, text_run = write_run(tmp_path / "run", "p-kl", steps=20), write_run(tmp_path / "text", "ce", steps=20)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kinds = {"assistant": {"bits_per_byte": 1.25, "bytes": 10}, "stop": {"bits_per_token": 0.75, "tokens": 3}}
+    for line in lines:
+        line |= {"by_kind": kinds} if "eval" in line else {"taught": 0.4375}
+    write_lines(path, lines)
+    text = report(tmp_path, run, text_run)[0]
+    page = Checked(text)
+    assert ", 44 % taught" in page.text
+    assert page.text.count("% taught") == 1, "text has no such share"
+    assert "taught tokens of conversations" in page.text
+    for said in (
+        "Bits per byte by what a conversation holds",
+        "assistant",
+        "1.25",
+        "Bits per token of what has no bytes",
+    ):
+        assert said in page.text
+    assert "by what a conversation holds" not in report(tmp_path, text_run)[0]
+
+
 def test_figures_that_are_no_numbers(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "p-kl", steps=2, held_out=False, finished=False)
     nan = [

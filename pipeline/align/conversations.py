@@ -1,0 +1,262 @@
+"""Captures of conversations: each as the student's template renders it, and chunks of what both renderings share.
+
+Chunks lie within a span that both have, and end where both have a token end, counted in bytes from the span's start; a
+stop, and other spans without bytes, are one chunk. Whatever lies between is a gap.
+
+Shapes: N samples, S student tokens, T teacher tokens, C chunks, M pairs of spans, all samples of a batch together.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from xtoken.pipeline.align.chunks import Chunks, Joined, offsets_of
+from xtoken.pipeline.align.encoding import Refusal
+from xtoken.pipeline.align.kernels import boundaries_batch
+from xtoken.pipeline.chats import (
+    ChatModel,
+    ChatTokens,
+    Conversation,
+    Match,
+    Pairing,
+    Refused,
+    Span,
+    as_written,
+    from_json,
+    on_axis,
+    open_chat_model,
+    pair,
+    spans_of,
+)
+from xtoken.pipeline.store.columns import flat, list_lengths
+from xtoken.pipeline.tokens import Encoded
+from xtoken.schemas.chat import CaptureChat, ChatInfo
+from xtoken.schemas.errors import VerificationError
+from xtoken.schemas.tables import SPAN_COLUMNS
+
+COLUMNS = ("sample_id", "text", "messages", *SPAN_COLUMNS)
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A sample as a capture has it: the byte axis, and the teacher's spans."""
+
+    text: str
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A sample as both models read it: the teacher's spans, the student's tokens, and what they share."""
+
+    stored: Stored
+    tokens: ChatTokens
+    pairing: Pairing
+
+    @property
+    def taught_bytes(self) -> int:
+        """Bytes that the teacher teaches."""
+        return sum(span.byte_end - span.byte_start for span in self.stored.spans if span.learn)
+
+    @property
+    def lost_bytes(self) -> int:
+        """Those of them that the student's rendering has not, or not at their place."""
+        lost = dict(self.pairing.lost)
+        return sum(span.byte_end - span.byte_start for span in self.stored.spans if span.learn and span.key in lost)
+
+
+def stored_conversation(row: dict[str, Any]) -> tuple[Conversation, Stored]:
+    """A sample's conversation with its contents as the teacher's template writes them, and the sample.
+
+    Args:
+        row: its ``COLUMNS``.
+
+    Raises:
+        VerificationError: what is stored is no conversation.
+    """
+    try:
+        stored = Stored(row["text"], spans_of({name: row[name] for name in SPAN_COLUMNS}))
+        return as_written(from_json(row["messages"]), stored), stored
+    except (Refused, ValueError, KeyError, TypeError) as error:
+        raise VerificationError(
+            f"sample {row['sample_id']!r}: its messages and spans are no conversation ({error}); 'xtoken verify' on "
+            "the capture lists what is damaged"
+        ) from error
+
+
+@dataclass(frozen=True)
+class ChatStudent:
+    """The student's side of the conversations of one capture.
+
+    Attributes:
+        model: its template and tokenizer.
+        info: what the targets' manifest says of it.
+    """
+
+    model: ChatModel
+    info: ChatInfo
+
+    @classmethod
+    def open(
+        cls, student: str, template: str | None, arguments: Mapping[str, Any], capture: CaptureChat
+    ) -> "ChatStudent":
+        """Load it; what is taught, and the date that templates are told, are those of the capture.
+
+        Args:
+            student: model or tokenizer.
+            template: file that counts instead of the student's own template.
+            arguments: further variables of the template.
+            capture: what its manifest says of conversations.
+
+        Raises:
+            XtokenError: the student has no template, or it cannot be loaded.
+        """
+        date = datetime.fromisoformat(capture.date)
+        model = open_chat_model(student, template=template, arguments=arguments, date=date)
+        info = ChatInfo(
+            template=model.template.sha256,
+            date=capture.date,
+            arguments=dict(arguments),
+            learn=capture.learn,
+            stop_token=model.stop_token,
+        )
+        return cls(model, info)
+
+    def read(self, batch: pa.RecordBatch) -> list[Reading | Refusal]:
+        """Every sample of a batch as the student reads it, or why it cannot."""
+        return [self.read_one(row) for row in batch.select(list(COLUMNS)).to_pylist()]
+
+    def read_one(self, row: dict[str, Any]) -> Reading | Refusal:
+        """One sample.
+
+        Args:
+            row: its ``COLUMNS``.
+
+        Raises:
+            VerificationError: what is stored of it is no conversation.
+        """
+        conversation, stored = stored_conversation(row)
+        try:
+            tokens = self.model.encode(conversation, self.info.learn)
+        except Refused as refused:
+            return Refusal(refused.reason, f"{refused.detail}; {refused.fix}")
+        return Reading(stored, tokens, pair(stored, tokens))
+
+
+def join_conversations(batch: pa.RecordBatch, readings: Sequence[Reading | Refusal]) -> list[Joined]:
+    """Chunks of each conversation that the student can read.
+
+    Args:
+        batch: columns of ``CaptureParts.read``.
+        readings: of each sample.
+    """
+    known = [(at, one) for at, one in enumerate(readings) if isinstance(one, Reading)]
+    teacher_N = _each(batch, "teacher_end")
+    matches = [(n, match) for n, (_, one) in enumerate(known) for match in one.pairing.matches if match.taught]
+    chunk_N, starts, ends = _cut_spans(
+        [match for _, match in matches],
+        [_within(known[n][1].tokens.ends, match.student) for n, match in matches],
+        [_within(teacher_N[known[n][0]], match.teacher) for n, match in matches],
+        np.array([n for n, _ in matches], np.int64),
+        len(known),
+    )
+    joined = []
+    for n, (at, one) in enumerate(known):
+        span = slice(chunk_N[n], chunk_N[n + 1])
+        tokens = one.tokens
+        chunks = with_gaps(starts[:, span], ends[:, span], (len(tokens), len(teacher_N[at])))
+        mine = Encoded(one.stored.text, tokens.ids, on_axis(one.pairing, tokens.ends), tokens.snapped)
+        joined.append(Joined(at, mine, chunks, tokens.learn, one.lost_bytes))
+    return joined
+
+
+def _each(batch: pa.RecordBatch, name: str) -> list[NDArray[np.int32]]:
+    return np.split(flat(batch, name), np.cumsum(list_lengths(batch, name))[:-1])
+
+
+def _within(end_T: NDArray[np.int32], span: Span) -> NDArray[np.int32]:
+    """Ends of a span's tokens, in bytes from its start. Of a span without bytes all tokens end at byte 1, so that
+    the walk makes one chunk of them."""
+    ends = end_T[span.token_start : span.token_end]
+    return np.ones_like(ends) if span.byte_start == span.byte_end else ends - np.int32(span.byte_start)
+
+
+def _cut_spans(
+    matches: Sequence[Match],
+    student: Sequence[NDArray[np.int32]],
+    teacher: Sequence[NDArray[np.int32]],
+    sample_M: NDArray[np.int64],
+    samples: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Chunks of all pairs of spans: where each sample's start [N + 1], and the first token and the one after the last,
+    of the student's and of the teacher's tokens of the sample, [2, C] each."""
+    empty, no_M = np.zeros(0, np.int32), np.zeros(len(matches), np.bool_)
+    offset_M, s_end_C, t_end_C, lead_M, decreasing = boundaries_batch(
+        np.concatenate([empty, *student]),
+        offsets_of([len(ends) for ends in student]),
+        np.concatenate([empty, *teacher]),
+        offsets_of([len(ends) for ends in teacher]),
+        no_M,
+        no_M,
+    )
+    assert decreasing < 0, f"byte ends of {matches[decreasing].teacher.key} decrease within its span"
+    ends = np.stack([s_end_C, t_end_C]).astype(np.int64)
+    starts = np.concatenate([np.zeros((2, 1), np.int64), ends], axis=1)[:, :-1]
+    starts[:, offset_M[:-1][np.diff(offset_M) > 0]] = 0
+    match_C = np.repeat(np.arange(len(matches)), np.diff(offset_M))
+    sides = ([match.student.token_start for match in matches], [match.teacher.token_start for match in matches])
+    first_M = np.array(sides, np.int64).reshape(2, -1)
+    # tokens of no bytes that a span begins with are no chunk: they join the gap before the next one
+    kept_C = np.ones(len(match_C), np.bool_)
+    kept_C[offset_M[:-1][lead_M]] = False
+    chunk_N = np.searchsorted(sample_M[match_C[kept_C]], np.arange(samples + 1))
+    return chunk_N, (starts + first_M[:, match_C])[:, kept_C], (ends + first_M[:, match_C])[:, kept_C]
+
+
+def with_gaps(starts: NDArray[np.int64], ends: NDArray[np.int64], tokens: tuple[int, int]) -> Chunks:
+    """Chunks with a target, and gaps of what lies before, between and behind them.
+
+    Args:
+        starts, ends: of the chunks with a target, [2, C]: the student's tokens and the teacher's.
+        tokens: how many either side has.
+    """
+    all_ = np.array(tokens, np.int64)[:, None]
+    before = np.concatenate([starts, all_], axis=1)  # a gap ends where the next chunk starts, or with the sample
+    gap = (before > np.concatenate([np.zeros_like(all_), ends], axis=1)).any(axis=0)
+    both = np.stack([before, np.concatenate([ends, all_], axis=1)], axis=2).reshape(2, -1)
+    is_gap = np.tile([True, False], before.shape[1])
+    there = np.stack([gap, np.arange(len(gap)) < len(gap) - 1], axis=1).ravel()
+    student, teacher = both[:, there].astype(np.int32)
+    return Chunks(student, teacher, is_gap[there])
+
+
+def conversation_counts(readings: Sequence[Reading | Refusal], samples: Sequence[Joined]) -> Counter[str]:
+    """For ``Part.counts``, each ``chat_``: ``taught_bytes`` of the teacher's and ``chunk_bytes`` of them in chunks;
+    spans ``lost_KIND_REASON``, which the teacher teaches and the student cannot have, and ``alone_KIND``, which the
+    student learns from its own text; its tokens ``learn_tokens``, those of them without a target ``ce_only_tokens``;
+    and samples whose rendering, tokenized at once, has other tokens (``tokens_differ``)."""
+    found: Counter[str] = Counter()
+    for one in readings:
+        if isinstance(one, Reading):
+            found.update(_counts(one))
+    for sample in samples:
+        assert sample.learn is not None
+        tokens_C = np.diff(sample.chunks.student_end, prepend=0)
+        found["ce_only_tokens"] += int((sample.learn & np.repeat(sample.chunks.gap, tokens_C)).sum())
+    return Counter({f"chat_{name}": count for name, count in sorted(found.items())})
+
+
+def _counts(reading: Reading) -> Counter[str]:
+    found = Counter(f"lost_{key[0]}_{reason.replace(' ', '_')}" for key, reason in reading.pairing.lost)
+    found.update(f"alone_{key[0]}" for key in reading.pairing.alone)
+    found["taught_bytes"] += reading.taught_bytes
+    found["chunk_bytes"] += reading.taught_bytes - reading.lost_bytes
+    found["learn_tokens"] += int(reading.tokens.learn.sum())
+    found["tokens_differ"] += int(reading.tokens.differs)
+    return found
