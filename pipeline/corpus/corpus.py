@@ -123,7 +123,9 @@ class Corpus:
             suffix = suffix_of(file.name)
             if suffix is not None and suffix not in (".txt", ".md"):
                 # who reads the documents says what is wrong with it
-                with suppress(*_unreadable(), ValueError, RecursionError), self._fs.open(file.path, "rb") as stream:
+                passed_over = suppress(*_unreadable(), ValueError, RecursionError)
+                # a network that fails says nothing about the file
+                with passed_over, named_errors(file.path), self._fs.open(file.path, "rb") as stream:
                     return _column_names(stream, suffix)
         return []
 
