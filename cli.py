@@ -48,7 +48,7 @@ from xtoken.schemas.ui.terminal import Output, delivered, read_input, remarks
 
 if TYPE_CHECKING:
     from xtoken.pipeline.chats.held_out import StudentChats
-    from xtoken.pipeline.corpus.held_out import Talk
+    from xtoken.pipeline.corpus import Document
     from xtoken.pipeline.tokens import TextTokenizer
     from xtoken.trainer.evaluate import EvalSample
 
@@ -341,14 +341,13 @@ def eval_samples(
 ) -> "list[EvalSample]":
     """Tokenize held-out data for the evaluator: windows cut as at capture, conversations as ``chats`` reads them."""
     from xtoken.pipeline.corpus import Corpus, windows
-    from xtoken.pipeline.corpus.held_out import held_out_talks
     from xtoken.trainer.evaluate import EvalSample
 
-    talks = held_out_talks(config)
-    if talks is not None:
-        return _chat_samples(talks, chats, max_tokens)
+    corpus = Corpus(config.changed(form="auto"))
+    if corpus.form is not None:
+        return _chat_samples(list(corpus.documents()), chats, max_tokens)
     samples = []
-    for document in Corpus(config).documents():
+    for document in corpus.documents():
         for window in windows(document, tokenizer, max_tokens):
             encoded = window.encoded
             ends = encoded.ends
@@ -356,15 +355,15 @@ def eval_samples(
     return samples
 
 
-def _chat_samples(talks: "list[Talk]", chats: "StudentChats", max_tokens: int) -> "list[EvalSample]":
+def _chat_samples(talks: "list[Document]", chats: "StudentChats", max_tokens: int) -> "list[EvalSample]":
     """Conversations as the model's template writes them; what it cannot write, or is too long, is left out by name."""
-    from xtoken.pipeline.chats import Refused
+    from xtoken.pipeline.chats import Refused, from_json
     from xtoken.trainer.evaluate import EvalSample, Question, TaughtSpan
 
     samples, left_out = [], []
     for talk in talks:
         try:
-            found = chats.read(talk.conversation, max_tokens)
+            found = chats.read(from_json(talk.text), max_tokens)
         except Refused as refused:
             left_out.append(f"{talk.id}: {refused}")
             continue

@@ -167,7 +167,7 @@ class Corpus:
             known = ", ".join(FORMATS)
             self._bad(file.name, Problem("unknown suffix", f"no reader knows it; known are {known}", "move it away"))
             return
-        last = start - 1
+        last, unreadable = start - 1, _unreadable()
         try:
             # a network that fails says nothing about the file
             with named_errors(file.path), self._fs.open(file.path, "rb") as stream:
@@ -182,7 +182,7 @@ class Corpus:
             raise XtokenError(
                 f"{file.path} was listed, but is gone; bring it back or start a new run without it"
             ) from error
-        except _unreadable() as error:
+        except unreadable as error:
             if isinstance(error, OSError) and error.errno is not None:
                 # of the disk, or a right that is missing: it says nothing about the file either
                 kind = Unreachable if may_pass(error) else XtokenError
