@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from benchmarks.loader import in_process
 from benchmarks.machine import machine, machine_line
 from tests.in_process import InThisProcess
+from xtoken.pipeline.align import form
 from xtoken.pipeline.align.run import align
 from xtoken.pipeline.store.columns import flat
 from xtoken.pipeline.store.inspect import bytes_per_token
@@ -27,7 +28,7 @@ from xtoken.pipeline.store.reader import iter_targets
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.losses import LOSSES, GapColumns, gap_columns
 from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_manifest
-from xtoken.schemas.tables import LEAN_TARGETS, SCHEMA_VERSIONS, targets
+from xtoken.schemas.tables import LEAN_TARGETS, targets
 from xtoken.schemas.ui.progress import Silent
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -40,7 +41,7 @@ Figures = dict[str, Any]
 def aligned(capture: str, student: str, out: str, version: int) -> TargetManifest:
     """Targets for all losses in a version of their schema."""
     config = AlignConfig(captures=[capture], student=student, out=out, losses=NAMES)
-    with mock.patch.dict(SCHEMA_VERSIONS, targets=version):
+    with mock.patch.object(form, "WRITTEN", version):
         return align(config, Silent(), executor=InThisProcess())
 
 

@@ -14,6 +14,8 @@ from xtoken.schemas.manifest import CaptureManifest
 from xtoken.schemas.tables import CHAT_TARGETS, LEAN_TARGETS, targets
 from xtoken.schemas.target_form import CODES_FILE, TargetForm, TokenCodes, needs_codes
 
+WRITTEN = LEAN_TARGETS  # version of the schema, of targets of text
+
 
 def open_form(config: AlignConfig, capture: CaptureManifest, projection: Projection) -> TargetForm:
     """The form of the parts of ``config.out``, in the codes that lie beside them.
@@ -39,7 +41,7 @@ def open_form(config: AlignConfig, capture: CaptureManifest, projection: Project
 
 def _version(config: AlignConfig) -> int:
     """Of the schema: a folder that an older release began goes on in its version, so that no folder holds two."""
-    newest, older = LEAN_TARGETS, LEAN_TARGETS - 1
+    newest, older = WRITTEN, LEAN_TARGETS - 1
     for index in sorted(committed(config.out)):
         path = Folder(config.out).url(data_name(index))
         try:

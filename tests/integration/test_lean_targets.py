@@ -10,6 +10,7 @@ import pytest
 from in_process import InThisProcess
 from numpy.typing import NDArray
 
+from xtoken.pipeline.align import form
 from xtoken.pipeline.align.run import align
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.store.columns import flat
@@ -19,7 +20,7 @@ from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.losses import gap_columns
 from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_manifest
-from xtoken.schemas.tables import LEAN_TARGETS, SCHEMA_VERSIONS
+from xtoken.schemas.tables import LEAN_TARGETS
 from xtoken.schemas.ui.progress import Silent
 
 TEXT = Path(__file__).resolve().parents[2] / "examples" / "data" / "moby-dick-held-out.jsonl"
@@ -41,7 +42,7 @@ def capture(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def aligned(capture: str, out: Path, version: int, **options: Any) -> str:
     config = AlignConfig(captures=[capture], out=str(out), **options)
-    with mock.patch.dict(SCHEMA_VERSIONS, targets=version):
+    with mock.patch.object(form, "WRITTEN", version):
         align(config, Silent(), executor=InThisProcess())
     return str(out)
 

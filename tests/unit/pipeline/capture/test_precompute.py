@@ -146,7 +146,6 @@ CHANGES = {
     "student": ("bytes", "student_hash: None there"),
     "temperatures": ([2.0], r"temperatures: None there, \[2\.0\] now"),
     "shard_bytes": (900, "shard_bytes: 700 there, 900 now"),
-    "on_bad": ("skip", "on_bad: 'stop' there, 'skip' now"),
 }
 
 
