@@ -24,7 +24,7 @@ _ROWS_SQL = """\
 -- Whole rows.
 -- Needs: rows
 SELECT
-    sample_id, text, teacher_ids, teacher_end, realised_logprob, space_logprob, first_row, complete, snapped,
+    * EXCLUDE (dense_codes, dense_half),
     list_transform(realised_logprob, lambda one: len(dense_half) // len(realised_logprob))::INTEGER[] AS kept,
     list_transform(realised_logprob, lambda one: 0.0)::DOUBLE[] AS rest,
     NULL::DOUBLE[] AS entropy,
@@ -34,7 +34,7 @@ SELECT
         dense_codes,
         dense_half
     ) AS unpacked
-FROM capture._stored
+FROM capture._samples
 """
 _RECIPE = """\
 `dense_half` has the bits of float16 log-probabilities.$code_note

@@ -197,7 +197,7 @@ class Codec(ABC):
 
     @property
     def rows_sql(self) -> str:
-        """The view ``_rows`` of ``xtoken query``, over ``capture._stored``."""
+        """The view ``_rows`` of ``xtoken query``, over ``capture._samples``, whose columns it keeps beside its own."""
         return self._beside(".rows.sql")
 
     @abstractmethod
