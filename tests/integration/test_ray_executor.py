@@ -204,7 +204,8 @@ def test_ray_local_starts_a_ray_of_its_own_and_ends_it(tmp_path):
         "import ray; assert RayExecutor('local', 3, None).run(NotingJob(sys.argv[1]), range(6), Watching()) == {}\n"
         "assert not ray.is_initialized()"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    command, paths = [sys.executable, "-c", code, str(tmp_path)], {"PYTHONPATH": f"{ROOT}/.dev:{HERE}"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **paths})
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert notes(tmp_path, "run_") == [f"run_{shard}_1" for shard in range(6)]
 
