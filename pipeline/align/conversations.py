@@ -8,7 +8,7 @@ Shapes: N samples, S student tokens, T teacher tokens, C chunks, M pairs of span
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -97,10 +97,12 @@ class ChatStudent:
     Attributes:
         model: its template and tokenizer.
         info: what the targets' manifest says of it.
+        generated: the teacher wrote the last message of each, and may have been cut in it.
     """
 
     model: ChatModel
     info: ChatInfo
+    generated: bool = False
 
     @classmethod
     def open(
@@ -126,7 +128,7 @@ class ChatStudent:
             learn=capture.learn,
             stop_token=model.stop_token,
         )
-        return cls(model, info)
+        return cls(model, info, capture.answering is not None)
 
     def read(self, batch: pa.RecordBatch) -> list[Reading | Refusal]:
         """Every sample of a batch as the student reads it, or why it cannot."""
@@ -146,7 +148,30 @@ class ChatStudent:
             tokens = self.model.encode(conversation, self.info.learn)
         except Refused as refused:
             return Refusal(refused.reason, f"{refused.detail}; {refused.fix}")
+        if self.generated:
+            tokens = _cut_as(stored, tokens, len(conversation.messages) - 1)
         return Reading(stored, tokens, pair(stored, tokens))
+
+
+def _cut_as(stored: Stored, tokens: ChatTokens, message: int) -> ChatTokens:
+    """The student's tokens of an answer that the teacher was cut in: its own template ends every answer, and a student
+    must not learn to end one there.
+
+    Args:
+        stored: the teacher's.
+        tokens: the student's.
+        message: the answer.
+    """
+    stop, closing = ("stop", message, 0), ("marker", message, 1)
+    theirs = {span.key for span in stored.spans}
+    if stop in theirs:
+        return tokens
+    spans = tuple(
+        replace(span, learn=False) if span.key in (stop, closing) and span.key not in theirs else span
+        for span in tokens.spans
+    )
+    learn = np.repeat([span.learn for span in spans], [span.token_end - span.token_start for span in spans])
+    return replace(tokens, learn=learn, spans=spans)
 
 
 def join_conversations(batch: pa.RecordBatch, readings: Sequence[Reading | Refusal]) -> list[Joined]:

@@ -20,6 +20,7 @@ from xtoken.pipeline.chats import (
     ChatModel,
     ChatTokens,
     Conversation,
+    NoTemplate,
     Refused,
     Span,
     as_written,
@@ -175,6 +176,16 @@ def _answering(config: RowsConfig) -> Answering | None:
     )
 
 
+def _student(asked: str, date: str) -> ChatModel:
+    """An intended student, which has its own template or none: ``--template`` is the teacher's."""
+    try:
+        return open_chat_model(asked, date=datetime.fromisoformat(date))
+    except NoTemplate as error:
+        raise XtokenError(
+            f"--student {asked} has no chat template; leave --student out: align is given a template with the student"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Chat:
     """How a run makes samples of conversations.
@@ -227,7 +238,7 @@ class Chat:
             answering=_answering(config),
         )
         asked = getattr(config, "student", None)
-        student = None if asked is None else open_chat_model(asked, date=datetime.fromisoformat(date))
+        student = None if asked is None else _student(asked, date)
         return cls(model, info, config.codec.max_tokens, config.corpus.on_bad == "stop", student)
 
     @property

@@ -19,6 +19,7 @@ from xtoken.pipeline.capture.rendered_chat import Look
 from xtoken.pipeline.capture.run_identity import (
     RUN_FILE,
     TEACHER_FILE,
+    another_run,
     codec_info,
     read_engine_settings,
     read_teacher,
@@ -149,6 +150,8 @@ def _settle(
     corpus, chats = config.corpus.model_copy(update={"form": form}), config.chat
     answers = 0 if chats.generate is None else BYTES_PER_TOKEN * chats.generate * chats.samples
     plan = settle_plan(folder, corpus, config.run.shard_bytes, progress, look, date, answers)
+    if config.chat.date not in (None, plan.date):
+        raise another_run(folder, [f"date: {plan.date!r} there, {config.chat.date!r} now"])
     chat = Chat.of(config, plan.form, plan.date)
     if not folder.exists(VOCAB_FILE):
         if look is not None and look.documents == 0:

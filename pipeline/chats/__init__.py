@@ -41,7 +41,7 @@ from xtoken.pipeline.chats.encode import LEARNED, ChatModel, ChatTokens, Span, o
 from xtoken.pipeline.chats.forms import FORMS, Form, columns_of, form_of, from_json, read_row, to_json
 from xtoken.pipeline.chats.pairing import Match, Pairing, as_written, on_axis, pair, span_columns, spans_of
 from xtoken.pipeline.chats.refused import Refused
-from xtoken.pipeline.chats.template import ChatTemplate, load_template
+from xtoken.pipeline.chats.template import ChatTemplate, NoTemplate, load_template
 from xtoken.pipeline.chats.turns import TOO_LONG, Turn, fit, kept_messages, samples_of
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "Form",
     "Match",
     "Message",
+    "NoTemplate",
     "Pairing",
     "Refused",
     "Span",

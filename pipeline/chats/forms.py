@@ -124,7 +124,8 @@ def call_fields(call: Call, arguments: Any) -> dict[str, Any]:
 def _column(row: Mapping[str, Any], name: str) -> Any:
     if row.get(name) is None:
         has = ", ".join(list(row)[:8]) or "nothing"
-        raise Refused("missing field", f"it has no {name!r}; it has {has}", "choose another form, or mend the record")
+        what = f"its {name!r} is null" if name in row else f"it has no {name!r}; it has {has}"
+        raise Refused("missing field", what, "choose another form, or mend the record")
     return row[name]
 
 

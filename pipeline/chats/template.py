@@ -27,6 +27,10 @@ _OURS = {"messages", "tools", "documents", "add_generation_prompt", "strftime_no
 _PROBE = "probe_of_calls"
 
 
+class NoTemplate(XtokenError):
+    """A model has no chat template."""
+
+
 @dataclass(frozen=True)
 class CallForm:
     """How a template wants tool calls: what content stands beside them, and whether arguments are JSON text."""
@@ -207,7 +211,7 @@ def _sources(source: str, config: Mapping[str, Any], revision: str | None) -> di
         )
     if found is not None and found != "":
         raise XtokenError(f"chat_template of {source} is a {type(found).__name__}, not text; fetch {_CONFIG} again")
-    raise XtokenError(
+    raise NoTemplate(
         f"{source} has no chat template (neither {_JINJA} nor chat_template in {_CONFIG}), and conversations need one; "
         "use the chat model of the family, or give a template with --template FILE"
     )

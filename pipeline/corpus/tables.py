@@ -101,7 +101,15 @@ def _chat(number: int, row: pa.RecordBatch, document_id: Any, fields: Fields) ->
         record = row.to_pylist()[0]
     except UnicodeDecodeError as error:
         return Row(number, problem=_not_utf8(error))
-    return make_row(number, record, document_id, fields)
+    return make_row(number, {name: _as_given(value) for name, value in record.items()}, document_id, fields)
+
+
+def _as_given(value: Any) -> Any:
+    """A value without the fields that are null: a table gives every object those of all others, so that a call would
+    have arguments that nobody wrote."""
+    if isinstance(value, dict):
+        return {name: _as_given(one) for name, one in value.items() if one is not None}
+    return [_as_given(one) for one in value] if isinstance(value, list) else value
 
 
 def _as_bytes(column: Any) -> Any:

@@ -95,6 +95,28 @@ def test_a_run(capture: str, sources: Captured, tmp_path: Path) -> None:
     assert figures["lost_assistant_other_bytes"] >= 1
 
 
+@pytest.mark.parametrize("student", ["qwen3", "smollm2"])
+def test_a_student_does_not_learn_to_end_where_the_teacher_was_cut(
+    sources: Captured, tmp_path: Path, student: str
+) -> None:
+    """The student's template writes a stop behind every answer; of answers that the teacher wrote itself only those
+    that it ended have one that is taught."""
+    prompts = {str(at): [{"role": "user", "content": f"What is {at} + 2?"}] for at in range(8)}
+    capture = captured(tmp_path, sources("smollm2"), prompts, generate=6, learn=[])
+    ended = [row["complete"] for batch in iter_capture(capture) for row in batch.to_pylist()]
+    assert 0 < sum(ended) < len(ended)
+    manifest = aligned(capture, sources(student), tmp_path / "targets")
+    assert manifest.chat is not None
+    rows = [row for batch in iter_targets(str(tmp_path / "targets")) for row in batch.to_pylist()]
+    learned = [
+        any(taught and token == manifest.chat.stop_token for token, taught in zip(*pair, strict=True))
+        for pair in ((row["student_ids"], row["learn"]) for row in rows)
+    ]
+    assert learned == ended
+    assert all(any(row["learn"]) for row in rows)
+    verify(str(tmp_path / "targets"))
+
+
 @pytest.mark.thorough
 def test_the_same_again_with_any_number_of_workers(sources: Captured, tmp_path: Path) -> None:
     many = {f"{name} {number}": talk for number in range(4) for name, talk in TALKS.items()}

@@ -329,8 +329,10 @@ def test_a_template_of_ones_own_its_variables_and_its_day(config: PrecomputeConf
     first = samples(config)[0]
     said = b"".join(table.token(token) for token in first["teacher_ids"][: first["span_token_end"][0]])
     assert said.startswith(b"Today is 1999 quietly\n")
-    # the day is the plan's, whenever the run goes on; another template is another run
+    # the day is the plan's, whenever the run goes on; another day or template is another run
     assert capture(config.changed(date=None)) == manifest
+    with pytest.raises(XtokenError, match=r"holds another run .*date: '1999-12-31' there, '2000-01-01' now"):
+        capture(config.changed(date="2000-01-01"))
     (tmp_path / "mine.jinja").write_text(DATED + " ")
     with pytest.raises(XtokenError, match=r"holds another run .*template_hash"):
         capture(config)
@@ -366,7 +368,7 @@ def test_an_intended_student_is_met_span_by_span(
     other = config.changed(student=str(tokenizer_file("qwen3").parent), out=f"{config.out}-qwen3")
     counts = sum((Counter(part.counts) for part in capture(other).parts), Counter[str]())
     assert 0 < counts["chunks_1_1"] <= counts["chunks"] <= rows
-    with pytest.raises(XtokenError, match="has no chat template"):
+    with pytest.raises(XtokenError, match="--student bytes has no chat template; leave --student out"):
         capture(config.changed(student="bytes", out=f"{config.out}-bytes"))
 
 

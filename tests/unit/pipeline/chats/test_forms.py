@@ -129,6 +129,7 @@ TOOL = {"role": "tool", "content": "2"}
 REFUSALS: list[tuple[Form, dict[str, Any], str, str]] = [
     ("messages", {"messages": []}, "empty conversation", "no messages"),
     ("messages", {"text": "a"}, "missing field", "no 'messages'; it has text"),
+    ("messages", {"messages": None}, "missing field", "its 'messages' is null"),
     ("messages", {"messages": "a"}, "bad field", "messages is 'a', but it must be a list"),
     ("messages", {"messages": ["a"]}, "bad field", "message 0 of messages is 'a'"),
     ("messages", {"messages": [{"role": "narrator", "content": "a"}]}, "unknown role", "'narrator'; known are system"),

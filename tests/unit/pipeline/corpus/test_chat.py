@@ -26,11 +26,11 @@ RECORDS: list[dict[str, Any]] = [
 FORMATS = ("jsonl", "parquet", "arrow", "saved")
 
 
-def write(folder: Path, form: str, record: dict[str, Any]) -> Path:
+def write(folder: Path, form: str, *records: dict[str, Any]) -> Path:
     path = folder / f"c.{form}"
-    table = pa.Table.from_pylist([record])
+    table = pa.Table.from_pylist(list(records))
     if form == "jsonl":
-        path.write_text(json.dumps(record) + "\n")
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
     elif form == "parquet":
         pq.write_table(table, path)
     elif form == "arrow":
@@ -42,7 +42,7 @@ def write(folder: Path, form: str, record: dict[str, Any]) -> Path:
         from datasets import Dataset
 
         path = folder / "saved"
-        Dataset.from_list([record]).save_to_disk(path)
+        Dataset.from_list(list(records)).save_to_disk(path)
     return path
 
 
@@ -81,3 +81,23 @@ def test_skipping_counts_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [["a", "b"], {"a": 1}, [{"name": "x", "size": 2}], [[1]], []])
 def test_other_values_are_just_no_text(tmp_path: Path, value: Any) -> None:
     assert "field is not text" in refusal(write(tmp_path, "jsonl", {"text": value}))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_tables_add_no_arguments_and_no_fields_to_calls_and_tools(tmp_path: Path, form: str) -> None:
+    """Arrow gives every object of a column the fields of all others, null where it has none."""
+
+    def record(name: str, argument: str) -> dict[str, Any]:
+        function = {"name": name, "parameters": {"type": "object", "properties": {argument: {"type": "string"}}}}
+        call = {"type": "function", "function": {"name": name, "arguments": {argument: "x"}}}
+        said = {"role": "assistant", "content": None, "tool_calls": [call]}
+        return {"messages": [OPENAI[0], said], "tools": [{"type": "function", "function": function}]}
+
+    records = [record("weather", "city"), record("clock", "zone")]
+    found = Corpus(CorpusConfig(corpus=str(write(tmp_path, form, *records)), form="messages")).documents()
+    texts = [document.text for document in found]
+    assert "null" not in "".join(texts)
+    talks = [json.loads(text) for text in texts]
+    assert [talk["tools"] for talk in talks] == [one["tools"] for one in records]
+    arguments = [talk["messages"][1]["tool_calls"][0]["function"]["arguments"] for talk in talks]
+    assert arguments == ['{"city":"x"}', '{"zone":"x"}']
