@@ -175,7 +175,11 @@ class CodecGroup(Config):
         description="What P(a word begins) sums, for ALM's --debias: tokens that start with a space, or paper: with a "
         "space, tab or newline, and control tokens (needs full distributions: --backend hf).",
     )
-    text: bool = Field(True, description="Store the text in the capture; without it, align needs --corpus.")
+    text: bool = Field(
+        True,
+        description="Store the text in the capture; without it, align needs --corpus, and conversations cannot be "
+        "aligned.",
+    )
     temperatures: list[float] = Field(
         default=[],
         description="Also store the exact normaliser at these temperatures, such as 2,4 (needs full distributions: "
