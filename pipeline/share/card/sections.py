@@ -71,7 +71,12 @@ def _conversations(manifest: CaptureManifest) -> list[str]:
         f"**Conversations**: read from the form {code(chat.form)}; taught is {what}, of it "
         f"{', '.join(chat.learn)}; those that are too long {too_long}",
         *own,
-        f"**Chat template**: sha256 {code(chat.template)}, for the date {code(chat.date)}{given}; an answer ends with "
+        (
+            "**Chat template**: none, the corpus holds token ids; an answer ends with "
+            if chat.template is None
+            else f"**Chat template**: sha256 {code(chat.template)}, for the date {code(chat.date)}{given}; an answer "
+            "ends with "
+        )
         + ("no token" if chat.stop_token is None else f"token {chat.stop_token}"),
     ]
 
