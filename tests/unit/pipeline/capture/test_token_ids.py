@@ -20,6 +20,7 @@ from xtoken.pipeline.capture.estimate.dry_run import dry_run
 from xtoken.pipeline.chats import open_chat_model, read_row
 from xtoken.pipeline.page.data import sample_data
 from xtoken.pipeline.page.sample import load_sample
+from xtoken.pipeline.share.card.card import write_card
 from xtoken.pipeline.share.merge import merge
 from xtoken.pipeline.store.inspect import inspect
 from xtoken.pipeline.store.reader import iter_capture, iter_targets
@@ -185,6 +186,10 @@ def test_what_shows_captures_shows_them(config: PrecomputeConfig, sources: Calla
     shown = inspect(config.out)
     assert shown["form"] == "ids"
     assert "template" not in shown
+    write_card(CardConfig(path=config.out), Silent())
+    card = (Path(config.out) / "README.md").read_text(encoding="utf-8")
+    assert "**Token ids**: scored as the corpus has them" in card
+    assert "**Chat template**" not in card
     page = sample_data(load_sample(config.out, "plain#0"))
     assert json.dumps(page)
     plan = dry_run(config.changed(dry_run=True, out=""), Silent())
@@ -240,6 +245,7 @@ def test_a_student_of_the_same_tokenizer_gets_the_ids(config: PrecomputeConfig, 
     out = str(tmp_path / "t")
     student = AlignConfig(captures=[config.out], out=out, losses=["p-kl"], student=config.teacher.teacher)
     align(student, Silent(), executor=InThisProcess())
+    align(student, Silent(), executor=InThisProcess())  # the same again does nothing
     stored = samples(config.out)
     for batch in iter_targets(out):
         for row in batch.to_pylist():
