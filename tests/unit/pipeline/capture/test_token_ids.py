@@ -20,7 +20,7 @@ from xtoken.pipeline.capture.estimate.dry_run import dry_run
 from xtoken.pipeline.chats import open_chat_model, read_row
 from xtoken.pipeline.page.data import sample_data
 from xtoken.pipeline.page.sample import load_sample
-from xtoken.pipeline.share.card.card import write_card
+from xtoken.pipeline.share.card.sections import facts
 from xtoken.pipeline.share.merge import merge
 from xtoken.pipeline.store.inspect import inspect
 from xtoken.pipeline.store.reader import iter_capture, iter_targets
@@ -186,8 +186,7 @@ def test_what_shows_captures_shows_them(config: PrecomputeConfig, sources: Calla
     shown = inspect(config.out)
     assert shown["form"] == "ids"
     assert "template" not in shown
-    write_card(CardConfig(path=config.out), Silent())
-    card = (Path(config.out) / "README.md").read_text(encoding="utf-8")
+    card = facts(manifest)
     assert "**Token ids**: scored as the corpus has them" in card
     assert "**Chat template**" not in card
     page = sample_data(load_sample(config.out, "plain#0"))
