@@ -165,14 +165,15 @@ def tokens_of(model: ChatModel, row: TokenRow) -> ChatTokens:
     """
     _refuse_foreign(model, row.ids)
     spans: list[Span] = []
+    before: Kind | None = None
     ends, texts, size, at, message = list[int](), list[str](), 0, 0, -1
     for kind, learn, ids in _runs(model, row):
-        blank = kind == "text" and _puts_a_blank(model, spans)
+        blank = kind == "text" != before and _puts_a_blank(model, "start" if before is None else "marker")
         widths = [len(model.tokenizer.table.token(token)) if kind == "text" else 0 for token in ids]
         data = b"".join(map(model.tokenizer.table.token, ids)) if kind == "text" else b""
         if blank and data[:1] == b" ":
             data, widths[0] = data[1:], widths[0] - 1
-        message += kind == "text" or (kind == "stop" and (not spans or spans[-1].kind != "text"))
+        message += kind == "text" or (kind == "stop" and before != "text")
         texts.append(_utf8(data, at))
         ends += (size + np.cumsum(widths)).tolist()
         stop = size + len(data)
@@ -183,7 +184,7 @@ def tokens_of(model: ChatModel, row: TokenRow) -> ChatTokens:
         if len(ids) > lead:
             number = -1 if kind == "template" else message
             spans.append(Span(kind, number, 0, size, stop, at + lead, at + len(ids), learn))
-        size, at = stop, at + len(ids)
+        size, at, before = stop, at + len(ids), kind
     learned = np.repeat([span.learn for span in spans], [span.token_end - span.token_start for span in spans])
     if not learned.any():
         raise Refused("nothing is taught", "what is taught are control tokens that end no answer", "remove the record")
@@ -216,11 +217,8 @@ def _runs(model: ChatModel, row: TokenRow) -> Iterator[tuple[Kind, bool, list[in
         yield kind, learn, [row.ids[at] for at in places]
 
 
-def _puts_a_blank(model: ChatModel, before: Sequence[Span]) -> bool:
-    """Whether the tokenizer puts a blank in front of a text that stands behind these spans."""
-    if before and before[-1].kind == "text":
-        return False
-    place: Place = "marker" if before else "start"
+def _puts_a_blank(model: ChatModel, place: Place) -> bool:
+    """Whether the tokenizer puts a blank in front of a text that stands there."""
     return model.tokenizer.table.token(int(model.tokenizer.encode("a", place).ids[0]))[:1] == b" "
 
 
@@ -252,7 +250,7 @@ def retold(model: ChatModel, stored: ChatTokens, teacher_hash: str) -> ChatToken
     writer = Writer(model, {(span.kind, span.message) for span in stored.spans if span.learn})
     kept = [span for span in stored.spans if span.kind != "template" and (span.kind != "stop" or end is not None)]
     first = info.bos_id if info.adds_bos else None
-    if first is None and kept[0].learn:
+    if first is None and kept and kept[0].learn:
         first = info.eos_id  # something must stand before what is taught
     if first is not None:
         writer.write_ids("template", -1, [first])

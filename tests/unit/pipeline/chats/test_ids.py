@@ -148,6 +148,19 @@ def test_a_row_by_hand(model: Model) -> None:
     assert told.ends.tolist() == [2, 4, 6, 6, 8]
 
 
+def test_only_the_blank_that_a_tokenizer_adds_has_no_bytes(model: Model) -> None:
+    teacher = model("phi3-medium")  # puts one in front of a text
+    by_bytes = teacher.tokenizer.table.by_bytes()
+    blank, hi = by_bytes[b" "], by_bytes[b" Hi"]
+    bos = teacher.tokenizer.table.info.bos_id
+    assert bos is not None
+    tokens = tokens_of(teacher, TokenRow((bos, blank, hi, hi), (False, False, True, True)))
+    assert tokens.text == " Hi Hi"
+    shown = [(span.kind, span.message, span.token_end, span.byte_end, span.learn) for span in tokens.spans]
+    assert shown == [("template", -1, 1, 0, False), ("template", -1, 2, 0, False), ("text", 1, 4, 6, True)]
+    assert tokens_of(teacher, TokenRow((bos, hi, hi), (False, True, True))).text == "Hi Hi"
+
+
 def test_something_stands_before_what_is_taught_first(model: Model) -> None:
     teacher, student = model("smollm2"), model("qwen3")
     (hi,) = teacher.tokenizer.encode("Hi", "text").ids.tolist()
@@ -159,9 +172,9 @@ def test_something_stands_before_what_is_taught_first(model: Model) -> None:
     assert told.learn.tolist() == [False, True, True]
 
 
-def test_a_student_without_end_has_no_stop(model: Model) -> None:
+def test_a_student_of_bytes_needs_no_template(model: Model) -> None:
     teacher, student = model("smollm2"), open_ids_model("bytes", date=DAY)
-    assert end_of(student) is None or student.tokenizer.table.info.eos_id is not None
+    assert end_of(student) == student.tokenizer.table.info.eos_id
     ids = tokens_of(teacher, row_of(rendered(teacher, "plain")))
     told = retold(student, ids, teacher.tokenizer.table.info.hash)
     assert bytes(token for token in told.ids.tolist() if token < 256).decode() == ids.text
