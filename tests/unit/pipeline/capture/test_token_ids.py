@@ -184,8 +184,8 @@ def test_what_shows_captures_shows_them(config: PrecomputeConfig, sources: Calla
     assert counts["chunks"] > 5
     assert counts["taught_stop"] == counts["turns"] == 2
     shown = inspect(config.out)
-    assert shown["form"] == "ids"
-    assert "template" not in shown
+    assert shown["chat"]["form"] == "ids"
+    assert "template" not in shown["chat"]
     card = facts(manifest)
     assert "**Token ids**: scored as the corpus has them" in card
     assert "**Chat template**" not in card
