@@ -73,7 +73,7 @@ def read_ids(row: Mapping[str, Any]) -> TokenRow:
         masks["labels"] = _labels(_ints(row, "labels", len(ids)), ids)
     if not masks:
         raise Refused(
-            "nothing says what is taught",
+            "neither labels nor a mask",
             f"it has none of labels, {', '.join(_MASKS)}; it has {', '.join(list(row)[:8]) or 'nothing'}",
             "give one of them; labels that are input_ids teach everything",
         )

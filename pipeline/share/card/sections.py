@@ -60,7 +60,7 @@ def _conversations(manifest: CaptureManifest) -> list[str]:
         return []
     ends = "an answer ends with " + ("no token" if chat.stop_token is None else f"token {chat.stop_token}")
     if chat.template is None:
-        return [f"**Token ids**: scored as the corpus has them, and its masks say what is taught; {ends}"]
+        return [f"**Token ids**: scored as the corpus has them, and its masks mark what is taught; {ends}"]
     asked = chat.answering
     taught = {"all": "every answer", "last": "the last answer", "each": "every answer, each in a sample of its own"}
     given = "".join(f", {code(name)} {code(value)}" for name, value in list(chat.arguments.items())[:_NAMED])

@@ -188,7 +188,7 @@ def test_a_student_of_bytes_needs_no_template(model: Model) -> None:
         ({"input_ids": [1, 2.5], "labels": [1, 2]}, "bad field", "holds 2.5"),
         ({"input_ids": [[1, 2]], "labels": [[1, 2]]}, "bad field", "of one sample"),
         ({"input_ids": [1, -2], "labels": [1, -2]}, "bad field", "an id is 0 or more"),
-        ({"input_ids": [1, 2]}, "nothing says what is taught", "none of labels, loss_mask, assistant_masks"),
+        ({"input_ids": [1, 2]}, "neither labels nor a mask", "none of labels, loss_mask, assistant_masks"),
         ({"input_ids": [1, 2], "labels": [1]}, "another length", "labels has 1 entries, input_ids 2"),
         ({"input_ids": [1, 2], "loss_mask": [1, 1, 1]}, "another length", "loss_mask has 3"),
         ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "bad field", "0 and 1"),
