@@ -26,7 +26,7 @@ from xtoken.pipeline.store.inspect import inspect
 from xtoken.pipeline.store.reader import iter_capture, iter_targets
 from xtoken.pipeline.store.skip_records import SKIPPED_FILE
 from xtoken.pipeline.store.verify import verify
-from xtoken.schemas.configs.artifacts import AlignConfig
+from xtoken.schemas.configs.artifacts import AlignConfig, InspectConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.configs.share import MergeConfig
 from xtoken.schemas.errors import XtokenError
@@ -179,17 +179,17 @@ def test_bad_rows_stop_the_run_or_are_named(
 
 
 def test_what_shows_captures_shows_them(config: PrecomputeConfig, sources: Callable[[str], str]) -> None:
-    manifest = capture(config.changed(student=sources("qwen3")))
+    manifest = capture(config.changed(student=sources("qwen3"), shard_bytes=1 << 20))
     counts = manifest.parts[0].counts
     assert counts["chunks"] > 5
-    assert counts["taught_stop"] == counts["turns"] == 2
+    assert counts["taught_stop"] == counts["turns"] == 5
     shown = inspect(config.out)
     assert shown["chat"]["form"] == "ids"
     assert "template" not in shown["chat"]
     card = facts(manifest)
     assert "**Token ids**: scored as the corpus has them" in card
     assert "**Chat template**" not in card
-    page = sample_data(load_sample(config.out, "plain#0"))
+    page = sample_data(load_sample(InspectConfig(path=config.out, html="plain#0")))
     assert json.dumps(page)
     plan = dry_run(config.changed(dry_run=True, out=""), Silent())
     assert plan["form"] == "ids"
