@@ -179,7 +179,8 @@ def test_bad_rows_stop_the_run_or_are_named(
 
 
 def test_what_shows_captures_shows_them(config: PrecomputeConfig, sources: Callable[[str], str]) -> None:
-    manifest = capture(config.changed(student=sources("qwen3"), shard_bytes=1 << 20))
+    config = config.changed(student=sources("qwen3"), shard_bytes=1 << 20)
+    manifest = capture(config)
     counts = manifest.parts[0].counts
     assert counts["chunks"] > 5
     assert counts["taught_stop"] == counts["turns"] == 5
@@ -191,7 +192,7 @@ def test_what_shows_captures_shows_them(config: PrecomputeConfig, sources: Calla
     assert "**Chat template**" not in card
     page = sample_data(load_sample(InspectConfig(path=config.out, html="plain#0")))
     assert json.dumps(page)
-    plan = dry_run(config.changed(dry_run=True, out=""), Silent())
+    plan = dry_run(config.changed(dry_run=True), Silent())
     assert plan["form"] == "ids"
 
 
