@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from xtoken.pipeline.chats.held_out import StudentChats
     from xtoken.pipeline.corpus import Document
     from xtoken.pipeline.tokens import TextTokenizer
+    from xtoken.schemas.chat import ChatInfo
     from xtoken.trainer.evaluate import EvalSample
 
 
@@ -227,8 +228,9 @@ def run_train(config: TrainConfig, bars: Bars) -> Figures:
             f"--template {student.template} is for conversations, and {config.data.targets[0]} holds plain text; leave "
             "it out"
         )
-    chats = StudentChats(student.tokenizer_source, info, student.template)
-    if info is not None:
+    rendered = _rendered(info)
+    chats = StudentChats(student.tokenizer_source, rendered, student.template)
+    if rendered is not None:
         _ = chats.model  # refused here if its template is not the one that the targets were written with
     if report.eval_text:
         corpus = CorpusConfig(corpus=report.eval_text, id_field=report.eval_id_field, split=[ONLY])
@@ -311,7 +313,7 @@ def run_eval(config: EvalConfig, bars: Bars) -> Figures:
         corpus = CorpusConfig(corpus=config.text, limit=config.limit, split=[ONLY], **names)
         if config.combine == "bytes":
             return _eval_bytes(config, corpus, tokenizers, bars)
-        info = read_manifest(config.targets, TargetManifest).chat if config.targets else None
+        info = _rendered(read_manifest(config.targets, TargetManifest).chat) if config.targets else None
         more: list[Any] = config.learn
         chats = StudentChats(sources[0], info, config.template, tuple(more))
         samples = eval_samples(corpus, tokenizers[0], config.max_tokens, chats)
@@ -336,6 +338,11 @@ def _eval_bytes(config: EvalConfig, corpus: CorpusConfig, tokenizers: "list[Text
     return measure_bytes(config, models, windows, bars)
 
 
+def _rendered(info: "ChatInfo | None") -> "ChatInfo | None":
+    """How a template wrote the conversations of targets; None of texts and of token ids, which none did."""
+    return info if info is not None and info.template is not None else None
+
+
 def eval_samples(
     config: CorpusConfig, tokenizer: "TextTokenizer", max_tokens: int, chats: "StudentChats"
 ) -> "list[EvalSample]":
@@ -344,6 +351,8 @@ def eval_samples(
     from xtoken.trainer.evaluate import EvalSample
 
     corpus = Corpus(config.changed(form="auto"))
+    if corpus.form == "ids":
+        raise XtokenError(f"{config.corpus} holds token ids, and models are measured on texts or messages; give those")
     if corpus.form is not None:
         return _chat_samples(list(corpus.documents()), chats, max_tokens)
     samples = []

@@ -8,13 +8,15 @@ from pydantic import Field, field_validator
 from xtoken.schemas.record import Record
 
 _MOST_TOKENS = 1 << 24
-Learned = Literal["assistant", "call", "stop", "thinking", "system", "user", "result"]
+Learned = Literal["assistant", "call", "stop", "thinking", "system", "user", "result", "text"]
 
 
 class ChatInfo(Record):
     """One model's side of conversations."""
 
-    template: str = Field(pattern="^[0-9a-f]{64}$", description="sha256 of the chat template")
+    template: str | None = Field(
+        pattern="^[0-9a-f]{64}$", description="sha256 of the chat template; null: token ids, which none is for"
+    )
     date: str = Field(max_length=40, description="ISO 8601: what a template that asks for the date is told")
     arguments: dict[Annotated[str, Field(max_length=100)], Any] = Field(
         default_factory=dict, max_length=256, description="further variables of the template"

@@ -10,10 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from xtoken.pipeline.align.conversations import COLUMNS, stored_conversation
+from xtoken.pipeline.align.conversations import COLUMNS, told
 from xtoken.pipeline.align.plain_columns import peek
 from xtoken.pipeline.align.queries import query
-from xtoken.pipeline.chats import to_json
 from xtoken.pipeline.store.files import StopRun
 from xtoken.schemas.errors import Unreachable, XtokenError
 from xtoken.schemas.manifest import CaptureManifest
@@ -53,10 +52,16 @@ def _written(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Conversations with what is rendered for the student in the place of their text."""
     rows = []
     for row in batch.to_pylist():
-        text = None if row["text"] is None else to_json(stored_conversation(row)[0])
+        text = None if row["text"] is None else told(row)
         size = row["teacher_end"][-1] if text is None else len(text)
         rows.append({"sample_id": row["sample_id"], "text": text, "teacher_end": [size], "complete": row["complete"]})
     return pa.RecordBatch.from_pylist(rows, pa.schema([CAPTURE.field(name) for name in _COLUMNS]))
+
+
+def _holds(manifest: CaptureManifest) -> str:
+    if manifest.chat is None:
+        return "texts"
+    return "token ids" if manifest.chat.template is None else "conversations"
 
 
 def refuse_other_chat(captures: Mapping[str, CaptureManifest]) -> None:
@@ -64,8 +69,8 @@ def refuse_other_chat(captures: Mapping[str, CaptureManifest]) -> None:
     conversations that teach other kinds of spans or tell templates another date."""
     (first, manifest), *others = captures.items()
     for root, other in others:
-        if (manifest.chat is None) != (other.chat is None):
-            kinds = {one: "texts" if found.chat is None else "conversations" for one, found in captures.items()}
+        kinds = {one: _holds(found) for one, found in captures.items()}
+        if kinds[first] != kinds[root]:
             raise XtokenError(f"{first} holds {kinds[first]}, {root} {kinds[root]}; align them one by one")
         if manifest.chat is None or other.chat is None:
             continue

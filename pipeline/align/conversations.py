@@ -1,4 +1,5 @@
-"""Captures of conversations: each as the student's template renders it, and chunks of what both renderings share.
+"""Captures of conversations: each as the student's template renders it, and chunks of what both renderings share. Of
+token ids, which have no messages, the student reads what is stored of the teacher's side.
 
 Chunks lie within a span that both have, and end where both have a token end, counted in bytes from the span's start; a
 stop, and other spans without bytes, are one chunk. Whatever lies between is a gap.
@@ -6,6 +7,7 @@ stop, and other spans without bytes, are one chunk. Whatever lies between is a g
 Shapes: N samples, S student tokens, T teacher tokens, C chunks, M pairs of spans, all samples of a batch together.
 """
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,12 +30,17 @@ from xtoken.pipeline.chats import (
     Refused,
     Span,
     as_written,
+    end_of,
     from_json,
     on_axis,
     open_chat_model,
+    open_ids_model,
     pair,
+    retold,
     spans_of,
+    to_json,
 )
+from xtoken.pipeline.chats.pairing import Spanned
 from xtoken.pipeline.store.columns import flat, list_lengths
 from xtoken.pipeline.tokens import Encoded
 from xtoken.schemas.chat import CaptureChat, ChatInfo
@@ -41,6 +48,7 @@ from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.tables import SPAN_COLUMNS
 
 COLUMNS = ("sample_id", "text", "messages", *SPAN_COLUMNS)
+IDS_COLUMNS = (*COLUMNS, "teacher_ids", "teacher_end")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +63,7 @@ class Stored:
 class Reading:
     """A sample as both models read it: the teacher's spans, the student's tokens, and what they share."""
 
-    stored: Stored
+    stored: Spanned
     tokens: ChatTokens
     pairing: Pairing
 
@@ -90,23 +98,58 @@ def stored_conversation(row: dict[str, Any]) -> tuple[Conversation, Stored]:
         ) from error
 
 
+def told(row: dict[str, Any]) -> str:
+    """What of a sample's ``COLUMNS`` decides a student's tokens: the conversation that is rendered, or, of token ids,
+    text and spans.
+
+    Raises:
+        VerificationError: what is stored is no conversation.
+    """
+    if row["messages"] is None:
+        return json.dumps([row[name] for name in COLUMNS if name not in ("sample_id", "span_token_end")])
+    return to_json(stored_conversation(row)[0])
+
+
+def stored_ids(row: dict[str, Any]) -> ChatTokens:
+    """A sample of token ids as the teacher read it.
+
+    Args:
+        row: its ``IDS_COLUMNS``.
+
+    Raises:
+        VerificationError: its spans do not fit its text.
+    """
+    try:
+        spans = spans_of({name: row[name] for name in SPAN_COLUMNS})
+        learn = np.repeat([span.learn for span in spans], [span.token_end - span.token_start for span in spans])
+        ids, ends = (np.array(row[name], np.int32) for name in ("teacher_ids", "teacher_end"))
+        return ChatTokens(row["text"], ids, ends, learn, spans, (), (), snapped=False, differs=False)
+    except (ValueError, KeyError, TypeError) as error:
+        raise VerificationError(
+            f"sample {row['sample_id']!r}: its spans do not fit its tokens ({error}); 'xtoken verify' on the capture "
+            "lists what is damaged"
+        ) from error
+
+
 @dataclass(frozen=True)
 class ChatStudent:
     """The student's side of the conversations of one capture.
 
     Attributes:
-        model: its template and tokenizer.
+        model: its template and tokenizer; of token ids it renders nothing.
         info: what the targets' manifest says of it.
         generated: the teacher wrote the last message of each, and may have been cut in it.
+        teacher: of token ids, the hash of the teacher's tokenizer.
     """
 
     model: ChatModel
     info: ChatInfo
     generated: bool = False
+    teacher: str | None = None
 
     @classmethod
     def open(
-        cls, student: str, template: str | None, arguments: Mapping[str, Any], capture: CaptureChat
+        cls, student: str, template: str | None, arguments: Mapping[str, Any], capture: CaptureChat, teacher: str
     ) -> "ChatStudent":
         """Load it; what is taught, and the date that templates are told, are those of the capture.
 
@@ -115,11 +158,16 @@ class ChatStudent:
             template: file that counts instead of the student's own template.
             arguments: further variables of the template.
             capture: what its manifest says of conversations.
+            teacher: hash of the teacher's tokenizer.
 
         Raises:
             XtokenError: the student has no template, or it cannot be loaded.
         """
         date = datetime.fromisoformat(capture.date)
+        if capture.template is None:
+            model = open_ids_model(student, date=date)
+            ids = ChatInfo(template=None, date=capture.date, learn=capture.learn, stop_token=end_of(model))
+            return cls(model, ids, teacher=teacher)
         model = open_chat_model(student, template=template, arguments=arguments, date=date)
         info = ChatInfo(
             template=model.template.sha256,
@@ -128,23 +176,32 @@ class ChatStudent:
             learn=capture.learn,
             stop_token=model.stop_token,
         )
-        return cls(model, info, capture.answering is not None)
+        return cls(model, info, generated=capture.answering is not None)
 
     def read(self, batch: pa.RecordBatch) -> list[Reading | Refusal]:
         """Every sample of a batch as the student reads it, or why it cannot."""
-        return [self.read_one(row) for row in batch.select(list(COLUMNS)).to_pylist()]
+        return [self.read_one(row) for row in batch.select(list(self.columns)).to_pylist()]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What of a capture decides a reading."""
+        return COLUMNS if self.teacher is None else IDS_COLUMNS
 
     def read_one(self, row: dict[str, Any]) -> Reading | Refusal:
         """One sample.
 
         Args:
-            row: its ``COLUMNS``.
+            row: its ``columns``.
 
         Raises:
             VerificationError: what is stored of it is no conversation.
         """
-        conversation, stored = stored_conversation(row)
         try:
+            if self.teacher is not None:
+                ids = stored_ids(row)
+                tokens = retold(self.model, ids, self.teacher)
+                return Reading(ids, tokens, pair(ids, tokens))
+            conversation, stored = stored_conversation(row)
             tokens = self.model.encode(conversation, self.info.learn)
         except Refused as refused:
             return Refusal(refused.reason, f"{refused.detail}; {refused.fix}")

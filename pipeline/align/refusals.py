@@ -96,7 +96,11 @@ def refuse_other_kind(config: AlignConfig, capture: CaptureManifest) -> None:
         given = [f"--{name.replace('_', '-')}" for name in ("template", "template_arg") if getattr(config, name)]
         if given:
             raise XtokenError(f"{root} holds texts, which no chat template writes; leave {' and '.join(given)} out")
-    elif config.corpus is not None:
+        return
+    if capture.chat.template is None and (config.template or config.template_arg):
+        named = "--template" if config.template else "--template-arg"
+        raise XtokenError(f"{root} holds token ids, of which nothing is rendered; leave {named} out")
+    if config.corpus is not None:
         raise XtokenError(
             f"{root} holds conversations, which are read from the capture itself; leave --corpus out, and if it was "
             "captured with --no-text, capture it again without"

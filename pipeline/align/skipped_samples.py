@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from xtoken.pipeline.align.conversations import COLUMNS, ChatStudent
+from xtoken.pipeline.align.conversations import ChatStudent
 from xtoken.pipeline.align.encoding import Refusal, encode_one
 from xtoken.pipeline.align.plain_columns import peek
 from xtoken.pipeline.align.sample_texts import CorpusTexts
@@ -76,16 +76,20 @@ class SkippedSamples:
             held = {name for batch in iter_parquet(path, ["sample_id"]) for name in batch["sample_id"].to_pylist()}
         try:
             for batch in self._batches(part):
-                for sample in batch.drop_columns(["teacher_end"]).to_pylist():
+                for sample in batch.select(self._looked_at).to_pylist():
                     if sample["sample_id"] not in held:
                         yield _record(part.index, sample, self._reason(sample))
         except XtokenError:
             return  # the capture went away since: what is not named stays counted
 
+    @property
+    def _looked_at(self) -> list[str]:
+        """Columns that the reason follows from."""
+        return ["sample_id", "text", "complete"] if self.student is None else list(self.student.columns)
+
     def _batches(self, part: Part) -> Iterator[pa.RecordBatch]:
         recorded = next(one for one in self.manifest.parts if one.index == part.index)
-        columns = _COLUMNS if self.student is None else list(dict.fromkeys([*_COLUMNS, *COLUMNS]))
-        batches = peek(self.capture, self.manifest, recorded, columns)
+        batches = peek(self.capture, self.manifest, recorded, list(dict.fromkeys([*_COLUMNS, *self._looked_at])))
         if self.corpus is None:
             yield from batches
         else:

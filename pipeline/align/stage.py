@@ -101,7 +101,7 @@ def chat_student(config: AlignConfig, capture: CaptureManifest) -> ChatStudent |
     """
     if capture.chat is None:
         return None
-    return ChatStudent.open(config.student, config.template, config.arguments, capture.chat)
+    return ChatStudent.open(config.student, config.template, config.arguments, capture.chat, capture.tokenizer.hash)
 
 
 def phi_of(losses: Sequence[str], teacher: TokenTable, student: TextTokenizer) -> NDArray[np.int32] | None:

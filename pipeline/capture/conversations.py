@@ -4,7 +4,7 @@ Shapes: T teacher tokens of a sample, R rows, those of taught tokens.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.pipeline.capture.plan import PLAN_FILE, load_plan
+from xtoken.pipeline.capture.token_ids import teacher_of_ids
 from xtoken.pipeline.chats import (
     FORMS,
     TOO_LONG,
@@ -23,15 +24,19 @@ from xtoken.pipeline.chats import (
     NoTemplate,
     Refused,
     Span,
+    TokenRow,
     as_written,
     fit,
     form_of,
     from_json,
     open_chat_model,
+    open_ids_model,
     pair,
+    retold,
     samples_of,
     span_columns,
     to_json,
+    tokens_of,
 )
 from xtoken.pipeline.corpus import Corpus, Document
 from xtoken.pipeline.store.codecs.base import Codec
@@ -52,9 +57,10 @@ def form_of_run(config: PrecomputeConfig, folder: Folder) -> CorpusForm:
     """
     plan = load_plan(folder) if folder.exists(PLAN_FILE) else None
     form = plan.form if plan is not None else _found_form(config)
-    if form == "text":
-        _refuse_unused(config.chat)
-    elif config.teacher.bos != "auto":
+    _refuse_unused(config.chat, form)
+    if form == "ids" and config.teacher.bos != "auto":
+        raise XtokenError(f"--bos {config.teacher.bos} is for text: token ids are scored as they are; leave it out")
+    if form != "text" and config.teacher.bos != "auto":
         raise XtokenError(
             f"--bos {config.teacher.bos} is for text: of conversations the chat template says whether BOS comes first; "
             "leave it out, or change the template with --template"
@@ -68,15 +74,21 @@ def _found_form(config: PrecomputeConfig) -> CorpusForm:
     return corpus.form or ("prompt" if alone and config.corpus.text_field not in corpus.columns else "text")
 
 
-def _refuse_unused(chat: ChatGroup) -> None:
+def _refuse_unused(chat: ChatGroup, form: CorpusForm) -> None:
+    """Refuse a setting that says nothing to what the corpus holds."""
+    conversations = "is for conversations, and the corpus holds"
     for leaf in leaves(ChatGroup):
         value = getattr(chat, leaf.name)
-        if value != leaf.field.get_default(call_default_factory=True):
-            shown = ",".join(value) if isinstance(value, list) else value
-            raise XtokenError(
-                f"--{flag(leaf.name, leaf.field)} {shown} is for conversations, and the corpus holds text; leave it "
-                f"out, or say with --form how conversations lie in the corpus ({', '.join(FORMS)})"
-            )
+        if value == leaf.field.get_default(call_default_factory=True):
+            continue
+        shown = f"--{flag(leaf.name, leaf.field)} {','.join(value) if isinstance(value, list) else value}"
+        if form == "text":
+            named = f"say with --form how conversations lie in the corpus ({', '.join(FORMS)})"
+            raise XtokenError(f"{shown} {conversations} text; leave it out, or {named}")
+        if form == "ids" and leaf.name not in ("tokenizer", "long"):
+            raise XtokenError(f"{shown} {conversations} token ids, which are scored as they are; leave it out")
+        if form != "ids" and leaf.name == "tokenizer":
+            raise XtokenError(f"{shown} is for --form ids, and the corpus holds messages; leave it out, or say --form")
 
 
 def form_words(config: CorpusConfig, folder: Folder, form: CorpusForm) -> list[str]:
@@ -91,24 +103,25 @@ def form_words(config: CorpusConfig, folder: Folder, form: CorpusForm) -> list[s
     also = f"; its columns could be read as {' or '.join(others)}, see --form" if others else ""
     if form == "text":
         return [f"the corpus is read as text{also}"] if others else []
-    return [f"the corpus holds conversations, form {form}{also}"]
+    what = "token ids, which are scored as they are" if form == "ids" else f"conversations, form {form}"
+    return [f"the corpus holds {what}{also}"]
 
 
 @dataclass(frozen=True, eq=False)
 class ChatPiece:
-    """A sample of a conversation.
+    """A sample of a conversation, or of token ids.
 
     Attributes:
         sample_id: the document's id, ``#``, and 0 or the message of ``--turns each``.
         tokens: what the teacher is shown.
-        conversation: what was rendered.
+        conversation: what was rendered; None of token ids.
         complete: nothing was cut off.
         size: its share of the document's bytes.
     """
 
     sample_id: str
     tokens: ChatTokens
-    conversation: Conversation
+    conversation: Conversation | None
     complete: bool
     size: int
 
@@ -191,7 +204,7 @@ class Chat:
     """How a run makes samples of conversations.
 
     Attributes:
-        model: the teacher's template and tokenizer.
+        model: the teacher's template and tokenizer; of token ids it renders nothing.
         info: what the manifest says of it.
         max_tokens: most of a sample.
         stops: whether a conversation that the template refuses ends the run.
@@ -217,8 +230,13 @@ class Chat:
             XtokenError: the teacher has no chat template, or its tokenizer cannot be loaded.
         """
         chat, date = config.chat, date or plan_date(config)
+        asked, stops = getattr(config, "student", None), config.corpus.on_bad == "stop"
         if form == "text":
             return None
+        if form == "ids":
+            model, info = teacher_of_ids(config, date)
+            student = None if asked is None else open_ids_model(asked, date=datetime.fromisoformat(date))
+            return cls(model, info, config.codec.max_tokens, stops, student)
         model = open_chat_model(
             config.teacher.teacher,
             revision=config.teacher.revision,
@@ -237,13 +255,14 @@ class Chat:
             long=chat.long if chat.turns == "all" and chat.generate is None else "skip",
             answering=_answering(config),
         )
-        asked = getattr(config, "student", None)
         student = None if asked is None else _student(asked, date)
-        return cls(model, info, config.codec.max_tokens, config.corpus.on_bad == "stop", student)
+        return cls(model, info, config.codec.max_tokens, stops, student)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What run.json holds beside the settings themselves."""
+        if self.info.template is None:
+            return {}
         student = {} if self.student is None else {"student_template_hash": self.student.template.sha256}
         seed = {} if self.info.answering is None else {"answer_seed": self.info.answering.seed}
         return {"template_hash": self.info.template, **student, **seed}
@@ -256,22 +275,40 @@ class Chat:
         """
         made = ChatPieces()
         for document in documents:
-            try:
-                turns = samples_of(from_json(document.text), self.info.turns)
-            except Refused as refused:
-                made.left_out.append(self.left_out(document.id, refused))
-                continue
-            for turn in turns:
-                sample_id = document.id + (turn.suffix or "#0")
-                try:
-                    kept, tokens = fit(turn.conversation, self._encode, self.max_tokens, self.info.long)
-                except Refused as refused:
-                    made.left_out.append(self.left_out(sample_id, refused))
-                    continue
-                whole = len(kept.messages) == len(turn.conversation.messages)
-                size = document.text_bytes // len(turns)
-                made.pieces.append(ChatPiece(sample_id, tokens, kept, whole, size))
+            if self.info.form == "ids":
+                self._take_ids(document, made)
+            else:
+                self._take_conversation(document, made)
         return made
+
+    def _take_conversation(self, document: Document, made: ChatPieces) -> None:
+        try:
+            turns = samples_of(from_json(document.text), self.info.turns)
+        except Refused as refused:
+            made.left_out.append(self.left_out(document.id, refused))
+            return
+        for turn in turns:
+            sample_id = document.id + (turn.suffix or "#0")
+            try:
+                kept, tokens = fit(turn.conversation, self._encode, self.max_tokens, self.info.long)
+            except Refused as refused:
+                made.left_out.append(self.left_out(sample_id, refused))
+                continue
+            whole = len(kept.messages) == len(turn.conversation.messages)
+            size = document.text_bytes // len(turns)
+            made.pieces.append(ChatPiece(sample_id, tokens, kept, whole, size))
+
+    def _take_ids(self, document: Document, made: ChatPieces) -> None:
+        sample_id, row = f"{document.id}#0", TokenRow.from_json(document.text)
+        try:
+            if len(row.ids) > self.max_tokens:
+                sizes = f"it has {len(row.ids):,} tokens, --max-tokens is {self.max_tokens:,}"
+                raise Refused(TOO_LONG, f"{sizes}, and token ids are not cut", "raise --max-tokens")
+            tokens = tokens_of(self.model, row)
+        except Refused as refused:
+            made.left_out.append(self.left_out(sample_id, refused))
+            return
+        made.pieces.append(ChatPiece(sample_id, tokens, None, complete=True, size=document.text_bytes))
 
     def _encode(self, conversation: Conversation) -> ChatTokens:
         return self.model.encode(conversation, cast(Any, self.info.learn))
@@ -294,10 +331,18 @@ class Chat:
         """Figures for a commit record, with those of how an intended student's spans meet the teacher's."""
         counts = made.counts
         if self.student is not None:
-            kinds = cast(Any, self.info.learn)
             for piece in made.pieces:
-                counts.update(student_counts(piece.tokens, piece.conversation, self.student, kinds))
+                counts.update(student_counts(piece.tokens, self._read_by(self.student, piece)))
         return counts
+
+    def _read_by(self, student: ChatModel, piece: ChatPiece) -> ChatTokens | None:
+        """A sample as an intended student reads it; None where it cannot."""
+        try:
+            if piece.conversation is None:
+                return retold(student, piece.tokens, self.model.tokenizer.table.info.hash)
+            return student.encode(as_written(piece.conversation, piece.tokens), cast(Any, self.info.learn))
+        except Refused:
+            return None
 
     def sequences(self, documents: Iterable[Document]) -> Iterator[NDArray[np.int32]]:
         """int32 [R] of each sample: the tokens that rows will be about."""
@@ -333,24 +378,18 @@ class Chat:
             complete=piece.complete,
             snapped=tokens.snapped,
             spans=span_columns(tokens.spans),
-            messages=to_json(piece.conversation) if text else None,
+            messages=to_json(piece.conversation) if text and piece.conversation is not None else None,
         )
 
 
-def student_counts(
-    teacher: ChatTokens, conversation: Conversation, student: ChatModel, learn: Collection[Any]
-) -> Counter[str]:
-    """Chunks of the taught spans that both renderings have, those of one token on both sides, and what is lost.
+def student_counts(teacher: ChatTokens, tokens: ChatTokens | None) -> Counter[str]:
+    """Chunks of the taught spans that both sides have, those of one token on both, and what is lost.
 
     Args:
         teacher: the sample as the teacher reads it.
-        conversation: the sample.
-        student: renders and tokenizes it, too.
-        learn: kinds of spans that are taught.
+        tokens: as a student does; None: it cannot.
     """
-    try:
-        tokens = student.encode(as_written(conversation, teacher), learn)
-    except Refused:
+    if tokens is None:
         return Counter(student_refused=1)
     pairing = pair(teacher, tokens)
     counts = Counter(student_tokens=len(tokens), student_snapped=int(tokens.snapped), student_lost=len(pairing.lost))

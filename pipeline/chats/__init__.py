@@ -32,6 +32,8 @@ Who aligns renders what was stored for the student and walks each matched span b
 
 ``pairing.lost`` is what the teacher teaches and the student's text has not, ``pairing.alone`` what gets CE only.
 
+Rows of token ids are no conversations: ``ids.py`` makes spans of them as they are, and of those a student's tokens.
+
 Who measures a student reads held-out conversations by its ``StudentChats`` (``held_out.py``).
 """
 
@@ -39,6 +41,7 @@ from xtoken.pipeline.chats.answers import with_answer
 from xtoken.pipeline.chats.conversation import Call, Conversation, Message, require_taught
 from xtoken.pipeline.chats.encode import LEARNED, ChatModel, ChatTokens, Span, open_chat_model
 from xtoken.pipeline.chats.forms import FORMS, Form, columns_of, form_of, from_json, read_row, to_json
+from xtoken.pipeline.chats.ids import IDS_LEARNED, TokenRow, end_of, open_ids_model, read_ids, retold, tokens_of
 from xtoken.pipeline.chats.pairing import Match, Pairing, as_written, on_axis, pair, span_columns, spans_of
 from xtoken.pipeline.chats.refused import Refused
 from xtoken.pipeline.chats.template import ChatTemplate, NoTemplate, load_template
@@ -46,6 +49,7 @@ from xtoken.pipeline.chats.turns import TOO_LONG, Turn, fit, kept_messages, samp
 
 __all__ = [
     "FORMS",
+    "IDS_LEARNED",
     "LEARNED",
     "TOO_LONG",
     "Call",
@@ -60,9 +64,11 @@ __all__ = [
     "Pairing",
     "Refused",
     "Span",
+    "TokenRow",
     "Turn",
     "as_written",
     "columns_of",
+    "end_of",
     "fit",
     "form_of",
     "from_json",
@@ -70,12 +76,16 @@ __all__ = [
     "load_template",
     "on_axis",
     "open_chat_model",
+    "open_ids_model",
     "pair",
+    "read_ids",
     "read_row",
     "require_taught",
+    "retold",
     "samples_of",
     "span_columns",
     "spans_of",
     "to_json",
+    "tokens_of",
     "with_answer",
 ]

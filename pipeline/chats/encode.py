@@ -115,14 +115,19 @@ class ChatModel:
             return None
         return next((int(tokens.ids[span.token_start]) for span in tokens.spans if span.kind == "stop"), None)
 
-    @cached_property
+    @property
     def markers(self) -> tuple[str, ...]:
+        """How ``marks`` are spelt."""
+        return tuple(map(self.tokenizer.added.__getitem__, sorted(self.marks)))
+
+    @cached_property
+    def marks(self) -> frozenset[int]:
         """Added tokens that the template can write: those with a role, and those in its source."""
         sources = [*self.template.sources.values(), *map(str, self.template.variables.values())]
         role = self.tokenizer.table.role
-        return tuple(
-            one
-            for token, one in sorted(self.tokenizer.added.items())
+        return frozenset(
+            token
+            for token, one in self.tokenizer.added.items()
             if role[token] is not None or (not one.isspace() and any(one in source for source in sources))
         )
 
@@ -155,7 +160,7 @@ class ChatModel:
     def _encode(self, conversation: Conversation, learn: Collection[Kind], template: ChatTemplate) -> ChatTokens:
         stops = [self.tokenizer.added[token] for token in self.stops if token in self.tokenizer.added]
         rendered = render_spans(conversation, template, self.markers, stops)
-        writer = _Writer(self, self._taught(conversation, learn, rendered))
+        writer = Writer(self, self._taught(conversation, learn, rendered))
         last = {span.message: at for at, span in enumerate(rendered.spans) if span.kind in _ANSWER}
         answered = {at: message for message, at in last.items()}
         try:
@@ -207,7 +212,7 @@ def _refuse_untaught(tokens: ChatTokens) -> None:
         )
 
 
-class _Writer:
+class Writer:
     """Collects tokens and spans."""
 
     def __init__(self, model: ChatModel, taught: Collection[tuple[Kind, int]]) -> None:
@@ -242,6 +247,11 @@ class _Writer:
         if ids:
             is_marker = not span.plain and ids[-1] in self._tokenizer.added
             self._place = "marker" if is_marker else "text"
+
+    def write_ids(self, kind: Kind, message: int, ids: Sequence[int]) -> None:
+        """Write tokens without bytes as they are."""
+        self._add(kind, message, 0, ids, [self._size] * len(ids))
+        self._place = "marker" if ids[-1] in self._tokenizer.added else "text"
 
     def _content(self, span: TextSpan) -> list[int]:
         """Write a content; a blank that the tokenizer puts in front of it is of the template."""
@@ -292,8 +302,8 @@ class _Writer:
         widths = np.cumsum([len(piece) for piece in pieces]) - space
         return [self._size + int(end) for end in widths]
 
-    def tokens(self, absent: tuple[Key, ...], trimmed: tuple[Key, ...], whole: Sequence[int]) -> ChatTokens:
-        """What was written."""
+    def tokens(self, absent: tuple[Key, ...], trimmed: tuple[Key, ...], whole: Sequence[int] | None) -> ChatTokens:
+        """What was written; ``whole``: the tokens of the whole rendering, if there is one."""
         return ChatTokens(
             "".join(self._texts),
             np.array(self._ids, np.int32),
@@ -303,7 +313,7 @@ class _Writer:
             absent,
             trimmed,
             self._snapped,
-            self._ids != list(whole),
+            whole is not None and self._ids != list(whole),
         )
 
 

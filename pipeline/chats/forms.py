@@ -22,7 +22,7 @@ from xtoken.pipeline.chats.conversation import (
 from xtoken.pipeline.chats.refused import Refused, shown
 from xtoken.schemas.errors import XtokenError
 
-Form = Literal["messages", "sharegpt", "prompt", "alpaca"]
+Form = Literal["messages", "sharegpt", "prompt", "alpaca", "ids"]
 FORMS: tuple[Form, ...] = get_args(Form)
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -42,6 +42,7 @@ _COLUMNS: dict[Form, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
     "prompt": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
+    "ids": ("input_ids",),
 }
 
 # What a row may have beside them.
@@ -50,13 +51,15 @@ _BESIDE: dict[Form, tuple[str, ...]] = {
     "sharegpt": ("system", "tools"),
     "prompt": ("tools",),
     "alpaca": ("input", "system", "history", "tools"),
+    "ids": ("labels", "loss_mask", "assistant_masks", "attention_mask"),
 }
 
 
 def form_of(columns: Collection[str]) -> Form | None:
     """The form of rows with these columns; None if they are no conversations. Of several forms, the first counts.
 
-    The order: ``messages``; ``conversations``; ``prompt`` and ``completion``; ``instruction`` and ``output``.
+    The order: ``messages``; ``conversations``; ``prompt`` and ``completion``; ``instruction`` and ``output``;
+    ``input_ids``, whose rows ``ids.py`` reads.
     """
     return next((form for form, names in _COLUMNS.items() if set(names) <= set(columns)), None)
 
@@ -77,7 +80,7 @@ def read_row(row: Mapping[str, Any], form: Form) -> Conversation:
 
     Raises:
         Refused: the row is no conversation of this form.
-        XtokenError: there is no such form.
+        XtokenError: there is no such form of messages.
     """
     if form not in _READERS:
         raise XtokenError(f"there is no form {form!r} of chat data; the forms are {', '.join(_READERS)}")

@@ -165,6 +165,7 @@ def load_template(
     file: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     date: datetime,
+    optional: bool = False,
 ) -> ChatTemplate:
     """The chat template of a tokenizer or model.
 
@@ -174,6 +175,7 @@ def load_template(
         file: a template that counts instead of the model's own (``--template``).
         arguments: more variables (``--template-arg``); they win over those of the model.
         date: what the template takes for now, so that the same run gives the same text.
+        optional: a model without one gives a template without sources, which refuses every conversation.
 
     Raises:
         XtokenError: the model has no template, or a file cannot be read.
@@ -183,6 +185,11 @@ def load_template(
     config, special, generation = (_json_file(source, name, revision) for name in (_CONFIG, _SPECIAL, _GENERATION))
     own = file is None
     sources = _sources(source, config, revision) if own else {"default": _text_of(Path(file or "").expanduser())}
+    if not sources and not optional:
+        raise NoTemplate(
+            f"{source} has no chat template (neither {_JINJA} nor chat_template in {_CONFIG}), and conversations need "
+            "one; use the chat model of the family, or give a template with --template FILE"
+        )
     spelt = {**_spelt(special), **_spelt(config)}
     stops = generation.get("eos_token_id")
     ids = stops if isinstance(stops, list) else [stops]
@@ -195,6 +202,7 @@ def load_template(
 
 
 def _sources(source: str, config: Mapping[str, Any], revision: str | None) -> dict[str, str]:
+    """By name; none where the model has no template."""
     path = _path(source, _JINJA, revision)
     if path is not None:
         return {"default": _text_of(path)}
@@ -211,10 +219,7 @@ def _sources(source: str, config: Mapping[str, Any], revision: str | None) -> di
         )
     if found is not None and found != "":
         raise XtokenError(f"chat_template of {source} is a {type(found).__name__}, not text; fetch {_CONFIG} again")
-    raise NoTemplate(
-        f"{source} has no chat template (neither {_JINJA} nor chat_template in {_CONFIG}), and conversations need one; "
-        "use the chat model of the family, or give a template with --template FILE"
-    )
+    return {}
 
 
 def _path(source: str, name: str, revision: str | None) -> Path | None:

@@ -35,10 +35,11 @@ class Document:
 
     Attributes:
         id: the id field, else ``{file name relative to the corpus}:{record}``.
-        text: NFC, without lone surrogates, not only whitespace; of a conversation its JSON (``chats.to_json``).
+        text: NFC, without lone surrogates, not only whitespace; of a conversation its JSON (``chats.to_json``), of
+            token ids theirs (``chats.TokenRow``).
         file: index into ``Corpus.files``.
         record: number within the file, from 0 (for JSON lines: line number - 1).
-        contents: bytes of a conversation's contents; None of plain text.
+        contents: bytes of a conversation's contents, or of token ids; None of plain text.
     """
 
     id: str
@@ -49,7 +50,7 @@ class Document:
 
     @property
     def text_bytes(self) -> int:
-        """What people call its size: bytes of its text, or of a conversation's contents."""
+        """What people call its size: bytes of its text, of a conversation's contents, or of token ids."""
         return len(self.text.encode()) if self.contents is None else self.contents
 
     @property

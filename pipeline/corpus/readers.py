@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
-from xtoken.pipeline.chats import Form, Refused, read_row, to_json
+from xtoken.pipeline.chats import Form, Refused, read_ids, read_row, to_json
 from xtoken.pipeline.corpus.chat import CHAT_WAY_OUT, chat_columns, is_conversation
 
 BOM = b"\xef\xbb\xbf"
@@ -62,7 +62,8 @@ class FileProblem(Exception):
 class Row:
     """Record ``number`` (from 0) of a file: its text and id as found, or a problem.
 
-    The text of a conversation is its JSON (``chats.to_json``), and ``text_bytes`` those of its contents.
+    The text of a conversation is its JSON (``chats.to_json``), and ``text_bytes`` those of its contents; of token ids
+    see ``chats.TokenRow``.
     """
 
     number: int
@@ -209,6 +210,9 @@ def _text_row(number: int, text: Any, fields: Fields) -> Row:
 
 def _chat_row(number: int, record: Mapping[str, Any], form: Form) -> Row:
     try:
+        if form == "ids":
+            row = read_ids(record)
+            return Row(number, row.to_json(), text_bytes=row.text_bytes)
         conversation = read_row(record, form)
     except Refused as refused:
         return Row(number, problem=Problem(refused.reason, refused.detail, refused.fix))

@@ -78,7 +78,8 @@ def chat_summary(manifest: AnyManifest) -> dict[str, Any]:
     else:
         settings, figures = {}, target_figures(manifest).get("conversations", {})
     chat = manifest.chat
-    return {**figures, **settings, "learn": ",".join(chat.learn), "template": chat.template, "date": chat.date}
+    rendered = {} if chat.template is None else {"template": chat.template, "date": chat.date}
+    return {**figures, **settings, "learn": ",".join(chat.learn), **rendered}
 
 
 def _of_each(counts: Counter[str], prefix: str) -> dict[str, int]:

@@ -16,7 +16,7 @@ from xtoken.schemas.tables import SPAN_COLUMNS
 
 _CONTENTS = ("text", "system", "user", "result", "assistant", "thinking", "call")
 _NO_BYTES = ("template", "marker", "stop")
-_TAUGHT = ("assistant", "thinking", "marker", "call", "stop")
+_TAUGHT = ("text", "assistant", "thinking", "marker", "call", "stop")
 
 
 def check_spans(batch: pa.RecordBatch, tokens_N: NDArray[np.int64]) -> None:

@@ -25,7 +25,7 @@ from xtoken.schemas.configs.base import (
 )
 from xtoken.schemas.word_starts import SpaceSet
 
-CorpusForm = Literal["auto", "text", "messages", "sharegpt", "prompt", "alpaca"]
+CorpusForm = Literal["auto", "text", "messages", "sharegpt", "prompt", "alpaca", "ids"]
 TRAIN, ALL, ONLY = "train", "all", "only"
 PILOT_TOKENS = 2000
 # Kinds of spans that are always taught, and those that are on demand.
@@ -89,8 +89,8 @@ class CorpusGroup(CorpusConfig):
 
     form: CorpusForm = Field(
         "auto",
-        description="What the corpus holds: text, or conversations as messages, sharegpt, prompt or alpaca; auto: as "
-        "its columns say, and text where there is a --text-field.",
+        description="What the corpus holds: text, conversations as messages, sharegpt, prompt or alpaca, or token ids; "
+        "auto: as its columns say, and text where there is a --text-field.",
         json_schema_extra=IN_PLAN,
     )
     on_rendered: Literal["stop", "text"] = Field(
@@ -254,6 +254,11 @@ class ChatGroup(Config):
         json_schema_extra=IN_PLAN,
     )
 
+    tokenizer: str | None = Field(
+        None,
+        description="Whose the ids of --form ids are: a model or tokenizer, which must be the teacher's.",
+        json_schema_extra=PLACE | MAY_CHANGE,
+    )
     generate: int | None = Field(
         None,
         ge=1,

@@ -58,6 +58,9 @@ def _conversations(manifest: CaptureManifest) -> list[str]:
     chat = manifest.chat
     if chat is None:
         return []
+    ends = "an answer ends with " + ("no token" if chat.stop_token is None else f"token {chat.stop_token}")
+    if chat.template is None:
+        return [f"**Token ids**: scored as the corpus has them, and its masks mark what is taught; {ends}"]
     asked = chat.answering
     taught = {"all": "every answer", "last": "the last answer", "each": "every answer, each in a sample of its own"}
     given = "".join(f", {code(name)} {code(value)}" for name, value in list(chat.arguments.items())[:_NAMED])
@@ -71,8 +74,7 @@ def _conversations(manifest: CaptureManifest) -> list[str]:
         f"**Conversations**: read from the form {code(chat.form)}; taught is {what}, of it "
         f"{', '.join(chat.learn)}; those that are too long {too_long}",
         *own,
-        f"**Chat template**: sha256 {code(chat.template)}, for the date {code(chat.date)}{given}; an answer ends with "
-        + ("no token" if chat.stop_token is None else f"token {chat.stop_token}"),
+        f"**Chat template**: sha256 {code(chat.template)}, for the date {code(chat.date)}{given}; {ends}",
     ]
 
 
