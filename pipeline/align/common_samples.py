@@ -2,7 +2,7 @@
 
 Training joins targets by sample id and student tokens, which follow from the bytes of a sample and from whether it
 ends its document. Windows are cut in each teacher's own tokens, so documents longer than --max-tokens rarely join. Of a
-conversation they follow from its messages and from its contents as the teacher's template writes them.
+conversation they follow from its messages.
 """
 
 from collections.abc import Iterator, Mapping

@@ -25,11 +25,10 @@ from xtoken.pipeline.chats import (
     ChatModel,
     ChatTokens,
     Conversation,
-    Match,
     Pairing,
+    Part,
     Refused,
     Span,
-    as_written,
     end_of,
     from_json,
     on_axis,
@@ -37,6 +36,7 @@ from xtoken.pipeline.chats import (
     open_ids_model,
     pair,
     retold,
+    shared_parts,
     spans_of,
     to_json,
 )
@@ -72,15 +72,9 @@ class Reading:
         """Bytes that the teacher teaches."""
         return sum(span.byte_end - span.byte_start for span in self.stored.spans if span.learn)
 
-    @property
-    def lost_bytes(self) -> int:
-        """Those of them that the student's rendering has not, or not at their place."""
-        lost = dict(self.pairing.lost)
-        return sum(span.byte_end - span.byte_start for span in self.stored.spans if span.learn and span.key in lost)
-
 
 def stored_conversation(row: dict[str, Any]) -> tuple[Conversation, Stored]:
-    """A sample's conversation with its contents as the teacher's template writes them, and the sample.
+    """A sample's conversation, and the sample as the teacher's template writes it.
 
     Args:
         row: its ``COLUMNS``.
@@ -90,7 +84,7 @@ def stored_conversation(row: dict[str, Any]) -> tuple[Conversation, Stored]:
     """
     try:
         stored = Stored(row["text"], spans_of({name: row[name] for name in SPAN_COLUMNS}))
-        return as_written(from_json(row["messages"]), stored), stored
+        return from_json(row["messages"]), stored
     except (Refused, ValueError, KeyError, TypeError) as error:
         raise VerificationError(
             f"sample {row['sample_id']!r}: its messages and spans are no conversation ({error}); 'xtoken verify' on "
@@ -241,20 +235,18 @@ def join_conversations(batch: pa.RecordBatch, readings: Sequence[Reading | Refus
     known = [(at, one) for at, one in enumerate(readings) if isinstance(one, Reading)]
     teacher_N = _each(batch, "teacher_end")
     matches = [(n, match) for n, (_, one) in enumerate(known) for match in one.pairing.matches if match.taught]
-    chunk_N, starts, ends = _cut_spans(
-        [match for _, match in matches],
-        [_within(known[n][1].tokens.ends, match.student) for n, match in matches],
-        [_within(teacher_N[known[n][0]], match.teacher) for n, match in matches],
-        np.array([n for n, _ in matches], np.int64),
-        len(known),
-    )
+    parts = [shared_parts(match, known[n][1].tokens.ends, teacher_N[known[n][0]]) for n, match in matches]
+    chunk_N, starts, ends = _cut_spans(parts, np.array([n for n, _ in matches], np.int64), len(known))
+    met_N = Counter[int]()
+    for (n, match), (_, theirs) in zip(matches, parts, strict=True):
+        met_N[n] += int(theirs.ends[-1]) if match.size and len(theirs.ends) else 0
     joined = []
     for n, (at, one) in enumerate(known):
         span = slice(chunk_N[n], chunk_N[n + 1])
         tokens = one.tokens
         chunks = with_gaps(starts[:, span], ends[:, span], (len(tokens), len(teacher_N[at])))
         mine = Encoded(one.stored.text, tokens.ids, on_axis(one.pairing, tokens.ends), tokens.snapped)
-        joined.append(Joined(at, mine, chunks, tokens.learn, one.lost_bytes))
+        joined.append(Joined(at, mine, chunks, tokens.learn, one.taught_bytes - met_N[n]))
     return joined
 
 
@@ -262,43 +254,34 @@ def _each(batch: pa.RecordBatch, name: str) -> list[NDArray[np.int32]]:
     return np.split(flat(batch, name), np.cumsum(list_lengths(batch, name))[:-1])
 
 
-def _within(end_T: NDArray[np.int32], span: Span) -> NDArray[np.int32]:
-    """Ends of a span's tokens, in bytes from its start. Of a span without bytes all tokens end at byte 1, so that
-    the walk makes one chunk of them."""
-    ends = end_T[span.token_start : span.token_end]
-    return np.ones_like(ends) if span.byte_start == span.byte_end else ends - np.int32(span.byte_start)
-
-
 def _cut_spans(
-    matches: Sequence[Match],
-    student: Sequence[NDArray[np.int32]],
-    teacher: Sequence[NDArray[np.int32]],
-    sample_M: NDArray[np.int64],
-    samples: int,
+    parts: Sequence[tuple[Part, Part]], sample_M: NDArray[np.int64], samples: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Chunks of all pairs of spans: where each sample's start [N + 1], and the first token and the one after the last,
-    of the student's and of the teacher's tokens of the sample, [2, C] each."""
-    empty, no_M = np.zeros(0, np.int32), np.zeros(len(matches), np.bool_)
+    """Chunks of all pairs of spans, the student's part and the teacher's of each: where each sample's start [N + 1],
+    and the first token and the one after the last, of the student's and of the teacher's tokens of the sample, [2, C]
+    each."""
+    sides = [[pair[side] for pair in parts] for side in (0, 1)]
+    ends, sizes = ([[one.ends for one in side] for side in sides], [[len(one.ends) for one in side] for side in sides])
+    empty, no_M = np.zeros(0, np.int32), np.zeros(len(parts), np.bool_)
     offset_M, s_end_C, t_end_C, lead_M, decreasing = boundaries_batch(
-        np.concatenate([empty, *student]),
-        offsets_of([len(ends) for ends in student]),
-        np.concatenate([empty, *teacher]),
-        offsets_of([len(ends) for ends in teacher]),
+        np.concatenate([empty, *ends[0]]),
+        offsets_of(sizes[0]),
+        np.concatenate([empty, *ends[1]]),
+        offsets_of(sizes[1]),
         no_M,
         no_M,
     )
-    assert decreasing < 0, f"byte ends of {matches[decreasing].teacher.key} decrease within its span"
-    ends = np.stack([s_end_C, t_end_C]).astype(np.int64)
-    starts = np.concatenate([np.zeros((2, 1), np.int64), ends], axis=1)[:, :-1]
-    starts[:, offset_M[:-1][np.diff(offset_M) > 0]] = 0
-    match_C = np.repeat(np.arange(len(matches)), np.diff(offset_M))
-    sides = ([match.student.token_start for match in matches], [match.teacher.token_start for match in matches])
-    first_M = np.array(sides, np.int64).reshape(2, -1)
+    assert decreasing < 0, f"byte ends of tokens from {parts[decreasing]} on decrease within their span"
+    end_C = np.stack([s_end_C, t_end_C]).astype(np.int64)
+    start_C = np.concatenate([np.zeros((2, 1), np.int64), end_C], axis=1)[:, :-1]
+    start_C[:, offset_M[:-1][np.diff(offset_M) > 0]] = 0
+    match_C = np.repeat(np.arange(len(parts)), np.diff(offset_M))
+    first_M = np.array([[one.first for one in side] for side in sides], np.int64).reshape(2, -1)
     # tokens of no bytes that a span begins with are no chunk: they join the gap before the next one
     kept_C = np.ones(len(match_C), np.bool_)
     kept_C[offset_M[:-1][lead_M]] = False
     chunk_N = np.searchsorted(sample_M[match_C[kept_C]], np.arange(samples + 1))
-    return chunk_N, (starts + first_M[:, match_C])[:, kept_C], (ends + first_M[:, match_C])[:, kept_C]
+    return chunk_N, (start_C + first_M[:, match_C])[:, kept_C], (end_C + first_M[:, match_C])[:, kept_C]
 
 
 def with_gaps(starts: NDArray[np.int64], ends: NDArray[np.int64], tokens: tuple[int, int]) -> Chunks:
@@ -330,6 +313,7 @@ def conversation_counts(readings: Sequence[Reading | Refusal], samples: Sequence
     for sample in samples:
         assert sample.learn is not None
         tokens_C = np.diff(sample.chunks.student_end, prepend=0)
+        found["chunk_bytes"] -= sample.lost_bytes
         found["ce_only_tokens"] += int((sample.learn & np.repeat(sample.chunks.gap, tokens_C)).sum())
     return Counter({f"chat_{name}": count for name, count in sorted(found.items())})
 
@@ -338,7 +322,7 @@ def _counts(reading: Reading) -> Counter[str]:
     found = Counter(f"lost_{key[0]}_{reason.replace(' ', '_')}" for key, reason in reading.pairing.lost)
     found.update(f"alone_{key[0]}" for key in reading.pairing.alone)
     found["taught_bytes"] += reading.taught_bytes
-    found["chunk_bytes"] += reading.taught_bytes - reading.lost_bytes
+    found["chunk_bytes"] += reading.taught_bytes
     found["learn_tokens"] += int(reading.tokens.learn.sum())
     found["tokens_differ"] += int(reading.tokens.differs)
     return found

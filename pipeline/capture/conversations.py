@@ -23,9 +23,7 @@ from xtoken.pipeline.chats import (
     Conversation,
     NoTemplate,
     Refused,
-    Span,
     TokenRow,
-    as_written,
     fit,
     form_of,
     from_json,
@@ -34,6 +32,7 @@ from xtoken.pipeline.chats import (
     pair,
     retold,
     samples_of,
+    shared_parts,
     span_columns,
     to_json,
     tokens_of,
@@ -340,7 +339,7 @@ class Chat:
         try:
             if piece.conversation is None:
                 return retold(student, piece.tokens, self.model.tokenizer.table.info.hash)
-            return student.encode(as_written(piece.conversation, piece.tokens), cast(Any, self.info.learn))
+            return student.encode(piece.conversation, cast(Any, self.info.learn))
         except Refused:
             return None
 
@@ -394,19 +393,11 @@ def student_counts(teacher: ChatTokens, tokens: ChatTokens | None) -> Counter[st
     pairing = pair(teacher, tokens)
     counts = Counter(student_tokens=len(tokens), student_snapped=int(tokens.snapped), student_lost=len(pairing.lost))
     for match in pairing.matches:
-        if match.taught and match.teacher.byte_end > match.teacher.byte_start:
-            ends = [_ends(one, span) for one, span in ((teacher, match.teacher), (tokens, match.student))]
-            chunks, single = chunk_counts(*ends)
+        if match.taught:
+            mine, theirs = shared_parts(match, tokens.ends, teacher.ends)
+            chunks, single = chunk_counts(mine.ends, theirs.ends)
             counts.update(chunks=chunks, chunks_1_1=single)
-        elif match.taught:
-            sizes = [span.token_end - span.token_start for span in (match.teacher, match.student)]
-            counts.update(chunks=int(min(sizes) > 0), chunks_1_1=int(sizes == [1, 1]))
     return counts
-
-
-def _ends(tokens: ChatTokens, span: Span) -> NDArray[np.int32]:
-    """Byte ends of a span's tokens, from its start."""
-    return tokens.ends[span.token_start : span.token_end] - span.byte_start
 
 
 def chunk_counts(left: NDArray[np.int32], right: NDArray[np.int32]) -> tuple[int, int]:

@@ -23,11 +23,10 @@ keeps ``model.template.sha256``, the date and ``model.stop_token``.
 
 Who aligns renders what was stored for the student and walks each matched span by itself::
 
-    conversation = as_written(from_json(messages), stored)    # stored: text, and spans_of(columns)
-    tokens = student.encode(conversation, learn)              # the same date and kinds
-    pairing = pair(stored, tokens)
-    for match in pairing.matches:                             # chunks within match.teacher and match.student
-        ...                                                   # if match.taught; of no bytes: one chunk
+    tokens = student.encode(from_json(messages), learn)       # the same date and kinds
+    pairing = pair(stored, tokens)                            # stored: text, and spans_of(columns)
+    for match in pairing.matches:                             # chunks, if match.taught
+        mine, theirs = shared_parts(match, tokens.ends, teacher_end)
     student_end = on_axis(pairing, tokens.ends)
 
 ``pairing.lost`` is what the teacher teaches and the student's text has not, ``pairing.alone`` what gets CE only.
@@ -42,7 +41,7 @@ from xtoken.pipeline.chats.conversation import Call, Conversation, Message, requ
 from xtoken.pipeline.chats.encode import LEARNED, ChatModel, ChatTokens, Span, open_chat_model
 from xtoken.pipeline.chats.forms import FORMS, Form, columns_of, form_of, from_json, read_row, to_json
 from xtoken.pipeline.chats.ids import IDS_LEARNED, TokenRow, end_of, open_ids_model, read_ids, retold, tokens_of
-from xtoken.pipeline.chats.pairing import Match, Pairing, as_written, on_axis, pair, span_columns, spans_of
+from xtoken.pipeline.chats.pairing import Match, Pairing, Part, on_axis, pair, shared_parts, span_columns, spans_of
 from xtoken.pipeline.chats.refused import Refused
 from xtoken.pipeline.chats.template import ChatTemplate, NoTemplate, load_template
 from xtoken.pipeline.chats.turns import TOO_LONG, Turn, fit, kept_messages, samples_of
@@ -62,11 +61,11 @@ __all__ = [
     "Message",
     "NoTemplate",
     "Pairing",
+    "Part",
     "Refused",
     "Span",
     "TokenRow",
     "Turn",
-    "as_written",
     "columns_of",
     "end_of",
     "fit",
@@ -83,6 +82,7 @@ __all__ = [
     "require_taught",
     "retold",
     "samples_of",
+    "shared_parts",
     "span_columns",
     "spans_of",
     "to_json",
