@@ -210,13 +210,13 @@ def test_what_the_student_cannot_have_is_lost_and_its_own_text_is_learned_from_a
     """SmolLM2's template leaves Qwen3's calls out; it keeps line ends that Qwen3 strips."""
     teacher, student = model("qwen3"), model("smollm2")
     batch = chat_batch(teacher, {"calls": talk("calls")})
-    readings, samples, targets, _ = aligned(batch, teacher, student)
+    readings, samples, _, _ = aligned(batch, teacher, student)
     counts = conversation_counts(readings, samples)
     assert (counts["chat_lost_call_absent"], counts["chat_lost_stop_not_taught"]) == (2, 1)
     assert counts["chat_chunk_bytes"] == len("It rains.")
     assert counts["chat_ce_only_tokens"] == 0
     back = chat_batch(student, {"blanks": talk("blanks")})
-    readings, samples, targets, _ = aligned(back, student, teacher)
+    readings, samples, _, _ = aligned(back, student, teacher)
     counts = conversation_counts(readings, samples)
     # SmolLM2's token of two line ends and a blank has more than Qwen3's first blank
     assert (counts["chat_chunk_bytes"], counts["chat_lost_assistant_other_bytes"]) == (len(" Hello \n"), 0)
