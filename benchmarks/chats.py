@@ -34,7 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 LOSSES = ("p-kl", "h-kl", "gold", "alm", "byte-prefix")
 ANSWER = ["--generate", "64", "--temperature", "0.7", "--seed", "0"]
 SHORT = ["--max-tokens", "512"]
-STEP = ["--loss", "p-kl", "--mix", "gradmag", "--lr", "5e-5", "--warmup", "10", "--step-tokens", "2048"]
+STEP = ["--loss", "p-kl", "--mix", "gradmag", "--lr", "5e-5", "--warmup", "10", "--step-tokens", "1024"]
 STEP += ["--micro-tokens", "512", "--max-tokens", "512", "--save-every", "50", "--keep", "1"]
 DAY = datetime(2026, 1, 1)
 Figures = dict[str, Any]
@@ -47,9 +47,9 @@ def main() -> None:
     parser.add_argument("--models", required=True, help="student=FOLDER,teacher=FOLDER")
     parser.add_argument("--templates", default="", help="NAME=FOLDER by commas: further templates to pair")
     parser.add_argument("--writer", help="name of the model that answers; left out: the teacher")
-    parser.add_argument("--conversations", type=int, default=240)
+    parser.add_argument("--conversations", type=int, default=160)
     parser.add_argument("--held-out", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     work: Path = options.work
@@ -77,7 +77,7 @@ def write(work: Path, writer: str, count: int, held_out: int) -> Figures:
         {"id": f"c{at:03d}", "messages": [*([message("system", system)] if system else []), message("user", first)]}
         for at, (system, first, _) in enumerate(asked)
     ]
-    seconds, finished = 0.0, Counter[str]()
+    seconds = 0.0
     for turn in (1, 2):
         took, answers = answered(work, writer, f"turn-{turn}", rows)
         seconds += took
@@ -85,10 +85,9 @@ def write(work: Path, writer: str, count: int, held_out: int) -> Figures:
         if turn == 1:
             following = {f"c{at:03d}": message("user", then) for at, (_, _, then) in enumerate(asked)}
             rows = [{**row, "messages": [*row["messages"], following[row["id"]]]} for row in rows]
-    finished["conversations"] = len(rows)
     for name, part in (("chats", rows[held_out:]), ("held-out", rows[:held_out])):
         (work / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
-    return {"conversations": len(rows), "held_out": held_out, "seconds_writing": seconds}
+    return {"conversations": len(rows) - held_out, "held_out": held_out, "seconds_writing": seconds}
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -104,7 +103,8 @@ def answered(work: Path, writer: str, name: str, rows: list[Figures]) -> tuple[f
     messages = {}
     for batch in iter_capture(str(out), ["sample_id", "messages"]):
         for sample_id, text in zip(batch["sample_id"].to_pylist(), batch["messages"].to_pylist(), strict=True):
-            messages[sample_id.split("#")[0]] = json.loads(text)["messages"]
+            said = json.loads(text)["messages"]  # earlier answers are marked as not to be taught there; here all are
+            messages[sample_id.split("#")[0]] = [message(one["role"], one["content"]) for one in said]
     return found["seconds"], messages
 
 
