@@ -155,7 +155,7 @@ def way(work: Path, models: dict[str, str], teacher: str, student: str) -> Figur
     aligned = xtoken(words)
     tokens = sum(part.tokens for part in read_manifest(str(targets), TargetManifest).parts)
     rows = sum(part.rows for part in read_manifest(str(capture), CaptureManifest).parts)
-    sizes = bytes_per_token(str(targets))
+    sizes = bytes_per_token(str(targets), read_manifest(str(targets), TargetManifest))
     return {
         "teacher": teacher,
         "student": student,
