@@ -217,23 +217,18 @@ def trained(work: Path, models: dict[str, str], teacher: str, student: str, step
 
 def report(result: Figures) -> str:
     """Markdown."""
+    held_out = result["held_out"]
     lines = ["# Conversations between two chat models", ""]
-    written = result["conversations"] + result["held_out"]
     lines += [f"`python -m benchmarks.chats WORK` on {machine_line()}. {result['writer']} answered the prompts of"]
     lines += [
-        f"chats_prompts.py twice over, at most 64 tokens each time, which gave {written} conversations of two turns"
+        "chats_prompts.py twice over, at most 64 tokens each time; answers that were cut there are taught with an end."
     ]
-    lines += [
-        f"({result['held_out']} of them held out). Answers that were cut at 64 tokens are taught with an end there."
-    ]
-    lines += ["", "## What two templates share", "", *_pair_lines(result["pairs"])]
-    lines += [
-        "",
-        f"The same of {len(TOOLS)} conversations of the tests with reasoning and tool calls ({', '.join(TOOLS)}):",
-    ]
-    lines += ["", *_tool_lines(result["tools"]), "", "## Both ways round", ""]
-    lines += ["| teacher | student | rows | student tokens | taught bytes with a chunk | chunks | of one token each |"]
-    lines += ["|---" * 7 + "|"]
+    lines += [f"{result['conversations'] + held_out} conversations of two turns, {held_out} of them held out.", ""]
+    lines += ["## What two templates share", "", *_pair_lines(result["pairs"]), ""]
+    lines += [f"The same of {len(TOOLS)} conversations of the tests with reasoning and tool calls:", ""]
+    lines += [*_tool_lines(result["tools"]), "", "## Both ways round", ""]
+    names = "teacher", "student", "rows", "student tokens", "taught bytes with a chunk", "chunks", "of one token each"
+    lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for one in result["ways"]:
         found = one["align"]
         share = found["conversations"]["share_of_taught_bytes"]
@@ -250,15 +245,10 @@ def _pair_lines(pairs: list[Figures]) -> list[str]:
     talks = max(one["conversations"] for one in pairs)
     lines = [f"{talks} conversations in {len(pairs)} ordered pairs of templates, without a model: {total['chunks']:,}"]
     lines += [f"chunks of {total['same_bytes']:,} taught bytes, {total['other_bytes']} of which differ between the two"]
-    lines += [
-        f"renderings; {total['stops']:,} ends of answers meet. Share of the teacher's taught bytes in chunks:",
-        "",
-    ]
+    lines += [f"renderings; {total['stops']:,} ends of answers meet. The teacher's taught bytes in chunks:", ""]
     names = list(dict.fromkeys(one["teacher"] for one in pairs))
-    lines += [
-        f"| teacher's template | {' | '.join(f'student {name}' for name in names)} |",
-        "|---" * (len(names) + 1) + "|",
-    ]
+    lines += [f"| teacher's template | {' | '.join(f'student {name}' for name in names)} |"]
+    lines += ["|---" * (len(names) + 1) + "|"]
     share = {(one["teacher"], one["student"]): one["same_bytes"] / one["taught_bytes"] for one in pairs}
     for teacher in names:
         cells = [f"{share[teacher, name]:.2%}" if name != teacher else "" for name in names]
@@ -268,22 +258,15 @@ def _pair_lines(pairs: list[Figures]) -> list[str]:
 
 def _tool_lines(pairs: list[Figures]) -> list[str]:
     """What each pair of templates loses of reasoning and calls, those of the same figures together."""
-    lines = [
-        "| student's template | teacher's | taught bytes in chunks | what the student has not |",
-        "|---|---|---|---|",
-    ]
+    lines = ["| student's template | teacher's | taught bytes in chunks | what the student has not |", "|---" * 4 + "|"]
     rows: dict[tuple[str, str, str], list[str]] = {}
     for one in pairs:
         share = f"{one.get('same_bytes', 0) / one['taught_bytes']:.1%}" if one.get("taught_bytes") else "none"
         lost = [f"{name.removeprefix('lost ')} {count}" for name, count in one.items() if name[:4] in ("lost", "refu")]
         rows.setdefault((one["student"], share, ", ".join(sorted(lost)) or "nothing"), []).append(one["teacher"])
-    return [
-        *lines,
-        *(
-            f"| {student} | {', '.join(names)} | {share} | {lost} |"
-            for (student, share, lost), names in sorted(rows.items())
-        ),
-    ]
+    for (student, share, lost), names in sorted(rows.items()):
+        lines.append(f"| {student} | {', '.join(names)} | {share} | {lost} |")
+    return lines
 
 
 def _trained_lines(result: Figures) -> list[str]:
@@ -291,12 +274,12 @@ def _trained_lines(result: Figures) -> list[str]:
     trained = result["trained"]
     lines = ["## A student learns", ""]
     lines += [
-        f"{result['student']} from {result['teacher']}, {trained['steps']} steps of some 1,024 tokens, one seed, no rate"
+        f"{result['student']} from {result['teacher']}, {trained['steps']} steps of some 1,024 tokens. One seed and"
     ]
     lines += [
-        "tuned: it shows that conversations train, not which loss is better. Bits per byte of the answers held out,"
+        "one rate: it shows that conversations train, not which loss is better. Bits per byte of the answers held"
     ]
-    lines += ["which the teacher wrote, and bits per token of their ends.", ""]
+    lines += ["out, which the teacher wrote, and bits per token of their ends.", ""]
     lines += ["| | answers | end of an answer |", "|---|---|---|"]
     for name, found in trained["eval"].items():
         kinds = found["by_kind"]

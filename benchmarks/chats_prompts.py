@@ -5,8 +5,9 @@ Written for this file; nothing is drawn, so that the same number gives the same 
 
 from collections.abc import Iterator
 
-_THINGS = """the moon|a bicycle|bread|a volcano|the heart|rain|a library|glass|the number 12|a lighthouse|coffee|an ant colony|
-a bridge|salt|the steam engine|a rainbow|paper|a chess game|honey|an earthquake|the printing press|a kite|soap|tides|
+_THINGS = """the moon|a bicycle|bread|a volcano|the heart|rain|a library|glass|the number 12|a lighthouse|coffee|
+an ant colony|a bridge|salt|the steam engine|a rainbow|paper|a chess game|honey|an earthquake|the printing press|
+a kite|soap|tides|
 a compass|cheese|a battery|the Roman alphabet|snow|a microscope|wheat|an elevator|a magnet|rust|the stock exchange|
 a violin|yeast|a lock and key|cotton|a telescope|fermentation|a river delta|the thermometer|silk|a clock|an octopus|
 concrete|a passport|photosynthesis|a map"""
