@@ -181,7 +181,7 @@ def way(work: Path, models: dict[str, str], teacher: str, student: str) -> Figur
     """The capture of one model and its targets for the other."""
     capture, targets = work / f"capture-{teacher}", work / f"targets-{teacher}-{student}"
     words = ["precompute", work / "chats.jsonl", "--teacher", models[teacher], "--id-field", "id", *SHORT]
-    captured = xtoken([*words, "--out", capture])
+    xtoken([*words, "--out", capture])
     words = ["align", capture, "--student", models[student], "--for", ",".join(LOSSES), "--out", targets]
     aligned = xtoken(words)
     tokens = sum(part.tokens for part in read_manifest(str(targets), TargetManifest).parts)
@@ -192,8 +192,7 @@ def way(work: Path, models: dict[str, str], teacher: str, student: str) -> Figur
         "student": student,
         "rows": rows,
         "tokens": tokens,
-        "capture": captured,
-        "align": aligned,
+        "align": {name: aligned[name] for name in ("chunks", "share_of_1_1_chunks", "conversations")},
         "bytes_per_token": sizes,
     }
 
