@@ -177,8 +177,7 @@ class CodecGroup(Config):
     )
     text: bool = Field(
         True,
-        description="Store the text in the capture; without it, align needs --corpus, and conversations cannot be "
-        "aligned.",
+        description="Store the text in the capture; without it, align needs --corpus. Conversations are always stored.",
     )
     temperatures: list[float] = Field(
         default=[],
@@ -466,11 +465,6 @@ class RowsConfig(Config):
 
     @model_validator(mode="after")
     def _answers_fit(self) -> "RowsConfig":
-        if self.chat.generate is not None and not self.codec.text:
-            raise ValueError(
-                f"--no-text with --generate {self.chat.generate} would throw the answers away, and rows without them "
-                "cannot be aligned; leave --no-text out, and share a subset without text later"
-            )
         if self.chat.generate is not None and self.chat.generate >= self.codec.max_tokens:
             raise ValueError(
                 f"--generate {self.chat.generate} leaves no room for a prompt within --max-tokens "

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtoken.pipeline.capture.conversations import Chat, form_of_run
+from xtoken.pipeline.capture.conversations import Chat
+from xtoken.pipeline.capture.corpus_form import form_of_run
 from xtoken.pipeline.capture.estimate.like import Likeness, read_likeness
 from xtoken.pipeline.capture.estimate.pilot import Pilot, take_pilot
 from xtoken.pipeline.capture.monitor.event_log import log_path

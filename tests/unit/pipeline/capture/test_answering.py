@@ -104,7 +104,6 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(config: Preco
         ({"generate": None}, r"--samples 3 is for answers that the teacher writes"),
         ({"turns": "last"}, r"--turns last means nothing to --generate"),
         ({"generate": 512}, r"--generate 512 leaves no room for a prompt within --max-tokens 512"),
-        ({"text": False}, r"--no-text with --generate 6 would throw the answers away"),
         ({"generate": None, "samples": 1, "seed": 3}, r"--seed 3 means nothing to --codec topk"),
     ],
 )
