@@ -315,7 +315,7 @@ def run_eval(config: EvalConfig, bars: Bars) -> Figures:
             return _eval_bytes(config, corpus, tokenizers, bars)
         info = _rendered(read_manifest(config.targets, TargetManifest).chat) if config.targets else None
         more: list[Any] = config.learn
-        chats = StudentChats(sources[0], info, config.template, tuple(more))
+        chats = StudentChats(sources[0], info, config.template, tuple(more), config.arguments, config.date)
         samples = eval_samples(corpus, tokenizers[0], config.max_tokens, chats)
     first, *others = [tokenizer.table.info for tokenizer in tokenizers]
     return dict(evaluate(config, first, samples, bars, others=others))

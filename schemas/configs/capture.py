@@ -1,7 +1,6 @@
 """Configuration of the verbs that make a capture; see ``xtoken.schemas.configs.artifacts``."""
 
 import re
-from datetime import date
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -18,6 +17,7 @@ from xtoken.schemas.configs.base import (
     PLACE,
     ROWS,
     Config,
+    a_day,
     argument,
     arguments_of,
     named_values,
@@ -292,13 +292,7 @@ class ChatGroup(Config):
 
     _named_values = field_validator("template_arg")(named_values)
 
-    @field_validator("date")
-    @classmethod
-    def _a_day(cls, value: str | None) -> str | None:
-        try:
-            return value if value is None else date.fromisoformat(value).isoformat()
-        except ValueError:
-            raise ValueError(f"{value!r} is not a day; write it as 2026-07-04") from None
+    _a_day = field_validator("date")(a_day)
 
     @property
     def learned(self) -> list[Learned]:

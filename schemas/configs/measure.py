@@ -4,7 +4,16 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from xtoken.schemas.configs.base import ARGUMENTS, OUT_PAGE, PLACE, Config, argument
+from xtoken.schemas.configs.base import (
+    ARGUMENTS,
+    OUT_PAGE,
+    PLACE,
+    Config,
+    a_day,
+    argument,
+    arguments_of,
+    named_values,
+)
 
 
 class EvalConfig(Config):
@@ -32,6 +41,15 @@ class EvalConfig(Config):
         description="Of conversations: Jinja file with the chat template; left out: the model's own.",
         json_schema_extra=PLACE,
     )
+    template_arg: list[str] = Field(
+        default=[],
+        description="Of conversations: variables of that template, as align had them, such as enable_thinking=false.",
+    )
+    date: str | None = Field(
+        None,
+        description="Of conversations: what the template takes for today, such as 2026-07-04; left out: that of "
+        "--targets, else today.",
+    )
     learn: list[str] = Field(
         default=[],
         description="Of conversations: what counts beside answers, calls and their ends: thinking (reasoning).",
@@ -57,6 +75,15 @@ class EvalConfig(Config):
     max_tokens: int = Field(1024, ge=8, description="Longest window in tokens.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+    _named_values = field_validator("template_arg")(named_values)
+
+    _a_day = field_validator("date")(a_day)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        return arguments_of(self.template_arg)
 
     @field_validator("learn")
     @classmethod
@@ -91,7 +118,13 @@ class EvalConfig(Config):
             raise ValueError(
                 "nothing to measure on; give --text FILE, --targets DIR, --tasks NAMES, or several of them"
             )
-        for name, of_chats in (("--template", self.template), ("--learn", self.learn)):
+        of_conversations = {
+            "--template": self.template,
+            "--template-arg": self.template_arg,
+            "--date": self.date,
+            "--learn": self.learn,
+        }
+        for name, of_chats in of_conversations.items():
             if of_chats and self.text is None:
                 raise ValueError(f"{name} is for conversations of --text; name the file, or leave {name} out")
         chat = True if self.apply_chat_template else None
