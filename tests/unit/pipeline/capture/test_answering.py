@@ -121,7 +121,7 @@ def test_what_cannot_be_asked_is_named(config: PrecomputeConfig, tmp_path: Path)
     rows = [{"prompt": "Hi"}, {"prompt": "Hi", "completion": "Hello"}, {"prompt": "word " * 500}]
     config = config.changed(corpus=write(tmp_path / "more.jsonl", rows), form="prompt")
     with pytest.raises(XtokenError, match=r"its last message is 'assistant', and --generate answers a user or a tool"):
-        precompute(config, Silent())
+        capture(config)
     manifest = capture(config.changed(on_bad="skip", out=str(tmp_path / "skip")))
     lines = [json.loads(line) for line in (tmp_path / "skip" / "skipped.jsonl").read_text().splitlines()]
     assert [line["reason"] for line in lines] == ["it does not end with a question", "longer than --max-tokens"]
