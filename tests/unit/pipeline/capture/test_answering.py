@@ -113,7 +113,8 @@ def test_settings_that_contradict_each_other(config: PrecomputeConfig, changes: 
 
 
 def test_a_dry_run_says_that_it_does_not_know(config: PrecomputeConfig) -> None:
-    with pytest.raises(XtokenError, match="how long answers will be"):
+    said = r"\(a prompt takes at most 3 x --generate 6 tokens\); run the same command with --limit 50 and another --out"
+    with pytest.raises(XtokenError, match=said):
         dry_run(config.changed(dry_run=True), Silent())
 
 
