@@ -34,7 +34,9 @@ class EvalConfig(Config):
         None, description="Tokenizer of a model whose folder holds none, such as 'bytes'.", json_schema_extra=PLACE
     )
     text: str | None = Field(
-        None, description="Held-out corpus of text, or of conversations: bits per byte.", json_schema_extra=PLACE
+        None,
+        description="Held-out corpus: bits per byte of its text, or of what conversations teach, with their stops.",
+        json_schema_extra=PLACE,
     )
     template: str | None = Field(
         None,
