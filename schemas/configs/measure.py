@@ -83,6 +83,12 @@ class EvalConfig(Config):
     _a_day = field_validator("date")(a_day)
 
     @property
+    def of_conversations(self) -> list[str]:
+        """Flags that are given and mean something for conversations only."""
+        names = ("template", "template_arg", "date", "learn")
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name)]
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """Variables of the chat template."""
         return arguments_of(self.template_arg)
@@ -120,14 +126,8 @@ class EvalConfig(Config):
             raise ValueError(
                 "nothing to measure on; give --text FILE, --targets DIR, --tasks NAMES, or several of them"
             )
-        of_conversations = {
-            "--template": self.template,
-            "--template-arg": self.template_arg,
-            "--date": self.date,
-            "--learn": self.learn,
-        }
-        for name, of_chats in of_conversations.items():
-            if of_chats and self.text is None:
+        for name in self.of_conversations:
+            if self.text is None:
                 raise ValueError(f"{name} is for conversations of --text; name the file, or leave {name} out")
         chat = True if self.apply_chat_template else None
         given = (("--task-path", self.task_path), ("--shots", self.shots), ("--apply-chat-template", chat))

@@ -164,6 +164,9 @@ def test_text_stays_text(small: Path, tmp_path: Path) -> None:
     assert "by_kind" not in found
     result = run("eval", small, "--text", tmp_path / "none.jsonl", "--device", "cpu")
     assert "none.jsonl" in result.output
+    for flag, value in (("--template-arg", "a=1"), ("--date", "2026-07-04"), ("--learn", "thinking")):
+        result = run("eval", small, "--text", chats, "--device", "cpu", flag, value)
+        assert f"{flag}: for conversations, and --text" in " ".join(result.output.split())
 
 
 def test_a_model_without_a_template(small: Path, tmp_path: Path) -> None:
