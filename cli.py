@@ -299,6 +299,7 @@ def run_losses(as_json: JSON_FLAG = False, quiet: QUIET_FLAG = False) -> None:
 def run_eval(config: EvalConfig, bars: Bars) -> Figures:
     """Measure a model."""
     from xtoken.pipeline.chats.held_out import StudentChats
+    from xtoken.pipeline.corpus import Corpus
     from xtoken.pipeline.tokens import load_tokenizer, refuse_long_prefix
     from xtoken.schemas.manifest import TargetManifest, read_manifest
     from xtoken.trainer.evaluate import evaluate
@@ -311,11 +312,14 @@ def run_eval(config: EvalConfig, bars: Bars) -> Figures:
     if config.text:
         names = {"text_field": config.text_field, "id_field": config.id_field}
         corpus = CorpusConfig(corpus=config.text, limit=config.limit, split=[ONLY], **names)
+        if config.of_conversations and Corpus(corpus.changed(form="auto")).form is None:
+            given = " and ".join(config.of_conversations)
+            raise XtokenError(f"{given}: for conversations, and --text {config.text} holds plain text; leave it out")
         if config.combine == "bytes":
             return _eval_bytes(config, corpus, tokenizers, bars)
         info = _rendered(read_manifest(config.targets, TargetManifest).chat) if config.targets else None
         more: list[Any] = config.learn
-        chats = StudentChats(sources[0], info, config.template, tuple(more))
+        chats = StudentChats(sources[0], info, config.template, tuple(more), config.arguments, config.date)
         samples = eval_samples(corpus, tokenizers[0], config.max_tokens, chats)
     first, *others = [tokenizer.table.info for tokenizer in tokenizers]
     return dict(evaluate(config, first, samples, bars, others=others))

@@ -22,14 +22,18 @@ class InProcess:
     """An executor without processes: starting one takes longer than a small capture."""
 
     def run(self, job: Job, shards: Sequence[int], watch: Watch) -> dict[int, str]:
-        """See ``Executor``."""
+        """See ``Executor``; the first failure ends it."""
+        failures: list[Exception] = []
 
         def receive(message: Message) -> None:
+            # called by any of the worker's threads, and the others would wait for one that an error ended
             if message.error is not None:
-                raise message.error
-            if message.kind == "part":
+                failures.append(message.error)
+            elif message.kind == "part":
                 watch.see(Event("part", shard=message.shard, part=message.part))
 
         with mock.patch.dict(os.environ):  # a worker chooses the GPUs of its process
-            job.open().serve((Lease(shard) for shard in shards), receive)
+            job.open().serve((Lease(shard) for shard in shards if not failures), receive)
+        if failures:
+            raise failures[0]
         return {}

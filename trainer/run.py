@@ -1,5 +1,6 @@
 """The folder of a run: run.json says what it is, so that a rerun resumes it and another run is refused."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,7 +153,18 @@ def _identity(
         "targets_hash": [one.hash for one in targets],
         "tokenizer_hash": tokenizer.hash,
         "streams": streams,
+        "template": _template_hash(config.student.template),
     }
+
+
+def _template_hash(path: str | None) -> str | None:
+    """The sha256 of a file with a chat template: wherever it lies, the trained model carries what it says."""
+    try:
+        return None if path is None else hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+    except OSError as error:
+        raise XtokenError(
+            f"--template {path} cannot be read ({error.strerror}); name a file with Jinja text"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -101,10 +101,7 @@ def refuse_other_kind(config: AlignConfig, capture: CaptureManifest) -> None:
         named = "--template" if config.template else "--template-arg"
         raise XtokenError(f"{root} holds token ids, of which nothing is rendered; leave {named} out")
     if config.corpus is not None:
-        raise XtokenError(
-            f"{root} holds conversations, which are read from the capture itself; leave --corpus out, and if it was "
-            "captured with --no-text, capture it again without"
-        )
+        raise XtokenError(f"{root} holds conversations, which are read from the capture itself; leave --corpus out")
 
 
 def refuse_no_text(config: AlignConfig, capture: CaptureManifest) -> None:

@@ -9,12 +9,13 @@ from xtoken.pipeline.project.stops import StopPair
 from xtoken.pipeline.store.files import Folder
 from xtoken.schemas.chat import ChatInfo
 from xtoken.schemas.configs.artifacts import AlignConfig
-from xtoken.schemas.configs.identity import defaults, identity
+from xtoken.schemas.configs.identity import Difference, defaults, identity
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, content_hash
 
 RUN_FILE = "align.json"
 _HASH = 64  # characters
+_STOPS = ("the student's stop token", "the teacher's stop token", "the teacher's eos")
 
 
 def run_settings(
@@ -73,10 +74,22 @@ def claim(root: str, settings: dict[str, Any], model: type[AlignConfig] = AlignC
     silent = {**defaults(model), "revisions": []}
     differ = create_or_compare(folder, RUN_FILE, settings, needed=needed, absent=silent)
     if differ:
-        listed = ", ".join(f"{name}: {_short(there)} there, {_short(now)} now" for name, there, now in differ)
+        listed = "; ".join(said for one in differ for said in _in_words(one))
         raise XtokenError(f"{root} belongs to another align run ({listed}); give another --out, or remove that folder")
 
 
+def _in_words(differ: Difference) -> list[str]:
+    """What differs; of the tokens that end an answer, each by itself."""
+    name, there, now = differ
+    if name != "stops":
+        return [f"{name}: {_short(there)} there, {_short(now)} now"]
+    none = [None] * len(_STOPS)
+    pairs = zip(_STOPS, there or none, now or none, strict=False)
+    return [f"{named}: {_short(left)} there, {_short(right)} now" for named, left, right in pairs if left != right]
+
+
 def _short(value: Any) -> str:
+    if value is None:
+        return "none"
     text = "+".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
     return text[:12] if len(text) == _HASH else text

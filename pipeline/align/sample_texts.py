@@ -82,6 +82,9 @@ class PartTexts:
 def refuse_without_text(batch: pa.RecordBatch, capture: str) -> None:
     """Raise StopRun when the batch's text was not stored."""
     if batch["text"].null_count:
-        chat = "messages" in batch.schema.names
-        way_out = "capture it again without" if chat else "give the corpus it was captured from with --corpus"
-        raise StopRun(f"{capture} was captured with --no-text, and the student must tokenize its text; {way_out}")
+        if "messages" in batch.schema.names:
+            raise StopRun(f"{capture} is a copy without text, which the student must tokenize; align the whole capture")
+        raise StopRun(
+            f"{capture} was captured with --no-text, and the student must tokenize its text; give the corpus it was "
+            "captured from with --corpus"
+        )

@@ -136,9 +136,7 @@ def make_plan(
         progress.advance(shard.text_bytes, documents=whole.documents)
     progress.finish()
     if not shards:
-        raise XtokenError(
-            f"{config.corpus} has no usable document (bad: {dict(corpus.bad)}); check --text-field and the path"
-        )
+        raise corpus.nothing_usable()
     info = CorpusInfo(
         source=config.corpus,
         hash=whole.hexdigest(),

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from xtoken.pipeline.capture.answering import BYTES_PER_TOKEN
 from xtoken.pipeline.capture.audit import accepted_audits
-from xtoken.pipeline.capture.conversations import Chat, form_of_run, form_words, plan_date
+from xtoken.pipeline.capture.conversations import Chat, plan_date
+from xtoken.pipeline.capture.corpus_form import form_of_run, form_words
 from xtoken.pipeline.capture.monitor.dashboard import Dashboard
 from xtoken.pipeline.capture.plan import PLAN_FILE, Plan, check_files, settle_plan
 from xtoken.pipeline.capture.rendered_chat import Look

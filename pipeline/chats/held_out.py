@@ -1,10 +1,10 @@
 """Conversations that a student is measured on, as its own template writes them; and whose template that must be."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,23 +59,34 @@ class HeldOut:
         return sum(span.size for span in self.taught)
 
 
-def open_student(source: str, info: ChatInfo | None, template: str | None = None) -> ChatModel:
+def open_student(
+    source: str,
+    info: ChatInfo | None,
+    template: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    date: str | None = None,
+) -> ChatModel:
     """The chat model of a student.
 
     Args:
         source: its tokenizer.
         info: what the manifest of its targets says of its side, which it must agree with; None: it has no targets of
-            conversations, and the day that its template is told is today (UTC).
+            conversations.
         template: file that counts instead of its own chat template.
+        arguments, date: what its template is told; left out: what the targets say, else nothing, and today (UTC).
 
     Raises:
-        XtokenError: it has no template, or another one than the targets were written with.
+        XtokenError: it has no template, or another one than the targets were written with, or is told otherwise.
     """
     if info is None:
-        return open_chat_model(source, template=template, date=datetime.now(UTC).replace(tzinfo=None))
+        day = datetime.now(UTC).replace(tzinfo=None) if date is None else datetime.fromisoformat(date)
+        return open_chat_model(source, template=template, arguments=arguments, date=day)
     assert info.template is not None, "targets of token ids say nothing of a template"
-    date = datetime.fromisoformat(info.date)
-    model = open_chat_model(source, template=template, arguments=info.arguments, date=date)
+    for name, asked, told in (("--template-arg", arguments, info.arguments), ("--date", date, info.date)):
+        if asked and asked != told:
+            raise XtokenError(f"{name}: {asked} was asked for, and the targets were written with {told}; leave it out")
+    day = datetime.fromisoformat(info.date)
+    model = open_chat_model(source, template=template, arguments=info.arguments, date=day)
     if model.template.sha256 != info.template:
         raise XtokenError(
             f"the chat template of {template or source} ({model.template.sha256[:12]}) is not the one that the "
@@ -119,7 +130,7 @@ class StudentChats:
     """A student that conversations are read for; its template and tokenizer are opened when it is asked for them.
 
     Attributes:
-        source, info, template: see ``open_student``.
+        source, info, template, arguments, date: see ``open_student``.
         more: kinds of spans that count beside those that are taught, of its targets or by default.
     """
 
@@ -127,11 +138,13 @@ class StudentChats:
     info: ChatInfo | None = None
     template: str | None = None
     more: tuple[Kind, ...] = ()
+    arguments: Mapping[str, Any] | None = None
+    date: str | None = None
 
     @cached_property
     def model(self) -> ChatModel:
         """See ``open_student``."""
-        return open_student(self.source, self.info, self.template)
+        return open_student(self.source, self.info, self.template, self.arguments, self.date)
 
     def read(self, conversation: Conversation, limit: int) -> HeldOut:
         """See ``held_out``."""

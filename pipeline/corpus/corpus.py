@@ -156,6 +156,14 @@ class Corpus:
             stream = self._unique(stream)
         return islice(stream, self._config.limit)
 
+    def nothing_usable(self) -> XtokenError:
+        """The error of a pass that met no document."""
+        held, named = ("document", "--text-field") if self.form is None else ("conversation", f"--form {self.form}")
+        held = "row of token ids" if self.form == "ids" else held
+        return XtokenError(
+            f"{self._config.corpus} has no usable {held} (bad: {dict(self.bad)}); check {named} and the path"
+        )
+
     def _from(self, file: int, record: int) -> Iterator[Document]:
         for index in range(file, len(self.files)):
             for row in self._rows(self.files[index], record if index == file else 0):

@@ -180,7 +180,8 @@ def missing_field(name: str, available: list[str], fields: Fields) -> Problem:
     detail, chat = f"has no field {name!r}; it has {shown}", chat_columns(available)
     if name == fields.text and fields.form is None and chat:
         return Problem("chat data", f"{detail}: a conversation, by the name {' and '.join(chat)}", CHAT_WAY_OUT)
-    return Problem("missing field", detail, "choose --text-field or --id-field")
+    asked = "--text-field" if fields.form is None else f"another --form than {fields.form}"
+    return Problem("missing field", detail, f"choose {asked} or --id-field")
 
 
 def no_text(name: str, kind: str, *, chat: bool) -> Problem:

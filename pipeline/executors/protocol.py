@@ -52,7 +52,7 @@ class Message:
 
 
 Send = Callable[[Message], None]
-"""How a worker's messages leave it; any of its threads may call it."""
+"""How a worker's messages leave it; any of its threads may call it, so it raises nothing."""
 
 
 class Worker(Protocol):

@@ -66,12 +66,12 @@ class LeftOut:
 
 def without_rows(left_out: Sequence[str]) -> bool:
     """Whether the teacher's distributions are among what was dropped."""
-    return bool(set(left_out).difference(OPTIONAL))
+    return bool(set(left_out).difference(OPTIONAL, {MESSAGES.name}))
 
 
 def optional_columns(codec: Codec) -> dict[str, set[str]]:
     """Columns of each of ``xtoken.schemas.tables.OPTIONAL``, on disk and as readers know them."""
-    more = {"rows": {*codec.own, *map(stored_as, codec.own)}, "text": {"text", "messages"}}
+    more = {"rows": {*codec.own, *map(stored_as, codec.own)}, "text": {"text", MESSAGES.name}}
     return {name: more.get(name, {name}) for name in OPTIONAL}
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from datetime import date
 from typing import Any, NamedTuple, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -185,6 +186,14 @@ def named_values(value: list[str]) -> list[str]:
         if not re.fullmatch(r"[A-Za-z_]\w*=.*", word, re.DOTALL):
             raise ValueError(f"{word!r} names no variable; write name=value, such as enable_thinking=false")
     return value
+
+
+def a_day(value: str | None) -> str | None:
+    """Refuse what is no day of ISO 8601; for a validator of what a chat template takes for today."""
+    try:
+        return value if value is None else date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise ValueError(f"{value!r} is not a day; write it as 2026-07-04") from None
 
 
 def arguments_of(words: list[str]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Configuration of the verbs that make a capture; see ``xtoken.schemas.configs.artifacts``."""
 
 import re
-from datetime import date
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -18,6 +17,7 @@ from xtoken.schemas.configs.base import (
     PLACE,
     ROWS,
     Config,
+    a_day,
     argument,
     arguments_of,
     named_values,
@@ -177,8 +177,7 @@ class CodecGroup(Config):
     )
     text: bool = Field(
         True,
-        description="Store the text in the capture; without it, align needs --corpus, and conversations cannot be "
-        "aligned.",
+        description="Store the text in the capture; without it, align needs --corpus. Conversations are always stored.",
     )
     temperatures: list[float] = Field(
         default=[],
@@ -293,13 +292,7 @@ class ChatGroup(Config):
 
     _named_values = field_validator("template_arg")(named_values)
 
-    @field_validator("date")
-    @classmethod
-    def _a_day(cls, value: str | None) -> str | None:
-        try:
-            return value if value is None else date.fromisoformat(value).isoformat()
-        except ValueError:
-            raise ValueError(f"{value!r} is not a day; write it as 2026-07-04") from None
+    _a_day = field_validator("date")(a_day)
 
     @property
     def learned(self) -> list[Learned]:
@@ -466,11 +459,6 @@ class RowsConfig(Config):
 
     @model_validator(mode="after")
     def _answers_fit(self) -> "RowsConfig":
-        if self.chat.generate is not None and not self.codec.text:
-            raise ValueError(
-                f"--no-text with --generate {self.chat.generate} would throw the answers away, and rows without them "
-                "cannot be aligned; leave --no-text out, and share a subset without text later"
-            )
         if self.chat.generate is not None and self.chat.generate >= self.codec.max_tokens:
             raise ValueError(
                 f"--generate {self.chat.generate} leaves no room for a prompt within --max-tokens "

@@ -4,7 +4,16 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from xtoken.schemas.configs.base import ARGUMENTS, OUT_PAGE, PLACE, Config, argument
+from xtoken.schemas.configs.base import (
+    ARGUMENTS,
+    OUT_PAGE,
+    PLACE,
+    Config,
+    a_day,
+    argument,
+    arguments_of,
+    named_values,
+)
 
 
 class EvalConfig(Config):
@@ -25,12 +34,23 @@ class EvalConfig(Config):
         None, description="Tokenizer of a model whose folder holds none, such as 'bytes'.", json_schema_extra=PLACE
     )
     text: str | None = Field(
-        None, description="Held-out corpus of text, or of conversations: bits per byte.", json_schema_extra=PLACE
+        None,
+        description="Held-out corpus: bits per byte of its text, or of what conversations teach, with their stops.",
+        json_schema_extra=PLACE,
     )
     template: str | None = Field(
         None,
         description="Of conversations: Jinja file with the chat template; left out: the model's own.",
         json_schema_extra=PLACE,
+    )
+    template_arg: list[str] = Field(
+        default=[],
+        description="Of conversations: variables of that template, as align had them, such as enable_thinking=false.",
+    )
+    date: str | None = Field(
+        None,
+        description="Of conversations: what the template takes for today, such as 2026-07-04; left out: that of "
+        "--targets, else today.",
     )
     learn: list[str] = Field(
         default=[],
@@ -57,6 +77,21 @@ class EvalConfig(Config):
     max_tokens: int = Field(1024, ge=8, description="Longest window in tokens.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+    _named_values = field_validator("template_arg")(named_values)
+
+    _a_day = field_validator("date")(a_day)
+
+    @property
+    def of_conversations(self) -> list[str]:
+        """Flags that are given and mean something for conversations only."""
+        names = ("template", "template_arg", "date", "learn")
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name)]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        return arguments_of(self.template_arg)
 
     @field_validator("learn")
     @classmethod
@@ -91,8 +126,8 @@ class EvalConfig(Config):
             raise ValueError(
                 "nothing to measure on; give --text FILE, --targets DIR, --tasks NAMES, or several of them"
             )
-        for name, of_chats in (("--template", self.template), ("--learn", self.learn)):
-            if of_chats and self.text is None:
+        for name in self.of_conversations:
+            if self.text is None:
                 raise ValueError(f"{name} is for conversations of --text; name the file, or leave {name} out")
         chat = True if self.apply_chat_template else None
         given = (("--task-path", self.task_path), ("--shots", self.shots), ("--apply-chat-template", chat))

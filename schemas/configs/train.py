@@ -6,6 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from xtoken.schemas.configs.base import (
     ARGUMENT,
+    AS_HASH,
     COMMON,
     DETAILS,
     MAY_CHANGE,
@@ -146,7 +147,7 @@ class StudentGroup(Config):
         None,
         description="Jinja file with the chat template that conversations were aligned with; left out: the student's "
         "own.",
-        json_schema_extra=PLACE,
+        json_schema_extra=PLACE | AS_HASH,
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     lora: int | None = Field(None, ge=1, description="Train LoRA adapters of this rank (peft) instead of all weights.")

@@ -115,6 +115,22 @@ def test_reasoning_counts_when_it_is_asked_for(small: Path, tmp_path: Path) -> N
     assert figures(*words, "--learn", "thinking")["by_kind"]["thinking"]["bytes"] == 2
 
 
+def test_a_template_is_told_what_it_was_trained_with(small: Path, tmp_path: Path) -> None:
+    """Its variables and its day stand in what the model reads before an answer."""
+    template = tmp_path / "told.jinja"
+    template.write_text(
+        "{{ strftime_now('%Y') }} {{ mode }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    plain = tmp_path / "plain.jinja"
+    plain.write_text("1999 loud\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    chats = written(tmp_path / "chats.jsonl", TALKS[1:2])
+    words = ("eval", small, "--text", chats, "--device", "cpu")
+    asked = figures(*words, "--template", template, "--template-arg", "mode=loud", "--date", "1999-07-04")
+    other = figures(*words, "--template", template, "--template-arg", "mode=loud", "--date", "2001-07-04")
+    assert asked == figures(*words, "--template", plain)
+    assert asked["bits_per_byte"] != other["bits_per_byte"]
+
+
 def test_what_does_not_fit_is_left_out_by_name(small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     chats = written(tmp_path / "chats.jsonl", TALKS)
     words = ("eval", small, "--text", chats, "--id-field", "id", "--device", "cpu", "--max-tokens", "100")
@@ -148,6 +164,9 @@ def test_text_stays_text(small: Path, tmp_path: Path) -> None:
     assert "by_kind" not in found
     result = run("eval", small, "--text", tmp_path / "none.jsonl", "--device", "cpu")
     assert "none.jsonl" in result.output
+    for flag, value in (("--template-arg", "a=1"), ("--date", "2026-07-04"), ("--learn", "thinking")):
+        result = run("eval", small, "--text", chats, "--device", "cpu", flag, value)
+        assert f"{flag}: for conversations, and --text" in " ".join(result.output.split())
 
 
 def test_a_model_without_a_template(small: Path, tmp_path: Path) -> None:

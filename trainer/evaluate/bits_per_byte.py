@@ -41,7 +41,8 @@ def bits_per_byte(
 ) -> dict[str, Any]:
     """Bits the student needs per byte of text, over the tokens it predicts; of conversations, those that are taught.
 
-    End-of-text tokens, and those that end an answer, count with their bits and no bytes. Without a context token a
+    End-of-text tokens, and those that end an answer, count with their bits and no bytes, as they do in the teacher's
+    figure (``teacher_bits_per_byte``) and in a step's: what is said and where it ends. Without a context token a
     sample's first token is not predicted, and its bytes do not count.
 
     Args:

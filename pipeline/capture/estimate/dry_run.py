@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtoken.pipeline.capture.conversations import Chat, form_of_run
+from xtoken.pipeline.capture.conversations import Chat
+from xtoken.pipeline.capture.corpus_form import form_of_run
 from xtoken.pipeline.capture.estimate.like import Likeness, read_likeness
 from xtoken.pipeline.capture.estimate.pilot import Pilot, take_pilot
 from xtoken.pipeline.capture.monitor.event_log import log_path
@@ -71,8 +72,10 @@ def _planned(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
     refuse_places(config)
     if config.chat.generate is not None:
         raise XtokenError(
-            "--dry-run does not know how long answers will be that the teacher has yet to write; leave --generate out, "
-            "or take a first look at a real run with --limit"
+            f"--dry-run scores a part of the corpus, and answers that the teacher has yet to write are not there (a "
+            f"prompt takes at most {config.chat.samples} x --generate {config.chat.generate} tokens); run the same "
+            "command with --limit 50 and another --out instead: it says tokens, bytes and hours, which grow with the "
+            "number of prompts"
         )
     folder = Folder(config.out)
     said = _check_settings(config, folder) if config.run.like is None else {}

@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xtoken.pipeline.capture.conversations import Chat, ChatPieces, form_of_run
+from xtoken.pipeline.capture.conversations import Chat, ChatPieces
+from xtoken.pipeline.capture.corpus_form import form_of_run
 from xtoken.pipeline.capture.estimate.sampling import POOL, Pool, Ratio, evenly, ratio, take_pool
 from xtoken.pipeline.capture.plan import Plan
 from xtoken.pipeline.capture.precompute import write_vocab

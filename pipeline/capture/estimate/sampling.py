@@ -10,7 +10,6 @@ import numpy as np
 from xtoken.pipeline.capture.rendered_chat import Look
 from xtoken.pipeline.corpus import Corpus, Document, Listing
 from xtoken.schemas.configs.capture import CorpusConfig
-from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Progress
 
 # Text of one piece in bytes (some 8,000 tokens), and of all pieces together at least.
@@ -122,9 +121,7 @@ def take_pool(config: CorpusConfig, shard_bytes: int, size: int, progress: Progr
         progress.advance(text_bytes, documents=documents)
     progress.finish()
     if not documents:
-        raise XtokenError(
-            f"{config.corpus} has no usable document (bad: {dict(corpus.bad)}); check --text-field and the path"
-        )
+        raise corpus.nothing_usable()
     return Pool(documents, picker.text_bytes, sizes, corpus.listing, picker.pieces, picker.all is not None)
 
 

@@ -141,6 +141,22 @@ def test_the_model_carries_the_chat_template(
         assert Path(config.out, "model", "chat_template.jinja").read_text() == f"{{{{ messages }}}} {expected}"
 
 
+def test_a_chat_template_may_lie_elsewhere_but_says_the_same(
+    configure: Callable[..., TrainConfig], student_info: Any, tmp_path: Path
+) -> None:
+    first, moved = tmp_path / "a.jinja", tmp_path / "b.jinja"
+    first.write_text("{{ messages }} otherwise")
+    config = configure(template=str(first), out=str(tmp_path / "run"), steps=1)
+    summary = train(config, student_info, [], Silent())
+    first.rename(moved)
+    with pytest.raises(XtokenError, match=r"--template .*a\.jinja cannot be read \(No such file or directory\)"):
+        train(config, student_info, [], Silent())
+    assert train(config.changed(template=str(moved)), student_info, [], Silent()) == summary
+    moved.write_text("{{ messages }} changed")
+    with pytest.raises(XtokenError, match=r"holds another run: template='\w{64}' there, '\w{64}' now"):
+        train(config.changed(template=str(moved)), student_info, [], Silent())
+
+
 @pytest.mark.parametrize(("own", "expected"), [(None, [7]), (1, [1, 7]), ([1, 2], [1, 2, 7]), ([7, 1], [7, 1]), (7, 7)])
 def test_generation_ends_where_an_answer_does(
     configure: Callable[..., TrainConfig],

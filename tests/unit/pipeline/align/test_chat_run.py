@@ -17,6 +17,7 @@ from xtoken.pipeline.align.stage import chat_student
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.chats import from_json
 from xtoken.pipeline.project.files import read_tables
+from xtoken.pipeline.share.push_pull import pull
 from xtoken.pipeline.store.columns import flat
 from xtoken.pipeline.store.figures import target_figures
 from xtoken.pipeline.store.reader import iter_capture, iter_targets
@@ -24,6 +25,7 @@ from xtoken.pipeline.store.skip_records import SKIPPED_FILE
 from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.share import PullConfig
 from xtoken.schemas.errors import IncompleteRun, XtokenError
 from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_manifest
 from xtoken.schemas.tables import CHAT_TARGETS
@@ -159,8 +161,9 @@ def test_flags_that_mean_nothing_are_refused(
         aligned(texts, "bytes", tmp_path / "t", losses=["p-kl"], template_arg=["a=1"])
     with pytest.raises(XtokenError, match="bytes has no chat template"):
         aligned(capture, "bytes", tmp_path / "t", losses=["p-kl"])
-    silent = captured(tmp_path, sources("smollm2"), {"plain": TALKS["plain"]}, text=False)
-    with pytest.raises(XtokenError, match=r"captured with --no-text.*; capture it again without"):
+    silent = str(tmp_path / "silent")
+    pull(PullConfig(source=capture, destination=silent, columns=["rows"]), Silent())
+    with pytest.raises(XtokenError, match=r"silent is a copy without text.*; align the whole capture"):
         aligned(silent, sources("smollm2"), tmp_path / "t")
     with pytest.raises(ValueError, match="names no variable"):
         AlignConfig(captures=["c"], student="s", out="o", template_arg=["thinking"])

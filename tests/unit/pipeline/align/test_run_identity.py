@@ -13,11 +13,20 @@ NOW = {"student": "s", "for": ["p-kl"]}
 
 def test_a_folder_is_claimed_once(tmp_path: Path) -> None:
     root = tmp_path / "t"
-    claim(str(root), NOW)
-    claim(str(root), NOW)
-    assert json.loads((root / RUN_FILE).read_text()) == NOW
+    now = NOW | {"stops": [151645, 2, None]}
+    claim(str(root), now)
+    claim(str(root), now)
+    assert json.loads((root / RUN_FILE).read_text()) == now
     with pytest.raises(XtokenError, match=r"belongs to another align run \(for: p-kl there, uld now\)"):
-        claim(str(root), NOW | {"for": ["uld"]})
+        claim(str(root), now | {"for": ["uld"]})
+    with pytest.raises(
+        XtokenError, match=r"\(the student's stop token: 151645 there, none now; the teacher's stop token: 2 "
+    ):
+        claim(str(root), NOW | {"stops": None})
+    with pytest.raises(
+        XtokenError, match=r"\(the teacher's stop token: 2 there, 7 now; the teacher's eos: none there, 0 now\)"
+    ):
+        claim(str(root), NOW | {"stops": [151645, 7, 0]})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '""', "null", "{}", "[" * 100_000])

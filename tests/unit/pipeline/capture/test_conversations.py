@@ -155,12 +155,6 @@ def test_two_runs_write_the_same_bytes_and_a_rerun_does_nothing(config: Precompu
     assert capture(config) == first
 
 
-def test_without_text_there_are_no_messages(config: PrecomputeConfig) -> None:
-    capture(config.changed(text=False))
-    assert verify(config.out)
-    assert {(row["text"], row["messages"]) for row in samples(config)} == {(None, None)}
-
-
 def test_a_teacher_without_a_template_is_refused_before_anything_is_read(
     config: PrecomputeConfig, gemma3_dir: Path
 ) -> None:
@@ -234,9 +228,23 @@ def test_settings_of_conversations_are_refused_for_text(
     assert not Path(config.out).exists()
 
 
-def test_settings_of_text_are_refused_for_conversations(config: PrecomputeConfig) -> None:
-    with pytest.raises(XtokenError, match=r"--bos always is for text"):
-        capture(config.changed(bos="always"))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bos": "always"}, r"--bos always is for text: of conversations the chat template"),
+        ({"on_rendered": "text"}, r"--on-rendered text is for a corpus of text: the contents of messages are always"),
+        ({"text": False}, r"--no-text is for a corpus of text: a student reads conversations .*; leave it out, and"),
+        ({"text": False, "generate": 6}, r"--no-text is for a corpus of text"),
+    ],
+)
+def test_settings_of_text_are_refused_for_conversations(
+    config: PrecomputeConfig, changes: dict[str, Any], message: str
+) -> None:
+    for run in (capture, lambda asked: dry_run(asked.changed(dry_run=True), Silent())):
+        if "generate" not in changes or run is capture:
+            with pytest.raises(XtokenError, match=message):
+                run(config.changed(**changes))
+    assert not Path(config.out).exists()
 
 
 def test_turns(config: PrecomputeConfig) -> None:
@@ -300,7 +308,7 @@ def test_a_run_that_a_conversation_stopped_goes_on_with_skip(config: PrecomputeC
     rows[35] = {"id": "silent", "messages": [{"role": "user", "content": "Hi"}]}
     config = config.changed(corpus=write(tmp_path / "more.jsonl", rows), shard_bytes=30)
     with pytest.raises(XtokenError, match="conversation 'silent'"):
-        precompute(config, Silent())
+        capture(config)
     before = committed(config.out)
     assert len(before) > 5
     manifest = capture(config.changed(on_bad="skip"))

@@ -167,5 +167,9 @@ def test_a_plan_of_another_split_is_another_run(corpus, tmp_path):
 
 def test_nothing_usable(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(XtokenError, match="no usable document"):
+    with pytest.raises(XtokenError, match=r"no usable document .*; check --text-field and the path"):
         plan_of(tmp_path, on_bad="skip")
+    (tmp_path / "a.jsonl").write_text("")
+    for form, said in (("messages", "conversation"), ("alpaca", "conversation"), ("ids", "row of token ids")):
+        with pytest.raises(XtokenError, match=rf"has no usable {said} \(bad: {{}}\); check --form {form} and the path"):
+            plan_of(tmp_path, form=form)

@@ -147,6 +147,10 @@ def test_what_renders_is_refused(config: PrecomputeConfig, flags: dict[str, Any]
 def test_flags_of_the_other_forms(config: PrecomputeConfig, tmp_path: Path) -> None:
     with pytest.raises(XtokenError, match="--bos never is for text: token ids are scored as they are"):
         capture(config.changed(bos="never"))
+    with pytest.raises(XtokenError, match="--on-rendered text is for a corpus of text: token ids are scored as they"):
+        capture(config.changed(on_rendered="text"))
+    with pytest.raises(XtokenError, match="--no-text is for a corpus of text: a student reads token ids from the capt"):
+        capture(config.changed(text=False))
     chats = write(tmp_path / "chats.jsonl", [{"id": "a", "messages": TALKS["plain"]}])
     with pytest.raises(XtokenError, match="is for --form ids, and the corpus holds messages"):
         capture(config.changed(corpus=chats))

@@ -77,6 +77,14 @@ def test_a_student_has_the_template_of_its_targets(smollm2_dir: Path, model: Mod
     opened = open_student(str(smollm2_dir), info)
     assert opened.template.date == DAY
     assert opened.template.variables["lang"] == "en"
+    # the same said again is no contradiction
+    assert open_student(str(smollm2_dir), info, None, {"lang": "en"}, DAY.isoformat()).template.date == DAY
+    with pytest.raises(
+        XtokenError, match=r"--template-arg: {'lang': 'de'} .* written with {'lang': 'en'}; leave it out"
+    ):
+        open_student(str(smollm2_dir), info, None, {"lang": "de"})
+    with pytest.raises(XtokenError, match=r"--date: 2020-01-01 was asked for, .*; leave it out"):
+        open_student(str(smollm2_dir), info, None, None, "2020-01-01")
     other = tmp_path / "other.jinja"
     other.write_text(template.sources["default"] + "\n")
     with pytest.raises(XtokenError, match=r"other\.jinja \(\w{12}\) is not the one .* give that one with --template"):
