@@ -27,6 +27,7 @@ _MASKS = ("loss_mask", "assistant_masks")
 _NOT_TAUGHT = -100  # in labels, as in PyTorch's cross-entropy
 _BYTES = 4  # that an id counts for
 _WIDEST = 1 << 31
+_ANY_DAY = datetime(1970, 1, 1)  # nothing is rendered
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,14 @@ def _bad(name: str, value: object, rule: str) -> Refused:
     return Refused("bad field", f"{name} holds {shown(value)}, but {rule}", "mend the record")
 
 
-def open_ids_model(source: str, *, revision: str | None = None, date: datetime) -> ChatModel:
+def open_ids_model(source: str, *, revision: str | None = None) -> ChatModel:
     """The tokenizer of a model that reads token ids, and its chat template if it has one, which nothing is rendered
     with: it says which tokens are its marks, and which ends an answer.
 
     Raises:
         XtokenError: its tokenizer cannot be loaded.
     """
-    template = load_template(source, revision=revision, date=date, optional=True)
+    template = load_template(source, revision=revision, date=_ANY_DAY, optional=True)
     return ChatModel(template, load_chat_tokenizer(source, revision=revision))
 
 

@@ -27,7 +27,7 @@ from xtoken.pipeline.chats import (
 )
 from xtoken.schemas.errors import XtokenError
 
-from .conftest import DAY, Model, each
+from .conftest import Model, each
 from .test_pairs import chunks
 
 METASPACE = "\u2581"
@@ -173,7 +173,7 @@ def test_something_stands_before_what_is_taught_first(model: Model) -> None:
 
 
 def test_a_student_of_bytes_needs_no_template(model: Model) -> None:
-    teacher, student = model("smollm2"), open_ids_model("bytes", date=DAY)
+    teacher, student = model("smollm2"), open_ids_model("bytes")
     assert end_of(student) == student.tokenizer.table.info.eos_id
     ids = tokens_of(teacher, row_of(rendered(teacher, "plain")))
     told = retold(student, ids, teacher.tokenizer.table.info.hash)
@@ -253,7 +253,7 @@ def test_a_model_without_a_template_ends_with_its_eos(model: Model, tmp_path: Pa
     settings = json.loads((source / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    base = open_ids_model(str(tmp_path), date=DAY)
+    base = open_ids_model(str(tmp_path))
     assert base.template.sources == {}
     assert base.stop_token is None
     assert end_of(base) == base.tokenizer.table.info.eos_id == 2
