@@ -73,7 +73,8 @@ def open_student(source: str, info: ChatInfo | None, template: str | None = None
     """
     if info is None:
         return open_chat_model(source, template=template, date=datetime.now(UTC).replace(tzinfo=None))
-    assert info.date is not None, "targets of token ids say nothing of a template"
+    assert info.template is not None, "targets of token ids say nothing of a template"
+    assert info.date is not None, "what is rendered has a date"
     date = datetime.fromisoformat(info.date)
     model = open_chat_model(source, template=template, arguments=info.arguments, date=date)
     if model.template.sha256 != info.template:
