@@ -230,7 +230,7 @@ def run_train(config: TrainConfig, bars: Bars) -> Figures:
         )
     rendered = _rendered(info)
     chats = StudentChats(student.tokenizer_source, rendered, student.template)
-    if rendered is not None:
+    if rendered is not None or student.template is not None:
         _ = chats.model  # refused here if its template is not the one that the targets were written with
     if report.eval_text:
         corpus = CorpusConfig(corpus=report.eval_text, id_field=report.eval_id_field, split=[ONLY])

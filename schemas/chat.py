@@ -1,9 +1,9 @@
 """What the manifests of conversations say of how these were read and rendered."""
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from xtoken.schemas.record import Record
 
@@ -17,7 +17,9 @@ class ChatInfo(Record):
     template: str | None = Field(
         pattern="^[0-9a-f]{64}$", description="sha256 of the chat template; null: token ids, which none is for"
     )
-    date: str = Field(max_length=40, description="ISO 8601: what a template that asks for the date is told")
+    date: str | None = Field(
+        max_length=40, description="ISO 8601: what a template that asks for the date is told; null: token ids"
+    )
     arguments: dict[Annotated[str, Field(max_length=100)], Any] = Field(
         default_factory=dict, max_length=256, description="further variables of the template"
     )
@@ -28,9 +30,16 @@ class ChatInfo(Record):
 
     @field_validator("date")
     @classmethod
-    def _a_date(cls, value: str) -> str:
-        datetime.fromisoformat(value)
+    def _a_date(cls, value: str | None) -> str | None:
+        if value is not None:
+            datetime.fromisoformat(value)
         return value
+
+    @model_validator(mode="after")
+    def _rendered_or_not(self) -> Self:
+        if (self.template is None) != (self.date is None):
+            raise ValueError("a chat template has a date, and what none rendered has neither")
+        return self
 
 
 class Answering(Record):

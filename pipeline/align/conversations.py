@@ -157,11 +157,12 @@ class ChatStudent:
         Raises:
             XtokenError: the student has no template, or it cannot be loaded.
         """
-        date = datetime.fromisoformat(capture.date)
         if capture.template is None:
-            model = open_ids_model(student, date=date)
-            ids = ChatInfo(template=None, date=capture.date, learn=capture.learn, stop_token=end_of(model))
+            model = open_ids_model(student)
+            ids = ChatInfo(template=None, date=None, learn=capture.learn, stop_token=end_of(model))
             return cls(model, ids, teacher=teacher)
+        assert capture.date is not None, "what is rendered has a date"
+        date = datetime.fromisoformat(capture.date)
         model = open_chat_model(student, template=template, arguments=arguments, date=date)
         info = ChatInfo(
             template=model.template.sha256,

@@ -166,14 +166,15 @@ class Chat:
         Raises:
             XtokenError: the teacher has no chat template, or its tokenizer cannot be loaded.
         """
-        chat, date = config.chat, date or plan_date(config)
         asked, stops = getattr(config, "student", None), config.corpus.on_bad == "stop"
         if form == "text":
             return None
         if form == "ids":
-            model, info = teacher_of_ids(config, date)
-            student = None if asked is None else open_ids_model(asked, date=datetime.fromisoformat(date))
+            model, info = teacher_of_ids(config)
+            student = None if asked is None else open_ids_model(asked)
             return cls(model, info, config.codec.max_tokens, stops, student)
+        chat, date = config.chat, date or plan_date(config, form)
+        assert date is not None, "conversations have a date"
         model = open_chat_model(
             config.teacher.teacher,
             revision=config.teacher.revision,
@@ -345,6 +346,9 @@ def chunk_counts(left: NDArray[np.int32], right: NDArray[np.int32]) -> tuple[int
     return len(shared), int(((tokens[0] == 1) & (tokens[1] == 1)).sum())
 
 
-def plan_date(config: RowsConfig) -> str:
-    """The day that templates are told in a new plan: the one asked for, else today (UTC)."""
+def plan_date(config: RowsConfig, form: CorpusForm) -> str | None:
+    """The day that templates are told in a new plan: the one asked for, else today (UTC); None where nothing is
+    rendered, so that the same corpus is the same plan on every day."""
+    if form in ("text", "ids"):
+        return None
     return config.chat.date or datetime.now(UTC).date().isoformat()

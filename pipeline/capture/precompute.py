@@ -147,7 +147,7 @@ def _settle(
     """Plan and token tables, made by the first run and checked by the later ones; a refused audit stays refused."""
     accepted_audits(config.run, folder)
     look = Look.of(config.corpus, config.teacher, tokenizer) if form == "text" else None
-    date = plan_date(config) if form != "text" else None
+    date = plan_date(config, form)
     corpus, chats = config.corpus.model_copy(update={"form": form}), config.chat
     answers = 0 if chats.generate is None else BYTES_PER_TOKEN * chats.generate * chats.samples
     plan = settle_plan(folder, corpus, config.run.shard_bytes, progress, look, date, answers)

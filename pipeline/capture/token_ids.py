@@ -1,7 +1,5 @@
 """Corpora that hold a teacher's token ids: whose they must be, and what such a run does not take."""
 
-from datetime import datetime
-
 from xtoken.pipeline.chats import IDS_LEARNED, ChatModel, end_of, open_ids_model
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.chat import CaptureChat
@@ -9,20 +7,19 @@ from xtoken.schemas.configs.capture import RowsConfig, TeacherGroup
 from xtoken.schemas.errors import XtokenError
 
 
-def teacher_of_ids(config: RowsConfig, date: str) -> tuple[ChatModel, CaptureChat]:
+def teacher_of_ids(config: RowsConfig) -> tuple[ChatModel, CaptureChat]:
     """The teacher of a corpus of its token ids, and what the manifest says of them.
 
     Args:
         config: of the run.
-        date: ISO 8601, of the plan.
 
     Raises:
         XtokenError: nobody says whose the ids are, they are another tokenizer's, or it cannot be loaded.
     """
-    model = open_ids_model(config.teacher.teacher, revision=config.teacher.revision, date=datetime.fromisoformat(date))
+    model = open_ids_model(config.teacher.teacher, revision=config.teacher.revision)
     _refuse_other(config.chat.tokenizer, config.teacher, model)
     info = CaptureChat(
-        template=None, date=date, learn=[*IDS_LEARNED], stop_token=end_of(model), form="ids", turns="all", long="skip"
+        template=None, date=None, learn=[*IDS_LEARNED], stop_token=end_of(model), form="ids", turns="all", long="skip"
     )
     return model, info
 

@@ -85,6 +85,7 @@ def open_student(
     for name, asked, told in (("--template-arg", arguments, info.arguments), ("--date", date, info.date)):
         if asked and asked != told:
             raise XtokenError(f"{name}: {asked} was asked for, and the targets were written with {told}; leave it out")
+    assert info.date is not None, "what is rendered has a date"
     day = datetime.fromisoformat(info.date)
     model = open_chat_model(source, template=template, arguments=info.arguments, date=day)
     if model.template.sha256 != info.template:

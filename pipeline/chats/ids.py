@@ -27,6 +27,7 @@ _MASKS = ("loss_mask", "assistant_masks")
 _NOT_TAUGHT = -100  # in labels, as in PyTorch's cross-entropy
 _BYTES = 4  # that an id counts for
 _WIDEST = 1 << 31
+_ANY_DAY = datetime(1970, 1, 1)  # nothing is rendered
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def read_ids(row: Mapping[str, Any]) -> TokenRow:
     """
     ids = _ints(row, "input_ids")
     if not all(0 <= one < _WIDEST for one in ids):
-        raise _bad("input_ids", next(one for one in ids if not 0 <= one < _WIDEST), "an id is 0 or more")
+        raise _bad("input_ids", next(one for one in ids if not 0 <= one < _WIDEST), f"an id is 0 to {_WIDEST - 1}")
     masks = {name: _mask(row, name, len(ids)) for name in _MASKS if row.get(name) is not None}
     if row.get("labels") is not None:
         masks["labels"] = _labels(_ints(row, "labels", len(ids)), ids)
@@ -85,9 +86,9 @@ def read_ids(row: Mapping[str, Any]) -> TokenRow:
                 "masks that disagree", f"{name} and {other} say different things of token {at}", "give one of them"
             )
     kept = _unpadded(row, len(ids))
-    taught = [False, *learn[kept][1:]]  # nothing predicts the first
+    taught = [False, *learn[kept][1:]][: len(ids[kept])]  # nothing predicts the first
     if not any(taught):
-        raise Refused("nothing is taught", f"{name} teaches none of {len(ids)} tokens", "remove the record")
+        raise Refused("nothing is taught", f"{name} teaches none of {len(taught)} tokens", "remove the record")
     return TokenRow(tuple(ids[kept]), tuple(taught))
 
 
@@ -100,7 +101,12 @@ def _ints(row: Mapping[str, Any], name: str, count: int | None = None) -> list[i
         int(one) if isinstance(one, bool) or (isinstance(one, float) and one.is_integer()) else one for one in found
     ]
     if wrong := [one for one in numbers if not isinstance(one, int)]:
-        raise _bad(name, wrong[0], "it must hold whole numbers, of one sample")
+        rule = (
+            "it must hold numbers of one sample, no batch"
+            if isinstance(wrong[0], list)
+            else "it must hold whole numbers"
+        )
+        raise _bad(name, wrong[0], rule)
     if count is not None and len(numbers) != count:
         raise Refused(
             "another length", f"{name} has {len(numbers)} entries, input_ids {count}", "give one entry for each token"
@@ -108,10 +114,10 @@ def _ints(row: Mapping[str, Any], name: str, count: int | None = None) -> list[i
     return numbers
 
 
-def _mask(row: Mapping[str, Any], name: str, count: int) -> list[bool]:
+def _mask(row: Mapping[str, Any], name: str, count: int, means: str = "taught") -> list[bool]:
     values = _ints(row, name, count)
     if wrong := [one for one in values if one not in (0, 1)]:
-        raise _bad(name, wrong[0], "it must hold 0 and 1: a token is taught or not")
+        raise _bad(name, wrong[0], f"it must hold 0 and 1: a token is {means} or not")
     return [one == 1 for one in values]
 
 
@@ -130,7 +136,7 @@ def _unpadded(row: Mapping[str, Any], count: int) -> slice:
     """The tokens between the padding of both sides."""
     if row.get("attention_mask") is None:
         return slice(0, count)
-    seen = [at for at, one in enumerate(_mask(row, "attention_mask", count)) if one]
+    seen = [at for at, one in enumerate(_mask(row, "attention_mask", count, "seen")) if one]
     first, stop = (seen[0], seen[-1] + 1) if seen else (0, 0)
     if len(seen) != stop - first:
         raise Refused("attention_mask with a gap", "it hides tokens between others", "give one sequence per record")
@@ -141,14 +147,14 @@ def _bad(name: str, value: object, rule: str) -> Refused:
     return Refused("bad field", f"{name} holds {shown(value)}, but {rule}", "mend the record")
 
 
-def open_ids_model(source: str, *, revision: str | None = None, date: datetime) -> ChatModel:
+def open_ids_model(source: str, *, revision: str | None = None) -> ChatModel:
     """The tokenizer of a model that reads token ids, and its chat template if it has one, which nothing is rendered
     with: it says which tokens are its marks, and which ends an answer.
 
     Raises:
         XtokenError: its tokenizer cannot be loaded.
     """
-    template = load_template(source, revision=revision, date=date, optional=True)
+    template = load_template(source, revision=revision, date=_ANY_DAY, optional=True)
     return ChatModel(template, load_chat_tokenizer(source, revision=revision))
 
 

@@ -56,6 +56,7 @@ CHATS: list[list[dict[str, Any]]] = [
         {"role": "assistant", "content": TEXTS[0]},
     ],
 ]
+PROMPTS = [CHATS[1][:2], [{"role": "user", "content": "def area(r):"}]]
 TEMPLATES = ("zephyr.jinja", "vicuna.jinja")
 CAPTURE = ["corpus.jsonl", "--teacher", TOKENIZER, "--backend", "fake", "--max-tokens", "64"]
 CAPTURE += ["--shard-bytes", "250", "--min-p", "0.003"]
@@ -75,6 +76,15 @@ RUNS = {
         *("chats.jsonl", "--teacher", TOKENIZER, "--backend", "fake", "--max-tokens", "128", "--shard-bytes", "120"),
         *("--k", "8", "--min-p", "0.003", "--learn", "thinking", "--template", "zephyr.jinja", "--date", "2026-07-04"),
         *("--on-bad", "skip"),
+    ],
+    "v6-answers": [
+        *("prompts.jsonl", "--teacher", TOKENIZER, "--backend", "fake", "--max-tokens", "128", "--shard-bytes", "60"),
+        *("--k", "8", "--min-p", "0.003", "--template", "zephyr.jinja", "--date", "2026-07-04"),
+        *("--generate", "6", "--temperature", "0.7", "--top-p", "0.5", "--samples", "3", "--seed", "1"),
+    ],
+    "v6-ids": [
+        *("ids.jsonl", "--teacher", TOKENIZER, "--tokenizer", TOKENIZER, "--backend", "fake", "--max-tokens", "128"),
+        *("--shard-bytes", "250", "--k", "8", "--min-p", "0.003"),
     ],
 }
 AUDITED = ("v3-topk", "v3-tau", "v3-sampled")
@@ -228,9 +238,24 @@ def make(name: str) -> None:
 
 
 def write_corpus(texts: list[str]) -> None:
-    """A document a line; and the conversations."""
+    """A document a line; the conversations; two prompts without answers; and texts as token ids, taught from within."""
     Path("corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     Path("chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    Path("prompts.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in PROMPTS))
+    Path("ids.jsonl").write_text("".join(json.dumps(ids_row(text)) + "\n" for text in TEXTS))
+
+
+def ids_row(text: str) -> dict[str, list[int]]:
+    """A question and an eos, which are not taught, and the beginning of a text and an eos, which are; padded."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(f"{TOKENIZER}/tokenizer.json")
+    asked, answer = ([*backend.encode(one).ids, 0] for one in ("rain?", text[:60]))
+    return {
+        "input_ids": [*asked, *answer, 0],
+        "labels": [-100] * len(asked) + answer + [-100],
+        "attention_mask": [1] * len(asked + answer) + [0],
+    }
 
 
 def main(names: list[str]) -> None:

@@ -130,11 +130,11 @@ def refuse_unlike(folders: Sequence[Targets]) -> None:
     first, *others = folders
     for other in others:
         one, two = first.manifest.chat, other.manifest.chat
-        if (one is None) != (two is None):
-            chats, texts = (first, other) if two is None else (other, first)
+        if _holds(one) != _holds(two):
+            chats, texts = (first, other) if one is not None else (other, first)
             raise XtokenError(
-                f"{chats.root} holds conversations and {texts.root} plain text, and one run learns from either; "
-                "train on one after the other"
+                f"{chats.root} holds {_holds(chats.manifest.chat)} and {texts.root} {_holds(texts.manifest.chat)}, and "
+                "one run learns from either; train on one after the other"
             )
         for name in ChatInfo.model_fields if one is not None else ():
             ours, theirs = getattr(one, name), getattr(two, name)
@@ -144,6 +144,12 @@ def refuse_unlike(folders: Sequence[Targets]) -> None:
                     f"student ({str(ours)[:40]!r} and {str(theirs)[:40]!r}), so that their samples differ; align "
                     "both with the same template, date and kinds of spans that are taught"
                 )
+
+
+def _holds(chat: ChatInfo | None) -> str:
+    if chat is None:
+        return "plain text"
+    return "token ids" if chat.template is None else "conversations"
 
 
 def _index(folder: Targets) -> _Index:

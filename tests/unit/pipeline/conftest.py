@@ -3,15 +3,18 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from in_process import InProcess
 from talks import TALKS
 
 from xtoken.pipeline.align import align
 from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.chats import open_chat_model, read_row
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.ui.progress import Silent
@@ -22,6 +25,7 @@ TEXTS = {
     "c.txt": "short",
 }
 SmallCapture = Callable[..., Path]
+IDS_SETTINGS: dict[str, Any] = {"max_tokens": 160, "k": 16, "shard_bytes": 100}
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +33,8 @@ def small_capture(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Call
     """``small_capture(texts, teacher="smollm2", **settings)``: a finished capture by the fake teacher; read only.
 
     Texts are files by their names, or with ``id_field`` documents of one file by their ids; lists of messages are
-    conversations of one file by their ids. Settings are those of ``PrecomputeConfig``. It is made once for the same
+    conversations of one file by their ids, and objects are records of token ids. Settings are those of
+    ``PrecomputeConfig``. It is made once for the same
     texts and settings.
     """
     made: dict[str, Path] = {}
@@ -55,12 +60,14 @@ def small_capture(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Call
 def _write_corpus(root: Path, texts: Mapping[str, Any], settings: dict[str, Any]) -> Path:
     root.mkdir()
     is_chat = any(isinstance(text, list) for text in texts.values())
-    if is_chat:
+    if is_chat or any(isinstance(text, dict) for text in texts.values()):
         settings["id_field"] = "id"
     if settings.get("id_field") is not None:
         field = "messages" if is_chat else "text"
+        records = (text if isinstance(text, dict) else {field: text} for text in texts.values())
         lines = (
-            json.dumps({settings["id_field"]: name, field: text}, ensure_ascii=False) for name, text in texts.items()
+            json.dumps({settings["id_field"]: name, **record}, ensure_ascii=False)
+            for name, record in zip(texts, records, strict=True)
         )
         (root / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
     else:
@@ -90,6 +97,25 @@ def chat_targets(
     student = str(tokenizer_file("smollm2").parent)
     align(AlignConfig(captures=[str(chat_capture)], student=student, out=str(out), losses=["p-kl", "alm"]), Silent())
     return out
+
+
+@pytest.fixture(scope="session")
+def ids_rows(tokenizer_file: Callable[[str], Path]) -> dict[str, dict[str, Any]]:
+    """Some conversations of ``talks.py`` as tokens of SmolLM2's template, with labels."""
+    model, found = open_chat_model(str(tokenizer_file("smollm2")), date=datetime(2026, 7, 4)), {}
+    for name in ("plain", "system", "blanks", "hostile"):
+        tokens = model.encode(read_row({"messages": TALKS[name]}, "messages"))
+        labels = np.where(tokens.learn, tokens.ids, -100).tolist()
+        found[name] = {"input_ids": tokens.ids.tolist(), "labels": labels}
+    return found
+
+
+@pytest.fixture(scope="session")
+def ids_capture(
+    small_capture: SmallCapture, ids_rows: dict[str, dict[str, Any]], tokenizer_file: Callable[[str], Path]
+) -> Path:
+    """A finished capture of ``ids_rows``, in several parts; read only."""
+    return small_capture(ids_rows, **IDS_SETTINGS, tokenizer=str(tokenizer_file("smollm2")))
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from xtoken.pipeline.chats import (
 )
 from xtoken.schemas.errors import XtokenError
 
-from .conftest import DAY, Model, each
+from .conftest import Model, each
 from .test_pairs import chunks
 
 METASPACE = "\u2581"
@@ -173,7 +173,7 @@ def test_something_stands_before_what_is_taught_first(model: Model) -> None:
 
 
 def test_a_student_of_bytes_needs_no_template(model: Model) -> None:
-    teacher, student = model("smollm2"), open_ids_model("bytes", date=DAY)
+    teacher, student = model("smollm2"), open_ids_model("bytes")
     assert end_of(student) == student.tokenizer.table.info.eos_id
     ids = tokens_of(teacher, row_of(rendered(teacher, "plain")))
     told = retold(student, ids, teacher.tokenizer.table.info.hash)
@@ -186,8 +186,37 @@ def test_a_student_of_bytes_needs_no_template(model: Model) -> None:
         ({}, "bad field", "input_ids holds None"),
         ({"input_ids": "a", "labels": [1]}, "bad field", "must be a list"),
         ({"input_ids": [1, 2.5], "labels": [1, 2]}, "bad field", "holds 2.5"),
-        ({"input_ids": [[1, 2]], "labels": [[1, 2]]}, "bad field", "of one sample"),
-        ({"input_ids": [1, -2], "labels": [1, -2]}, "bad field", "an id is 0 or more"),
+        ({"input_ids": [[1, 2]], "labels": [[1, 2]]}, "bad field", "one sample, no batch"),
+        ({"input_ids": [1, -2], "labels": [1, -2]}, "bad field", "an id is 0 to 2147483647"),
+        ({"input_ids": [1, 1 << 40], "labels": [1, 1 << 40]}, "bad field", "an id is 0 to 2147483647"),
+        ({"input_ids": [1, float("nan")], "labels": [1, 2]}, "bad field", "holds nan"),
+        ({"input_ids": [1, 1e300], "labels": [1, 2]}, "bad field", "an id is 0 to 2147483647"),
+        ({"input_ids": [1, None], "labels": [1, 2]}, "bad field", "input_ids holds None, but it must hold whole"),
+        ({"input_ids": [1, 2], "labels": [-100, None]}, "bad field", "labels holds None"),
+        ({"input_ids": ["1", "2"], "labels": [1, 2]}, "bad field", "holds '1'"),
+        ({"input_ids": {"a": 1}, "labels": [1]}, "bad field", "must be a list"),
+        ({"input_ids": [1, 2], "loss_mask": "01"}, "bad field", "loss_mask holds '01'"),
+        ({"input_ids": [1, 2], "labels": [0, 2]}, "labels of other tokens", "label 0 is 0"),
+        (
+            {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [[1, 0, 0], [1, 1, 0], [1, 1, 1]]},
+            "bad field",
+            "attention_mask holds .* one sample, no batch",
+        ),
+        (
+            {"input_ids": [1, 2, 1, 2], "labels": [-100, 2, -100, 2], "attention_mask": [1, 1, 2, 2]},
+            "bad field",
+            "a token is seen or not",
+        ),
+        (
+            {"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [0, 0]},
+            "nothing is taught",
+            "none of 0 tokens",
+        ),
+        (
+            {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1]},
+            "another length",
+            "attention_mask has 2",
+        ),
         ({"input_ids": [1, 2]}, "neither labels nor a mask", "none of labels, loss_mask, assistant_masks"),
         ({"input_ids": [1, 2], "labels": [1]}, "another length", "labels has 1 entries, input_ids 2"),
         ({"input_ids": [1, 2], "loss_mask": [1, 1, 1]}, "another length", "loss_mask has 3"),
@@ -212,6 +241,50 @@ def test_bad_rows_are_named(row: dict[str, Any], reason: str, words: str) -> Non
     with pytest.raises(Refused, match=words) as caught:
         read_ids(row)
     assert caught.value.reason == reason
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=8,
+)
+FIELDS = ("input_ids", "labels", "loss_mask", "assistant_masks", "attention_mask")
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), ANYTHING | st.lists(st.integers(-1, 3), min_size=2, max_size=4)))
+def test_any_record_is_read_or_refused(row: dict[str, Any]) -> None:
+    try:
+        found = read_ids(row)
+    except Refused:
+        return
+    assert len(found.ids) == len(found.learn)
+    assert any(found.learn)
+    assert not found.learn[0]
+    assert TokenRow.from_json(found.to_json()) == found
+
+
+def test_padding_that_is_an_eos_is_cut_or_not_taught(model: Model) -> None:
+    """With attention_mask it is gone; without one its labels say that it is not taught."""
+    (hi,) = model("smollm2").tokenizer.encode("Hi", "text").ids.tolist()
+    ids, labels = [1, hi, 2, 2, 2], [-100, hi, 2, -100, -100]
+    masked = tokens_of(
+        model("smollm2"), read_ids({"input_ids": ids, "labels": labels, "attention_mask": [1, 1, 1, 0, 0]})
+    )
+    bare = tokens_of(model("smollm2"), read_ids({"input_ids": ids, "labels": labels}))
+    assert masked.ids.tolist() == ids[:3]
+    assert bare.ids.tolist() == ids
+    assert taught(masked) == taught(bare) == [(b"Hi", [hi, 2])]
+    left = {"input_ids": [2, 2, *ids[:3]], "labels": [-100, -100, *labels[:3]], "attention_mask": [0, 0, 1, 1, 1]}
+    assert read_ids(left) == read_ids({"input_ids": ids[:3], "labels": labels[:3]})
+
+
+def test_a_mark_in_the_middle_of_a_text_has_no_bytes(model: Model) -> None:
+    """Another tool read a user's '<|im_end|>' as the token, and the ids are what the teacher sees."""
+    teacher = model("smollm2")
+    (hi,) = teacher.tokenizer.encode("Hi", "text").ids.tolist()
+    tokens = tokens_of(teacher, read_ids({"input_ids": [1, hi, 2, hi, 2], "labels": [-100, -100, -100, hi, 2]}))
+    assert tokens.text == "HiHi"
+    assert [span.kind for span in tokens.spans] == ["template", "text", "template", "text", "stop"]
 
 
 def test_masks_that_agree_and_padding_on_both_sides() -> None:
@@ -253,7 +326,7 @@ def test_a_model_without_a_template_ends_with_its_eos(model: Model, tmp_path: Pa
     settings = json.loads((source / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    base = open_ids_model(str(tmp_path), date=DAY)
+    base = open_ids_model(str(tmp_path))
     assert base.template.sources == {}
     assert base.stop_token is None
     assert end_of(base) == base.tokenizer.table.info.eos_id == 2

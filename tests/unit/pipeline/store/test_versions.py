@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ TOPK = [name for name in CAPTURES if "sampled" not in name]
 SAMPLED = [name for name in CAPTURES if "sampled" in name]
 TARGETS = sorted(path.name for path in GOLDEN.glob("v*") if (path / "w.parquet").exists())
 CHATS = [name for name in CAPTURES if "chats" in name]
-TEXTS_OF = [name for name in CAPTURES if name not in CHATS]
+TALKED = [*CHATS, "v6-answers", "v6-ids"]
+TEXTS_OF = [name for name in CAPTURES if name not in TALKED]
 TEXTS = 4
 EOS = 0
 
@@ -169,6 +171,79 @@ def test_conversations_align_with_a_student_of_another_template(name: str, tmp_p
     golden = GOLDEN / "v7-targets"
     for path in sorted(golden.rglob("*.parquet")):
         assert (tmp_path / "t" / path.relative_to(golden)).read_bytes() == path.read_bytes(), "the same bytes"
+
+
+def rows_of(root: Path) -> list[dict[str, Any]]:
+    return [row for batch in iter_capture(str(root)) for row in batch.to_pylist()]
+
+
+def taught(row: dict[str, Any]) -> list[int]:
+    """Token ids of its taught spans."""
+    sizes = np.diff(row["span_token_end"], prepend=0)
+    kept = np.repeat(row["span_learn"], sizes)
+    return [token for token, learn in zip(row["teacher_ids"], kept, strict=True) if learn]
+
+
+def test_answers_say_what_they_are() -> None:
+    """Of six, two are no UTF-8: one ends, two are empty and end at once, one is cut."""
+    manifest, table = read_manifest(str(GOLDEN / "v6-answers"), CaptureManifest), load_vocab(str(GOLDEN / "v6-answers"))
+    assert manifest.chat is not None
+    assert manifest.chat.answering is not None
+    assert manifest.chat.answering.model_dump() == {
+        "tokens": 6, "temperature": 0.7, "top_p": 0.5, "samples": 3, "seed": 1
+    }  # fmt: skip
+    found = {row["sample_id"].removeprefix("prompts.jsonl:"): row for row in rows_of(GOLDEN / "v6-answers")}
+    answers = {name: json.loads(row["messages"])["messages"][-1] for name, row in found.items()}
+    assert {name: one["content"] for name, one in answers.items()} == {
+        "0#2.2": " old riv a run \u0395", "1#1.0": "", "1#1.1": "", "1#1.2": " the past # old pas un"
+    }  # fmt: skip
+    for name, row in found.items():
+        said = b"".join(map(table.token, taught(row))).decode()
+        assert said == answers[name]["content"]
+        assert row["complete"] == (taught(row)[-1] == EOS) == (name != "1#1.2")
+        assert len(row["realised_logprob"]) == len(taught(row))
+    skipped = [json.loads(line) for line in (GOLDEN / "v6-answers" / "skipped.jsonl").read_text().splitlines()]
+    assert {one["sample_id"]: one["reason"] for one in skipped} == {
+        f"prompts.jsonl:0#2.{number}": "an answer that is not UTF-8" for number in (0, 1)
+    }
+
+
+def test_token_ids_say_what_they_are() -> None:
+    """A question and an eos, which are not taught, and a text and an eos, which are; without their padding."""
+    manifest, table = read_manifest(str(GOLDEN / "v6-ids"), CaptureManifest), load_vocab(str(GOLDEN / "v6-ids"))
+    assert manifest.chat is not None
+    assert (manifest.chat.form, manifest.chat.template, manifest.chat.date) == ("ids", None, None)
+    assert manifest.chat.stop_token == EOS
+    texts = ["The river runs past the old mill, and 27 boats wait for rain", None, None, "short"]
+    for row, text in zip(rows_of(GOLDEN / "v6-ids"), texts, strict=True):
+        assert row["messages"] is None
+        assert row["span_kind"] == ["text", "template", "text", "stop"]
+        assert row["span_learn"] == [False, False, True, True]
+        assert row["span_byte_end"] == [5, 5, len(row["text"].encode()), len(row["text"].encode())]
+        assert b"".join(map(table.token, taught(row)[:-1])).decode() == row["text"].removeprefix("rain?")
+        assert taught(row)[-1] == EOS == row["teacher_ids"][4]
+        assert text is None or row["text"] == "rain?" + text
+
+
+@pytest.mark.parametrize("name", ["v6-answers", "v6-ids"])
+def test_they_align_with_a_student_of_another_template(name: str, tmp_path: Path) -> None:
+    """Every taught byte of the teacher's is in a chunk, and of the stops those that are there."""
+    student = Path(shutil.copytree(GOLDEN / "tiny", tmp_path / "student"))
+    shutil.copyfile(GOLDEN / "vicuna.jinja", student / "chat_template.jinja")
+    config = AlignConfig(
+        captures=[str(GOLDEN / name)], student=str(student), out=str(tmp_path / "t"), losses=["p-kl", "alm"]
+    )
+    manifest = align(config, Silent())
+    assert verify(str(tmp_path / "t"))["samples"] == TEXTS
+    counts = Counter[str]()
+    for part in manifest.parts:
+        counts.update(part.counts)
+    assert counts["chat_chunk_bytes"] == counts["chat_taught_bytes"] > 0
+    stored = {row["sample_id"]: row for row in rows_of(GOLDEN / name)}
+    for batch in iter_targets(str(tmp_path / "t")):
+        for row in batch.to_pylist():
+            learned = [one for one, learn in zip(row["student_ids"], row["learn"], strict=True) if learn]
+            assert learned == taught(stored[row["sample_id"]]), "the tokenizers are the same"
 
 
 @pytest.mark.parametrize("name", TEXTS_OF)
