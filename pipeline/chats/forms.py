@@ -51,7 +51,10 @@ _BESIDE: dict[Form, tuple[str, ...]] = {
     "sharegpt": ("system", "tools"),
     "prompt": ("tools",),
     "alpaca": ("input", "system", "history", "tools"),
-    "ids": ("labels", "loss_mask", "assistant_masks", "attention_mask"),
+    "ids": (
+        *("labels", "loss_mask", "assistant_masks", "completion_mask"),
+        *("attention_mask", "seq_lengths", "position_ids"),
+    ),
 }
 
 

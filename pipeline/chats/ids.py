@@ -23,7 +23,7 @@ from xtoken.pipeline.tokens.chat import Place
 from xtoken.pipeline.tokens.failures import CannotTokenize
 
 IDS_LEARNED = ("text", "stop")  # kinds of spans that such rows teach
-_MASKS = ("loss_mask", "assistant_masks")
+_MASKS = ("loss_mask", "assistant_masks", "completion_mask")
 _NOT_TAUGHT = -100  # in labels, as in PyTorch's cross-entropy
 _BYTES = 4  # that an id counts for
 _WIDEST = 1 << 31
@@ -59,7 +59,7 @@ class TokenRow:
 
 
 def read_ids(row: Mapping[str, Any]) -> TokenRow:
-    """Read a row: ``input_ids``, and ``labels`` (-100: not taught), ``loss_mask`` or ``assistant_masks`` (0 or 1).
+    """Read a row: ``input_ids``, and ``labels`` (-100: not taught), or a mask of 0 and 1.
 
     What ``attention_mask`` says is padding is cut off.
 
@@ -86,10 +86,20 @@ def read_ids(row: Mapping[str, Any]) -> TokenRow:
                 "masks that disagree", f"{name} and {other} say different things of token {at}", "give one of them"
             )
     kept = _unpadded(row, len(ids))
+    _refuse_packed(row, kept)
     taught = [False, *learn[kept][1:]][: len(ids[kept])]  # nothing predicts the first
     if not any(taught):
         raise Refused("nothing is taught", f"{name} teaches none of {len(taught)} tokens", "remove the record")
     return TokenRow(tuple(ids[kept]), tuple(taught))
+
+
+def _refuse_packed(row: Mapping[str, Any], kept: slice) -> None:
+    """Refuse several sequences in one row, which would see each other."""
+    lengths, places = row.get("seq_lengths"), row.get("position_ids")
+    starts = sum(one == 0 for one in places[kept]) if isinstance(places, list) else 0
+    if starts > 1 or (isinstance(lengths, list) and len(lengths) > 1):
+        name = "position_ids" if starts > 1 else "seq_lengths"
+        raise Refused("a packed row", f"by its {name} it holds several sequences", "give one sequence per record")
 
 
 def _ints(row: Mapping[str, Any], name: str, count: int | None = None) -> list[int]:

@@ -217,7 +217,11 @@ def test_a_student_of_bytes_needs_no_template(model: Model) -> None:
             "another length",
             "attention_mask has 2",
         ),
-        ({"input_ids": [1, 2]}, "neither labels nor a mask", "none of labels, loss_mask, assistant_masks"),
+        (
+            {"input_ids": [1, 2]},
+            "neither labels nor a mask",
+            "none of labels, loss_mask, assistant_masks, completion_mask",
+        ),
         ({"input_ids": [1, 2], "labels": [1]}, "another length", "labels has 1 entries, input_ids 2"),
         ({"input_ids": [1, 2], "loss_mask": [1, 1, 1]}, "another length", "loss_mask has 3"),
         ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "bad field", "0 and 1"),
@@ -248,7 +252,7 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=8,
 )
-FIELDS = ("input_ids", "labels", "loss_mask", "assistant_masks", "attention_mask")
+FIELDS = ("input_ids", "labels", "loss_mask", "assistant_masks", "attention_mask", "seq_lengths", "position_ids")
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), ANYTHING | st.lists(st.integers(-1, 3), min_size=2, max_size=4)))
@@ -285,6 +289,18 @@ def test_a_mark_in_the_middle_of_a_text_has_no_bytes(model: Model) -> None:
     tokens = tokens_of(teacher, read_ids({"input_ids": [1, hi, 2, hi, 2], "labels": [-100, -100, -100, hi, 2]}))
     assert tokens.text == "HiHi"
     assert [span.kind for span in tokens.spans] == ["template", "text", "template", "text", "stop"]
+
+
+def test_several_sequences_in_a_row_are_refused() -> None:
+    """As trainers pack them; places of padding do not count, nor those of one sequence."""
+    row: dict[str, Any] = {"input_ids": [1, 5, 1, 6], "completion_mask": [0, 1, 0, 1]}
+    for more in ({"seq_lengths": [2, 2]}, {"position_ids": [0, 1, 0, 1]}):
+        with pytest.raises(Refused, match=r"by its (seq_lengths|position_ids) it holds several sequences"):
+            read_ids({**row, **more})
+    for more in ({"seq_lengths": [4]}, {"position_ids": [0, 1, 2, 3]}, {"position_ids": [[0, 1, 2, 3]]}):
+        assert read_ids({**row, **more}).learn == (False, True, False, True)
+    padded = {"attention_mask": [0, 0, 1, 1], "position_ids": [0, 0, 0, 1]}
+    assert read_ids({**row, **padded}) == TokenRow((1, 6), (False, True))
 
 
 def test_masks_that_agree_and_padding_on_both_sides() -> None:
