@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import hypothesis
+import loaded_once
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
@@ -35,6 +36,8 @@ hypothesis.settings.register_profile("few", derandomize=True, max_examples=20, *
 hypothesis.settings.register_profile("other", **_PATIENT)
 hypothesis.settings.load_profile("same")
 
+loaded_once.install()
+
 ROOT = Path(__file__).resolve().parent.parent
 FIGURE = "figure"
 
@@ -53,6 +56,13 @@ def no_garbage_collection() -> Generator[None]:
     gc.disable()
     yield
     gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _left_as_made() -> Generator[None]:
+    """No test writes into what all of them share."""
+    yield
+    assert loaded_once.changed() == []
 
 
 @pytest.fixture(autouse=True, scope="session")

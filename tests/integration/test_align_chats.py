@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import InProcess
 from talks import TALKS
 
 from xtoken.pipeline.align import run_captures
@@ -31,7 +32,7 @@ def capture(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     (root / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     given = {"id_field": "id", "date": "2026-07-04", "learn": ["thinking"]}
     places = {"corpus": str(root / "chats.jsonl"), "teacher": str(smollm2_dir), "out": str(root / "c")}
-    precompute(PrecomputeConfig.from_flat(**places, **given), Silent())
+    precompute(PrecomputeConfig.from_flat(**places, **given), Silent(), executor=InProcess())
     return str(root / "c")
 
 

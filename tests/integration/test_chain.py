@@ -35,8 +35,8 @@ def chunk_starts(student_end: list[int], teacher_end: list[int]) -> list[tuple[i
 
 def dense_kl(logp_T: np.ndarray, p_S: np.ndarray, W: Any, moved: dict[int, int | None]) -> float:
     """P-KL of one chunk with REST, straight from its definition; W is a scipy-free list of (s, t, w) arrays."""
-    order = np.lexsort((np.arange(len(logp_T)), -logp_T))[:K]
-    kept = [t for t in order if np.exp(logp_T[t]) >= MIN_P] or [order[0]]
+    likely = np.flatnonzero(np.exp(logp_T) >= MIN_P)
+    kept = likely[np.lexsort((likely, -logp_T[likely]))][:K] if len(likely) else [logp_T.argmax()]
     q = np.bincount(W[1], W[2] * p_S[W[0]], len(logp_T))
     target: dict[int, float] = {}
     rest = 1 - float(np.exp(logp_T[kept]).sum())

@@ -5,7 +5,8 @@ models' own forward passes.
 """
 
 import json
-from itertools import pairwise
+from bisect import bisect_left
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Words:
         table = tokenizer.table
         self.encoded, self.pieces = tokenizer.token_ids, table.pieces()
         self.by_bytes = {self.pieces[i]: i for i in range(table.size - 1, -1, -1) if self._is_text(table, i)}
+        self._in_order = sorted(self.by_bytes)
 
     def _is_text(self, table: TokenTable, i: int) -> bool:
         return table.role[i] is None and bool(self.pieces[i])
@@ -66,13 +68,14 @@ class Words:
             return next((self.by_bytes[text[:n]] for n in range(len(text), 0, -1) if text[:n] in self.by_bytes), None)
 
     def starting_with(self, text: bytes) -> list[int]:
-        return [i for i, data in enumerate(self.pieces) if self.by_bytes.get(data) == i and data.startswith(text)]
+        from_here = islice(self._in_order, bisect_left(self._in_order, text), None)
+        return [self.by_bytes[data] for data in takewhile(lambda data: data.startswith(text), from_here)]
 
 
 def kept_of(logp_T: np.ndarray) -> dict[int, float]:
-    order = np.lexsort((np.arange(len(logp_T)), -logp_T))[:K]
-    kept = [int(t) for t in order if np.exp(logp_T[t]) >= MIN_P] or [int(order[0])]
-    return {t: float(np.exp(logp_T[t])) for t in kept}
+    likely = np.flatnonzero(np.exp(logp_T) >= MIN_P)
+    kept = likely[np.lexsort((likely, -logp_T[likely]))][:K] if len(likely) else np.array([logp_T.argmax()])
+    return {int(t): float(np.exp(logp_T[t])) for t in kept}
 
 
 def kl_with_rest(target: dict[int, float], p_S: np.ndarray) -> float:
@@ -207,6 +210,7 @@ def test_strict_and_mined_are_their_definitions(
     twin = {t: mine[data] for data, t in table.by_bytes().items() if data in mine}
     twin |= {t: s for s, t in zip(w.student_id.tolist(), w.teacher_id.tolist(), strict=True) if s == eos}
     assert len(w.student_id) == len(set(w.student_id.tolist())), "each row of W is one token"
+    moved = dict(zip(w.unreached.tolist(), w.moved_to.tolist(), strict=True))
     strict, mined = [], []
     for row, one, logp_T, logp_S in zip(rows, encoded, teacher_rows, student_rows, strict=True):
         for first, length, at in one_to_one(one.ends.tolist(), row["teacher_end"]):
@@ -216,7 +220,7 @@ def test_strict_and_mined_are_their_definitions(
                 continue
             kept, p_S = kept_of(logp_T[at]), np.exp(logp_S[first])
             strict += dense_strict({twin[t]: p for t, p in kept.items() if t in twin}, p_S)
-            mined.append(dense_mined(kept, p_S, w))
+            mined.append(dense_mined(kept, p_S, w, moved))
     model = load_student(str(smollm2_dir), torch.device("cpu"), False).eval()
     ours, targets = Student(model, torch.device("cpu"), None, student.table.size), Targets(str(chain / "mined"))
     for name, terms in (("strict", strict), ("mined", mined)):
@@ -245,10 +249,9 @@ def dense_strict(inside: dict[int, float], p_S: np.ndarray) -> list[float]:
     return [float((p * np.log(p / q)).sum())]
 
 
-def dense_mined(kept: dict[int, float], p_S: np.ndarray, w: Projection) -> float:
+def dense_mined(kept: dict[int, float], p_S: np.ndarray, w: Projection, moved: dict[int, int]) -> float:
     """KL of one chunk to the student through W, unreached mass on its prefix, the tail mass as one cell."""
     q = np.bincount(w.teacher_id, p_S[w.student_id], w.teacher.size)
-    moved = dict(zip(w.unreached.tolist(), w.moved_to.tolist(), strict=True))
     target: dict[int, float] = {}
     for t, p in kept.items():
         if moved.get(t, t) >= 0:

@@ -7,7 +7,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from in_process import InThisProcess
+from in_process import InProcess, InThisProcess
 from numpy.typing import NDArray
 
 from xtoken.pipeline.align import form
@@ -36,7 +36,7 @@ def capture(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     config = PrecomputeConfig.from_flat(
         corpus=str(root / "corpus.jsonl"), teacher=str(smollm2_dir), out=str(root / "c"), temperatures=[2.0]
     )
-    precompute(config, Silent())
+    precompute(config, Silent(), executor=InProcess())
     return str(root / "c")
 
 

@@ -24,7 +24,7 @@ def test_measures(figure):
 def test_what_a_missing_tool_skips_is_said_last(tmp_path: Path) -> None:
     """Only a figure and the number of tests stand around it, though pytest's own list of skips is long."""
     (tmp_path / "test_it.py").write_text(FILE)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/.dev", "PYTEST_ADDOPTS": ""}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/.dev:{ROOT}/tests", "PYTEST_ADDOPTS": ""}
     command = [sys.executable, "-m", "pytest", "-ra", "-p", "tests.conftest", "-p", "no:cacheprovider", "test_it.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,5 +1,6 @@
 """Small real captures for the tests of this folder, made by one builder."""
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from in_process import InProcess
+from in_process import InProcess, InThisProcess
 from talks import TALKS
 
-from xtoken.pipeline.align import align
+from xtoken.pipeline.align.run import align
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.chats import open_chat_model, read_row
+from xtoken.pipeline.executors.local import LocalExecutor
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.ui.progress import Silent
@@ -95,7 +97,8 @@ def chat_targets(
     """Its targets for a student with another template, for p-kl and alm; read only."""
     out = tmp_path_factory.mktemp("targets") / "chats"
     student = str(tokenizer_file("smollm2").parent)
-    align(AlignConfig(captures=[str(chat_capture)], student=student, out=str(out), losses=["p-kl", "alm"]), Silent())
+    config = AlignConfig(captures=[str(chat_capture)], student=student, out=str(out), losses=["p-kl", "alm"])
+    align(config, Silent(), executor=InThisProcess())
     return out
 
 
@@ -128,3 +131,15 @@ def kept_capture(small_capture: SmallCapture) -> Path:
 def capture(kept_capture: Path, tmp_path: Path) -> Path:
     """A copy of the capture that a test may damage."""
     return Path(shutil.copytree(kept_capture, tmp_path / "capture"))
+
+
+@pytest.fixture
+def one_worker_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what runs write, not of processes: a lone worker needs none, as in ``in_process``; two are two."""
+    for name, here in (("capture.precompute", InProcess), ("align.run", InThisProcess)):
+
+        def executor(workers: int, *more: Any, here: type = here) -> Any:
+            return here() if workers == 1 else LocalExecutor(workers, *more)
+
+        # by its name: the package exports a function under the module's
+        monkeypatch.setattr(importlib.import_module(f"xtoken.pipeline.{name}"), "LocalExecutor", executor)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import InProcess
 
 from xtoken.pipeline.align.common_samples import CLASSES, compare, refuse_nothing_in_common
 from xtoken.pipeline.capture import precompute
@@ -24,7 +25,8 @@ def make(folder: Path, texts: dict[str, str], **more: Any) -> str:
     (folder / "corpus.jsonl").write_text("\n".join(lines))
     fields = {"teacher": "bytes", "backend": "fake", "k": 4, "shard_bytes": 200, **more}
     corpus, out = str(folder / "corpus.jsonl"), str(folder / "c")
-    precompute(PrecomputeConfig.from_flat(corpus=corpus, id_field="id", out=out, **fields), Silent())
+    config = PrecomputeConfig.from_flat(corpus=corpus, id_field="id", out=out, **fields)
+    precompute(config, Silent(), executor=InProcess())
     return out
 
 

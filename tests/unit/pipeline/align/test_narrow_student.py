@@ -14,6 +14,8 @@ from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Silent
 
+pytestmark = pytest.mark.usefixtures("one_worker_is_here")
+
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:

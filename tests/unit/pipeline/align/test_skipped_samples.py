@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import InProcess
 
 from xtoken.pipeline.align.encoding import Refusal, encode_one
 from xtoken.pipeline.align.multi_capture import run_captures
@@ -23,6 +24,8 @@ from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.configs.share import PullConfig
 from xtoken.schemas.errors import IncompleteRun, VerificationError
 from xtoken.schemas.ui.progress import Silent
+
+pytestmark = pytest.mark.usefixtures("one_worker_is_here")
 
 NOT_REJOINED = "the tokens do not rejoin the text"
 LINES = [
@@ -60,7 +63,7 @@ def captured(root: Path, teacher: Path, **more: Any) -> str:
         on_bad="skip",
         **more,
     )
-    precompute(config, Silent())
+    precompute(config, Silent(), executor=InProcess())
     return config.out
 
 

@@ -12,6 +12,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from in_process import InProcess
 
 from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import Chunks, Joined, join
@@ -44,7 +45,7 @@ def capture(tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.Temp
     config = PrecomputeConfig.from_flat(
         corpus=str(root / "a.txt"), teacher=teacher, out=str(root / "c"), backend="fake", k=16
     )
-    precompute(config, Silent())
+    precompute(config, Silent(), executor=InProcess())
     return root / "c"
 
 
@@ -200,7 +201,7 @@ def checked(tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.Temp
     config = PrecomputeConfig.from_flat(
         corpus=str(root / "a.txt"), teacher=teacher_file, out=str(root / "c"), backend="fake", max_tokens=64
     )
-    precompute(config, Silent())
+    precompute(config, Silent(), executor=InProcess())
     student, teacher = load_tokenizer(str(tokenizer_file("smollm2"))), load_vocab(str(root / "c"))
     phi_B = first_tokens(teacher, student)
     maps = Maps.of(build_w(student.table, teacher), "prefix", student.table, teacher, phi_B=phi_B)

@@ -15,6 +15,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
+from in_process import InProcess
 
 from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import Joined, join
@@ -65,7 +66,7 @@ def capture(
         max_tokens=96,
         temperatures=TEMPERATURES,
     )
-    precompute(config, Silent())
+    precompute(config, Silent(), executor=InProcess())
     return root / "c"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from in_process import InProcess
 
 from xtoken.pipeline.capture import audit as audit_module
 from xtoken.pipeline.capture import precompute
@@ -25,6 +26,8 @@ from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import Unreachable, VerificationError, XtokenError
 from xtoken.schemas.manifest import AuditRecord
 from xtoken.schemas.ui.progress import Silent
+
+pytestmark = pytest.mark.usefixtures("one_worker_is_here")
 
 STEP = 1 / 32
 ROUNDED = 2.0**-16  # of a realised log-probability as it is stored, relative
@@ -44,7 +47,7 @@ def make_config(tmp_path: Path, teacher: str, **options: Any) -> PrecomputeConfi
 def kept(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Callable[[str], Path]) -> PrecomputeConfig:
     """A finished capture; read only."""
     found = make_config(tmp_path_factory.mktemp("kept"), str(tokenizer_file("smollm2")))
-    precompute(found, Silent())
+    precompute(found, Silent(), executor=InProcess())
     return found
 
 

@@ -13,6 +13,8 @@ from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
 
+pytestmark = pytest.mark.usefixtures("one_worker_is_here")
+
 
 @pytest.fixture
 def words(tmp_path):

@@ -23,6 +23,7 @@ from xtoken.schemas.ui.progress import Silent
 module = importlib.import_module("xtoken.pipeline.capture.precompute")
 TEXTS = [f"Document {number}: " + "some words, and 1234 numbers. " * (number + 3) for number in range(12)]
 TEXTS[7] *= 5
+HERE = pytest.mark.usefixtures("one_worker_is_here")
 
 
 @pytest.fixture
@@ -112,6 +113,7 @@ def test_two_workers_write_the_same_bytes(config, tmp_path):
     assert (one.parts, one.run_hash, one.plan_hash) == (two.parts, two.run_hash, two.plan_hash)
 
 
+@HERE
 def test_a_finished_run_does_nothing_again_and_needs_no_corpus(config, monkeypatch):
     manifest = precompute(config, Silent())
     Path(config.corpus.corpus).unlink()
@@ -123,6 +125,7 @@ def test_a_finished_run_does_nothing_again_and_needs_no_corpus(config, monkeypat
     assert (Path(config.out) / "manifest.json").stat().st_mtime_ns == before
 
 
+@HERE
 def test_only_what_is_missing_is_run(config):
     manifest = precompute(config, Silent())
     whole = files(config.out)
@@ -167,6 +170,7 @@ def test_a_folder_of_something_else_is_refused(config):
         precompute(config, Silent())
 
 
+@HERE
 def test_a_run_that_failed_before_its_first_commit_leaves_the_folder_free(config, tokenizer_file):
     # the fake teacher takes any tokenizer; the hf one finds no model beside this tokenizer.json
     wrong = config.changed(backend="hf", teacher=str(tokenizer_file("smollm2")))
@@ -193,6 +197,7 @@ def test_memory_is_not_shared_with_workers(config):
         precompute(config.model_copy(update={"out": "memory://x/out"}), Silent())
 
 
+@HERE
 def test_a_vanished_corpus_is_named_and_bringing_it_back_resumes(config, tmp_path):
     precompute(config, Silent())
     (Path(config.out) / "commits" / "part-00001.json").unlink()
@@ -204,6 +209,7 @@ def test_a_vanished_corpus_is_named_and_bringing_it_back_resumes(config, tmp_pat
     verify(config.out)
 
 
+@HERE
 def test_a_commit_without_its_file_is_named(config):
     precompute(config, Silent())
     (Path(config.out) / data_name(1)).unlink()
@@ -211,6 +217,7 @@ def test_a_commit_without_its_file_is_named(config):
         precompute(config, Silent())
 
 
+@HERE
 def test_a_shard_that_keeps_failing_is_quarantined_and_tried_again_by_a_rerun(config):
     with pytest.raises(IncompleteRun, match=r"1 of \d+ shards were quarantined after three attempts") as caught:
         precompute(config, Silent(), executor=Poisoned())
@@ -244,6 +251,7 @@ def test_a_full_disk_stops_the_run_and_the_same_command_resumes(config):
     assert precompute(config, Silent()).parts == undisturbed.parts
 
 
+@HERE
 def test_cells_share_the_shards_and_whoever_has_none_seals(config):
     undisturbed = precompute(config.model_copy(update={"out": config.out + "-undisturbed"}), Silent())
     count = len(undisturbed.parts)

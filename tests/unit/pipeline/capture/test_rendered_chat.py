@@ -17,6 +17,8 @@ from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Silent
 
+pytestmark = pytest.mark.usefixtures("one_worker_is_here")
+
 CHATML = "<|im_start|>user\nHow many boats in {}?<|im_end|>\n<|im_start|>assistant\nSeventeen.<|im_end|>\n"
 GEMMA = "<start_of_turn>user\nHow many boats in {}?<end_of_turn>\n<start_of_turn>model\nSeventeen.<end_of_turn>\n"
 RENDERED = [

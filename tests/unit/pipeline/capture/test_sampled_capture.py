@@ -21,6 +21,8 @@ from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CodecInfo
 from xtoken.schemas.ui.progress import Silent
 
+pytestmark = pytest.mark.usefixtures("one_worker_is_here")
+
 TEXTS = ["Alpha beta, 42 gammas. " * 12, "x", "naïve café\n" * 10, "tail 👩‍👩‍👧 tail", "x"]
 
 

@@ -21,6 +21,8 @@ from xtoken.schemas.manifest import CaptureManifest, TargetManifest, parse_manif
 from xtoken.schemas.ui.progress import Silent
 from xtoken.trainer.data.targets import Targets
 
+pytestmark = pytest.mark.usefixtures("one_worker_is_here")
+
 TOKENIZER = Path(__file__).parents[3] / "golden" / "captures" / "tiny"
 TEXT = "The river runs past the old mill,\n\tand 27 boats wait for rain.\n" * 3
 

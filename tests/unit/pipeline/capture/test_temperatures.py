@@ -24,6 +24,8 @@ from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import CaptureManifest, CodecInfo, read_manifest
 from xtoken.schemas.ui.progress import Silent
 
+pytestmark = pytest.mark.usefixtures("one_worker_is_here")
+
 CAPTURE = open_codec(CodecInfo(k=64)).schema()
 TAU_CODEC = open_codec(CodecInfo(k=64, temperatures=[1.0, 2.0, 4.0]))
 

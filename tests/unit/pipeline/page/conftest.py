@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from in_process import InThisProcess
 
-from xtoken.pipeline.align import align
+from xtoken.pipeline.align.run import align
 from xtoken.pipeline.page.sample import Sample, load_sample
 from xtoken.schemas.configs.artifacts import AlignConfig, InspectConfig
 from xtoken.schemas.ui.progress import Silent
@@ -33,7 +34,8 @@ def targets(capture: str) -> str:
     """Its targets for a student of bytes, for every loss that can be."""
     out = f"{Path(capture).parent}/targets"
     losses = ["p-kl", "h-kl", "gold", "uld", "alm", "byte-prefix", "ce"]
-    align(AlignConfig(captures=[capture], student="bytes", out=out, losses=losses), Silent())  # type: ignore[arg-type]
+    config = AlignConfig(captures=[capture], student="bytes", out=out, losses=losses)  # type: ignore[arg-type]
+    align(config, Silent(), executor=InThisProcess())
     return out
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import InThisProcess
 
-from xtoken.pipeline.align import align
+from xtoken.pipeline.align.run import align
 from xtoken.pipeline.query import query
 from xtoken.schemas.configs.artifacts import AlignConfig, QueryConfig
 from xtoken.schemas.ui.progress import Silent
@@ -38,7 +39,11 @@ def capture(small_capture: Callable[..., Path]) -> Path:
 
 def aligned(capture: Path, student: str, losses: list[str], out: Path) -> Path:
     """Targets of a capture."""
-    align(AlignConfig(captures=[str(capture)], student=student, out=str(out), losses=losses), Silent())
+    align(
+        AlignConfig(captures=[str(capture)], student=student, out=str(out), losses=losses),
+        Silent(),
+        executor=InThisProcess(),
+    )
     return out
 
 

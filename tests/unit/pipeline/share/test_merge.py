@@ -25,6 +25,8 @@ from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import CaptureManifest, content_hash, read_manifest
 from xtoken.schemas.ui.progress import Silent
 
+pytestmark = pytest.mark.usefixtures("one_worker_is_here")
+
 TEXTS = {"one": "Un café, s'il vous plaît; puis deux. " * 20, "two": "def f(x):\n    return x + 1  # größer\n" * 25}
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from in_process import InThisProcess
 
-from xtoken.pipeline.align import align
+from xtoken.pipeline.align.run import align
 from xtoken.pipeline.project.mass import teacher_mass
 from xtoken.pipeline.share.push_pull import pull, push
 from xtoken.pipeline.share.subset import Where, chosen_parts, number_ranges
@@ -234,7 +235,8 @@ def test_manifests_that_leave_out_what_cannot_be_are_refused(capture, left_out):
 
 
 def aligned(capture: Path, out: Path, losses: list[str]) -> TargetManifest:
-    return align(AlignConfig(captures=[str(capture)], student="bytes", out=str(out), losses=losses), Silent())
+    config = AlignConfig(captures=[str(capture)], student="bytes", out=str(out), losses=losses)
+    return align(config, Silent(), executor=InThisProcess())
 
 
 def target_rows(root: Path) -> dict[str, list[Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from in_process import InThisProcess
 
 from xtoken.pipeline.align.run import align
 from xtoken.pipeline.store.codecs.topk import decode, decode_tau_tail
@@ -165,7 +166,7 @@ def test_conversations_align_with_a_student_of_another_template(name: str, tmp_p
         out=str(tmp_path / "t"),
         losses=["p-kl", "h-kl", "alm", "strict", "byte-prefix"],
     )
-    manifest = align(config, Silent())
+    manifest = align(config, Silent(), executor=InThisProcess())
     assert verify(str(tmp_path / "t"))["samples"] == TEXTS
     assert manifest.chat is not None
     golden = GOLDEN / "v7-targets"
@@ -249,7 +250,7 @@ def test_they_align_with_a_student_of_another_template(name: str, tmp_path: Path
 @pytest.mark.parametrize("name", TEXTS_OF)
 def test_every_capture_aligns(name: str, tmp_path: Path) -> None:
     config = AlignConfig(captures=[str(GOLDEN / name)], student="bytes", out=str(tmp_path / "t"), losses=["p-kl"])
-    manifest = align(config, Silent())
+    manifest = align(config, Silent(), executor=InThisProcess())
     assert verify(str(tmp_path / "t"))["samples"] == TEXTS
     assert sum(part.tokens for part in manifest.parts) == 418  # the corpus's bytes; 'bytes' has no eos
 
