@@ -94,7 +94,7 @@ def test_text_is_nfc() -> None:
 
 @pytest.mark.parametrize("blank", ["\n", "\t", "\r\n", "\x1c", "\n\u0316", "\\n"])
 def test_an_accent_behind_a_line_end_stays_one_in_what_is_stored(blank: str) -> None:
-    """A corpus brings its texts to NFC, JSON of a conversation, too: an accent must not join the letter of an escape."""
+    """A corpus brings its texts to NFC, JSON of a conversation, too: no accent may join the letter of an escape."""
     text = f"a{blank}\u0301 漢"
     calls = [{"id": "x", "type": "function", "function": {"name": "f", "arguments": {"a": text}}}]
     conversation = read(
