@@ -5,12 +5,15 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
 
 from xtoken.pipeline.chats.refused import Refused, shown
 
 Role = Literal["system", "user", "assistant", "tool"]
 _SURROGATES = re.compile("[\ud800-\udfff]")
+# of JSON, and what is no ASCII behind it
+_ESCAPE = re.compile(r"(\\(?:[bfnrt]|u[0-9a-f]{4}))([^\x00-\x7f]+)")
 # reasoning at the start of an answer, with the line ends that belong to its marks
 _THINKING = re.compile(r"(\s*<think>\n*)(.*?)(\n*</think>\n*)(.*)", re.DOTALL)
 
@@ -162,8 +165,18 @@ def require_taught(conversation: Conversation) -> None:
 
 
 def compact(value: Any) -> str:
-    """JSON in one line, keys in the order they have."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """JSON in one line, keys in the order they have; NFC leaves it as it is where its texts are in NFC.
+
+    A combining character behind a line end would meet the letter of the escape there: NFC makes one of ``\\n`` and an
+    accent. It is escaped itself.
+    """
+    return _ESCAPE.sub(_escape_marks, json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+
+
+def _escape_marks(found: re.Match[str]) -> str:
+    escape, behind = found.groups()
+    marks = "".join(takewhile(unicodedata.combining, behind))
+    return str(escape) + json.dumps(marks)[1:-1] + str(behind[len(marks) :])
 
 
 def parsed_json(text: str) -> Any:

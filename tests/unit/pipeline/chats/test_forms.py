@@ -1,6 +1,7 @@
 """Rows of chat data in every form: what they become, what is refused and why, and the stored form and back."""
 
 import json
+import unicodedata
 from typing import Any
 
 import pytest
@@ -89,6 +90,23 @@ def test_columns_that_a_table_fills_with_null_are_not_there() -> None:
 
 def test_text_is_nfc() -> None:
     assert read({"role": "user", "content": "e\u0301"}, TOLD).messages[0].content == "é"
+
+
+@pytest.mark.parametrize("blank", ["\n", "\t", "\r\n", "\x1c", "\n\u0316", "\\n"])
+def test_an_accent_behind_a_line_end_stays_one_in_what_is_stored(blank: str) -> None:
+    """A corpus brings its texts to NFC, JSON of a conversation, too: no accent may join the letter of an escape."""
+    text = f"a{blank}\u0301 漢"
+    calls = [{"id": "x", "type": "function", "function": {"name": "f", "arguments": {"a": text}}}]
+    conversation = read(
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": text, "tool_calls": calls},
+        tools=[{"n": text}],
+    )
+    stored = to_json(conversation)
+    assert unicodedata.normalize("NFC", stored) == stored
+    assert from_json(stored) == conversation
+    assert conversation.messages[1].calls[0].parsed == {"a": unicodedata.normalize("NFC", text)}
+    assert "漢" in stored
 
 
 def test_sharegpt() -> None:
