@@ -84,6 +84,7 @@ def stored_conversation(row: dict[str, Any]) -> tuple[Conversation, Stored]:
     """
     try:
         stored = Stored(row["text"], spans_of({name: row[name] for name in SPAN_COLUMNS}))
+        _refuse_cut(stored)
         return from_json(row["messages"]), stored
     except (Refused, ValueError, KeyError, TypeError) as error:
         raise VerificationError(
@@ -117,12 +118,21 @@ def stored_ids(row: dict[str, Any]) -> ChatTokens:
         spans = spans_of({name: row[name] for name in SPAN_COLUMNS})
         learn = np.repeat([span.learn for span in spans], [span.token_end - span.token_start for span in spans])
         ids, ends = (np.array(row[name], np.int32) for name in ("teacher_ids", "teacher_end"))
-        return ChatTokens(row["text"], ids, ends, learn, spans, (), (), snapped=False, differs=False)
+        stored = ChatTokens(row["text"], ids, ends, learn, spans, (), (), snapped=False, differs=False)
+        _refuse_cut(stored)
+        return stored
     except (ValueError, KeyError, TypeError) as error:
         raise VerificationError(
             f"sample {row['sample_id']!r}: its spans do not fit its tokens ({error}); 'xtoken verify' on the capture "
             "lists what is damaged"
         ) from error
+
+
+def _refuse_cut(stored: Spanned) -> None:
+    """Raise UnicodeDecodeError for a span that begins or ends within a character."""
+    data = stored.text.encode()
+    for span in stored.spans:
+        data[span.byte_start : span.byte_end].decode()
 
 
 @dataclass(frozen=True)

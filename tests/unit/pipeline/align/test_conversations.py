@@ -240,6 +240,17 @@ def test_what_is_no_conversation_is_damage(model: Model) -> None:
         student_of(model("smollm2")).read(damaged)
 
 
+def test_a_span_that_ends_within_a_character_is_named(model: Model) -> None:
+    """Rules of a capture let it pass where a token does so, too; the student's rendering trims the answer."""
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Hello 𝔘 \n"}]
+    batch = chat_batch(model("smollm2"), {"cut": read_row({"messages": said}, "messages")})
+    at, size = batch.schema.get_field_index("span_byte_end"), len(b"?Hello")
+    ends = [[size + 2 if end > size else end for end in batch["span_byte_end"][0].as_py()]]
+    damaged = batch.set_column(at, batch.schema.field(at), pa.array(ends, batch.schema.field(at).type))
+    with pytest.raises(VerificationError, match=r"'cut': its messages and spans are no conversation \('utf-8' codec"):
+        student_of(model("llama3")).read(damaged)
+
+
 @pytest.fixture(scope="module")
 def checked(model: Model) -> tuple[pa.RecordBatch, list[Joined], pa.RecordBatch, Rules]:
     teacher, student = model("qwen3"), model("smollm2")
