@@ -167,7 +167,7 @@ def test_another_run_in_the_folder_is_refused(capture: Path, tmp_path: Path) -> 
     align(_config(capture, tmp_path / "t"), Silent())
     with pytest.raises(XtokenError, match=r"unreached: prefix there, rest now"):
         align(_config(capture, tmp_path / "t", unreached="rest"), Silent())
-    with pytest.raises(XtokenError, match=r"merge: first there, mean now, tau: 1.0 there, 2.5 now"):
+    with pytest.raises(XtokenError, match=r"merge: first there, mean now; tau: 1.0 there, 2.5 now"):
         align(_config(capture, tmp_path / "t", losses=["ce"], merge="mean", tau=2.5), Silent())
     with pytest.raises(XtokenError, match="no align run wrote"):
         align(_config(capture, capture), Silent())

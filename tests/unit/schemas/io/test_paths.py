@@ -38,7 +38,7 @@ _HOLD_OTHERS = {
     "weights",
 }
 _HOLD_OTHERS |= {"rule", "on_bad", "merge", "title", "license", "prefix", "columns", "parts", "where", "bos", "debias"}
-_HOLD_OTHERS |= {"backend", "wandb", "tasks", "ray", "cell", "revision", "audit"}
+_HOLD_OTHERS |= {"backend", "wandb", "tasks", "ray", "cell", "revision", "audit", "date"}
 
 
 def every_config() -> list[type[Config]]:
