@@ -1,0 +1,1 @@
+"""The lab: claims about distillation across tokenizers as small experiments; ``python -m benchmarks.lab --help``."""

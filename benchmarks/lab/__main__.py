@@ -1,0 +1,42 @@
+"""Carry out the plan: python -m benchmarks.lab WORK [EXPERIMENT ...]
+
+python -m benchmarks.lab --plan                    # what there is, with hours
+python -m benchmarks.lab WORK rates uncommon       # these, in this order; what was run is not run again
+python -m benchmarks.lab WORK --write              # the tables of what is there, into benchmarks/results/lab
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.lab.plan import Plan
+from benchmarks.lab.work import Lab
+
+
+def main() -> None:
+    """Print the plan, run experiments, or write tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, nargs="?")
+    parser.add_argument("experiments", nargs="*", help="names of the plan; left out: all")
+    parser.add_argument("--plan", action="store_true", help="print the experiments with their hours, run nothing")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--hours", type=float, default=1000.0, help="begin no run after this long")
+    options = parser.parse_args()
+    plan = Plan.read()
+    if options.plan or options.work is None:
+        print(plan.table())
+        return
+    lab, began = Lab(plan, options.work, options.threads), time.monotonic()
+    if unknown := [name for name in options.experiments if name not in plan.experiments]:
+        parser.error(f"no experiment {unknown[0]!r} in the plan; it has {', '.join(plan.experiments)}")
+    for name in options.experiments or plan.experiments:
+        for run in plan.runs(name):
+            if time.monotonic() - began > options.hours * 3600:
+                print("the time is over; the same command goes on", file=sys.stderr)
+                return
+            lab.train(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The plan as the harness reads it: which runs there are, what each trains, and what they cost."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PLAN = Path(__file__).with_name("plan.yaml")
+Words = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        experiment: the first that asks for it.
+        student: name of a student of the plan.
+        setting: name of a setting.
+        variant: name of what else differs, such as W's rule; empty: nothing.
+        rate: peak learning rate; None: the best of the sweep.
+        seed: of the sample order and of random weights.
+        steps: how many.
+    """
+
+    experiment: str
+    student: str
+    setting: str
+    variant: str
+    rate: float | None
+    seed: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``plan.yaml``."""
+
+    words: Words
+
+    @classmethod
+    def read(cls, path: Path = PLAN) -> "Plan":
+        """From a file."""
+        return cls(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+    @property
+    def experiments(self) -> list[str]:
+        """Names, in order."""
+        return list(self.words["experiments"])
+
+    def runs(self, experiment: str) -> list[Run]:
+        """The runs of an experiment, one seed of everything before the next seed; none of those with a script."""
+        asked = self.words["experiments"][experiment]
+        found = dict.fromkeys(self._runs(experiment, asked))
+        if "again" in asked:
+            found |= dict.fromkeys(self._runs(experiment, {**asked, **asked["again"]}))
+        return sorted(found, key=lambda run: run.seed)
+
+    def _runs(self, experiment: str, asked: Words) -> Iterator[Run]:
+        if "script" in asked:
+            return
+        name = asked["student"]
+        steps = asked.get("steps", self.words["students"][name]["steps"])
+        variants = asked.get("variants", [""])
+        for seed in asked["seeds"]:
+            for variant in variants:
+                for setting in asked["settings"]:
+                    for rate in asked.get("rates", [None]):
+                        yield Run(experiment, name, setting, variant, rate, seed, steps)
+        for setting in asked.get("once", []):
+            yield Run(experiment, name, setting, "", None, asked["seeds"][0], steps)
+
+    def minutes(self, experiment: str) -> float:
+        """What an experiment costs, without what an earlier one has run already."""
+        asked = self.words["experiments"][experiment]
+        if "script" in asked:
+            return float(asked["minutes"])
+        students = self.words["students"]
+        earlier = {_key(run) for name in self._before(experiment) for run in self.runs(name)}
+        new = [run for run in self.runs(experiment) if _key(run) not in earlier]
+        seconds = sum(run.steps * students[run.student]["seconds_per_step"] for run in new)
+        return (seconds + len(new) * students[asked["student"]]["seconds_to_judge"]) / 60 + asked.get("minutes", 0)
+
+    def _before(self, experiment: str) -> list[str]:
+        return self.experiments[: self.experiments.index(experiment)]
+
+    def table(self) -> str:
+        """Markdown: runs and hours of each experiment."""
+        lines = ["| experiment | student | settings | runs | hours |", "|---|---|---|---|---|"]
+        total = 0.0
+        for name in self.experiments:
+            asked, hours = self.words["experiments"][name], self.minutes(name) / 60
+            total += hours
+            settings = ", ".join([*asked.get("settings", []), *asked.get("once", [])]) or asked.get("script", "")
+            variants = f" of each: {', '.join(asked['variants'])}" if "variants" in asked else ""
+            lines.append(
+                f"| {name} | {asked.get('student', '')} | {settings}{variants} | {len(self.runs(name))} | {hours:.1f} |"
+            )
+        return "\n".join([*lines, f"| all | | | | {total:.1f} |"]) + "\n"
+
+
+def _key(run: Run) -> tuple[Any, ...]:
+    return run.student, run.setting, run.variant, run.rate, run.seed, run.steps

@@ -1,0 +1,221 @@
+"""What the lab does on disk, by xtoken's own verbs; what is there is not made again.
+
+WORK/texts, tokenizers, captures, targets, students: made when a run first needs them. WORK/runs/NAME: one folder per
+training run, which "xtoken report" reads; WORK/figures/NAME.json: what it was judged by.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lab import texts
+from benchmarks.lab.plan import Plan, Run
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS, TOKENIZERS = ROOT / ".cache" / "models", ROOT / ".cache" / "tokenizers"
+STUDENT = Path(__file__).parent
+# Numerals of up to three digits are a token, as Llama-3's and GPT-4's tokenizers have them.
+PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+VOCABULARY = 8192
+LOSSES = "p-kl,h-kl,gold,alm,byte-prefix,strict"
+WINDOW = 256  # teacher tokens of a sample
+Figures = dict[str, Any]
+
+
+class Lab:
+    """A plan and the folder it is carried out in."""
+
+    def __init__(self, plan: Plan, work: Path, threads: int) -> None:
+        """Write the texts, which are small."""
+        self.plan, self.work, self.threads = plan, work, threads
+        if not (work / "texts" / "judge.jsonl").exists():
+            texts.prepare(work / "texts")
+            judged = [(work / "texts" / f"{name}.jsonl").read_text("utf-8") for name in ("held-out", "other")]
+            (work / "texts" / "judge.jsonl").write_text("".join(judged), encoding="utf-8")
+
+    def train(self, run: Run) -> Figures:
+        """A run, and how it is judged; once."""
+        name = self.name(run)
+        kept = self.work / "figures" / f"{name}.json"
+        if kept.exists():
+            found: Figures = json.loads(kept.read_text(encoding="utf-8"))
+            return found
+        began = time.monotonic()
+        out, student = self.work / "runs" / name, self.plan.words["students"][run.student]
+        folders, more = self._targets(run)
+        words = ["train", ",".join(map(str, folders)), *self._student(run), "--out", out, "--seed", run.seed]
+        words += _flags({**self.plan.words["settings"][run.setting], **student["flags"], **more})
+        words += ["--steps", run.steps, "--step-tokens", student["step_tokens"], "--lr", self.rate(run)]
+        words += ["--eval-text", self.work / "texts" / "judge.jsonl", "--eval-id-field", "id", "--completions", 0]
+        words += ["--save-every", min(100, run.steps), "--keep", 1]
+        if run.experiment == "uncommon":
+            words += ["--keep-every", self.plan.words["experiments"]["uncommon"]["checkpoints"]]
+        summary = self.xtoken(words)
+        figures = {
+            "run": name,
+            "experiment": run.experiment,
+            "setting": run.setting,
+            "variant": run.variant,
+            "rate": self.rate(run),
+            "seed": run.seed,
+            "steps": run.steps,
+            "summary": summary,
+            "documents": judged(out),
+            "minutes": (time.monotonic() - began) / 60,
+        }
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(json.dumps(figures))
+        return figures
+
+    def name(self, run: Run) -> str:
+        """Of a run's folder: all that decides it, so that experiments share runs."""
+        parts = [run.student, run.setting, run.variant, f"{self.rate(run):g}", f"{run.steps}", f"seed {run.seed}"]
+        return "_".join(part.replace(" ", "-").replace(":", "-") for part in parts if part)
+
+    def rate(self, run: Run) -> float:
+        """Peak learning rate: the run's own, else the best of the sweep of its setting, or of the loss's first one."""
+        if run.rate is not None:
+            return run.rate
+        swept = [one for one in self.plan.runs("rates") if one.setting == run.setting]
+        if not swept:
+            loss = self.plan.words["settings"][run.setting]["loss"]
+            swept = [one for one in self.plan.runs("rates") if self.plan.words["settings"][one.setting]["loss"] == loss]
+            swept = [one for one in swept if one.setting == swept[0].setting]
+        if not swept:  # of a setting that was not swept: CE's
+            swept = [one for one in self.plan.runs("rates") if one.setting == "ce"]
+        scores = {one.rate: bits_per_byte(self.train(one)["documents"], texts.JUDGE) for one in swept}
+        return float(min(scores, key=lambda rate: scores[rate]) or 0)
+
+    def _student(self, run: Run) -> list[Any]:
+        student = self.plan.words["students"][run.student]
+        if "config" in student:
+            return ["--from-scratch", STUDENT / student["config"], "--tokenizer", self.tokenizer(student["tokenizer"])]
+        return ["--student", self.transplant(run)]
+
+    def tokenizer(self, name: str) -> Path:
+        """A tokenizer of a package, or the one that is trained on the texts."""
+        if name != "packed-8k":
+            return TOKENIZERS / name
+        folder = self.work / "tokenizers" / name
+        if not (folder / "tokenizer_config.json").exists():
+            train_tokenizer(self.work / "texts" / "train.jsonl", folder)
+        return folder
+
+    def transplant(self, run: Run) -> Path:
+        """The student of a transfer before its training."""
+        asked = {**self.plan.words["students"][run.student]["transplant"], **self._variant(run)}
+        out = self.work / "students" / f"{run.student}-{asked['init']}"
+        if not (out / "config.json").exists():
+            tokenizer = asked["tokenizer"] if asked["tokenizer"] == "bytes" else self.tokenizer(asked["tokenizer"])
+            words = ["transplant", MODELS / asked["model"], "--tokenizer", tokenizer, "--init", asked["init"]]
+            donor = ["--donor", MODELS / asked["donor"]] if "donor" in asked else []
+            self.xtoken([*words, *donor, "--out", out])
+        return out
+
+    def _variant(self, run: Run) -> Mapping[str, Any]:
+        variants = self.plan.words["experiments"][run.experiment].get("variants", {})
+        found: Mapping[str, Any] = variants.get(run.variant, {})
+        return found
+
+    def _targets(self, run: Run) -> tuple[list[Path], Figures]:
+        """Folders of targets, and flags of training that go with them."""
+        variant, student = self._variant(run), self.plan.words["students"][run.student]
+        teachers = variant.get("teachers", ["smollm2-135m"])
+        rows = {name: variant[name] for name in ("k", "min-p", "codec", "draws") if name in variant}
+        losses = (
+            "mined" if run.setting == "mined" else "p-kl" if {*variant} & {"rule", "k", "min-p", "codec"} else LOSSES
+        )
+        made = [
+            self.targets(run.student, self.capture("train", teacher, rows), losses, variant.get("rule", "pieces"))
+            for teacher in teachers
+        ]
+        assert "tokenizer" in student or "transplant" in student
+        return made, {name: variant[name] for name in ("weights", "weighting") if name in variant}
+
+    def capture(self, text: str, teacher: str, rows: Mapping[str, Any]) -> Path:
+        """A teacher's rows of a text."""
+        out = self.work / "captures" / "-".join([text, teacher, *(f"{name}-{value}" for name, value in rows.items())])
+        if not (out / "manifest.json").exists():
+            words = ["precompute", self.work / "texts" / f"{text}.jsonl", "--id-field", "id", "--teacher"]
+            words += [MODELS / teacher, "--max-tokens", WINDOW, "--shard-bytes", 1 << 16, *_flags(rows)]
+            self.xtoken([*words, "--out", out])
+        return out
+
+    def targets(self, student: str, capture: Path, losses: str, rule: str) -> Path:
+        """A capture's rows as a student is taught them."""
+        rule_words = [] if rule == "pieces" else [rule.replace(":", "-")]
+        losses_words = [] if losses == LOSSES else [losses]
+        out = self.work / "targets" / "-".join([student, capture.name, *losses_words, *rule_words])
+        if not (out / "manifest.json").exists():
+            asked = self.plan.words["students"][student]
+            name = asked.get("tokenizer") or asked["transplant"]["tokenizer"]
+            tokenizer = "bytes" if name == "bytes" else self.tokenizer(name)
+            words = ["align", capture, "--student", tokenizer, "--for", losses, "--out", out]
+            if rule != "pieces":
+                w = self.work / "w" / f"{student}-{capture.name}-{rule.replace(':', '-')}"
+                if not (w / "manifest.json").exists():
+                    self.xtoken(["project", "--student", tokenizer, "--teacher", capture, "--rule", rule, "--out", w])
+                words += ["--w", w]
+            self.xtoken(words)
+        return out
+
+    def xtoken(self, words: list[Any]) -> Figures:
+        """What a verb says with --json."""
+        began = time.monotonic()
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        command = [sys.executable, "-m", "xtoken", *map(str, words), "--json", "--quiet"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"xtoken {' '.join(map(str, words))} failed:\n{done.stdout}\n{done.stderr[-2000:]}")
+        print(f"{words[0]} {words[-1]}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        found: Figures = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+
+def _flags(values: Mapping[str, Any]) -> list[str]:
+    """As words of a command."""
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def judged(run: Path) -> dict[str, list[float]]:
+    """Bits and bytes of each held-out document after training, by id."""
+    lines = (run / "held-out.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["when"] == "after"]
+    return {row["id"]: [row["bits"], row["bytes"]] for row in rows}
+
+
+def bits_per_byte(documents: Mapping[str, list[float]], kinds: Mapping[str, int]) -> float:
+    """Of the documents of some kinds."""
+    chosen = [size for name, size in documents.items() if name.split("/")[0] in kinds]
+    return sum(bits for bits, _ in chosen) / sum(size for _, size in chosen)
+
+
+def train_tokenizer(text: Path, folder: Path) -> None:
+    """A byte-level BPE whose numerals are packed, with a token that ends a text."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    split: Any = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    numerals = [f"{number}" for number in range(1000)] + [f"{number:02d}" for number in range(10)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    lines = text.read_text(encoding="utf-8").splitlines()
+    # every numeral of up to three digits, often enough to be merged, as in Llama-3's vocabulary
+    backend.train_from_iterator(
+        [*(json.loads(line)["text"] for line in lines), *(" ".join(numerals) for _ in range(99))], trainer
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}\n')
