@@ -6,12 +6,15 @@ python -m benchmarks.lab WORK --write              # the tables of what is there
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
 
 from benchmarks.lab.plan import Plan
-from benchmarks.lab.work import Lab
+from benchmarks.lab.tables import report
+from benchmarks.lab.work import ROOT, Lab
+from benchmarks.machine import machine
 
 
 def main() -> None:
@@ -22,6 +25,7 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true", help="print the experiments with their hours, run nothing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--hours", type=float, default=1000.0, help="begin no run after this long")
+    parser.add_argument("--write", action="store_true", help="run nothing, write the tables of what is there")
     options = parser.parse_args()
     plan = Plan.read()
     if options.plan or options.work is None:
@@ -30,12 +34,19 @@ def main() -> None:
     lab, began = Lab(plan, options.work, options.threads), time.monotonic()
     if unknown := [name for name in options.experiments if name not in plan.experiments]:
         parser.error(f"no experiment {unknown[0]!r} in the plan; it has {', '.join(plan.experiments)}")
-    for name in options.experiments or plan.experiments:
+    for name in [] if options.write else options.experiments or plan.experiments:
         for run in plan.runs(name):
             if time.monotonic() - began > options.hours * 3600:
                 print("the time is over; the same command goes on", file=sys.stderr)
                 return
             lab.train(run)
+    result, text = report(lab)
+    print(text)
+    if options.write:
+        folder = ROOT / "benchmarks" / "results" / "lab"
+        folder.mkdir(exist_ok=True)
+        (folder / "lab.json").write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+        (folder / "lab.md").write_text(text)
 
 
 if __name__ == "__main__":

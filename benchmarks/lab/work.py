@@ -27,6 +27,10 @@ WINDOW = 256  # teacher tokens of a sample
 Figures = dict[str, Any]
 
 
+class NotSwept(Exception):
+    """The learning rate of a setting is not known yet."""
+
+
 class Lab:
     """A plan and the folder it is carried out in."""
 
@@ -38,13 +42,26 @@ class Lab:
             judged = [(work / "texts" / f"{name}.jsonl").read_text("utf-8") for name in ("held-out", "other")]
             (work / "texts" / "judge.jsonl").write_text("".join(judged), encoding="utf-8")
 
+    def done(self, run: Run) -> Figures | None:
+        """A run's figures; None: it was not run, or its rate is not known yet."""
+        try:
+            kept = self.work / "figures" / f"{self.name(run)}.json"
+        except NotSwept:
+            return None
+        if not kept.exists():
+            return None
+        found: Figures = json.loads(kept.read_text(encoding="utf-8"))
+        return found
+
     def train(self, run: Run) -> Figures:
         """A run, and how it is judged; once."""
+        if run.rate is None:
+            for one in self._sweep(run.setting):
+                self.train(one)
+        if (found := self.done(run)) is not None:
+            return found
         name = self.name(run)
         kept = self.work / "figures" / f"{name}.json"
-        if kept.exists():
-            found: Figures = json.loads(kept.read_text(encoding="utf-8"))
-            return found
         began = time.monotonic()
         out, student = self.work / "runs" / name, self.plan.words["students"][run.student]
         folders, more = self._targets(run)
@@ -78,18 +95,27 @@ class Lab:
         return "_".join(part.replace(" ", "-").replace(":", "-") for part in parts if part)
 
     def rate(self, run: Run) -> float:
-        """Peak learning rate: the run's own, else the best of the sweep of its setting, or of the loss's first one."""
+        """Peak learning rate: the run's own, else the best of its setting's sweep.
+
+        Raises:
+            NotSwept: that was not run yet.
+        """
         if run.rate is not None:
             return run.rate
-        swept = [one for one in self.plan.runs("rates") if one.setting == run.setting]
-        if not swept:
-            loss = self.plan.words["settings"][run.setting]["loss"]
-            swept = [one for one in self.plan.runs("rates") if self.plan.words["settings"][one.setting]["loss"] == loss]
-            swept = [one for one in swept if one.setting == swept[0].setting]
-        if not swept:  # of a setting that was not swept: CE's
-            swept = [one for one in self.plan.runs("rates") if one.setting == "ce"]
-        scores = {one.rate: bits_per_byte(self.train(one)["documents"], texts.JUDGE) for one in swept}
-        return float(min(scores, key=lambda rate: scores[rate]) or 0)
+        swept = {one.rate: self.done(one) for one in self._sweep(run.setting)}
+        scores = {rate: bits_per_byte(one["documents"], texts.JUDGE) for rate, one in swept.items() if one and rate}
+        if len(scores) < len(swept):
+            raise NotSwept(run.setting)
+        return min(scores, key=lambda rate: scores[rate])
+
+    def _sweep(self, setting: str) -> list[Run]:
+        """The runs that decide a setting's rate: of itself, else of the first setting of its loss, else of CE."""
+        runs, settings = self.plan.runs("rates"), self.plan.words["settings"]
+        loss = settings[setting]["loss"]
+        swept = {one.setting: None for one in runs}
+        same = [one for one in swept if settings[one]["loss"] == loss]
+        chosen = setting if setting in swept else (same or ["ce"])[0]
+        return [one for one in runs if one.setting == chosen]
 
     def _student(self, run: Run) -> list[Any]:
         student = self.plan.words["students"][run.student]

@@ -1,0 +1,130 @@
+"""What the runs say: a table for each experiment, and a verdict for each claim of the plan."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.lab.compare import Difference, difference
+from benchmarks.lab.numerals import measure
+from benchmarks.lab.plan import Run
+from benchmarks.lab.texts import JUDGE, OTHER
+from benchmarks.lab.work import Figures, Lab, bits_per_byte
+
+EARLY = "80"  # steps
+Documents = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one setting at one rate that differ in their seed alone; figures of each document by seed."""
+
+    setting: str
+    variant: str
+    rate: float
+    runs: dict[int, Figures]
+
+    @property
+    def label(self) -> str:
+        """As claims call it."""
+        return f"{self.setting} {self.variant}".strip()
+
+    def mean(self, kinds: dict[str, int]) -> float:
+        """Bits per byte over its seeds."""
+        return float(np.mean([bits_per_byte(run["documents"], kinds) for run in self.runs.values()]))
+
+
+def groups(lab: Lab, experiment: str) -> list[Group]:
+    """Of the runs of an experiment that are done."""
+    found: dict[tuple[str, str, float], dict[int, Figures]] = {}
+    for run in lab.plan.runs(experiment):
+        figures = lab.done(run)
+        if figures is not None:
+            found.setdefault((run.setting, run.variant, figures["rate"]), {})[run.seed] = figures
+    return [Group(*key, runs) for key, runs in found.items()]
+
+
+def best(found: Sequence[Group], label: str) -> Group | None:
+    """The group of a label, at its best rate on held-out documents by its first seed; None: not run."""
+    named = [one for one in found if one.label == label]
+    return min(named, key=lambda one: bits_per_byte(one.runs[min(one.runs)]["documents"], JUDGE), default=None)
+
+
+def table(lab: Lab, experiment: str) -> str:
+    """Markdown of an experiment."""
+    lines = ["| setting | rate | seeds | held-out: bits/byte | other: bits/byte | minutes |", "|---" * 6 + "|"]
+    for group in groups(lab, experiment):
+        minutes = np.mean([run["minutes"] for run in group.runs.values()])
+        figures = f"{group.mean(JUDGE):.3f} | {group.mean(OTHER):.3f} | {minutes:.1f}"
+        lines.append(f"| {group.label} | {group.rate:g} | {len(group.runs)} | {figures} |")
+    return "\n".join(lines) + "\n"
+
+
+def claims(lab: Lab) -> Iterator[Figures]:
+    """Each claim with what came out of each of its settings."""
+    for claim in lab.plan.words["claims"]:
+        found = groups(lab, claim["experiment"])
+        for ours in claim["ours"]:
+            theirs = f"{ours} fixed" if claim["theirs"] == "the same, fixed" else claim["theirs"]
+            pair = best(found, ours), best(found, theirs)
+            row = {name: claim[name] for name in ("claim", "source", "experiment", "figure", "margin")}
+            row |= {"ours": ours, "theirs": theirs, "verdict": "not run"}
+            if pair[0] is not None and pair[1] is not None:
+                result = compared(lab, pair[0], pair[1], claim["figure"])
+                row |= {"difference": result.value, "low": result.low, "high": result.high, "seeds": result.seeds}
+                row |= {"documents": result.documents, "verdict": result.verdict(claim["margin"])}
+            yield row
+
+
+def compared(lab: Lab, ours: Group, theirs: Group, figure: str) -> Difference:
+    """Of a figure of the plan, over the documents and the seeds that both have."""
+    seeds = sorted(ours.runs.keys() & theirs.runs.keys())
+    sides = [[_documents(lab, group.runs[seed], figure) for seed in seeds] for group in (ours, theirs)]
+    names = sorted(name for name, (_, size) in sides[0][0].items() if size)
+    kinds = sorted({name.split("/")[0] for name in names})
+    values = [np.array([[one[name][0] for name in names] for one in side]) for side in sides]
+    size_D: NDArray[np.float64] = np.array([sides[0][0][name][1] for name in names], np.float64)
+    kind_D = np.array([kinds.index(name.split("/")[0]) for name in names])
+    return difference(values[0], values[1], size_D, kind_D, **lab.plan.words["test"])
+
+
+def _documents(lab: Lab, run: Figures, figure: str) -> Documents:
+    """What is summed and what it is divided by, of each document of a figure."""
+    if figure in ("held-out", "other"):
+        kinds = JUDGE if figure == "held-out" else OTHER
+        return {name: one for name, one in run["documents"].items() if name.split("/")[0] in kinds}
+    steps = numerals(lab, run)
+    return steps[EARLY if figure == "early" else max(steps, key=int)]
+
+
+def numerals(lab: Lab, run: Figures) -> dict[str, Documents]:
+    """Bits of numerals by step; measured once."""
+    kept = lab.work / "figures" / f"{run['run']}.numerals.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(measure(lab.work / "runs" / run["run"], lab.work / "texts" / "held-out.jsonl")))
+    found: dict[str, Documents] = json.loads(kept.read_text(encoding="utf-8"))
+    return found
+
+
+def report(lab: Lab) -> tuple[Figures, str]:
+    """Results as JSON and as Markdown."""
+    rows, lines = list(claims(lab)), ["# The lab", "", "## Claims", ""]
+    lines += ["| claim | from | ours | theirs | figure | difference | interval | margin | |", "|---" * 9 + "|"]
+    for row in rows:
+        cells = [row["claim"], row["source"], row["ours"], row["theirs"], row["figure"]]
+        ran = row["verdict"] != "not run"
+        cells += [f"{row['difference']:+.3f}", f"{row['low']:+.3f} to {row['high']:+.3f}"] if ran else ["", ""]
+        lines.append(f"| {' | '.join(cells)} | {row['margin']:g} | {row['verdict']} |")
+    tables = {name: table(lab, name) for name in lab.plan.experiments if any(map(lab.done, lab.plan.runs(name)))}
+    for name, text in tables.items():
+        lines += ["", f"## {name}", "", text]
+    result: dict[str, Any] = {"claims": rows, "runs": [lab.done(run) for run in every_run(lab) if lab.done(run)]}
+    return result, "\n".join(lines) + "\n"
+
+
+def every_run(lab: Lab) -> list[Run]:
+    """Of all experiments, each once."""
+    return list({run: None for name in lab.plan.experiments for run in lab.plan.runs(name)})
