@@ -20,7 +20,7 @@ class Run:
         student: name of a student of the plan.
         setting: name of a setting.
         variant: name of what else differs, such as W's rule; empty: nothing.
-        rate: peak learning rate; None: the best of the sweep.
+        rate: peak learning rate; None: the best of its setting's sweep.
         seed: of the sample order and of random weights.
         steps: how many.
     """
@@ -68,7 +68,8 @@ class Plan:
             for variant in variants:
                 for setting in asked["settings"]:
                     for rate in asked.get("rates", [None]):
-                        yield Run(experiment, name, setting, variant, rate, seed, steps)
+                        known = None if rate == "best" else rate
+                        yield Run(experiment, name, setting, variant, known, seed, steps)
         for setting in asked.get("once", []):
             yield Run(experiment, name, setting, "", None, asked["seeds"][0], steps)
 
@@ -78,10 +79,37 @@ class Plan:
         if "script" in asked:
             return float(asked["minutes"])
         students = self.words["students"]
-        earlier = {_key(run) for name in self._before(experiment) for run in self.runs(name)}
-        new = [run for run in self.runs(experiment) if _key(run) not in earlier]
+        earlier = {self.key(run) for name in self._before(experiment) for run in self.runs(name)}
+        new = [run for run in self.runs(experiment) if self.key(run) not in earlier]
         seconds = sum(run.steps * students[run.student]["seconds_per_step"] for run in new)
         return (seconds + len(new) * students[asked["student"]]["seconds_to_judge"]) / 60 + asked.get("minutes", 0)
+
+    def sweep(self, run: Run) -> list[Run]:
+        """The runs that decide a rate which is not given: those of the experiment's first seed, if it has rates; else
+        of the sweep on the small student, of the setting itself, or the first of its loss, or CE.
+        """
+        same = (run.experiment, run.setting, run.variant)
+        own = [
+            one for one in self.runs(run.experiment) if one.rate and (one.experiment, one.setting, one.variant) == same
+        ]
+        if own:
+            return [one for one in own if one.seed == own[0].seed]
+        runs, settings = self.runs("rates"), self.words["settings"]
+        swept = list(dict.fromkeys(one.setting for one in runs))
+        loss = settings[run.setting]["loss"]
+        alike = [one for one in swept if settings[one]["loss"] == loss]
+        chosen = run.setting if run.setting in swept else (alike or ["ce"])[0]
+        return [one for one in runs if one.setting == chosen]
+
+    def variant(self, run: Run) -> Words:
+        """What a run's variant changes; nothing: it is the run of its setting."""
+        variants = self.words["experiments"][run.experiment].get("variants", {})
+        found: Words = variants.get(run.variant, {})
+        return found
+
+    def key(self, run: Run) -> tuple[Any, ...]:
+        """What decides a run's outcome: experiments share runs of the same."""
+        return run.student, run.setting, run.variant if self.variant(run) else "", run.rate, run.seed, run.steps
 
     def _before(self, experiment: str) -> list[str]:
         return self.experiments[: self.experiments.index(experiment)]
@@ -99,7 +127,3 @@ class Plan:
                 f"| {name} | {asked.get('student', '')} | {settings}{variants} | {len(self.runs(name))} | {hours:.1f} |"
             )
         return "\n".join([*lines, f"| all | | | | {total:.1f} |"]) + "\n"
-
-
-def _key(run: Run) -> tuple[Any, ...]:
-    return run.student, run.setting, run.variant, run.rate, run.seed, run.steps

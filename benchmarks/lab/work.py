@@ -56,7 +56,7 @@ class Lab:
     def train(self, run: Run) -> Figures:
         """A run, and how it is judged; once."""
         if run.rate is None:
-            for one in self._sweep(run.setting):
+            for one in self.plan.sweep(run):
                 self.train(one)
         if (found := self.done(run)) is not None:
             return found
@@ -91,7 +91,8 @@ class Lab:
 
     def name(self, run: Run) -> str:
         """Of a run's folder: all that decides it, so that experiments share runs."""
-        parts = [run.student, run.setting, run.variant, f"{self.rate(run):g}", f"{run.steps}", f"seed {run.seed}"]
+        student, setting, variant, _, seed, steps = self.plan.key(run)
+        parts = [student, setting, variant, f"{self.rate(run):g}", f"{steps}", f"seed {seed}"]
         return "_".join(part.replace(" ", "-").replace(":", "-") for part in parts if part)
 
     def rate(self, run: Run) -> float:
@@ -102,20 +103,11 @@ class Lab:
         """
         if run.rate is not None:
             return run.rate
-        swept = {one.rate: self.done(one) for one in self._sweep(run.setting)}
+        swept = {one.rate: self.done(one) for one in self.plan.sweep(run)}
         scores = {rate: bits_per_byte(one["documents"], texts.JUDGE) for rate, one in swept.items() if one and rate}
         if len(scores) < len(swept):
             raise NotSwept(run.setting)
         return min(scores, key=lambda rate: scores[rate])
-
-    def _sweep(self, setting: str) -> list[Run]:
-        """The runs that decide a setting's rate: of itself, else of the first setting of its loss, else of CE."""
-        runs, settings = self.plan.runs("rates"), self.plan.words["settings"]
-        loss = settings[setting]["loss"]
-        swept = {one.setting: None for one in runs}
-        same = [one for one in swept if settings[one]["loss"] == loss]
-        chosen = setting if setting in swept else (same or ["ce"])[0]
-        return [one for one in runs if one.setting == chosen]
 
     def _student(self, run: Run) -> list[Any]:
         student = self.plan.words["students"][run.student]
@@ -134,7 +126,7 @@ class Lab:
 
     def transplant(self, run: Run) -> Path:
         """The student of a transfer before its training."""
-        asked = {**self.plan.words["students"][run.student]["transplant"], **self._variant(run)}
+        asked = {**self.plan.words["students"][run.student]["transplant"], **self.plan.variant(run)}
         out = self.work / "students" / f"{run.student}-{asked['init']}"
         if not (out / "config.json").exists():
             tokenizer = asked["tokenizer"] if asked["tokenizer"] == "bytes" else self.tokenizer(asked["tokenizer"])
@@ -143,14 +135,9 @@ class Lab:
             self.xtoken([*words, *donor, "--out", out])
         return out
 
-    def _variant(self, run: Run) -> Mapping[str, Any]:
-        variants = self.plan.words["experiments"][run.experiment].get("variants", {})
-        found: Mapping[str, Any] = variants.get(run.variant, {})
-        return found
-
     def _targets(self, run: Run) -> tuple[list[Path], Figures]:
         """Folders of targets, and flags of training that go with them."""
-        variant, student = self._variant(run), self.plan.words["students"][run.student]
+        variant, student = self.plan.variant(run), self.plan.words["students"][run.student]
         teachers = variant.get("teachers", ["smollm2-135m"])
         rows = {name: variant[name] for name in ("k", "min-p", "codec", "draws") if name in variant}
         losses = (
