@@ -195,3 +195,19 @@ def test_ids_outside_the_common_set_are_refused(pair: Any) -> None:
     for bad in (4, 99, -1):
         with pytest.raises(VerificationError, match=f"student id {bad} "):
             loss.check({"hkl_common_ids": np.array([5, bad], np.int32)})
+
+
+def test_the_kl_on_the_common_set_takes_probability_from_every_uncommon_token(pair: Any, make_view: Any) -> None:
+    """Proposition 1 of X-Token (arXiv 2605.21699): with M_C the teacher's mass on the common set C, which is not
+    renormalised, the gradient of each logit j outside C is p_S(j) M_C: descent lowers it whatever the text says."""
+    rng = np.random.default_rng(5)
+    z = logits(rng, CHUNKS, len(pair.weight_VU))
+    chunks = [pair.hkl_chunk(rng, 30) for _ in range(CHUNKS)]
+    loss = open_loss("h-kl", pair.setup(uld_weight=0.0))
+    (grad_CV,) = torch.autograd.grad(loss.terms(make_view(z, range(CHUNKS), columns=hkl_columns(chunks))).sum(), z)
+    mass_C = torch.tensor([np.exp(logp).sum() for _, logp, _ in chunks])
+    outside = np.setdiff1d(np.arange(z.shape[1]), pair.arrays.student_id[pair.arrays.common])
+    assert len(outside) > 3
+    expected = z.softmax(-1)[:, outside] * mass_C[:, None]
+    torch.testing.assert_close(grad_CV[:, outside], expected, rtol=EXACT, atol=EXACT)
+    assert (grad_CV[:, outside] > 0).all()
