@@ -28,9 +28,13 @@ from xtoken.schemas.ui.progress import Silent
 
 
 def stored_batches(capture: str) -> list[pa.RecordBatch]:
-    """Every row as it is stored (codes, not ids)."""
+    """Every row as it is stored (codes, not ids), but for windows of blanks, which would be no documents."""
     folder = Folder(capture)
-    return [batch for index in sorted(records(capture)) for batch in iter_parquet(folder.url(data_name(index)))]
+    batches = [batch for index in sorted(records(capture)) for batch in iter_parquet(folder.url(data_name(index)))]
+    return [
+        batch.filter(pa.array([bool(text.strip()) for text in batch["text"].to_pylist()], pa.bool_()))
+        for batch in batches
+    ]
 
 
 def repeated(batches: list[pa.RecordBatch], tokens: int) -> Iterator[pa.RecordBatch]:
