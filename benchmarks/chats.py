@@ -14,10 +14,6 @@ import argparse
 import importlib.util
 import itertools
 import json
-import os
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
@@ -28,6 +24,7 @@ import numpy as np
 
 from benchmarks.chats_prompts import prompts
 from benchmarks.machine import machine, machine_line
+from benchmarks.verbs import xtoken
 from xtoken.pipeline.chats import (
     LEARNED,
     ChatModel,
@@ -222,7 +219,8 @@ def report(result: Figures) -> str:
     lines += [
         "chats_prompts.py twice over, at most 64 tokens each time; answers that were cut there are taught with an end."
     ]
-    lines += [f"{result['conversations'] + held_out} conversations of two turns, {held_out} of them held out.", ""]
+    lines += [f"{result['conversations'] + held_out} conversations of two turns, {held_out} of them held out. Models are"]
+    lines += ["SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct in float32, made from quantized GGUF files.", ""]
     lines += ["## What two templates share", "", *_pair_lines(result["pairs"]), ""]
     lines += [f"The same of {len(TOOLS)} conversations of the tests with reasoning and tool calls:", ""]
     lines += [*_tool_lines(result["tools"]), "", "## Both ways round", ""]
@@ -289,16 +287,6 @@ def _trained_lines(result: Figures) -> list[str]:
         question = one["prompt"].rsplit("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
         lines.append(f"* {one['when']}: *{' '.join(question.split())}* {' '.join(one['completion'].split())[:300]}")
     return [*lines, ""]
-
-
-def xtoken(words: list[Any]) -> Figures:
-    """What a verb says with --json; done once, its answer is kept beside what it wrote."""
-    began = time.monotonic()
-    command = [sys.executable, "-m", "xtoken", *map(str, words), "--json"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, env={**os.environ})
-    print(f"{words[0]}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    found: Figures = json.loads(done.stdout)
-    return found
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ CE + sg(CE/KD) KD (dynamic). The page is what 'xtoken report' makes of the runs.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +19,7 @@ from typing import Any
 
 from benchmarks.machine import machine, machine_line
 from benchmarks.students_data import write_corpus
+from benchmarks.verbs import xtoken
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -77,18 +76,6 @@ SWEEPS = {
 }
 
 
-def call(words: list[str], threads: int) -> dict[str, Any]:
-    """A command of xtoken; its figures."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(
-        [str(XTOKEN), *words, "--json"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"xtoken {' '.join(words)} failed:\n{done.stdout}\n{done.stderr[-2000:]}")
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
 def held_out(work: Path, name: str) -> Path:
     """Texts that the students of a sweep are judged by."""
     return work / "data" / f"held-out-{name}.jsonl"
@@ -105,11 +92,11 @@ def prepare(work: Path, name: str, sweep: Sweep) -> dict[str, Any]:
         capture, targets = work / f"capture-{Path(sweep.teacher).name}-{kind}", work / f"targets-{name}-{kind}"
         if not (capture / "manifest.json").exists():
             words = ["precompute", str(texts[kind]), "--id-field", "id", "--teacher", sweep.teacher]
-            call(
+            xtoken(
                 [*words, "--backend", "vllm", "--max-tokens", "256", "--shard-bytes", "60000", "--out", str(capture)], 2
             )
         words = ["align", str(capture), "--student", sweep.tokenizer, "--for", losses, "--out", str(targets)]
-        found[kind] = call(words, 2)
+        found[kind] = xtoken(words, 2)
     return found
 
 
@@ -130,7 +117,7 @@ def train(work: Path, name: str, sweep: Sweep, job: tuple[str, str, int]) -> Non
     flags |= {"save_every": 100, "keep": 1, "decoders": 1, "device": "cpu"}
     words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     began = time.monotonic()
-    call(["train", str(work / f"targets-{name}-train"), *words], 2 // sweep.jobs)
+    xtoken(["train", str(work / f"targets-{name}-train"), *words], 2 // sweep.jobs)
     print(f"{out.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
@@ -160,7 +147,7 @@ def main() -> None:
 def write(work: Path, name: str, prepared: dict[str, Any], jobs: list[tuple[str, str, int]]) -> None:
     """The page, and its table in results/."""
     runs = [str(work / name / f"{loss}-{mix}-{seed}") for loss, mix, seed in jobs]
-    page = call(["report", *runs, "--out", str(work / f"{name}.html")], 2)
+    page = xtoken(["report", *runs, "--out", str(work / f"{name}.html")], 2)
     for figures in prepared.values():
         figures.pop("out", None)  # a folder of this machine
     found = {"machine": machine(), "prepared": prepared, "results": page["results"]}

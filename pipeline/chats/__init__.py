@@ -38,7 +38,7 @@ Who measures a student reads held-out conversations by its ``StudentChats`` (``h
 
 from xtoken.pipeline.chats.answers import with_answer
 from xtoken.pipeline.chats.conversation import Call, Conversation, Message, require_taught
-from xtoken.pipeline.chats.encode import LEARNED, ChatModel, ChatTokens, Span, open_chat_model
+from xtoken.pipeline.chats.encode import LEARNED, ChatModel, ChatTokens, Span, learned, open_chat_model
 from xtoken.pipeline.chats.forms import FORMS, Form, columns_of, form_of, from_json, read_row, to_json
 from xtoken.pipeline.chats.ids import IDS_LEARNED, TokenRow, end_of, open_ids_model, read_ids, retold, tokens_of
 from xtoken.pipeline.chats.pairing import Match, Pairing, Part, on_axis, pair, shared_parts, span_columns, spans_of
@@ -72,6 +72,7 @@ __all__ = [
     "form_of",
     "from_json",
     "kept_messages",
+    "learned",
     "load_template",
     "on_axis",
     "open_chat_model",

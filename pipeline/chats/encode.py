@@ -93,6 +93,11 @@ class ChatTokens:
         return sorted(ends.items())
 
 
+def learned(spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """bool [T]: which tokens of spans are taught."""
+    return np.repeat([span.learn for span in spans], [span.token_end - span.token_start for span in spans])
+
+
 @dataclass(frozen=True)
 class ChatModel:
     """What a model's conversations depend on: its template and its tokenizer."""

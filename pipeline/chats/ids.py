@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from xtoken.pipeline.chats.conversation import compact, parsed_json
-from xtoken.pipeline.chats.encode import ChatModel, ChatTokens, Span, Writer
+from xtoken.pipeline.chats.encode import ChatModel, ChatTokens, Span, Writer, learned
 from xtoken.pipeline.chats.refused import Refused, shown
 from xtoken.pipeline.chats.slots import Kind
 from xtoken.pipeline.chats.spans import TextSpan
@@ -201,11 +201,11 @@ def tokens_of(model: ChatModel, row: TokenRow) -> ChatTokens:
             number = -1 if kind == "template" else message
             spans.append(Span(kind, number, 0, size, stop, at + lead, at + len(ids), learn))
         size, at, before = stop, at + len(ids), kind
-    learned = np.repeat([span.learn for span in spans], [span.token_end - span.token_start for span in spans])
-    if not learned.any():
+    learn_T = learned(spans)
+    if not learn_T.any():
         raise Refused("nothing is taught", "what is taught are control tokens that end no answer", "remove the record")
     ids_T, end_T = np.array(row.ids, np.int32), np.array(ends, np.int32)
-    return ChatTokens("".join(texts), ids_T, end_T, learned, tuple(spans), (), (), snapped=False, differs=False)
+    return ChatTokens("".join(texts), ids_T, end_T, learn_T, tuple(spans), (), (), snapped=False, differs=False)
 
 
 def _refuse_foreign(model: ChatModel, ids: Sequence[int]) -> None:
