@@ -219,8 +219,9 @@ def report(result: Figures) -> str:
     lines += [
         "chats_prompts.py twice over, at most 64 tokens each time; answers that were cut there are taught with an end."
     ]
-    lines += [f"{result['conversations'] + held_out} conversations of two turns, {held_out} of them held out. Models are"]
-    lines += ["SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct in float32, made from quantized GGUF files.", ""]
+    lines += [f"{result['conversations'] + held_out} conversations of two turns, {held_out} of them held out."]
+    lines += ["Models are SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct in float32,"]
+    lines += ["made from quantized GGUF files.", ""]
     lines += ["## What two templates share", "", *_pair_lines(result["pairs"]), ""]
     lines += [f"The same of {len(TOOLS)} conversations of the tests with reasoning and tool calls:", ""]
     lines += [*_tool_lines(result["tools"]), "", "## Both ways round", ""]
