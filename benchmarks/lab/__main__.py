@@ -23,7 +23,8 @@ def main() -> None:
     parser.add_argument("work", type=Path, nargs="?")
     parser.add_argument("experiments", nargs="*", help="names of the plan; left out: all")
     parser.add_argument("--plan", action="store_true", help="print the experiments with their hours, run nothing")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--hours", type=float, default=1000.0, help="begin no run after this long")
     parser.add_argument("--write", action="store_true", help="run nothing, write the tables of what is there")
     options = parser.parse_args()
@@ -35,11 +36,9 @@ def main() -> None:
     if unknown := [name for name in options.experiments if name not in plan.experiments]:
         parser.error(f"no experiment {unknown[0]!r} in the plan; it has {', '.join(plan.experiments)}")
     for name in [] if options.write else options.experiments or plan.experiments:
-        for run in plan.runs(name):
-            if time.monotonic() - began > options.hours * 3600:
-                print("the time is over; the same command goes on", file=sys.stderr)
-                return
-            lab.train(run)
+        if not lab.carry_out(name, options.jobs, began + options.hours * 3600):
+            print("the time is over; the same command goes on", file=sys.stderr)
+            return
     result, text = report(lab)
     print(text)
     if options.write:

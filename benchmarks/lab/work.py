@@ -7,6 +7,7 @@ training run, which "xtoken report" reads; WORK/figures/NAME.json: what it was j
 import json
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,35 @@ class Lab:
         found: Figures = json.loads(kept.read_text(encoding="utf-8"))
         return found
 
+    def carry_out(self, experiment: str, jobs: int, until: float) -> bool:
+        """The runs of an experiment that are not done, and the sweeps that they need; whether all are done.
+
+        Args:
+            jobs: runs at a time; each has ``threads`` threads.
+            until: of ``time.monotonic``; no run begins later.
+        """
+        runs = self.plan.runs(experiment)
+        sweeps = [one for run in runs if run.rate is None for one in self.plan.sweep(run)]
+        given = [*sweeps, *(run for run in runs if run.rate is not None)]
+        # what is given first, since the others take their rates from it
+        for wave in (given, [run for run in runs if run.rate is None]):
+            waiting = {self.name(run): run for run in wave if self.done(run) is None}
+            for run in waiting.values():
+                self._targets(run)  # not by two at once
+                self._student(run)
+
+            def train(run: Run) -> None:
+                if time.monotonic() < until:
+                    self.train(run)
+
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(train, waiting.values()))
+            if any(self.done(run) is None for run in wave):
+                return False
+        return True
+
     def train(self, run: Run) -> Figures:
-        """A run, and how it is judged; once."""
-        if run.rate is None:
-            for one in self.plan.sweep(run):
-                self.train(one)
+        """A run whose rate is known, and how it is judged; once."""
         if (found := self.done(run)) is not None:
             return found
         name = self.name(run)
@@ -66,7 +91,7 @@ class Lab:
         words += _flags({**self.plan.words["settings"][run.setting], **student["flags"], **more})
         words += ["--steps", run.steps, "--step-tokens", student["step_tokens"], "--lr", self.rate(run)]
         words += ["--eval-text", self.work / "texts" / "judge.jsonl", "--eval-id-field", "id", "--completions", 0]
-        words += ["--save-every", min(100, run.steps), "--keep", 1]
+        words += ["--save-every", min(250, run.steps), "--keep", 1]
         if kept_every := self.plan.words["experiments"][run.experiment].get("checkpoints"):
             words += ["--keep-every", kept_every]
         summary = xtoken(words, self.threads)
@@ -79,11 +104,13 @@ class Lab:
             "seed": run.seed,
             "steps": run.steps,
             "summary": summary,
-            "documents": judged(out),
+            "documents": judged(out / "held-out.jsonl"),
             "minutes": (time.monotonic() - began) / 60,
         }
         kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(figures))
+        whole = kept.with_suffix(".part")
+        whole.write_text(json.dumps(figures))
+        whole.replace(kept)
         return figures
 
     def name(self, run: Run) -> str:
@@ -185,11 +212,10 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def judged(run: Path) -> dict[str, list[float]]:
-    """Bits and bytes of each held-out document after training, by id."""
-    lines = (run / "held-out.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["when"] == "after"]
-    return {row["id"]: [row["bits"], row["bytes"]] for row in rows}
+def judged(held_out: Path) -> dict[str, list[float]]:
+    """Bits and bytes of each held-out document, after training where the file is a run's, by id."""
+    rows = map(json.loads, held_out.read_text(encoding="utf-8").splitlines())
+    return {row["id"]: [row["bits"], row["bytes"]] for row in rows if row.get("when", "after") == "after"}
 
 
 def bits_per_byte(documents: Mapping[str, list[float]], kinds: Mapping[str, int]) -> float:

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from xtoken.schemas.configs.base import (
     ARGUMENTS,
+    OUT_FILE,
     OUT_PAGE,
     PLACE,
     Config,
@@ -75,6 +76,11 @@ class EvalConfig(Config):
     )
     limit: int | None = Field(None, ge=1, description="Read only the first N documents.")
     max_tokens: int = Field(1024, ge=8, description="Longest window in tokens.")
+    out: str | None = Field(
+        None,
+        description="File for bits and bytes of each document of --text, as JSON Lines, to compare models by.",
+        json_schema_extra=OUT_FILE,
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
@@ -118,6 +124,8 @@ class EvalConfig(Config):
             raise ValueError("--combine bytes cuts text into windows of 512 bytes; leave --max-tokens out")
         if self.combine != "bytes" and self.max_bytes is not None:
             raise ValueError("--max-bytes goes with --combine bytes; --limit N cuts the text to N documents")
+        if self.combine == "bytes" and self.out is not None:
+            raise ValueError("--combine bytes has no figures of single documents; leave --out out")
         return self
 
     @model_validator(mode="after")
@@ -126,6 +134,8 @@ class EvalConfig(Config):
             raise ValueError(
                 "nothing to measure on; give --text FILE, --targets DIR, --tasks NAMES, or several of them"
             )
+        if self.out is not None and self.text is None:
+            raise ValueError("--out is for the documents of --text; name the file, or leave --out out")
         for name in self.of_conversations:
             if self.text is None:
                 raise ValueError(f"{name} is for conversations of --text; name the file, or leave {name} out")

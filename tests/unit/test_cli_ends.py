@@ -22,6 +22,7 @@ WRITES = {
     "align": ("align", "c", "--student", "s", "--out"),
     "project": ("project", "--student", "s", "--teacher", "t", "--out"),
     "train": ("train", "t", "--student", "s", "--out"),
+    "eval": ("eval", "m", "--text", "t", "--out"),
     "report": ("report", "r", "--out"),
     "query": ("query", "c", "FROM tokens", "--out"),
     "inspect": ("inspect", "c", "--html", "worst", "--out"),

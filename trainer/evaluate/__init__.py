@@ -1,10 +1,13 @@
 """Figures about a model: bits per byte of held-out text, nearness to the teacher on held-out targets, tasks."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtoken.schemas.configs.measure import EvalConfig
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.io.atomic import write_text
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.ui.progress import Progress
 from xtoken.trainer.evaluate.samples import EvalSample, Question, TaughtSpan
@@ -30,7 +33,7 @@ def evaluate(
     Args:
         tokenizer: the model's, or of several models the first one's.
         samples: ``config.text``, tokenized.
-        rows: see ``measure_student``.
+        rows: see ``measure_student``; they also go to ``config.out``, where it is given.
         others: the tokenizers of the other models, which ``config.combine`` joins to one.
 
     Returns:
@@ -54,8 +57,12 @@ def evaluate(
     score_tasks = open_tasks(config) if config.tasks else None
     student = _load(config, tokenizers, samples, targets)
     figures: dict[str, Any] = {}
+    rows = [] if rows is None else rows
     if samples or targets is not None:
         figures |= measure_student(student, tokenizer, samples, targets, config.max_tokens, progress, rows)
+    if config.out is not None:
+        write_text(Path(config.out), "".join(f"{json.dumps(row)}\n" for row in rows))
+        figures["out"] = config.out
     if score_tasks is not None:
         figures["tasks"] = score_tasks(student, progress)
     return figures

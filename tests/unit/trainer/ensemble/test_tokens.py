@@ -211,6 +211,8 @@ def test_other_tokenizers_are_refused_by_name(students: list[str], student_info:
         ({"model": ["a", "b"], "combine": "bytes", "targets": "t"}, "--combine bytes measures --text alone"),
         ({"model": ["a", "b"], "combine": "bytes", "text": "t", "tasks": ["x"]}, "--combine bytes measures --text"),
         ({"model": ["a", "b"], "combine": "bytes", "text": "t", "max_tokens": 9}, "leave --max-tokens out"),
+        ({"model": ["a", "b"], "combine": "bytes", "text": "t", "out": "f"}, "no figures of single documents"),
+        ({"model": "a", "targets": "t", "out": "f"}, "--out is for the documents of --text"),
         ({"model": ["a", "b"], "combine": "prob", "text": "t", "max_bytes": 9}, "--max-bytes goes with --combine"),
     ],
 )

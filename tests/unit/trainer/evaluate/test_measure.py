@@ -45,11 +45,14 @@ def log_probabilities(model: Any, sequence: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("context", [0, 1, None])
-def test_bits_per_byte(student_dir: str, student_info: Any, context: int | None) -> None:
+def test_bits_per_byte(student_dir: str, student_info: Any, context: int | None, tmp_path: Path) -> None:
     """BOS first; eos first; nothing first, then the first token's bits and bytes do not count."""
     info = student_info.model_copy(update={"adds_bos": context == 0, "eos_id": None if context is None else 1})
     rows: list[dict[str, Any]] = []
-    figures = evaluate(eval_config(student_dir, text="given"), info, SAMPLES, Silent(), rows)
+    out = str(tmp_path / "documents.jsonl")
+    figures = evaluate(eval_config(student_dir, text="given", out=out), info, SAMPLES, Silent(), rows)
+    assert figures.pop("out") == out
+    assert [json.loads(line) for line in Path(out).read_text().splitlines()] == rows
     model = load_student(student_dir, torch.device("cpu"), False)
     bits, sizes = [], []
     for sample in SAMPLES:
