@@ -137,7 +137,8 @@ class Lab:
         student = self.plan.words["students"][run.student]
         if "config" in student:
             return ["--from-scratch", STUDENT / student["config"], "--tokenizer", self.tokenizer(student["tokenizer"])]
-        return ["--student", self.transplant(run)]
+        given = ["--student", self.transplant(run)]
+        return [*given, "--tokenizer", "bytes"] if student["transplant"]["tokenizer"] == "bytes" else given
 
     def tokenizer(self, name: str) -> Path:
         """A tokenizer of a package, or the one that is trained on the texts."""
