@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.lab.pictures import draw_claims, draw_numerals
 from benchmarks.lab.plan import Plan
-from benchmarks.lab.tables import report
+from benchmarks.lab.tables import numeral_curves, report
 from benchmarks.lab.work import ROOT, Lab
 from benchmarks.machine import machine
 
@@ -46,6 +47,9 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         (folder / "lab.json").write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
         (folder / "lab.md").write_text(text)
+        draw_claims(result["claims"], folder / "claims.svg")
+        if curves := numeral_curves(lab):
+            draw_numerals(curves, folder / "numerals.svg")
 
 
 if __name__ == "__main__":

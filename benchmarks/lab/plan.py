@@ -101,6 +101,19 @@ class Plan:
         chosen = run.setting if run.setting in swept else (alike or ["ce"])[0]
         return [one for one in runs if one.setting == chosen]
 
+    def claims(self, experiment: str) -> list[Words]:
+        """Those about an experiment."""
+        return [claim for claim in self.words["claims"] if claim["experiment"] == experiment]
+
+    def against(self, claim: Words, ours: str) -> str:
+        """What one of a claim's settings is compared with."""
+        theirs: str = claim["theirs"]
+        return f"{ours} fixed" if theirs == "the same, fixed" else theirs
+
+    def compared(self, claim: Words) -> set[str]:
+        """Every setting that a claim is about."""
+        return {*claim["ours"], *(self.against(claim, ours) for ours in claim["ours"])}
+
     def variant(self, run: Run) -> Words:
         """What a run's variant changes; nothing: it is the run of its setting."""
         variants = self.words["experiments"][run.experiment].get("variants", {})

@@ -1,6 +1,5 @@
 """What the runs say: a table for each experiment, and a verdict for each claim of the plan."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.lab.compare import Difference, difference
-from benchmarks.lab.numerals import measure
 from benchmarks.lab.plan import Run
 from benchmarks.lab.texts import JUDGE, OTHER
 from benchmarks.lab.work import Figures, Lab, bits_per_byte
-
-EARLY = "80"  # steps
-Documents = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -68,21 +63,26 @@ def claims(lab: Lab) -> Iterator[Figures]:
     for claim in lab.plan.words["claims"]:
         found = groups(lab, claim["experiment"])
         for ours in claim["ours"]:
-            theirs = f"{ours} fixed" if claim["theirs"] == "the same, fixed" else claim["theirs"]
+            theirs = lab.plan.against(claim, ours)
             pair = best(found, ours), best(found, theirs)
             row = {name: claim[name] for name in ("claim", "source", "experiment", "figure", "margin")}
             row |= {"ours": ours, "theirs": theirs, "verdict": "not run"}
-            if pair[0] is not None and pair[1] is not None:
-                result = compared(lab, pair[0], pair[1], claim["figure"])
+            result = compared(lab, *pair, claim["figure"])
+            if result is not None:
                 row |= {"difference": result.value, "low": result.low, "high": result.high, "seeds": result.seeds}
                 row |= {"documents": result.documents, "verdict": result.verdict(claim["margin"])}
             yield row
 
 
-def compared(lab: Lab, ours: Group, theirs: Group, figure: str) -> Difference:
-    """Of a figure of the plan, over the documents and the seeds that both have."""
+def compared(lab: Lab, ours: Group | None, theirs: Group | None, figure: str) -> Difference | None:
+    """Of a figure of the plan, over the documents and the seeds that both have; None: not run or not measured."""
+    if ours is None or theirs is None:
+        return None
     seeds = sorted(ours.runs.keys() & theirs.runs.keys())
-    sides = [[_documents(lab, group.runs[seed], figure) for seed in seeds] for group in (ours, theirs)]
+    measured = [[lab.measured(group.runs[seed], figure) for seed in seeds] for group in (ours, theirs)]
+    sides = [[one for one in side if one is not None] for side in measured]
+    if not seeds or any(len(side) < len(seeds) for side in sides):
+        return None
     names = sorted(name for name, (_, size) in sides[0][0].items() if size)
     kinds = sorted({name.split("/")[0] for name in names})
     values = [np.array([[one[name][0] for name in names] for one in side]) for side in sides]
@@ -91,22 +91,16 @@ def compared(lab: Lab, ours: Group, theirs: Group, figure: str) -> Difference:
     return difference(values[0], values[1], size_D, kind_D, **lab.plan.words["test"])
 
 
-def _documents(lab: Lab, run: Figures, figure: str) -> Documents:
-    """What is summed and what it is divided by, of each document of a figure."""
-    if figure in ("held-out", "other"):
-        kinds = JUDGE if figure == "held-out" else OTHER
-        return {name: one for name, one in run["documents"].items() if name.split("/")[0] in kinds}
-    steps = numerals(lab, run)
-    return steps[EARLY if figure == "early" else max(steps, key=int)]
-
-
-def numerals(lab: Lab, run: Figures) -> dict[str, Documents]:
-    """Bits of numerals by step; measured once."""
-    kept = lab.work / "figures" / f"{run['run']}.numerals.json"
-    if not kept.exists():
-        kept.write_text(json.dumps(measure(lab.work / "runs" / run["run"], lab.work / "texts" / "held-out.jsonl")))
-    found: dict[str, Documents] = json.loads(kept.read_text(encoding="utf-8"))
-    return found
+def numeral_curves(lab: Lab) -> dict[str, dict[int, float]]:
+    """Bits per numeral of each setting of "uncommon" by step, over documents and seeds; of what is measured."""
+    sums: dict[str, dict[int, list[float]]] = {}
+    for group in groups(lab, "uncommon"):
+        for run in group.runs.values():
+            for step, documents in lab.numerals(run).items():
+                bits, count = (sum(one[column] for one in documents.values()) for column in (0, 1))
+                known = sums.setdefault(group.label, {}).setdefault(int(step), [0.0, 0.0])
+                known[:] = known[0] + bits, known[1] + count
+    return {name: {step: bits / count for step, (bits, count) in sorted(steps.items())} for name, steps in sums.items()}
 
 
 def report(lab: Lab) -> tuple[Figures, str]:

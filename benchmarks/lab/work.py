@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lab import texts
+import numpy as np
+
+from benchmarks.lab import next_byte, numerals, texts
 from benchmarks.lab.plan import Plan, Run
 from benchmarks.verbs import ROOT, xtoken
 
@@ -22,7 +24,9 @@ PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r
 VOCABULARY = 8192
 LOSSES = "p-kl,h-kl,gold,alm,byte-prefix,strict"
 WINDOW = 256  # teacher tokens of a sample
+EARLY = "80"  # steps
 Figures = dict[str, Any]
+Documents = dict[str, list[float]]  # what is summed, and what it is divided by
 
 
 class NotSwept(Exception):
@@ -76,6 +80,7 @@ class Lab:
                 list(pool.map(train, waiting.values()))
             if any(self.done(run) is None for run in wave):
                 return False
+        self.measure(experiment, jobs)
         return True
 
     def train(self, run: Run) -> Figures:
@@ -137,7 +142,7 @@ class Lab:
         student = self.plan.words["students"][run.student]
         if "config" in student:
             return ["--from-scratch", STUDENT / student["config"], "--tokenizer", self.tokenizer(student["tokenizer"])]
-        given = ["--student", self.transplant(run)]
+        given = ["--student", self.transplant(run.student, self.plan.variant(run))]
         return [*given, "--tokenizer", "bytes"] if student["transplant"]["tokenizer"] == "bytes" else given
 
     def tokenizer(self, name: str) -> Path:
@@ -149,10 +154,10 @@ class Lab:
             train_tokenizer(self.work / "texts" / "train.jsonl", folder)
         return folder
 
-    def transplant(self, run: Run) -> Path:
+    def transplant(self, student: str, variant: Mapping[str, Any]) -> Path:
         """The student of a transfer before its training."""
-        asked = {**self.plan.words["students"][run.student]["transplant"], **self.plan.variant(run)}
-        out = self.work / "students" / f"{run.student}-{asked['init']}"
+        asked = {**self.plan.words["students"][student]["transplant"], **variant}
+        out = self.work / "students" / f"{student}-{asked['init']}"
         if not (out / "config.json").exists():
             tokenizer = asked["tokenizer"] if asked["tokenizer"] == "bytes" else self.tokenizer(asked["tokenizer"])
             words = ["transplant", MODELS / asked["model"], "--tokenizer", tokenizer, "--init", asked["init"]]
@@ -173,6 +178,71 @@ class Lab:
             for teacher in teachers
         ]
         return made, {name: variant[name] for name in ("weights", "weighting") if name in variant}
+
+    def measured(self, figures: Figures, figure: str) -> Documents | None:
+        """What is summed and what it is divided by, of each document, of a figure that a claim is about.
+
+        ``held-out`` and ``other`` come with the run; the others are measured by ``measure``, and None before that.
+        """
+        if figure in ("held-out", "other"):
+            kinds = texts.JUDGE if figure == "held-out" else texts.OTHER
+            return {name: one for name, one in figures["documents"].items() if name.split("/")[0] in kinds}
+        if figure == "next-byte":
+            kept = self._kept(figures["run"], figure)
+            found: Documents | None = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None
+            return found
+        steps = self.numerals(figures)
+        return steps[EARLY if figure == "early" else max(steps, key=int)] if steps else None
+
+    def numerals(self, figures: Figures) -> dict[str, Documents]:
+        """Of a run by step; nothing before ``measure``."""
+        kept = self._kept(figures["run"], "numerals")
+        found: dict[str, Documents] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        return found
+
+    def measure(self, experiment: str, jobs: int) -> None:
+        """What claims about an experiment need beyond what its runs say; once."""
+        asked = {}
+        for claim in self.plan.claims(experiment):
+            for run in self.plan.runs(experiment):
+                figures = self.done(run)
+                label = f"{run.setting} {run.variant}".strip()
+                if figures and label in self.plan.compared(claim) and self.measured(figures, claim["figure"]) is None:
+                    asked[figures["run"], claim["figure"] == "next-byte"] = run
+        for student in {run.student for (_, of_bytes), run in asked.items() if of_bytes}:
+            self._original(student)  # not by two at once
+
+        def one(name: str, of_bytes: bool) -> None:
+            if of_bytes:
+                self.next_byte(asked[name, True].student, name)
+            else:
+                found = numerals.measure(self.work / "runs" / name, self.work / "texts" / "held-out.jsonl")
+                self._kept(name, "numerals").write_text(json.dumps(found))
+
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda key: one(*key), asked))
+
+    def next_byte(self, student: str, run: str | None) -> Documents:
+        """KL of the next byte from the model that a student was, after a run or, without one, right after it moved."""
+        kept = self._kept(run or f"{student}-before", "next-byte")
+        if not kept.exists():
+            given = self.plan.words["students"][student]["transplant"]
+            tokenizer = "bytes" if given["tokenizer"] == "bytes" else str(self.tokenizer(given["tokenizer"]))
+            model = self.transplant(student, {}) if run is None else self.work / "runs" / run / "model"
+            moved = next_byte.measured(model, tokenizer, self.work / "texts" / "judge.jsonl")
+            kept.write_text(json.dumps(next_byte.divergence(self._original(student), moved)))
+        found: Documents = json.loads(kept.read_text(encoding="utf-8"))
+        return found
+
+    def _original(self, student: str) -> dict[str, Any]:
+        model = MODELS / str(self.plan.words["students"][student]["transplant"]["model"])
+        kept = self._kept(model.name, "next-byte").with_suffix(".npz")
+        if not kept.exists():
+            np.savez(kept, **next_byte.measured(model, str(model), self.work / "texts" / "judge.jsonl"))
+        return dict(np.load(kept))
+
+    def _kept(self, run: str, what: str) -> Path:
+        return self.work / "figures" / f"{run}.{what}.json"
 
     def capture(self, text: str, teacher: str, rows: Mapping[str, Any]) -> Path:
         """A teacher's rows of a text."""

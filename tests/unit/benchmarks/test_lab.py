@@ -55,10 +55,7 @@ def test_the_plan_names_what_it_runs() -> None:
             assert not run.variant or run.variant in asked["variants"]
     labels = {name: {f"{run.setting} {run.variant}".strip() for run in plan.runs(name)} for name in plan.experiments}
     for claim in words["claims"]:
-        theirs = (
-            [f"{one} fixed" for one in claim["ours"]] if claim["theirs"] == "the same, fixed" else [claim["theirs"]]
-        )
-        assert {*claim["ours"], *theirs} <= labels[claim["experiment"]], claim
+        assert plan.compared(claim) <= labels[claim["experiment"]], claim
     hours = sum(plan.minutes(name) for name in plan.experiments) / 60
     assert 10 < hours < 30
     assert plan.table().count("\n") == len(plan.experiments) + 3
