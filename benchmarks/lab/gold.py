@@ -203,19 +203,17 @@ def _versus(row: Figures, base: Figures, test: Mapping[str, Any]) -> str:
 
 
 def _pieces(texts: Path, wanted: int) -> list[dict[str, str]]:
-    """Prompt and completion: the first word of a text, and what follows it."""
-    pieces: list[dict[str, str]] = []
-    documents = [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines()]
-    # every kind of text in the share that it has of the whole
-    stride = max(1, len(documents) // wanted)
-    for row in documents[::stride]:
-        text = row["text"][:PIECE].rpartition(" ")[0].strip()
-        word, space, rest = text.partition(" ")
-        if word and rest.strip():
-            pieces.append({"id": row["id"], "text": text, "prompt": word, "completion": space + rest})
+    """Prompt and completion: the first word of a piece of text, and what follows it; every so many pieces of all."""
+    pieces = []
+    for row in map(json.loads, texts.read_text(encoding="utf-8").splitlines()):
+        for at in range(0, len(row["text"]), PIECE):
+            text = row["text"][at : at + PIECE].strip()
+            word, space, rest = text.partition(" ")
+            if word and rest.strip():
+                pieces.append({"id": f"{row['id']}/{at}", "text": text, "prompt": word, "completion": space + rest})
     if len(pieces) < wanted:
-        raise SystemExit(f"{texts} has {len(pieces)} texts, {wanted} are wanted: ask for fewer --steps")
-    return pieces[:wanted]
+        raise SystemExit(f"{texts} has {len(pieces)} pieces of text, {wanted} are wanted: ask for fewer --steps")
+    return pieces[:: len(pieces) // wanted][:wanted]
 
 
 def _random_student(tokenizer: Path, out: Path) -> None:

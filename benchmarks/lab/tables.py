@@ -51,6 +51,9 @@ def best(found: Sequence[Group], label: str) -> Group | None:
 def table(lab: Lab, experiment: str) -> str:
     """Markdown of an experiment."""
     lines = ["| setting | rate | seeds | held-out: bits/byte | other: bits/byte | minutes |", "|---" * 6 + "|"]
+    for label, documents in lab.baselines(experiment).items():
+        figures = f"{bits_per_byte(documents, JUDGE):.3f} | {bits_per_byte(documents, OTHER):.3f}"
+        lines.append(f"| {label} | | | {figures} | |")
     for group in groups(lab, experiment):
         minutes = np.mean([run["minutes"] for run in group.runs.values()])
         figures = f"{group.mean(JUDGE):.3f} | {group.mean(OTHER):.3f} | {minutes:.1f}"

@@ -148,7 +148,7 @@ class Lab:
     def tokenizer(self, name: str) -> Path:
         """A tokenizer of a package, or the one that is trained on the texts."""
         if name != "packed-8k":
-            return TOKENIZERS / name
+            return TOKENIZERS / name if (TOKENIZERS / name).exists() else MODELS / name
         folder = self.work / "tokenizers" / name
         if not (folder / "tokenizer_config.json").exists():
             train_tokenizer(self.work / "texts" / "train.jsonl", folder)
@@ -157,7 +157,7 @@ class Lab:
     def transplant(self, student: str, variant: Mapping[str, Any]) -> Path:
         """The student of a transfer before its training."""
         asked = {**self.plan.words["students"][student]["transplant"], **variant}
-        out = self.work / "students" / f"{student}-{asked['init']}"
+        out = self._transplanted(student, asked)
         if not (out / "config.json").exists():
             tokenizer = asked["tokenizer"] if asked["tokenizer"] == "bytes" else self.tokenizer(asked["tokenizer"])
             words = ["transplant", MODELS / asked["model"], "--tokenizer", tokenizer, "--init", asked["init"]]
@@ -165,10 +165,13 @@ class Lab:
             xtoken([*words, *donor, "--out", out], self.threads)
         return out
 
+    def _transplanted(self, student: str, asked: Mapping[str, Any]) -> Path:
+        return self.work / "students" / f"{student}-{asked['init']}"
+
     def _targets(self, run: Run) -> tuple[list[Path], Figures]:
         """Folders of targets, and flags of training that go with them."""
         variant = self.plan.variant(run)
-        teachers = variant.get("teachers", ["smollm2-135m"])
+        teachers = variant.get("teachers", [self.plan.words["students"][run.student].get("teacher", "smollm2-135m")])
         rows = {name: variant[name] for name in ("k", "min-p", "codec", "draws") if name in variant}
         losses = (
             "mined" if run.setting == "mined" else "p-kl" if {*variant} & {"rule", "k", "min-p", "codec"} else LOSSES
@@ -221,6 +224,36 @@ class Lab:
 
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(lambda key: one(*key), asked))
+        self._judge_untrained(experiment)
+
+    def baselines(self, experiment: str) -> dict[str, Documents]:
+        """Of a transfer: the model before it moved, and right after; what ``measure`` has judged."""
+        found = {}
+        for label, model, _ in self._untrained(experiment):
+            kept = self._kept(model.name, "untrained")
+            if kept.exists():
+                found[label] = judged(kept)
+        return found
+
+    def _judge_untrained(self, experiment: str) -> None:
+        for _, model, flags in self._untrained(experiment):
+            kept = self._kept(model.name, "untrained")
+            if not kept.exists():
+                judge = self.work / "texts" / "judge.jsonl"
+                xtoken(["eval", model, *flags, "--text", judge, "--id-field", "id", "--out", kept], self.threads)
+
+    def _untrained(self, experiment: str) -> list[tuple[str, Path, list[Any]]]:
+        """Label, model, and flags of its tokenizer; the transplants are there once the experiment's runs are."""
+        asked = self.plan.words["experiments"][experiment]
+        given = self.plan.words["students"].get(asked.get("student"), {}).get("transplant")
+        if given is None:
+            return []
+        as_bytes = ["--tokenizer", "bytes"] if given["tokenizer"] == "bytes" else []
+        found: list[tuple[str, Path, list[Any]]] = [(f"original {given['model']}", MODELS / given["model"], [])]
+        for name, variant in asked.get("variants", {"": {}}).items():
+            folder = self._transplanted(asked["student"], {**given, **variant})
+            found.append((f"moved, untrained {name}".strip(), folder, as_bytes))
+        return found
 
     def next_byte(self, student: str, run: str | None) -> Documents:
         """KL of the next byte from the model that a student was, after a run or, without one, right after it moved."""
