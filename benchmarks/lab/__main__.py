@@ -47,7 +47,8 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         (folder / "lab.json").write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
         (folder / "lab.md").write_text(text)
-        draw_claims(result["claims"], folder / "claims.svg")
+        if any(row["verdict"] != "not run" for row in result["claims"]):
+            draw_claims(result["claims"], folder / "claims.svg")
         if curves := numeral_curves(lab):
             draw_numerals(curves, folder / "numerals.svg")
 
