@@ -102,6 +102,7 @@ class LossSchema:
         tables: how their entries belong together; left out: each count column alone, named without ``_count``.
         merges: values of 'xtoken align --merge' that it is defined with.
         renormalised: its entries are renormalised where they are read, so that nothing outside them counts.
+        first_only: it reads the student at the first token of a chunk; those behind it learn from CE alone.
         about: what people read of it.
     """
 
@@ -110,6 +111,7 @@ class LossSchema:
     tables: tuple[EntryTable, ...] = ()
     merges: tuple[str, ...] = ("first",)
     renormalised: bool = False
+    first_only: bool = False
     about: About = field(kw_only=True)
 
     @property
@@ -184,6 +186,7 @@ LOSSES: dict[str, LossSchema] = {
             LossColumn("pkl_rest_logprob", FLOATS, "chunk", _TAIL_DOC, "tail"),
         ),
         merges=("first", "mean"),
+        first_only=True,
         about=About(
             "the student through W against the teacher's distribution, the tail as one cell",
             "entries of reached ids, tail mass",
@@ -220,6 +223,7 @@ LOSSES: dict[str, LossSchema] = {
         ),
         (EntryTable("hkl", ("hkl_common_count", "hkl_other_count"), split=_COMMON),),
         merges=("first", "mean"),
+        first_only=True,
         about=About(
             "one-to-one pairs token by token, the others as sorted lists",
             "entries of pairs, others sorted",
@@ -301,6 +305,7 @@ LOSSES: dict[str, LossSchema] = {
             LossColumn("strict_logprob", FLOATS, "strict_count", "[K] nats, descending; not renormalised", "logprob"),
         ),
         renormalised=True,
+        first_only=True,
         about=About(
             "tokens of equal bytes, renormalised, where one token is one token",
             "entries of equal bytes",

@@ -194,6 +194,10 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     changes = "; ".join(mend_settings(model))
     notes = [f"the trained model will not have all settings of {asked.source}: {changes}"] if changes else []
     notes += [note for targets, loss in zip(folders, config.losses, strict=True) if (note := targets.lacking(loss))]
+    if config.loss.ce_weight == 0:
+        notes += [
+            note for targets, loss in zip(folders, config.losses, strict=True) if (note := targets.untaught(loss))
+        ]
     chat = folders[0].manifest.chat
     end_answers_with(model, chat.stop_token if chat is not None else None)
     files = rehearse_save(model, asked.tokenizer_source, run.rehearsal, asked.template) if ranks.first else None

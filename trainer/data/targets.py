@@ -45,6 +45,7 @@ W_FILE, VOCAB_FILE = "w.parquet", "student_vocab.parquet"
 _SIDE_TABLES = {W_FILE: W, VOCAB_FILE: VOCAB, CODES_FILE: CODES}
 _FOOTERS = 64
 _FETCH = "fetch the targets again"
+_NEARLY_ALL = 0.99  # of the student's tokens: those left out are not worth a word
 
 
 @dataclass(frozen=True)
@@ -310,6 +311,21 @@ class Targets:
             return None
         group = self.read(self.groups[0], tuple(names))
         return lacking_note(self.root, [loss], self.manifest.tau, {name: group.lists[name][1] for name in names})
+
+    def untaught(self, loss: str) -> str | None:
+        """What ``loss`` without CE leaves the student to guess: the tokens of a chunk behind its first."""
+        if not LOSSES[loss].first_only or self.manifest.merge == "mean":
+            return None
+        parts = self.manifest.parts
+        chunks = sum(part.entries for part in parts)
+        tokens = sum(part.counts.get("chat_learn_tokens", part.tokens) for part in parts)
+        if chunks >= _NEARLY_ALL * tokens:
+            return None
+        return (
+            f"{self.root}: {loss} teaches the first token of each chunk, {chunks / tokens:.0%} of the student's "
+            "tokens, and with --ce-weight 0 nothing teaches the others; leave --ce-weight out, or take alm or "
+            "byte-prefix"
+        )
 
     @cached_property
     def w(self) -> ProjectionArrays:

@@ -192,7 +192,7 @@ def write_targets(
         path = root / "data" / part_name(index)
         stored = pa.Table.from_batches([form.stored_batch(batch) for batch in table.to_batches()], form.schema)
         pq.write_table(stored, path, row_group_size=2)
-        parts.append(_part(index, path, sizes))
+        parts.append(_part(index, path, sizes, sum(len(row["chunk_student_end"]) for row in rows)))
     vocab = {"token_id": range(V), "bytes": BYTES, "role": ["bos", "eos", *[None] * (V - 2)]}
     vocab_table = pa.table({**vocab, "byte_fallback": [False] * V}, schema=VOCAB)
     files = {"w.parquet": pair.table(), "student_vocab.parquet": vocab_table}
@@ -206,14 +206,14 @@ def write_targets(
     return str(root)
 
 
-def _part(index: int, path: Path, sizes: list[int]) -> Part:
+def _part(index: int, path: Path, sizes: list[int], chunks: int) -> Part:
     data = path.read_bytes()
     return Part(
         index=index,
         samples=len(sizes),
         tokens=sum(sizes),
         rows=0,
-        entries=0,
+        entries=chunks,
         text_bytes=sum(sizes),
         file_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),

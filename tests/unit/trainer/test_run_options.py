@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pydantic import ValidationError
@@ -249,6 +250,40 @@ def test_what_sorted_lists_lose_at_another_temperature_is_said(
     notes = train(configure(targets=[root], loss=[loss], steps=1), student_info, [], Silent()).get("notes", [])
     assert len(notes) == said
     assert all(f"of the teacher's probability, which {loss} takes for 0" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("loss", "lengths", "options", "said"),
+    [
+        ("p-kl", [[6, 5, 7]], {"ce_weight": 0}, True),
+        ("strict", [[6, 5, 7]], {"ce_weight": 0}, True),
+        ("p-kl", [[6, 5, 7]], {}, False),  # CE teaches them
+        ("p-kl", [[1, 1, 1]], {"ce_weight": 0}, False),  # each token is the first of its chunk
+        ("alm", [[6, 5, 7]], {"ce_weight": 0}, False),  # learns from all of a chunk
+    ],
+)
+def test_tokens_that_nothing_teaches_are_named(
+    configure: Callable[..., TrainConfig],
+    make_targets: Callable[..., str],
+    student_info: Any,
+    loss: str,
+    lengths: list[list[int]],
+    options: dict[str, Any],
+    said: bool,
+) -> None:
+    root = make_targets(lengths * 4, name="some", losses=(loss,))
+    table = pq.read_table(Path(root, "data"))
+    chunks, tokens = (sum(map(len, table[name].to_pylist())) for name in ("chunk_student_end", "student_ids"))
+    config = configure(targets=[root], loss=[loss], steps=1, **options)
+    notes = train(config, student_info, [], Silent()).get("notes", [])
+    assert (
+        notes
+        == [
+            f"{root}: {loss} teaches the first token of each chunk, {chunks / tokens:.0%} of the student's tokens, and "
+            "with --ce-weight 0 nothing teaches the others; leave --ce-weight out, or take alm or byte-prefix"
+        ]
+        * said
+    )
 
 
 def test_a_run_out_of_memory_goes_on_in_smaller_passes(
