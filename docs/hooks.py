@@ -44,7 +44,7 @@ def on_startup(command: str, dirty: bool) -> None:  # noqa: ARG001
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that lie outside docs/, measurements and their pictures among them."""
-    measured = sorted(path for path in (ROOT / RESULTS).iterdir() if path.suffix in (".md", ".png"))
+    measured = sorted(path for path in (ROOT / RESULTS).iterdir() if path.suffix in (".md", ".png", ".svg"))
     names = [path.relative_to(ROOT).as_posix() for path in measured]
     for source, name in (*PAGES.items(), *zip(names, names, strict=True)):
         if (ROOT / source).exists():

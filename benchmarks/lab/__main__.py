@@ -2,7 +2,7 @@
 
 python -m benchmarks.lab --plan                    # what there is, with hours
 python -m benchmarks.lab WORK rates uncommon       # these, in this order; what was run is not run again
-python -m benchmarks.lab WORK --write              # the tables of what is there, into benchmarks/results/lab
+python -m benchmarks.lab WORK --write              # the tables of what is there, into benchmarks/results
 """
 
 import argparse
@@ -15,7 +15,7 @@ from benchmarks.lab.pictures import draw_claims, draw_numerals
 from benchmarks.lab.plan import Plan
 from benchmarks.lab.tables import numeral_curves, report
 from benchmarks.lab.work import ROOT, Lab
-from benchmarks.machine import machine
+from benchmarks.machine import machine, machine_line
 
 
 def main() -> None:
@@ -40,17 +40,18 @@ def main() -> None:
         if not lab.carry_out(name, options.jobs, began + options.hours * 3600):
             print("the time is over; the same command goes on", file=sys.stderr)
             return
-    result, text = report(lab)
+    result, text = report(lab, machine_line())
     print(text)
     if options.write:
-        folder = ROOT / "benchmarks" / "results" / "lab"
-        folder.mkdir(exist_ok=True)
-        (folder / "lab.json").write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
-        (folder / "lab.md").write_text(text)
+        results = ROOT / "benchmarks" / "results"
+        runs = ",\n".join(json.dumps(run) for run in result.pop("runs"))
+        head = json.dumps({"machine": machine(), **result}, indent=1).removesuffix("\n}")
+        (results / "lab.json").write_text(f'{head},\n "runs": [\n{runs}\n ]\n}}\n')
+        (results / "lab.md").write_text(text)
         if any(row["verdict"] != "not run" for row in result["claims"]):
-            draw_claims(result["claims"], folder / "claims.svg")
+            draw_claims(result["claims"], results / "lab-claims.svg")
         if curves := numeral_curves(lab):
-            draw_numerals(curves, folder / "numerals.svg")
+            draw_numerals(curves, results / "lab-numerals.svg")
 
 
 if __name__ == "__main__":

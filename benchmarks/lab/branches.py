@@ -95,10 +95,9 @@ def main() -> None:
     text = table(result, lab.plan.words["test"])
     print(text)
     if options.write:
-        folder = ROOT / "benchmarks" / "results" / "lab"
-        folder.mkdir(exist_ok=True)
-        (folder / "branches.json").write_text(json.dumps(result, indent=1) + "\n")
-        (folder / "branches.md").write_text(text)
+        results = ROOT / "benchmarks" / "results"
+        (results / "lab-branches.json").write_text(json.dumps(result, indent=1) + "\n")
+        (results / "lab-branches.md").write_text(text)
 
 
 def make_targets(lab: Lab, work: Path, capture: Path, threads: int) -> Figures:

@@ -60,10 +60,9 @@ def main() -> None:
     text = table(result, bench.lab.plan.words["test"])
     print(text)
     if options.write:
-        folder = ROOT / "benchmarks" / "results" / "lab"
-        folder.mkdir(exist_ok=True)
-        (folder / "gold.json").write_text(json.dumps(result, indent=1) + "\n")
-        (folder / "gold.md").write_text(text)
+        results = ROOT / "benchmarks" / "results"
+        (results / "lab-gold.json").write_text(json.dumps(result, indent=1) + "\n")
+        (results / "lab-gold.md").write_text(text)
 
 
 class SideBySide:

