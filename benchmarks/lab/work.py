@@ -37,12 +37,20 @@ class Lab:
     """A plan and the folder it is carried out in."""
 
     def __init__(self, plan: Plan, work: Path, threads: int) -> None:
-        """Write the texts, which are small."""
+        """Write the texts, which are small.
+
+        Raises:
+            SystemExit: there are others.
+        """
         self.plan, self.work, self.threads = plan, work, threads
-        if not (work / "texts" / "judge.jsonl").exists():
+        judge = work / "texts" / "judge.jsonl"
+        if not judge.exists():
             texts.prepare(work / "texts")
-            judged = [(work / "texts" / f"{name}.jsonl").read_text("utf-8") for name in ("held-out", "other")]
-            (work / "texts" / "judge.jsonl").write_text("".join(judged), encoding="utf-8")
+            parts = [(work / "texts" / f"{name}.jsonl").read_text("utf-8") for name in ("held-out", "other")]
+            judge.write_text("".join(parts), encoding="utf-8")
+        kinds = {json.loads(line)["id"].split("/")[0] for line in judge.read_text("utf-8").splitlines()}
+        if kinds != {*texts.JUDGE, *texts.OTHER}:
+            raise SystemExit(f"{judge} has documents of {', '.join(sorted(kinds))}, not as texts.py: take another WORK")
 
     def done(self, run: Run) -> Figures | None:
         """A run's figures; None: it was not run, or its rate is not known yet."""
