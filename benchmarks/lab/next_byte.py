@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SKIPPED, LAST = 50, 100  # bytes: positions from the one to the other, in each document
-EACH = 5  # documents of a kind
+EACH = 2  # documents of a kind
 DOCUMENTS = ("docs", "code", "tables", "speeches", "c")
 FLOOR = 1e-12  # of a probability
 

@@ -150,8 +150,7 @@ class Lab:
         student = self.plan.words["students"][run.student]
         if "config" in student:
             return ["--from-scratch", STUDENT / student["config"], "--tokenizer", self.tokenizer(student["tokenizer"])]
-        given = ["--student", self.transplant(run.student, self.plan.variant(run))]
-        return [*given, "--tokenizer", "bytes"] if student["transplant"]["tokenizer"] == "bytes" else given
+        return ["--student", self.transplant(run.student, self.plan.variant(run))]
 
     def tokenizer(self, name: str) -> Path:
         """A tokenizer of a package, or the one that is trained on the texts."""
@@ -237,40 +236,37 @@ class Lab:
     def baselines(self, experiment: str) -> dict[str, Documents]:
         """Of a transfer: the model before it moved, and right after; what ``measure`` has judged."""
         found = {}
-        for label, model, _ in self._untrained(experiment):
+        for label, model in self._untrained(experiment).items():
             kept = self._kept(model.name, "untrained")
             if kept.exists():
                 found[label] = judged(kept)
         return found
 
     def _judge_untrained(self, experiment: str) -> None:
-        for _, model, flags in self._untrained(experiment):
+        for model in self._untrained(experiment).values():
             kept = self._kept(model.name, "untrained")
             if not kept.exists():
                 judge = self.work / "texts" / "judge.jsonl"
-                xtoken(["eval", model, *flags, "--text", judge, "--id-field", "id", "--out", kept], self.threads)
+                xtoken(["eval", model, "--text", judge, "--id-field", "id", "--out", kept], self.threads)
 
-    def _untrained(self, experiment: str) -> list[tuple[str, Path, list[Any]]]:
-        """Label, model, and flags of its tokenizer; the transplants are there once the experiment's runs are."""
+    def _untrained(self, experiment: str) -> dict[str, Path]:
+        """Models by label; the transplants are there once the experiment's runs are."""
         asked = self.plan.words["experiments"][experiment]
         given = self.plan.words["students"].get(asked.get("student"), {}).get("transplant")
         if given is None:
-            return []
-        as_bytes = ["--tokenizer", "bytes"] if given["tokenizer"] == "bytes" else []
-        found: list[tuple[str, Path, list[Any]]] = [(f"original {given['model']}", MODELS / given["model"], [])]
+            return {}
+        found = {f"original {given['model']}": MODELS / given["model"]}
         for name, variant in asked.get("variants", {"": {}}).items():
             folder = self._transplanted(asked["student"], {**given, **variant})
-            found.append((f"moved, untrained {name}".strip(), folder, as_bytes))
+            found[f"moved, untrained {name}".strip()] = folder
         return found
 
     def next_byte(self, student: str, run: str | None) -> Documents:
         """KL of the next byte from the model that a student was, after a run or, without one, right after it moved."""
         kept = self._kept(run or f"{student}-before", "next-byte")
         if not kept.exists():
-            given = self.plan.words["students"][student]["transplant"]
-            tokenizer = "bytes" if given["tokenizer"] == "bytes" else str(self.tokenizer(given["tokenizer"]))
             model = self.transplant(student, {}) if run is None else self.work / "runs" / run / "model"
-            moved = next_byte.measured(model, tokenizer, self.work / "texts" / "judge.jsonl")
+            moved = next_byte.measured(model, str(model), self.work / "texts" / "judge.jsonl")
             kept.write_text(json.dumps(next_byte.divergence(self._original(student), moved)))
         found: Documents = json.loads(kept.read_text(encoding="utf-8"))
         return found
@@ -301,8 +297,7 @@ class Lab:
         out = self.work / "targets" / "-".join([student, capture.name, *losses_words, *rule_words])
         if not (out / "manifest.json").exists():
             asked = self.plan.words["students"][student]
-            name = asked.get("tokenizer") or asked["transplant"]["tokenizer"]
-            tokenizer = "bytes" if name == "bytes" else self.tokenizer(name)
+            tokenizer = self.tokenizer(asked["tokenizer"]) if "tokenizer" in asked else self.transplant(student, {})
             words = ["align", capture, "--student", tokenizer, "--for", losses, "--out", out]
             if rule != "pieces":
                 w = self.work / "w" / f"{student}-{capture.name}-{rule.replace(':', '-')}"
