@@ -7,7 +7,7 @@ PIP_ARGS ?=
 SEED ?=
 ROUNDS ?= tests/unit tests/unit tests/unit tests/integration
 
-.PHONY: demo docs test unit wheel soak lint types models setup clean
+.PHONY: demo docs test unit wheel gpu-check soak lint types models setup clean
 
 demo: setup  ## move a real model to another tokenizer: capture, transplant, train, compare
 	$(BIN)/python examples/demo_models.py --only smollm2-135m
@@ -21,6 +21,9 @@ unit: setup models  ## the unit tests alone, without the costliest and with fewe
 
 wheel: setup models  ## build wheel and sdist, install them beside others, use them outside the checkout
 	$(BIN)/python tests/wheel.py
+
+gpu-check:  ## what only a GPU shows, in a quarter of an hour, with the Python at hand; installs and downloads nothing
+	PYTHONPATH=.dev:. $(PYTHON) -m benchmarks.gpu_check gpu-check-run --write
 
 soak: setup models  ## the unit tests thrice and the integration tests once, in random order on cores that are busy
 	$(BIN)/python tests/soak.py $(ROUNDS)

@@ -1,0 +1,1 @@
+"""What a GPU decides, as one script: ``python -m benchmarks.gpu_check WORK``."""
