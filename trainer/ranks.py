@@ -83,12 +83,12 @@ class Ranks:
             dist.barrier()
 
     def synchronise(self, objective: Any, now: bool) -> None:
-        """Whether the next backward pass adds up gradients over ranks; only the last of a step needs to."""
-        if self.size == 1:
-            return
-        if hasattr(objective, "set_requires_gradient_sync"):
-            objective.set_requires_gradient_sync(now)
-        else:
+        """Whether the next backward pass adds up gradients over ranks; only the last of a step needs to.
+
+        FSDP does so in every pass: what is not added up it keeps whole, and a float32 gradient of the whole model on
+        every rank takes the memory that sharding is to save.
+        """
+        if self.size > 1 and not hasattr(objective, "set_requires_gradient_sync"):
             objective.require_backward_grad_sync = now
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,9 @@ def load_student(
     inside = {"config": inner_config(source)} if is_expanded(source) else {}
     try:
         with _no_progress_bars():
+            options = inside | straight_to(device)
             model, loaded = auto.from_pretrained(
-                source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **inside
+                source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
             )
     except Exception as error:  # what an architecture raises on settings that do not go together shares no base
         reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
@@ -104,6 +106,17 @@ def load_student(
     # transformers goes on without it, and the trained model would stop at other tokens
     require_known(source, "generation_config.json", getattr(model.config, "_commit_hash", None))
     return (expanded(model, source) if inside else model).to(device)
+
+
+def straight_to(device: torch.device) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that read each tensor to a GPU, with no copy of the model in the host's memory.
+
+    Under torchrun every rank would have one. It takes accelerate, which comes with peft; without it the whole model is
+    read first and then moved.
+    """
+    if device.type == "cpu" or find_spec("accelerate") is None:
+        return {}
+    return {"device_map": {"": device}}
 
 
 def head_width(model: Any) -> int:
