@@ -39,6 +39,7 @@ from xtoken.trainer.student.model import (
     head_width,
     open_student,
     pick_autocast,
+    pick_save_dtype,
     prepare,
     rehearse_save,
 )
@@ -74,6 +75,7 @@ class Training:
     Attributes:
         notes: what the user should know of this run, a sentence each.
         tokenizer_files: see ``rehearse_save``; None on ranks that do not write.
+        save_dtype: of the trained model's weights.
         told: terms of the objective whose weight has been said to be capped.
     """
 
@@ -94,6 +96,7 @@ class Training:
     counted: Counted
     notes: list[str]
     tokenizer_files: Path | None
+    save_dtype: torch.dtype
     loader: Loader = field(init=False)
     damaged: list[str] = field(default_factory=list)
     told: set[int] = field(default_factory=set)
@@ -247,6 +250,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
         counted=counted,
         notes=notes,
         tokenizer_files=files,
+        save_dtype=pick_save_dtype(asked),
     )
     refuse_dtypes(training._weights())
     training.loader = open_loader(training, None)

@@ -176,6 +176,12 @@ class StudentGroup(Config):
         json_schema_extra=MAY_CHANGE,
     )
 
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Of the trained model's weights; auto: what the student's config.json says, else float32. "
+        "Training and checkpoints are float32.",
+    )
+
     @model_validator(mode="after")
     def _one_student(self) -> "StudentGroup":
         if (self.student is None) == (self.from_scratch is None):
