@@ -16,6 +16,7 @@ from torch import Tensor
 from xtoken.trainer.blocks import Block, spans, tensor
 from xtoken.trainer.data.micro_batch import Micro
 from xtoken.trainer.losses.base import Loss
+from xtoken.trainer.products import linear
 from xtoken.trainer.student.head import Head, find_head
 
 A = ParamSpec("A")
@@ -53,7 +54,7 @@ class Student:
         """The micro-batch's predicting positions, scored; for whoever needs no gradient, under ``no_grad``."""
         states_PH = self.states(micro)
         weight_VH, bias_V = self.columns()
-        for low, high in spans(micro, self.vocabulary, losses, states_PH.is_cuda):
+        for low, high in spans(micro, self.vocabulary, losses, states_PH.device):
             yield Block(low, high, self.rows(states_PH[low:high], weight_VH, bias_V))
 
     def columns(self) -> tuple[Tensor | None, Tensor | None]:
@@ -65,9 +66,13 @@ class Student:
 
     def rows(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> Tensor:
         """[P, V] logits, at least float32."""
+        return self.head.bend(self.linear(states_PH, weight_VH, bias_V))
+
+    def linear(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> Tensor:
+        """[P, V] what the head's matrix makes, before scale and cap, at least float32; logits where it is not fused."""
         if weight_VH is not None:
-            states_PH = states_PH.to(weight_VH.dtype)
-        rows_PV = self.head.logits(states_PH, weight_VH, bias_V)[:, : self.vocabulary]
+            return linear(states_PH.to(weight_VH.dtype), weight_VH, bias_V)
+        rows_PV = states_PH[:, : self.vocabulary]
         return rows_PV.to(torch.promote_types(rows_PV.dtype, torch.float32))
 
     def precision(self) -> AbstractContextManager[Any]:
