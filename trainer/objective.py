@@ -17,6 +17,7 @@ from xtoken.trainer.blocks import Block, spans, tensor
 from xtoken.trainer.data.micro_batch import Micro
 from xtoken.trainer.losses.base import Loss
 from xtoken.trainer.products import linear
+from xtoken.trainer.student.flat import segments
 from xtoken.trainer.student.head import Head, find_head
 
 A = ParamSpec("A")
@@ -29,6 +30,7 @@ class Student:
 
     ``vocabulary`` columns of the head count: the ids of the tokenizer. More are padding and are cut before the
     softmax; a head that lacks some (special tokens only, which no sample holds) sets a smaller number.
+    ``flat``: the model attends by segments (``xtoken.trainer.student.head.attend_flat``), all rows in one.
     """
 
     model: Any
@@ -36,6 +38,7 @@ class Student:
     autocast: torch.dtype | None
     vocabulary: int
     known_head: Head | None = None
+    flat: bool = False
 
     @cached_property
     def head(self) -> Head:
@@ -44,11 +47,16 @@ class Student:
 
     def states(self, micro: Micro) -> Tensor:
         """[P, H] hidden states of the predicting positions, or their logits [P, M] where the head is not fused."""
-        inputs, positions = tensor(micro.input_BL, self.device), tensor(micro.position_BL, self.device)
+        rows = (1, -1) if self.flat else micro.input_BL.shape
+        inputs, positions = (tensor(part.reshape(rows), self.device) for part in (micro.input_BL, micro.position_BL))
         with self.precision():
-            states_BLH = self.head.states(inputs, positions)
+            states_BLH = self.head.states(inputs, positions, self._segments(micro) if self.flat else None)
         # padding and the last token of each sample predict nothing: the head never sees them
         return states_BLH.flatten(0, 1).index_select(0, tensor(micro.place_P, self.device))
+
+    def _segments(self, micro: Micro) -> dict[str, Any]:
+        found = segments(micro.position_BL)
+        return {name: one if isinstance(one, int) else tensor(one, self.device) for name, one in found.items()}
 
     def blocks(self, micro: Micro, losses: Sequence[Loss] = ()) -> Iterator[Block]:
         """The micro-batch's predicting positions, scored; for whoever needs no gradient, under ``no_grad``."""

@@ -31,7 +31,7 @@ from xtoken.trainer.ranks import Ranks, fill, gathered, replicate, shard
 from xtoken.trainer.run import Run
 from xtoken.trainer.saver import Saver, room_to_copy
 from xtoken.trainer.student.adapters import add_adapters
-from xtoken.trainer.student.head import find_head, leaves_some_out, pick_packing
+from xtoken.trainer.student.head import attend_flat, find_head, leaves_some_out, pick_packing
 from xtoken.trainer.student.model import (
     check_context,
     check_width,
@@ -224,11 +224,13 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
         model = add_adapters(model, asked.lora, asked.lora_alpha, data.seed, embeddings=asked.lora_embeddings)
     some_left_out = ranks.size > 1 and leaves_some_out(head)
     prepare(model, asked.activation_checkpointing, asked.compile)
+    autocast = pick_autocast(asked.autocast, ranks.device)
+    flat = packing and not asked.compile and attend_flat(head, autocast)
     losses = tuple(
         open_loss(name, _setup(config.loss, targets, name, vocabulary, ranks.device))
         for name, targets in zip(config.losses, folders, strict=True)
     )
-    student = Student(model, ranks.device, pick_autocast(asked.autocast, ranks.device), vocabulary, head)
+    student = Student(model, ranks.device, autocast, vocabulary, head, flat)
     objective = Objective(student, losses, use_liger(asked, config.losses, ranks.device, head.fusable))
     wrapped = _wrap(objective, asked.parallel, ranks, some_left_out)
     optimizer = build_optimizer(model, config.optim, losses)
