@@ -16,7 +16,7 @@ from torch import Tensor
 from xtoken.trainer.blocks import Block, spans, tensor
 from xtoken.trainer.data.micro_batch import Micro
 from xtoken.trainer.losses.base import Loss
-from xtoken.trainer.products import linear
+from xtoken.trainer.products import even, linear
 from xtoken.trainer.student.flat import segments
 from xtoken.trainer.student.head import Head, find_head
 
@@ -66,10 +66,14 @@ class Student:
             yield Block(low, high, self.rows(states_PH[low:high], weight_VH, bias_V))
 
     def columns(self) -> tuple[Tensor | None, Tensor | None]:
-        """The head's rows in use, [V, H] and [V], in the dtype of the forward pass."""
+        """The head's rows that are multiplied, [W, H] and [W], in the dtype of the forward pass.
+
+        On a GPU W is V or a little more (see ``even``), and what comes of the rest is cut.
+        """
         weight, bias = self.head.weight_MH, self.head.bias_M
+        size = self.vocabulary if weight is None else even(self.vocabulary, len(weight), self.device)
         return tuple(  # type: ignore[return-value]
-            None if part is None else part[: self.vocabulary].to(self.autocast or part.dtype) for part in (weight, bias)
+            None if part is None else part[:size].to(self.autocast or part.dtype) for part in (weight, bias)
         )
 
     def rows(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> Tensor:
@@ -79,7 +83,7 @@ class Student:
     def linear(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> Tensor:
         """[P, V] what the head's matrix makes, before scale and cap, at least float32; logits where it is not fused."""
         if weight_VH is not None:
-            return linear(states_PH.to(weight_VH.dtype), weight_VH, bias_V)
+            return linear(states_PH.to(weight_VH.dtype), weight_VH, bias_V)[:, : self.vocabulary]
         rows_PV = states_PH[:, : self.vocabulary]
         return rows_PV.to(torch.promote_types(rows_PV.dtype, torch.float32))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
+_EVEN = 8  # numbers of two bytes in the 16 bytes to which the rows of a matrix must be aligned for a GPU's fast kernels
 
 
 def widens(matrix: Tensor) -> bool:
@@ -24,6 +25,24 @@ def linear(states_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tenso
         return rows_PV if bias_V is None else rows_PV.add_(bias_V)
     rows_PV = torch.nn.functional.linear(states_PH, weight_VH, bias_V)
     return rows_PV.to(torch.promote_types(rows_PV.dtype, torch.float32))
+
+
+def even(size: int, most: int, device: torch.device) -> int:
+    """On a GPU the next multiple of 8 from ``size`` on, if there are ``most`` rows at least as many; else ``size``.
+
+    Qwen's 151,669 tokens would make rows of logits that begin at odd places; the head has 151,936.
+    """
+    wide = -(-size // _EVEN) * _EVEN
+    return wide if device.type == "cuda" and wide <= most else size
+
+
+def widened(rows_PV: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """[P, width] the same rows in ``dtype``, with zeros behind."""
+    if rows_PV.shape[1] == width:
+        return rows_PV.to(dtype)
+    wide = rows_PV.new_zeros(len(rows_PV), width, dtype=dtype)
+    wide[:, : rows_PV.shape[1]] = rows_PV
+    return wide
 
 
 def add_product(total_NM: Tensor, left_NK: Tensor, right_KM: Tensor) -> None:

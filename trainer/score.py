@@ -20,7 +20,7 @@ from xtoken.trainer.data.micro_batch import Micro, TeacherTargets
 from xtoken.trainer.losses.base import WEIGHT, FeatureLoss, Loss, View
 from xtoken.trainer.losses.ce import cross_entropy
 from xtoken.trainer.objective import Objective, Student
-from xtoken.trainer.products import add_product
+from xtoken.trainer.products import add_product, widened
 
 
 class Sums(NamedTuple):
@@ -86,7 +86,8 @@ class _Gradients:
         if head_VH is None:  # the states are logits already, and wider than the vocabulary where the head is padded
             self.states_PH[block.low : block.high, : rows_grad.shape[1]] = rows_grad.to(self.states_PH.dtype)
             return
-        rows_grad, size = rows_grad.to(head_VH.dtype), len(head_VH)
+        size = len(head_VH)
+        rows_grad = widened(rows_grad, size, head_VH.dtype)
         states_PH = states_PH[block.low : block.high].to(head_VH.dtype)
         self.states_PH[block.low : block.high] = (rows_grad @ head_VH).to(self.states_PH.dtype)
         if self.weight_MH is not None:
@@ -155,7 +156,9 @@ class _Scorer:
             grads = torch.autograd.grad(term, [leaf, *self.learned], allow_unused=True, retain_graph=True)
             if grads[0] is not None:
                 rows_grad = grads[0]
-                states_grad = rows_grad if head_VH is None else rows_grad.to(head_VH.dtype) @ head_VH
+                states_grad = (
+                    rows_grad if head_VH is None else widened(rows_grad, len(head_VH), head_VH.dtype) @ head_VH
+                )
                 squares[i] += states_grad.double().square().sum()
             parts = [None if grad is None else grad * self.factors[i] for grad in grads]
             total = [
@@ -297,7 +300,10 @@ def _liger(objective: Objective, micro: Micro, states_PH: Tensor, factors: Seque
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     head = objective.student.head
-    weight_VH, bias_V = objective.student.columns()
+    # the kernel's softmax is over all rows that it is given
+    weight_VH, bias_V = (
+        None if part is None else part[: objective.student.vocabulary] for part in objective.student.columns()
+    )
     assert weight_VH is not None, "xtoken.trainer.start asks for a head that can be fused"
     if head.scale != 1:
         states_PH, bias_V = states_PH * head.scale, None if bias_V is None else bias_V * head.scale

@@ -97,7 +97,8 @@ def packing_changes_nothing(head: Head) -> bool:
     samples = _probe(head.model)
     with _quiet(head.model), torch.no_grad():
         alone = _alone(head, samples)
-        packed = head.states(*(tensor.reshape(len(_PROBE), -1) for tensor in _packed(samples)))
+        inputs, positions = (tensor.reshape(len(_PROBE), -1) for tensor in _packed(samples))
+        packed = head.states(inputs, positions)
     return _close(packed.flatten(0, 1), alone)
 
 

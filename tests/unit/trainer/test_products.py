@@ -19,7 +19,7 @@ from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.objective import Objective, Student
-from xtoken.trainer.products import add_product, linear, widens
+from xtoken.trainer.products import add_product, even, linear, widened, widens
 from xtoken.trainer.score import score
 from xtoken.trainer.student.model import load_student
 
@@ -130,6 +130,49 @@ def test_a_pass_in_half_precision(
     after = [apart(seed) for seed in range(4)]
     assert before != after, "the other kernels were used"
     assert sum(value for value, _ in after) < 1.2 * sum(value for value, _ in before)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one-gradient", "measured"])
+@pytest.mark.parametrize("name", ["p-kl", "h-kl", "ce"])
+def test_columns_beside_the_vocabulary_change_nothing(
+    make_targets: Callable[..., str],
+    student_dir: str,
+    pair: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    mixed: bool,
+) -> None:
+    """The head's padding is multiplied along and cut: same loss, same gradients, none for the padding."""
+    loss = open_loss(name, pair.setup())
+    sources, layout = Sources([Targets(make_targets([[9, 12, 5], [6, 8]], losses=(name,)))]), Layout(0, 32, 24, (loss,))
+    with Loader(sources, layout, step_tokens=60, micro_tokens=80, seed=0, packing=False) as loader:
+        micro = loader.step().micros[0]
+
+    def run() -> tuple[Tensor, Tensor, list[Tensor]]:
+        model = load_student(student_dir, CPU, False).double()
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        value, sums = score(Objective(Student(model, CPU, None, 24), [loss]), micro, (0.5, 0.5), norms=mixed)
+        value.backward()
+        return value.detach(), sums, [one.grad for one in model.parameters()]
+
+    value, sums, grads = run()
+    monkeypatch.setattr("xtoken.trainer.objective.even", lambda size, most, _: min(size + 5, most))
+    wide_value, wide_sums, wide_grads = run()
+    torch.testing.assert_close(wide_value, value)
+    torch.testing.assert_close(wide_sums, sums)
+    for one, other in zip(wide_grads, grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_widths_that_a_gpu_likes() -> None:
+    gpu = torch.device("cuda", 1)
+    assert even(151_669, 151_936, gpu) == 151_672
+    assert [even(size, 32, gpu) for size in (24, 25, 32)] == [24, 32, 32]
+    assert even(29, 30, gpu) == 29, "a head that has no more rows"
+    assert even(151_669, 151_936, CPU) == 151_669
+    rows = some(2, 3)
+    assert widened(rows, 3, HALF) is rows
+    assert widened(rows, 5, torch.float32).tolist() == [[*row, 0, 0] for row in rows.tolist()]
 
 
 @pytest.mark.parametrize(
