@@ -1,6 +1,7 @@
 """How the project's loops are compiled: by numba, on first call, kept on disk so that worker processes start fast.
 
-A compiled function calls none of another file: numba's disk cache would not see it change.
+A compiled function calls none of another file: numba's disk cache would not see it change. While it runs, other threads
+of Python do: what works on arrays needs no interpreter, and a loader's thread must not hold up one that feeds a GPU.
 """
 
 import os
@@ -18,7 +19,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def compiled(function: _F) -> _F:
     """Compile on first call, for the types of its arguments; kept on disk where some folder can be written."""
-    dispatcher = njit(function)
+    dispatcher = njit(function, nogil=True)
     dispatcher._cache = _cache(function) or dispatcher._cache
     return cast(_F, dispatcher)
 

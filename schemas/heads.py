@@ -1,4 +1,4 @@
-"""How many tokens a model predicts, as its config.json says, and what a tokenizer asks of it: known without a model."""
+"""What a model's config.json says of its head and weights, and what a tokenizer asks of it: known without a model."""
 
 import json
 import os
@@ -31,15 +31,32 @@ def stated_rows(source: str, revision: str | None = None) -> int | None:
     Args:
         source: a folder, a file in it, a config.json, or a hub id.
     """
-    path = _config_file(source, revision)
+    sizes = [part.get("vocab_size") for part in _parts(_config_file(source, revision))]
+    found = [size for size in sizes if isinstance(size, int) and size > 0]
+    return found[-1] if found else None  # the text part's own
+
+
+def stated_dtype(source: str) -> str | None:
+    """The dtype that config.json gives the weights at ``source``, such as ``bfloat16``; None where it does not say.
+
+    Args:
+        source: a folder, a config.json whatever it is called, or a hub id, of which what is in the cache counts.
+    """
+    path = Path(source).expanduser()
+    parts = _parts(path if path.is_file() else _config_file(source, None))
+    names = [part.get(key) for part in parts for key in ("torch_dtype", "dtype")]  # the first is the older name
+    found = [name.removeprefix("torch.") for name in names if isinstance(name, str)]
+    return found[-1] if found else None
+
+
+def _parts(path: Path | None) -> list[dict[str, Any]]:
+    """A config.json, and its part for text where there is one; nothing where it cannot be read."""
     try:
         fields = json.loads(path.read_bytes()) if path is not None else None
     except (OSError, ValueError):
-        return None  # whoever loads the model says what is wrong with it
+        return []  # whoever loads the model says what is wrong with it
     parts = [fields, *(fields.get(name) for name in _TEXT)] if isinstance(fields, dict) else []
-    sizes = [part.get("vocab_size") for part in parts if isinstance(part, dict)]
-    found = [size for size in sizes if isinstance(size, int) and size > 0]
-    return found[-1] if found else None  # the text part's own
+    return [part for part in parts if isinstance(part, dict)]
 
 
 def _config_file(source: str, revision: str | None) -> Path | None:

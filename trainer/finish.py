@@ -20,7 +20,7 @@ from xtoken.trainer.objective import Objective
 from xtoken.trainer.ranks import gathered
 from xtoken.trainer.record import read_lines
 from xtoken.trainer.student.adapters import merged, save_adapter
-from xtoken.trainer.student.model import save_student
+from xtoken.trainer.student.model import rounded, save_student
 
 if TYPE_CHECKING:
     from xtoken.trainer.start import Training
@@ -109,7 +109,11 @@ def _write_result(training: "Training", state: dict[str, Tensor]) -> dict[str, A
     asked, run, model = training.config.student, training.run, training.student.model
     adapted = asked.lora is not None
     tokenizer = training.tokenizer_files or asked.tokenizer_source
-    save_student(model, tokenizer, run.model, merged(model, state) if adapted else state)
+    whole, dtype = merged(model, state) if adapted else state, training.save_dtype
+    if dtype == next(model.parameters()).dtype:
+        save_student(model, tokenizer, run.model, whole)
+    else:
+        save_student(model, tokenizer, run.model, rounded(model, whole, dtype), dtype)
     found: dict[str, Any] = {"model": str(run.model)}
     if adapted:
         save_adapter(model, run.root / ADAPTER, state)

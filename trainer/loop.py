@@ -85,6 +85,7 @@ def train(
                 stack.callback(shutil.rmtree, run.rehearsal, ignore_errors=True)
             training = start(config, student_tokenizer, folders, run, ranks)
             stack.callback(lambda: training.loader.close())
+            stack.callback(training.saver.close)
             training.notes[:0] = notes
             if ranks.first:
                 for note in training.notes:
@@ -165,6 +166,7 @@ def _to_the_end(training: Training, outside: _Outside) -> dict[str, Any]:
     if config.checkpoint.rollback and counted.step == 0:
         training.save()  # a rollback needs somewhere to go
     outside.progress.start("train", config.optim.steps, "steps", counted.step)
+    saved = time.monotonic()
     while counted.step < config.optim.steps:
         if training.ranks.max(float(outside.preempted.asked)):
             return _preempted(training, outside)
@@ -173,10 +175,13 @@ def _to_the_end(training: Training, outside: _Outside) -> dict[str, Any]:
         if every and counted.step and counted.step % every == 0:
             _evaluate(training, outside, "step")
         _train_step(training, outside)
-        if counted.step % config.checkpoint.save_every == 0 or counted.step == config.optim.steps:
+        training.saver.look()
+        if _due(training, saved) or counted.step == config.optim.steps:
             training.save()
+            saved = time.monotonic()
     outside.progress.finish()
     _evaluate(training, outside, "after")
+    training.saver.join()
     summary = summary_of(training) | save_result(training)
     if training.ranks.first:
         training.run.finish(summary)
@@ -184,10 +189,17 @@ def _to_the_end(training: Training, outside: _Outside) -> dict[str, Any]:
     return summary
 
 
+def _due(training: Training, saved: float) -> bool:
+    """Whether a checkpoint is due; ranks agree, so that all save after one step."""
+    options = training.config.checkpoint
+    since = 0.0 if options.save_seconds is None else training.ranks.max(time.monotonic() - saved)
+    return options.due(training.counted.step, since)
+
+
 def _preempted(training: Training, outside: _Outside) -> dict[str, Any]:
     """Save, so that the same command goes on from here."""
     step = training.counted.step
-    training.save()
+    training.save(wait=True)
     training.metrics.write({"step": step, "event": "preempted"})
     outside.progress.finish()
     return summary_of(training) | {"preempted": step, "steps_left": training.config.optim.steps - step}

@@ -83,12 +83,12 @@ class Ranks:
             dist.barrier()
 
     def synchronise(self, objective: Any, now: bool) -> None:
-        """Whether the next backward pass adds up gradients over ranks; only the last of a step needs to."""
-        if self.size == 1:
-            return
-        if hasattr(objective, "set_requires_gradient_sync"):
-            objective.set_requires_gradient_sync(now)
-        else:
+        """Whether the next backward pass adds up gradients over ranks; only the last of a step needs to.
+
+        FSDP does so in every pass: what is not added up it keeps whole, and a float32 gradient of the whole model on
+        every rank takes the memory that sharding is to save.
+        """
+        if self.size > 1 and not hasattr(objective, "set_requires_gradient_sync"):
             objective.require_backward_grad_sync = now
 
 
@@ -182,17 +182,20 @@ def replicate(objective: Any, some_left_out: bool) -> Any:
         )
 
 
-def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+def gathered(tensors: Mapping[str, Tensor], keep: bool, own: bool = False) -> dict[str, Tensor]:
     """Whole tensors on the CPU, of sharded ones put together; nothing where not ``keep``. All ranks must call it.
 
     No two share memory, which safetensors would refuse to write.
+
+    Args:
+        own: none shares memory with what it is made of, so that the next step leaves it as it is.
     """
     members: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, one in tensors.items():
         whole = one.full_tensor() if hasattr(one, "full_tensor") else one
         if keep:
-            here = whole.detach().cpu().contiguous()
+            here = whole.detach().to("cpu", copy=own and whole is one).contiguous()
             memory = here.untyped_storage().data_ptr()
             members[name] = here.clone() if memory in seen else here
             seen.add(memory)

@@ -20,6 +20,7 @@ from xtoken.trainer.data.micro_batch import Micro, TeacherTargets
 from xtoken.trainer.losses.base import WEIGHT, FeatureLoss, Loss, View
 from xtoken.trainer.losses.ce import cross_entropy
 from xtoken.trainer.objective import Objective, Student
+from xtoken.trainer.products import add_product, widened
 
 
 class Sums(NamedTuple):
@@ -85,14 +86,12 @@ class _Gradients:
         if head_VH is None:  # the states are logits already, and wider than the vocabulary where the head is padded
             self.states_PH[block.low : block.high, : rows_grad.shape[1]] = rows_grad.to(self.states_PH.dtype)
             return
-        rows_grad, size = rows_grad.to(head_VH.dtype), len(head_VH)
+        size = len(head_VH)
+        rows_grad = widened(rows_grad, size, head_VH.dtype)
         states_PH = states_PH[block.low : block.high].to(head_VH.dtype)
         self.states_PH[block.low : block.high] = (rows_grad @ head_VH).to(self.states_PH.dtype)
-        # blocks add up in float32 or more; a head of that type needs no second buffer for the product
-        if self.weight_MH is not None and self.weight_MH.dtype == rows_grad.dtype:
-            self.weight_MH[:size].addmm_(rows_grad.t(), states_PH)
-        elif self.weight_MH is not None:
-            self.weight_MH[:size] += rows_grad.t() @ states_PH
+        if self.weight_MH is not None:
+            add_product(self.weight_MH[:size], rows_grad.t(), states_PH)
         if self.bias_M is not None:
             self.bias_M[:size] += rows_grad.sum(0)
 
@@ -123,7 +122,7 @@ class _Scorer:
         """The sums of ``score``; gradients, if wanted, are added to ``grads``."""
         weight_VH, bias_V = self.student.columns()
         collected = self._collect(states_PH, weight_VH, bias_V)
-        for low, high in spans(self.micro, self.student.vocabulary, self.losses, states_PH.is_cuda):
+        for low, high in spans(self.micro, self.student.vocabulary, self.losses, states_PH.device):
             linear_PV = self._linear(states_PH[low:high], weight_VH, bias_V)
             graph = grads is not None or self.norms
             with torch.set_grad_enabled(graph):
@@ -157,7 +156,9 @@ class _Scorer:
             grads = torch.autograd.grad(term, [leaf, *self.learned], allow_unused=True, retain_graph=True)
             if grads[0] is not None:
                 rows_grad = grads[0]
-                states_grad = rows_grad if head_VH is None else rows_grad.to(head_VH.dtype) @ head_VH
+                states_grad = (
+                    rows_grad if head_VH is None else widened(rows_grad, len(head_VH), head_VH.dtype) @ head_VH
+                )
                 squares[i] += states_grad.double().square().sum()
             parts = [None if grad is None else grad * self.factors[i] for grad in grads]
             total = [
@@ -167,13 +168,7 @@ class _Scorer:
 
     def _linear(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> Tensor:
         """What the head's matrix makes, before scale and cap, at least float32."""
-        if weight_VH is None:
-            rows_PV = states_PH[:, : self.student.vocabulary]
-        else:
-            rows_PV = torch.nn.functional.linear(states_PH.to(weight_VH.dtype), weight_VH, bias_V)
-        # softmax and the loss are computed in float32 whatever the forward pass is in
-        wide = rows_PV.to(torch.promote_types(rows_PV.dtype, torch.float32))
-        return wide.detach()
+        return self.student.linear(states_PH, weight_VH, bias_V).detach()
 
     def _rows(self, linear_PV: Tensor) -> Tensor:
         return self.student.head.bend(linear_PV)
@@ -187,7 +182,7 @@ class _Scorer:
         pieces: dict[int, list[Tensor]] = {i: [] for i in wanted}
         # the second pass makes the same logits again: two forward passes of the head cost less than all logits at once
         with torch.no_grad():
-            for low, high in spans(self.micro, self.student.vocabulary, self.losses, states_PH.is_cuda):
+            for low, high in spans(self.micro, self.student.vocabulary, self.losses, states_PH.device):
                 block = Block(low, high, self._rows(self._linear(states_PH[low:high], weight_VH, bias_V)))
                 label_P = tensor(self.micro.label_P[low:high], states_PH.device)
                 for i, loss in wanted.items():
@@ -305,7 +300,10 @@ def _liger(objective: Objective, micro: Micro, states_PH: Tensor, factors: Seque
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     head = objective.student.head
-    weight_VH, bias_V = objective.student.columns()
+    # the kernel's softmax is over all rows that it is given
+    weight_VH, bias_V = (
+        None if part is None else part[: objective.student.vocabulary] for part in objective.student.columns()
+    )
     assert weight_VH is not None, "xtoken.trainer.start asks for a head that can be fused"
     if head.scale != 1:
         states_PH, bias_V = states_PH * head.scale, None if bias_V is None else bias_V * head.scale

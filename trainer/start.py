@@ -1,6 +1,7 @@
 """What a run holds while it goes, built in an order that fails early: targets, run folder, model, checkpoint."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from torch import Tensor
 from xtoken.schemas.configs.train import LossGroup, StudentGroup, TrainConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
-from xtoken.trainer.checkpoint import Policy, Restored, refuse_dtypes, restore_checkpoint, save_checkpoint
+from xtoken.trainer.checkpoint import Policy, Restored, refuse_dtypes, restore_checkpoint
 from xtoken.trainer.data.batches import Loader
 from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.plan import Position
@@ -28,8 +29,9 @@ from xtoken.trainer.objective import Objective, Student
 from xtoken.trainer.optim import build_optimizer, named_parameters, optimizer_tensors, restore_optimizer
 from xtoken.trainer.ranks import Ranks, fill, gathered, replicate, shard
 from xtoken.trainer.run import Run
+from xtoken.trainer.saver import Saver, room_to_copy
 from xtoken.trainer.student.adapters import add_adapters
-from xtoken.trainer.student.head import find_head, leaves_some_out, pick_packing
+from xtoken.trainer.student.head import attend_flat, find_head, leaves_some_out, pick_packing
 from xtoken.trainer.student.model import (
     check_context,
     check_width,
@@ -37,6 +39,7 @@ from xtoken.trainer.student.model import (
     head_width,
     open_student,
     pick_autocast,
+    pick_save_dtype,
     prepare,
     rehearse_save,
 )
@@ -72,6 +75,7 @@ class Training:
     Attributes:
         notes: what the user should know of this run, a sentence each.
         tokenizer_files: see ``rehearse_save``; None on ranks that do not write.
+        save_dtype: of the trained model's weights.
         told: terms of the objective whose weight has been said to be capped.
     """
 
@@ -92,9 +96,11 @@ class Training:
     counted: Counted
     notes: list[str]
     tokenizer_files: Path | None
+    save_dtype: torch.dtype
     loader: Loader = field(init=False)
     damaged: list[str] = field(default_factory=list)
     told: set[int] = field(default_factory=set)
+    saver: Saver = field(default_factory=Saver)
 
     @property
     def sharded(self) -> bool:
@@ -106,18 +112,27 @@ class Training:
         found: T = (self.wrapped if self.sharded else self.objective)(work, *args)
         return found
 
-    def save(self) -> None:
-        """Write a checkpoint; all ranks must call it."""
+    def save(self, wait: bool = False) -> None:
+        """Write a checkpoint, as a rule while the next steps run; all ranks must call it.
+
+        Args:
+            wait: return when it is whole.
+        """
+        self.saver.join()  # before there is another copy of everything
         tensors = {"model": self._weights(), "optimizer": optimizer_tensors(self._named(), self.optimizer)}
-        if self.sharded:  # whole ones leave their device one at a time, as they are written
-            tensors = {group: gathered(members, self.ranks.first) for group, members in tensors.items()}
+        beside = self.sharded or (not wait and room_to_copy(tensors))
+        if beside:
+            tensors = {group: gathered(members, self.ranks.first, own=True) for group, members in tensors.items()}
         state = vars(self.counted) | {"watch": self.watch.state(), "positions": self._positions()} | self.mixing.state()
         if self.ranks.first:
             policy = Policy(self.config.checkpoint.keep, self.config.checkpoint.keep_every)
-            save_checkpoint(self.run.checkpoints, self.counted.step, tensors, state, policy)
+            self.saver.begin(self.run.checkpoints, self.counted.step, tensors, deepcopy(state), policy)
+        if wait or not beside:
+            self.saver.join()
 
     def restore(self, before: int | None = None) -> bool:
         """Go on from the newest checkpoint (before a step); whether there is one. All ranks must call it."""
+        self.saver.join()
         found = restore_checkpoint(self.run.checkpoints, before) if self.ranks.first else None
         restored: Restored | None = self.ranks.share(found)
         if restored is None:
@@ -213,11 +228,13 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
         model = add_adapters(model, asked.lora, asked.lora_alpha, data.seed, embeddings=asked.lora_embeddings)
     some_left_out = ranks.size > 1 and leaves_some_out(head)
     prepare(model, asked.activation_checkpointing, asked.compile)
+    autocast = pick_autocast(asked.autocast, ranks.device)
+    flat = packing and not asked.compile and attend_flat(head, autocast)
     losses = tuple(
         open_loss(name, _setup(config.loss, targets, name, vocabulary, ranks.device))
         for name, targets in zip(config.losses, folders, strict=True)
     )
-    student = Student(model, ranks.device, pick_autocast(asked.autocast, ranks.device), vocabulary, head)
+    student = Student(model, ranks.device, autocast, vocabulary, head, flat)
     objective = Objective(student, losses, use_liger(asked, config.losses, ranks.device, head.fusable))
     wrapped = _wrap(objective, asked.parallel, ranks, some_left_out)
     optimizer = build_optimizer(model, config.optim, losses)
@@ -239,6 +256,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
         counted=counted,
         notes=notes,
         tokenizer_files=files,
+        save_dtype=pick_save_dtype(asked),
     )
     refuse_dtypes(training._weights())
     training.loader = open_loader(training, None)

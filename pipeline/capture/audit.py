@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,6 +34,7 @@ from xtoken.pipeline.teachers.base import Teacher, TeacherRows, chosen_rows
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable
 from xtoken.schemas.configs.capture import CodecGroup, PrecomputeConfig, RunGroup, TeacherGroup
 from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.io.memory import free_memory
 from xtoken.schemas.io.remote import named_errors, patiently
 from xtoken.schemas.manifest import MOST_AUDITS, AuditRecord, Part, TeacherInfo
 from xtoken.schemas.spans import CHAT_ROW_COLUMNS, ROW_COLUMNS, tokens_with_row
@@ -216,30 +216,6 @@ def _float32_bytes(config: TeacherGroup) -> int:
     except (XtokenError, ImportError, OSError, RuntimeError, ValueError) as error:
         raise _cannot(config, error) from error
     return 4 * sum(int(weight.numel()) for weight in model.parameters())
-
-
-def free_memory() -> int | None:
-    """Bytes of memory that may still be taken, here and in this container; None where the system does not tell."""
-    limits = [_machine_memory(), _group_memory()]
-    return min((free for free in limits if free is not None), default=None)
-
-
-def _machine_memory() -> int | None:
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        return None
-
-
-def _group_memory(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a control group (version 2) leaves; what the system caches for it counts as free."""
-    try:
-        most, now = (int((root / name).read_text()) for name in ("memory.max", "memory.current"))
-        details = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-        return max(0, most - now + int(details["inactive_file"]))
-    except (OSError, KeyError, ValueError):  # no group, or "max": no limit
-        return None
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ ARGUMENTS: Any = {"argument": True, "many": True}  # several words on the comman
 
 
 LISTS = (list[str], list[float])  # written with commas on the command line
+NUMBER_OR_WORD: Any = int | str
 
 
 def argument(description: str, place: Any = PLACE) -> Any:
@@ -186,6 +187,26 @@ def named_values(value: list[str]) -> list[str]:
         if not re.fullmatch(r"[A-Za-z_]\w*=.*", word, re.DOTALL):
             raise ValueError(f"{word!r} names no variable; write name=value, such as enable_thinking=false")
     return value
+
+
+_TIME = re.compile(r"([1-9]\d*)([smh])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def steps_or_time(value: Any) -> Any:
+    """Read the words of a field that is a number of steps, or a time; for ``field_validator``, before its own."""
+    if isinstance(value, str) and not value.isdecimal() and _TIME.fullmatch(value) is None:
+        raise ValueError(f"{value!r} is neither a number of steps nor a time; write 50, 90s, 10m or 2h")
+    value = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"{value} steps are none; give at least 1, or a time such as 10m")
+    return value
+
+
+def seconds_of(value: int | str) -> int | None:
+    """Seconds of a time that ``steps_or_time`` let pass; None for a number of steps."""
+    found = _TIME.fullmatch(str(value))
+    return None if found is None else int(found[1]) * _SECONDS[found[2]]
 
 
 def a_day(value: str | None) -> str | None:

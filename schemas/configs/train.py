@@ -13,6 +13,8 @@ from xtoken.schemas.configs.base import (
     OUT_FOLDER,
     PLACE,
     Config,
+    seconds_of,
+    steps_or_time,
 )
 from xtoken.schemas.losses import LOSSES
 
@@ -172,6 +174,12 @@ class StudentGroup(Config):
         "auto",
         description="Kernel of --loss ce on CUDA; auto: Liger where it is installed, else eager blocks.",
         json_schema_extra=MAY_CHANGE,
+    )
+
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Of the trained model's weights; auto: what the student's config.json says, else float32. "
+        "Training and checkpoints are float32.",
     )
 
     @model_validator(mode="after")
@@ -338,7 +346,11 @@ class OptimGroup(Config):
 class CheckpointGroup(Config):
     """What is saved, and when a run goes back or stops."""
 
-    save_every: int = Field(50, ge=1, description="Steps between checkpoints.", json_schema_extra=MAY_CHANGE)
+    save_every: int | str = Field(
+        50,
+        description="Steps between checkpoints, or the time between them, such as 10m.",
+        json_schema_extra=MAY_CHANGE,
+    )
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.", json_schema_extra=MAY_CHANGE)
     keep_every: int | None = Field(
         None,
@@ -359,6 +371,20 @@ class CheckpointGroup(Config):
         description="Go back to the last checkpoint and leave out the step at fault, this many times, before stopping.",
         json_schema_extra=MAY_CHANGE,
     )
+
+    _steps_or_time = field_validator("save_every", mode="before")(steps_or_time)
+
+    def due(self, step: int, seconds: float) -> bool:
+        """Whether a checkpoint is due after ``step``, the last one having begun so many seconds ago."""
+        wait = self.save_seconds
+        if wait is None:
+            return step % int(self.save_every) == 0
+        return seconds >= wait or (self.keep_every is not None and step % self.keep_every == 0)
+
+    @property
+    def save_seconds(self) -> int | None:
+        """The time between checkpoints; None where they are so many steps apart."""
+        return seconds_of(self.save_every)
 
 
 class ReportGroup(Config):

@@ -12,7 +12,17 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from rich.markup import escape
 
-from xtoken.schemas.configs.base import LAST, LISTS, Config, Leaf, flag, leaves, marked, place_of
+from xtoken.schemas.configs.base import (
+    LAST,
+    LISTS,
+    NUMBER_OR_WORD,
+    Config,
+    Leaf,
+    flag,
+    leaves,
+    marked,
+    place_of,
+)
 from xtoken.schemas.errors import TRACEBACK, XtokenError, named
 from xtoken.schemas.ui.config_file import HELP, read_settings
 from xtoken.schemas.ui.terminal import close_streams, open_streams, remarks
@@ -52,6 +62,8 @@ def options(model: type[Config], repeat: str | None = None) -> list[inspect.Para
         default: Any = inspect.Parameter.empty if field.default is PydanticUndefined else field.default
         if kind in LISTS and not _many(field):
             kind, default = str, default if default is inspect.Parameter.empty else ",".join(map(str, default))
+        if kind == NUMBER_OR_WORD:  # words are read by the field itself
+            kind, default = str, default if default is inspect.Parameter.empty else str(default)
         if default == "":  # what is left out is not what a variable that is unset gives
             kind, default = kind | None, None
         if name == repeat:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.ui.progress import Progress
+from xtoken.trainer.blocks import tensor
 from xtoken.trainer.data.micro_batch import Micro, split_micros
 from xtoken.trainer.data.samples import Sample, context_token
 from xtoken.trainer.evaluate.samples import EvalSample
@@ -23,12 +24,14 @@ from xtoken.trainer.objective import Student
 from xtoken.trainer.ranks import ALONE, Ranks
 
 _MICRO_TOKENS = 2048  # padded inputs per forward pass
+_GPU_MICRO_TOKENS = 16_384  # a GPU waits for the host in smaller ones; without gradients there is room
 _LOGITS = 1 << 28  # of one forward pass, of a model that makes them whole: 1 GiB in float32
 
 
 def micro_tokens(student: Student) -> int:
     """Padded inputs per forward pass; a longer sample is a pass of its own."""
-    return _MICRO_TOKENS if student.head.fusable else max(1, min(_MICRO_TOKENS, _LOGITS // student.vocabulary))
+    most = _GPU_MICRO_TOKENS if student.device.type == "cuda" else _MICRO_TOKENS
+    return most if student.head.fusable else max(1, min(most, _LOGITS // student.vocabulary))
 
 
 def bits_per_byte(
@@ -116,11 +119,13 @@ def _bits(
 
 def _nats(student: Student, micro: Micro, cell_P: NDArray[np.int64], cells: int) -> NDArray[np.float64]:
     """Sums of -log p(label) over the positions of each of so many cells."""
-    logp_P = torch.zeros(len(micro.label_P), dtype=torch.float64)
+    logp_P = torch.zeros(len(micro.label_P), dtype=torch.float64, device=student.device)
+    label_P = tensor(micro.label_P, student.device)
     for block in student.blocks(micro):
-        label_P = torch.from_numpy(micro.label_P[block.low : block.high]).to(block.rows.device)
-        logp_P[block.low : block.high] = block.logp().gather(1, label_P[:, None])[:, 0].cpu().double()
-    nats = torch.zeros(cells, dtype=torch.float64).index_add_(0, torch.from_numpy(cell_P), -logp_P)
+        span = slice(block.low, block.high)
+        logp_P[span] = block.logp().gather(1, label_P[span, None])[:, 0].double()
+    # on the CPU, where the order of the sums is the same every time; one copy for all blocks
+    nats = torch.zeros(cells, dtype=torch.float64).index_add_(0, torch.from_numpy(cell_P), -logp_P.cpu())
     of_cells: NDArray[np.float64] = nats.numpy()
     return of_cells
 

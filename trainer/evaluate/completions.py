@@ -16,6 +16,7 @@ from xtoken.trainer.data.samples import context_token
 from xtoken.trainer.evaluate.samples import EvalSample
 from xtoken.trainer.evaluate.spelling import Spelling
 from xtoken.trainer.objective import Student
+from xtoken.trainer.student.flat import rows_again
 
 PROMPT_TOKENS, NEW_TOKENS, ANSWER_TOKENS = 32, 48, 128
 _BATCH = 8
@@ -63,8 +64,9 @@ def complete(
     written: dict[int, list[int]] = {}
     training = student.model.training
     student.model.eval()
-    for batch in _batches(prompts):
-        written |= zip(batch, _continued(student, [prompts[i] for i in batch]), strict=True)
+    with rows_again(student.model):
+        for batch in _batches(prompts):
+            written |= zip(batch, _continued(student, [prompts[i] for i in batch]), strict=True)
     student.model.train(training)
     return [
         {

@@ -211,6 +211,11 @@ class Entries(NamedTuple):
         return cls(count_C, kept.indices.reshape(-1), kept.values.reshape(-1)), tail_C
 
 
-def owners(count_C: Tensor) -> Tensor:
-    """int64 [K]: for each entry the chunk it belongs to."""
-    return torch.repeat_interleave(torch.arange(len(count_C), device=count_C.device), count_C.long())
+def owners(count_C: Tensor, total: int | None = None) -> Tensor:
+    """int64 [K]: for each entry the chunk it belongs to.
+
+    Args:
+        total: K, where a shape tells it: a GPU that is asked for the sum of the counts must first finish all else.
+    """
+    each_C = torch.arange(len(count_C), device=count_C.device)
+    return torch.repeat_interleave(each_C, count_C.long(), output_size=total)

@@ -54,11 +54,11 @@ def byte_prefix(
         tail_logp_P: log of the mass that has no prefix in the student's vocabulary; -inf = none, or no target.
         groups: of the child term, which is left out without them; order_T: int64, the student's text tokens by bytes.
     """
-    position_K, width = owners(kept.count_C), logp_PV.shape[1]
+    position_K, width = owners(kept.count_C, len(kept.id_K)), logp_PV.shape[1]
     place_K = position_K * width + kept.id_K.long()
     place_E = group_E = position_K[:0]
     if groups is not None and order_T is not None:
-        low_G, position_G = groups.low_G.long(), owners(groups.count_P)
+        low_G, position_G = groups.low_G.long(), owners(groups.count_P, len(groups.low_G))
         group_E, rank_E = ranges(low_G, groups.high_G.long() - low_G)
         place_E = position_G[group_E] * width + order_T[rank_E]
     # one call reads all places of all terms: each call's gradient would take a buffer as large as logp_PV
@@ -114,7 +114,7 @@ class BytePrefix(Loss):
     def terms(self, view: View) -> Tensor:
         """See ``Loss.terms``; positions without a target are 0."""
         columns, wanted_P = view.columns, self._wanted(view)
-        wanted_K = wanted_P[owners(columns["prefix_count"])]
+        wanted_K = wanted_P[owners(columns["prefix_count"], len(columns["prefix_ids"]))]
         kept = Entries(
             columns["prefix_count"] * wanted_P, columns["prefix_ids"][wanted_K], columns["prefix_logprob"][wanted_K]
         )

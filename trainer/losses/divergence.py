@@ -81,10 +81,10 @@ def cells(logp: Tensor, logq: Tensor, kl: str) -> Tensor:
     return logp.exp() * (logp.clamp(min=torch.finfo(logp.dtype).min) - logq)
 
 
-def ranges(start_J: Tensor, count_J: Tensor) -> tuple[Tensor, Tensor]:
+def ranges(start_J: Tensor, count_J: Tensor, total: int | None = None) -> tuple[Tensor, Tensor]:
     """int64 [E] twice: the ranges ``start`` to ``start + count - 1`` one after the other, the index of each one's range
-    and its value."""
-    range_E = owners(count_J)
+    and its value; ``total`` is E, as for ``owners``."""
+    range_E = owners(count_J, total)
     before_J = count_J.cumsum(0) - count_J
     return range_E, torch.arange(len(range_E), device=count_J.device) + (start_J - before_J)[range_E]
 

@@ -97,7 +97,7 @@ def gold(
         beta: 0 is KL(teacher || student) on M, 1 the reverse, between them the Jensen-Shannon divergence.
         merge: ``first`` or ``last``: the position whose distribution is compared.
     """
-    dtype, chunk_K = logp_PV.dtype, owners(kept.count_C)
+    dtype, chunk_K = logp_PV.dtype, owners(kept.count_C, len(kept.id_K))
     factor_logp_C = factor_logp_C.to(dtype)
     teacher_CR = padded(other_count_C, other_logp_J.to(dtype).exp())
     row_C = chunk_row(first_C, length_C, merge)

@@ -53,7 +53,7 @@ def h_kl(
         common_weight, uld_weight: of the two parts.
         uncommon_topk: ranks compared.
     """
-    chunk_K, dtype = owners(common.count_C), logp_CV.dtype
+    chunk_K, dtype = owners(common.count_C, len(common.id_K)), logp_CV.dtype
     place_K = chunk_K * logp_CV.shape[1] + common.id_K.long()
     if uld_weight == 0:  # no order of the vocabulary is worked out for nothing
         logp_S_K, l1_C = logp_CV.reshape(-1).index_select(0, place_K), logp_CV.new_zeros(len(logp_CV))
@@ -90,7 +90,8 @@ class HKL(Loss):
     def agrees(self, view: View) -> Tensor:
         """The student's most probable token is the pair of the teacher's, of chunks whose teacher's is in a pair."""
         count_C, other_C = view.columns["hkl_common_count"], view.columns["hkl_other_count"]
-        chunk_K, logp_K = owners(count_C), view.columns["hkl_common_logprob"]
+        logp_K = view.columns["hkl_common_logprob"]
+        chunk_K = owners(count_C, len(logp_K))
         low_C = logp_K.new_full((len(count_C),), -torch.inf)
         best_C = low_C.scatter_reduce(0, chunk_K, logp_K, "amax")
         start_C = (other_C.cumsum(0) - other_C).long()

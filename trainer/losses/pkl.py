@@ -115,10 +115,13 @@ def p_kl(
         drop: renormalise both sides over the kept ids, instead of a cell for the tail.
     """
     assert drop or length_C is None, "the mean over positions is known up to a factor, which only drop cancels"
-    id_K, chunk_K = kept.id_K.long(), owners(kept.count_C)
+    id_K, chunk_K = kept.id_K.long(), owners(kept.count_C, len(kept.id_K))
     first_K = chunk_K if first_C is None else first_C[chunk_K]
     # a pair J is an entry at one of its chunk's positions; E are the student tokens that W maps to the pair's id
-    kept_J, position_J = ranges(first_K, torch.ones_like(chunk_K) if length_C is None else length_C[chunk_K])
+    if length_C is None:
+        kept_J, position_J = torch.arange(len(chunk_K), device=chunk_K.device), first_K
+    else:
+        kept_J, position_J = ranges(first_K, length_C[chunk_K])
     pair_E, column_E = ranges(w.start_U[id_K[kept_J]], w.degree_U[id_K[kept_J]])
     w_E = w.column_N[column_E]
     place_E = position_J[pair_E] * logp_PV.shape[1] + w.student_N[w_E]

@@ -20,7 +20,7 @@ def padded(count_C: Tensor, value_K: Tensor) -> Tensor:
     """[C, R] with zeros after each chunk's values; R is the longest list."""
     count_C = count_C.long()
     longest = int(count_C.max()) if len(count_C) else 0
-    chunk_K = owners(count_C)
+    chunk_K = owners(count_C, len(value_K))
     rank_K = torch.arange(len(value_K), device=value_K.device) - (count_C.cumsum(0) - count_C)[chunk_K]
     padded_CR = value_K.new_zeros(len(count_C), longest)
     padded_CR[chunk_K, rank_K] = value_K

@@ -36,7 +36,7 @@ def sparse_kl(
         kl: ``forward``, or ``reverse`` for KL(p_S || p_T).
         drop: renormalise both sides over the kept ids, instead of a cell for the tail.
     """
-    chunk_K = owners(kept.count_C)
+    chunk_K = owners(kept.count_C, len(kept.id_K))
     position_K = chunk_K if first_C is None else first_C[chunk_K]
     place_K = position_K * logp_PV.shape[1] + kept.id_K.long()
     if drop:

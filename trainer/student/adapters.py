@@ -65,7 +65,9 @@ def add_adapters(model: Any, rank: int, alpha: float | None = None, seed: int = 
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    # the state of the devices that the model lies on, not that of every GPU of the machine
+    used = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(used, key=str)):
         torch.manual_seed(seed)
         try:
             wrapped: Any = get_peft_model(model, config)

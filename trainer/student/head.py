@@ -4,6 +4,7 @@ Shapes: B rows, L inputs of a row, P positions, H width of the hidden states, M 
 """
 
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor
 
 from xtoken.schemas.errors import XtokenError
+from xtoken.trainer.student import flat
 
 # Logits made in another order differ by rounding; another formula is off by far more than this share of the largest.
 _ROUNDING = 1e-4
-_PROBE = (5, 7, 3)  # lengths of the samples that a probe packs into one row
+_ROUNDING_HALF = 0.05  # of bfloat16 through all layers; samples that see each other are off by far more
+_FLAT_DEVICE = "cuda"
+# Lengths of the samples that a probe packs into two rows: some kernels tell samples apart in a batch of one row only.
+_PROBE = ((5, 7, 3), (9, 6))
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,13 @@ class Head:
         """The head's bias, if it has one and is fused."""
         return getattr(self.model.get_output_embeddings(), "bias", None) if self.fusable else None
 
-    def states(self, input_BL: Tensor, position_BL: Tensor) -> Tensor:
-        """[B, L, H] what the head sees, or [B, L, M] logits of a model whose head is not fused."""
-        options = {"position_ids": position_BL} if self.positions else {}
+    def states(self, input_BL: Tensor, position_BL: Tensor, segments: Mapping[str, Any] | None = None) -> Tensor:
+        """[B, L, H] what the head sees, or [B, L, M] logits of a model whose head is not fused.
+
+        Args:
+            segments: where samples begin, for a model that attends by them (``xtoken.trainer.student.flat``).
+        """
+        options = ({"position_ids": position_BL} if self.positions else {}) | dict(segments or {})
         if not self.fusable:
             logits: Tensor = self.model(input_ids=input_BL, use_cache=False, **options).logits
             return logits
@@ -85,11 +94,61 @@ def packing_changes_nothing(head: Head) -> bool:
     """Whether samples in one row, told apart by position ids, get the states that they get alone."""
     if not head.positions:
         return False
-    samples = [_tokens(head.model, length, seed) for seed, length in enumerate(_PROBE)]
+    samples = _probe(head.model)
     with _quiet(head.model), torch.no_grad():
-        alone = [head.states(ids[None], _count(ids)[None])[0] for ids in samples]
-        packed = head.states(torch.cat(samples)[None], torch.cat([_count(ids) for ids in samples])[None])[0]
-    return _close(packed, torch.cat(alone))
+        alone = _alone(head, samples)
+        inputs, positions = (tensor.reshape(len(_PROBE), -1) for tensor in _packed(samples))
+        packed = head.states(inputs, positions)
+    return _close(packed.flatten(0, 1), alone)
+
+
+def attend_flat(head: Head, dtype: torch.dtype | None) -> bool:
+    """Have the model attend by segments, if it is on CUDA in bfloat16 and a probe shows that this changes nothing.
+
+    Args:
+        dtype: of autocast.
+
+    Returns:
+        Whether it does; if not, the model is as it was.
+    """
+    device = head.model.get_input_embeddings().weight.device
+    if device.type != _FLAT_DEVICE or dtype != torch.bfloat16 or not head.positions:
+        return False
+    samples = _probe(head.model)
+    with torch.no_grad(), torch.autocast(device.type, dtype=dtype):
+        with _quiet(head.model):
+            alone = _alone(head, samples)
+        try:
+            flat.set_flat(head.model)
+        except flat.NotFlat:
+            return False
+        inputs, positions = (tensor[None] for tensor in _packed(samples))
+        ends = flat.segments(positions.cpu().numpy())
+        ends |= {name: torch.from_numpy(ends[name]).to(device) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+        try:
+            head.states(inputs, positions, ends)  # as it trains: with dropout, which the kernel has not
+            with _quiet(head.model):
+                if _close(head.states(inputs, positions, ends)[0], alone, _ROUNDING_HALF):
+                    return True
+        except (flat.NotFlat, TypeError, RuntimeError):  # no such argument, no such kernel
+            pass
+    head.model.set_attn_implementation(flat.ROWS)
+    return False
+
+
+def _probe(model: Any) -> list[Tensor]:
+    lengths = [length for row in _PROBE for length in row]
+    return [_tokens(model, length, seed) for seed, length in enumerate(lengths)]
+
+
+def _alone(head: Head, samples: Sequence[Tensor]) -> Tensor:
+    """States of each sample in a pass of its own, one behind the other."""
+    return torch.cat([head.states(ids[None], _count(ids)[None])[0] for ids in samples])
+
+
+def _packed(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens and positions of samples, one behind the other."""
+    return torch.cat(list(samples)), torch.cat([_count(ids) for ids in samples])
 
 
 def pick_packing(head: Head, batching: str, source: str) -> bool:
@@ -146,10 +205,10 @@ def _same_logits(head: Head, whole: Head) -> bool:
         return _close(ours, whole.states(ids, positions))
 
 
-def _close(states: Tensor, wanted: Tensor) -> bool:
+def _close(states: Tensor, wanted: Tensor, rounding: float = _ROUNDING) -> bool:
     if states.shape != wanted.shape:
         return False
-    limit = _ROUNDING * float(wanted.abs().max())
+    limit = rounding * float(wanted.abs().max())
     return bool(((states - wanted).abs() <= limit).all())
 
 

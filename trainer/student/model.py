@@ -1,10 +1,12 @@
 """The student: loaded, built from random weights, made ready to train, and saved as a Hugging Face folder."""
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from xtoken.schemas.configs.train import StudentGroup
 from xtoken.schemas.devices import auto_device
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.heads import stated_dtype
 from xtoken.schemas.io.atomic import whole_folder
 from xtoken.schemas.io.hub_files import require_known
 from xtoken.schemas.manifest import TokenizerInfo
@@ -22,6 +25,7 @@ from xtoken.trainer.student.tokenizer_files import CHAT_TEMPLATE, copy_tokenizer
 from xtoken.trainer.student.writable import mend_settings
 
 _REASON = 300  # characters of a library's message
+_SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -45,6 +49,15 @@ def pick_autocast(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast, or None; ``auto`` is bfloat16 on GPU and none elsewhere."""
     wanted = name == "bfloat16" or (name == "auto" and device.type == "cuda")
     return torch.bfloat16 if wanted else None
+
+
+def pick_save_dtype(student: StudentGroup) -> torch.dtype:
+    """Of the trained model's weights; ``auto`` is what the student's config.json says, float32 where it says nothing.
+
+    A dtype that training does not end in (float8, float64) counts as nothing.
+    """
+    name = stated_dtype(student.source) if student.save_dtype == "auto" else student.save_dtype
+    return _SAVED.get(name or "", torch.float32)
 
 
 def open_student(student: StudentGroup, device: torch.device, tokenizer: TokenizerInfo, seed: int) -> Any:
@@ -90,8 +103,9 @@ def load_student(
     inside = {"config": inner_config(source)} if is_expanded(source) else {}
     try:
         with _no_progress_bars():
+            options = inside | straight_to(device)
             model, loaded = auto.from_pretrained(
-                source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **inside
+                source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
             )
     except Exception as error:  # what an architecture raises on settings that do not go together shares no base
         reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
@@ -104,6 +118,17 @@ def load_student(
     # transformers goes on without it, and the trained model would stop at other tokens
     require_known(source, "generation_config.json", getattr(model.config, "_commit_hash", None))
     return (expanded(model, source) if inside else model).to(device)
+
+
+def straight_to(device: torch.device) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that read each tensor to a GPU, with no copy of the model in the host's memory.
+
+    Under torchrun every rank would have one. It takes accelerate, which comes with peft; without it the whole model is
+    read first and then moved.
+    """
+    if device.type == "cpu" or find_spec("accelerate") is None:
+        return {}
+    return {"device_map": {"": device}}
 
 
 def head_width(model: Any) -> int:
@@ -240,7 +265,13 @@ def end_answers_with(model: Any, stop: int | None) -> None:
         settings.eos_token_id = [*ends, stop]
 
 
-def save_student(model: Any, tokenizer: str | Path, out: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+def save_student(
+    model: Any,
+    tokenizer: str | Path,
+    out: Path,
+    state: Mapping[str, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write ``model`` and the files of ``tokenizer`` as a Hugging Face folder, whole or not at all.
 
     Args:
@@ -250,6 +281,7 @@ def save_student(model: Any, tokenizer: str | Path, out: Path, state: Mapping[st
         out: the folder.
         state: its weights by name, whole and under the names of the plain model; its own when left out. Sharded models
             and models with adapters need it (see ``adapters.merged``).
+        dtype: of ``state``, where it is not that of the model; see ``rounded``.
 
     Raises:
         XtokenError: transformers refuses.
@@ -258,11 +290,29 @@ def save_student(model: Any, tokenizer: str | Path, out: Path, state: Mapping[st
     mend_settings(model)
     with whole_folder(out) as temporary:
         save_pretrained(model, temporary, state)
+        if dtype is not None:
+            _state_dtype(temporary / "config.json", dtype)
         if isinstance(tokenizer, Path):
             shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
         else:
             copy_tokenizer(tokenizer, temporary)
         readable_like(temporary / "config.json", temporary)
+
+
+def rounded(model: Any, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights in the dtype that they are saved in; buffers, and what the architecture wants in float32, stay."""
+    exact = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    buffers = {name for name, _ in model.named_buffers()}
+    stay = {name for name in state if name in buffers or any(part in name.split(".") for part in exact)}
+    return {name: one if name in stay or not one.is_floating_point() else one.to(dtype) for name, one in state.items()}
+
+
+def _state_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Have config.json name it: transformers wrote the dtype that the model was trained in, and loads what it reads."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    for part in (fields, *(one for one in fields.values() if isinstance(one, dict) and "dtype" in one)):
+        part["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_pretrained(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:

@@ -42,3 +42,29 @@ def test_code_for_other_types_is_not_taken(tmp_path: Path) -> None:
     assert call(tmp_path, "float32")[0].split()[0] == "3.0"
     value, hits = call(tmp_path, "float32")
     assert (value, "float32" in hits) == ("3.0", True), "and what was compiled again is kept"
+
+
+def test_other_threads_run_meanwhile() -> None:
+    """A loop ends early where another thread of Python gets to raise a flag while it runs."""
+    code = """
+import threading, numpy as np
+from xtoken.schemas.compiled import compiled
+
+@compiled
+def until(flag, seen, most):
+    for i in range(most):
+        seen[i & 7] = i
+        if flag[0]:
+            return i
+    return most
+
+flag, seen, most = np.zeros(1, np.int64), np.zeros(8, np.int64), 4 * 10**9
+until(flag, seen, 1)
+raiser = threading.Timer(0.05, flag.fill, [1])
+raiser.start()
+print(until(flag, seen, most) < most)
+"""
+    folder = Path(__file__).resolve().parents[3] / ".dev"
+    path = {"PYTHONPATH": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | path, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr

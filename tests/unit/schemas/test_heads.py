@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.heads import needed_rows, refuse_narrow_head, stated_rows
+from xtoken.schemas.heads import needed_rows, refuse_narrow_head, stated_dtype, stated_rows
 
 ROLES = ["bos", "eos", None, None, "special", "hole", None, "pad", "unk", "special"]
 PIECES = [b"", b"", b"a", b"b", b"", b"", b"<think>", b"", b"", b""]
@@ -31,6 +31,28 @@ def test_rows_of_a_folder_and_of_files_in_it(tmp_path: Path, fields: Any, rows: 
     (tmp_path / "tokenizer.json").touch()
     for source in (tmp_path, tmp_path / "config.json", tmp_path / "tokenizer.json"):
         assert stated_rows(str(source)) == rows
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"torch_dtype": "torch.float16"}, "float16"),
+        ({"torch_dtype": "float32", "dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float32", "text_config": {"dtype": "bfloat16"}}, "bfloat16"),
+        ({"text_config": {"torch_dtype": "bfloat16"}, "vision_config": {"dtype": "float16"}}, "bfloat16"),
+        ({"dtype": None, "text_config": None}, None),
+        ({}, None),
+        ([], None),
+    ],
+)
+def test_dtype_of_a_folder_and_of_a_file(tmp_path: Path, fields: Any, dtype: str | None) -> None:
+    for name in ("config.json", "other.json"):
+        (tmp_path / name).write_text(json.dumps(fields))
+    for source in (tmp_path, tmp_path / "config.json", tmp_path / "other.json"):
+        assert stated_dtype(str(source)) == dtype
+    assert stated_dtype("nobody/no-such-model") is None
 
 
 def test_nothing_is_known_where_there_is_no_config(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""DDP with parameters that text passes by: towers for images. One process of gloo, which fails as several do."""
+"""How ranks share a model: DDP with parameters that text passes by (towers for images), FSDP over several passes.
+
+One process of gloo, which fails as several do.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from xtoken.trainer.data.batches import Loader
 from xtoken.trainer.data.layout import Layout
@@ -14,7 +18,7 @@ from xtoken.trainer.data.sources import Sources
 from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.objective import Objective, Student
-from xtoken.trainer.ranks import replicate
+from xtoken.trainer.ranks import Ranks, replicate, shard
 from xtoken.trainer.score import score
 from xtoken.trainer.student.head import find_head, leaves_some_out
 from xtoken.trainer.student.model import load_student
@@ -72,3 +76,27 @@ def test_two_steps_of_a_model_with_a_tower(make_targets: Callable[..., str], pai
     blind(score, micro, (0.5, 0.5))[0].backward()
     with pytest.raises(RuntimeError, match="Expected to have finished reduction in the prior iteration"):
         blind(score, micro, (0.5, 0.5))
+
+
+@pytest.mark.usefixtures("gloo")
+def test_a_sharded_gradient_is_never_kept_whole(
+    make_targets: Callable[..., str], pair: Any, student_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three passes of a step leave the gradient of one over all of them, in shards after each."""
+    loss = open_loss("p-kl", pair.setup())
+    sources, layout = Sources([Targets(make_targets([[9, 12, 5], [6, 8]]))]), Layout(0, 32, 24, (loss,))
+    with Loader(sources, layout, step_tokens=60, micro_tokens=12, seed=0, packing=False) as loader:
+        micros = loader.step().micros[:3]
+    plain = Objective(Student(load_student(student_dir, CPU, False), CPU, None, 24), [loss])
+    for micro in micros:
+        plain(score, micro, (0.5, 0.5))[0].backward()
+    wanted = {name: one.grad for name, one in plain.named_parameters()}
+    sharded = shard(Objective(Student(load_student(student_dir, CPU, False), CPU, None, 24), [loss]), Ranks(), None)
+    for at, micro in enumerate(micros):
+        Ranks(size=2).synchronise(sharded, at == len(micros) - 1)
+        sharded(score, micro, (0.5, 0.5))[0].backward()
+        # one that is kept whole is not seen among the shards before the last pass
+        assert all(isinstance(one.grad, DTensor) for one in sharded.parameters())
+    for name, one in sharded.named_parameters():
+        assert one.grad is not None
+        torch.testing.assert_close(one.grad.full_tensor(), wanted[name], msg=name)

@@ -308,3 +308,53 @@ def test_a_run_out_of_memory_goes_on_in_smaller_passes(
     train(configure(micro_tokens=7, activation_checkpointing=True), student_info, [], Silent())
     losses = [[line["loss"] for line in lines_of(Path(one.out, "metrics.jsonl"))] for one in (quiet, config)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def saved_as(config: TrainConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The trained weights, all of one dtype, which config.json names, and transformers loads them in."""
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(config.out, "model")
+    found = load_file(folder / "model.safetensors")
+    assert {one.dtype for one in found.values()} == {dtype}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.dtype == dtype
+    assert all(torch.equal(value, found[name]) for name, value in loaded.state_dict().items() if name in found)
+    return found
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+def test_a_model_is_saved_in_the_dtype_of_its_student(
+    configure: Callable[..., TrainConfig], student_info: Any, student_dir: str, tmp_path: Path, lora: int | None
+) -> None:
+    """Rounded once, from weights that trained in float32; another dtype has to be asked for."""
+    if lora:
+        pytest.importorskip("peft")
+    settings = Path(student_dir, "config.json")
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"dtype": "bfloat16"}))
+    found = {}
+    for name, dtype in (("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)):
+        config = configure(out=str(tmp_path / name), save_dtype=name, lora=lora)
+        train(config, student_info, [], Silent())
+        found[name] = saved_as(config, dtype)
+    for name, exact in found["float32"].items():
+        assert torch.equal(found["auto"][name], exact.bfloat16()), name
+        assert torch.equal(found["float16"][name], exact.half()), name
+    assert any(not torch.equal(found["auto"][name].float(), exact) for name, exact in found["float32"].items())
+    kept = load_file(tmp_path / "auto" / "checkpoints" / "step-000006" / "model.safetensors")
+    assert {one.dtype for one in kept.values()} == {torch.float32}, "a run goes on from all bits"
+    with pytest.raises(XtokenError, match=r"save_dtype='auto' there, 'float32' now"):
+        train(configure(out=str(tmp_path / "auto"), save_dtype="float32", lora=lora), student_info, [], Silent())
+
+
+def test_a_student_that_names_no_dtype_is_saved_in_float32(
+    configure: Callable[..., TrainConfig], student_info: Any, student_dir: str
+) -> None:
+    settings = Path(student_dir, "config.json")
+    fields = json.loads(settings.read_text())
+    del fields["dtype"]
+    settings.write_text(json.dumps(fields))
+    config = configure(steps=1)
+    train(config, student_info, [], Silent())
+    saved_as(config, torch.float32)

@@ -205,7 +205,7 @@ def test_blocks_do_not_tear_chunks(
     (targets,) = micro.targets
     for size in range(1, 9):
         monkeypatch.setattr(blocks_module, "BLOCK_ELEMENTS", 24 * size)
-        found = list(spans(micro, 24, [loss], on_gpu=False))
+        found = list(spans(micro, 24, [loss], torch.device("cpu")))
         assert [low for low, _ in found] == [0, *(high for _, high in found[:-1])]
         assert found[-1][1] == len(micro.label_P)
         for first, length in zip(targets.first_C, targets.length_C, strict=True):

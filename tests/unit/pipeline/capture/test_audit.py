@@ -298,18 +298,6 @@ def test_a_model_that_transformers_cannot_load_is_refused_with_the_way_out(confi
         open_audit(by_hf, Folder(config.out), tokenizer, teacher, np.zeros(0, np.int32))
 
 
-def test_memory_of_a_control_group(tmp_path: Path) -> None:
-    assert audit_module._group_memory(tmp_path) is None
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert audit_module._group_memory(tmp_path) is None
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert audit_module._group_memory(tmp_path) == 450
-    (tmp_path / "memory.max").write_text("100\n")
-    assert audit_module._group_memory(tmp_path) == 0
-
-
 @pytest.mark.thorough
 @pytest.mark.engine
 def test_transformers_against_itself(

@@ -190,3 +190,21 @@ def test_nothing_to_measure(make_targets: Callable[..., str], student_dir: str, 
     only = make_targets([[5, 5]], name="only", losses=("h-kl",))
     with pytest.raises(XtokenError, match="no columns for loss 'p-kl'"):
         evaluate(eval_config(student_dir, targets=only), student_info, [], Silent())
+
+
+def test_passes_are_larger_on_a_gpu() -> None:
+    """A head that is not fused makes all logits of a pass, which bounds it anywhere."""
+    from types import SimpleNamespace
+    from typing import cast
+
+    from xtoken.trainer.evaluate.bits_per_byte import micro_tokens
+    from xtoken.trainer.objective import Student
+
+    def tokens(device: str, fusable: bool, vocabulary: int) -> int:
+        head = SimpleNamespace(fusable=fusable)
+        found = SimpleNamespace(device=torch.device(device), head=head, vocabulary=vocabulary)
+        return micro_tokens(cast(Student, found))
+
+    assert [tokens("cpu", True, 1 << 18), tokens("cuda", True, 1 << 18)] == [2048, 16_384]
+    assert [tokens("cpu", False, 1 << 15), tokens("cuda", False, 1 << 15)] == [2048, 8192]
+    assert [tokens("cpu", False, 1 << 18), tokens("cuda", False, 1 << 18)] == [1024, 1024]

@@ -156,3 +156,22 @@ def test_a_model_without_linear_layers_is_refused() -> None:
 
     with pytest.raises(XtokenError, match="peft cannot adapt Nothing"):
         add_adapters(Nothing(), 4)
+
+
+def test_the_random_state_of_other_devices_is_not_touched(
+    scratch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Where there are several GPUs, each rank would otherwise open all of them, with a warning."""
+    model, real, asked = scratch("untied"), torch.random.fork_rng, list[Any]()
+
+    def fork(*args: Any, **options: Any) -> Any:
+        asked.append(options["devices"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    before = torch.get_rng_state()
+    add_adapters(model, 2, seed=1)
+    assert asked == [[]]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not [one for one in recwarn if "fork_rng" in str(one.message)]

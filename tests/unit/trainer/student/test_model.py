@@ -14,7 +14,15 @@ import torch
 from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.errors import XtokenError, named
 from xtoken.schemas.manifest import TokenizerInfo
-from xtoken.trainer.student.model import decoder_layers, head_width, load_student, open_student, prepare, save_student
+from xtoken.trainer.student.model import (
+    decoder_layers,
+    head_width,
+    load_student,
+    open_student,
+    prepare,
+    save_student,
+    straight_to,
+)
 
 CPU = torch.device("cpu")
 FAMILIES = ("untied", "tied", "gemma3", "gpt2", "mamba")
@@ -233,3 +241,30 @@ def test_no_compiler_is_said_before_training(scratch: Callable[..., Any]) -> Non
         pytest.raises(XtokenError, match="needs a C\\+\\+ compiler"),
     ):
         prepare(scratch("untied"), activation_checkpointing=False, compile=True)
+
+
+class TestStraightToADevice:
+    """A student that is read to its GPU tensor by tensor."""
+
+    def test_where(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = torch.device("cuda", 1)
+        assert straight_to(CPU) == {}, "on the CPU as ever"
+        assert straight_to(gpu) == {"device_map": {"": gpu}}
+        monkeypatch.setattr("xtoken.trainer.student.model.find_spec", lambda _: None)
+        assert straight_to(gpu) == {}, "without accelerate"
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_bits_are_the_same(
+        self, scratch: Callable[..., Any], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of weights that lie there in bfloat16, and of buffers that are not among them."""
+        save_student(scratch(family).bfloat16(), "bytes", tmp_path)
+        plain = load_student(str(tmp_path), CPU, False)
+        monkeypatch.setattr("xtoken.trainer.student.model.straight_to", lambda device: {"device_map": {"": device}})
+        straight = load_student(str(tmp_path), CPU, False)
+        for kind in ("named_parameters", "named_buffers"):
+            ours, theirs = (dict(getattr(one, kind)()) for one in (straight, plain))
+            assert ours.keys() == theirs.keys()
+            for name, value in theirs.items():
+                assert ours[name].dtype == value.dtype, name
+                assert torch.equal(ours[name], value), name
