@@ -25,6 +25,7 @@ _SUMS = 1e-5  # nats, and of the value: float32 sums against float64
 _STEP = 1e-12  # of the mass: float64 sums in another order
 _ROWS = ((3001, 20), (40_000, 64))  # columns and entries, for tiles of 64 and of 256 columns
 _TEMPERATURES, _DRAWS = (0.5, 2.0), 5
+_SHARE, _NEAR = 0.4, 1e-9  # of the mass: about where a step is looked for, and how near to it a level lies
 _LOG = logging.getLogger("xtoken")
 
 
@@ -80,7 +81,7 @@ def difference(scan: OpenScan, device: torch.device, width: int, k: int) -> str 
     for dtype in (torch.float32, torch.bfloat16):
         logits_NU, target_N, uniform_N = made_rows(width, dtype, device)
         space_P = torch.arange(0, width, 3, device=device)
-        asked = RowReader(k, space_P, _TEMPERATURES, Sampler(_DRAWS, 0, width - width // 8))
+        asked = RowReader(k, space_P, _TEMPERATURES, Sampler(_DRAWS, 0, _sampled_from(width)))
         rows = SlicedReader(asked, scan, width).tensors(logits_NU, target_N, uniform_N)
         wrong = wrong_figures(rows, asked, logits_NU, target_N, uniform_N)
         if wrong:
@@ -111,7 +112,22 @@ def made_rows(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
     logits_NU = torch.from_numpy(rows_NU).to(device, dtype)
     target_N = torch.from_numpy(rng.integers(0, width - 7, len(rows_NU))).to(device)
     target_N[0] = logits_NU[0].argmax()
-    return logits_NU, target_N, rng.random(len(rows_NU))
+    return logits_NU, target_N, _close_calls(logits_NU.float())
+
+
+def _close_calls(logits_NU: Tensor) -> NDArray[np.float64]:
+    """Numbers by which a level lies a billionth of the mass above or below a step: sums in float32 miss it."""
+    p_NU = (logits_NU - logits_NU.logsumexp(dim=1, keepdim=True))[:, : _sampled_from(logits_NU.shape[1])].double().exp()
+    until_NU = (p_NU.cumsum(dim=1) / p_NU.sum(dim=1, keepdim=True)).cpu().numpy()
+    at_N1 = (until_NU < _SHARE).sum(axis=1, keepdims=True)
+    sign_N = np.where(np.arange(len(until_NU)) % 2 == 0, 1, -1)
+    level_N = _DRAWS * (np.take_along_axis(until_NU, at_N1, axis=1)[:, 0] + sign_N * _NEAR)
+    number_N: NDArray[np.float64] = np.ceil(level_N) - level_N
+    return number_N
+
+
+def _sampled_from(width: int) -> int:
+    return width - width // 8
 
 
 def wrong_figures(
@@ -134,7 +150,7 @@ def wrong_figures(
         "logprob": torch.equal(rows.logprob, top_NK),
         "target_logprob": torch.equal(rows.target_logprob, target_logprob_N),
         "target_rank": torch.equal(rows.target_rank, 1 + count_before(logprob_NU, target_logprob_N, target_N)),
-        "space_logprob": _close(rows.space_logprob, _space(wide_NU, asked.space_P) - lse_N1[:, 0]),
+        "space_logprob": _close(rows.space_logprob, (_space(wide_NU, asked.space_P) - lse_N1[:, 0]).clamp(max=0.0)),
         "tau_lognorm": rows.tau_lognorm is None or _close(rows.tau_lognorm, torch.stack(tau_Nn, dim=1)),
         "draws": rows.sampled is None or _follow(rows.sampled, asked.sampler, logprob_NU, uniform_N),
     }

@@ -89,7 +89,8 @@ class KernelScan:
 
     def _run(self, kernel: Any, grid: tuple[int, ...], *values: Tensor | int, **constants: int) -> None:
         logits_NU = self._logits_NU
-        with torch.cuda.device_of(logits_NU):  # Triton starts on the current device
+        # Triton starts on the current device
+        with torch.cuda.device_of(logits_NU):  # type: ignore[no-untyped-call]
             kernel[grid](logits_NU, logits_NU.stride(0), *values, TILE=self.tile, **constants)
 
 

@@ -277,17 +277,14 @@ class TorchScan:
         return torch.cat([read(logits.float(), *values) for logits, *values in parts])
 
     def _sums(self, logits_NU: Tensor, logit_N: Tensor, column_N: Tensor) -> Tensor:
-        # sums of what lies below the largest logit are as exact as float32 can be; where all are -inf, so are the sums
-        peak_N1 = logits_NU.amax(dim=1, keepdim=True)
-        peak_N1 = peak_N1.masked_fill(peak_N1 == -torch.inf, 0.0)
-        below_NU, label_N1, peak_N = logits_NU - peak_N1, logit_N[:, None], peak_N1[:, 0].double()
+        label_N1 = logit_N[:, None]
         columns = [
-            below_NU.logsumexp(dim=1) + peak_N,
-            logits_NU.index_select(1, self._asked.space_P).logsumexp(dim=1),
+            *_log_sums(logits_NU, 1.0),
+            *_log_sums(logits_NU.index_select(1, self._asked.space_P), 1.0),
             count_before(logits_NU, logit_N, column_N),
             logits_NU.masked_fill(logits_NU <= label_N1, torch.inf).amin(dim=1),
             logits_NU.masked_fill(logits_NU >= label_N1, -torch.inf).amax(dim=1),
-            *(below_NU.div(tau).logsumexp(dim=1) + peak_N / tau for tau in self._asked.temperatures),
+            *_log_sums(logits_NU, *self._asked.temperatures),
         ]
         return torch.stack([column.double() for column in columns], dim=1)
 
@@ -305,6 +302,17 @@ class TorchScan:
             return torch.zeros_like(level_ND, dtype=torch.int64)
         until_NU = self._p(logits_NU, lse_N).cumsum_(dim=1)
         return torch.searchsorted(until_NU, torch.minimum(level_ND, until_NU[:, -1:]))
+
+
+def _log_sums(logits_NU: Tensor, *temperatures: float) -> list[Tensor]:
+    """float64 [N] of each temperature: log-sum-exp of logits / tau."""
+    if not logits_NU.shape[1]:
+        return [torch.full((len(logits_NU),), -torch.inf, dtype=torch.float64, device=logits_NU.device)]
+    # what lies below the largest logit adds up as exactly as float32 can; where all are -inf, so is the sum
+    peak_N1 = logits_NU.amax(dim=1, keepdim=True)
+    peak_N1 = peak_N1.masked_fill(peak_N1 == -torch.inf, 0.0)
+    below_NU, peak_N = logits_NU - peak_N1, peak_N1[:, 0].double()
+    return [below_NU.div(tau).logsumexp(dim=1).double() + peak_N / tau for tau in temperatures]
 
 
 def merged_sums(sums_WNF: Tensor) -> Tensor:
