@@ -250,6 +250,8 @@ class Engine:
             (output,) = self.score([ids])
             expected = flat_entries(public.prompt_logprobs, len(ids) - 1, self._k)
             found = read_entries(output.prompt_logprobs, len(ids) - 1, self.whole.width)
+            if (error := self._tried(over=False)) is not None:
+                return error
             if expected is None or found is None:
                 return "whole rows do not reach the reply"
             top, figures = self.whole.unpacked(found)
@@ -257,7 +259,11 @@ class Engine:
                 return "rows of the same prompt differ"
             if (fault := self.whole.fault(top, figures)) is not None:
                 return fault
-        return None
+        return self._tried(over=True)
+
+    def _tried(self, *, over: bool) -> str | None:
+        """What went wrong in a worker since it has whole rows on trial; from then on it would end the engine."""
+        return next((error for error in self._llm.collective_rpc("xtoken_tried", args=(over,)) if error), None)
 
     def _reason(self, test: Callable[[], str | None]) -> str | None:
         """Why a self-test fails; then nothing of it is left in the engine."""

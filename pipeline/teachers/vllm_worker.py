@@ -31,14 +31,42 @@ _V2_FUNCTION = "compute_prompt_logprobs_with_chunking"
 class WorkerExtension(EndsWithParent):
     """Becomes a base class of vLLM's workers (``worker_extension_cls``)."""
 
+    xtoken_trial: "Trial"
+
     def xtoken_whole_rows(self, *wire: Any) -> None:
-        """From now on requests for ``Whole.width`` entries get whole rows.
+        """From now on requests for ``Whole.width`` entries get whole rows, on trial at first.
 
         Raises:
             AttributeError: this release's runners have no such seam.
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        install(runner, Whole.from_wire(*wire))
+        self.xtoken_trial = install(runner, Whole.from_wire(*wire))
+
+    def xtoken_tried(self, over: bool) -> str | None:
+        """What went wrong in the trial, None where nothing did; and whether it is over."""
+        self.xtoken_trial.on = not over
+        return self.xtoken_trial.error
+
+
+@dataclass
+class Trial:
+    """While it is on, an error of ours does not end the engine: vLLM's own code does the step, and the error is kept.
+
+    What it gives instead is never used (see ``xtoken.pipeline.teachers.vllm_engine``).
+    """
+
+    on: bool = True
+    error: str | None = None
+
+    def __call__(self, ours: Callable[..., Any], original: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """``ours``, called as vLLM calls its ``original``."""
+        try:
+            return ours(*given, **named)
+        except Exception as error:  # whatever another version's insides may raise
+            if not self.on:
+                raise
+            self.error = f"{type(error).__name__}: {error}"
+        return original(*given, **named)
 
 
 class Columns(NamedTuple):
@@ -101,19 +129,20 @@ class WorkerRows:
         return Columns(*self.whole.packed(found, target_N), found.target_rank)
 
 
-def install(runner: Any, whole: Whole) -> None:
+def install(runner: Any, whole: Whole) -> Trial:
     """Put whole rows behind the seam of a model runner; once more is for other rows.
 
     Raises:
         AttributeError: it has no seam that is known here.
     """
-    rows = WorkerRows.of(whole, runner.device)
+    rows, trial = WorkerRows.of(whole, runner.device), Trial()
     if hasattr(runner, _V2):
         if getattr(runner, _V2) is not None:  # only the last stage of a pipeline has it
-            StepRows(getattr(runner, _V2), rows).install()
+            StepRows(getattr(runner, _V2), rows, trial).install()
     else:
         original = partial(getattr(type(runner), _V1), runner)
-        setattr(runner, _V1, partial(prompt_rows, runner, original, rows))
+        setattr(runner, _V1, partial(trial, partial(prompt_rows, runner, original, rows), original))
+    return trial
 
 
 def numbers(sampling: Any) -> NDArray[np.float64] | None:
@@ -201,16 +230,17 @@ class StepRows:
     know the numbers of each prompt, and put the function in its place for as long as a step takes.
     """
 
-    def __init__(self, worker: Any, rows: WorkerRows) -> None:
+    def __init__(self, worker: Any, rows: WorkerRows, trial: Trial) -> None:
         self._worker = worker
         self._rows = rows
+        self._trial = trial
         self._numbers: dict[str, NDArray[np.float64]] = {}
 
     def install(self) -> None:
         """Wrap the worker's methods."""
         for name in ("add_request", "remove_request", "compute_prompt_logprobs"):
             original = partial(getattr(type(self._worker), name), self._worker)
-            setattr(self._worker, name, partial(getattr(self, name), original))
+            setattr(self._worker, name, partial(self._trial, partial(getattr(self, name), original), original))
 
     def add_request(self, original: Callable[..., Any], name: str, index: int, sampling: Any) -> None:
         """Remember a prompt's numbers."""
@@ -230,7 +260,9 @@ class StepRows:
         """The rows of a step, by ``columns``."""
         from vllm.v1.worker.gpu.sample import prompt_logprob
 
-        function = partial(self.columns, getattr(prompt_logprob, _V2_FUNCTION), self._uniforms(batch))
+        original_function = getattr(prompt_logprob, _V2_FUNCTION)
+        ours = partial(self.columns, original_function, self._uniforms(batch))
+        function = partial(self._trial, ours, original_function)
         with _swapped(prompt_logprob, **{_V2_FUNCTION: function}):
             return original(logits_fn, hidden_states, batch, *more)
 

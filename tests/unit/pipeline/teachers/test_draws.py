@@ -199,11 +199,12 @@ def test_the_toy_teacher_draws_from_its_whole_row(size):
     assert rows.ids.shape == (11, 1)
 
 
-def test_vllm_and_other_temperatures_are_refused_by_name():
+@pytest.mark.usefixtures("vllm_gives_the_top_k")
+def test_an_engine_of_top_k_and_other_temperatures_are_refused_by_name():
     asked = {"corpus": "x", "teacher": "absent", "out": "y", "codec": "sampled"}
     config = PrecomputeConfig.from_flat(**asked, backend="vllm")
     for check in (check_backend, lambda *asked: open_teacher(*asked, load_tokenizer("bytes").table)):
-        with pytest.raises(XtokenError, match=r"--codec sampled.*'vllm'.*--backend hf, or --codec topk"):
+        with pytest.raises(XtokenError, match=r"--codec sampled.*'vllm'.*--backend hf or vllm, or --codec topk"):
             check(config.teacher, config.codec)
     with pytest.raises(ValueError, match="--temperatures 2 needs --codec topk"):
         PrecomputeConfig.from_flat(**asked, temperatures=[2])
