@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,8 +27,8 @@ TEXT = ROOT / "examples" / "data" / "moby-dick-held-out.jsonl"
 CLOSE = 1e-3
 # Shares of entries and ranks that must be the same; the rest are neighbours nearer than CLOSE that changed places.
 SAME_IDS, SAME_RANKS = 0.99, 0.95
-# Of rows with the same samples: a threshold may fall into what the two sums of a row differ by.
-SAME_DRAWS = 0.97
+# Share of samples; among thousands of rare tokens a threshold may fall into what the two sums of a row differ by.
+SAME_DRAWS = 0.99
 
 pytestmark = [
     pytest.mark.engine,
@@ -161,11 +162,11 @@ def test_rows_are_the_same(
     assert {key: getattr(info, key) for key in same} == {key: getattr(teacher.info, key) for key in same}
 
 
-def drawn(draws: Draws) -> list[dict[int, int]]:
+def drawn(draws: Draws) -> list[Counter[int]]:
     """Of each row, how often each token was sampled."""
     ends = np.cumsum(draws.drawn).tolist()
     spans = zip([0, *ends[:-1]], ends, strict=True)
-    return [dict(zip(draws.ids[a:b].tolist(), draws.count[a:b].tolist(), strict=True)) for a, b in spans]
+    return [Counter(dict(zip(draws.ids[a:b].tolist(), draws.count[a:b].tolist(), strict=True))) for a, b in spans]
 
 
 def test_samples_are_the_same(smollm2_dir: Path, tmp_path: Path, figure: Callable[[str], None]) -> None:
@@ -180,14 +181,15 @@ def test_samples_are_the_same(smollm2_dir: Path, tmp_path: Path, figure: Callabl
         assert one.draws is not None
         assert other.draws is not None
         assert repeated.draws is not None
-        same += [here == there for here, there in zip(drawn(one.draws), drawn(other.draws), strict=True)]
+        common = [(here & there).total() for here, there in zip(drawn(one.draws), drawn(other.draws), strict=True)]
+        same += [count / config.codec.draws for count in common]
         entropy = max(entropy, float(np.abs(one.draws.entropy - other.draws.entropy).max()))
-        assert all(sum(row.values()) == config.codec.draws for row in drawn(one.draws))
+        assert all(row.total() == config.codec.draws for row in drawn(one.draws))
         np.testing.assert_array_equal(one.draws.ids, repeated.draws.ids)
     result = compare(found, expected)
     figure(
-        f"vllm - hf, {smollm2_dir.name}, {config.codec.draws} samples: the same in {np.mean(same):.2%} of {len(same)} "
-        f"rows, largest difference of entropies {entropy:.1e} nats"
+        f"vllm - hf, {smollm2_dir.name}, {len(same)} rows of {config.codec.draws} samples: {np.mean(same):.2%} of the "
+        f"samples are the same, largest difference of entropies {entropy:.1e} nats"
     )
     assert info.capture_path == "vllm-rows"
     assert np.mean(same) > SAME_DRAWS
