@@ -257,8 +257,8 @@ class Engine:
             top, figures = self.whole.unpacked(found)
             if not (_alike(expected, top) and _same_first(expected, top)):
                 return "rows of the same prompt differ"
-            if (fault := self.whole.fault(top, figures)) is not None:
-                return fault
+            if (wrong := self.whole.broken(figures) or self.whole.misfit(top, figures)) is not None:
+                return wrong
         return self._tried(over=True)
 
     def _tried(self, *, over: bool) -> str | None:

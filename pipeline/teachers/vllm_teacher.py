@@ -165,8 +165,8 @@ class VllmTeacher:
             raise self._bad_reply(RULES[broken])
         if whole is None or figures is None:
             return rows
-        if (fault := whole.fault(found, figures)) is not None:
-            raise self._bad_reply(fault)
+        if (wrong := whole.broken(figures)) is not None:
+            raise self._bad_reply(wrong)
         return replace(rows, **figures._asdict())
 
     def _bad_reply(self, message: str) -> XtokenError:

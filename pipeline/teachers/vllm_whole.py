@@ -126,8 +126,19 @@ class Whole:
         ids_NK, float_NK = ids_NW[:, : 1 + self.k].copy(), float_NW[:, : 1 + self.k].copy()
         return (ids_NK, float_NK, rank_N), Figures(lse_N, float_NE[:, _SPACE].copy(), tau_Nn, draws)
 
-    def fault(self, top: Entries, found: Figures) -> str | None:
-        """What of the figures cannot be, beside such entries; None where all of it can."""
+    def broken(self, found: Figures) -> str | None:
+        """What of the figures no row can have; None where all is as it may be. Costs next to nothing."""
+        if not (found.space_logprob <= 0).all():
+            return "log P(a word begins) is NaN, or above 0"
+        if found.tau_lognorm is not None and not np.isfinite(found.tau_lognorm).all():
+            return "a normaliser is not finite"
+        if found.draws is None or self.sampler is None:
+            return None
+        inside = (found.draws.ids >= 0).all() and (found.draws.ids < self.sampler.size).all()
+        return None if inside else "a sampled token lies outside the tokenizer's vocabulary"
+
+    def misfit(self, top: Entries, found: Figures) -> str | None:
+        """What of the figures does not fit the entries; None where all of it does. For a self-test."""
         ids_NK, logprob_NK = top[0][:, 1:], top[1][:, 1:].astype(np.float64)
         p_NK = np.exp(logprob_NK)
         tail_N = np.maximum(1.0 - p_NK.sum(axis=1), 0.0)
@@ -139,20 +150,18 @@ class Whole:
             assert found.tau_lognorm is not None
             least_N = np.log(np.exp(logprob_NK / tau).sum(axis=1))
             most = max(0.0, (1 - 1 / tau) * np.log(len(self.starts_U)))  # of one distribution that is sure, or even
-            norm_N = found.tau_lognorm[:, at].astype(np.float64)
-            if not ((norm_N >= least_N - _SLACK) & (norm_N <= most + _SLACK)).all():
+            norm_N, slack = found.tau_lognorm[:, at].astype(np.float64), _SLACK / min(tau, 1.0)
+            if not ((norm_N >= least_N - slack) & (norm_N <= most + slack)).all():
                 return f"the normaliser at temperature {tau:g} does not fit the most probable tokens"
-        return None if found.draws is None or self.sampler is None else _draws_fault(top, found.draws, self.sampler)
+        return None if found.draws is None or self.sampler is None else _draws_misfit(top, found.draws, self.sampler)
 
     @property
     def _entropy(self) -> int:
         return _TAUS + len(self.temperatures)
 
 
-def _draws_fault(top: Entries, draws: Draws, sampler: Sampler) -> str | None:
+def _draws_misfit(top: Entries, draws: Draws, sampler: Sampler) -> str | None:
     """Of systematic samples, a token has as many as its share says, up or down by less than one."""
-    if not ((draws.ids >= 0) & (draws.ids < sampler.size)).all():
-        return "a sampled token lies outside the tokenizer's vocabulary"
     if not (draws.entropy <= np.log(sampler.size) + _SLACK).all():
         return "an entropy is above that of an even distribution"
     first_N, p_N = top[0][:, 1], np.exp(top[1][:, 1].astype(np.float64))

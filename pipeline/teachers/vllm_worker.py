@@ -23,6 +23,7 @@ from xtoken.pipeline.teachers.logit_rows import BLOCK_LOGITS, RowFigures, RowRea
 from xtoken.pipeline.teachers.vllm_parent import EndsWithParent
 from xtoken.pipeline.teachers.vllm_whole import UNIFORMS, Whole
 
+BLOCK_ROWS = 1024  # most rows whose logits exist at once on a GPU, as in vLLM's own code
 Logits = Callable[[Tensor], Tensor]
 _V1, _V2 = "_get_prompt_logprobs_dict", "prompt_logprobs_worker"
 _V2_FUNCTION = "compute_prompt_logprobs_with_chunking"
@@ -117,8 +118,8 @@ class WorkerRows:
     @classmethod
     def of(cls, whole: Whole, device: torch.device) -> "WorkerRows":
         """With blocks of the size that suits the device."""
-        block = max(1, BLOCK_LOGITS.get(device.type, BLOCK_LOGITS["cuda"]) // len(whole.starts_U))
-        return cls(whole, whole.reader(device), block)
+        rows = BLOCK_LOGITS.get(device.type, BLOCK_LOGITS["cuda"]) // len(whole.starts_U)
+        return cls(whole, whole.reader(device), max(1, min(BLOCK_ROWS, rows)))
 
     def __call__(
         self, hidden_NH: Tensor, target_N: Tensor, logits_fn: Logits, uniform_N: NDArray[np.float64] | None

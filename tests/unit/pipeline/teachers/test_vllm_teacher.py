@@ -204,10 +204,10 @@ def test_whole_rows_that_cannot_be_are_refused() -> None:
     from xtoken.pipeline.teachers.vllm_teacher import VllmTeacher
 
     whole = Whole(3, np.arange(10) % 2 == 0)
-    logits = torch.randn(2, 10, generator=torch.Generator().manual_seed(1))
-    others = Whole(3, np.arange(10) % 2 == 1)  # a worker that was told another set of tokens
-    engine: Any = Engine(whole_reply(others, logits, IDS))
-    with pytest.raises(XtokenError, match=r"did not answer what was asked .*word begins"):
+    reply = whole_reply(whole, torch.randn(2, 10, generator=torch.Generator().manual_seed(1)), IDS)
+    engine: Any = Engine(reply)
+    reply.prompt_logprobs._chunks[0][1][0, 5] = 0.1  # behind label, three entries and log-sum-exp
+    with pytest.raises(XtokenError, match=r"did not answer what was asked \(log P\(a word begins\) is NaN, or above 0"):
         VllmTeacher(engine, WHOLE_INFO, 3, whole=whole).rows([IDS])
     engine.outputs = [Output(Flat(), IDS.tolist())]
     with pytest.raises(XtokenError, match="not 2 of 6 entries"):

@@ -58,7 +58,8 @@ def test_figures_are_those_of_the_reader_to_the_bit(whole: Whole) -> None:
         assert found.draws is not None
         for name in vars(expected.draws):
             np.testing.assert_array_equal(getattr(found.draws, name), getattr(expected.draws, name))
-    assert whole.fault((ids_NK, logprob_NK, rank_N), found) is None
+    assert whole.broken(found) is None
+    assert whole.misfit((ids_NK, logprob_NK, rank_N), found) is None
 
 
 @pytest.mark.parametrize("whole", KINDS)
@@ -92,11 +93,11 @@ def of(name: str, change: Callable[[Any], Any]) -> Callable[[Figures], Figures]:
     [
         (KINDS[0], of("space_logprob", lambda space: space - 3), "word begins"),
         (KINDS[0], of("space_logprob", lambda space: space + 1), "word begins"),
-        (KINDS[0], of("space_logprob", lambda space: space * np.float32(np.nan)), "word begins"),
-        (KINDS[0], of("space_logprob", lambda space: space + np.float32(np.inf)), "word begins"),
+        (KINDS[0], of("space_logprob", lambda space: space * np.float32(np.nan)), "NaN"),
+        (KINDS[0], of("space_logprob", lambda space: space + np.float32(np.inf)), "above 0"),
         (KINDS[1], of("tau_lognorm", lambda norms: norms[:, ::-1]), "temperature 0.5"),
         (KINDS[1], of("tau_lognorm", lambda norms: norms - [[0, 2]]), "temperature 2"),
-        (KINDS[1], of("tau_lognorm", lambda norms: norms * np.nan), "temperature 0"),
+        (KINDS[1], of("tau_lognorm", lambda norms: norms * np.nan), "normaliser is not finite"),
         (KINDS[2], of("draws", lambda draws: replace(draws, ids=draws.ids + 30)), "outside"),
         (KINDS[2], of("draws", lambda draws: replace(draws, ids=draws.ids * 0)), "as often"),
         (KINDS[2], of("draws", lambda draws: replace(draws, entropy=draws.entropy + 4)), "entropy"),
@@ -104,7 +105,8 @@ def of(name: str, change: Callable[[Any], Any]) -> Callable[[Figures], Figures]:
 )
 def test_figures_that_cannot_be_are_named(whole: Whole, change: Callable[[Figures], Figures], message: str) -> None:
     top, found = whole.unpacked(reply(whole, np.full(ROWS, 0.5)))
-    assert message in (whole.fault(top, change(found)) or "nothing")
+    wrong = change(found)
+    assert message in (whole.broken(wrong) or whole.misfit(top, wrong) or "nothing")
 
 
 def test_rows_that_are_no_distributions_are_refused_as_those_of_transformers() -> None:
