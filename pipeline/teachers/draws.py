@@ -77,9 +77,9 @@ def draw_row(p_U: NDArray[np.float64], uniform: float, draws: int) -> NDArray[np
     return ids_D
 
 
-def refuse_empty(mass_R: NDArray[np.float64], size: int) -> None:
-    """Raise XtokenError where the tokenizer's ids carry no mass in a row."""
-    if not (mass_R > 0).all():
+def refuse_empty(entropy_R: NDArray[np.float32], size: int) -> None:
+    """Raise XtokenError where the tokenizer's ids carry no mass in a row, whose entropy is NaN then."""
+    if np.isnan(entropy_R).any():
         raise XtokenError(
             f"a teacher row has no mass on the tokenizer's {size} tokens; this tokenizer is not the teacher's"
         )

@@ -24,15 +24,13 @@ from xtoken.pipeline.teachers import model_source
 from xtoken.pipeline.teachers.base import Batch, Question, TeacherRows, check_prompt, entries_asked, stream_batches
 from xtoken.pipeline.teachers.draws import Sampler
 from xtoken.pipeline.teachers.hf_answers import answers
-from xtoken.pipeline.teachers.logit_rows import RowReader, cut, join
+from xtoken.pipeline.teachers.logit_rows import BLOCK_LOGITS, RowReader, cut, join
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
 from xtoken.schemas.devices import auto_device
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TeacherInfo
 
-# Logits that exist at once; some four arrays of this size do. 64 MB each on CPU, 512 MB on GPU.
-BLOCK_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}
 # Largest difference between head blocks and the model's own forward, relative to its largest logit: the same
 # products in another order (float32), or a head rounded to half precision. Any missed scale is far beyond.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}

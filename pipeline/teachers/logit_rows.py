@@ -12,11 +12,40 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xtoken.pipeline.teachers.base import Draws, TeacherRows
+from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.pipeline.teachers.draws import Sampler, counted, cut_draws, join_draws, refuse_empty, thresholds
 from xtoken.schemas.errors import XtokenError
 
+# Logits that exist at once; some four arrays of this size do. 64 MB each on CPU, 512 MB on GPU.
+BLOCK_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}
 _TAU_SPLIT = 16  # a temperature's exponentials, or a float64 copy, exist for this part of the rows at once
+
+
+@dataclass(frozen=True)
+class RowFigures:
+    """What is computed of N rows, on the device of their logits. Not a number where the logits are none.
+
+    Attributes:
+        ids: int64 [N, K], most probable first, ties by lower id.
+        logprob: float32 [N, K].
+        target_logprob: float32 [N], of the labels.
+        target_rank: int64 [N], from 1.
+        lse: float32 [N], log-sum-exp of the logits.
+        space_logprob: float32 [N].
+        tau_lognorm: float32 [N, n].
+        draws: int64 [N, D], sampled ids, which ascend; no column where nothing is sampled.
+        entropy: float32 [N], of what is sampled from, NaN where that has no mass; empty where nothing is sampled.
+    """
+
+    ids: Tensor
+    logprob: Tensor
+    target_logprob: Tensor
+    target_rank: Tensor
+    lse: Tensor
+    space_logprob: Tensor
+    tau_lognorm: Tensor
+    draws: Tensor
+    entropy: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,30 +73,58 @@ class RowReader:
         Raises:
             XtokenError: the logits are not finite numbers, or the tokenizer's ids have no mass to sample from.
         """
+        found = self.figures(logits_NU, target_N, uniform_N)
+        lse_N = _floats(found.lse)
+        refuse_overflow(lse_N)
+        draws = None
+        if self.sampler is not None:
+            entropy_N = _floats(found.entropy)
+            refuse_empty(entropy_N, self.sampler.size)
+            draws = counted(_ints(found.draws), entropy_N)
+        return TeacherRows(
+            ids=_ints(found.ids),
+            logprob=_floats(found.logprob),
+            target_logprob=_floats(found.target_logprob),
+            target_rank=_ints(found.target_rank),
+            lse=lse_N,
+            space_logprob=_floats(found.space_logprob),
+            tau_lognorm=_floats(found.tau_lognorm) if self.temperatures else None,
+            draws=draws,
+        )
+
+    def figures(self, logits_NU: Tensor, target_N: Tensor, uniform_N: NDArray[np.float64] | None = None) -> RowFigures:
+        """As ``read``, left where the logits are, and nothing refused: whoever reads the figures looks at them."""
         lse_N = logits_NU.logsumexp(dim=-1)
-        refuse_infinite(lse_N)
         logprob_NU = logits_NU.sub_(lse_N[:, None])
         top_NK, ids_NK = top_k(logprob_NU, self.k)
-        target_logprob_N = logprob_NU.gather(1, target_N[:, None])[:, 0]
-        space_N = logprob_NU.index_select(1, self.space_P).logsumexp(dim=-1).clamp_(max=0.0)
-        return TeacherRows(
-            ids=_ints(ids_NK),
-            logprob=_floats(top_NK),
-            target_logprob=_floats(target_logprob_N),
-            target_rank=_ints(_ranks(logprob_NU, ids_NK, target_N)),
-            lse=_floats(lse_N),
-            space_logprob=_floats(space_N),
-            tau_lognorm=_floats(tau_lognorm(logprob_NU, self.temperatures)) if self.temperatures else None,
-            draws=None if self.sampler is None else draw(logprob_NU, uniform_N, self.sampler),
+        draws_ND, entropy_N = lse_N.new_empty((len(lse_N), 0), dtype=torch.int64), lse_N.new_empty(0)
+        if self.sampler is not None:
+            draws_ND, entropy_N = draw(logprob_NU, uniform_N, self.sampler)
+        return RowFigures(
+            ids=ids_NK,
+            logprob=top_NK,
+            target_logprob=logprob_NU.gather(1, target_N[:, None])[:, 0],
+            target_rank=_ranks(logprob_NU, ids_NK, target_N),
+            lse=lse_N,
+            space_logprob=logprob_NU.index_select(1, self.space_P).logsumexp(dim=-1).clamp_(max=0.0),
+            tau_lognorm=tau_lognorm(logprob_NU, self.temperatures),
+            draws=draws_ND,
+            entropy=entropy_N,
+        )
+
+
+def refuse_overflow(lse_N: NDArray[np.float32]) -> None:
+    """Raise XtokenError where a row's logits are no numbers."""
+    if not np.isfinite(lse_N).all():
+        raise XtokenError(
+            "the teacher's logits hold NaN or infinity; a half-precision overflow? try --dtype float32 or bfloat16"
         )
 
 
 def refuse_infinite(lse_N: Tensor) -> None:
-    """Raise XtokenError where the normaliser of a row is no finite number."""
+    """The same of normalisers that are still on their device."""
     if not bool(torch.isfinite(lse_N).all()):
-        raise XtokenError(
-            "the teacher's logits hold NaN or infinity; a half-precision overflow? try --dtype float32 or bfloat16"
-        )
+        refuse_overflow(_floats(lse_N))
 
 
 def tau_lognorm(logprob_NU: Tensor, temperatures: Sequence[float]) -> Tensor:
@@ -76,32 +133,32 @@ def tau_lognorm(logprob_NU: Tensor, temperatures: Sequence[float]) -> Tensor:
     From the float32 log-probabilities that are stored rather than the logits: the rounding of their normaliser is in
     both then, and does not pass for mass that was not kept.
     """
+    if not temperatures:
+        return logprob_NU.new_empty((len(logprob_NU), 0))
     parts = torch.tensor_split(logprob_NU, min(_TAU_SPLIT, len(logprob_NU)))
     norms = [[part.div(tau).logsumexp(dim=-1) for part in parts] for tau in temperatures]
     return torch.stack([torch.cat(norm) for norm in norms], dim=1)
 
 
-def draw(logprob_NU: Tensor, uniform_N: NDArray[np.float64] | None, sampler: Sampler) -> Draws:
+def draw(logprob_NU: Tensor, uniform_N: NDArray[np.float64] | None, sampler: Sampler) -> tuple[Tensor, Tensor]:
     """Tokens sampled from rows of log-probabilities, added up in float64 (see ``xtoken.pipeline.teachers.draws``).
 
-    Raises:
-        XtokenError: a row has no mass on the ids that may be sampled.
+    Returns:
+        int64 [N, D] ids, ascending, and float32 [N] entropy in nats, NaN in rows without mass on the sampler's ids.
     """
     assert uniform_N is not None, "a sampler needs a number for each row"
     share_ND = torch.from_numpy(thresholds(uniform_N, sampler.draws)).to(logprob_NU.device)
     splits = min(_TAU_SPLIT, len(logprob_NU))
     parts = zip(logprob_NU.tensor_split(splits), share_ND.tensor_split(splits), strict=True)
-    drawn = [_draw_part(logprob[:, : sampler.size], share, sampler.size) for logprob, share in parts]
-    return counted(_ints(torch.cat([ids for ids, _ in drawn])), _floats(torch.cat([h for _, h in drawn])))
+    drawn = [_draw_part(logprob[:, : sampler.size], share) for logprob, share in parts]
+    return torch.cat([ids for ids, _ in drawn]), torch.cat([entropy for _, entropy in drawn])
 
 
-def _draw_part(logprob_NU: Tensor, share_ND: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """int64 [N, D] ids sampled, ascending, and float32 [N] entropy in nats."""
+def _draw_part(logprob_NU: Tensor, share_ND: Tensor) -> tuple[Tensor, Tensor]:
     p_NU = logprob_NU.double().exp_()
     surprise_N = torch.special.entr(p_NU).sum(dim=-1)
     mass_N = p_NU.cumsum_(dim=-1)[:, -1].clone()
-    refuse_empty(mass_N.cpu().numpy(), size)
-    # entropy of p / mass: the mass is 1 to rounding, or less under a padded head
+    # entropy of p / mass: the mass is 1 to rounding, or less under a padded head; without mass 0 / 0
     entropy_N = (surprise_N / mass_N + mass_N.log()).clamp_(min=0.0)
     ids_ND = torch.searchsorted(p_NU, share_ND * mass_N[:, None])
     # a GPU adds up in blocks, whose seams may be off by one rounding

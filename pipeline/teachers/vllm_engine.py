@@ -3,7 +3,8 @@
 vLLM's frontend makes Python objects of the tensors in which the engine hands it a
 prompt's rows, entry by entry. The fast way keeps the tensors: ``install`` replaces the method of this process that
 unpacks them, for requests that do not ask for the public flat form. A self-test compares the two on one reply when an
-engine is opened, and on any difference only the public form is used.
+engine is opened, and on any difference only the public form is used. Whole rows (``vllm_worker``) come by the same way,
+and are compared with the public form as well.
 
 Shapes: T tokens of one prompt, R = T - 1 rows, K entries asked for; column 0 of K + 1 is the label.
 """
@@ -23,10 +24,12 @@ from xtoken.pipeline.teachers.base import EngineLost, Question
 from xtoken.pipeline.teachers.vllm_options import MIN_STEP_TOKENS, multiprocessing_wanted, version
 from xtoken.pipeline.teachers.vllm_replies import Entries, TensorRows, flat_entries, read_entries
 from xtoken.pipeline.teachers.vllm_start import Overheard, is_gone, lacks_memory, watch
+from xtoken.pipeline.teachers.vllm_whole import Whole
 
 if find_spec("vllm") is None:
     raise ImportError("vllm is not installed", name="vllm")
 
+WHOLE_ROWS, TENSORS = "vllm-rows", "vllm-tensors"
 _UPDATE = "_update_prompt_logprobs"
 _PROBE_TOKENS = 16
 _SAME_RUN = 0.5  # nats between two runs of one prompt, whatever order kernels add up in; a wrong row is off by more
@@ -82,7 +85,15 @@ def _record(processor: Any, original: Callable[..., None], kept: TensorRows, ten
 class Engine:
     """A ``vllm.LLM``, fed request by request; for one thread at a time, whichever it is."""
 
-    def __init__(self, llm: Any, k: int, *, tensors: bool = True, heard: Overheard | None = None) -> None:
+    def __init__(
+        self,
+        llm: Any,
+        k: int,
+        *,
+        tensors: bool = True,
+        heard: Overheard | None = None,
+        whole: Whole | None = None,
+    ) -> None:
         """Take over ``llm``.
 
         Args:
@@ -90,6 +101,7 @@ class Engine:
             k: entries that are asked for.
             tensors: False keeps to the public flat form.
             heard: what the engine's processes say.
+            whole: what is wanted of whole rows, beside as many entries; None keeps to vLLM's own rows.
         """
         watch(llm)
         self._heard = heard or Overheard()
@@ -99,13 +111,19 @@ class Engine:
         self._names = itertools.count()
         self._answers: dict[str, Any] = {}
         self._fast = False
+        self.whole: Whole | None = None  # what of whole rows each reply holds that is not flat
+        self.why_not_whole = "whole rows leave the engine as tensors only"
         if tensors:
             self._fast = self._tensors_are_right()
+        if self._fast and whole is not None:
+            self._open_whole(whole)
 
     @property
     def path(self) -> str:
         """Which way rows leave the engine, for the manifest."""
-        return "vllm-tensors" if self._fast else "vllm-flat"
+        if self.whole is not None:
+            return WHOLE_ROWS
+        return TENSORS if self._fast else "vllm-flat"
 
     @property
     def step_tokens(self) -> int:
@@ -129,7 +147,9 @@ class Engine:
 
     def add(self, ids: NDArray[np.int32], *, flat: bool = False) -> str:
         """Queue a prompt; its reply is found under the name returned."""
-        return self._add(ids, self._sampling(flat or not self._fast))
+        if flat or self.whole is None:
+            return self._add(ids, self._sampling(self._k, flat=flat or not self._fast))
+        return self._add(ids, self._sampling(self.whole.width, flat=False, extra_args=self.whole.uniforms(ids)))
 
     def ask(self, question: Question) -> str:
         """Queue a prompt to be answered; the reply is found under the name returned."""
@@ -199,31 +219,70 @@ class Engine:
             self._core.abort_request(list(names))
             self.take(names)
 
-    def _sampling(self, flat: bool) -> Any:
+    def _sampling(self, entries: int, *, flat: bool, **more: Any) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
             max_tokens=1,
             temperature=0.0,
-            prompt_logprobs=self._k,
+            prompt_logprobs=entries,
             flat_logprobs=flat,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            **more,
         )
 
-    def _tensors_are_right(self) -> bool:
-        """Whether tensors hold, entry by entry, what the public form says; says why not."""
+    def _open_whole(self, whole: Whole) -> None:
+        """Have whole rows from now on, if they pass their self-test; says why not."""
+        self.whole = whole
+        reason = self._reason(self._whole_difference)
+        if reason is not None:
+            self.whole, self.why_not_whole = None, reason
+            _LOG.warning("%s: rows are of the top k only, whole ones failed their self-test (%s)", version(), reason)
+
+    def _whole_difference(self) -> str | None:
+        """How whole rows of a few prompts differ from the public way's, or what in them cannot be."""
+        assert self.whole is not None
+        self._llm.collective_rpc("xtoken_whole_rows", args=self.whole.wire())
+        for ids in self._probes():
+            (public,) = self.score([ids], flat=True)
+            (output,) = self.score([ids])
+            expected = flat_entries(public.prompt_logprobs, len(ids) - 1, self._k)
+            found = read_entries(output.prompt_logprobs, len(ids) - 1, self.whole.width)
+            if (error := self._tried(over=False)) is not None:
+                return error
+            if expected is None or found is None:
+                return "whole rows do not reach the reply"
+            top, figures = self.whole.unpacked(found)
+            if not (_alike(expected, top) and _same_first(expected, top)):
+                return "rows of the same prompt differ"
+            if (wrong := self.whole.broken(figures) or self.whole.misfit(top, figures)) is not None:
+                return wrong
+        return self._tried(over=True)
+
+    def _tried(self, *, over: bool) -> str | None:
+        """What went wrong in a worker since it has whole rows on trial; from then on it would end the engine."""
+        return next((error for error in self._llm.collective_rpc("xtoken_tried", args=(over,)) if error), None)
+
+    def _reason(self, test: Callable[[], str | None]) -> str | None:
+        """Why a self-test fails; then nothing of it is left in the engine."""
         try:
-            reason = self._difference()
+            reason = test()
         except EngineLost:
             raise
         except Exception as error:  # whatever another version's insides may raise
             reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            self.abort([str(name) for name in range(next(self._names))])
+        return reason
+
+    def _tensors_are_right(self) -> bool:
+        """Whether tensors hold, entry by entry, what the public form says; says why not."""
+        reason = self._reason(self._difference)
         if reason is None:
             return True
         uninstall()
-        self.abort([str(name) for name in range(next(self._names))])
         _LOG.warning("%s: rows take the public, slower path, the fast one failed its self-test (%s)", version(), reason)
         return False
 
@@ -269,3 +328,12 @@ def _alike(one: Entries, other: Entries) -> bool:
     (token, logprob, _), (again, logprob_again, rank_again) = one, other
     near = np.abs(logprob - logprob_again).max() <= _SAME_RUN
     return bool((token[:, 0] == again[:, 0]).all() and near and (rank_again >= 1).all())
+
+
+def _same_first(one: Entries, other: Entries) -> bool:
+    """The same most probable tokens, in rows in which one is well above the next."""
+    (token, logprob, _), (again, *_) = one, other
+    if token.shape[1] < 3:
+        return True
+    clear = logprob[:, 1] - logprob[:, 2] > _SAME_RUN
+    return bool((token[clear, 1] == again[clear, 1]).all())

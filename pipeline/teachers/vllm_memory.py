@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from xtoken.pipeline.teachers import model_source
+from xtoken.pipeline.teachers.vllm_worker import BLOCK_ROWS
 
 _MOST = 0.92  # what vLLM itself takes at most when nobody says anything
 _V1 = 0.8  # room for copies of the log-softmax of a whole prompt
-_BLOCK_ROWS = 1024  # runner V2 makes logits of so many rows at a time
 _COPIES = 3  # of a block, in float32: logits, and what top-k works in
 _CONTEXT = 3 << 29  # 1.5 GiB: CUDA itself, NCCL, kernels' work space
 _LEAST = 0.1
@@ -43,7 +43,7 @@ def memory_share(model_config: Any, tensor_parallel: int, gpu: Gpu | None, *, v2
 
 def _room(rows: int, twice: bool) -> int:
     """What runner V2 needs beside its profile; a soft cap makes more copies, and so does gathering from other GPUs."""
-    return _COPIES * _BLOCK_ROWS * rows * 4 * (2 if twice else 1) + _CONTEXT
+    return _COPIES * BLOCK_ROWS * rows * 4 * (2 if twice else 1) + _CONTEXT
 
 
 def _capped(model_config: Any) -> bool:

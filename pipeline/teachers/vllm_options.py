@@ -10,8 +10,10 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 from xtoken.pipeline.teachers import model_source
+from xtoken.pipeline.teachers.base import entries_asked
 from xtoken.pipeline.teachers.vllm_memory import Gpu, memory_share
-from xtoken.pipeline.teachers.vllm_parent import EndsWithParent
+from xtoken.pipeline.teachers.vllm_whole import columns
+from xtoken.pipeline.teachers.vllm_worker import WorkerExtension
 from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
 from xtoken.schemas.errors import XtokenError
 
@@ -119,13 +121,13 @@ def engine_options(
         # Rows of cached prefixes would be missing or stale.
         "enable_prefix_caching": False,
         "logprobs_mode": "raw_logprobs",
-        "max_logprobs": codec.k,
+        "max_logprobs": entries_asked(codec, model_source.vocab_rows(model_config)) + columns(codec),
         "max_model_len": longest,
         "max_num_batched_tokens": step,
         "max_num_seqs": min(_MAX_SEQUENCES, step),
         "gpu_memory_utilization": config.gpu_memory or memory_share(model_config, config.tensor_parallel, gpu, v2=v2),
         "tensor_parallel_size": config.tensor_parallel,
-        "worker_extension_cls": f"{EndsWithParent.__module__}.{EndsWithParent.__qualname__}",
+        "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
     }
     if config.tensor_parallel > 1:
         options["distributed_executor_backend"] = "mp"

@@ -1,8 +1,8 @@
 """No engine process outlives the process that it serves.
 
 vLLM's engine process does not notice when its parent is killed: it would wait, with the GPU's memory, for ever.
-``EndsWithParent`` becomes a base class of vLLM's workers (``worker_extension_cls``), in whichever process those are,
-and watches the parent from before the model is loaded. Where there is no /proc, nothing is watched.
+``EndsWithParent`` becomes a base class of vLLM's workers (of its ``worker_extension_cls``), in whichever process those
+are, and watches the parent from before the model is loaded. Where there is no /proc, nothing is watched.
 """
 
 import multiprocessing
@@ -30,7 +30,7 @@ def followed() -> Iterator[None]:
 
 
 class EndsWithParent:
-    """See the module. vLLM lets a worker's base have no names of its own, so the watch begins in ``__new__``."""
+    """See the module. The watch begins in ``__new__``: a worker's own ``__init__`` calls none of such a base."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "EndsWithParent":
         """Start to watch the process that ``followed``, unless it is this one."""

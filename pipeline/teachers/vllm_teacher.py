@@ -7,14 +7,15 @@ Shapes: T tokens of one prompt, R = T - 1 rows, K entries asked for.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.pipeline.teachers import model_source
-from xtoken.pipeline.teachers.base import Batch, Question, TeacherRows, check_prompt
-from xtoken.pipeline.teachers.vllm_engine import Engine
+from xtoken.pipeline.teachers import model_source, needs_whole_rows
+from xtoken.pipeline.teachers.base import Batch, Question, TeacherRows, check_prompt, entries_asked
+from xtoken.pipeline.teachers.vllm_engine import TENSORS, WHOLE_ROWS, Engine
 from xtoken.pipeline.teachers.vllm_memory import Gpu, alone_on_gpu
 from xtoken.pipeline.teachers.vllm_options import (
     Options,
@@ -28,6 +29,7 @@ from xtoken.pipeline.teachers.vllm_options import (
 from xtoken.pipeline.teachers.vllm_replies import Entries, read_entries
 from xtoken.pipeline.teachers.vllm_rows import RULES, arrange
 from xtoken.pipeline.teachers.vllm_start import CannotStart, Overheard, lacks_memory, start_llm
+from xtoken.pipeline.teachers.vllm_whole import Whole
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
 from xtoken.schemas.errors import XtokenError
@@ -52,26 +54,34 @@ class VllmTeacher:
         info: TeacherInfo,
         k: int,
         settings: dict[str, str | int | float | bool] | None = None,
+        whole: Whole | None = None,
     ) -> None:
         self.info = info
         self.settings = settings or {}
         self._engine = engine
         self._k = k
+        self._whole = whole
 
     def rows(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows]:
         """Score sequences (see ``xtoken.pipeline.teachers.base.Teacher``).
 
-        ``lse``, ``space_logprob`` and ``tau_lognorm`` are None: vLLM gives no whole rows. Equal log-probabilities
-        are put in the order of their ids; where they lie across the k-th place, vLLM chose which of them to give.
+        Where the engine gives no whole rows, ``lse``, ``space_logprob`` and ``tau_lognorm`` are None, and of equal
+        log-probabilities across the k-th place vLLM chose which to give.
 
         Raises:
-            XtokenError: a token the model has no row for, or a reply that is not what was asked.
+            XtokenError: a token the model has no row for, logits that are NaN or infinite, or a reply that is not what
+                was asked.
         """
         return self._score(batch, flat=False)
 
     def second_path(self, batch: Sequence[NDArray[np.int32]]) -> list[TeacherRows] | None:
-        """The same by vLLM's public flat form, where ``rows`` takes the tensors; else None."""
-        return self._score(batch, flat=True) if self.info.capture_path == "vllm-tensors" else None
+        """The same as vLLM itself computes it, by its public flat form; None where ``rows`` take that way.
+
+        It has no sampled tokens: None where these are what is wanted.
+        """
+        another = self.info.capture_path in (TENSORS, WHOLE_ROWS)
+        sampled = self._whole is not None and self._whole.sampler is not None
+        return self._score(batch, flat=True) if another and not sampled else None
 
     def generate(self, questions: Sequence[Question]) -> Iterator[tuple[int, NDArray[np.int32]]]:
         """Answer prompts (see ``xtoken.pipeline.teachers.base.Teacher``).
@@ -111,7 +121,7 @@ class VllmTeacher:
                     self._engine.step()
                 for name, output in self._engine.take(waiting):
                     key, ids = waiting.pop(name)
-                    yield key, self._read(ids, output)
+                    yield key, self._read(ids, output, self._whole)
         finally:
             self._engine.abort(list(waiting))
 
@@ -137,18 +147,27 @@ class VllmTeacher:
         outputs = self._engine.score(batch, flat=flat)
         if len(outputs) != len(batch):
             raise self._bad_reply(f"{len(outputs)} outputs for {len(batch)} prompts")
-        return [self._read(ids, output) for ids, output in zip(batch, outputs, strict=True)]
+        whole = None if flat else self._whole
+        return [self._read(ids, output, whole) for ids, output in zip(batch, outputs, strict=True)]
 
-    def _read(self, ids: NDArray[np.int32], output: Any) -> TeacherRows:
+    def _read(self, ids: NDArray[np.int32], output: Any, whole: Whole | None) -> TeacherRows:
         if not np.array_equal(output.prompt_token_ids, ids):
             raise self._bad_reply("the prompt came back with other token ids")
-        found = read_entries(output.prompt_logprobs, len(ids) - 1, self._k)
+        width = self._k if whole is None else whole.width
+        found = read_entries(output.prompt_logprobs, len(ids) - 1, width)
         if found is None:
-            raise self._bad_reply(f"prompt rows are not {len(ids) - 1} of {self._k + 1} entries")
+            raise self._bad_reply(f"prompt rows are not {len(ids) - 1} of {width + 1} entries")
+        figures = None
+        if whole is not None:
+            found, figures = whole.unpacked(found)
         rows, broken = rows_from(ids, found, self.info.vocab_rows)
         if broken:
             raise self._bad_reply(RULES[broken])
-        return rows
+        if whole is None or figures is None:
+            return rows
+        if (wrong := whole.broken(figures)) is not None:
+            raise self._bad_reply(wrong)
+        return replace(rows, **figures._asdict())
 
     def _bad_reply(self, message: str) -> XtokenError:
         return XtokenError(
@@ -185,7 +204,8 @@ def open_teacher(
         tensors: take rows as tensors where the self-test allows it; False keeps to vLLM's public flat form.
 
     Raises:
-        XtokenError: the request does not fit the model, or vLLM cannot load it.
+        XtokenError: the request does not fit the model, vLLM cannot load it, or gives no whole rows where the codec
+            needs them.
     """
     model_config = model_source.load_model_config(config)
     model_source.check_request(config, codec, model_config, table, spare=1)
@@ -201,9 +221,17 @@ def open_teacher(
         if lacks_memory(str(error)):
             raise _no_room(config, options, error) from error
         raise model_source.cannot_load(config, error, _WAY_OUT) from error
-    engine = Engine(llm, codec.k, tensors=tensors, heard=heard)
+    width = model_source.vocab_rows(model_config)
+    k = entries_asked(codec, width)
+    engine = Engine(llm, k, tensors=tensors, heard=heard, whole=Whole.of(codec, table, width))
+    need = needs_whole_rows(codec)
+    if engine.whole is None and need is not None:
+        raise XtokenError(
+            f"{need.option} needs whole teacher rows, and {version()} gives none here ({engine.why_not_whole}); use "
+            f"another release of it from 0.29 on, --backend hf, or {need.instead}"
+        )
     info = _info(config, model_config, dtype, platform, engine)
-    return VllmTeacher(engine, info, codec.k, {**settings_of(options), **engine.settings})
+    return VllmTeacher(engine, info, k, {**settings_of(options), **engine.settings}, engine.whole)
 
 
 def _options(

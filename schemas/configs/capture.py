@@ -149,8 +149,8 @@ class CodecGroup(Config):
 
     codec: str = Field(
         "topk",
-        description="topk serves every loss; sampled (full distributions: --backend hf) is unbiased for p-kl, "
-        "sparse-kl and the root of byte-prefix.",
+        description="topk serves every loss; sampled (of full distributions) is unbiased for p-kl, sparse-kl and the "
+        "root of byte-prefix.",
         json_schema_extra={"choices": list(CODECS)},
     )
     k: int = Field(64, ge=1, le=255, description="topk: keep at most K entries per position.", json_schema_extra=COMMON)
@@ -173,7 +173,7 @@ class CodecGroup(Config):
     space: SpaceSet = Field(
         "space",
         description="What P(a word begins) sums, for ALM's --debias: tokens that start with a space, or paper: with a "
-        "space, tab or newline, and control tokens (needs full distributions: --backend hf).",
+        "space, tab or newline, and control tokens.",
     )
     text: bool = Field(
         True,
@@ -181,8 +181,7 @@ class CodecGroup(Config):
     )
     temperatures: list[float] = Field(
         default=[],
-        description="Also store the exact normaliser at these temperatures, such as 2,4 (needs full distributions: "
-        "--backend hf).",
+        description="Also store the exact normaliser of full distributions at these temperatures, such as 2,4.",
     )
 
     @model_validator(mode="after")

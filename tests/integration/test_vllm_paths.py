@@ -25,6 +25,8 @@ COLUMNS = ("ids", "logprob", "target_logprob", "target_rank")
 # Nats; which prompts meet in a step decides how floats add up.
 CLOSE = 1e-3
 SAME_IDS = 0.99
+# Nats: two sums of 49,152 exponentials in float32, of the same logits.
+SAME_STATES = 5e-5
 # A head in half precision fills most rows with ties, one in float32 next to none.
 TIED = 0.05
 
@@ -115,15 +117,27 @@ def tied_rows(found: dict[str, Any], count: int) -> float:
 
 
 def test_tensors_are_exactly_what_the_public_path_gives(found: dict[str, Any]) -> None:
-    assert TeacherInfo.model_validate_json(str(found["info"])).capture_path == "vllm-tensors"
     assert [len(one["ids"]) for one in rows(found, "rows", len(LENGTHS))] == [length - 1 for length in LENGTHS]
     assert_same(found, "rows", "public", len(LENGTHS))
-    assert_same(found, "rows", "after", len(LENGTHS))
+
+
+def test_whole_rows_are_those_of_the_engine_itself(found: dict[str, Any], figure: Callable[[str], None]) -> None:
+    """Another computation on the same hidden states, also of prompts that take several steps."""
+    assert TeacherInfo.model_validate_json(str(found["info"])).capture_path == "vllm-rows"
+    assert_same(found, "whole", "after", len(LENGTHS))
+    pairs = list(zip(rows(found, "whole", len(LENGTHS)), rows(found, "public", len(LENGTHS)), strict=True))
+    largest = max(float(np.abs(one[name] - other[name]).max()) for one, other in pairs for name in COLUMNS[1:3])
+    same = np.mean([(one["ids"] == other["ids"]).mean() for one, other in pairs])
+    figure(f"vllm's whole rows - its own: largest difference {largest:.1e} nats, same ids {same:.2%}")
+    assert largest < SAME_STATES
+    assert same > SAME_IDS
+    for one, other in pairs:
+        np.testing.assert_array_equal(one["target_rank"], other["target_rank"])
 
 
 def test_a_stream_gives_the_same_rows_in_any_order(found: dict[str, Any], figure: Callable[[str], None]) -> None:
     largest, same = 0.0, []
-    for one, other in zip(rows(found, "rows", len(LENGTHS)), rows(found, "streamed", len(LENGTHS)), strict=True):
+    for one, other in zip(rows(found, "whole", len(LENGTHS)), rows(found, "streamed", len(LENGTHS)), strict=True):
         largest = max(largest, *(float(np.abs(one[name] - other[name]).max()) for name in COLUMNS[1:3]))
         same.append(float((one["ids"] == other["ids"]).mean()))
     most, nones = found["stream"].tolist()
@@ -148,6 +162,15 @@ def test_a_self_test_that_fails_leaves_the_public_path(found: dict[str, Any], fa
         np.testing.assert_allclose(one["logprob"], other["logprob"], atol=CLOSE)
 
 
+@pytest.mark.parametrize(("fault", "reason"), [("mixed_up", "differ"), ("unlike", "TypeError: another signature")])
+def test_whole_rows_that_fail_leave_those_of_the_engine(found: dict[str, Any], fault: str, reason: str) -> None:
+    assert found[f"{fault}-path"] == "vllm-tensors"
+    (warning,) = found[f"{fault}-warnings"].tolist()
+    assert "rows are of the top k only" in warning
+    assert reason in warning
+    assert_same(found, fault, "swapped", 2)
+
+
 def test_settings_are_those_of_the_engine(found: dict[str, Any]) -> None:
     settings = json.loads(str(found["settings"]))
     assert settings["max_num_batched_tokens"] == 256
@@ -161,9 +184,10 @@ def test_no_process_outlives_the_one_it_serves(sessions: dict[str, Session], fig
     session = sessions["wait"]
     found = session.wait_for_rows()
     info = TeacherInfo.model_validate_json(str(found["info"]))
-    assert (info.capture_path, info.dtype, info.head_dtype) == ("vllm-tensors", "bfloat16", "float32")
+    assert (info.capture_path, info.dtype, info.head_dtype) == ("vllm-rows", "bfloat16", "float32")
     assert json.loads(str(found["settings"]))["multiprocessing"] is True
-    assert_same(found, "rows", "public", 4)
+    for one, other in zip(rows(found, "rows", 4), rows(found, "public", 4), strict=True):
+        np.testing.assert_allclose(one["logprob"], other["logprob"], atol=SAME_STATES)
     assert tied_rows(found, 4) < TIED  # the head did multiply in float32
     engine = psutil.Process(session.process.pid).children(recursive=True)
     assert len(engine) >= 2  # the engine's process and a worker's

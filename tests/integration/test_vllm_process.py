@@ -77,7 +77,7 @@ def test_a_model_with_pictures_gives_its_rows_of_text(found: dict[str, Any], pic
     import torch
     from transformers import Idefics3ForConditionalGeneration
 
-    assert found["path"] == "vllm-tensors"
+    assert found["path"] == "vllm-rows"
     assert found["settings"]["multiprocessing"] is True
     model = Idefics3ForConditionalGeneration.from_pretrained(pictures, dtype=torch.float32).eval()
     with torch.inference_mode():

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.pipeline.teachers import vllm_engine
+from xtoken.pipeline.teachers import vllm_engine, vllm_worker
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.pipeline.teachers.vllm_replies import Entries, TensorRows
+from xtoken.pipeline.teachers.vllm_whole import Whole
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.capture import PrecomputeConfig
 
@@ -92,11 +93,11 @@ def with_fault(
     logging.getLogger("xtoken").addHandler(logged)
     mend = break_it()
     try:
-        engine = vllm_engine.Engine(teacher._engine._llm, K)
+        engine = vllm_engine.Engine(teacher._engine._llm, K, whole=teacher._whole)
     finally:
         mend()
         logging.getLogger("xtoken").removeHandler(logged)
-    return engine.path, logged.messages, VllmTeacher(engine, teacher.info, K).rows(batch[:2])
+    return engine.path, logged.messages, VllmTeacher(engine, teacher.info, K, whole=engine.whole).rows(batch[:2])
 
 
 def swapped() -> Callable[[], None]:
@@ -129,18 +130,50 @@ def raising() -> Callable[[], None]:
     return lambda: setattr(vllm_engine, "_keep_tensors", keep_tensors)
 
 
+def mixed_up() -> Callable[[], None]:
+    """Figures of another row than the one they come with."""
+    packed = Whole.packed
+
+    def off(self: Whole, *given: Any) -> Any:
+        ids, floats = packed(self, *given)
+        return ids, floats.roll(1, dims=0)
+
+    Whole.packed = off  # type: ignore[method-assign]
+    return lambda: setattr(Whole, "packed", packed)
+
+
+def unlike() -> Callable[[], None]:
+    """A runner whose function is called in another way."""
+    rows = vllm_worker.prompt_rows
+
+    def fail(*_: object) -> None:
+        raise TypeError("another signature")
+
+    vllm_worker.prompt_rows = fail  # type: ignore[assignment]
+    return lambda: setattr(vllm_worker, "prompt_rows", rows)
+
+
 def keep(found: dict[str, Any], name: str, rows: list[TeacherRows] | None) -> None:
     for index, one in enumerate(rows or []):
         found.update({f"{name}-{column}-{index}": getattr(one, column) for column in COLUMNS})
 
 
+def top_only(teacher: "VllmTeacher") -> "VllmTeacher":
+    """Another teacher on the same engine, without whole rows."""
+    from xtoken.pipeline.teachers.vllm_teacher import VllmTeacher
+
+    engine = vllm_engine.Engine(teacher._engine._llm, K)
+    return VllmTeacher(engine, teacher.info.model_copy(update={"capture_path": engine.path}), K)
+
+
 def everything(teacher: "VllmTeacher", batch: Batch, found: dict[str, Any]) -> None:
-    keep(found, "rows", teacher.rows(batch))
-    keep(found, "public", teacher.second_path(batch))
+    keep(found, "whole", teacher.rows(batch))
     keep(found, "streamed", by_stream(teacher, batch, found))
     found["left"] = np.array(left_early(teacher, batch))
+    keep(found, "public", teacher.second_path(batch))
     keep(found, "after", teacher.rows(batch))
-    for fault in (swapped, raising, renamed):
+    keep(found, "rows", top_only(teacher).rows(batch))
+    for fault in (swapped, raising, renamed, mixed_up, unlike):
         path, messages, rows = with_fault(teacher, batch, fault)
         found[f"{fault.__name__}-path"] = np.array(path)
         found[f"{fault.__name__}-warnings"] = np.array(messages)

@@ -17,6 +17,7 @@ from xtoken.pipeline.align.run import align
 from xtoken.pipeline.capture import precompute
 from xtoken.pipeline.chats import open_chat_model, read_row
 from xtoken.pipeline.executors.local import LocalExecutor
+from xtoken.pipeline.teachers import BACKENDS
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.ui.progress import Silent
@@ -26,6 +27,14 @@ TEXTS = {
     "b.txt": "日本語のテキスト。 Ελληνικά γράμματα, и кириллица! 👩‍👩‍👧 end.\r\n\tdef f(x):\n        return x\n" * 12,
     "c.txt": "short",
 }
+
+
+@pytest.fixture
+def vllm_gives_the_top_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that never sees whole rows, as one of others may be."""
+    monkeypatch.setitem(BACKENDS, "vllm", BACKENDS["vllm"]._replace(full_rows=False))
+
+
 SmallCapture = Callable[..., Path]
 IDS_SETTINGS: dict[str, Any] = {"max_tokens": 160, "k": 16, "shard_bytes": 100}
 

@@ -139,8 +139,9 @@ def test_more_entries_than_the_vocabulary_are_nobodys_concern(config):
     precompute(with_codec(config, k=255), Silent())
 
 
-def test_vllm_is_refused_before_anything_is_read_or_written(config):
+@pytest.mark.usefixtures("vllm_gives_the_top_k")
+def test_an_engine_of_top_k_is_refused_before_anything_is_read_or_written(config):
     asked = config.changed(backend="vllm", corpus="absent", teacher="absent/model")
-    with pytest.raises(XtokenError, match=r"--codec sampled.*'vllm'.*--backend hf, or --codec topk"):
+    with pytest.raises(XtokenError, match=r"--codec sampled.*'vllm'.*--backend hf or vllm, or --codec topk"):
         precompute(asked, Silent())
     assert not Path(config.out).exists()

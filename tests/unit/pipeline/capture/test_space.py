@@ -87,6 +87,7 @@ def test_captures_of_different_sets_are_not_merged(tmp_path: Path) -> None:
         merge(MergeConfig(sources=roots, destination=str(tmp_path / "both")), Silent())
 
 
+@pytest.mark.usefixtures("vllm_gives_the_top_k")
 def test_an_engine_of_top_k_is_refused(tmp_path: Path) -> None:
     with pytest.raises(XtokenError, match=r"--space paper .* backend 'vllm' gives only the top k; use --backend hf"):
         capture(tmp_path, "one", space="paper", backend="vllm")

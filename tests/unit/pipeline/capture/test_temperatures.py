@@ -146,7 +146,8 @@ def test_a_part_without_the_column_is_no_part_of_the_capture(config, tmp_path):
         CaptureCheck(256, codec)(str(Path(plain.out) / data_name(0)))
 
 
-def test_vllm_is_refused_before_anything_is_read_or_written(config):
+@pytest.mark.usefixtures("vllm_gives_the_top_k")
+def test_an_engine_of_top_k_is_refused_before_anything_is_read_or_written(config):
     asked = config.changed(backend="vllm", corpus="absent", teacher="absent/model")
     with pytest.raises(XtokenError, match=r"--temperatures 2,4 needs whole.*'vllm'.*--backend hf.*--rest drop"):
         precompute(asked, Silent())

@@ -198,6 +198,7 @@ def test_an_estimate_counts_its_entries(config: PrecomputeConfig) -> None:
     assert dry_run(asked, Silent())["entries_per_row"] == VOCAB
 
 
+@pytest.mark.usefixtures("vllm_gives_the_top_k")
 def test_a_backend_without_whole_rows_is_refused(config: PrecomputeConfig) -> None:
     with pytest.raises(XtokenError, match="--codec dense needs whole teacher rows, and backend 'vllm'"):
         check_backend(config.changed(backend="vllm").teacher, config.codec)

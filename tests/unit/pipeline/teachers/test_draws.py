@@ -42,6 +42,11 @@ def dense(found: Draws, size: int) -> NDArray[np.int64]:
     return count_RU
 
 
+def drawn(logprob_RU: torch.Tensor, uniform_R: NDArray[np.float64], sampler: Sampler) -> Draws:
+    ids_RD, entropy_R = draw(logprob_RU, uniform_R, sampler)
+    return counted(ids_RD.numpy().astype(np.int32), entropy_R.numpy())
+
+
 def spiky(size: int, seed: int) -> NDArray[np.float64]:
     """A distribution with a long tail and a few zeros."""
     rng = np.random.default_rng(seed)
@@ -95,7 +100,7 @@ def test_torch_draws_the_same(size):
     logits = torch.randn(rows, size, generator=torch.Generator().manual_seed(size)) * 3
     logits[0, 1:] = float("-inf")
     uniform_R = np.random.default_rng(size).random(rows)
-    found = draw(torch.log_softmax(logits, -1), uniform_R, Sampler(draws, 0, size))
+    found = drawn(torch.log_softmax(logits, -1), uniform_R, Sampler(draws, 0, size))
     p_RU = np.exp(torch.log_softmax(logits, -1).double().numpy())
     for row in range(rows):
         ids, count = np.unique(draw_row(p_RU[row], uniform_R[row], draws), return_counts=True)
@@ -194,11 +199,12 @@ def test_the_toy_teacher_draws_from_its_whole_row(size):
     assert rows.ids.shape == (11, 1)
 
 
-def test_vllm_and_other_temperatures_are_refused_by_name():
+@pytest.mark.usefixtures("vllm_gives_the_top_k")
+def test_an_engine_of_top_k_and_other_temperatures_are_refused_by_name():
     asked = {"corpus": "x", "teacher": "absent", "out": "y", "codec": "sampled"}
     config = PrecomputeConfig.from_flat(**asked, backend="vllm")
     for check in (check_backend, lambda *asked: open_teacher(*asked, load_tokenizer("bytes").table)):
-        with pytest.raises(XtokenError, match=r"--codec sampled.*'vllm'.*--backend hf, or --codec topk"):
+        with pytest.raises(XtokenError, match=r"--codec sampled.*'vllm'.*--backend hf or vllm, or --codec topk"):
             check(config.teacher, config.codec)
     with pytest.raises(ValueError, match="--temperatures 2 needs --codec topk"):
         PrecomputeConfig.from_flat(**asked, temperatures=[2])
@@ -264,7 +270,7 @@ def test_a_real_models_draws_are_its_softmax_in_the_mean(smollm2_dir: Path) -> N
     for seed in range(seeds):
         if seed:  # the engine itself draws once, of the same rows
             sampler = Sampler(draws, seed, size)
-            found = draw(logp_RU, sampler.uniforms(ids), sampler)
+            found = drawn(logp_RU, sampler.uniforms(ids), sampler)
         count_RU = dense(found, size)
         assert (count_RU.sum(axis=1) == draws).all()
         assert (np.abs(count_RU - draws * p_RU) < 1 + 1e-2).all()

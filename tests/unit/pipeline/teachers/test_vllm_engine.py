@@ -52,7 +52,10 @@ def test_a_step_is_bounded_where_one_prompt_could_fill_it() -> None:
 def test_options_leave_room_and_keep_rows_exact() -> None:
     found = options(50_000, max_tokens=512, k=20)
     assert (found["max_model_len"], options(50_000, context=513)["max_model_len"]) == (514, 513)
-    assert found["max_logprobs"] == 20
+    assert found["max_logprobs"] == 20 + 2  # log-sum-exp and P(a word begins) travel behind the entries
+    assert options(50_000, k=20, temperatures=[2.0, 4.0])["max_logprobs"] == 20 + 4
+    assert options(50_000, codec="sampled", draws=50)["max_logprobs"] == 1 + 50
+    assert options(50_000, codec="sampled", draws=2)["max_logprobs"] == 1 + 3
     assert found["enable_prefix_caching"] is False
     assert found["hf_overrides"] == {"head_dtype": "float32"}
     assert "hf_overrides" not in options(50_000, dtype="float32")

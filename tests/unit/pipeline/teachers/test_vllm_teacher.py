@@ -4,13 +4,19 @@ import importlib.util
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from transformers import LlamaConfig
 
 from xtoken.pipeline.teachers import open_teacher
+from xtoken.pipeline.teachers.draws import Sampler
+from xtoken.pipeline.teachers.vllm_replies import TensorRows
+from xtoken.pipeline.teachers.vllm_whole import Whole
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.errors import XtokenError
@@ -53,6 +59,7 @@ class Engine:
     """Replies with what it was given to whole batches; prompts added one by one wait for a step and get ``Flat``."""
 
     step_tokens = 4
+    flat = False
 
     def __init__(self, *outputs: Output) -> None:
         self.outputs = list(outputs)
@@ -61,7 +68,7 @@ class Engine:
         self.seen: list[str] = []
 
     def score(self, batch: Sequence[NDArray[np.int32]], *, flat: bool) -> list[Output]:
-        assert not flat
+        assert flat is self.flat
         assert all(ids.dtype == np.int32 for ids in batch)
         return self.outputs
 
@@ -151,6 +158,93 @@ def test_replies_to_something_else_are_refused() -> None:
 @vllm_installed
 def test_the_public_path_has_no_second_one() -> None:
     assert teacher().second_path([IDS]) is None
+
+
+WHOLE_INFO = INFO.model_copy(update={"capture_path": "vllm-rows"})
+
+
+def whole_reply(whole: Whole, logits_RU: torch.Tensor, ids: NDArray[np.int32]) -> Output:
+    """A reply of an engine that gives whole rows, of these logits."""
+    label_R = torch.from_numpy(ids[1:]).long()
+    uniform_R = None if whole.sampler is None else whole.sampler.uniforms(ids)
+    found = whole.reader(torch.device("cpu")).figures(logits_RU.clone(), label_R, uniform_R)
+    kept = TensorRows()
+    kept.append((*whole.packed(found, label_R), found.target_rank))
+    return Output(kept, ids.tolist())
+
+
+@vllm_installed
+@pytest.mark.parametrize("sampler", [None, Sampler(20, 1, 10)])
+def test_whole_rows_are_those_of_the_logits(sampler: Sampler | None) -> None:
+    from xtoken.pipeline.teachers.vllm_teacher import VllmTeacher
+
+    whole = Whole(3, np.arange(10) % 2 == 0, (2.0,), sampler)
+    logits = torch.randn(2, 10, generator=torch.Generator().manual_seed(1))
+    engine: Any = Engine(whole_reply(whole, logits, IDS))
+    one = VllmTeacher(engine, WHOLE_INFO, 3, whole=whole)
+    (rows,) = one.rows([IDS])
+    uniform_R = None if sampler is None else sampler.uniforms(IDS)
+    expected = whole.reader(torch.device("cpu")).read(logits, torch.tensor([3, 9]), uniform_R)
+    for name in ("ids", "logprob", "target_logprob", "target_rank", "lse", "space_logprob", "tau_lognorm"):
+        np.testing.assert_array_equal(getattr(rows, name), getattr(expected, name))
+    engine.flat, engine.outputs = True, [Output(Flat(), IDS.tolist())]
+    if sampler is None:
+        assert rows.draws is None
+        (public,) = one.second_path([IDS]) or []
+        assert (public.ids.tolist(), public.space_logprob) == ([[8, 1, 3], [7, 2, 4]], None)
+    else:
+        assert rows.draws is not None
+        assert expected.draws is not None
+        np.testing.assert_array_equal(rows.draws.ids, expected.draws.ids)
+        assert one.second_path([IDS]) is None  # vLLM itself samples nothing of a prompt
+
+
+@vllm_installed
+def test_whole_rows_that_cannot_be_are_refused() -> None:
+    from xtoken.pipeline.teachers.vllm_teacher import VllmTeacher
+
+    whole = Whole(3, np.arange(10) % 2 == 0)
+    reply = whole_reply(whole, torch.randn(2, 10, generator=torch.Generator().manual_seed(1)), IDS)
+    engine: Any = Engine(reply)
+    reply.prompt_logprobs._chunks[0][1][0, 5] = 0.1  # behind label, three entries and log-sum-exp
+    with pytest.raises(XtokenError, match=r"did not answer what was asked \(log P\(a word begins\) is NaN, or above 0"):
+        VllmTeacher(engine, WHOLE_INFO, 3, whole=whole).rows([IDS])
+    engine.outputs = [Output(Flat(), IDS.tolist())]
+    with pytest.raises(XtokenError, match="not 2 of 6 entries"):
+        VllmTeacher(engine, WHOLE_INFO, 3, whole=whole).rows([IDS])
+
+
+class TopOnly:
+    """An engine whose whole rows failed their self-test."""
+
+    whole = None
+    why_not_whole = "rows of the same prompt differ"
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+
+@vllm_installed
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"codec": "sampled"}, "--codec sampled needs whole .*prompt differ.*--backend hf, or --codec topk"),
+        ({"temperatures": [2.0]}, "--temperatures 2 needs whole .*prompt differ.*--rest drop"),
+        ({"space": "paper"}, "--space paper needs whole .*prompt differ.*or leave it out"),
+    ],
+)
+def test_what_needs_whole_rows_is_refused_where_an_engine_has_none(
+    wanted: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xtoken.pipeline.teachers import vllm_teacher
+
+    LlamaConfig(vocab_size=300).save_pretrained(tmp_path)
+    monkeypatch.setattr(vllm_teacher, "start_llm", lambda *_: None)
+    monkeypatch.setattr(vllm_teacher, "Engine", TopOnly)
+    config = PrecomputeConfig.from_flat(
+        corpus="-", out="-", teacher=str(tmp_path), backend="vllm", max_tokens=32, **wanted
+    )
+    with pytest.raises(XtokenError, match=message):
+        open_teacher(config.teacher, config.codec, load_tokenizer("bytes").table)
 
 
 def fed(engine: Engine, most: list[int]) -> Iterator[list[tuple[Hashable, NDArray[np.int32]]] | None]:

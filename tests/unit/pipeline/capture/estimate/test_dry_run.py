@@ -85,6 +85,7 @@ def test_hours_and_cost_follow_from_the_pilot_and_the_fleet(flags, monkeypatch):
 
 
 @pytest.mark.thorough
+@pytest.mark.usefixtures("vllm_gives_the_top_k")
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

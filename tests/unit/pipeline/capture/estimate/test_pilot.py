@@ -149,6 +149,7 @@ def test_like_a_capture_needs_no_teacher(flags, capture, folder, tmp_path):
     assert "k 16, min_p 0.003" in found["settings"]
 
 
+@pytest.mark.usefixtures("vllm_gives_the_top_k")
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
