@@ -18,8 +18,8 @@ from torch import Tensor
 
 from xtoken.pipeline.teachers.base import TeacherRows
 from xtoken.pipeline.teachers.draws import Sampler, thresholds
-from xtoken.pipeline.teachers.logit_rows import RowReader, top_k
-from xtoken.pipeline.teachers.sliced_rows import OpenScan, RowTensors, SlicedReader, TorchScan, count_before
+from xtoken.pipeline.teachers.logit_rows import RowFigures, RowReader, top_k
+from xtoken.pipeline.teachers.sliced_rows import OpenScan, SlicedReader, TorchScan, count_before
 
 _SUMS = 1e-5  # nats, and of the value: float32 sums against float64
 _STEP = 1e-12  # of the mass: float64 sums in another order
@@ -35,6 +35,10 @@ class Reader(Protocol):
     def read(
         self, logits_NU: Tensor, target_N: Tensor, uniform_N: NDArray[np.float64] | None = None
     ) -> TeacherRows: ...
+
+    def figures(
+        self, logits_NU: Tensor, target_N: Tensor, uniform_N: NDArray[np.float64] | None = None
+    ) -> RowFigures: ...
 
 
 def open_reader(
@@ -82,7 +86,7 @@ def difference(scan: OpenScan, device: torch.device, width: int, k: int) -> str 
         logits_NU, target_N, uniform_N = made_rows(width, dtype, device)
         space_P = torch.arange(0, width, 3, device=device)
         asked = RowReader(k, space_P, _TEMPERATURES, Sampler(_DRAWS, 0, _sampled_from(width)))
-        rows = SlicedReader(asked, scan, width).tensors(logits_NU, target_N, uniform_N)
+        rows = SlicedReader(asked, scan, width).figures(logits_NU, target_N, uniform_N)
         wrong = wrong_figures(rows, asked, logits_NU, target_N, uniform_N)
         if wrong:
             return f"{', '.join(wrong)} of {dtype} logits [{len(target_N)}, {width}], k {k}"
@@ -131,7 +135,7 @@ def _sampled_from(width: int) -> int:
 
 
 def wrong_figures(
-    rows: RowTensors, asked: RowReader, logits_NU: Tensor, target_N: Tensor, uniform_N: NDArray[np.float64]
+    rows: RowFigures, asked: RowReader, logits_NU: Tensor, target_N: Tensor, uniform_N: NDArray[np.float64]
 ) -> list[str]:
     """Names of figures of the whole vocabulary that are wrong.
 
@@ -151,8 +155,8 @@ def wrong_figures(
         "target_logprob": torch.equal(rows.target_logprob, target_logprob_N),
         "target_rank": torch.equal(rows.target_rank, 1 + count_before(logprob_NU, target_logprob_N, target_N)),
         "space_logprob": _close(rows.space_logprob, (_space(wide_NU, asked.space_P) - lse_N1[:, 0]).clamp(max=0.0)),
-        "tau_lognorm": rows.tau_lognorm is None or _close(rows.tau_lognorm, torch.stack(tau_Nn, dim=1)),
-        "draws": rows.sampled is None or _follow(rows.sampled, asked.sampler, logprob_NU, uniform_N),
+        "tau_lognorm": not tau_Nn or _close(rows.tau_lognorm, torch.stack(tau_Nn, dim=1)),
+        "draws": asked.sampler is None or _follow(rows, asked.sampler, logprob_NU, uniform_N),
     }
     return [name for name, holds in checks.items() if not holds]
 
@@ -165,12 +169,9 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found.double(), expected, rtol=_SUMS, atol=_SUMS)
 
 
-def _follow(
-    sampled: tuple[Tensor, Tensor], sampler: Sampler | None, logprob_NU: Tensor, uniform_N: NDArray[np.float64]
-) -> bool:
+def _follow(rows: RowFigures, sampler: Sampler, logprob_NU: Tensor, uniform_N: NDArray[np.float64]) -> bool:
     """Whether each sampled token is where the sum of p passes a level, up to the rounding of that sum."""
-    assert sampler is not None
-    (ids_ND, entropy_N), wide_NU = sampled, logprob_NU[:, : sampler.size].double()
+    ids_ND, entropy_N, wide_NU = rows.draws, rows.entropy, logprob_NU[:, : sampler.size].double()
     if not bool((ids_ND < sampler.size).all()):
         return False
     p_NU = wide_NU.exp()

@@ -47,6 +47,30 @@ class RowFigures:
     draws: Tensor
     entropy: Tensor
 
+    def rows(self, asked: "RowReader") -> TeacherRows:
+        """What was asked for, in numpy.
+
+        Raises:
+            XtokenError: the logits are not finite numbers, or the tokenizer's ids have no mass to sample from.
+        """
+        lse_N = _floats(self.lse)
+        refuse_overflow(lse_N)
+        draws = None
+        if asked.sampler is not None:
+            entropy_N = _floats(self.entropy)
+            refuse_empty(entropy_N, asked.sampler.size)
+            draws = counted(_ints(self.draws), entropy_N)
+        return TeacherRows(
+            ids=_ints(self.ids),
+            logprob=_floats(self.logprob),
+            target_logprob=_floats(self.target_logprob),
+            target_rank=_ints(self.target_rank),
+            lse=lse_N,
+            space_logprob=_floats(self.space_logprob),
+            tau_lognorm=_floats(self.tau_lognorm) if asked.temperatures else None,
+            draws=draws,
+        )
+
 
 @dataclass(frozen=True)
 class RowReader:
@@ -73,24 +97,7 @@ class RowReader:
         Raises:
             XtokenError: the logits are not finite numbers, or the tokenizer's ids have no mass to sample from.
         """
-        found = self.figures(logits_NU, target_N, uniform_N)
-        lse_N = _floats(found.lse)
-        refuse_overflow(lse_N)
-        draws = None
-        if self.sampler is not None:
-            entropy_N = _floats(found.entropy)
-            refuse_empty(entropy_N, self.sampler.size)
-            draws = counted(_ints(found.draws), entropy_N)
-        return TeacherRows(
-            ids=_ints(found.ids),
-            logprob=_floats(found.logprob),
-            target_logprob=_floats(found.target_logprob),
-            target_rank=_ints(found.target_rank),
-            lse=lse_N,
-            space_logprob=_floats(found.space_logprob),
-            tau_lognorm=_floats(found.tau_lognorm) if self.temperatures else None,
-            draws=draws,
-        )
+        return self.figures(logits_NU, target_N, uniform_N).rows(self)
 
     def figures(self, logits_NU: Tensor, target_N: Tensor, uniform_N: NDArray[np.float64] | None = None) -> RowFigures:
         """As ``read``, left where the logits are, and nothing refused: whoever reads the figures looks at them."""
@@ -119,12 +126,6 @@ def refuse_overflow(lse_N: NDArray[np.float32]) -> None:
         raise XtokenError(
             "the teacher's logits hold NaN or infinity; a half-precision overflow? try --dtype float32 or bfloat16"
         )
-
-
-def refuse_infinite(lse_N: Tensor) -> None:
-    """The same of normalisers that are still on their device."""
-    if not bool(torch.isfinite(lse_N).all()):
-        refuse_overflow(_floats(lse_N))
 
 
 def tau_lognorm(logprob_NU: Tensor, temperatures: Sequence[float]) -> Tensor:

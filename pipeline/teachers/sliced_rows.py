@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtoken.pipeline.teachers.base import TeacherRows
-from xtoken.pipeline.teachers.draws import counted, refuse_empty, thresholds
-from xtoken.pipeline.teachers.logit_rows import RowReader, refuse_infinite, top_k
+from xtoken.pipeline.teachers.draws import thresholds
+from xtoken.pipeline.teachers.logit_rows import RowFigures, RowReader, top_k
 
 LSE, SPACE, BEFORE, ABOVE, BELOW, TAU = range(6)
 """Columns of a slice's sums: log-sum-exp of its logits, of those of tokens that start with a space, how many logits
@@ -107,33 +107,6 @@ class OpenScan(Protocol):
     def __call__(self, logits_NU: Tensor, label: Label, asked: Asked) -> Scan: ...
 
 
-@dataclass(frozen=True)
-class RowTensors:
-    """What ``TeacherRows`` holds, on the device; ``sampled`` is int64 [N, D], ascending, with float32 [N] entropy."""
-
-    ids: Tensor
-    logprob: Tensor
-    target_logprob: Tensor
-    target_rank: Tensor
-    lse: Tensor
-    space_logprob: Tensor
-    tau_lognorm: Tensor | None
-    sampled: tuple[Tensor, Tensor] | None
-
-    def rows(self) -> TeacherRows:
-        """The same in numpy."""
-        return TeacherRows(
-            ids=_ints(self.ids),
-            logprob=self.logprob.cpu().numpy(),
-            target_logprob=self.target_logprob.cpu().numpy(),
-            target_rank=_ints(self.target_rank),
-            lse=self.lse.cpu().numpy(),
-            space_logprob=self.space_logprob.cpu().numpy(),
-            tau_lognorm=None if self.tau_lognorm is None else self.tau_lognorm.cpu().numpy(),
-            draws=None if self.sampled is None else counted(_ints(self.sampled[0]), self.sampled[1].cpu().numpy()),
-        )
-
-
 class SlicedReader:
     """Reads what a ``RowReader`` reads, each device of a group its own slice of the vocabulary."""
 
@@ -153,24 +126,21 @@ class SlicedReader:
 
     def read(self, logits_NU: Tensor, target_N: Tensor, uniform_N: NDArray[np.float64] | None = None) -> TeacherRows:
         """See ``RowReader.read``; the logits are this slice's, float32 or bfloat16, and stay as they are."""
-        return self.tensors(logits_NU, target_N, uniform_N).rows()
+        return self.figures(logits_NU, target_N, uniform_N).rows(self._reader)
 
-    def tensors(self, logits_NU: Tensor, target_N: Tensor, uniform_N: NDArray[np.float64] | None = None) -> RowTensors:
-        """The same on the device. All ranks call it with the same rows and get, or raise, the same.
+    def figures(self, logits_NU: Tensor, target_N: Tensor, uniform_N: NDArray[np.float64] | None = None) -> RowFigures:
+        """See ``RowReader.figures``. All ranks call it with the same rows and get the same.
 
         Columns that pad the head, behind the last token, hold -inf.
-
-        Raises:
-            XtokenError: the logits are not finite numbers, or the tokenizer's ids have no mass to sample from.
         """
         assert logits_NU.shape[1] == self._width
         label = self._label(logits_NU, target_N - self._first)
         scan = self.scan(logits_NU, label, self._asked)
         sums_NF = merged_sums(self._gathered(scan.sums_NF))
         lse_N = sums_NF[:, LSE].float()
-        refuse_infinite(lse_N)
         logprob_NK, ids_NK = unpack(self._keys(scan, lse_N))
-        return RowTensors(
+        draws_ND, entropy_N = self._sampled(scan, lse_N, uniform_N)
+        return RowFigures(
             ids=ids_NK,
             logprob=logprob_NK,
             target_logprob=label.logit_N - lse_N,
@@ -179,7 +149,8 @@ class SlicedReader:
             # from the float32 normaliser that is stored: its rounding is in all figures then
             space_logprob=(sums_NF[:, SPACE] - lse_N.double()).float().clamp_(max=0.0),
             tau_lognorm=self._tau_lognorm(sums_NF, lse_N),
-            sampled=self._sampled(scan, lse_N, uniform_N),
+            draws=draws_ND,
+            entropy=entropy_N,
         )
 
     def _label(self, logits_NU: Tensor, column_N: Tensor) -> Label:
@@ -213,24 +184,19 @@ class SlicedReader:
             before_N[again] = self._reduced(torch.cat(parts), dist.ReduceOp.SUM)
         return before_N + 1
 
-    def _tau_lognorm(self, sums_NF: Tensor, lse_N: Tensor) -> Tensor | None:
-        if not self._asked.temperatures:
-            return None
+    def _tau_lognorm(self, sums_NF: Tensor, lse_N: Tensor) -> Tensor:
         tau_n = torch.tensor(self._asked.temperatures, dtype=torch.float64, device=lse_N.device)
         return (sums_NF[:, TAU:] - lse_N.double()[:, None] / tau_n).float()
 
-    def _sampled(
-        self, scan: Scan, lse_N: Tensor, uniform_N: NDArray[np.float64] | None
-    ) -> tuple[Tensor, Tensor] | None:
+    def _sampled(self, scan: Scan, lse_N: Tensor, uniform_N: NDArray[np.float64] | None) -> tuple[Tensor, Tensor]:
         """See ``xtoken.pipeline.teachers.draws``: slices stand in the order of ids, so sums of p go on in the next."""
         sampler = self._reader.sampler
         if sampler is None:
-            return None
+            return lse_N.new_empty((len(lse_N), 0), dtype=torch.int64), lse_N.new_empty(0)
         assert uniform_N is not None, "a sampler needs a number for each row"
         mass_WN2 = self._gathered(scan.masses(lse_N))
         until_WN = mass_WN2[:, :, 0].cumsum(dim=0)
         mass_N = until_WN[-1]
-        refuse_empty(mass_N.cpu().numpy(), sampler.size)
         share_ND = torch.from_numpy(thresholds(uniform_N, sampler.draws)).to(lse_N.device)
         level_ND = share_ND * mass_N[:, None]
         here = 0 if self._group is None else dist.get_rank(self._group)
@@ -348,7 +314,3 @@ def unpack(key: Tensor) -> tuple[Tensor, Tensor]:
 def _wrapped(bits: Tensor) -> Tensor:
     """The int32 that have the lower 32 bits of int64."""
     return (bits - ((bits >> 31) << 32)).to(torch.int32)
-
-
-def _ints(value: Tensor) -> NDArray[np.int32]:
-    return value.to(torch.int32).cpu().numpy()

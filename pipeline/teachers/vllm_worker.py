@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xtoken.pipeline.teachers.logit_rows import BLOCK_LOGITS, RowFigures, RowReader
+from xtoken.pipeline.teachers.fast_rows import Reader, open_reader
+from xtoken.pipeline.teachers.logit_rows import BLOCK_LOGITS, RowFigures
 from xtoken.pipeline.teachers.vllm_parent import EndsWithParent
 from xtoken.pipeline.teachers.vllm_whole import UNIFORMS, Whole
 
@@ -82,7 +83,7 @@ def rows_from_hidden(
     hidden_NH: Tensor,
     target_N: Tensor,
     logits_fn: Logits,
-    reader: RowReader,
+    reader: Reader,
     block: int,
     uniform_N: NDArray[np.float64] | None = None,
 ) -> RowFigures:
@@ -92,7 +93,7 @@ def rows_from_hidden(
         hidden_NH: of the positions that predict.
         target_N: int64, the labels.
         logits_fn: logits [n, U] of some of the hidden states, newly allocated.
-        reader: what is computed.
+        reader: computes them.
         block: rows whose logits exist at once.
         uniform_N: the rows' numbers, where the reader samples.
     """
@@ -112,14 +113,15 @@ class WorkerRows:
     """``rows_from_hidden`` for what was asked for, in the columns in which vLLM carries it."""
 
     whole: Whole
-    reader: RowReader
+    reader: Reader
     block: int
 
     @classmethod
     def of(cls, whole: Whole, device: torch.device) -> "WorkerRows":
-        """With blocks of the size that suits the device."""
-        rows = BLOCK_LOGITS.get(device.type, BLOCK_LOGITS["cuda"]) // len(whole.starts_U)
-        return cls(whole, whole.reader(device), max(1, min(BLOCK_ROWS, rows)))
+        """With blocks of the size that suits the device, and Triton's kernels where they are right on it."""
+        width = len(whole.starts_U)
+        rows = BLOCK_LOGITS.get(device.type, BLOCK_LOGITS["cuda"]) // width
+        return cls(whole, open_reader(whole.reader(device), device, width), max(1, min(BLOCK_ROWS, rows)))
 
     def __call__(
         self, hidden_NH: Tensor, target_N: Tensor, logits_fn: Logits, uniform_N: NDArray[np.float64] | None

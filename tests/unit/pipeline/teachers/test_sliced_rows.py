@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from xtoken.pipeline.teachers import fast_rows
 from xtoken.pipeline.teachers.draws import Sampler
 from xtoken.pipeline.teachers.fast_rows import difference, made_rows, open_reader, wrong_figures
-from xtoken.pipeline.teachers.logit_rows import RowReader
+from xtoken.pipeline.teachers.logit_rows import RowFigures, RowReader
 from xtoken.pipeline.teachers.sliced_rows import (
     NO_KEY,
     Asked,
     Label,
-    RowTensors,
     SlicedReader,
     TorchScan,
     pack,
@@ -189,13 +188,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_processes_find_the_rows_of_the_whole_vocabulary(ranks: list[dict[str, Any]], dtype: torch.dtype) -> None:
     logits, target_N, uniform_N = made_rows(WIDTH, dtype, CPU)
-    rows: RowTensors = ranks[0][str(dtype)]
+    rows: RowFigures = ranks[0][str(dtype)]
     assert wrong_figures(rows, ASKED, logits, target_N, uniform_N) == []
     for rank in ranks[1:]:
         for name in FIELDS:
             assert torch.equal(getattr(rank[str(dtype)], name), getattr(rows, name)), name
-        for one, other in zip(rank[str(dtype)].sampled, rows.sampled or (), strict=True):
-            assert torch.equal(one, other)
+        assert torch.equal(rank[str(dtype)].draws, rows.draws)
+        assert torch.equal(rank[str(dtype)].entropy, rows.entropy)
 
 
 def test_candidates_cross_the_wire_and_logits_do_not(ranks: list[dict[str, Any]]) -> None:
@@ -216,7 +215,7 @@ def test_all_processes_refuse_alike(ranks: list[dict[str, Any]]) -> None:
 
 def _refusal(reader: SlicedReader, *read: Any) -> str:
     try:
-        reader.tensors(*read)
+        reader.read(*read)
     except XtokenError as error:
         return str(error)
     return ""
@@ -241,7 +240,7 @@ def _as_one_of_several(folder: Path, rank: int, world: int) -> None:
     for dtype in DTYPES:
         logits, target_N, uniform_N = made_rows(WIDTH, dtype, CPU)
         sent.clear()
-        found[str(dtype)] = reader.tensors(logits[:, first:last].contiguous(), target_N, uniform_N)
+        found[str(dtype)] = reader.figures(logits[:, first:last].contiguous(), target_N, uniform_N)
         found["bytes"] = sum(sent)
     logits[0, SLICES[1]] = torch.nan  # a column of one process alone
     found["nan"] = _refusal(reader, logits[:, first:last], target_N, uniform_N)
