@@ -304,6 +304,8 @@ def run_eval(config: EvalConfig, bars: Bars) -> Figures:
     from xtoken.schemas.manifest import TargetManifest, read_manifest
     from xtoken.trainer.evaluate import evaluate
 
+    if config.out is not None and config.text is not None:
+        refuse_inside("--out", config.out, config.text)
     sources = [config.tokenizer or model for model in config.model]
     tokenizers = [load_tokenizer(source, trust_remote_code=config.trust_remote_code) for source in sources]
     for tokenizer in tokenizers:

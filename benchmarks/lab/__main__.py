@@ -50,7 +50,8 @@ def main() -> None:
         (results / "lab.md").write_text(text)
         if any(row["verdict"] != "not run" for row in result["claims"]):
             draw_claims(result["claims"], results / "lab-claims.svg")
-        if curves := numeral_curves(lab):
+        curves = numeral_curves(lab)
+        if any(len(points) > 1 for points in curves.values()):
             draw_numerals(curves, results / "lab-numerals.svg")
 
 

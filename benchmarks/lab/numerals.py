@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+
+# here, since two threads at once cannot import them
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 WINDOW = 512
 
@@ -22,10 +27,6 @@ def measure(run: Path, texts: Path, kinds: tuple[str, ...] = ("docs", "tables"))
         texts: JSON lines of documents.
         kinds: of documents that count.
     """
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers import PreTrainedTokenizerFast as Tokenizer
-
     tokenizer: Any = Tokenizer(tokenizer_file=str(run / "model" / "tokenizer.json"))
     numerals = [token for word, token in tokenizer.get_vocab().items() if word.isdigit() and len(word) > 1]
     is_numeral = torch.zeros(len(tokenizer), dtype=torch.bool)

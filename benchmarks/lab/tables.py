@@ -134,7 +134,8 @@ def report(lab: Lab, machine: str) -> tuple[Figures, str]:
         lines += ["", "Not run yet:", "", *(f"* {claim}" for claim in waiting)]
     tables = {name: table(lab, name) for name in lab.plan.experiments if any(map(lab.done, lab.plan.runs(name)))}
     for name, text in tables.items():
-        picture = ["![bits per numeral over training](lab-numerals.svg)", ""] if name == "uncommon" else []
+        drawn = name == "uncommon" and any(len(points) > 1 for points in numeral_curves(lab).values())
+        picture = ["![bits per numeral over training](lab-numerals.svg)", ""] if drawn else []
         lines += ["", f"## {name}", "", *picture, text]
     runs = [figures for run in every_run(lab) if (figures := lab.done(run))]
     return {"claims": rows, **_compact(runs)}, "\n".join(lines) + "\n"

@@ -104,9 +104,11 @@ class Lab:
         words += _flags({**self.plan.words["settings"][run.setting], **student["flags"], **more})
         words += ["--steps", run.steps, "--step-tokens", student["step_tokens"], "--lr", self.rate(run)]
         words += ["--eval-text", self.work / "texts" / "judge.jsonl", "--eval-id-field", "id", "--completions", 0]
-        words += ["--save-every", min(250, run.steps), "--keep", 1]
+        # what is kept must be saved in the first place
         if kept_every := self.plan.words["experiments"][run.experiment].get("checkpoints"):
-            words += ["--keep-every", kept_every]
+            words += ["--save-every", kept_every, "--keep-every", kept_every]
+        else:
+            words += ["--save-every", min(250, run.steps), "--keep", 1]
         summary = xtoken(words, self.threads)
         figures = {
             "run": name,
@@ -202,7 +204,7 @@ class Lab:
             found: Documents | None = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None
             return found
         steps = self.numerals(figures)
-        return steps[EARLY if figure == "early" else max(steps, key=int)] if steps else None
+        return steps.get(EARLY if figure == "early" else max(steps, key=int)) if steps else None
 
     def numerals(self, figures: Figures) -> dict[str, Documents]:
         """Of a run by step; nothing before ``measure``."""

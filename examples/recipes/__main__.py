@@ -46,7 +46,7 @@ def main() -> None:
     """List the recipes, look at one, or run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?")
-    parser.add_argument("work", nargs="?", default="WORK", help="folder or URL for captures, targets and runs")
+    parser.add_argument("work", nargs="?", help="folder for captures, targets and runs")
     parser.add_argument("--dry-run", action="store_true", help="check verbs, flags and tasks, print costs, run nothing")
     parser.add_argument("--scale", type=float, default=1.0, help="share of documents and steps")
     parser.add_argument("--gpus", type=int, default=1, help="of this machine")
@@ -58,9 +58,15 @@ def main() -> None:
         return
     if options.recipe not in known:
         parser.error(f"no recipe {options.recipe!r}; there are {', '.join(known)}")
+    if options.work is None:
+        parser.error("no folder to work in; name one behind the recipe")
+    if not 0 < options.scale <= 1 or options.gpus < 1:
+        parser.error(f"--scale {options.scale:g} --gpus {options.gpus}: a share of at most 1, and at least one GPU")
     recipe = known[options.recipe]
-    for words in commands(recipe, options.work, options.scale):
+    verbs = list(commands(recipe, options.work, options.scale))
+    for words in verbs:  # the last before the first begins, which takes days
         check(words)
+    for words in verbs:
         command = on_gpus(words, options.gpus)
         print(shlex.join(["python", *command]), flush=True)
         if not options.dry_run:

@@ -143,3 +143,12 @@ def test_a_home_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
     assert b"coverage.html" in done.stdout
     assert done.stderr.count(b"note: ") == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_eval_does_not_write_over_the_text_that_it_reads(tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a b"}\n')
+    result = RUNNER.invoke(cli.app, ["eval", "m", "--text", str(text), "--out", str(text)])
+    assert result.exit_code == 2
+    assert "choose a place outside of it" in result.output
+    assert text.read_text() == '{"text": "a b"}\n'

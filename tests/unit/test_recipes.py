@@ -46,6 +46,17 @@ def test_what_is_wrong_is_said_before_anything_runs(words: list[str], said: str)
         check(words)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--dry-run"], "no folder to work in"), (["w", "--scale", "0"], "--scale 0"), (["w", "--gpus", "0"], "--gpus 0")],
+)
+def test_what_makes_no_run_is_refused(flags: list[str], said: str) -> None:
+    words = [sys.executable, "-m", "examples.recipes", "llama-3.2-1b-from-qwen3-4b", *flags]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
 def test_several_gpus() -> None:
     assert on_gpus(["train", "t"], 8)[:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8"]
     assert on_gpus(["precompute", "c"], 8)[-2:] == ["--workers", "8"]
