@@ -193,7 +193,7 @@ def _student(size: int) -> Any:
     from xtoken.trainer.student.head import Head
 
     class Flat(Head):
-        def states(self, input_BL: Any, position_BL: Any) -> Any:  # noqa: ARG002
+        def states(self, input_BL: Any, position_BL: Any, segments: Any = None) -> Any:  # noqa: ARG002
             return torch.zeros(*input_BL.shape, size)
 
     return Student(None, torch.device("cpu"), None, size, Flat(None, fusable=False, positions=False))

@@ -62,8 +62,8 @@ class ToyWorker(OneByOne):
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "slow":
             time.sleep(60)
-        if what.startswith("wait "):  # until so many openings were refused
-            wait_for(self.job.folder, "refused-", int(what.removeprefix("wait ")))
+        if what.startswith("wait "):  # until the run has heard of so many deaths (``Watching.folder``)
+            wait_for(self.job.folder, "died-", int(what.removeprefix("wait ")))
         if what == "stall once" and attempt == 1:
             self._until_somebody_runs(shard)
         return Part(
@@ -84,9 +84,10 @@ class ToyWorker(OneByOne):
 
 
 class Watching:
-    """A ``Watch`` that remembers."""
+    """A ``Watch`` that remembers; deaths are noted in ``folder``, too, for workers that wait for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
         self.events: list[Event] = []
 
     @property
@@ -102,6 +103,8 @@ class Watching:
 
     def see(self, event: Event) -> None:
         self.events.append(event)
+        if self.folder is not None and event.kind == "died":
+            note(self.folder, f"died-{len(self.events)}")
 
     def tick(self) -> None:
         pass

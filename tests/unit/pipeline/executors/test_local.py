@@ -81,7 +81,7 @@ def test_a_job_that_cannot_be_opened_ends_the_run_at_once(jobs, tmp_path):
 
 
 def test_a_worker_that_cannot_open_ends_no_run_that_others_can_do(jobs, tmp_path):
-    watch = jobs.Watching()
+    watch = jobs.Watching(str(tmp_path))
     job = jobs.ToyJob(str(tmp_path), {0: "wait 3"}, opening="bad slot 1")
     parts, failed = run(job, workers=2, shards=range(4), lease_seconds=600.0, watch=watch)
     assert sorted(part.index for part in parts) == list(range(4))
