@@ -82,9 +82,12 @@ class CaptureCheck:
         """
         # codes are 0 to V-1 as ids are: what holds of the ones holds of the others
         renamed = batch.rename_columns([read_as(name) for name in batch.schema.names])
-        codec = open_codec(self.codec)
-        whole = fill_left_out(renamed, self.left_out, codec)
-        return _check_batch(whole, self.vocab_size, None if without_rows(self.left_out) else codec)
+        return self.as_read(fill_left_out(renamed, self.left_out, open_codec(self.codec)))
+
+    def as_read(self, batch: pa.RecordBatch) -> list[int]:
+        """``batch`` for rows as readers see them: ids in the place of codes, columns that were left out filled in."""
+        codec = None if without_rows(self.left_out) else open_codec(self.codec)
+        return _check_batch(batch, self.vocab_size, codec)
 
 
 def read_checked(url: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
