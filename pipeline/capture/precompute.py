@@ -174,11 +174,11 @@ def _settle(
 
 def _executor(run: RunGroup, teacher: TeacherGroup) -> Executor:
     if run.ray is None:
-        return LocalExecutor(run.workers or 1, run.lease_seconds)
+        return LocalExecutor(run.workers or max(1, len(teacher.server)), run.lease_seconds)
     from xtoken.pipeline.executors.ray_driver import RayExecutor
 
     gpus, parallel = run.gpus_per_worker, teacher.tensor_parallel
-    device = "cpu" if teacher.backend == "fake" else teacher.device
+    device = "cpu" if teacher.backend in ("fake", "server") else teacher.device
     return RayExecutor(run.ray, run.workers, gpus, parallel, device, run.lease_seconds)
 
 

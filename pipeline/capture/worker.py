@@ -76,7 +76,10 @@ class CaptureJob:
                 "the same --out: use an object store, or a file system that all of them mount"
             )
         tokenizer = open_tokenizer(config.teacher, chats=plan.form != "text")
-        teacher = open_teacher(config.teacher, config.codec, tokenizer.table, engines)
+        asked = config.teacher
+        if asked.server:  # a worker has one of them
+            asked = asked.model_copy(update={"server": [asked.server[slot % len(asked.server)]]})
+        teacher = open_teacher(asked, config.codec, tokenizer.table, engines)
         check_teacher(config.codec, teacher.info)
         first = patiently(partial(settle_teacher, folder, teacher.info, teacher.settings))
         student = load_tokenizer(config.student) if config.student is not None else None

@@ -36,6 +36,7 @@ BACKENDS = {
         divides=True,
         top_only=("vllm-tensors", "vllm-flat"),
     ),
+    "server": Backend("xtoken.pipeline.teachers.server_teacher", "pip install 'xtoken[server]'", full_rows=False),
     "fake": Backend("xtoken.pipeline.teachers.fake_teacher", "", full_rows=True),
 }
 

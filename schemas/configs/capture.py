@@ -105,8 +105,25 @@ class TeacherGroup(Config):
     """Which model is the teacher, and how its engine runs."""
 
     teacher: str = Field(description="Hugging Face id or folder of the teacher.", json_schema_extra=PLACE | COMMON)
-    backend: Literal["hf", "vllm", "fake"] = Field(
-        "hf", description="Engine that runs the teacher.", json_schema_extra=COMMON
+    backend: Literal["hf", "vllm", "server", "fake"] = Field(
+        "hf", description="Engine that runs the teacher; server: 'vllm serve', see --server.", json_schema_extra=COMMON
+    )
+    server: list[str] = Field(
+        default=[],
+        description="server: addresses of 'vllm serve' that serve the teacher, such as https://HOST:8000, by commas; a "
+        "key goes into XTOKEN_SERVER_KEY.",
+        json_schema_extra=MAY_CHANGE,
+    )
+    served_as: str | None = Field(
+        None, description="server: the teacher's name there, where it is not --teacher.", json_schema_extra=MAY_CHANGE
+    )
+    server_requests: int = Field(
+        16, ge=1, le=256, description="server: requests of one worker at a time.", json_schema_extra=MAY_CHANGE
+    )
+    insecure: bool = Field(
+        False,
+        description="server: allow http:// to another machine, where texts and key are in the clear.",
+        json_schema_extra=MAY_CHANGE,
     )
     bos: Literal["auto", "always", "never"] = Field(
         "auto", description="Show the teacher BOS first; auto: as its tokenizer does."
@@ -135,6 +152,17 @@ class TeacherGroup(Config):
     def _parallel_where_it_exists(self) -> "TeacherGroup":
         if self.tensor_parallel > 1 and self.backend != "vllm":
             raise ValueError(f"tensor_parallel={self.tensor_parallel} needs --backend vllm; {self.backend} has none")
+        return self
+
+    @model_validator(mode="after")
+    def _server_where_it_is_asked(self) -> "TeacherGroup":
+        if self.backend == "server" and not self.server:
+            raise ValueError("--backend server needs --server https://HOST:PORT, where 'vllm serve' runs")
+        given = {"--server": self.server, "--served-as": self.served_as, "--insecure": self.insecure}
+        for flag in [name for name, value in given.items() if value and self.backend != "server"]:
+            raise ValueError(
+                f"{flag} is for --backend server, not {self.backend}; leave it out, or say --backend server"
+            )
         return self
 
     @model_validator(mode="after")

@@ -71,7 +71,8 @@ TRAIN = """targets out device decoders parallel activation_checkpointing compile
 keep_every spike rollback eval_every completions tensorboard wandb"""
 ALIGN = "out corpus workers ray lease_seconds memory_limit on_bad"
 PRECOMPUTE = """on_rendered workers tensor_parallel gpu_memory batch_tokens device trust_remote_code out ray
-gpus_per_worker lease_seconds cell audit audit_rows dry_run gpu_price pilot pilot_tokens like log tokenizer"""
+gpus_per_worker lease_seconds cell audit audit_rows dry_run gpu_price pilot pilot_tokens like log tokenizer server
+served_as server_requests insecure"""
 
 
 @pytest.mark.parametrize(
