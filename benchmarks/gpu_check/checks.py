@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check.capturing import capture_hf, capture_vllm
-from benchmarks.gpu_check.engine import killed, pictures, rate_large, rate_small
+from benchmarks.gpu_check.engine import killed, pictures, rate_large, rate_small, slices
 from benchmarks.gpu_check.inputs import Figures, on_gpu
 from benchmarks.gpu_check.kernels import kernels
 from benchmarks.gpu_check.training import attention, liger, memory, packing, trainer_ce, trainer_p_kl, trainer_parts
@@ -25,7 +25,7 @@ class Check:
     Attributes:
         name: of the check.
         function: gets the folder to work in; returns figures, raises where the answer is wrong.
-        needs: "cuda" or names of packages.
+        needs: "cuda", "two GPUs", or names of packages.
         least: seconds of the budget that must be left.
         most: seconds after which it is ended, so that one that hangs leaves the others their time.
     """
@@ -46,7 +46,9 @@ def lacking(check: Check) -> str:
     for name in check.needs:
         if name == "cuda" and not on_gpu():
             return "needs a GPU that torch can use"
-        if name != "cuda" and find_spec(name) is None:
+        if name == "two GPUs" and torch.cuda.device_count() < 2:
+            return "needs two GPUs that torch can use"
+        if name not in ("cuda", "two GPUs") and find_spec(name) is None:
             return f"needs the package {name}"
         if name == "triton" and not on_gpu() and os.environ.get("TRITON_INTERPRET") != "1":
             return "needs a GPU that torch can use, or Triton's interpreter (TRITON_INTERPRET=1)"
@@ -79,6 +81,7 @@ CHECKS = (
     Check("rate-small-steps", rate_small, needs=("vllm",), least=60),
     Check("engine-killed", killed, needs=("vllm",), least=60),
     Check("pictures", pictures, needs=("vllm", "torchvision"), least=60),
+    Check("slices", slices, needs=("two GPUs", "vllm"), least=60),
     Check("trainer-parts", trainer_parts, least=60),
     Check("liger", liger, needs=("cuda", "liger_kernel"), least=60),
 )

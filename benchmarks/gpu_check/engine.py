@@ -93,6 +93,19 @@ def _seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
+def slices(work: Path) -> Figures:
+    """A teacher on two GPUs, each of which reads its own part of the vocabulary, against vLLM's gathered logits."""
+    teacher, batch = opened(model(work, "teacher"), tensor_parallel=2), prompts(3)
+    if teacher.info.capture_path != "vllm-sliced-rows":
+        raise AssertionError(f"rows are taken by {teacher.info.capture_path}; the log says why")
+    pairs = list(zip(teacher.rows(batch), teacher.second_path(batch), strict=True))
+    apart = max(float(np.abs(one.target_logprob - other.target_logprob).mean()) for one, other in pairs)
+    ranks = float(np.mean([(one.target_rank == other.target_rank).mean() for one, other in pairs]))
+    if apart > NEAR:
+        raise AssertionError(f"labels' log-probabilities by slices and gathered are {apart:.3f} nats apart")
+    return {"labels apart, nats": apart, "same ranks": ranks}
+
+
 def killed(work: Path) -> Figures:
     """How long a step that waits is left waiting once its engine's process is killed."""
     from xtoken.schemas.errors import XtokenError

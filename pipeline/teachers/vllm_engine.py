@@ -111,7 +111,7 @@ class Engine:
         self._names = itertools.count()
         self._answers: dict[str, Any] = {}
         self._fast = False
-        self._sliced = int(self._core.vllm_config.parallel_config.tensor_parallel_size) > 1
+        self._sliced = False  # of several workers, each reads its own slice of the vocabulary
         self.whole: Whole | None = None  # what of whole rows each reply holds that is not flat
         self.why_not_whole = "whole rows leave the engine as tensors only"
         if tensors:
@@ -237,6 +237,7 @@ class Engine:
     def _open_whole(self, whole: Whole) -> None:
         """Have whole rows from now on, if they pass their self-test; says why not."""
         self.whole = whole
+        self._sliced = int(self._core.vllm_config.parallel_config.tensor_parallel_size) > 1
         reason = self._reason(self._whole_difference)
         if reason is not None and self._sliced:
             self._gather(reason)

@@ -63,8 +63,8 @@ def main(model: str, source: str, target: str) -> None:
     found = {"info": np.array(info.model_dump_json()), "said": np.array(said.messages)}
     for name, whole in wanted(info.vocab_rows).items():
         for way, sliced in (("sliced", True), ("gathered", False)):
-            engine._sliced, engine._k = sliced, whole.k
-            engine._open_whole(whole)
+            engine.whole, engine._sliced, engine._k = whole, sliced, whole.k
+            assert engine._whole_difference() is None
             found[f"{name}-{way}-path"] = np.array(engine.path)
             rows, *_ = VllmTeacher(engine, info, whole.k, {}, whole).rows(batch)
             for column in COLUMNS:

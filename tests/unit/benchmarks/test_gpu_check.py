@@ -22,7 +22,9 @@ def check(work: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-WITHOUT_GPU = {} if torch.cuda.is_available() else {"memory": "needs a GPU", "liger": "needs a GPU"}
+WITHOUT_GPU = (
+    {} if torch.cuda.is_available() else {"memory": "needs a GPU", "liger": "needs a GPU", "slices": "needs two GPUs"}
+)
 
 
 def verdicts(work: Path) -> dict[str, str]:
