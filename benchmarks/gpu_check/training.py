@@ -1,6 +1,8 @@
 """Checks of training: speed, memory, and whether fast ways take the steps of slow ones."""
 
+import gc
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,17 @@ MEMORY = 1.25  # times what the documents say, at most
 
 
 def _train(work: Path, name: str, loss: str, steps: int, *flags: object) -> list[dict[str, Any]]:
-    """Steps of one pass each; what metrics.jsonl says of them."""
+    """Steps of one pass each; what metrics.jsonl says of them.
+
+    Nothing is saved: checkpoints of nine runs of a billion parameters would take minutes and a disk.
+    """
+    from xtoken.trainer import loop
+    from xtoken.trainer.start import Training
+
+    # in this process, which is of one check alone
+    Training.save, loop.save_result = (lambda *_, **__: None), (lambda _: {})
     out, micro = work / f"run-{name}", MICRO[on_gpu()]
+    shutil.rmtree(out, ignore_errors=True)  # of an earlier turn, which would be gone on with
     words = ["train", targets(work), "--student", model(work, "student"), "--loss", loss, "--steps", steps]
     words += ["--step-tokens", micro, "--micro-tokens", micro, "--max-tokens", 1024, "--save-every", 1000]
     verb(*words, "--completions", 0, "--out", out, *flags)
@@ -123,7 +134,7 @@ def attention(work: Path) -> Figures:
 
     found: dict[str, list[dict[str, Any]]] = {}
     for name, way in (("segments", by_segments), ("masks", lambda *_: False)):
-        start.attend_flat = way  # this process is of this check alone
+        start.attend_flat = way
         found[name] = _train(work, f"attention-{name}", "p-kl", 4)
     start.attend_flat = flat
     first, other = (rows[0]["loss"] for rows in found.values())
@@ -143,6 +154,7 @@ def memory(work: Path) -> Figures:
     shape, card = MODELS["Llama-3.2-1B"], torch.cuda.get_device_properties(0).total_memory
     figures: Figures = {}
     for name, flags in (("plain", ()), ("checkpointing", ("--activation-checkpointing",))):
+        gc.collect()  # what is left of the turn before
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         _train(work, f"memory-{name}", "p-kl", 2, *flags)
