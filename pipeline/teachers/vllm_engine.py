@@ -29,7 +29,7 @@ from xtoken.pipeline.teachers.vllm_whole import Whole
 if find_spec("vllm") is None:
     raise ImportError("vllm is not installed", name="vllm")
 
-WHOLE_ROWS, TENSORS = "vllm-rows", "vllm-tensors"
+WHOLE_ROWS, SLICED_ROWS, TENSORS = "vllm-rows", "vllm-sliced-rows", "vllm-tensors"
 _UPDATE = "_update_prompt_logprobs"
 _PROBE_TOKENS = 16
 _SAME_RUN = 0.5  # nats between two runs of one prompt, whatever order kernels add up in; a wrong row is off by more
@@ -111,6 +111,7 @@ class Engine:
         self._names = itertools.count()
         self._answers: dict[str, Any] = {}
         self._fast = False
+        self._sliced = False  # of several workers, each reads its own slice of the vocabulary
         self.whole: Whole | None = None  # what of whole rows each reply holds that is not flat
         self.why_not_whole = "whole rows leave the engine as tensors only"
         if tensors:
@@ -122,7 +123,7 @@ class Engine:
     def path(self) -> str:
         """Which way rows leave the engine, for the manifest."""
         if self.whole is not None:
-            return WHOLE_ROWS
+            return SLICED_ROWS if self._sliced else WHOLE_ROWS
         return TENSORS if self._fast else "vllm-flat"
 
     @property
@@ -236,15 +237,26 @@ class Engine:
     def _open_whole(self, whole: Whole) -> None:
         """Have whole rows from now on, if they pass their self-test; says why not."""
         self.whole = whole
+        self._sliced = int(self._core.vllm_config.parallel_config.tensor_parallel_size) > 1
         reason = self._reason(self._whole_difference)
+        if reason is not None and self._sliced:
+            self._gather(reason)
+            reason = self._reason(self._whole_difference)
         if reason is not None:
             self.whole, self.why_not_whole = None, reason
             _LOG.warning("%s: rows are of the top k only, whole ones failed their self-test (%s)", version(), reason)
 
+    def _gather(self, reason: str) -> None:
+        """Of several workers, none reads its own slice of the vocabulary; says why not."""
+        self._sliced = False
+        _LOG.warning("%s: every worker gathers whole logits, none reads its own slice of them (%s)", version(), reason)
+
     def _whole_difference(self) -> str | None:
         """How whole rows of a few prompts differ from the public way's, or what in them cannot be."""
         assert self.whole is not None
-        self._llm.collective_rpc("xtoken_whole_rows", args=self.whole.wire())
+        why_gathered, *_ = self._llm.collective_rpc("xtoken_whole_rows", args=(self._sliced, *self.whole.wire()))
+        if self._sliced and why_gathered is not None:
+            self._gather(why_gathered)
         for ids in self._probes():
             (public,) = self.score([ids], flat=True)
             (output,) = self.score([ids])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import queue
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -136,6 +137,56 @@ def test_llvmlite_answers_with_a_dictionary() -> None:
     assert not isinstance(vars(library), dict)
     vllm_start._let_vllm_look_around()
     assert vars(library) == {}
+
+
+class Workers:
+    """Two workers under an engine that never gets a prompt."""
+
+    def __init__(self, why: str | None = None, errors: tuple[str | None, ...] = ()) -> None:
+        parallel = SimpleNamespace(tensor_parallel_size=2)
+        config = SimpleNamespace(parallel_config=parallel)
+        self.llm_engine = SimpleNamespace(vllm_config=config, abort_request=lambda _: None)
+        self.why, self.errors, self.asked = why, list(errors), list[bool]()
+
+    def collective_rpc(self, name: str, args: tuple[Any, ...]) -> list[str | None]:
+        if name == "xtoken_tried":
+            return [None, self.errors.pop(0) if self.errors else None]
+        self.asked.append(args[0])
+        return [self.why if args[0] else "so it was asked"] * 2
+
+
+@pytest.mark.parametrize(
+    ("workers", "asked", "path", "said"),
+    [
+        (Workers(), [True], "vllm-sliced-rows", None),
+        (Workers(why="no such name"), [True], "vllm-rows", "every worker gathers whole logits.*no such name"),
+        (
+            Workers(errors=("KeyError: 1",)),
+            [True, False],
+            "vllm-rows",
+            "every worker gathers whole logits.*KeyError: 1",
+        ),
+        (Workers(errors=("A: 1", "B: 2")), [True, False], "vllm-flat", "are of the top k only.*B: 2"),
+    ],
+)
+def test_slices_that_cannot_be_had_are_gathered(
+    workers: Workers,
+    asked: list[bool],
+    path: str,
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from xtoken.pipeline.teachers.vllm_whole import Whole
+
+    monkeypatch.setattr(vllm_engine.Engine, "_probes", lambda _: [])
+    engine = vllm_engine.Engine(workers, 3, tensors=False)
+    engine._open_whole(Whole(3, np.ones(10, np.bool_)))
+    assert (workers.asked, engine.path) == (asked, path)
+    if said is None:
+        assert caplog.records == []
+    else:
+        assert re.search(said, caplog.records[-1].message)
 
 
 class Dead:
