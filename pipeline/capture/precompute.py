@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xtoken.pipeline.capture.answering import BYTES_PER_TOKEN
-from xtoken.pipeline.capture.audit import accepted_audits
+from xtoken.pipeline.capture.audit import accepted_audits, unaudited
 from xtoken.pipeline.capture.conversations import Chat, plan_date
 from xtoken.pipeline.capture.corpus_form import form_of_run, form_words
 from xtoken.pipeline.capture.monitor.dashboard import Dashboard
@@ -20,6 +20,7 @@ from xtoken.pipeline.capture.rendered_chat import Look
 from xtoken.pipeline.capture.run_identity import (
     RUN_FILE,
     TEACHER_FILE,
+    WEIGHTS_FILE,
     another_run,
     codec_info,
     read_engine_settings,
@@ -27,6 +28,7 @@ from xtoken.pipeline.capture.run_identity import (
     run_hash,
     run_settings,
     settle_settings,
+    settle_weights,
 )
 from xtoken.pipeline.capture.token_codes import corpus_codes, look_at_some
 from xtoken.pipeline.capture.worker import CaptureJob, open_tokenizer
@@ -184,7 +186,7 @@ def _executor(run: RunGroup, teacher: TeacherGroup) -> Executor:
 
 def _forget(folder: Folder) -> None:
     """Undo what a run wrote that failed before its first commit: corrected settings may use the folder."""
-    for name in (TEACHER_FILE, PLAN_FILE, BAD_FILE, VOCAB_FILE, MERGES_FILE, RUN_FILE):
+    for name in (TEACHER_FILE, WEIGHTS_FILE, PLAN_FILE, BAD_FILE, VOCAB_FILE, MERGES_FILE, RUN_FILE):
         folder.remove(name)
 
 
@@ -208,6 +210,8 @@ def _work(run: _Run, executor: Executor | None, make_job: MakeJob, progress: Pro
         return _finish(run, {})
     with Dashboard(run.folder, run.plan, run.config.run, run.config.teacher, done, progress) as dashboard:
         failed = _run(run, executor, make_job, missing, dashboard, progress) if missing else {}
+        if missing and (word := unaudited(run.config.run, run.folder)) is not None:
+            progress.note(word)
         dashboard.enter("sealing")
         manifest = patiently(partial(_finish, run, failed)) if run.config.run.cell is None else None
         if failed:
@@ -223,6 +227,7 @@ def _run(
     dashboard: Dashboard,
     progress: Progress,
 ) -> dict[int, str]:
+    patiently(partial(settle_weights, run.folder, run.config.teacher))  # once, before workers ask for it
     dashboard.log_corpus(check_files(run.config.out, run.plan, run.config.corpus))
     progress.start("precompute", dashboard.text_bytes, "bytes", dashboard.text_bytes_done)
     try:

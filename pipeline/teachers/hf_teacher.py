@@ -322,7 +322,7 @@ def _info(
         backend="hf",
         revision=model_source.revision(model_config),
         config_hash=model_source.config_hash(model_config),
-        weights_hash=model_source.weights_hash(config.teacher, model_config),
+        weights_hash=model_source.revision(model_config),  # of a folder, its worker says it
         vocab_rows=model_source.vocab_rows(model_config) if head is None else head.weight.shape[0],
         context=model_source.context(model_config),
         dtype=_name(model.dtype),

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from xtoken.pipeline.capture.conversations import Chat, ChatPieces
 from xtoken.pipeline.capture.corpus_form import form_of_run
+from xtoken.pipeline.capture.estimate.pipelined import busy_rate
 from xtoken.pipeline.capture.estimate.sampling import POOL, Pool, Ratio, evenly, ratio, take_pool
 from xtoken.pipeline.capture.plan import Plan
 from xtoken.pipeline.capture.precompute import write_vocab
@@ -88,7 +89,8 @@ class Pilot:
     Attributes:
         pool: the corpus and what was taken from it.
         costs: what a token costs.
-        rate: rows per second of one worker with the machine for itself, once its engine is warm.
+        rate: rows per second of one worker with the machine for itself, once its engine is warm; on a GPU, of one that
+            is kept busy.
         start_up: seconds until the engine is ready.
         device: what the engine runs on.
         tokens, windows: what was scored; all there is if ``whole``.
@@ -168,12 +170,13 @@ def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pil
     began = time.monotonic()
     worker, device = _open_worker(config, pool, tokenizer, chat)
     opened = time.monotonic() - began
-    samples, seconds = _score(worker, chosen, progress)
-    scored = sum(len(sample.teacher_ids) - sample.first_row for sample in samples)
+    samples, rate = _score(worker, chosen, progress)
+    if device != "cpu" and rate:  # all of the pilot is one step of a GPU
+        rate = busy_rate(worker, chosen)
     return Pilot(
         pool=pool,
         costs=_costs(config.codec, Path(config.out), pool, pieces, samples, tokenizer, chat is not None),
-        rate=scored / max(seconds, 1e-9),
+        rate=rate,
         start_up=opened,
         device=device,
         tokens=sum(len(sample.teacher_ids) for sample in samples),
@@ -225,14 +228,15 @@ def _open_worker(
 
 
 def _score(worker: CaptureWorker, chosen: Sequence[Piece], progress: Progress) -> tuple[list[Sample], float]:
-    """Samples of the windows, and the seconds they took once the engine was warm."""
+    """Samples of the windows, and rows per second once the engine was warm."""
     progress.start("pilot", sum(window.size for window in chosen), "bytes")
     worker.score([min(chosen, key=_size)])
     began = time.monotonic()
     samples = worker.score(chosen, _Shown(progress))
     seconds = time.monotonic() - began
     progress.finish()
-    return samples, seconds
+    rows = sum(len(sample.teacher_ids) - sample.first_row for sample in samples)
+    return samples, rows / max(seconds, 1e-9)
 
 
 def _costs(

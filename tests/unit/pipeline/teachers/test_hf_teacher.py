@@ -211,8 +211,7 @@ def test_info_says_which_model_it_was(table: TokenTable, tmp_path: Path) -> None
 
     other = opened(request(save_model(tmp_path / "other", "llama", change)), table).info
     assert (one.vocab_rows, one.context, one.dtype, one.device) == (VOCAB, 64, "float32", "cpu")
-    assert one.weights_hash == same.weights_hash
-    assert one.weights_hash != other.weights_hash
+    assert one.weights_hash is None, "a run hashes a folder once, not each engine"
     assert one.config_hash == same.config_hash == other.config_hash
 
 
