@@ -120,16 +120,17 @@ def precompute(
     settings = _checked_settings(config, tokenizer.table, chat)
     for word in bos_figure(tokenizer.table.info, shown=settings["bos"]).values() if chat is None else ():
         progress.note(word)
+    made = not folder.exists("")
     fresh = settle_settings(folder, settings, type(config))
     try:
-        run = _settle(config, folder, tokenizer, settings, progress, form)
+        run = _settle(config, folder, tokenizer, settings, progress, chat, form)
         return _work(run, executor, make_job, progress)
     except IncompleteRun:
         raise
     except XtokenError:
         # other cells may be at work with what lies there
         if fresh and config.run.cell is None and not committed(config.out):
-            _forget(folder)
+            _forget(folder, made=made)
         raise
 
 
@@ -153,6 +154,7 @@ def _settle(
     tokenizer: TextTokenizer,
     settings: dict[str, Any],
     progress: Progress,
+    chat: Chat | None,
     form: CorpusForm,
 ) -> _Run:
     """Plan and token tables, made by the first run and checked by the later ones; a refused audit stays refused."""
@@ -164,7 +166,8 @@ def _settle(
     plan = settle_plan(folder, corpus, config.run.shard_bytes, progress, look, date, answers)
     if config.chat.date not in (None, plan.date):
         raise another_run(folder, [f"date: {plan.date!r} there, {config.chat.date!r} now"])
-    chat = Chat.of(config, plan.form, plan.date)
+    if plan.form != form or (chat is not None and chat.info.date != plan.date):
+        chat = Chat.of(config, plan.form, plan.date)
     if not folder.exists(VOCAB_FILE):
         if look is not None and look.documents == 0:
             # the plan was made before, perhaps for a teacher of other control tokens
@@ -184,10 +187,17 @@ def _executor(run: RunGroup, teacher: TeacherGroup) -> Executor:
     return RayExecutor(run.ray, run.workers, gpus, parallel, device, run.lease_seconds)
 
 
-def _forget(folder: Folder) -> None:
-    """Undo what a run wrote that failed before its first commit: corrected settings may use the folder."""
+def _forget(folder: Folder, *, made: bool) -> None:
+    """Undo what a run wrote that failed before its first commit: corrected settings may use the folder.
+
+    Args:
+        folder: the run's.
+        made: it was not there before.
+    """
     for name in (TEACHER_FILE, WEIGHTS_FILE, PLAN_FILE, BAD_FILE, VOCAB_FILE, MERGES_FILE, RUN_FILE):
         folder.remove(name)
+    if made:
+        folder.remove_empty()
 
 
 def _checked_settings(config: PrecomputeConfig, table: TokenTable, chat: Chat | None) -> dict[str, Any]:

@@ -158,8 +158,8 @@ class Engine:
         if self._neighbours.rounded and self.head_dtype != self._head_asked:
             share = self._neighbours.equal / self._neighbours.pairs
             _LOG.warning(
-                "%s: logits of this model are rounded to %s, though a head in %s was asked for: %.0f %% of neighbouring "
-                "entries are equal",
+                "%s: logits of this model are rounded to %s, though a head in %s was asked for: "
+                "%.0f %% of neighbouring entries are equal",
                 *(version(), self.head_dtype, self._head_asked, 100 * share),
             )
 
@@ -295,8 +295,8 @@ class Engine:
             if not isinstance(error, TimeoutError) and "timed out" not in str(error):  # an engine's process tells it so
                 raise
             raise EngineLost(
-                f"a worker of {version()}'s engine did not answer {method} for {_PATIENCE_SECONDS:g} s; one of its GPUs "
-                "may hang ('nvidia-smi' and the log say more)"
+                f"a worker of {version()}'s engine did not answer {method} for {_PATIENCE_SECONDS:g} s; one of its "
+                "GPUs may hang ('nvidia-smi' and the log say more)"
             ) from error
 
     def _reason(self, test: Callable[[], str | None]) -> str | None:

@@ -77,7 +77,7 @@ class Neighbours(NamedTuple):
     def rounded(self) -> bool:
         """Whether logits were rounded to half precision before their log-softmax.
 
-        Of 64 entries of SmolLM2 and Gemma 3, .52 to .60 of all pairs are equal in bfloat16 and .14 to .17 in float16, of
-        16 entries .25 and .05; none are in float32.
+        Of 64 entries of SmolLM2 and Gemma 3, .52 to .60 of all pairs are equal in bfloat16 and .14 to .17 in float16,
+        of 16 entries .25 and .05; none are in float32.
         """
         return self.pairs >= _LEAST_PAIRS and self.equal > _MOST_EQUAL * self.pairs

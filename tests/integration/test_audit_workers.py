@@ -38,9 +38,8 @@ def config(tmp_path: Path, smollm2_dir: Path) -> PrecomputeConfig:
         corpus=str(tmp_path / "corpus.jsonl"),
         teacher=str(teacher),
         out=str(tmp_path / "out"),
-        **{"backend": "hf", "device": "cpu", "k": 8, "max_tokens": 64, "shard_bytes": 400, "workers": 2},
-        **{"audit": "hf", "audit_rows": 40},
-    )
+        backend="hf", device="cpu", k=8, max_tokens=64, shard_bytes=400, workers=2, audit="hf", audit_rows=40,
+    )  # fmt: skip
 
 
 def test_one_worker_audits_and_another_takes_its_turn_where_it_dies(config: PrecomputeConfig, tmp_path: Path) -> None:

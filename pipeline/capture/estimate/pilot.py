@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -148,15 +148,37 @@ class Pilot:
         }
 
 
-def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pilot:
-    """Read the corpus once, and score about so many tokens of it; ``config.out`` is a folder to write to.
+class Reading(NamedTuple):
+    """How a run reads its corpus: the teacher's tokenizer, and of conversations the rest."""
+
+    tokenizer: TextTokenizer
+    chat: Chat | None
+
+    @classmethod
+    def of(cls, config: PrecomputeConfig) -> "Reading":
+        """Load them.
+
+        Raises:
+            XtokenError: they cannot be loaded, or settings do not fit what the corpus holds.
+        """
+        form = form_of_run(config, Folder(config.out))
+        return cls(open_tokenizer(config.teacher, chats=form != "text"), Chat.of(config, form))
+
+
+def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress, reading: Reading | None = None) -> Pilot:
+    """Read the corpus once, and score about so many tokens of it.
+
+    Args:
+        config: of the capture; ``out`` is a folder to write to.
+        tokens: of the pilot.
+        progress: shows bytes of text.
+        reading: where it is loaded already.
 
     Raises:
         XtokenError: bad input, or a teacher that cannot be loaded or does not fit the flags.
     """
     check_backend(config.teacher, config.codec)
-    form = form_of_run(config, Folder(config.out))
-    tokenizer, chat = open_tokenizer(config.teacher, chats=form != "text"), Chat.of(config, form)
+    tokenizer, chat = reading or Reading.of(config)
     refuse_k(config.codec, tokenizer.table.size, f"the vocabulary's {tokenizer.table.size} tokens")
     look = Look.of(config.corpus, config.teacher, tokenizer) if chat is None else None
     pool = take_pool(config.corpus, config.run.shard_bytes, max(POOL, _WIDEST * tokens), progress, look)

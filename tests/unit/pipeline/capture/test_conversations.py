@@ -33,7 +33,7 @@ from xtoken.pipeline.store.inspect import inspect
 from xtoken.pipeline.store.publish import committed
 from xtoken.pipeline.store.reader import iter_capture, iter_parquet
 from xtoken.pipeline.store.verify import verify
-from xtoken.pipeline.tokens import load_tokenizer
+from xtoken.pipeline.tokens import load, load_tokenizer
 from xtoken.schemas.configs.artifacts import InspectConfig
 from xtoken.schemas.configs.capture import CorpusConfig, PrecomputeConfig
 from xtoken.schemas.configs.share import MergeConfig, PullConfig
@@ -75,6 +75,23 @@ def config(tmp_path: Path, smollm2_dir: Path) -> PrecomputeConfig:
         date=DAY,
         shard_bytes=50,
     )
+
+
+def test_tokenizers_are_loaded_once_by_each_process(config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading one of a large vocabulary takes seconds; a run of conversations needs one for text and one for them."""
+    loads: list[str] = []
+    assemble = load._assemble
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        loads.append("chat" if options else "text")
+        return assemble(*arguments, **options)
+
+    monkeypatch.setattr(load, "_assemble", counted)
+    dry_run(config.changed(dry_run=True), Silent())
+    assert sorted(loads) == ["chat", "text"]
+    loads.clear()
+    precompute(config, Silent(), executor=InProcess())
+    assert sorted(loads) == ["chat", "chat", "text", "text"], "by the driver, and by the worker, which is here, too"
 
 
 def capture(config: PrecomputeConfig) -> CaptureManifest:
