@@ -120,7 +120,7 @@ def precompute(
     settings = _checked_settings(config, tokenizer.table, chat)
     for word in bos_figure(tokenizer.table.info, shown=settings["bos"]).values() if chat is None else ():
         progress.note(word)
-    made = not folder.exists("")
+    made = folder.local and not folder.exists("")  # an object store has no folders
     fresh = settle_settings(folder, settings, type(config))
     try:
         run = _settle(config, folder, tokenizer, settings, progress, chat, form)

@@ -17,16 +17,16 @@ class Backend(NamedTuple):
     """A module with ``open_teacher``, the install line shown when its import fails, whether it sees whole rows.
 
     ``divides``: an engine takes a share of the GPU when it starts, so it is told how many share it.
-    ``weights``: it reads the teacher's weights, whose hash is part of what a run is.
     ``top_only``: ways out of the engine (``capture_path``) by which it gives the top k only, though it sees whole rows.
+    ``weights``: it reads the weights in the teacher's folder, whose hash is part of what a run is.
     """
 
     module: str
     install: str
     full_rows: bool
     divides: bool = False
-    weights: bool = False
     top_only: tuple[str, ...] = ()
+    weights: bool = False
 
 
 BACKENDS = {

@@ -17,7 +17,7 @@ import zstandard
 from in_process import InProcess
 from talks import TALKS
 
-from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.capture import conversations, precompute
 from xtoken.pipeline.capture.estimate.dry_run import dry_run
 from xtoken.pipeline.chats import from_json, open_chat_model, read_row, spans_of
 from xtoken.pipeline.corpus import Corpus
@@ -33,7 +33,7 @@ from xtoken.pipeline.store.inspect import inspect
 from xtoken.pipeline.store.publish import committed
 from xtoken.pipeline.store.reader import iter_capture, iter_parquet
 from xtoken.pipeline.store.verify import verify
-from xtoken.pipeline.tokens import load, load_tokenizer
+from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.artifacts import InspectConfig
 from xtoken.schemas.configs.capture import CorpusConfig, PrecomputeConfig
 from xtoken.schemas.configs.share import MergeConfig, PullConfig
@@ -77,21 +77,22 @@ def config(tmp_path: Path, smollm2_dir: Path) -> PrecomputeConfig:
     )
 
 
-def test_tokenizers_are_loaded_once_by_each_process(config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading one of a large vocabulary takes seconds; a run of conversations needs one for text and one for them."""
+def test_the_teacher_is_opened_once_for_conversations(
+    config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading a tokenizer of a large vocabulary takes seconds."""
     loads: list[str] = []
-    assemble = load._assemble
+    load = conversations.open_chat_model
 
-    def counted(*arguments: Any, **options: Any) -> Any:
-        loads.append("chat" if options else "text")
-        return assemble(*arguments, **options)
+    def counted(source: str, **options: Any) -> Any:
+        loads.append(source)
+        return load(source, **options)
 
-    monkeypatch.setattr(load, "_assemble", counted)
+    monkeypatch.setattr(conversations, "open_chat_model", counted)
     dry_run(config.changed(dry_run=True), Silent())
-    assert sorted(loads) == ["chat", "text"]
-    loads.clear()
+    assert len(loads) == 1
     precompute(config, Silent(), executor=InProcess())
-    assert sorted(loads) == ["chat", "chat", "text", "text"], "by the driver, and by the worker, which is here, too"
+    assert len(loads) == 3, "by the driver, and by the worker, which is here, too"
 
 
 def capture(config: PrecomputeConfig) -> CaptureManifest:
