@@ -194,7 +194,9 @@ def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress, readin
     opened = time.monotonic() - began
     samples, rate = _score(worker, chosen, progress)
     if device != "cpu" and rate:  # all of the pilot is one step of a GPU
+        progress.start("speed of a busy engine", None, "bytes")
         rate = busy_rate(worker, chosen)
+        progress.finish()
     return Pilot(
         pool=pool,
         costs=_costs(config.codec, Path(config.out), pool, pieces, samples, tokenizer, chat is not None),
