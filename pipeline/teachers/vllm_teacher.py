@@ -269,7 +269,7 @@ def _info(config: TeacherGroup, model_config: Any, dtype: str, platform: Platfor
         backend="vllm",
         revision=model_source.revision(model_config),
         config_hash=model_source.config_hash(model_config),
-        weights_hash=model_source.weights_hash(config.teacher, model_config),
+        weights_hash=model_source.revision(model_config),  # of a folder, its worker says it
         vocab_rows=model_source.vocab_rows(model_config),
         context=model_source.context(model_config),
         dtype=dtype,
