@@ -5,6 +5,7 @@
 
 import atexit
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,10 +124,41 @@ def open_ranks(device: torch.device) -> Iterator[Ranks]:
     try:
         yield ranks
         ranks.wait()  # the store and the connections live in each rank: none leaves while another still uses them
-    finally:
-        dist.destroy_process_group()
-        if backend == "gloo":
-            atexit.register(_let_threads_rest)
+    except BaseException as error:
+        code = abrupt_exit(backend, error)
+        if code is None:
+            _leave(backend)
+        else:
+            atexit.register(_end, code)
+        raise
+    _leave(backend)
+
+
+def _leave(backend: str) -> None:
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    if backend == "gloo":
+        atexit.register(_let_threads_rest)
+
+
+def abrupt_exit(backend: str, error: BaseException) -> int | None:
+    """The exit code with which a rank that raised is to end without leaving its group; None where it can leave.
+
+    NCCL's peers may sit in a collective inside a kernel. To take a communicator down then can block, and torchrun ends
+    the others only once a process has ended: all would wait for the half hour of their patience.
+    """
+    if backend != "nccl" or (isinstance(error, SystemExit) and not error.code):
+        return None
+    code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
+    return code if isinstance(code, int) else 1
+
+
+def _end(code: int) -> None:
+    """End at once, when Python is about to: whoever caught the error has said it by then."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _let_threads_rest() -> None:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_check WORK [--budget 840] [--only trainer-ce,vllm] [--write]
 
-Nothing is installed or downloaded: models have random weights and the sizes of Llama-3.2-1B and Qwen3-0.6B, texts are
-the repository's. Each check is a process of its own, so that a crash ends none but itself, in order of value while the
-budget (seconds) lasts. WORK/checks.json is written after each. What lacks a GPU or a package says "not run" and why;
-without a GPU toy models are used, so that the script itself is tested everywhere.
+Nothing is installed or downloaded: models have random weights and the sizes of Llama-3.2-1B, Qwen3-0.6B and of a few
+layers of Gemma-3-4b, texts are the repository's. Each check is a process of its own, so that a crash ends none but
+itself, in order of value while the budget (seconds) lasts. WORK/checks.json is written after each. What lacks a GPU or
+a package says "not run" and why; without a GPU toy models are used, so that the script itself is tested everywhere.
 """
 
 import argparse
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check.checks import CHECKS, Check, Result, lacking
+from benchmarks.gpu_check.inputs import on_gpu
+from benchmarks.gpu_check.report import DOCUMENT, filled, shown
 from benchmarks.machine import machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +33,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=840.0, help="seconds in all")
     parser.add_argument("--only", default="", help="names of checks, by commas")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--write", action="store_true", help="also write benchmarks/results/gpu_check.{json,md}")
+    parser.add_argument("--write", action="store_true", help="on a GPU, also write benchmarks/results and docs")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     known = {check.name: check for check in CHECKS}
@@ -47,9 +49,12 @@ def main() -> None:
         print(line(name, results[name]), flush=True)
         found = {"machine": machine(), "checks": results}
         (options.work / "checks.json").write_text(json.dumps(found, indent=1) + "\n")
-    if options.write:
+    if options.write and not on_gpu():
+        print("nothing is written to benchmarks/results or docs/performance.md: there is no GPU, and these were toys")
+    elif options.write:
         (RESULTS / "gpu_check.json").write_text(json.dumps(found, indent=1) + "\n")
         (RESULTS / "gpu_check.md").write_text(table(found))
+        DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8"), found), encoding="utf-8")
     if any(one["verdict"] == "failed" for one in results.values()):
         sys.exit(1)
 
@@ -61,6 +66,7 @@ def attempt(check: Check, work: Path, until: float) -> Result:
     left = until - time.monotonic()
     if left < check.least:
         return {"verdict": "not run", "why": f"{left:.0f} s of the budget were left, and it takes {check.least:.0f}"}
+    left = min(left, check.most)
     began = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.gpu_check", str(work), "--one", check.name]
     log = work / f"{check.name}.log"
@@ -77,7 +83,7 @@ def attempt(check: Check, work: Path, until: float) -> Result:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return {"verdict": "failed", "why": f"it took longer than the {left:.0f} s that were left; see {log}"}
+            return {"verdict": "failed", "why": f"it took longer than the {left:.0f} s that it had; see {log}"}
     seconds = round(time.monotonic() - began, 1)
     if done.returncode:
         last = log.read_text().strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
@@ -90,11 +96,6 @@ def line(name: str, result: Result) -> str:
     """A check in one line."""
     figures = ", ".join(f"{key} {shown(value)}" for key, value in result.get("figures", {}).items())
     return f"{result['verdict']:8} {name}: {'; '.join(filter(None, [figures, result.get('why', '')]))}"
-
-
-def shown(value: Any) -> str:
-    """A figure as people read it."""
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def table(found: dict[str, Any]) -> str:

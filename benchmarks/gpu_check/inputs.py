@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_sizes import MODELS, Shape
 from xtoken import cli
 
+Figures = dict[str, Any]
 ROOT = Path(cli.__file__).resolve().parent
 TEXT = ROOT / "examples" / "data" / "moby-dick.jsonl"
-# Layers, width, inner width, heads, key-value heads, vocabulary: Llama-3.2-1B, Qwen3-0.6B; and toys.
 SIZES = {
-    True: {"student": (16, 2048, 8192, 32, 8, 128_256), "teacher": (28, 1024, 3072, 16, 8, 151_936)},
-    False: {"student": (2, 128, 256, 2, 1, 1_024), "teacher": (2, 128, 256, 2, 1, 1_280)},
+    True: {"student": MODELS["Llama-3.2-1B"], "teacher": MODELS["Qwen3-0.6B"]},
+    False: {"student": Shape(2, 128, 256, 2, 1, 64, 1_024), "teacher": Shape(2, 128, 256, 2, 1, 64, 1_280)},
 }
 PEAKED = 6.0  # random logits as far apart as a real model's, so that a row keeps some twenty entries
 TRAINED = 900  # tokens that are learned from the text, of any vocabulary
@@ -31,15 +32,16 @@ def model(work: Path, role: str) -> Path:
 
     folder = work / role
     if not (folder / "config.json").exists():
-        layers, width, inner, heads, groups, vocabulary = SIZES[on_gpu()][role]
+        shape = SIZES[on_gpu()][role]
         torch.manual_seed(len(role))
         config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=groups,
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.width,
+            intermediate_size=shape.inner,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.groups,
+            head_dim=shape.head,
             max_position_embeddings=8192,
             tie_word_embeddings=True,
             bos_token_id=None,
@@ -50,7 +52,7 @@ def model(work: Path, role: str) -> Path:
         with torch.no_grad():
             made.get_input_embeddings().weight.mul_(PEAKED)
         made.to(torch.bfloat16 if on_gpu() else torch.float32).save_pretrained(folder)
-        tokenizer(folder, vocabulary, len(role))
+        tokenizer(folder, shape.vocabulary, len(role))
     return folder
 
 

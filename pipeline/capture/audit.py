@@ -1,12 +1,14 @@
-"""Each worker's proof of values: rows read back from the store against the same tokens scored another way.
+"""Proof of values: rows read back from the store against the same tokens scored another way.
 
-The other way is the engine's own second path (``--audit path``) or transformers in float32 on the CPU (``--audit hf``).
-Windows are drawn at random from the worker's first committed shard. What is found lies in ``audits/part-NNNNN.json``
-and goes into the manifest. Rows that cannot be of the same model and text stop the run, and every later one that would
-finish this capture.
+The other way is the engine's own second path (``--audit path``), by every worker, or transformers in float32 on the CPU
+(``--audit hf``), by the worker of the run that commits first: it loads the whole teacher once more. Windows are drawn
+at random from the worker's first committed shard. What is found lies in ``audits/part-NNNNN.json`` and goes into the
+manifest. Rows that cannot be of the same model and text stop the run, and every later one that would finish this
+capture.
 """
 
 import gc
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,13 +61,22 @@ Score = Callable[[Sequence[NDArray[np.int32]]], tuple[list[TeacherRows], str]]
 
 
 def open_audit(
-    config: PrecomputeConfig, folder: Folder, tokenizer: TextTokenizer, teacher: Teacher, context: NDArray[np.int32]
+    config: PrecomputeConfig,
+    folder: Folder,
+    tokenizer: TextTokenizer,
+    teacher: Teacher,
+    context: NDArray[np.int32],
+    slot: int = 0,
 ) -> Audit | None:
     """A worker's audit of one shard that it committed; None where none is wanted, or the engine has no second path.
 
     Args:
+        config: of the capture.
         folder: of the capture.
+        tokenizer: the teacher's.
+        teacher: whose rows they are.
         context: int32, what the teacher is shown before each sample.
+        slot: of the worker, see ``xtoken.pipeline.executors.protocol.Job``.
 
     Raises:
         XtokenError: ``--audit hf`` of a model that transformers does not run, or that does not fit the memory.
@@ -74,9 +85,11 @@ def open_audit(
     if run.audit == "none" or (run.audit == "path" and teacher.second_path([]) is None):
         return None
     score: Score = _SecondPath(teacher)
+    turn: Turn | None = None
     if run.audit == "hf":
         score = _Transformers.of(config.teacher, config.codec, tokenizer.table)
-    return _Audit(config.codec, run, folder, teacher.info, context, score)
+        turn = Turn(folder, slot, run.cells[0])
+    return _Audit(config.codec, run, folder, teacher.info, context, score, turn)
 
 
 def read_audits(folder: Folder) -> list[AuditRecord]:
@@ -99,6 +112,16 @@ def accepted_audits(run: RunGroup, folder: Folder) -> list[AuditRecord]:
     for record in records if run.audit != "none" else ():
         _refuse_other_rows(record, folder.root, read_teacher(folder).model)
     return records
+
+
+def unaudited(run: RunGroup, folder: Folder) -> str | None:
+    """What to say of a run of which no worker lived to audit it by transformers as it was asked to."""
+    if run.audit != "hf" or any(record.method == "hf" for record in read_audits(folder)):
+        return None
+    return (
+        "no part was audited by --audit hf: the worker whose turn it was ended over it (its memory may be too small), "
+        "or what it had committed holds no row"
+    )
 
 
 def _refuse_other_rows(record: AuditRecord, root: str, model: str) -> None:
@@ -127,6 +150,44 @@ def _read(folder: Folder, name: str) -> AuditRecord:
             f"{folder.url(name)} is not an audit ({error.error_count()} errors); remove it and run the same command "
             "again"
         ) from error
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Which of a run's workers audits, where one is enough.
+
+    The first to ask leaves a temporary file that says so, which the run removes when it ends and the next one when it
+    begins. A worker that finds its own slot there follows one that died over its audit, and takes its turn.
+
+    Attributes:
+        folder: of the capture.
+        slot: of this worker; no two that live have the same.
+        cell: of the run; each cell is a run of its own, and sweeps what has the number of a part of its own.
+    """
+
+    folder: Folder
+    slot: int
+    cell: int
+
+    def taken(self, shard: int) -> bool:
+        """Whether it is this worker's turn, with this shard."""
+        name = f"{AUDITS}/part-{self.cell:05d}.turn.tmp"
+        claim = json.dumps({"slot": self.slot, "shard": shard}).encode()
+        self.folder.make(AUDITS)
+        if self.folder.create(name, claim):
+            return True
+        try:
+            there = json.loads(self.folder.read(name))
+        except FileNotFoundError:  # swept: better twice than never
+            return True
+        if there["slot"] != self.slot or self.folder.exists(_record_name(there["shard"])):
+            return False
+        self.folder.replace(name, claim)
+        return True
+
+
+def _record_name(shard: int) -> str:
+    return f"{AUDITS}/part-{shard:05d}.json"
 
 
 @dataclass(frozen=True)
@@ -228,15 +289,18 @@ class _Audit:
     info: TeacherInfo
     context: NDArray[np.int32]
     score: Score
+    turn: Turn | None  # None: every worker audits
 
     def __call__(self, shard: int) -> None:
-        """Audit a shard and record it; nothing to do where it is not committed or has no row.
+        """Audit a shard and record it; nothing to do where it has no row, or where another worker does it for all.
 
         Raises:
             XtokenError: its rows cannot be of this model and text.
         """
         part = self._reached(partial(read_commit, self.folder, shard))
         if part is None or part.rows == 0:
+            return
+        if self.turn is not None and not self._reached(partial(self.turn.taken, shard)):
             return
         stored = self._reached(partial(self._sample, part))
         prompts = [np.concatenate([self.context, ids]).astype(np.int32) for ids in _lists(stored, "teacher_ids")]
@@ -265,7 +329,7 @@ class _Audit:
 
     def _keep(self, shard: int, record: AuditRecord) -> None:
         self.folder.make(AUDITS)
-        self.folder.create(f"{AUDITS}/part-{shard:05d}.json", record.model_dump_json(indent=1).encode() + b"\n")
+        self.folder.create(_record_name(shard), record.model_dump_json(indent=1).encode() + b"\n")
 
     def _reached(self, step: Callable[[], R]) -> R:
         """A step that needs storage, again while that is out of reach: an outage says nothing about the rows."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xtoken.pipeline.capture.answering import BYTES_PER_TOKEN
-from xtoken.pipeline.capture.audit import accepted_audits
+from xtoken.pipeline.capture.audit import accepted_audits, unaudited
 from xtoken.pipeline.capture.conversations import Chat, plan_date
 from xtoken.pipeline.capture.corpus_form import form_of_run, form_words
 from xtoken.pipeline.capture.monitor.dashboard import Dashboard
@@ -20,6 +20,7 @@ from xtoken.pipeline.capture.rendered_chat import Look
 from xtoken.pipeline.capture.run_identity import (
     RUN_FILE,
     TEACHER_FILE,
+    WEIGHTS_FILE,
     another_run,
     codec_info,
     read_engine_settings,
@@ -27,6 +28,7 @@ from xtoken.pipeline.capture.run_identity import (
     run_hash,
     run_settings,
     settle_settings,
+    settle_weights,
 )
 from xtoken.pipeline.capture.token_codes import corpus_codes, look_at_some
 from xtoken.pipeline.capture.worker import CaptureJob, open_tokenizer
@@ -118,16 +120,17 @@ def precompute(
     settings = _checked_settings(config, tokenizer.table, chat)
     for word in bos_figure(tokenizer.table.info, shown=settings["bos"]).values() if chat is None else ():
         progress.note(word)
+    made = folder.local and not folder.exists("")  # an object store has no folders
     fresh = settle_settings(folder, settings, type(config))
     try:
-        run = _settle(config, folder, tokenizer, settings, progress, form)
+        run = _settle(config, folder, tokenizer, settings, progress, chat, form)
         return _work(run, executor, make_job, progress)
     except IncompleteRun:
         raise
     except XtokenError:
         # other cells may be at work with what lies there
         if fresh and config.run.cell is None and not committed(config.out):
-            _forget(folder)
+            _forget(folder, made=made)
         raise
 
 
@@ -151,6 +154,7 @@ def _settle(
     tokenizer: TextTokenizer,
     settings: dict[str, Any],
     progress: Progress,
+    chat: Chat | None,
     form: CorpusForm,
 ) -> _Run:
     """Plan and token tables, made by the first run and checked by the later ones; a refused audit stays refused."""
@@ -162,7 +166,8 @@ def _settle(
     plan = settle_plan(folder, corpus, config.run.shard_bytes, progress, look, date, answers)
     if config.chat.date not in (None, plan.date):
         raise another_run(folder, [f"date: {plan.date!r} there, {config.chat.date!r} now"])
-    chat = Chat.of(config, plan.form, plan.date)
+    if plan.form != form or (chat is not None and chat.info.date != plan.date):
+        chat = Chat.of(config, plan.form, plan.date)
     if not folder.exists(VOCAB_FILE):
         if look is not None and look.documents == 0:
             # the plan was made before, perhaps for a teacher of other control tokens
@@ -182,10 +187,17 @@ def _executor(run: RunGroup, teacher: TeacherGroup) -> Executor:
     return RayExecutor(run.ray, run.workers, gpus, parallel, device, run.lease_seconds)
 
 
-def _forget(folder: Folder) -> None:
-    """Undo what a run wrote that failed before its first commit: corrected settings may use the folder."""
-    for name in (TEACHER_FILE, PLAN_FILE, BAD_FILE, VOCAB_FILE, MERGES_FILE, RUN_FILE):
+def _forget(folder: Folder, *, made: bool) -> None:
+    """Undo what a run wrote that failed before its first commit: corrected settings may use the folder.
+
+    Args:
+        folder: the run's.
+        made: it was not there before.
+    """
+    for name in (TEACHER_FILE, WEIGHTS_FILE, PLAN_FILE, BAD_FILE, VOCAB_FILE, MERGES_FILE, RUN_FILE):
         folder.remove(name)
+    if made:
+        folder.remove_empty()
 
 
 def _checked_settings(config: PrecomputeConfig, table: TokenTable, chat: Chat | None) -> dict[str, Any]:
@@ -208,6 +220,8 @@ def _work(run: _Run, executor: Executor | None, make_job: MakeJob, progress: Pro
         return _finish(run, {})
     with Dashboard(run.folder, run.plan, run.config.run, run.config.teacher, done, progress) as dashboard:
         failed = _run(run, executor, make_job, missing, dashboard, progress) if missing else {}
+        if missing and (word := unaudited(run.config.run, run.folder)) is not None:
+            progress.note(word)
         dashboard.enter("sealing")
         manifest = patiently(partial(_finish, run, failed)) if run.config.run.cell is None else None
         if failed:
@@ -223,6 +237,7 @@ def _run(
     dashboard: Dashboard,
     progress: Progress,
 ) -> dict[int, str]:
+    patiently(partial(settle_weights, run.folder, run.config.teacher))  # once, before workers ask for it
     dashboard.log_corpus(check_files(run.config.out, run.plan, run.config.corpus))
     progress.start("precompute", dashboard.text_bytes, "bytes", dashboard.text_bytes_done)
     try:

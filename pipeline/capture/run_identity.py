@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from xtoken.pipeline.store.codecs import open_codec, record_of
 from xtoken.pipeline.store.files import Folder
-from xtoken.pipeline.teachers import sees_whole_rows
+from xtoken.pipeline.teachers import BACKENDS, sees_whole_rows
 from xtoken.pipeline.teachers.base import shows_bos
+from xtoken.pipeline.teachers.weights import content_hash, looks, weight_files
 from xtoken.pipeline.tokens import TokenTable
 from xtoken.schemas.configs.capture import CodecGroup, PrecomputeConfig, TeacherGroup
 from xtoken.schemas.configs.identity import Difference, defaults, differences, identity
@@ -27,6 +29,7 @@ _RECORDED = (
 _DERIVED = ("schema_version", "tokenizer_hash", "step", "student_hash")
 _NOTHING: Mapping[str, Any] = {}
 TEACHER_FILE = "teacher.json"
+WEIGHTS_FILE = "weights.json"
 # Of a codec's identity, those that each run.json has, in this order.
 _CODEC_NAMES = ("k", "min_p", "step", "codec", "draws", "seed")
 _ENGINE = "engine_settings"  # stands in teacher.json beside the fields of TeacherInfo
@@ -126,6 +129,25 @@ def check_settings(folder: Folder, settings: dict[str, Any], model: type[Precomp
         differ = _compared(folder, RUN_FILE, settings, _needs(folder, RUN_FILE), (), defaults(model, _RECORDED))
         if differ:
             raise another_run(folder, [str(one) for one in differ])
+
+
+def settle_weights(folder: Folder, config: TeacherGroup) -> str | None:
+    """sha256 of the weights in the teacher's folder; None of a hub model, or of a backend that reads none.
+
+    It is kept in the run's folder with the names, sizes and times of the files it is of, and computed again where these
+    are others, as those of a copy on another machine may be.
+    """
+    files = weight_files(config.teacher) if BACKENDS[config.backend].weights else []
+    if not files:
+        return None
+    now = looks(files)
+    with suppress(ValueError, FileNotFoundError, VerificationError):  # a damaged record is worth nothing
+        there = json.loads(read_small(folder, WEIGHTS_FILE, _TEACHER_BYTES))
+        if isinstance(there, dict) and there.get("files") == now and isinstance(there.get("sha256"), str):
+            return str(there["sha256"])
+    found = content_hash(files)
+    folder.replace(WEIGHTS_FILE, json.dumps({"files": now, "sha256": found}, indent=1).encode() + b"\n")
+    return found
 
 
 def settle_teacher(folder: Folder, info: TeacherInfo, settings: Mapping[str, Any] | None = None) -> TeacherInfo:

@@ -19,7 +19,7 @@ from xtoken.pipeline.capture.answering import answered, prompts_of, question
 from xtoken.pipeline.capture.audit import open_audit
 from xtoken.pipeline.capture.conversations import Chat, ChatPiece, ChatPieces, chunk_counts
 from xtoken.pipeline.capture.plan import Plan, SliceReader, load_plan
-from xtoken.pipeline.capture.run_identity import codec_info, sees_bos, settle_teacher
+from xtoken.pipeline.capture.run_identity import codec_info, sees_bos, settle_teacher, settle_weights
 from xtoken.pipeline.capture.worker_threads import Audit, Piece, Prepared, Stages
 from xtoken.pipeline.corpus import Document, Window, all_windows
 from xtoken.pipeline.executors.gpus import engines_per_gpu, pin_gpus
@@ -81,6 +81,9 @@ class CaptureJob:
             asked = asked.model_copy(update={"server": [asked.server[slot % len(asked.server)]]})
         teacher = open_teacher(asked, config.codec, tokenizer.table, engines)
         check_teacher(config.codec, teacher.info)
+        weights = patiently(partial(settle_weights, folder, config.teacher))
+        if weights is not None:
+            teacher.info = teacher.info.model_copy(update={"weights_hash": weights})
         first = patiently(partial(settle_teacher, folder, teacher.info, teacher.settings))
         student = load_tokenizer(config.student) if config.student is not None else None
         codes = read_codes(patiently(partial(read_table, folder.url(VOCAB_FILE))))
@@ -92,7 +95,7 @@ class CaptureJob:
             here.capture_path if here.capture_path != first.capture_path else None,
         )
         worker.keeps_space = sees_whole_rows(first)
-        worker.audit = open_audit(config, folder, tokenizer, teacher, worker.context)
+        worker.audit = open_audit(config, folder, tokenizer, teacher, worker.context, slot)
         return worker
 
 
@@ -143,7 +146,7 @@ class CaptureWorker:
         self._config = config
         self._plan = plan
         self._tokenizer = tokenizer
-        self._teacher = teacher
+        self.teacher = teacher
         self._student = student
         self._codes = codes
         self.audit: Audit | None = None
@@ -159,7 +162,17 @@ class CaptureWorker:
 
     def serve(self, leases: Iterator[Lease], send: Send) -> None:
         """See ``pipeline.executors.protocol.Worker``; ``worker_threads`` overlaps the steps."""
-        Stages(self, self._teacher, self.audit).serve(leases, send)
+        Stages(self, self.teacher, self.audit, most_waiting=self.most_waiting).serve(leases, send)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step of the engine: what it settled on, else what was asked for."""
+        return int(self.teacher.settings.get("max_num_batched_tokens", self._config.teacher.batch_tokens))
+
+    @property
+    def most_waiting(self) -> int:
+        """Tokens whose rows may wait to be packed: two steps."""
+        return 2 * self.step_tokens
 
     def prepare(self, shard: int) -> Prepared | Part:
         """Read and tokenize one shard, unless it is committed by now: another driver or an overdue worker may have.
@@ -180,6 +193,10 @@ class CaptureWorker:
         counts = Counter(documents=len(documents))
         if self._student is not None:
             counts.update(_student_counts(self._student, self._tokenizer.table, pieces))
+        return self.prepared(shard, pieces, counts)
+
+    def prepared(self, shard: int, pieces: Sequence[Piece], counts: Counter[str]) -> Prepared:
+        """Samples that are to be scored."""
         return Prepared(shard, pieces, *self._prompts(pieces), counts)
 
     def _chats(self, shard: int, made: ChatPieces, documents: int) -> Prepared:
@@ -239,7 +256,7 @@ class CaptureWorker:
         scored: dict[int, TeacherRows] = {}
         done = 0
         for batch in batches:
-            rows = self._teacher.rows([prompts[index] for index in batch])
+            rows = self.teacher.rows([prompts[index] for index in batch])
             scored.update(zip(batch, rows, strict=True))
             done += sum(pieces[index].size for index in batch)
             on_progress(done)

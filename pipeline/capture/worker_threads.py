@@ -1,15 +1,15 @@
-"""A capture worker's three stages, overlapped so that the engine never waits for Python.
+"""A capture worker's four stages, overlapped so that the engine never waits for Python or for storage.
 
-One thread reads and tokenizes shards ahead, the caller's thread keeps the engine fed, one thread packs rows, writes
-Parquet and commits. Queues between them are short, so memory does not grow with the corpus. When the engine raises,
-every shard in it is suspect: they fail, and the worker ends, for nobody knows what state the engine is in; a second
-attempt at a shard has the engine to itself, so that the guilty one is found.
+One thread reads and tokenizes shards ahead, the caller's thread keeps the engine fed, one thread packs rows, one writes
+Parquet, uploads and commits. Queues between them are short, so memory does not grow with the corpus. When the engine
+raises, every shard in it is suspect: they fail, and the worker ends, for nobody knows what state the engine is in; a
+second attempt at a shard has the engine to itself, so that the guilty one is found.
 """
 
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
@@ -25,7 +25,7 @@ from xtoken.schemas.manifest import Part
 Audit = Callable[[int], None]
 """Looks at a committed shard by other means; called while the engine rests."""
 
-_ROWS_WAITING = 16  # samples that the engine is done with and that are not packed yet
+_SHARDS_WAITING = 1  # packed, while one before them is published
 _PROGRESS_SECONDS = 0.5
 _BEAT_SECONDS, _MOST_BEATS = 20.0, 180  # during an audit; one that takes longer than an hour hangs
 
@@ -124,15 +124,51 @@ _Batch = Sequence[tuple[_Key, NDArray[np.int32]]]
 _Scored = tuple[_Shard, int, TeacherRows] | tuple[_Shard, None, None] | None
 
 
+class TokenQueue(queue.Queue[_Scored]):
+    """What the engine is done with; its size is counted in tokens, and one sample may go beyond the most."""
+
+    def _init(self, maxsize: int) -> None:
+        del maxsize
+        self._items: deque[_Scored] = deque()
+        self._tokens = 0
+
+    def _qsize(self) -> int:
+        return self._tokens
+
+    def _put(self, item: _Scored) -> None:
+        self._items.append(item)
+        self._tokens += _weight(item)
+
+    def _get(self) -> _Scored:
+        item = self._items.popleft()
+        self._tokens -= _weight(item)
+        return item
+
+
+def _weight(item: _Scored) -> int:
+    """Tokens of a sample's rows; 1 of what has none."""
+    return 1 if item is None or item[1] is None else len(item[0].prepared.prompts[item[1]])
+
+
 class Stages:
     """One worker's threads and the queues between them."""
 
-    def __init__(self, steps: Steps, teacher: Teacher, audit: Audit | None = None) -> None:
+    def __init__(self, steps: Steps, teacher: Teacher, audit: Audit | None = None, *, most_waiting: int) -> None:
+        """The stages of one worker.
+
+        Args:
+            steps: what they do.
+            teacher: the engine.
+            audit: of the first shard that is committed.
+            most_waiting: tokens that the engine is done with and that are not packed yet; two steps of the engine keep
+                it busy while Python is late by one.
+        """
         self._steps = steps
         self._teacher = teacher
         self._audit = audit
         self._prepared: queue.Queue[_Shard | None] = queue.Queue(maxsize=1)
-        self._scored: queue.Queue[_Scored] = queue.Queue(maxsize=_ROWS_WAITING)
+        self._scored = TokenQueue(maxsize=most_waiting)
+        self._packed: queue.Queue[_Shard | None] = queue.Queue(maxsize=_SHARDS_WAITING)
         self._in_engine: list[_Shard] = []
         self._send: Send = _nobody
 
@@ -140,7 +176,9 @@ class Stages:
         """See ``xtoken.pipeline.executors.protocol.Worker``; the engine is used by the calling thread only."""
         self._send = send
         threading.Thread(target=self._read_ahead, args=(leases,), name="xtoken-reader", daemon=True).start()
+        packer = threading.Thread(target=self._pack_all, name="xtoken-packer", daemon=True)
         publisher = threading.Thread(target=self._publish_all, name="xtoken-publisher", daemon=True)
+        packer.start()
         publisher.start()
         try:
             self._run_engine()
@@ -151,6 +189,7 @@ class Stages:
                 send(Message("broken", error=portable(error)))
         finally:
             self._scored.put(None)
+            packer.join()
             publisher.join()
 
     def _run_engine(self) -> None:
@@ -268,16 +307,24 @@ class Stages:
                 self._prepared.put(_Shard(lease, prepared))
         self._prepared.put(None)
 
-    def _publish_all(self) -> None:
+    def _pack_all(self) -> None:
         while (scored := self._scored.get()) is not None:
             shard, index, rows = scored
             if shard.closed.is_set():
                 continue
+            if index is None or rows is None:
+                self._packed.put(shard)
+                continue
             try:
-                if index is None or rows is None:
-                    self._publish(shard)
-                else:
-                    shard.rows[index] = self._steps.sample(shard.prepared.pieces[index], rows)
+                shard.rows[index] = self._steps.sample(shard.prepared.pieces[index], rows)
+            except BaseException as error:
+                self._fail(shard, error)
+        self._packed.put(None)
+
+    def _publish_all(self) -> None:
+        while (shard := self._packed.get()) is not None:
+            try:
+                self._publish(shard)
             except BaseException as error:
                 self._fail(shard, error)
 

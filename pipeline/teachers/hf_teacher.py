@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from xtoken.pipeline.teachers import model_source
 from xtoken.pipeline.teachers.base import Batch, Question, TeacherRows, check_prompt, entries_asked, stream_batches
 from xtoken.pipeline.teachers.draws import Sampler
+from xtoken.pipeline.teachers.fast_rows import Reader, open_reader
 from xtoken.pipeline.teachers.hf_answers import answers
 from xtoken.pipeline.teachers.logit_rows import BLOCK_LOGITS, RowReader, cut, join
 from xtoken.pipeline.tokens import TokenTable
@@ -126,7 +127,8 @@ class HfTeacher:
     def __init__(
         self,
         source: LogitSource,
-        reader: RowReader,
+        reader: Reader,
+        sampler: Sampler | None,
         info: TeacherInfo,
         device: torch.device,
         batch_tokens: int,
@@ -138,6 +140,7 @@ class HfTeacher:
         self.settings: dict[str, str | int | float | bool] = {"batch_tokens": batch_tokens, "attention": attention}
         self._source = source
         self._reader = reader
+        self._sampler = sampler
         self._device = device
         self._batch_tokens = batch_tokens if source.batches else 1
         self._block = max(1, BLOCK_LOGITS[device.type] // info.vocab_rows)
@@ -202,7 +205,7 @@ class HfTeacher:
 
     def _uniforms(self, sequences: list[NDArray[np.int32]]) -> NDArray[np.float64] | None:
         """Numbers of all rows of the sequences, one after the other; None where nothing is sampled."""
-        sampler = self._reader.sampler
+        sampler = self._sampler
         return None if sampler is None else np.concatenate([sampler.uniforms(ids) for ids in sequences])
 
 
@@ -235,9 +238,10 @@ def open_teacher(config: TeacherGroup, codec: CodecGroup, table: TokenTable) -> 
     info = _info(config, model_config, model, source, device)
     space = np.flatnonzero(table.word_starts(codec.space)[: info.vocab_rows])
     space_P, sampler = torch.from_numpy(space).to(device), Sampler.of(codec, table.size)
-    reader = RowReader(entries_asked(codec, info.vocab_rows), space_P, tuple(codec.temperatures), sampler)
+    asked = RowReader(entries_asked(codec, info.vocab_rows), space_P, tuple(codec.temperatures), sampler)
+    reader = open_reader(asked, device, info.vocab_rows) if device.type == "cuda" else asked
     attention = str(getattr(model.config, "_attn_implementation", ""))
-    return HfTeacher(source, reader, info, device, config.batch_tokens, attention, model)
+    return HfTeacher(source, reader, sampler, info, device, config.batch_tokens, attention, model)
 
 
 def pick_source(model: Any) -> LogitSource:
@@ -322,7 +326,7 @@ def _info(
         backend="hf",
         revision=model_source.revision(model_config),
         config_hash=model_source.config_hash(model_config),
-        weights_hash=model_source.weights_hash(config.teacher, model_config),
+        weights_hash=model_source.revision(model_config),  # of a folder, its worker says it
         vocab_rows=model_source.vocab_rows(model_config) if head is None else head.weight.shape[0],
         context=model_source.context(model_config),
         dtype=_name(model.dtype),

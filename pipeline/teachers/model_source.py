@@ -2,8 +2,6 @@
 
 import json
 import os
-from hashlib import file_digest
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -15,7 +13,6 @@ from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import digest
 
 NO_LIMIT = 2**31 - 1  # context of a model that states none
-_WEIGHTS = ("*.safetensors", "*.bin")
 _SAYS_NOTHING_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 
 
@@ -94,19 +91,3 @@ def revision(model_config: Any) -> str | None:
     """Commit of a hub model; None for a folder."""
     found = getattr(model_config, "_commit_hash", None)
     return None if found is None else str(found)
-
-
-def weights_hash(source: str, model_config: Any) -> str | None:
-    """sha256 over names and contents of a folder's weight files; a hub model's commit."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return revision(model_config)
-    for pattern in _WEIGHTS:
-        if files := sorted(folder.glob(pattern)):
-            return digest([[path.name, _sha256(path)] for path in files])
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return file_digest(handle, "sha256").hexdigest()

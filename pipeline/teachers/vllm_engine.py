@@ -22,16 +22,17 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.teachers.base import EngineLost, Question
 from xtoken.pipeline.teachers.vllm_options import MIN_STEP_TOKENS, multiprocessing_wanted, version
-from xtoken.pipeline.teachers.vllm_replies import Entries, TensorRows, flat_entries, read_entries
+from xtoken.pipeline.teachers.vllm_replies import Entries, Neighbours, TensorRows, flat_entries, read_entries
 from xtoken.pipeline.teachers.vllm_start import Overheard, is_gone, lacks_memory, watch
 from xtoken.pipeline.teachers.vllm_whole import Whole
 
 if find_spec("vllm") is None:
     raise ImportError("vllm is not installed", name="vllm")
 
-WHOLE_ROWS, TENSORS = "vllm-rows", "vllm-tensors"
+WHOLE_ROWS, SLICED_ROWS, TENSORS = "vllm-rows", "vllm-sliced-rows", "vllm-tensors"
 _UPDATE = "_update_prompt_logprobs"
 _PROBE_TOKENS = 16
+_PATIENCE_SECONDS = 600.0  # in which a worker may also compile kernels
 _SAME_RUN = 0.5  # nats between two runs of one prompt, whatever order kernels add up in; a wrong row is off by more
 _LOG = logging.getLogger("xtoken")
 
@@ -111,10 +112,13 @@ class Engine:
         self._names = itertools.count()
         self._answers: dict[str, Any] = {}
         self._fast = False
+        self._sliced = False  # of several workers, each reads its own slice of the vocabulary
+        self._neighbours = Neighbours()
         self.whole: Whole | None = None  # what of whole rows each reply holds that is not flat
         self.why_not_whole = "whole rows leave the engine as tensors only"
         if tensors:
             self._fast = self._tensors_are_right()
+            self._say_if_rounded()
         if self._fast and whole is not None:
             self._open_whole(whole)
 
@@ -122,7 +126,7 @@ class Engine:
     def path(self) -> str:
         """Which way rows leave the engine, for the manifest."""
         if self.whole is not None:
-            return WHOLE_ROWS
+            return SLICED_ROWS if self._sliced else WHOLE_ROWS
         return TENSORS if self._fast else "vllm-flat"
 
     @property
@@ -138,12 +142,27 @@ class Engine:
 
     @property
     def head_dtype(self) -> str:
-        """Precision in which this version's output head multiplies."""
+        """Precision of the logits: what the output head was asked for, unless rows of the self-test say otherwise."""
+        dtype = str(self._llm.model_config.dtype).removeprefix("torch.")
+        return dtype if self._neighbours.rounded else self._head_asked
+
+    @property
+    def _head_asked(self) -> str:
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
         config = self._llm.model_config
         known = hasattr(LogitsProcessor, "_apply_head")
         return str(config.head_dtype if known else config.dtype).removeprefix("torch.")
+
+    def _say_if_rounded(self) -> None:
+        """A model with its own way to logits may take no notice of what was asked for."""
+        if self._neighbours.rounded and self.head_dtype != self._head_asked:
+            share = self._neighbours.equal / self._neighbours.pairs
+            _LOG.warning(
+                "%s: logits of this model are rounded to %s, though a head in %s was asked for: "
+                "%.0f %% of neighbouring entries are equal",
+                *(version(), self.head_dtype, self._head_asked, 100 * share),
+            )
 
     def add(self, ids: NDArray[np.int32], *, flat: bool = False) -> str:
         """Queue a prompt; its reply is found under the name returned."""
@@ -236,15 +255,26 @@ class Engine:
     def _open_whole(self, whole: Whole) -> None:
         """Have whole rows from now on, if they pass their self-test; says why not."""
         self.whole = whole
+        self._sliced = int(self._core.vllm_config.parallel_config.tensor_parallel_size) > 1
         reason = self._reason(self._whole_difference)
+        if reason is not None and self._sliced:
+            self._gather(reason)
+            reason = self._reason(self._whole_difference)
         if reason is not None:
             self.whole, self.why_not_whole = None, reason
             _LOG.warning("%s: rows are of the top k only, whole ones failed their self-test (%s)", version(), reason)
 
+    def _gather(self, reason: str) -> None:
+        """Of several workers, none reads its own slice of the vocabulary; says why not."""
+        self._sliced = False
+        _LOG.warning("%s: every worker gathers whole logits, none reads its own slice of them (%s)", version(), reason)
+
     def _whole_difference(self) -> str | None:
         """How whole rows of a few prompts differ from the public way's, or what in them cannot be."""
         assert self.whole is not None
-        self._llm.collective_rpc("xtoken_whole_rows", args=self.whole.wire())
+        why_gathered, *_ = self._call("xtoken_whole_rows", self._sliced, *self.whole.wire())
+        if self._sliced and why_gathered is not None:
+            self._gather(why_gathered)
         for ids in self._probes():
             (public,) = self.score([ids], flat=True)
             (output,) = self.score([ids])
@@ -263,7 +293,23 @@ class Engine:
 
     def _tried(self, *, over: bool) -> str | None:
         """What went wrong in a worker since it has whole rows on trial; from then on it would end the engine."""
-        return next((error for error in self._llm.collective_rpc("xtoken_tried", args=(over,)) if error), None)
+        return next((error for error in self._call("xtoken_tried", over) if error), None)
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """What each worker's method returns.
+
+        Raises:
+            EngineLost: one does not answer; its answer, should it come, would be taken for that to the next call.
+        """
+        try:
+            return list(self._llm.collective_rpc(method, timeout=_PATIENCE_SECONDS, args=arguments))
+        except Exception as error:
+            if not isinstance(error, TimeoutError) and "timed out" not in str(error):  # an engine's process tells it so
+                raise
+            raise EngineLost(
+                f"a worker of {version()}'s engine did not answer {method} for {_PATIENCE_SECONDS:g} s; one of its "
+                "GPUs may hang ('nvidia-smi' and the log say more)"
+            ) from error
 
     def _reason(self, test: Callable[[], str | None]) -> str | None:
         """Why a self-test fails; then nothing of it is left in the engine."""
@@ -297,6 +343,7 @@ class Engine:
             same = read_entries(kept, rows, self._k)
             if public is None or same is None or not _equal(public, same):
                 return "tensors are not what the flat form is made of"
+            self._neighbours = self._neighbours.and_of(public)
             uninstall()
             install()
             self._fast = True

@@ -3,10 +3,13 @@
 Shapes: R rows of one prompt, K entries asked for; column 0 of K + 1 is the label, then come ranks 1 to K.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+_LEAST_SPREAD = 0.1  # nats; float32 tells 64 numbers apart that lie so far from each other
+_LEAST_PAIRS, _MOST_EQUAL = 200, 0.02
 
 Entries = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]
 """Token ids [R, K + 1], log-probabilities [R, K + 1], ranks of the labels [R]."""
@@ -55,3 +58,26 @@ def read_entries(kept: Any, rows: int, k: int) -> Entries | None:
     token, logprob, rank = kept.entries()
     fits = token.shape == logprob.shape == (rows, k + 1) and rank.shape == (rows,)
     return (token, logprob, rank) if fits else None
+
+
+class Neighbours(NamedTuple):
+    """Pairs of entries next to each other in rows, and how many of them are exactly equal."""
+
+    pairs: int = 0
+    equal: int = 0
+
+    def and_of(self, entries: Entries) -> "Neighbours":
+        """These and those of more rows; a row of nearly equal entries tells nothing of their precision."""
+        top_RK = entries[1][:, 1:]
+        wide_RK = top_RK[top_RK[:, 0] - top_RK[:, -1] >= _LEAST_SPREAD] if top_RK.shape[1] > 1 else top_RK
+        equal = int((np.diff(wide_RK, axis=1) == 0).sum())
+        return Neighbours(self.pairs + wide_RK.shape[0] * (wide_RK.shape[1] - 1), self.equal + equal)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether logits were rounded to half precision before their log-softmax.
+
+        Of 64 entries of SmolLM2 and Gemma 3, .52 to .60 of all pairs are equal in bfloat16 and .14 to .17 in float16,
+        of 16 entries .25 and .05; none are in float32.
+        """
+        return self.pairs >= _LEAST_PAIRS and self.equal > _MOST_EQUAL * self.pairs

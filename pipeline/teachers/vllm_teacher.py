@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from xtoken.pipeline.teachers import model_source, needs_whole_rows
 from xtoken.pipeline.teachers.base import Batch, Question, TeacherRows, check_prompt, entries_asked
-from xtoken.pipeline.teachers.vllm_engine import TENSORS, WHOLE_ROWS, Engine
+from xtoken.pipeline.teachers.vllm_engine import SLICED_ROWS, TENSORS, WHOLE_ROWS, Engine
 from xtoken.pipeline.teachers.vllm_memory import Gpu, alone_on_gpu
 from xtoken.pipeline.teachers.vllm_options import (
     Options,
@@ -79,7 +79,7 @@ class VllmTeacher:
 
         It has no sampled tokens: None where these are what is wanted.
         """
-        another = self.info.capture_path in (TENSORS, WHOLE_ROWS)
+        another = self.info.capture_path in (TENSORS, WHOLE_ROWS, SLICED_ROWS)
         sampled = self._whole is not None and self._whole.sampler is not None
         return self._score(batch, flat=True) if another and not sampled else None
 
@@ -269,7 +269,7 @@ def _info(config: TeacherGroup, model_config: Any, dtype: str, platform: Platfor
         backend="vllm",
         revision=model_source.revision(model_config),
         config_hash=model_source.config_hash(model_config),
-        weights_hash=model_source.weights_hash(config.teacher, model_config),
+        weights_hash=model_source.revision(model_config),  # of a folder, its worker says it
         vocab_rows=model_source.vocab_rows(model_config),
         context=model_source.context(model_config),
         dtype=dtype,

@@ -5,11 +5,12 @@ prompt, preemption, transport) lies around that. ``WorkerRows`` stands in for th
 many entries as ``Whole.width``; others are vLLM's own. Runner V1 (CPUs, and some models on a GPU) has a method for
 it, runner V2 (GPUs) a function.
 
-Shapes: N rows, H hidden, W further columns (see ``vllm_whole``).
+Under tensor parallelism each worker reads its own slice of the vocabulary, where that can be had (``vllm_slices``).
+
+Shapes: N rows, H hidden, W further columns (see ``vllm_whole``), U columns of the head that a worker reads.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,10 +23,10 @@ from torch import Tensor
 from xtoken.pipeline.teachers.fast_rows import Reader, open_reader
 from xtoken.pipeline.teachers.logit_rows import BLOCK_LOGITS, RowFigures
 from xtoken.pipeline.teachers.vllm_parent import EndsWithParent
+from xtoken.pipeline.teachers.vllm_slices import HeadSlice, Logits, find_slice, swapped
 from xtoken.pipeline.teachers.vllm_whole import UNIFORMS, Whole
 
 BLOCK_ROWS = 1024  # most rows whose logits exist at once on a GPU, as in vLLM's own code
-Logits = Callable[[Tensor], Tensor]
 _V1, _V2 = "_get_prompt_logprobs_dict", "prompt_logprobs_worker"
 _V2_FUNCTION = "compute_prompt_logprobs_with_chunking"
 
@@ -35,14 +36,24 @@ class WorkerExtension(EndsWithParent):
 
     xtoken_trial: "Trial"
 
-    def xtoken_whole_rows(self, *wire: Any) -> None:
+    def xtoken_whole_rows(self, sliced: bool, *wire: Any) -> str | None:
         """From now on requests for ``Whole.width`` entries get whole rows, on trial at first.
+
+        Args:
+            sliced: of several workers, each reads its own slice of the vocabulary, if it can.
+            wire: see ``Whole.wire``.
+
+        Returns:
+            Why every worker gathers the logits of all; None where none does.
 
         Raises:
             AttributeError: this release's runners have no such seam.
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        self.xtoken_trial = install(runner, Whole.from_wire(*wire))
+        whole = Whole.from_wire(*wire)
+        own, why = find_slice(runner, len(whole.starts_U)) if sliced else (None, "so it was asked")
+        self.xtoken_trial = install(runner, whole, own)
+        return why
 
     def xtoken_tried(self, over: bool) -> str | None:
         """What went wrong in the trial, None where nothing did; and whether it is over."""
@@ -84,6 +95,7 @@ def rows_from_hidden(
     target_N: Tensor,
     logits_fn: Logits,
     reader: Reader,
+    vocabulary: int,
     block: int,
     uniform_N: NDArray[np.float64] | None = None,
 ) -> RowFigures:
@@ -94,6 +106,7 @@ def rows_from_hidden(
         target_N: int64, the labels.
         logits_fn: logits [n, U] of some of the hidden states, newly allocated.
         reader: computes them.
+        vocabulary: tokens of the whole head.
         block: rows whose logits exist at once.
         uniform_N: the rows' numbers, where the reader samples.
     """
@@ -102,7 +115,7 @@ def rows_from_hidden(
         some = slice(start, start + block)
         logits_NU = logits_fn(hidden_NH[some]).float()
         # A row that is nobody's, such as that of a prompt's last token, may have any number for a label.
-        label_N = target_N[some].clamp(0, logits_NU.shape[1] - 1)
+        label_N = target_N[some].clamp(0, vocabulary - 1)
         parts.append(reader.figures(logits_NU, label_N, None if uniform_N is None else uniform_N[some]))
     names = [one.name for one in fields(RowFigures)]
     return RowFigures(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
@@ -115,30 +128,39 @@ class WorkerRows:
     whole: Whole
     reader: Reader
     block: int
+    own: HeadSlice | None
 
     @classmethod
-    def of(cls, whole: Whole, device: torch.device) -> "WorkerRows":
+    def of(cls, whole: Whole, device: torch.device, own: HeadSlice | None) -> "WorkerRows":
         """With blocks of the size that suits the device, and Triton's kernels where they are right on it."""
-        width = len(whole.starts_U)
+        width, first, group = (len(whole.starts_U), 0, None) if own is None else (own.width, own.first, own.group)
         rows = BLOCK_LOGITS.get(device.type, BLOCK_LOGITS["cuda"]) // width
-        return cls(whole, open_reader(whole.reader(device), device, width), max(1, min(BLOCK_ROWS, rows)))
+        reader = open_reader(whole.reader(device), device, width, first, group)
+        return cls(whole, reader, max(1, min(BLOCK_ROWS, rows)), own)
 
     def __call__(
         self, hidden_NH: Tensor, target_N: Tensor, logits_fn: Logits, uniform_N: NDArray[np.float64] | None
     ) -> Columns:
-        """The columns of rows."""
+        """The columns of rows; the same on every worker."""
         uniform_N = None if self.whole.sampler is None else uniform_N
-        found = rows_from_hidden(hidden_NH, target_N, logits_fn, self.reader, self.block, uniform_N)
+        logits_fn = logits_fn if self.own is None else partial(self.own.logits, logits_fn)
+        vocabulary = len(self.whole.starts_U)
+        found = rows_from_hidden(hidden_NH, target_N, logits_fn, self.reader, vocabulary, self.block, uniform_N)
         return Columns(*self.whole.packed(found, target_N), found.target_rank)
 
 
-def install(runner: Any, whole: Whole) -> Trial:
+def install(runner: Any, whole: Whole, own: HeadSlice | None = None) -> Trial:
     """Put whole rows behind the seam of a model runner; once more is for other rows.
+
+    Args:
+        runner: of either kind.
+        whole: what is wanted of rows.
+        own: what of the head this worker reads; None: gathered logits, or there is one worker.
 
     Raises:
         AttributeError: it has no seam that is known here.
     """
-    rows, trial = WorkerRows.of(whole, runner.device), Trial()
+    rows, trial = WorkerRows.of(whole, runner.device, own), Trial()
     if hasattr(runner, _V2):
         if getattr(runner, _V2) is not None:  # only the last stage of a pipeline has it
             StepRows(getattr(runner, _V2), rows, trial).install()
@@ -171,12 +193,12 @@ def prompt_rows(
         own = {name: asked[name]}
         request = runner.requests[name]
         step = _Step(rows, runner.model.compute_logits, numbers(request.sampling_params), request.num_computed_tokens)
-        with _swapped(runner, num_prompt_logprobs=own, model=_HiddenStates, sampler=step):
+        with swapped(runner, num_prompt_logprobs=own, model=_HiddenStates, sampler=step):
             found |= original(hidden_states, num_scheduled_tokens)
         if not own:  # the prompt's last rows
             del asked[name]
     others = {name: entries for name, entries in asked.items() if name not in ours}
-    with _swapped(runner, num_prompt_logprobs=others):
+    with swapped(runner, num_prompt_logprobs=others):
         found |= original(hidden_states, num_scheduled_tokens)
     for name in set(asked).difference(others, ours):
         del asked[name]
@@ -208,19 +230,6 @@ class _Step:
         assert width == self.rows.whole.width
         uniform_N = None if self.numbers is None else self.numbers[self.start : self.start + len(target_N)]
         return self.rows(hidden_NH, target_N.long(), self.logits_fn, uniform_N)
-
-
-@contextmanager
-def _swapped(owner: Any, **others: Any) -> Iterator[None]:
-    """Attributes of an object, or names of a module, are others inside."""
-    before = {name: getattr(owner, name) for name in others}
-    for name, value in others.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
 
 
 # -- runner V2 ---------------------------------------------------------------------------------------------------------
@@ -266,7 +275,7 @@ class StepRows:
         original_function = getattr(prompt_logprob, _V2_FUNCTION)
         ours = partial(self.columns, original_function, self._uniforms(batch))
         function = partial(self._trial, ours, original_function)
-        with _swapped(prompt_logprob, **{_V2_FUNCTION: function}):
+        with swapped(prompt_logprob, **{_V2_FUNCTION: function}):
             return original(logits_fn, hidden_states, batch, *more)
 
     def _uniforms(self, batch: Any) -> NDArray[np.float64]:

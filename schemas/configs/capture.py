@@ -374,8 +374,8 @@ class RunGroup(WorkGroup):
     )
     audit: Literal["path", "hf", "none"] = Field(
         "path",
-        description="Each worker rescores a sample of its stored rows: path (a second code path of the engine), hf "
-        "(transformers).",
+        description="A sample of stored rows is rescored: path (by each worker, a second code path of its engine), hf "
+        "(by one worker, transformers).",
         json_schema_extra=MAY_CHANGE,
     )
     audit_rows: int = Field(

@@ -8,7 +8,8 @@ from xtoken.schemas.errors import XtokenError
 # A folder that holds one of these is an artifact, or becomes one.
 _MARKS = ("manifest.json", "run.json", "align.json", "share.json", "SHA256SUMS")
 _NAMES = {
-    *(*_MARKS, "README.md", "plan.json", "teacher.json", "join.json", "skipped.jsonl", "bad.jsonl", "coverage.html"),
+    *(*_MARKS, "README.md", "plan.json", "teacher.json", "weights.json", "join.json", "skipped.jsonl", "bad.jsonl"),
+    "coverage.html",
     *("vocab.parquet", "merges.parquet", "student_vocab.parquet", "w.parquet", "unreached.parquet", "codes.parquet"),
     *("metrics.jsonl", "summary.json", "held-out.jsonl", "completions.jsonl", "diagnosis.json"),
 }

@@ -69,7 +69,7 @@ class FaultyJob:
         worker.prepare = partial(self._prepare, worker.prepare)  # type: ignore[method-assign]
         worker.publish = partial(self._publish, worker.publish)  # type: ignore[method-assign]
         worker._tokenizer = FaultyTokenizer(worker._tokenizer, self)
-        worker._teacher = FaultyTeacher(worker._teacher, worker._tokenizer.table, self)
+        worker.teacher = FaultyTeacher(worker.teacher, worker._tokenizer.table, self)
         return worker
 
     def _prepare(self, prepare: Callable[[int], Prepared], shard: int) -> Prepared:

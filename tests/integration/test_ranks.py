@@ -29,7 +29,7 @@ TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``job(name, poison, **options)``: write a job's file."""
+    """``job(name, poison, breaks, **options)``: write a job's file (see ``train_ranks``)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder, toy = tmp_path_factory.mktemp("ranks"), toys()
@@ -64,18 +64,17 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         "completions": 0,
     }
 
-    def write(name: str, poison: int = 0, chats: bool = False, **options: Any) -> Path:
+    def write(
+        name: str, poison: int = 0, chats: bool = False, breaks: tuple[int, str] | None = None, **options: Any
+    ) -> Path:
         of = {"targets": [str(folder / "chats")], "eval_targets": str(folder / "held-out-chats")} if chats else {}
         config = base | of | {"out": str(folder / name)} | options
         path = folder / f"{name}.json"
         answer = str(folder / f"{name}.answer")
         texts = [[3 + at * at % 17 for at in range(length)] for length in HELD_OUT]
         tokenizer = json.loads(toy.STUDENT.model_dump_json())
-        path.write_text(
-            json.dumps(
-                {"config": config, "tokenizer": tokenizer, "held_out": texts, "answer": answer, "poison": poison}
-            )
-        )
+        one = {"config": config, "tokenizer": tokenizer, "held_out": texts, "answer": answer}
+        path.write_text(json.dumps(one | {"poison": poison, "breaks": breaks}))
         return path
 
     return write
@@ -222,3 +221,14 @@ def test_streams_that_ranks_cannot_share_are_refused(job: Callable[..., Path]) -
     said, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "3 streams cannot be dealt to 2 ranks evenly" in said
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_an_error_on_one_rank_ends_all_soon(job: Callable[..., Path], backend: str) -> None:
+    """The other waits in a collective. NCCL's way out is taken on gloo: no rank leaves its group, and all end."""
+    process = begin(job(f"broken-{backend}", breaks=(3, backend)), TWO)
+    began = time.monotonic()
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "this rank is broken" in said, "the error is told, with its traceback"
+    assert time.monotonic() - began < 240, "not after half an hour"

@@ -1,6 +1,7 @@
 """One rank of a training run, as torchrun starts it: reads a job (config, tokenizer, held_out, answer) from a file.
 
-The first rank writes what ``train`` returned to ``answer``. With ``poison``, the step of this number has no loss.
+The first rank writes what ``train`` returned to ``answer``. With ``poison``, the step of this number has no loss. With
+``breaks``, the second rank raises in the step of this number, and leaves its group as one of this backend does.
 """
 
 import json
@@ -17,7 +18,7 @@ import torch
 from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.ui.progress import Silent
-from xtoken.trainer import loop
+from xtoken.trainer import loop, ranks
 from xtoken.trainer.evaluate import EvalSample
 from xtoken.trainer.step import Figures
 
@@ -35,6 +36,21 @@ def poison(at: int) -> None:
     loop.run_step = poisoned
 
 
+def break_second(at: int, backend: str) -> None:
+    """Call number ``at`` of ``run_step`` raises on the second rank."""
+    real, calls, decide = loop.run_step, 0, ranks.abrupt_exit
+
+    def broken(*args: Any, **options: Any) -> Figures:
+        nonlocal calls
+        calls += 1
+        if calls == at and os.environ.get("RANK") == "1":
+            raise RuntimeError("this rank is broken")
+        return real(*args, **options)
+
+    loop.run_step = broken
+    ranks.abrupt_exit = lambda _, error: decide(backend, error)
+
+
 def main() -> None:
     """Train."""
     job = json.loads(Path(sys.argv[1]).read_text())
@@ -42,6 +58,8 @@ def main() -> None:
     held_out = [EvalSample(np.array(ids, np.int32), len(ids), 1, str(i)) for i, ids in enumerate(job["held_out"])]
     if job["poison"]:
         poison(job["poison"])
+    if job["breaks"]:
+        break_second(*job["breaks"])
     summary = loop.train(TrainConfig.from_flat(**job["config"]), TokenizerInfo(**job["tokenizer"]), held_out, Silent())
     if os.environ.get("RANK", "0") == "0":
         Path(job["answer"]).write_text(json.dumps(summary))

@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtoken.pipeline.capture.conversations import Chat
-from xtoken.pipeline.capture.corpus_form import form_of_run
 from xtoken.pipeline.capture.estimate.like import Likeness, read_likeness
-from xtoken.pipeline.capture.estimate.pilot import Pilot, take_pilot
+from xtoken.pipeline.capture.estimate.pilot import Pilot, Reading, take_pilot
 from xtoken.pipeline.capture.monitor.event_log import log_path
 from xtoken.pipeline.capture.monitor.status import committed_indices, duration
 from xtoken.pipeline.capture.plan import check_files, load_plan, settle_plan
 from xtoken.pipeline.capture.precompute import refuse_places
 from xtoken.pipeline.capture.run_identity import check_settings, run_settings
-from xtoken.pipeline.capture.worker import open_tokenizer
 from xtoken.pipeline.executors.fleet import Fleet, fleet_here, fleet_of_ray
 from xtoken.pipeline.store.figures import bos_figure
 from xtoken.pipeline.store.files import Folder
@@ -78,14 +75,17 @@ def _planned(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
             "number of prompts"
         )
     folder = Folder(config.out)
-    said = _check_settings(config, folder) if config.run.like is None else {}
+    if config.run.like is None:
+        check_backend(config.teacher, config.codec)
+    reading = Reading.of(config) if config.run.like is None else None
+    said = _check_settings(config, folder, reading) if reading is not None else {}
     if (plan := load_plan(folder)) is not None:
         settle_plan(folder, config.corpus, config.run.shard_bytes, progress)
         check_files(config.out, plan, config.corpus)
     fleet = fleet_of_ray(config.run, config.teacher) if config.run.ray is not None and config.run.like is None else None
     basis: Pilot | Likeness
     if config.run.like is None:
-        basis = _pilot(config, fleet, progress)
+        basis = _pilot(config, fleet, progress, reading)
     else:
         basis = read_likeness(config.corpus, config.run.shard_bytes, config.run.like, progress)
     sizes = [shard.text_bytes for shard in plan.shards] if plan is not None else basis.pool.sizes
@@ -116,20 +116,18 @@ def _speed(
     return _time(run, teacher, work, basis, fleet or fleet_here(run, teacher, basis.device))
 
 
-def _pilot(config: PrecomputeConfig, fleet: Fleet | None, progress: Progress) -> Pilot:
+def _pilot(config: PrecomputeConfig, fleet: Fleet | None, progress: Progress, reading: Reading | None) -> Pilot:
     if fleet is not None and fleet.gpus and config.run.ray != "local":
         from xtoken.pipeline.capture.estimate.ray_pilot import take_pilot_on_ray
 
         return take_pilot_on_ray(config, config.run.pilot_tokens, fleet.gpus, progress)
     with tempfile.TemporaryDirectory(prefix="xtoken-dry-run-") as scratch:
-        return take_pilot(config.model_copy(update={"out": scratch}), config.run.pilot_tokens, progress)
+        return take_pilot(config.model_copy(update={"out": scratch}), config.run.pilot_tokens, progress, reading)
 
 
-def _check_settings(config: PrecomputeConfig, folder: Folder) -> dict[str, str]:
+def _check_settings(config: PrecomputeConfig, folder: Folder, reading: Reading) -> dict[str, str]:
     """Refuse what precompute refuses, without leaving the record of settings that it leaves; a word about BOS."""
-    check_backend(config.teacher, config.codec)
-    form = form_of_run(config, folder)
-    table, chat = open_tokenizer(config.teacher, chats=form != "text").table, Chat.of(config, form)
+    table, chat = reading.tokenizer.table, reading.chat
     student = load_tokenizer(config.student).table if config.student is not None else None
     settings = run_settings(config, table, student, chat.settings if chat is not None else None)
     check_settings(folder, settings, type(config))

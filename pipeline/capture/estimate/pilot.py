@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xtoken.pipeline.capture.conversations import Chat, ChatPieces
 from xtoken.pipeline.capture.corpus_form import form_of_run
+from xtoken.pipeline.capture.estimate.pipelined import busy_rate
 from xtoken.pipeline.capture.estimate.sampling import POOL, Pool, Ratio, evenly, ratio, take_pool
 from xtoken.pipeline.capture.plan import Plan
 from xtoken.pipeline.capture.precompute import write_vocab
@@ -88,7 +89,8 @@ class Pilot:
     Attributes:
         pool: the corpus and what was taken from it.
         costs: what a token costs.
-        rate: rows per second of one worker with the machine for itself, once its engine is warm.
+        rate: rows per second of one worker with the machine for itself, once its engine is warm; on a GPU, of one that
+            is kept busy.
         start_up: seconds until the engine is ready.
         device: what the engine runs on.
         tokens, windows: what was scored; all there is if ``whole``.
@@ -146,15 +148,37 @@ class Pilot:
         }
 
 
-def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pilot:
-    """Read the corpus once, and score about so many tokens of it; ``config.out`` is a folder to write to.
+class Reading(NamedTuple):
+    """How a run reads its corpus: the teacher's tokenizer, and of conversations the rest."""
+
+    tokenizer: TextTokenizer
+    chat: Chat | None
+
+    @classmethod
+    def of(cls, config: PrecomputeConfig) -> "Reading":
+        """Load them.
+
+        Raises:
+            XtokenError: they cannot be loaded, or settings do not fit what the corpus holds.
+        """
+        form = form_of_run(config, Folder(config.out))
+        return cls(open_tokenizer(config.teacher, chats=form != "text"), Chat.of(config, form))
+
+
+def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress, reading: Reading | None = None) -> Pilot:
+    """Read the corpus once, and score about so many tokens of it.
+
+    Args:
+        config: of the capture; ``out`` is a folder to write to.
+        tokens: of the pilot.
+        progress: shows bytes of text.
+        reading: where it is loaded already.
 
     Raises:
         XtokenError: bad input, or a teacher that cannot be loaded or does not fit the flags.
     """
     check_backend(config.teacher, config.codec)
-    form = form_of_run(config, Folder(config.out))
-    tokenizer, chat = open_tokenizer(config.teacher, chats=form != "text"), Chat.of(config, form)
+    tokenizer, chat = reading or Reading.of(config)
     refuse_k(config.codec, tokenizer.table.size, f"the vocabulary's {tokenizer.table.size} tokens")
     look = Look.of(config.corpus, config.teacher, tokenizer) if chat is None else None
     pool = take_pool(config.corpus, config.run.shard_bytes, max(POOL, _WIDEST * tokens), progress, look)
@@ -168,12 +192,15 @@ def take_pilot(config: PrecomputeConfig, tokens: int, progress: Progress) -> Pil
     began = time.monotonic()
     worker, device = _open_worker(config, pool, tokenizer, chat)
     opened = time.monotonic() - began
-    samples, seconds = _score(worker, chosen, progress)
-    scored = sum(len(sample.teacher_ids) - sample.first_row for sample in samples)
+    samples, rate = _score(worker, chosen, progress)
+    if device != "cpu" and rate:  # all of the pilot is one step of a GPU
+        progress.start("speed of a busy engine", None, "bytes")
+        rate = busy_rate(worker, chosen)
+        progress.finish()
     return Pilot(
         pool=pool,
         costs=_costs(config.codec, Path(config.out), pool, pieces, samples, tokenizer, chat is not None),
-        rate=scored / max(seconds, 1e-9),
+        rate=rate,
         start_up=opened,
         device=device,
         tokens=sum(len(sample.teacher_ids) for sample in samples),
@@ -225,14 +252,15 @@ def _open_worker(
 
 
 def _score(worker: CaptureWorker, chosen: Sequence[Piece], progress: Progress) -> tuple[list[Sample], float]:
-    """Samples of the windows, and the seconds they took once the engine was warm."""
+    """Samples of the windows, and rows per second once the engine was warm."""
     progress.start("pilot", sum(window.size for window in chosen), "bytes")
     worker.score([min(chosen, key=_size)])
     began = time.monotonic()
     samples = worker.score(chosen, _Shown(progress))
     seconds = time.monotonic() - began
     progress.finish()
-    return samples, seconds
+    rows = sum(len(sample.teacher_ids) - sample.first_row for sample in samples)
+    return samples, rows / max(seconds, 1e-9)
 
 
 def _costs(

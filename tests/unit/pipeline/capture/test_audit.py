@@ -14,11 +14,11 @@ from in_process import InProcess
 
 from xtoken.pipeline.capture import audit as audit_module
 from xtoken.pipeline.capture import precompute
-from xtoken.pipeline.capture.audit import accepted_audits, open_audit, read_audits
+from xtoken.pipeline.capture.audit import Turn, accepted_audits, open_audit, read_audits, unaudited
 from xtoken.pipeline.capture.worker import open_tokenizer
 from xtoken.pipeline.store.codes import with_codes
 from xtoken.pipeline.store.files import Folder
-from xtoken.pipeline.store.publish import AUDITS, committed
+from xtoken.pipeline.store.publish import AUDITS, clean, committed
 from xtoken.pipeline.store.reader import iter_capture
 from xtoken.pipeline.teachers import open_teacher
 from xtoken.pipeline.teachers.base import TeacherRows
@@ -289,6 +289,35 @@ def test_records_are_read_in_order_and_strangers_left_alone(config: PrecomputeCo
         read_audits(folder)
 
 
+def test_one_worker_of_a_run_audits_where_one_is_enough(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    assert Turn(folder, slot=1, cell=0).taken(5), "whoever commits first"
+    assert not Turn(folder, slot=0, cell=0).taken(3)
+    assert not Turn(folder, slot=2, cell=0).taken(6)
+    assert Turn(folder, slot=0, cell=1).taken(4), "a cell is a run of its own"
+    assert Turn(folder, slot=1, cell=0).taken(7), "whoever had the slot before is dead, and left no record"
+    (tmp_path / AUDITS / "part-00007.json").touch()
+    assert not Turn(folder, slot=1, cell=0).taken(8), "it had done it"
+
+
+def test_a_run_says_that_nobody_lived_to_audit_it(config: PrecomputeConfig) -> None:
+    folder = Folder(config.out)
+    audited(config, same)
+    assert unaudited(config.run, folder) is None
+    assert "no part was audited" in (unaudited(config.changed(audit="hf").run, folder) or "")
+
+
+def test_whose_turn_it_was_is_forgotten_with_the_run(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    for cell in (0, 1):
+        Turn(folder, slot=0, cell=cell).taken(cell)
+    clean(folder.root, lambda part: part % 2 == 1)  # the second of two cells
+    assert Turn(folder, slot=3, cell=1).taken(9)
+    assert not Turn(folder, slot=3, cell=0).taken(8), "another cell may be alive"
+    clean(folder.root)
+    assert folder.names(AUDITS) == []
+
+
 @pytest.mark.engine  # imports transformers
 def test_a_model_that_transformers_cannot_load_is_refused_with_the_way_out(config: PrecomputeConfig) -> None:
     tokenizer = open_tokenizer(config.teacher)
@@ -325,6 +354,7 @@ def test_transformers_against_itself(
     assert found.same_top1 > 0.98
     assert found.kl_mean is not None
     assert found.kl_mean < STEP * STEP / 8
+    clean(folder.root)  # another run
     monkeypatch.setattr(audit_module, "free_memory", lambda: 10**6)
     with pytest.raises(XtokenError, match=r"its weights take 0\.5 GB in float32, 0\.0 GB are free\n.*--audit none"):
         look(0)

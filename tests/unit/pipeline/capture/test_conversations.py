@@ -17,7 +17,7 @@ import zstandard
 from in_process import InProcess
 from talks import TALKS
 
-from xtoken.pipeline.capture import precompute
+from xtoken.pipeline.capture import conversations, precompute
 from xtoken.pipeline.capture.estimate.dry_run import dry_run
 from xtoken.pipeline.chats import from_json, open_chat_model, read_row, spans_of
 from xtoken.pipeline.corpus import Corpus
@@ -75,6 +75,24 @@ def config(tmp_path: Path, smollm2_dir: Path) -> PrecomputeConfig:
         date=DAY,
         shard_bytes=50,
     )
+
+
+def test_the_teacher_is_opened_once_for_conversations(
+    config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading a tokenizer of a large vocabulary takes seconds."""
+    loads: list[str] = []
+    load = conversations.open_chat_model
+
+    def counted(source: str, **options: Any) -> Any:
+        loads.append(source)
+        return load(source, **options)
+
+    monkeypatch.setattr(conversations, "open_chat_model", counted)
+    dry_run(config.changed(dry_run=True), Silent())
+    assert len(loads) == 1
+    precompute(config, Silent(), executor=InProcess())
+    assert len(loads) == 3, "by the driver, and by the worker, which is here, too"
 
 
 def capture(config: PrecomputeConfig) -> CaptureManifest:

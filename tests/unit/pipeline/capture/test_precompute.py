@@ -181,6 +181,17 @@ def test_a_run_that_failed_before_its_first_commit_leaves_the_folder_free(config
     verify(config.out)
 
 
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_run_that_is_refused_while_it_plans_leaves_no_folder_that_was_not_there(config, smollm2_dir, was_there):
+    out = Path(config.out)
+    if was_there:
+        out.mkdir()
+    with pytest.raises(XtokenError, match="it has no 'messages'"):
+        precompute(config.changed(form="messages", teacher=str(smollm2_dir)), Silent())
+    assert out.exists() is was_there
+    assert not was_there or not list(out.iterdir())
+
+
 def test_k_larger_than_the_vocabulary_is_refused_first(config, tmp_path, tokenizer_file):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

@@ -121,7 +121,7 @@ def test_the_run_stops_before_any_teacher_and_leaves_nothing(config: PrecomputeC
     config = config.changed(backend="hf")
     with pytest.raises(XtokenError, match=r"4 of 4 documents \(100%\).*--on-rendered text"):
         precompute(config, Silent(), executor=Never())
-    assert list(Path(config.out).iterdir()) == []
+    assert not Path(config.out).exists()
     with pytest.raises(XtokenError, match="4 of 4 documents"):
         dry_run(config.changed(dry_run=True), Silent())
 

@@ -1,10 +1,12 @@
 """Records that keep different runs out of one folder: the teacher, and what its engine was started with."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
+from xtoken.pipeline.capture import run_identity
 from xtoken.pipeline.capture.run_identity import (
     RUN_FILE,
     TEACHER_FILE,
@@ -14,12 +16,13 @@ from xtoken.pipeline.capture.run_identity import (
     run_settings,
     settle_settings,
     settle_teacher,
+    settle_weights,
 )
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.tokens import load_tokenizer
-from xtoken.schemas.configs.capture import PrecomputeConfig
+from xtoken.schemas.configs.capture import PrecomputeConfig, TeacherGroup
 from xtoken.schemas.errors import VerificationError, XtokenError
-from xtoken.schemas.manifest import TeacherInfo
+from xtoken.schemas.manifest import TeacherInfo, digest
 
 INFO = TeacherInfo(
     model="m",
@@ -115,3 +118,33 @@ def test_a_run_says_how_its_parts_are_written_not_its_manifest(tmp_path: Path) -
     found = run_settings(config, load_tokenizer("bytes").table, None)
     assert found["schema_version"] == 2
     json.dumps(found)
+
+
+def weights_of(folder: Path, **names: bytes) -> TeacherGroup:
+    """A teacher's folder with such weight files."""
+    folder.mkdir()
+    for name, data in names.items():
+        (folder / f"{name}.safetensors").write_bytes(data)
+    return TeacherGroup(teacher=str(folder), backend="hf")
+
+
+def test_weights_are_hashed_once_per_run(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = weights_of(tmp_path / "teacher", one=b"1", two=b"2")
+    found = settle_weights(folder, teacher)
+    by_hand = [[f"{name}.safetensors", sha256(data).hexdigest()] for name, data in (("one", b"1"), ("two", b"2"))]
+    assert found == digest(by_hand), "as every release has computed it"
+    monkeypatch.setattr(run_identity, "content_hash", None)
+    assert settle_weights(folder, teacher) == found
+    monkeypatch.undo()
+    Path(teacher.teacher, "two.safetensors").write_bytes(b"3")
+    changed = settle_weights(folder, teacher)
+    assert changed not in (None, found), "it is known again when somebody wrote to them"
+    folder.replace("weights.json", b'{"files": 3')
+    assert settle_weights(folder, teacher) == changed, "a damaged record is made again"
+
+
+def test_who_has_no_weights_hashes_none(folder: Folder, tmp_path: Path) -> None:
+    teacher = weights_of(tmp_path / "teacher", one=b"1")
+    assert settle_weights(folder, teacher.model_copy(update={"backend": "fake"})) is None
+    assert settle_weights(folder, teacher.model_copy(update={"teacher": "org/model"})) is None
+    assert folder.names() == ["teacher"]

@@ -1,8 +1,9 @@
 """A worker's stages: what overlaps, what is blamed for what, and when the engine rests."""
 
 import threading
+import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,9 +87,9 @@ class Engine:
             yield key, (int(ids[0]), int(ids[1]))
 
 
-def serve(steps, engine, leases, audit=None):
+def serve(steps, engine, leases, audit=None, most_waiting=8):
     messages = []
-    Stages(steps, engine, audit).serve(iter(leases), messages.append)
+    Stages(steps, engine, audit, most_waiting=most_waiting).serve(iter(leases), messages.append)
     return messages
 
 
@@ -200,3 +201,94 @@ def test_an_engine_that_ends_during_the_audit_ends_its_worker_only():
 
     messages = serve(Toy(), Engine(), leases(0, 1), die)
     assert not {"broken", "failed", "part"} & {one.kind for one in messages}
+
+
+def until(condition):
+    """Wait for another thread to make it true."""
+    ends = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < ends, "it never happens"
+        time.sleep(0.01)
+
+
+def later(value):
+    """What it is after a while in which other threads could have changed it."""
+    time.sleep(0.2)
+    return value()
+
+
+@dataclass
+class Slow(Toy):
+    """One batch for each window, so that the engine can stop behind any; packing may wait for ``pack``."""
+
+    pack: threading.Event | None = None
+    windows: int = 40
+
+    def prepare(self, shard):
+        prepared = super().prepare(shard)
+        return replace(prepared, batches=[[index] for index in range(self.windows)])
+
+    def sample(self, piece, rows):
+        if self.pack is not None:
+            assert self.pack.wait(WAIT)
+        return super().sample(piece, rows)
+
+
+def test_a_slow_store_does_not_stop_the_engine_in_the_next_shard():
+    toy, engine = Slow(hold=threading.Event()), Engine()
+    thread = threading.Thread(target=serve, args=(toy, engine, leases(0, 1)))
+    thread.start()
+    assert engine.scored.wait(WAIT)
+    until(lambda: engine.seen.count(1) == 40)
+    assert toy.published == []
+    toy.hold.set()
+    thread.join(WAIT)
+    assert toy.published == [0, 1]
+
+
+def test_shards_that_wait_for_a_slow_store_are_few():
+    """One is published, one waits, one is packed; the engine may be done with what the queue of rows holds besides."""
+    toy, engine, found = Slow(hold=threading.Event()), Engine(), []
+    thread = threading.Thread(target=lambda: found.append(serve(toy, engine, leases(*range(12)))))
+    thread.start()
+    until(lambda: 3 in engine.seen)
+    assert later(lambda: max(shard for shard in engine.seen if shard is not None)) == 3
+    toy.hold.set()
+    thread.join(WAIT)
+    assert toy.published == said(found[0], "part") == list(range(12))
+
+
+@pytest.mark.parametrize("most", [2, 8, 20])
+def test_rows_that_wait_to_be_packed_are_bounded_by_their_tokens(most):
+    """Prompts have two tokens. Beside those that wait, one is packed, one is answered, one was asked for."""
+    toy, engine = Slow(pack=threading.Event()), Engine()
+    thread = threading.Thread(target=serve, args=(toy, engine, leases(0)), kwargs={"most_waiting": most})
+    thread.start()
+    until(lambda: len(engine.seen) >= most // 2 + 3)
+    assert later(lambda: len(engine.seen)) == most // 2 + 3
+    toy.pack.set()
+    thread.join(WAIT)
+    assert toy.published == [0]
+
+
+def test_an_error_of_publishing_is_told_while_the_engine_is_further_on():
+    toy, engine, found = Toy(hold=threading.Event(), bad={0: "full"}), Engine(), []
+    thread = threading.Thread(target=lambda: found.append(serve(toy, engine, leases(0, 1, 2))))
+    thread.start()
+    assert engine.scored.wait(WAIT)
+    toy.hold.set()
+    thread.join(WAIT)
+    assert said(found[0], "failed") == [0]
+    assert said(found[0], "part") == toy.published == [1, 2]
+
+
+def test_what_the_engine_was_done_with_is_published_though_it_raises():
+    toy, found = Toy(hold=threading.Event()), []
+    engine = Engine(bad={2: ValueError("CUDA error")})
+    thread = threading.Thread(target=lambda: found.append(serve(toy, engine, leases(0, 1, 2))))
+    thread.start()
+    until(lambda: 2 in engine.seen)
+    toy.hold.set()
+    thread.join(WAIT)
+    assert said(found[0], "part") == toy.published == [0, 1]
+    assert said(found[0], "failed") == [2]

@@ -20,6 +20,7 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton's interpreter could not be used: TRITON_INTERPRET is not 1", allow_module_level=True)
 
+from xtoken import cli
 from xtoken.pipeline.teachers import fast_rows
 from xtoken.pipeline.teachers.draws import Sampler
 from xtoken.pipeline.teachers.fast_rows import agrees, difference, made_rows, open_reader
@@ -161,3 +162,13 @@ def test_kernels_compile_for_gpus(capability: int, logits: str, tmp_path: Path) 
     sizes = dict(line.split() for line in done.stdout.splitlines())
     assert list(sizes) == ["scan_tiles", "collect", "tile_masses", "pick_columns"]
     assert all(int(size) > 1000 for size in sizes.values())
+
+
+def test_the_check_for_gpus_runs(tmp_path: Path) -> None:
+    """As a toy, by the interpreter."""
+    root = Path(cli.__file__).resolve().parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / ".dev"), str(root)])}
+    command = [sys.executable, "-m", "benchmarks.gpu_check", str(tmp_path), "--only", "kernels"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("passed   kernels: "), done.stdout

@@ -2,6 +2,7 @@
 
 import importlib.util
 import queue
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from xtoken.pipeline.teachers import vllm_engine, vllm_options, vllm_start
 from xtoken.pipeline.teachers.base import EngineLost
 from xtoken.pipeline.teachers.vllm_memory import Gpu
 from xtoken.pipeline.teachers.vllm_options import engine_options
-from xtoken.pipeline.teachers.vllm_replies import TensorRows, read_entries
+from xtoken.pipeline.teachers.vllm_replies import Neighbours, TensorRows, read_entries
 
 
 class ModelConfig(SimpleNamespace):
@@ -67,6 +68,83 @@ def test_tensor_parallel_takes_processes() -> None:
     assert "distributed_executor_backend" not in options(50_000)
     two = options(50_000, tensor_parallel=2)
     assert (two["tensor_parallel_size"], two["distributed_executor_backend"]) == (2, "mp")
+
+
+FP8 = {"quant_method": "fp8"}
+
+
+def test_a_gpu_compiles_what_gains_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own configuration takes the mode; a CPU, and a dense model on one GPU, run as before."""
+    gpu = Gpu(80 << 30)
+    for fields in ({"quantization": FP8}, {"tensor_parallel": 2}):
+        found = options(50_000, gpu=gpu, **fields)
+        assert (found["enforce_eager"], found["compilation_config"]) == (False, {"cudagraph_mode": "NONE"})
+        assert vllm_options.settings_of(found)["enforce_eager"] is False
+        assert options(50_000, **fields)["enforce_eager"] is True
+        assert "compilation_config" not in options(50_000, **fields)
+    dense = options(50_000, gpu=gpu)
+    assert dense["enforce_eager"] is True
+    assert "compilation_config" not in dense
+    monkeypatch.setattr("vllm.config.CompilationConfig", lambda **_: 1 / 0)
+    assert options(50_000, gpu=gpu, quantization=FP8)["enforce_eager"] is True, "a release that takes none"
+
+
+def rounded_as(dtype: str, k: int, rows: int = 15) -> Neighbours:
+    """Of logits that are spread as a language model's, rounded, and their log-softmax in float32."""
+    import torch
+
+    torch.manual_seed(0)
+    logits = torch.randn(rows, 49_152) * 3 + 12
+    logprob = logits.to(getattr(torch, dtype)).float().log_softmax(dim=1).topk(k).values.numpy()
+    entries = np.zeros((rows, k + 1), np.int32), np.hstack([logprob[:, :1], logprob]), np.ones(rows, np.int32)
+    return Neighbours().and_of(entries)
+
+
+@pytest.mark.parametrize("k", [16, 64])
+@pytest.mark.parametrize(("dtype", "rounded"), [("float32", False), ("float16", True), ("bfloat16", True)])
+def test_logits_in_half_precision_are_known_by_their_ties(dtype: str, k: int, rounded: bool) -> None:
+    assert rounded_as(dtype, k).rounded is rounded
+
+
+def test_too_little_tells_nothing() -> None:
+    assert not rounded_as("bfloat16", 1).rounded
+    assert not rounded_as("bfloat16", 64, rows=3).rounded
+    flat = np.zeros((15, 64), np.int32), np.full((15, 64), -4, np.float32), np.ones(15, np.int32)
+    assert Neighbours().and_of(flat) == (0, 0), "rows of equal entries"
+    one = rounded_as("bfloat16", 64, rows=3)
+    assert Neighbours(one.pairs * 5, one.equal * 5).rounded, "rows add up"
+
+
+def engine_of(neighbours: Neighbours, head: str) -> Any:
+    engine = vllm_engine.Engine.__new__(vllm_engine.Engine)
+    engine._llm = SimpleNamespace(model_config=SimpleNamespace(dtype="torch.bfloat16", head_dtype=f"torch.{head}"))
+    engine._neighbours = neighbours
+    return engine
+
+
+def test_the_head_s_precision_is_what_its_rows_say(caplog: pytest.LogCaptureFixture) -> None:
+    engine = engine_of(Neighbours(1000, 0), "float32")
+    engine._say_if_rounded()
+    assert engine.head_dtype == "float32"
+    engine = engine_of(Neighbours(1000, 500), "bfloat16")
+    engine._say_if_rounded()
+    assert (engine.head_dtype, caplog.messages) == ("bfloat16", [])
+    engine = engine_of(Neighbours(1000, 500), "float32")
+    engine._say_if_rounded()
+    assert engine.head_dtype == "bfloat16"
+    assert "rounded to bfloat16, though a head in float32 was asked for: 50 %" in caplog.text
+
+
+@pytest.mark.parametrize("error", [TimeoutError("RPC call to xtoken_tried timed out."), Exception("... timed out.")])
+def test_a_worker_that_does_not_answer_ends_its_engine(error: Exception) -> None:
+    def silent(method: str, timeout: float, args: tuple[Any, ...]) -> Any:
+        assert (method, timeout, args) == ("xtoken_tried", 600, (True,))
+        raise error
+
+    engine = engine_of(Neighbours(), "float32")
+    engine._llm.collective_rpc = silent
+    with pytest.raises(EngineLost, match=r"did not answer xtoken_tried for 600 s"):
+        engine._reason(lambda: engine._tried(over=True))
 
 
 def test_settings_say_nothing_that_differs_between_workers() -> None:
@@ -136,6 +214,56 @@ def test_llvmlite_answers_with_a_dictionary() -> None:
     assert not isinstance(vars(library), dict)
     vllm_start._let_vllm_look_around()
     assert vars(library) == {}
+
+
+class Workers:
+    """Two workers under an engine that never gets a prompt."""
+
+    def __init__(self, why: str | None = None, errors: tuple[str | None, ...] = ()) -> None:
+        parallel = SimpleNamespace(tensor_parallel_size=2)
+        config = SimpleNamespace(parallel_config=parallel)
+        self.llm_engine = SimpleNamespace(vllm_config=config, abort_request=lambda _: None)
+        self.why, self.errors, self.asked = why, list(errors), list[bool]()
+
+    def collective_rpc(self, name: str, *, args: tuple[Any, ...], **_: Any) -> list[str | None]:
+        if name == "xtoken_tried":
+            return [None, self.errors.pop(0) if self.errors else None]
+        self.asked.append(args[0])
+        return [self.why if args[0] else "so it was asked"] * 2
+
+
+@pytest.mark.parametrize(
+    ("workers", "asked", "path", "said"),
+    [
+        (Workers(), [True], "vllm-sliced-rows", None),
+        (Workers(why="no such name"), [True], "vllm-rows", "every worker gathers whole logits.*no such name"),
+        (
+            Workers(errors=("KeyError: 1",)),
+            [True, False],
+            "vllm-rows",
+            "every worker gathers whole logits.*KeyError: 1",
+        ),
+        (Workers(errors=("A: 1", "B: 2")), [True, False], "vllm-flat", "are of the top k only.*B: 2"),
+    ],
+)
+def test_slices_that_cannot_be_had_are_gathered(
+    workers: Workers,
+    asked: list[bool],
+    path: str,
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from xtoken.pipeline.teachers.vllm_whole import Whole
+
+    monkeypatch.setattr(vllm_engine.Engine, "_probes", lambda _: [])
+    engine = vllm_engine.Engine(workers, 3, tensors=False)
+    engine._open_whole(Whole(3, np.ones(10, np.bool_)))
+    assert (workers.asked, engine.path) == (asked, path)
+    if said is None:
+        assert caplog.records == []
+    else:
+        assert re.search(said, caplog.records[-1].message)
 
 
 class Dead:

@@ -45,7 +45,7 @@ def test_blocks_change_no_row(whole: Whole, block: int) -> None:
         asked.append(len(states_NH))
         return head(states_NH)
 
-    found = rows_from_hidden(states, target, logits, whole.reader(CPU), block, uniform_N)
+    found = rows_from_hidden(states, target, logits, whole.reader(CPU), SIZE, block, uniform_N)
     expected = whole.reader(CPU).figures(head(states).float(), target, uniform_N)
     for one in fields(RowFigures):
         torch.testing.assert_close(getattr(found, one.name), getattr(expected, one.name), rtol=1e-6, atol=1e-6)
@@ -58,8 +58,8 @@ def test_blocks_change_no_row(whole: Whole, block: int) -> None:
 def test_a_label_that_is_none_does_no_harm() -> None:
     """A step's last tokens have no label yet, or one of a token that is still to come."""
     reader = KINDS[0].reader(CPU)
-    found = rows_from_hidden(hidden(3, 1), torch.tensor([-1, 5, SIZE + 7]), head, reader, 2)
-    expected = rows_from_hidden(hidden(3, 1), torch.tensor([0, 5, 1]), head, reader, 2)
+    found = rows_from_hidden(hidden(3, 1), torch.tensor([-1, 5, SIZE + 7]), head, reader, SIZE, 2)
+    expected = rows_from_hidden(hidden(3, 1), torch.tensor([0, 5, 1]), head, reader, SIZE, 2)
     assert torch.equal(found.ids, expected.ids)
     assert found.target_logprob[1] == expected.target_logprob[1]
 
@@ -211,7 +211,7 @@ def test_an_error_on_trial_is_told_and_later_ends_the_engine(monkeypatch: pytest
     runner = Runner(PROMPTS, monkeypatch)
     worker: Any = WorkerExtension()
     worker.model_runner = runner
-    worker.xtoken_whole_rows(*KINDS[0].wire())
+    worker.xtoken_whole_rows(False, *KINDS[0].wire())
     runner.add(KINDS[0].width, KINDS[0].uniforms)
     assert worker.xtoken_tried(False) is None
     monkeypatch.setattr("xtoken.pipeline.teachers.vllm_worker.rows_from_hidden", lambda *_: 1 / 0)
