@@ -33,7 +33,7 @@ class CaptureSample:
     Attributes:
         sample_id: document id, '#', window number.
         text: what was tokenized; None where the capture holds no text.
-        messages: the conversation; None of plain text.
+        conversation: as it was captured: ``messages``, and ``tools`` where it has some; None of plain text.
         token_ids: int32 [T], the teacher's tokens.
         token_end: int32 [T], the byte of the text (UTF-8) at which each token ends.
         row_of_token: int64 [T], the row that predicts each token; -1: it has none.
@@ -49,7 +49,7 @@ class CaptureSample:
 
     sample_id: str
     text: str | None
-    messages: list[dict[str, Any]] | None
+    conversation: dict[str, Any] | None
     token_ids: NDArray[np.int32]
     token_end: NDArray[np.int32]
     row_of_token: NDArray[np.int64]
