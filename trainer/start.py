@@ -273,11 +273,12 @@ def _mixing(options: LossGroup, weights: Sequence[float]) -> Mixing:
 def open_loader(training: Training, positions: Sequence[Position] | None) -> Loader:
     """This rank's share of the data, from the beginning or from positions of its streams."""
     data = training.config.data
+    step_tokens, micro_tokens = training.config.sizes
     return Loader(
         training.sources,
         training.layout,
-        step_tokens=data.step_tokens,
-        micro_tokens=data.micro_tokens,
+        step_tokens=step_tokens,
+        micro_tokens=micro_tokens,
         seed=data.seed,
         streams=training.run.streams,
         mine=training.mine,
