@@ -237,7 +237,7 @@ def open_teacher(config: TeacherGroup, codec: CodecGroup, table: TokenTable) -> 
     space_P, sampler = torch.from_numpy(space).to(device), Sampler.of(codec, table.size)
     reader = RowReader(entries_asked(codec, info.vocab_rows), space_P, tuple(codec.temperatures), sampler)
     attention = str(getattr(model.config, "_attn_implementation", ""))
-    return HfTeacher(source, reader, info, device, config.batch_tokens, attention, model)
+    return HfTeacher(source, reader, info, device, config.batch_on(device.type), attention, model)
 
 
 def pick_source(model: Any) -> LogitSource:
