@@ -21,6 +21,7 @@ from xtoken.pipeline.project.files import write_table
 from xtoken.pipeline.store.checks import CaptureCheck
 from xtoken.pipeline.store.codecs import open_codec
 from xtoken.pipeline.store.codecs.topk import STEP, encode
+from xtoken.pipeline.store.codes import with_codes
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import committed, publish_part
 from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE
@@ -147,10 +148,9 @@ def _write(sample: Sample, url: str) -> dict[str, int]:
 
 def _manifest(root: str, tokenizer: TextTokenizer, codec: CodecInfo, text: str) -> CaptureManifest:
     size = tokenizer.table.size
-    files = {
-        name: write_table(root, name, content)
-        for name, content in zip((VOCAB_FILE, MERGES_FILE), tokenizer.table.to_tables(), strict=True)
-    }
+    vocab, merges = tokenizer.table.to_tables()
+    tables = {VOCAB_FILE: with_codes(vocab, np.arange(size, dtype=np.int32)), MERGES_FILE: merges}
+    files = {name: write_table(root, name, content) for name, content in tables.items()}
     teacher = TeacherInfo(
         model="zipf",
         backend="fake",

@@ -1,13 +1,12 @@
-"""Positions of a forward pass in blocks: what a loss sees of them, whole chunks together.
+"""Positions of a forward pass in blocks: how many there are in one, and what a loss sees of them.
 
 Logits, log-probabilities and everything that losses build from them exist for one block at a time. A block holds
 whole chunks, so one grows beyond its size only for a chunk that is longer.
 
-Shapes: P predicting positions, C chunks, H width of the hidden states, V ids of the tokenizer.
+Shapes: P predicting positions, C chunks, V ids of the tokenizer.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,23 +24,6 @@ BLOCK_ELEMENTS = 1 << 24
 _GPU_SHARE = 12
 _BYTES_PER_LOGIT = 6 * 4
 _TILE = 256
-
-
-@dataclass(frozen=True)
-class Block:
-    """Positions ``low`` to ``high`` of a micro-batch; ``rows`` are their logits [high - low, V], at least float32."""
-
-    low: int
-    high: int
-    rows: Tensor
-    _logp: dict[float, Tensor] = field(default_factory=dict)
-
-    def logp(self, temperature: float = 1.0) -> Tensor:
-        """Log-softmax of the logits over the temperature."""
-        if temperature not in self._logp:
-            scaled = self.rows if temperature == 1 else self.rows / temperature
-            self._logp[temperature] = torch.log_softmax(scaled, dim=-1)
-        return self._logp[temperature]
 
 
 def block_rows(vocabulary: int, device: torch.device) -> int:
@@ -97,11 +79,6 @@ def _torn(targets: TeacherTargets, at: int) -> tuple[int, int]:
     first = int(targets.first_C[chunk])
     stop = first + int(targets.length_C[chunk])
     return (first, stop) if stop > at else (at, at)
-
-
-def block_view(block: Block, micro: Micro, targets: TeacherTargets, loss: Loss) -> View:
-    """What ``loss`` sees of a block; its columns are checked."""
-    return view(block.logp(loss.temperature), micro, targets, loss, (block.low, block.high))
 
 
 def view(logp_PV: Tensor, micro: Micro, targets: TeacherTargets, loss: Loss, span: tuple[int, int]) -> View:

@@ -25,7 +25,7 @@ from xtoken.trainer.lock import only_trainer, refuse_held
 from xtoken.trainer.mixing import MOST
 from xtoken.trainer.optim import drop_gradients_of_body, learning_rate, set_learning_rate
 from xtoken.trainer.ranks import Ranks, open_ranks
-from xtoken.trainer.run import Run, refuse_foreign
+from xtoken.trainer.run import Run, begun_with, refuse_foreign
 from xtoken.trainer.signals import Preempted, preemption
 from xtoken.trainer.start import Training, open_targets, start
 from xtoken.trainer.step import Figures, StepCounts, count_step, run_step
@@ -73,6 +73,7 @@ def train(
     if config.student.lora is not None:
         require_adapters()
     with open_ranks(pick_device(config.student.device)) as ranks, preemption() as preempted, ExitStack() as stack:
+        config = _sized(config, ranks, progress)
         folders = open_targets(config, student_tokenizer)
         root = config.report.eval_targets
         targets = held_out_targets(root, student_tokenizer) if root else None
@@ -103,11 +104,20 @@ def train(
             ) from error
 
 
+def _sized(config: TrainConfig, ranks: Ranks, progress: Progress) -> TrainConfig:
+    """With tokens of steps and passes, where they were left out; they are said, and recorded with all else."""
+    sized = config.sized(ranks.device.type, ranks.share(begun_with(config.out) if ranks.first else None))
+    if ranks.first and sized != config:
+        step_tokens, micro_tokens = sized.sizes
+        progress.note(f"--step-tokens {step_tokens} --micro-tokens {micro_tokens}")
+    return sized
+
+
 def _no_memory(config: TrainConfig, ranks: Ranks, error: Exception) -> str:
     said = next(iter(str(error).splitlines()), "")
     less = "" if config.student.activation_checkpointing else " and --activation-checkpointing"
     return (
-        f"the memory of {ranks.device} is too small for this student at --micro-tokens {config.data.micro_tokens} "
+        f"the memory of {ranks.device} is too small for this student at --micro-tokens {config.sizes[1]} "
         f"({said}); a smaller number{less} take less and change no loss: the same command with them goes on from the "
         "last checkpoint"
     )

@@ -13,9 +13,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from xtoken.trainer.blocks import Block, spans, tensor
+from xtoken.trainer.blocks import tensor
 from xtoken.trainer.data.micro_batch import Micro
 from xtoken.trainer.losses.base import Loss
+from xtoken.trainer.pieces import Block, pieces_of
 from xtoken.trainer.products import even, linear
 from xtoken.trainer.student.flat import segments
 from xtoken.trainer.student.head import Head, find_head
@@ -62,8 +63,8 @@ class Student:
         """The micro-batch's predicting positions, scored; for whoever needs no gradient, under ``no_grad``."""
         states_PH = self.states(micro)
         weight_VH, bias_V = self.columns()
-        for low, high in spans(micro, self.vocabulary, losses, states_PH.device):
-            yield Block(low, high, self.rows(states_PH[low:high], weight_VH, bias_V))
+        for piece in pieces_of(micro, self.vocabulary, losses, self.device).blocks:
+            yield Block(piece, self.rows(states_PH[piece.low : piece.high], weight_VH, bias_V))
 
     def columns(self) -> tuple[Tensor | None, Tensor | None]:
         """The head's rows that are multiplied, [W, H] and [W], in the dtype of the forward pass.

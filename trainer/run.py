@@ -80,7 +80,7 @@ class Run:
         self.model, self.metrics = self.root / "model", self.root / METRICS
         self.rehearsal = self.root / ".model.rehearsal"
         record = parsed((self.root / RUN).read_bytes()) if (self.root / RUN).exists() else None
-        begun = record is not None and self._begun()
+        begun = record is not None and _begun(self.root)
         self.streams = config.data.streams or (_streams(record) if record is not None and begun else 0) or ranks.size
         if self.streams % ranks.size:
             raise XtokenError(
@@ -92,11 +92,6 @@ class Run:
             self._same(record, now, type(config))
         elif ranks.first:
             self._create(now, config, targets, ranks)
-
-    def _begun(self) -> bool:
-        """Whether the run got as far as measuring or training: a failed start must not bind the folder."""
-        measured = self.metrics.exists() and self.metrics.stat().st_size > 0
-        return measured or any(self.checkpoints.glob("*step-*")) or (self.root / SUMMARY).exists()
 
     def _create(self, now: dict[str, Any], config: TrainConfig, targets: Sequence[Targets], ranks: Ranks) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -139,6 +134,20 @@ class Run:
     def finish(self, summary: dict[str, Any]) -> None:
         """Record that the run is finished."""
         write_json(self.root / SUMMARY, summary)
+
+
+def begun_with(out: str) -> dict[str, Any] | None:
+    """The settings of the run that has begun in a folder; None where there is none."""
+    root = Path(out)
+    record = parsed((root / RUN).read_bytes()) if (root / RUN).is_file() and _begun(root) else None
+    return TrainConfig.settings_of(record) if isinstance(record, dict) else None
+
+
+def _begun(root: Path) -> bool:
+    """Whether a run got as far as measuring or training: a failed start must not bind the folder."""
+    metrics = root / METRICS
+    measured = metrics.exists() and metrics.stat().st_size > 0
+    return measured or any((root / CHECKPOINTS).glob("*step-*")) or (root / SUMMARY).exists()
 
 
 def _streams(record: dict[str, Any]) -> int:

@@ -9,17 +9,17 @@ tokenizer, F features, D teachers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from xtoken.trainer.blocks import Block, block_view, collects, spans, tensor, view
-from xtoken.trainer.data.micro_batch import Micro, TeacherTargets
-from xtoken.trainer.losses.base import WEIGHT, FeatureLoss, Loss, View
+from xtoken.trainer.blocks import tensor
+from xtoken.trainer.data.micro_batch import Micro
+from xtoken.trainer.losses.base import WEIGHT, FeatureLoss, Loss
 from xtoken.trainer.losses.ce import cross_entropy
 from xtoken.trainer.objective import Objective, Student
+from xtoken.trainer.pieces import Block, Lesson, pieces_of
 from xtoken.trainer.products import add_product, widened
 
 
@@ -54,15 +54,6 @@ class Sums(NamedTuple):
         return cls(ce, weighted, plain, rest[0], rest[1], rest[2:])
 
 
-@dataclass(frozen=True)
-class _Features:
-    """The features of a whole micro-batch: the loss's sums and, per position, the gradient of the weighted one."""
-
-    weighted: float
-    plain: float
-    grad_PF: Tensor
-
-
 class _Gradients:
     """Gradients of a micro-batch as they are made: of the states, of the head in float32 or more, of the learned."""
 
@@ -83,22 +74,25 @@ class _Gradients:
 
     def add(self, block: Block, rows_grad: Tensor, states_PH: Tensor, head_VH: Tensor | None) -> None:
         """The gradient of a block's logits (of the head's linear map, where it is fused)."""
+        low, high = block.piece.low, block.piece.high
         if head_VH is None:  # the states are logits already, and wider than the vocabulary where the head is padded
-            self.states_PH[block.low : block.high, : rows_grad.shape[1]] = rows_grad.to(self.states_PH.dtype)
+            self.states_PH[low:high, : rows_grad.shape[1]] = rows_grad.to(self.states_PH.dtype)
             return
         size = len(head_VH)
         rows_grad = widened(rows_grad, size, head_VH.dtype)
-        states_PH = states_PH[block.low : block.high].to(head_VH.dtype)
-        self.states_PH[block.low : block.high] = (rows_grad @ head_VH).to(self.states_PH.dtype)
+        states_PH = states_PH[low:high].to(head_VH.dtype)
+        self.states_PH[low:high] = (rows_grad @ head_VH).to(self.states_PH.dtype)
         if self.weight_MH is not None:
             add_product(self.weight_MH[:size], rows_grad.t(), states_PH)
         if self.bias_M is not None:
             self.bias_M[:size] += rows_grad.sum(0)
 
-    def scaled(self, factor: float) -> list[Tensor | None]:
+    def scaled(self, grad: Tensor) -> list[Tensor | None]:
         """As backward returns them."""
         grads = [self.states_PH, self.weight_MH, self.bias_M, *self.learned]
-        if factor != 1:  # in place: nothing else reads them, and the head's is as large as the head
+        # a GPU would be waited for, if it were asked whether this is 1, as it is
+        factor = float(grad) if grad.device.type == "cpu" else grad
+        if factor is grad or factor != 1:  # in place: nothing else reads them, and the head's is as large as the head
             grads = [None if one is None else one.mul_(factor) for one in grads]
         for at, like in enumerate(self.like, start=1):
             if grads[at] is not None and like is not None:
@@ -115,6 +109,7 @@ class _Scorer:
 
     def __init__(self, objective: Objective, micro: Micro, factors: Sequence[float], agree: bool, norms: bool) -> None:
         self.student, self.losses, self.micro = objective.student, objective.losses, micro
+        self.pieces = pieces_of(micro, self.student.vocabulary, self.losses, self.student.device)
         self.factors, self.agree, self.norms, self.learned = factors, agree, norms, list(objective.learned)
         self.sums = torch.zeros(Sums.size(len(self.losses)), dtype=torch.float64, device=self.student.device)
 
@@ -122,13 +117,13 @@ class _Scorer:
         """The sums of ``score``; gradients, if wanted, are added to ``grads``."""
         weight_VH, bias_V = self.student.columns()
         collected = self._collect(states_PH, weight_VH, bias_V)
-        for low, high in spans(self.micro, self.student.vocabulary, self.losses, states_PH.device):
-            linear_PV = self._linear(states_PH[low:high], weight_VH, bias_V)
+        for piece in self.pieces.blocks:
+            linear_PV = self._linear(states_PH[piece.low : piece.high], weight_VH, bias_V)
             graph = grads is not None or self.norms
             with torch.set_grad_enabled(graph):
                 # the graph begins at the block's logits: autograd goes through the loss alone, never the head's matrix
                 leaf = linear_PV.requires_grad_(graph)
-                block = Block(low, high, self._rows(leaf))
+                block = Block(piece, self._rows(leaf))
                 terms = self._terms(block, collected)
                 if not graph or not terms:
                     continue
@@ -173,58 +168,50 @@ class _Scorer:
     def _rows(self, linear_PV: Tensor) -> Tensor:
         return self.student.head.bend(linear_PV)
 
-    def _collect(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> dict[int, _Features]:
-        """First pass over the blocks for losses that need the features of all positions, without gradient."""
-        wanted = {i: loss for i, loss in enumerate(self.losses) if isinstance(loss, FeatureLoss) and collects(loss)}
-        wanted = {i: loss for i, loss in wanted.items() if len(self.micro.targets[i].first_C)}
+    def _collect(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> dict[int, Tensor]:
+        """Gradients [P, F] of losses that need the features of all positions, by a first pass over the blocks."""
+        wanted = {i: loss for i in self.pieces.whole if isinstance(loss := self.losses[i], FeatureLoss)}
         if not wanted:
             return {}
         pieces: dict[int, list[Tensor]] = {i: [] for i in wanted}
         # the second pass makes the same logits again: two forward passes of the head cost less than all logits at once
         with torch.no_grad():
-            for low, high in spans(self.micro, self.student.vocabulary, self.losses, states_PH.device):
-                block = Block(low, high, self._rows(self._linear(states_PH[low:high], weight_VH, bias_V)))
-                label_P = tensor(self.micro.label_P[low:high], states_PH.device)
+            for piece in self.pieces.blocks:
+                linear_PV = self._linear(states_PH[piece.low : piece.high], weight_VH, bias_V)
+                block = Block(piece, self._rows(linear_PV))
                 for i, loss in wanted.items():
-                    pieces[i].append(loss.features(block.logp(loss.temperature), label_P))
+                    pieces[i].append(loss.features(block.logp(loss.temperature), piece.label_P))
         return {i: self._features(i, loss, torch.cat(pieces[i])) for i, loss in wanted.items()}
 
-    def _features(self, i: int, loss: FeatureLoss, feature_PF: Tensor) -> _Features:
-        targets, leaf = self.micro.targets[i], feature_PF.requires_grad_()
+    def _features(self, i: int, loss: FeatureLoss, feature_PF: Tensor) -> Tensor:
+        lesson, leaf = self.pieces.whole[i], feature_PF.requires_grad_()
         with torch.enable_grad():
-            # no log-probabilities: those of all positions exist at no time, and terms_of reads the features alone
-            seen = view(leaf.new_zeros(0, 0), self.micro, targets, loss, (0, len(self.micro.place_P)))
-            weighted, plain = _weigh(loss.terms_of(leaf, seen), targets.weight_B[targets.sample_C], seen, loss)
+            # without log-probabilities: those of all positions exist at no time, and terms_of reads the features alone
+            weighted, plain = _weigh(loss.terms_of(leaf, lesson.view), lesson, loss)
             # few numbers per position, so the gradient by all of them at once fits; the way to the logits comes later
             (grad_PF,) = torch.autograd.grad(weighted, leaf)
         self.sums[1 + i], self.sums[1 + len(self.losses) + i] = weighted.detach(), plain.detach()
-        return _Features(float(weighted.detach()), float(plain.detach()), grad_PF)
+        return grad_PF
 
-    def _terms(self, block: Block, collected: dict[int, _Features]) -> dict[int, Tensor]:
+    def _terms(self, block: Block, collected: dict[int, Tensor]) -> dict[int, Tensor]:
         """Add a block's sums; the terms whose factor is not 0, CE being term 0, to take gradients of."""
-        label_P = tensor(self.micro.label_P[block.low : block.high], block.rows.device)
-        ce = cross_entropy(block.logp(), label_P)
+        ce = cross_entropy(block.logp(), block.piece.label_P)
         self.sums[0] += ce.detach()
         terms: list[Tensor | None] = [ce]
-        for i, (targets, loss) in enumerate(zip(self.micro.targets, self.losses, strict=True)):
-            if isinstance(loss, FeatureLoss) and collects(loss):
-                terms.append(_linearised(block, loss, label_P, collected[i]) if i in collected else None)
+        for i, (lesson, loss) in enumerate(zip(block.piece.lessons, self.losses, strict=True)):
+            if isinstance(loss, FeatureLoss) and i in collected:
+                terms.append(_linearised(block, loss, collected[i]))
             else:
-                terms.append(self._term(i, block, targets, loss))
+                terms.append(None if lesson is None else self._term(i, block, lesson, loss))
         # a term whose factor is 0 is counted above and left out of the graph
         return {i: term for i, term in enumerate(terms) if term is not None and self.factors[i]}
 
-    def _term(self, i: int, block: Block, targets: TeacherTargets, loss: Loss) -> Tensor | None:
-        first, last = targets.chunks(block.low, block.high)
-        if loss.per == "chunk" and first == last:
-            return None
-        seen = block_view(block, self.micro, targets, loss)
+    def _term(self, i: int, block: Block, lesson: Lesson, loss: Loss) -> Tensor:
+        seen = lesson.at(block.logp(loss.temperature))
         # a loss per token is asked for blocks in which no chunk starts; there is nothing to compare there
-        if self.agree and i == 0 and first < last:
+        if self.agree and i == 0 and len(seen.first_C):
             self._compare(loss.agrees(seen))
-        # a term weighs as its sample's teacher does, and belongs to the sample of its chunk, or of its position
-        owner = targets.sample_C[first:last] if loss.per == "chunk" else self.micro.sample_P[block.low : block.high]
-        weighted, plain = _weigh(loss.terms(seen), targets.weight_B[owner], seen, loss)
+        weighted, plain = _weigh(loss.terms(seen), lesson, loss)
         self.sums[1 + i] += weighted.detach()
         self.sums[1 + len(self.losses) + i] += plain.detach()
         return weighted
@@ -236,22 +223,22 @@ class _Scorer:
             self.sums[at + 1] += len(agrees_C)
 
 
-def _weigh(terms: Tensor, weight: Any, seen: View, loss: Loss) -> tuple[Tensor, Tensor]:
+def _weigh(terms: Tensor, lesson: Lesson, loss: Loss) -> tuple[Tensor, Tensor]:
     """Sums with and without the weights of samples; temperature squared and the weights of kinds are in both."""
-    if WEIGHT in seen.columns:
-        terms = terms * seen.columns[WEIGHT].to(terms.dtype)
+    columns = lesson.view.columns
+    if WEIGHT in columns:
+        terms = terms * columns[WEIGHT].to(terms.dtype)
     # a softmax at temperature T has gradients of size 1 / T, on both sides: the factor keeps losses comparable over T
-    weights = tensor(weight, terms.device).to(terms.dtype)
-    return (terms * weights).sum() * loss.temperature**2, terms.sum() * loss.temperature**2
+    return (terms * lesson.weight.to(terms.dtype)).sum() * loss.temperature**2, terms.sum() * loss.temperature**2
 
 
-def _linearised(block: Block, loss: FeatureLoss, label_P: Tensor, collected: _Features) -> Tensor:
+def _linearised(block: Block, loss: FeatureLoss, grad_PF: Tensor) -> Tensor:
     """A sum whose gradient is that of the loss: its features times the gradient taken by them.
 
     Its value means nothing; ``_features`` has added the loss's own.
     """
-    features = loss.features(block.logp(loss.temperature), label_P)
-    return (features * collected.grad_PF[block.low : block.high]).sum()
+    features = loss.features(block.logp(loss.temperature), block.piece.label_P)
+    return (features * grad_PF[block.piece.low : block.piece.high]).sum()
 
 
 def score(
@@ -316,8 +303,8 @@ def _liger(objective: Objective, micro: Micro, states_PH: Tensor, factors: Seque
         softcap=head.softcap,
         accum_dtype=torch.float32,
     )
-    sums = torch.zeros(Sums.size(len(objective.losses)), dtype=torch.float64)
-    sums[0] = float(ce.detach())  # the other sums are of KD, of which there is none
+    sums = torch.zeros(Sums.size(len(objective.losses)), dtype=torch.float64, device=ce.device)
+    sums[0] = ce.detach()  # the other sums are of KD, of which there is none
     return ce * factors[0], sums
 
 
@@ -346,14 +333,15 @@ class _FusedLinear(torch.autograd.Function):
         sums = scorer.run(states_PH, grads)
         ctx.grads, ctx.inputs = grads, (states_PH, weight_MH, bias_M, *learned)
         # CE and the weighted sums, in the order of the factors; in float64, and rounded once at the end
-        terms = sums[: len(factors)].tolist()
-        total = sum(factor * term for factor, term in zip(factors, terms, strict=True))
+        total = sums.new_zeros(())
+        for factor, term in zip(factors, sums, strict=False):
+            total = total + factor * term
         ctx.mark_non_differentiable(sums)
-        return states_PH.new_tensor(total, dtype=torch.float32), sums
+        return total.float(), sums
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         if ctx.grads is None:  # all factors are 0; DDP and FSDP still wait for a gradient of every parameter
             zeros = [None if one is None else torch.zeros_like(one) for one in ctx.inputs]
             return (None, *zeros)
-        return (None, *ctx.grads.scaled(float(grad)))
+        return (None, *ctx.grads.scaled(grad))

@@ -32,6 +32,7 @@ from xtoken.trainer.run import Run
 from xtoken.trainer.saver import Saver, room_to_copy
 from xtoken.trainer.student.adapters import add_adapters
 from xtoken.trainer.student.head import attend_flat, find_head, leaves_some_out, pick_packing
+from xtoken.trainer.student.memory import room_notes
 from xtoken.trainer.student.model import (
     check_context,
     check_width,
@@ -229,6 +230,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     some_left_out = ranks.size > 1 and leaves_some_out(head)
     prepare(model, asked.activation_checkpointing, asked.compile)
     autocast = pick_autocast(asked.autocast, ranks.device)
+    notes += room_notes(model, config, ranks, autocast)
     flat = packing and not asked.compile and attend_flat(head, autocast)
     losses = tuple(
         open_loss(name, _setup(config.loss, targets, name, vocabulary, ranks.device))
@@ -273,11 +275,12 @@ def _mixing(options: LossGroup, weights: Sequence[float]) -> Mixing:
 def open_loader(training: Training, positions: Sequence[Position] | None) -> Loader:
     """This rank's share of the data, from the beginning or from positions of its streams."""
     data = training.config.data
+    step_tokens, micro_tokens = training.config.sizes
     return Loader(
         training.sources,
         training.layout,
-        step_tokens=data.step_tokens,
-        micro_tokens=data.micro_tokens,
+        step_tokens=step_tokens,
+        micro_tokens=micro_tokens,
         seed=data.seed,
         streams=training.run.streams,
         mine=training.mine,

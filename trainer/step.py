@@ -9,7 +9,8 @@ Shapes: D teachers, T = 1 + D terms: CE, then the teachers.
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from xtoken.trainer.data.batches import StepBatch
 from xtoken.trainer.data.micro_batch import Micro
 from xtoken.trainer.losses.base import Loss
 from xtoken.trainer.mixing import Mixing
+from xtoken.trainer.objective import Objective
+from xtoken.trainer.pieces import cut
 from xtoken.trainer.ranks import Ranks
 from xtoken.trainer.score import Sums, gradient_sizes, score, sums_of
 
@@ -103,7 +106,7 @@ def run_step(
         step: its number, from 1; ``gradmag`` alone asks.
         agree: look for the agreement.
     """
-    losses = _losses(objective)
+    losses = _own(objective).losses
     turns = _Turns(objective, batch, ranks, int(ranks.max(len(batch.micros))), seed)
     distils = _distils(losses)
     if distils and mixing.measures(step) and step == 1:
@@ -111,13 +114,14 @@ def run_step(
     weight_T = _weights(turns, counts, mixing, losses)
     factor_T = [weight / total for weight, total in zip(weight_T, counts.total_T, strict=True)]
     norms = distils and mixing.measures(step) and step > 1
-    sums = torch.zeros(Sums.size(len(losses)), dtype=torch.float64)
+    # added where they are made: a GPU is asked for them once, when the whole step is on its way
+    sums = torch.zeros(Sums.size(len(losses)), dtype=torch.float64, device=ranks.device)
     for at, (micro, counted) in enumerate(turns):
         ranks.synchronise(objective, at == turns.count - 1)
         # DDP and FSDP average over ranks; the factors already divide by the step of all of them.
         value, found = objective(score, micro, [factor * ranks.size * counted for factor in factor_T], agree, norms)
         value.backward()
-        sums += found.cpu() * counted
+        sums += found * counted
     return _figures(Sums.of(ranks.sum(sums.tolist()), len(losses)), counts, losses, weight_T)
 
 
@@ -132,19 +136,28 @@ class _Turns:
     seed: str
 
     def __iter__(self) -> Iterator[tuple[Micro, int]]:
-        for at in range(self.count):
-            micros = self.batch.micros
-            micro, counted = (micros[at], 1) if at < len(micros) else (micros[0], 0)
-            seed_all(self.seed, micro)
-            yield micro, counted
+        # cut beside the pass before it: one in advance is enough, and those of a whole step would fill memory
+        with ThreadPoolExecutor(1, thread_name_prefix="cutter") as pool:
+            begun = pool.submit(self._cut, 0)
+            for at in range(self.count):
+                micro = begun.result()
+                if at + 1 < self.count:
+                    begun = pool.submit(self._cut, at + 1)
+                seed_all(self.seed, micro)
+                yield micro, int(at < len(self.batch.micros))
+
+    def _cut(self, at: int) -> Micro:
+        objective, micros = _own(self.objective), self.batch.micros
+        micro, student = micros[at if at < len(micros) else 0], objective.student
+        return replace(micro, pieces=cut(micro, student.vocabulary, objective.losses, student.device))
 
     def look(self, work: Callable[..., Tensor], factor_T: Sequence[float]) -> Sums:
         """``Sums`` of all ranks; ``work`` makes those of a micro-batch under ``no_grad``."""
-        losses = _losses(self.objective)
-        sums = torch.zeros(Sums.size(len(losses)), dtype=torch.float64)
+        losses = _own(self.objective).losses
+        sums = torch.zeros(Sums.size(len(losses)), dtype=torch.float64, device=self.ranks.device)
         with torch.no_grad():
             for micro, counted in self:
-                sums += self.objective(work, micro, factor_T).cpu() * counted
+                sums += self.objective(work, micro, factor_T) * counted
         return Sums.of(self.ranks.sum(sums.tolist()), len(losses))
 
 
@@ -154,9 +167,10 @@ def seed_all(seed: str, micro: Micro) -> None:
     torch.manual_seed(int.from_bytes(digest, "little"))
 
 
-def _losses(objective: Any) -> tuple[Loss, ...]:
-    found: tuple[Loss, ...] = getattr(objective, "module", objective).losses
-    return found
+def _own(objective: Any) -> Objective:
+    """What DDP or FSDP is around."""
+    own: Objective = getattr(objective, "module", objective)
+    return own
 
 
 def _distils(losses: Sequence[Loss]) -> bool:

@@ -198,6 +198,16 @@ def read_engine_settings(folder: Folder) -> EngineSettings:
     return _read_teacher(folder)[1]
 
 
+def as_begun(config: PrecomputeConfig, folder: Folder) -> PrecomputeConfig:
+    """With the tokens per call that the run's first engine took, where --batch-tokens is left out."""
+    if config.teacher.batch_tokens is not None or not folder.exists(TEACHER_FILE):
+        return config
+    settings = read_engine_settings(folder)
+    took = settings.get("batch_tokens") or settings.get("max_num_batched_tokens")
+    teacher = config.teacher.model_copy(update={"batch_tokens": int(took)}) if took else config.teacher
+    return config.model_copy(update={"teacher": teacher})
+
+
 def _read_teacher(folder: Folder) -> tuple[TeacherInfo, EngineSettings]:
     try:
         record = json.loads(read_small(folder, TEACHER_FILE, _TEACHER_BYTES))

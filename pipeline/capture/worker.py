@@ -19,7 +19,7 @@ from xtoken.pipeline.capture.answering import answered, prompts_of, question
 from xtoken.pipeline.capture.audit import open_audit
 from xtoken.pipeline.capture.conversations import Chat, ChatPiece, ChatPieces, chunk_counts
 from xtoken.pipeline.capture.plan import Plan, SliceReader, load_plan
-from xtoken.pipeline.capture.run_identity import codec_info, sees_bos, settle_teacher, settle_weights
+from xtoken.pipeline.capture.run_identity import as_begun, codec_info, sees_bos, settle_teacher, settle_weights
 from xtoken.pipeline.capture.worker_threads import Audit, Piece, Prepared, Stages
 from xtoken.pipeline.corpus import Document, Window, all_windows
 from xtoken.pipeline.executors.gpus import engines_per_gpu, pin_gpus
@@ -65,7 +65,8 @@ class CaptureJob:
         """
         if os.path.isdir(self.cwd):
             os.chdir(self.cwd)
-        config, folder = self.config, Folder(self.config.out)
+        folder = Folder(self.config.out)
+        config = patiently(partial(as_begun, self.config, folder))
         engines = engines_per_gpu(config.run, config.teacher.tensor_parallel)
         if config.teacher.device == "auto" or config.teacher.backend == "vllm":
             pin_gpus(slot, config.teacher.tensor_parallel)
@@ -167,7 +168,8 @@ class CaptureWorker:
     @property
     def step_tokens(self) -> int:
         """Tokens of a step of the engine: what it settled on, else what was asked for."""
-        return int(self.teacher.settings.get("max_num_batched_tokens", self._config.teacher.batch_tokens))
+        taken = (self.teacher.settings.get(name) for name in ("max_num_batched_tokens", "batch_tokens"))
+        return next((int(tokens) for tokens in taken if tokens), self._config.teacher.batch_on("cpu"))
 
     @property
     def most_waiting(self) -> int:
@@ -246,7 +248,8 @@ class CaptureWorker:
     def _prompts(self, pieces: Sequence[Piece]) -> tuple[list[NDArray[np.int32]], list[list[int]]]:
         """What the teacher is shown of each piece, and the pieces that have rows in batches of like lengths."""
         prompts = [np.concatenate([self.context, piece.ids]).astype(np.int32) for piece in pieces]
-        batches = length_batches([len(prompt) for prompt in prompts], self._config.teacher.batch_tokens)
+        limit = self._config.teacher.batch_on(self.teacher.info.device)
+        batches = length_batches([len(prompt) for prompt in prompts], limit)
         scored = [[index for index in batch if len(prompts[index]) > 1] for batch in batches]
         return prompts, [batch for batch in scored if batch]
 

@@ -241,7 +241,7 @@ def open_teacher(config: TeacherGroup, codec: CodecGroup, table: TokenTable) -> 
     asked = RowReader(entries_asked(codec, info.vocab_rows), space_P, tuple(codec.temperatures), sampler)
     reader = open_reader(asked, device, info.vocab_rows) if device.type == "cuda" else asked
     attention = str(getattr(model.config, "_attn_implementation", ""))
-    return HfTeacher(source, reader, sampler, info, device, config.batch_tokens, attention, model)
+    return HfTeacher(source, reader, sampler, info, device, config.batch_on(device.type), attention, model)
 
 
 def pick_source(model: Any) -> LogitSource:

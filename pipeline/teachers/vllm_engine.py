@@ -33,6 +33,7 @@ WHOLE_ROWS, SLICED_ROWS, TENSORS = "vllm-rows", "vllm-sliced-rows", "vllm-tensor
 _UPDATE = "_update_prompt_logprobs"
 _PROBE_TOKENS = 16
 _PATIENCE_SECONDS = 600.0  # in which a worker may also compile kernels
+_QUEUED_TOKENS = 509  # of prompts that fill a GPU's steps: a prime, so that a step ends within one of them
 _SAME_RUN = 0.5  # nats between two runs of one prompt, whatever order kernels add up in; a wrong row is off by more
 _LOG = logging.getLogger("xtoken")
 
@@ -275,20 +276,20 @@ class Engine:
         why_gathered, *_ = self._call("xtoken_whole_rows", self._sliced, *self.whole.wire())
         if self._sliced and why_gathered is not None:
             self._gather(why_gathered)
-        for ids in self._probes():
+        for ids, copies in self._probes():
             (public,) = self.score([ids], flat=True)
-            (output,) = self.score([ids])
             expected = flat_entries(public.prompt_logprobs, len(ids) - 1, self._k)
-            found = read_entries(output.prompt_logprobs, len(ids) - 1, self.whole.width)
-            if (error := self._tried(over=False)) is not None:
-                return error
-            if expected is None or found is None:
-                return "whole rows do not reach the reply"
-            top, figures = self.whole.unpacked(found)
-            if not (_alike(expected, top) and _same_first(expected, top)):
-                return "rows of the same prompt differ"
-            if (wrong := self.whole.broken(figures) or self.whole.misfit(top, figures)) is not None:
-                return wrong
+            for output in self.score([ids] * copies):
+                found = read_entries(output.prompt_logprobs, len(ids) - 1, self.whole.width)
+                if (error := self._tried(over=False)) is not None:
+                    return error
+                if expected is None or found is None:
+                    return "whole rows do not reach the reply"
+                top, figures = self.whole.unpacked(found)
+                if not (_alike(expected, top) and _same_first(expected, top)):
+                    return "rows of the same prompt differ"
+                if (wrong := self.whole.broken(figures) or self.whole.misfit(top, figures)) is not None:
+                    return wrong
         return self._tried(over=True)
 
     def _tried(self, *, over: bool) -> str | None:
@@ -334,7 +335,7 @@ class Engine:
 
     def _difference(self) -> str | None:
         """How the fast way's rows of a few prompts differ from the public way's, and install it."""
-        for ids in self._probes():
+        for ids, copies in self._probes():
             kept, rows = TensorRows(), len(ids) - 1
             uninstall()
             _replace(_record, kept)
@@ -347,23 +348,33 @@ class Engine:
             uninstall()
             install()
             self._fast = True
-            (output,) = self.score([ids])
-            if not isinstance(output.prompt_logprobs, TensorRows):
-                return "tensors do not reach the reply"
-            found = read_entries(output.prompt_logprobs, rows, self._k)
-            if found is None or not _alike(public, found):
-                return "rows of the same prompt differ"
+            for output in self.score([ids] * copies):
+                if not isinstance(output.prompt_logprobs, TensorRows):
+                    return "tensors do not reach the reply"
+                found = read_entries(output.prompt_logprobs, rows, self._k)
+                if found is None or not _alike(public, found):
+                    return "rows of the same prompt differ"
         return None
 
-    def _probes(self) -> list[NDArray[np.int32]]:
-        """A short prompt, and one that takes two steps where prompts may be longer than a small step."""
+    def _probes(self) -> list[tuple[NDArray[np.int32], int]]:
+        """Prompts, and how many times each is asked for at once: a short one, and one that takes two steps.
+
+        A prompt takes two steps where it is longer than one, or where those queued before it leave it part of a step.
+        On a GPU, where steps are large and soon done, so many copies wait that a step ends within one. On a CPU, where
+        that would take long, a single prompt goes over the end of a small step, if prompts may be that long.
+        """
         config = self._llm.model_config
-        room = int(config.max_model_len) - 1
-        two_steps = self.step_tokens + _PROBE_TOKENS
-        lengths = [min(_PROBE_TOKENS, room), *([two_steps] if two_steps <= min(room, 8 * MIN_STEP_TOKENS) else [])]
+        room, step = int(config.max_model_len) - 1, self.step_tokens
+        probes = [(min(_PROBE_TOKENS, room), 1)]
+        if step + _PROBE_TOKENS <= min(room, 8 * MIN_STEP_TOKENS):
+            probes.append((step + _PROBE_TOKENS, 1))
+        elif self._core.vllm_config.device_config.device_type != "cpu":
+            length = next(one for one in range(min(room, _QUEUED_TOKENS), 0, -1) if step % one or one == 1)
+            # the engine's process may have begun with the first few before the last arrive: twice a step, and one more
+            probes.append((length, 2 * (step // length + 1)))
         # Away from both ends of the vocabulary, where models keep ids that mean more than text.
         quarter = config.get_vocab_size() // 4
-        return [(quarter + np.arange(length) * 7919 % quarter).astype(np.int32) for length in lengths]
+        return [((quarter + np.arange(size) * 7919 % quarter).astype(np.int32), copies) for size, copies in probes]
 
 
 def _equal(one: Entries, other: Entries) -> bool:

@@ -105,7 +105,8 @@ def engine_options(
     """
     # BOS in front, and room for the one token that must be generated.
     longest = min(codec.max_tokens + 2, model_source.context(model_config))
-    step = step_tokens(config.batch_tokens, longest, model_source.vocab_rows(model_config), v2=v2)
+    batch = config.batch_on("cpu" if gpu is None else "cuda")
+    step = step_tokens(batch, longest, model_source.vocab_rows(model_config), v2=v2)
     options: Options = {
         "model": config.teacher,
         "revision": config.revision,

@@ -138,7 +138,13 @@ class TeacherGroup(Config):
         description="vllm: share of a GPU's memory that one engine may take; left out: all but what logits need.",
         json_schema_extra=MAY_CHANGE,
     )
-    batch_tokens: int = Field(2048, ge=1, description="Teacher tokens per forward call.", json_schema_extra=MAY_CHANGE)
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Teacher tokens per forward call; left out: 2,048 on a CPU, 16,384 on CUDA, or what the run began "
+        "with.",
+        json_schema_extra=MAY_CHANGE,
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU, bfloat16 on GPU."
     )
@@ -147,6 +153,10 @@ class TeacherGroup(Config):
     trust_remote_code: bool = Field(
         False, description="Run code that comes with the model.", json_schema_extra=MAY_CHANGE
     )
+
+    def batch_on(self, device: str) -> int:
+        """``batch_tokens``, or what a device takes: ``cpu``, or a GPU, which waits for Python in smaller calls."""
+        return self.batch_tokens or (2048 if device == "cpu" else 16_384)
 
     @model_validator(mode="after")
     def _parallel_where_it_exists(self) -> "TeacherGroup":

@@ -1,5 +1,6 @@
 """Configuration of training. The fields are the flags; the descriptions are the help."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -207,6 +208,12 @@ class StudentGroup(Config):
         return self.tokenizer or self.student or ""
 
 
+# Tokens of steps and passes where they are left out. A GPU waits for Python in smaller passes; what is paid per pass
+# (zeroing the head's gradient, casting weights) is paid the less often the larger they are.
+_CPU_SIZES = {"step_tokens": 4096, "micro_tokens": 1024}
+_GPU_SIZES = {"step_tokens": 262_144, "micro_tokens": 16_384}
+
+
 class DataGroup(Config):
     """Which targets are read, and how samples become steps."""
 
@@ -223,13 +230,18 @@ class DataGroup(Config):
         "the largest probability, times --weights.",
     )
     max_tokens: int = Field(1024, ge=8, description="Student tokens per sample; the rest of a sample is cut off.")
-    step_tokens: int = Field(
-        4096, ge=1, description="Student tokens per optimizer step, to the nearest sample.", json_schema_extra=COMMON
-    )
-    micro_tokens: int = Field(
-        1024,
+    step_tokens: int | None = Field(
+        None,
         ge=1,
-        description="Padded student tokens per forward pass; the rest accumulates.",
+        description="Student tokens per optimizer step, to the nearest sample; left out: 4,096 on a CPU, 262,144 on "
+        "CUDA, or what the run began with.",
+        json_schema_extra=COMMON,
+    )
+    micro_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Padded student tokens per forward pass; the rest accumulates. Left out: 1,024 on a CPU, 16,384 on "
+        "CUDA, or what the run began with.",
         json_schema_extra=MAY_CHANGE,
     )
     batching: Literal["auto", "pack", "pad"] = Field(
@@ -449,6 +461,25 @@ class TrainConfig(Config):
         if self.loss.learn_w and self.student.parallel == "fsdp":
             raise ValueError("--learn-w goes with --parallel ddp; W is not a part of the model that fsdp shards")
         return self
+
+    def sized(self, device: str, begun: Mapping[str, Any] | None = None) -> "TrainConfig":
+        """With what was left out of --step-tokens and --micro-tokens.
+
+        Args:
+            device: ``cpu``, ``cuda`` or another type of torch's.
+            begun: the settings that the run began with, if it has begun; they are its own wherever it goes on.
+        """
+        usual = _GPU_SIZES if device == "cuda" else _CPU_SIZES
+        took = {name: (begun or {}).get(name) or usual[name] for name in usual if getattr(self.data, name) is None}
+        return self.changed(**took) if took else self
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens of a step and of a pass, of a configuration that is ``sized``."""
+        step, micro = self.data.step_tokens, self.data.micro_tokens
+        assert step is not None, "a run knows its device"
+        assert micro is not None, "a run knows its device"
+        return step, micro
 
     @classmethod
     def settings_of(cls, record: dict[str, Any]) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from xtoken.trainer.data.packing import Shape, packed_shapes, padded_shapes
 from xtoken.trainer.data.samples import Sample
 from xtoken.trainer.losses.base import WEIGHT, Loss
+from xtoken.trainer.packed import Packed
 from xtoken.trainer.ragged import Array, Columns, Ints, Ragged, running
 
 
@@ -52,6 +53,7 @@ class Micro:
         place_P: int64, flat places in [B, L] that predict a taught token. label_P: int64, these tokens.
         sample_P: int64, the sample of each position.
         targets: one per teacher.
+        pieces: what ``xtoken.trainer.pieces.cut`` made of it, for a run's losses and device; None: not made yet.
     """
 
     sample_ids: tuple[str, ...]
@@ -61,6 +63,7 @@ class Micro:
     label_P: Ints
     sample_P: Ints
     targets: tuple[TeacherTargets, ...]
+    pieces: Packed | None = None
 
 
 def make_micro(rows: Sequence[Sequence[Sample]], width: int, losses: Sequence[Loss]) -> Micro:

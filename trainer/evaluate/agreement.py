@@ -14,7 +14,6 @@ from xtoken.schemas.categories import CATEGORIES
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.ui.progress import Progress
-from xtoken.trainer.blocks import block_view
 from xtoken.trainer.data.layout import Layout
 from xtoken.trainer.data.micro_batch import Micro, split_micros
 from xtoken.trainer.data.samples import context_token, read_samples
@@ -118,8 +117,9 @@ def agreement(
     with torch.no_grad():
         for micro in together(student, micros(), ranks):
             for block in student.blocks(micro, layout.losses):
-                view = block_view(block, micro, micro.targets[0], loss)
-                if len(view.first_C):
+                (lesson,) = block.piece.lessons
+                if lesson is not None:
+                    view = lesson.at(block.logp(loss.temperature))
                     tally.add(loss.terms(view), loss.agrees(view), group_V[view.label_P[view.first_C]])
     progress.finish()
     return tally.shared(ranks).figures()

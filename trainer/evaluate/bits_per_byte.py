@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.ui.progress import Progress
-from xtoken.trainer.blocks import tensor
 from xtoken.trainer.data.micro_batch import Micro, split_micros
 from xtoken.trainer.data.samples import Sample, context_token
 from xtoken.trainer.evaluate.samples import EvalSample
@@ -120,10 +119,9 @@ def _bits(
 def _nats(student: Student, micro: Micro, cell_P: NDArray[np.int64], cells: int) -> NDArray[np.float64]:
     """Sums of -log p(label) over the positions of each of so many cells."""
     logp_P = torch.zeros(len(micro.label_P), dtype=torch.float64, device=student.device)
-    label_P = tensor(micro.label_P, student.device)
     for block in student.blocks(micro):
-        span = slice(block.low, block.high)
-        logp_P[span] = block.logp().gather(1, label_P[span, None])[:, 0].double()
+        piece = block.piece
+        logp_P[piece.low : piece.high] = block.logp().gather(1, piece.label_P[:, None])[:, 0].double()
     # on the CPU, where the order of the sums is the same every time; one copy for all blocks
     nats = torch.zeros(cells, dtype=torch.float64).index_add_(0, torch.from_numpy(cell_P), -logp_P.cpu())
     of_cells: NDArray[np.float64] = nats.numpy()

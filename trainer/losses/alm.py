@@ -102,11 +102,15 @@ class ALM(FeatureLoss):
         space_P = spaces.mass_P.clamp(min=torch.finfo(logp_PV.dtype).tiny).log()
         return torch.stack([spaces.logp_E, space_P], dim=1)
 
+    def index(self, view: View) -> tuple[Tensor, Tensor]:
+        """See ``Loss.index``: the chunk of each label, and its position."""
+        return ranges(view.first_C, view.length_C)
+
     def terms_of(self, feature_PF: Tensor, view: View) -> Tensor:
         """See ``FeatureLoss.terms_of``."""
         # float64: these are few numbers, and the terms of a matched chunk cancel to nothing.
         feature_PF = feature_PF.double()
-        chunk_E, position_E = ranges(view.first_C, view.length_C)
+        chunk_E, position_E = self.indexed(view)
         student_C = feature_PF.new_zeros(len(view.first_C)).index_add(0, chunk_E, feature_PF[position_E, 0])
         teacher_C = view.columns["teacher_logprob"].double()
         if self.outcome:

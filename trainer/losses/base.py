@@ -7,7 +7,7 @@ N entries of W.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -97,11 +97,13 @@ class View(Ragged[Tensor]):
     Attributes:
         logp_PV: normalised log-probabilities at the loss's ``temperature``, at least float32.
         label_P: int64, the token that each position predicts in the text.
+        index: what ``Loss.index`` made of it; None: not made yet.
     """
 
     logp_PV: Tensor
     label_P: Tensor
     spec: Columns = Columns()  # noqa: RUF009 - frozen; a view is cut no further
+    index: Any = None
 
     @property
     def first_rows(self) -> Tensor:
@@ -152,6 +154,21 @@ class Loss(ABC):
         None where the targets do not tell.
         """
         return None
+
+    def index(self, view: View) -> Any:  # noqa: ARG002 - for those that have one
+        """Where a view's targets lie, of which the student knows nothing: made on the host before the pass begins.
+
+        Args:
+            view: on the CPU; of its log-probabilities only the width is known, [0, V].
+
+        Returns:
+            Tensors and numbers in (nested) tuples; ``indexed`` finds it, with its tensors on the device of the view.
+        """
+        return None
+
+    def indexed(self, view: View) -> Any:
+        """The ``index`` of a view, made now where a view was made by hand."""
+        return self.index(view) if view.index is None else view.index
 
     @abstractmethod
     def terms(self, view: View) -> Tensor:
@@ -211,11 +228,35 @@ class Entries(NamedTuple):
         return cls(count_C, kept.indices.reshape(-1), kept.values.reshape(-1)), tail_C
 
 
+class Places(NamedTuple):
+    """Where entries lie among the student's log-probabilities [P, V].
+
+    Attributes:
+        owner_K: int64, the chunk (or position) of each entry.
+        place_K: int64, its place in [P, V] laid flat.
+    """
+
+    owner_K: Tensor
+    place_K: Tensor
+
+    @classmethod
+    def of(cls, count_C: Tensor, id_K: Tensor, width: int, row_C: Tensor | None = None) -> "Places":
+        """Of entries by student id; ``row_C`` is the position of each chunk, where not every position is one."""
+        owner_K = owners(count_C, len(id_K))
+        row_K = owner_K if row_C is None else row_C[owner_K]
+        return cls(owner_K, row_K * width + id_K.long())
+
+    @classmethod
+    def of_view(cls, view: View, stem: str, row_C: Tensor | None = None) -> "Places":
+        """Of the columns ``STEM_count`` and ``STEM_ids``."""
+        return cls.of(view.columns[f"{stem}_count"], view.columns[f"{stem}_ids"], view.logp_PV.shape[1], row_C)
+
+
 def owners(count_C: Tensor, total: int | None = None) -> Tensor:
     """int64 [K]: for each entry the chunk it belongs to.
 
     Args:
-        total: K, where a shape tells it: a GPU that is asked for the sum of the counts must first finish all else.
+        total: K, where it is known: a GPU that is asked for the sum of the counts must first finish all else.
     """
     each_C = torch.arange(len(count_C), device=count_C.device)
     return torch.repeat_interleave(each_C, count_C.long(), output_size=total)

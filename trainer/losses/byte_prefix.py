@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Entries, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.base import Entries, Loss, LossSetup, Places, View, owners
 from xtoken.trainer.losses.chain_rule import cut
 from xtoken.trainer.losses.divergence import NOTHING, group_logsumexp, kept_and_tail, kl_with_tail, ranges
 from xtoken.trainer.ragged import Arrays, Columns
@@ -41,8 +41,54 @@ class Groups(NamedTuple):
     logmass_G: Tensor
 
 
+class Reads(NamedTuple):
+    """Where the terms' tokens lie among the student's log-probabilities [P, V].
+
+    Attributes:
+        kept: the entries of roots and interiors.
+        position_G: int64, the position of each group.
+        total: E, the tokens of all groups. There are many, so their places are worked out where they are read.
+    """
+
+    kept: Places
+    position_G: Tensor
+    total: int
+
+    @classmethod
+    def of(cls, count_P: Tensor, id_K: Tensor, width: int, groups: Groups | None) -> "Reads":
+        """See ``byte_prefix``."""
+        kept = Places.of(count_P, id_K, width)
+        if groups is None:
+            return cls(kept, kept.owner_K[:0], 0)
+        position_G = owners(groups.count_P, len(groups.low_G))
+        return cls(kept, position_G, int((groups.high_G.long() - groups.low_G).sum()))
+
+
+class Wanted(NamedTuple):
+    """What of a view's targets is asked for.
+
+    Attributes:
+        wanted_P: bool, positions whose root or interior target is. entry_K: int64, its entries among all stored ones.
+        first_C: int64, the first positions of chunks with a root target. best_C: the first of its entries, which is
+            its most probable.
+        reads: of these entries, and of the groups.
+    """
+
+    wanted_P: Tensor
+    entry_K: Tensor
+    first_C: Tensor
+    best_C: Tensor
+    reads: Reads
+
+
 def byte_prefix(
-    logp_PV: Tensor, kept: Entries, tail_logp_P: Tensor, groups: Groups | None = None, order_T: Tensor | None = None
+    logp_PV: Tensor,
+    kept: Entries,
+    tail_logp_P: Tensor,
+    groups: Groups | None = None,
+    order_T: Tensor | None = None,
+    *,
+    at: Reads | None = None,
 ) -> Tensor:
     """Root, interior and child terms of each position, [P] nats.
 
@@ -53,14 +99,14 @@ def byte_prefix(
         kept: the target of each position, by student id; a position without entries has no root or interior term.
         tail_logp_P: log of the mass that has no prefix in the student's vocabulary; -inf = none, or no target.
         groups: of the child term, which is left out without them; order_T: int64, the student's text tokens by bytes.
+        at: where they are read, if that is known.
     """
-    position_K, width = owners(kept.count_C, len(kept.id_K)), logp_PV.shape[1]
-    place_K = position_K * width + kept.id_K.long()
+    (position_K, place_K), position_G, total = at or Reads.of(kept.count_C, kept.id_K, logp_PV.shape[1], groups)
     place_E = group_E = position_K[:0]
     if groups is not None and order_T is not None:
-        low_G, position_G = groups.low_G.long(), owners(groups.count_P, len(groups.low_G))
-        group_E, rank_E = ranges(low_G, groups.high_G.long() - low_G)
-        place_E = position_G[group_E] * width + order_T[rank_E]
+        low_G = groups.low_G.long()
+        group_E, rank_E = ranges(low_G, groups.high_G.long() - low_G, total)
+        place_E = position_G[group_E] * logp_PV.shape[1] + order_T[rank_E]
     # one call reads all places of all terms: each call's gradient would take a buffer as large as logp_PV
     nothing_K = logp_PV.new_full(place_K.shape, NOTHING)
     logp, tail_logq_P = kept_and_tail(logp_PV, torch.cat([place_K, place_E]), place_K, nothing_K)
@@ -106,22 +152,31 @@ class BytePrefix(Loss):
 
     def agrees(self, view: View) -> Tensor:
         """The student's most probable token is the target's, of the chunks that have one."""
-        count_P = view.columns["prefix_count"]
+        at: Wanted = self.indexed(view)
+        return view.logp_PV.detach().argmax(dim=1)[at.first_C] == at.best_C
+
+    def index(self, view: View) -> Wanted:
+        """See ``Loss.index``."""
+        count_P, ids = view.columns["prefix_count"], view.columns["prefix_ids"]
+        wanted_P = self._wanted(view)
+        entry_K = torch.nonzero(wanted_P[owners(count_P, len(ids))])[:, 0]
         first_C = view.first_C[count_P[view.first_C] > 0]
-        start_P = count_P.cumsum(0) - count_P
-        return view.logp_PV.detach().argmax(dim=1)[first_C] == view.columns["prefix_ids"][start_P[first_C]]
+        best_C = ids[(count_P.cumsum(0) - count_P)[first_C]]
+        reads = Reads.of(count_P * wanted_P, ids[entry_K], view.logp_PV.shape[1], self._groups(view))
+        return Wanted(wanted_P, entry_K, first_C, best_C, reads)
 
     def terms(self, view: View) -> Tensor:
         """See ``Loss.terms``; positions without a target are 0."""
-        columns, wanted_P = view.columns, self._wanted(view)
-        wanted_K = wanted_P[owners(columns["prefix_count"], len(columns["prefix_ids"]))]
-        kept = Entries(
-            columns["prefix_count"] * wanted_P, columns["prefix_ids"][wanted_K], columns["prefix_logprob"][wanted_K]
-        )
-        tail_logp_P = torch.where(wanted_P, columns["prefix_rest_logprob"], -torch.inf)
-        names = ("child_count", "child_low", "child_high", "child_logprob")
-        groups = Groups(*(columns[name] for name in names)) if "child" in self.prefix else None
-        return byte_prefix(view.logp_PV, kept, tail_logp_P, groups, self.order_T)
+        at: Wanted = self.indexed(view)
+        count_P, *of_entries = Entries.of_view(view, "prefix")
+        kept = Entries(count_P * at.wanted_P, *(values_K[at.entry_K] for values_K in of_entries))
+        tail_logp_P = torch.where(at.wanted_P, view.columns["prefix_rest_logprob"], -torch.inf)
+        return byte_prefix(view.logp_PV, kept, tail_logp_P, self._groups(view), self.order_T, at=at.reads)
+
+    def _groups(self, view: View) -> Groups | None:
+        if "child" not in self.prefix:
+            return None
+        return Groups(*(view.columns[f"child_{name}"] for name in ("count", "low", "high", "logprob")))
 
     def _wanted(self, view: View) -> Tensor:
         """bool [P]: positions whose root or interior target is asked for, those of the view's chunks only."""

@@ -8,6 +8,8 @@ The product is not renormalised. The teacher's logarithm of it is stored, the st
 Shapes: P positions, C chunks, V student vocabulary, E positions of chunks.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -29,24 +31,27 @@ def chain_merge(setup: LossSetup, loss: str) -> str:
     return setup.merge
 
 
-def chunk_row(first_C: Tensor, length_C: Tensor, merge: str) -> Tensor:
-    """int64 [C]: the position whose distribution stands for the chunk."""
-    return first_C if merge == "first" else first_C + length_C - 1
+class Chain(NamedTuple):
+    """Where a chunk's distribution and the factors of its other labels lie in [P, V]; all int64.
 
-
-def label_places(
-    label_P: Tensor, first_C: Tensor, length_C: Tensor, row_C: Tensor, width: int
-) -> tuple[Tensor, Tensor]:
-    """The labels of each chunk but the one that ``row_C`` predicts.
-
-    Returns:
-        Their flat places in [P, V], V being the ``width``, and their chunks, int64 [E] each.
+    Attributes:
+        row_C: the position whose distribution stands for the chunk.
+        place_E, chunk_E: the labels of each chunk but the one that ``row_C`` predicts: places in [P, V], and chunks.
     """
-    # the distribution at row_C stands for its own label, so that one is no factor
-    chunk_E, position_E = ranges(first_C, length_C)
-    other_E = position_E != row_C[chunk_E]
-    position_E, chunk_E = position_E[other_E], chunk_E[other_E]
-    return position_E * width + label_P[position_E], chunk_E
+
+    row_C: Tensor
+    place_E: Tensor
+    chunk_E: Tensor
+
+    @classmethod
+    def of(cls, label_P: Tensor, first_C: Tensor, length_C: Tensor, merge: str, width: int) -> "Chain":
+        """From the positions of chunks; ``width`` is V."""
+        row_C = first_C if merge == "first" else first_C + length_C - 1
+        # the distribution at row_C stands for its own label, so that one is no factor
+        chunk_E, position_E = ranges(first_C, length_C)
+        other_E = position_E != row_C[chunk_E]
+        position_E, chunk_E = position_E[other_E], chunk_E[other_E]
+        return cls(row_C, position_E * width + label_P[position_E], chunk_E)
 
 
 def gather(logp_PV: Tensor, *places: Tensor) -> list[Tensor]:

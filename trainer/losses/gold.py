@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Entries, Loss, LossSetup, View, owners
-from xtoken.trainer.losses.chain_rule import chain_merge, chunk_row, cut, label_places
-from xtoken.trainer.losses.sorted_l1 import padded, sorted_l1
+from xtoken.trainer.losses.base import Entries, Loss, LossSetup, Places, View
+from xtoken.trainer.losses.chain_rule import Chain, chain_merge, cut
+from xtoken.trainer.losses.sorted_l1 import Lists, sorted_l1
 from xtoken.trainer.losses.token_set import set_mass, set_plogp
 from xtoken.trainer.ragged import Arrays, Columns
 
@@ -50,6 +50,19 @@ class Matched(NamedTuple):
         tokens = int(matched_V.sum())
         weight = (tokens if pairs is None else pairs) / teacher_size
         return cls((~matched_V).float(), len(matched_V) - tokens, weight, 1 - weight)
+
+
+class Compared(NamedTuple):
+    """Where GOLD reads: the student's side, the teacher's entries in M by student id, and its lists of all others."""
+
+    chain: Chain
+    kept: Places
+    lists: Lists
+
+    @classmethod
+    def of(cls, chain: Chain, count_C: Tensor, id_K: Tensor, other_count_C: Tensor, width: int) -> "Compared":
+        """See ``gold``."""
+        return cls(chain, Places.of(count_C, id_K, width, chain.row_C), Lists.of(other_count_C))
 
 
 class _Student(NamedTuple):
@@ -82,6 +95,7 @@ def gold(
     *,
     beta: float = 0.5,
     merge: str = "first",
+    at: Compared | None = None,
 ) -> Tensor:
     """Strict GOLD of each chunk, [C] nats (TRL's ULD with a vocabulary map).
 
@@ -96,31 +110,23 @@ def gold(
         factor_logp_C: the teacher's log-probability of the chunk's other labels, nats; 0 of a chunk of one token.
         beta: 0 is KL(teacher || student) on M, 1 the reverse, between them the Jensen-Shannon divergence.
         merge: ``first`` or ``last``: the position whose distribution is compared.
+        at: where both sides lie, if that is known.
     """
-    dtype, chunk_K = logp_PV.dtype, owners(kept.count_C, len(kept.id_K))
-    factor_logp_C = factor_logp_C.to(dtype)
-    teacher_CR = padded(other_count_C, other_logp_J.to(dtype).exp())
-    row_C = chunk_row(first_C, length_C, merge)
-    kept_K = row_C[chunk_K] * logp_PV.shape[1] + kept.id_K.long()
-    label_E = label_places(label_P, first_C, length_C, row_C, logp_PV.shape[1])
+    dtype, width = logp_PV.dtype, logp_PV.shape[1]
+    if at is None:
+        chain = Chain.of(label_P, first_C, length_C, merge, width)
+        at = Compared.of(chain, kept.count_C, kept.id_K, other_count_C, width)
+    chunk_K, factor_logp_C = at.kept.owner_K, factor_logp_C.to(dtype)
+    teacher_CR = at.lists.padded(other_logp_J.to(dtype).exp())
     ranks = min(teacher_CR.shape[1], matched.unmatched)
-    student = _student(logp_PV, row_C, (kept_K, chunk_K), label_E, matched.outside_V.to(dtype), ranks, beta)
+    student = _student(logp_PV, at.chain, at.kept, matched.outside_V.to(dtype), ranks, beta)
     matched_C = _divergence(student, kept.logp_K.to(dtype) + factor_logp_C[chunk_K], chunk_K, beta)
     l1_C = sorted_l1(student.top_CR, teacher_CR * factor_logp_C.exp()[:, None], student.outside_C)
     return matched.weight * matched_C + matched.other_weight * l1_C
 
 
-def _student(
-    logp_PV: Tensor,
-    row_C: Tensor,
-    kept: tuple[Tensor, Tensor],
-    labels: tuple[Tensor, Tensor],
-    outside_V: Tensor,
-    ranks: int,
-    beta: float,
-) -> _Student:
-    """``kept`` and ``labels`` are places in [P, V] and their chunks."""
-    (kept_K, chunk_K), (place_E, chunk_E) = kept, labels
+def _student(logp_PV: Tensor, chain: Chain, kept: Places, outside_V: Tensor, ranks: int, beta: float) -> _Student:
+    (row_C, place_E, chunk_E), (chunk_K, kept_K) = chain, kept
     outside = set_mass(logp_PV, outside_V, torch.cat([kept_K, place_E]), ranks)
     logp_K, label_E = cut(outside.logp_E, kept_K, place_E)
     log_factor_C = logp_PV.new_zeros(len(row_C)).index_add(0, chunk_E, label_E)
@@ -178,12 +184,19 @@ class GOLD(Loss):
                 "write the targets again"
             )
 
+    def index(self, view: View) -> Compared:
+        """See ``Loss.index``."""
+        columns, width = view.columns, view.logp_PV.shape[1]
+        chain = Chain.of(view.label_P, view.first_C, view.length_C, self.merge, width)
+        return Compared.of(chain, columns["gold_count"], columns["gold_ids"], columns["gold_other_count"], width)
+
     def terms(self, view: View) -> Tensor:
         """See ``Loss.terms``."""
         columns, kept = view.columns, Entries.of_view(view, "gold")
         places = (view.logp_PV, view.label_P, view.first_C, view.length_C)
         other = (columns["gold_other_count"], columns["gold_other_logprob"], columns["factor_logprob"])
-        return gold(*places, kept, *other, self.matched, beta=self.beta, merge=self.merge)
+        at = self.indexed(view)
+        return gold(*places, kept, *other, self.matched, beta=self.beta, merge=self.merge, at=at)
 
 
 def open_loss(setup: LossSetup) -> GOLD:

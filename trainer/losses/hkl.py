@@ -16,7 +16,7 @@ Shapes: P positions, C chunks, V student vocabulary, O student tokens outside th
 chunks, J pairs of a chunk and a position, R ranks compared.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +24,40 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Entries, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.base import Entries, Loss, LossSetup, Places, View
 from xtoken.trainer.losses.divergence import cells, ranges
-from xtoken.trainer.losses.sorted_l1 import padded
+from xtoken.trainer.losses.sorted_l1 import Lists
 from xtoken.trainer.ragged import Arrays, Columns
+
+
+class Paired(NamedTuple):
+    """Where the teacher's kept pairs lie among the chunks' log-probabilities [C, V], and its other values as lists."""
+
+    kept: Places
+    lists: Lists
+
+    @classmethod
+    def of(cls, count_C: Tensor, id_K: Tensor, other_count_C: Tensor, width: int) -> "Paired":
+        """See ``h_kl``."""
+        return cls(Places.of(count_C, id_K, width), Lists.of(other_count_C))
+
+
+class Index(NamedTuple):
+    """What H-KL asks of a view's targets; all int64.
+
+    Attributes:
+        at: see ``Paired``.
+        chunk_J, position_J: the positions of each chunk, for the mean over them; else empty.
+        sure_C: the chunks whose most probable teacher token is in a pair. best_K: the student's token of that pair, and
+            of those as probable. of_K: which of ``sure_C`` each belongs to.
+    """
+
+    at: Paired
+    chunk_J: Tensor
+    position_J: Tensor
+    sure_C: Tensor
+    best_K: Tensor
+    of_K: Tensor
 
 
 def h_kl(
@@ -41,6 +71,7 @@ def h_kl(
     common_weight: float = 1.0,
     uld_weight: float = 1.0,
     uncommon_topk: int = 8192,
+    at: Paired | None = None,
 ) -> Tensor:
     """H-KL of each chunk, [C] nats (arXiv 2605.21699); ``reference.h_kl`` is its formula.
 
@@ -52,13 +83,14 @@ def h_kl(
         kl: on the common set, ``forward``, or ``reverse`` for KL(p_S || p_T).
         common_weight, uld_weight: of the two parts.
         uncommon_topk: ranks compared.
+        at: where the teacher's values lie, if that is known.
     """
-    chunk_K, dtype = owners(common.count_C, len(common.id_K)), logp_CV.dtype
-    place_K = chunk_K * logp_CV.shape[1] + common.id_K.long()
+    at = at or Paired.of(common.count_C, common.id_K, other_count_C, logp_CV.shape[1])
+    (chunk_K, place_K), dtype = at.kept, logp_CV.dtype
     if uld_weight == 0:  # no order of the vocabulary is worked out for nothing
         logp_S_K, l1_C = logp_CV.reshape(-1).index_select(0, place_K), logp_CV.new_zeros(len(logp_CV))
     else:
-        teacher_CR = padded(other_count_C, other_logp_J.to(dtype).exp())[:, :uncommon_topk]
+        teacher_CR = at.lists.padded(other_logp_J.to(dtype).exp())[:, :uncommon_topk]
         inputs = (logp_CV.contiguous(), place_K, teacher_CR, outside_O, min(uncommon_topk, len(outside_O)))
         logp_S_K, l1_C = _CommonAndSorted.apply(*inputs)  # type: ignore[no-untyped-call]
     common_C = torch.zeros_like(l1_C).index_add(0, chunk_K, cells(common.logp_K.to(dtype), logp_S_K, kl))
@@ -89,22 +121,23 @@ class HKL(Loss):
 
     def agrees(self, view: View) -> Tensor:
         """The student's most probable token is the pair of the teacher's, of chunks whose teacher's is in a pair."""
-        count_C, other_C = view.columns["hkl_common_count"], view.columns["hkl_other_count"]
-        logp_K = view.columns["hkl_common_logprob"]
-        chunk_K = owners(count_C, len(logp_K))
-        low_C = logp_K.new_full((len(count_C),), -torch.inf)
-        best_C = low_C.scatter_reduce(0, chunk_K, logp_K, "amax")
-        start_C = (other_C.cumsum(0) - other_C).long()
-        known_C = other_C > 0
-        low_C[known_C] = view.columns["hkl_other_logprob"][start_C[known_C]]
-        student_C = view.logp_PV.detach().argmax(dim=1)[view.first_C]
-        match_K = (logp_K == best_C[chunk_K]) & (view.columns["hkl_common_ids"] == student_C[chunk_K])
-        match_C = torch.zeros_like(count_C).index_add(0, chunk_K, match_K.to(count_C.dtype)) > 0
-        return match_C[best_C > low_C]
+        at: Index = self.indexed(view)
+        student_C = view.logp_PV.detach().argmax(dim=1)[view.first_C[at.sure_C]]
+        match_K = at.best_K == student_C[at.of_K]
+        return torch.zeros_like(at.sure_C).index_add(0, at.of_K, match_K.long()) > 0
+
+    def index(self, view: View) -> Index:
+        """See ``Loss.index``."""
+        columns = view.columns
+        common, other_C = Entries.of_view(view, "hkl_common"), columns["hkl_other_count"]
+        at = Paired.of(common.count_C, common.id_K, other_C, view.logp_PV.shape[1])
+        positions = ranges(view.first_C, view.length_C) if self.mean else (other_C[:0].long(), other_C[:0].long())
+        return Index(at, *positions, *_best_pairs(common, at.kept.owner_K, other_C, columns["hkl_other_logprob"]))
 
     def terms(self, view: View) -> Tensor:
         """H-KL of each chunk, [C] nats."""
-        logp_CV = chunk_means(view) if self.mean else first_rows(view)
+        at: Index = self.indexed(view)
+        logp_CV = chunk_means(view, at.chunk_J, at.position_J) if self.mean else first_rows(view)
         columns, options = view.columns, self.options
         return h_kl(
             logp_CV,
@@ -116,7 +149,21 @@ class HKL(Loss):
             common_weight=options.common_weight,
             uld_weight=options.uld_weight,
             uncommon_topk=options.uncommon_topk,
+            at=at.at,
         )
+
+
+def _best_pairs(
+    common: Entries, chunk_K: Tensor, other_C: Tensor, other_logp_J: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``sure_C``, ``best_K`` and ``of_K`` of ``Index``."""
+    low_C = common.logp_K.new_full((len(other_C),), -torch.inf)
+    best_C = low_C.scatter_reduce(0, chunk_K, common.logp_K, "amax")
+    known_C = other_C > 0
+    low_C[known_C] = other_logp_J[(other_C.cumsum(0) - other_C).long()[known_C]]
+    sure = best_C > low_C
+    best = sure[chunk_K] & (common.logp_K == best_C[chunk_K])
+    return torch.nonzero(sure)[:, 0], common.id_K[best].long(), (sure.cumsum(0) - 1)[chunk_K[best]]
 
 
 def first_rows(view: View) -> Tensor:
@@ -124,12 +171,11 @@ def first_rows(view: View) -> Tensor:
     return view.logp_PV if len(view.first_C) == len(view.logp_PV) else view.first_rows
 
 
-def chunk_means(view: View) -> Tensor:
-    """[C, V] mean of the log-probabilities over each chunk's positions."""
+def chunk_means(view: View, chunk_J: Tensor, position_J: Tensor) -> Tensor:
+    """[C, V] mean of the log-probabilities over each chunk's positions, which are ``ranges`` of the chunks."""
     if len(view.first_C) == len(view.logp_PV):
         return view.logp_PV
     # a sum over a chunk's positions, added in the order of positions: the geometric mean is the mean of logarithms
-    chunk_J, position_J = ranges(view.first_C, view.length_C)
     sum_CV = view.logp_PV.new_zeros(len(view.first_C), view.logp_PV.shape[1])
     sum_CV = sum_CV.index_add(0, chunk_J, view.logp_PV.index_select(0, position_J))
     return sum_CV / view.length_C[:, None]

@@ -18,6 +18,8 @@ taken at tau.
 Shapes: P positions, C chunks, V student vocabulary, K kept entries summed over chunks, E positions of chunks.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -25,8 +27,36 @@ from torch import Tensor
 
 from xtoken.trainer.losses.base import Entries, Loss, LossSetup, View
 from xtoken.trainer.losses.divergence import ranges
-from xtoken.trainer.losses.pkl import WByColumn, heaviest, p_kl, refuse_unreached, w_by_column
+from xtoken.trainer.losses.pkl import Walk, WByColumn, heaviest, p_kl, refuse_unreached, w_by_column
+from xtoken.trainer.packed import moved
 from xtoken.trainer.ragged import Arrays, Columns
+
+
+class Split(NamedTuple):
+    """Chunks with entries and all others, and what either reads of the log-probabilities [P, V]; all int64.
+
+    Attributes:
+        with_C: the chunks with entries. best_C: the first of each one's entries, which is its most probable.
+        walk: of these entries.
+        other_E, place_E: the chunk of every one-hot target, and its label's place in [P, V].
+    """
+
+    with_C: Tensor
+    best_C: Tensor
+    walk: Walk
+    other_E: Tensor
+    place_E: Tensor
+
+    @classmethod
+    def of(
+        cls, w: WByColumn, width: int, label_P: Tensor, count_C: Tensor, id_K: Tensor, first_C: Tensor, length_C: Tensor
+    ) -> "Split":
+        """See ``mined``; on the CPU. ``width`` is V."""
+        with_C, without_C = (torch.nonzero(some)[:, 0] for some in (count_C > 0, count_C <= 0))
+        best_C = id_K[(count_C.cumsum(0) - count_C)[with_C]].long()
+        walk = w.walk(count_C[with_C], id_K, width, first_C[with_C], None, drop=False)
+        other_E, position_E = ranges(first_C[without_C], length_C[without_C])
+        return cls(with_C, best_C, walk, without_C[other_E], position_E * width + label_P[position_E])
 
 
 def mined(
@@ -37,6 +67,8 @@ def mined(
     tail_logp_C: Tensor,
     first_C: Tensor,
     length_C: Tensor,
+    *,
+    at: Split | None = None,
 ) -> Tensor:
     """MinED's term of each chunk, [C] nats (arXiv 2503.20083); ``reference.mined`` is its formula.
 
@@ -47,15 +79,15 @@ def mined(
         kept: the teacher's entries, ids that W reaches; a chunk without any has one-hot targets.
         tail_logp_C: log of the teacher's mass that is not kept; -inf = none.
         first_C, length_C: positions of the chunks; those with entries have one.
+        at: what ``Split.of`` makes of them, on the device of ``logp_PV``, if it is known.
     """
-    with_entries_C = kept.count_C > 0
-    some = kept._replace(count_C=kept.count_C[with_entries_C])
-    kl_C = p_kl(logp_PV, w, some, tail_logp_C[with_entries_C], first_C[with_entries_C])
-    other_C = torch.nonzero(~with_entries_C)[:, 0]
-    other_E, position_E = ranges(first_C[other_C], length_C[other_C])
-    label_logp_E = logp_PV.reshape(-1).index_select(0, position_E * logp_PV.shape[1] + label_P[position_E])
-    terms_C = logp_PV.new_zeros(len(first_C)).masked_scatter(with_entries_C, kl_C)
-    return terms_C.index_add(0, other_C[other_E], -label_logp_E)
+    if at is None:
+        where = moved((label_P, kept.count_C, kept.id_K, first_C, length_C), torch.device("cpu"))
+        at = Split(*moved(Split.of(w, logp_PV.shape[1], *where), logp_PV.device))
+    kl_C = p_kl(logp_PV, w, kept, tail_logp_C[at.with_C], first_C[at.with_C], at=at.walk)
+    label_logp_E = logp_PV.reshape(-1).index_select(0, at.place_E)
+    terms_C = logp_PV.new_zeros(len(first_C)).index_copy(0, at.with_C, kl_C)
+    return terms_C.index_add(0, at.other_E, -label_logp_E)
 
 
 class Mined(Loss):
@@ -77,15 +109,19 @@ class Mined(Loss):
 
     def agrees(self, view: View) -> Tensor:
         """As p-kl says, of the chunks with entries."""
-        count_C = view.columns["mined_count"]
-        with_entries_C = count_C > 0
-        theirs_C = view.columns["mined_ids"][(count_C.cumsum(0) - count_C)[with_entries_C]].long()
-        return self.heaviest_V[view.logp_PV.detach().argmax(dim=1)[view.first_C[with_entries_C]]] == theirs_C
+        at: Split = self.indexed(view)
+        return self.heaviest_V[view.logp_PV.detach().argmax(dim=1)[view.first_C[at.with_C]]] == at.best_C
+
+    def index(self, view: View) -> Split:
+        """See ``Loss.index``."""
+        kept = (view.columns["mined_count"], view.columns["mined_ids"])
+        return Split.of(self.w, view.logp_PV.shape[1], view.label_P, *kept, view.first_C, view.length_C)
 
     def terms(self, view: View) -> Tensor:
         """See ``Loss.terms``."""
         kept, tail_logp_C = Entries.of_view(view, "mined"), view.columns["mined_rest_logprob"]
-        return mined(view.logp_PV, view.label_P, self.w, kept, tail_logp_C, view.first_C, view.length_C)
+        where = (view.first_C, view.length_C)
+        return mined(view.logp_PV, view.label_P, self.w, kept, tail_logp_C, *where, at=self.indexed(view))
 
 
 def open_loss(setup: LossSetup) -> Mined:

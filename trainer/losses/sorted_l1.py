@@ -9,6 +9,8 @@ and only the student's n largest values are ever sorted out, whatever its vocabu
 Shapes: C chunks, V student vocabulary, O some of its tokens, R ranks compared, K entries summed over chunks.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -16,15 +18,30 @@ from torch.nn.functional import pad
 from xtoken.trainer.losses.base import owners
 
 
-def padded(count_C: Tensor, value_K: Tensor) -> Tensor:
-    """[C, R] with zeros after each chunk's values; R is the longest list."""
-    count_C = count_C.long()
-    longest = int(count_C.max()) if len(count_C) else 0
-    chunk_K = owners(count_C, len(value_K))
-    rank_K = torch.arange(len(value_K), device=value_K.device) - (count_C.cumsum(0) - count_C)[chunk_K]
-    padded_CR = value_K.new_zeros(len(count_C), longest)
-    padded_CR[chunk_K, rank_K] = value_K
-    return padded_CR
+class Lists(NamedTuple):
+    """Where the values of chunks stand in a table of them, a row each, as wide as the longest.
+
+    Attributes:
+        chunks, ranks: its size, C and R.
+        place_K: int64, the place of each value in it, laid flat.
+    """
+
+    chunks: int
+    ranks: int
+    place_K: Tensor
+
+    @classmethod
+    def of(cls, count_C: Tensor) -> "Lists":
+        """From the number of each chunk's values."""
+        count_C = count_C.long()
+        longest, chunk_K = int(count_C.max()) if len(count_C) else 0, owners(count_C)
+        rank_K = torch.arange(len(chunk_K), device=count_C.device) - (count_C.cumsum(0) - count_C)[chunk_K]
+        return cls(len(count_C), longest, chunk_K * longest + rank_K)
+
+    def padded(self, value_K: Tensor) -> Tensor:
+        """[C, R] with zeros after each chunk's values."""
+        table = value_K.new_zeros(self.chunks * self.ranks).index_copy_(0, self.place_K, value_K)
+        return table.view(self.chunks, self.ranks)
 
 
 def sorted_l1(student_CR: Tensor, teacher_CR: Tensor, mass_C: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Entries, Loss, LossSetup, View, owners
+from xtoken.trainer.losses.base import Entries, Loss, LossSetup, Places, View
 from xtoken.trainer.losses.divergence import NOTHING, kept_and_tail, kl_with_tail
 from xtoken.trainer.ragged import Arrays, Columns
 
@@ -25,6 +25,7 @@ def sparse_kl(
     *,
     kl: str = "forward",
     drop: bool = False,
+    at: Places | None = None,
 ) -> Tensor:
     """KL(p_T || p_S) of each chunk, [C] nats; ``reference.sparse_kl`` is its formula.
 
@@ -35,10 +36,9 @@ def sparse_kl(
         first_C: the position of each chunk; every position is a chunk when left out.
         kl: ``forward``, or ``reverse`` for KL(p_S || p_T).
         drop: renormalise both sides over the kept ids, instead of a cell for the tail.
+        at: the places of ``kept``, if they are known.
     """
-    chunk_K = owners(kept.count_C, len(kept.id_K))
-    position_K = chunk_K if first_C is None else first_C[chunk_K]
-    place_K = position_K * logp_PV.shape[1] + kept.id_K.long()
+    chunk_K, place_K = at or Places.of(kept.count_C, kept.id_K, logp_PV.shape[1], first_C)
     if drop:
         logq_K, tail_logq_C = logp_PV.reshape(-1).index_select(0, place_K), None
     else:
@@ -73,10 +73,14 @@ class SparseKL(Loss):
         first_C = view.columns["skl_ids"][count_C.cumsum(0) - count_C]
         return view.logp_PV.detach().argmax(dim=1)[view.first_C] == first_C
 
+    def index(self, view: View) -> Places:
+        """See ``Loss.index``."""
+        return Places.of_view(view, "skl", view.first_C)
+
     def terms(self, view: View) -> Tensor:
         """KL of each chunk at its first position, [C] nats."""
-        kept, tail_logp_C = Entries.of_view(view, "skl"), view.columns["skl_rest_logprob"]
-        return sparse_kl(view.logp_PV, kept, tail_logp_C, view.first_C, kl=self.kl, drop=self.drop)
+        kept, tail_logp_C, at = Entries.of_view(view, "skl"), view.columns["skl_rest_logprob"], self.indexed(view)
+        return sparse_kl(view.logp_PV, kept, tail_logp_C, view.first_C, kl=self.kl, drop=self.drop, at=at)
 
 
 def open_loss(setup: LossSetup) -> SparseKL:

@@ -13,12 +13,19 @@ Shapes: P positions, C chunks, V student vocabulary, K kept entries summed over 
 from torch import Tensor
 
 from xtoken.schemas.errors import VerificationError
-from xtoken.trainer.losses.base import Entries, Loss, LossSetup, View
+from xtoken.trainer.losses.base import Entries, Loss, LossSetup, Places, View
 from xtoken.trainer.losses.sparse_kl import sparse_kl
 from xtoken.trainer.ragged import Arrays, Columns
 
 
-def strict(logp_PV: Tensor, kept: Entries, first_C: Tensor | None = None, *, kl: str = "forward") -> Tensor:
+def strict(
+    logp_PV: Tensor,
+    kept: Entries,
+    first_C: Tensor | None = None,
+    *,
+    kl: str = "forward",
+    at: Places | None = None,
+) -> Tensor:
     """KL of each chunk over its entries, [C] nats (arXiv 2610.08448); ``reference.strict`` is its formula.
 
     Args:
@@ -26,9 +33,10 @@ def strict(logp_PV: Tensor, kept: Entries, first_C: Tensor | None = None, *, kl:
         kept: the teacher's entries by student id, renormalised or not; at least one per chunk, and with one it is 0.
         first_C: the position of each chunk; every position is a chunk when left out.
         kl: ``forward``, or ``reverse`` for KL(p_S || p_T).
+        at: the places of ``kept``, if they are known.
     """
     no_tail_C = logp_PV.new_full((len(kept.count_C),), -float("inf"))
-    return sparse_kl(logp_PV, kept, no_tail_C, first_C, kl=kl, drop=True)
+    return sparse_kl(logp_PV, kept, no_tail_C, first_C, kl=kl, drop=True, at=at)
 
 
 class Strict(Loss):
@@ -48,9 +56,14 @@ class Strict(Loss):
                 f"id {int(ids[outside][0])} in strict_ids is none of the student's {self.size}; write the targets again"
             )
 
+    def index(self, view: View) -> Places:
+        """See ``Loss.index``."""
+        return Places.of_view(view, "strict", view.first_C)
+
     def terms(self, view: View) -> Tensor:
         """KL of each chunk, [C] nats."""
-        return strict(view.logp_PV, Entries.of_view(view, "strict"), view.first_C, kl=self.kl)
+        kept, at = Entries.of_view(view, "strict"), self.indexed(view)
+        return strict(view.logp_PV, kept, view.first_C, kl=self.kl, at=at)
 
 
 def open_loss(setup: LossSetup) -> Strict:

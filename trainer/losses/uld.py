@@ -5,14 +5,21 @@
 Shapes: P positions, C chunks, V student vocabulary, R ranks compared, K entries summed over chunks.
 """
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from xtoken.trainer.losses.base import Loss, LossSetup, View
-from xtoken.trainer.losses.chain_rule import chain_merge, chunk_row, gather, label_places
-from xtoken.trainer.losses.sorted_l1 import padded, sorted_l1
+from xtoken.trainer.losses.chain_rule import Chain, chain_merge, gather
+from xtoken.trainer.losses.sorted_l1 import Lists, sorted_l1
 from xtoken.trainer.ragged import Columns
+
+
+class Ranked(NamedTuple):
+    """Where ULD reads: the student's side, and the teacher's lists."""
+
+    chain: Chain
+    lists: Lists
 
 
 def uld(
@@ -25,6 +32,7 @@ def uld(
     factor_logp_C: Tensor,
     *,
     merge: str = "first",
+    at: Ranked | None = None,
 ) -> Tensor:
     """ULD of each chunk, [C], an L1 distance of probabilities.
 
@@ -37,13 +45,15 @@ def uld(
         count_C, logp_K: the teacher's kept log-probabilities, descending in each chunk, nats.
         factor_logp_C: the teacher's log-probability of the chunk's other labels, nats; 0 of a chunk of one token.
         merge: ``first`` or ``last``: the position whose distribution is compared.
+        at: where both sides lie, if that is known.
     """
-    width, row_C = logp_PV.shape[1], chunk_row(first_C, length_C, merge)
-    teacher_CR = padded(count_C, logp_K.to(logp_PV.dtype).exp())
+    width = logp_PV.shape[1]
+    at = at or Ranked(Chain.of(label_P, first_C, length_C, merge, width), Lists.of(count_C))
+    row_C, place_E, chunk_E = at.chain
+    teacher_CR = at.lists.padded(logp_K.to(logp_PV.dtype).exp())
     teacher_CR = teacher_CR * factor_logp_C.to(logp_PV.dtype).exp()[:, None]
     # ranks are chosen without gradient and read with it: the order is constant around any point without ties
     top_CR = logp_PV.detach().topk(min(teacher_CR.shape[1], width)).indices[row_C]
-    place_E, chunk_E = label_places(label_P, first_C, length_C, row_C, width)
     top, label_E = gather(logp_PV, (row_C[:, None] * width + top_CR).reshape(-1), place_E)
     factor_C = logp_PV.new_zeros(len(row_C)).index_add(0, chunk_E, label_E).exp()
     student_CR = top.view_as(top_CR).exp() * factor_C[:, None]
@@ -59,10 +69,16 @@ class ULD(Loss):
     def __init__(self, setup: LossSetup) -> None:
         self.merge, self.temperature = chain_merge(setup, "uld"), setup.tau
 
+    def index(self, view: View) -> Ranked:
+        """See ``Loss.index``."""
+        chain = Chain.of(view.label_P, view.first_C, view.length_C, self.merge, view.logp_PV.shape[1])
+        return Ranked(chain, Lists.of(view.columns["uld_count"]))
+
     def terms(self, view: View) -> Tensor:
         """See ``Loss.terms``."""
         stored = (view.columns[name] for name in ("uld_count", "uld_logprob", "factor_logprob"))
-        return uld(view.logp_PV, view.label_P, view.first_C, view.length_C, *stored, merge=self.merge)
+        where = (view.label_P, view.first_C, view.length_C)
+        return uld(view.logp_PV, *where, *stored, merge=self.merge, at=self.indexed(view))
 
 
 def open_loss(setup: LossSetup) -> ULD:

@@ -20,6 +20,7 @@ from xtoken.trainer import loop
 from xtoken.trainer.evaluate import EvalSample
 from xtoken.trainer.loop import train
 from xtoken.trainer.metrics import Metrics
+from xtoken.trainer.run import begun_with
 
 LENGTHS = [[9, 12, 5, 7, 11], [6, 8, 10], [13, 4, 9, 9, 3, 7]]
 # A line separator of Unicode in an id must not tear a line of JSON.
@@ -308,6 +309,71 @@ def test_a_run_out_of_memory_goes_on_in_smaller_passes(
     train(configure(micro_tokens=7, activation_checkpointing=True), student_info, [], Silent())
     losses = [[line["loss"] for line in lines_of(Path(one.out, "metrics.jsonl"))] for one in (quiet, config)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "begun", "sizes"),
+    [
+        ({}, "cpu", None, (4096, 1024)),
+        ({}, "cuda", None, (262_144, 16_384)),
+        ({}, "mps", None, (4096, 1024)),
+        ({"micro_tokens": 8192}, "cuda", None, (262_144, 8192)),
+        ({"step_tokens": 512}, "cuda", None, (512, 16_384)),
+        ({}, "cuda", {"step_tokens": 4096, "micro_tokens": 1024}, (4096, 1024)),
+        ({}, "cpu", {"step_tokens": 262_144, "micro_tokens": 16_384}, (262_144, 16_384)),
+        ({"micro_tokens": 64}, "cuda", {"step_tokens": 4096, "micro_tokens": 1024}, (4096, 64)),
+        ({}, "cuda", {"step_tokens": 64}, (64, 16_384)),
+    ],
+)
+def test_sizes_are_those_of_the_device_or_of_the_run(
+    configure: Callable[..., TrainConfig], given: Any, device: str, begun: Any, sizes: tuple[int, int]
+) -> None:
+    config = configure(**{"step_tokens": None, "micro_tokens": None} | given)
+    assert config.sized(device, begun).sizes == sizes
+    assert config.sized(device, begun).sized("cpu") == config.sized(device, begun)
+
+
+class Said(Silent):
+    """A ``Progress`` that keeps its notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_a_run_says_and_keeps_the_sizes_that_it_began_with(
+    configure: Callable[..., TrainConfig], student_info: Any
+) -> None:
+    said = Said()
+    left_out = configure(step_tokens=None, micro_tokens=None)
+    root = Path(left_out.out)
+    train(left_out, student_info, [], said)
+    record = json.loads((root / "run.json").read_text())
+    assert record["identity"]["step_tokens"] == record["config"]["step_tokens"] == 4096
+    assert record["config"]["micro_tokens"] == 1024
+    assert said.notes == ["--step-tokens 4096 --micro-tokens 1024"]
+    # as if a GPU had begun it: the same command on a CPU goes on with the GPU's
+    for part in ("identity", "config"):
+        record[part] |= {
+            name: size for name, size in (("step_tokens", 512), ("micro_tokens", 96)) if name in record[part]
+        }
+    (root / "run.json").write_text(json.dumps(record))
+    train(left_out, student_info, [], said)
+    assert said.notes[1:] == ["--step-tokens 512 --micro-tokens 96"]
+    with pytest.raises(XtokenError, match="step_tokens=512 there, 4096 now"):
+        train(configure(step_tokens=4096), student_info, [], said)
+
+
+def test_a_start_that_failed_binds_no_sizes(configure: Callable[..., TrainConfig]) -> None:
+    root = Path(configure().out)
+    root.mkdir()
+    (root / "run.json").write_text(json.dumps({"identity": {"loss": ["p-kl"]}, "config": {"step_tokens": 512}}))
+    assert begun_with(str(root)) is None
+    (root / "metrics.jsonl").write_text("{}\n")
+    assert begun_with(str(root)) == {"step_tokens": 512}
+    assert begun_with(str(root / "none")) is begun_with("s3://bucket/run") is None
 
 
 def saved_as(config: TrainConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:

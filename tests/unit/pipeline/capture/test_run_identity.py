@@ -3,6 +3,7 @@
 import json
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from xtoken.pipeline.capture import run_identity
 from xtoken.pipeline.capture.run_identity import (
     RUN_FILE,
     TEACHER_FILE,
+    as_begun,
     check_settings,
     read_engine_settings,
     read_teacher,
@@ -48,6 +50,27 @@ def test_settings_stand_beside_the_teacher(folder: Folder) -> None:
     assert read_teacher(folder) == INFO
     assert read_engine_settings(folder) == SETTINGS
     assert [type(value) for value in read_engine_settings(folder).values()] == [int, bool, float, str]
+
+
+@pytest.mark.parametrize("name", ["batch_tokens", "max_num_batched_tokens"])
+def test_a_run_keeps_the_batches_that_it_began_with(folder: Folder, tmp_path: Path, name: str) -> None:
+    """Of hf under its own name, of vLLM under vLLM's; a number that is given stands."""
+    given: dict[str, Any] = {"corpus": str(tmp_path / "c.txt"), "teacher": "t", "out": folder.root}
+    left_out, asked = PrecomputeConfig.from_flat(**given), PrecomputeConfig.from_flat(**given, batch_tokens=8)
+    assert as_begun(left_out, folder) == left_out
+    assert [left_out.teacher.batch_on(device) for device in ("cpu", "cuda", "NVIDIA H100")] == [2048, 16_384, 16_384]
+    settle_teacher(folder, INFO, {name: 640})
+    begun = as_begun(left_out, folder)
+    assert begun.teacher.batch_on("cpu") == begun.teacher.batch_on("cuda") == 640
+    assert begun == left_out.changed(batch_tokens=640)
+    assert as_begun(asked, folder) == asked
+    assert asked.teacher.batch_on("cuda") == 8
+
+
+def test_an_engine_that_tells_no_batches_changes_nothing(folder: Folder, tmp_path: Path) -> None:
+    left_out = PrecomputeConfig.from_flat(corpus=str(tmp_path / "c.txt"), teacher="t", out=folder.root)
+    settle_teacher(folder, INFO)
+    assert as_begun(left_out, folder) == left_out
 
 
 def test_the_first_engine_s_settings_stand_and_another_teacher_is_refused(folder: Folder) -> None:

@@ -272,7 +272,8 @@ class Dead:
     def __init__(self) -> None:
         self.llm_engine = self
         self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_dead=True), outputs_queue=queue.Queue())
-        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=256))
+        scheduler, device = SimpleNamespace(max_num_batched_tokens=256), SimpleNamespace(device_type="cpu")
+        self.vllm_config = SimpleNamespace(scheduler_config=scheduler, device_config=device)
         self.model_config = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: 100)
 
     def add_request(self, *_: Any) -> None:
@@ -288,6 +289,33 @@ class Heard(vllm_start.Overheard):
 
     def root_cause(self) -> str | None:
         return self.last
+
+
+def probes(device: str, step: int, longest: int) -> list[tuple[int, int]]:
+    """Lengths and copies of what an engine would be tried with."""
+    engine = vllm_engine.Engine.__new__(vllm_engine.Engine)
+    engine._llm = SimpleNamespace(model_config=SimpleNamespace(max_model_len=longest, get_vocab_size=lambda: 49_152))
+    scheduler, device_config = SimpleNamespace(max_num_batched_tokens=step), SimpleNamespace(device_type=device)
+    engine._core = SimpleNamespace(vllm_config=SimpleNamespace(scheduler_config=scheduler, device_config=device_config))
+    found = engine._probes()
+    assert all(ids.min() >= 12_288 and ids.max() < 24_576 for ids, _ in found)
+    return [(len(ids), copies) for ids, copies in found]
+
+
+@pytest.mark.parametrize(("step", "longest"), [(2048, 1026), (2048, 4098), (16_384, 4098), (509 * 4, 1026), (256, 257)])
+def test_a_prompt_is_cut_by_a_step_on_any_gpu(step: int, longest: int) -> None:
+    """Whichever of the copies the first step takes alone, those behind fill another and go over its end."""
+    (short, once), (length, copies) = probes("cuda", step, longest)
+    assert (short, once) == (16, 1)
+    assert length < longest
+    assert step % length, "each step would end with a prompt"
+    assert (copies - 1) * length > step
+
+
+def test_a_cpu_tries_two_steps_where_they_are_small() -> None:
+    assert probes("cpu", 256, 1026) == probes("cuda", 256, 1026) == [(16, 1), (272, 1)]
+    assert probes("cpu", 16_384, 4098) == probes("cpu", 256, 100) == [(16, 1)]
+    assert probes("cpu", 256, 8) == [(7, 1)]
 
 
 @pytest.mark.parametrize(
