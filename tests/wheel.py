@@ -91,7 +91,8 @@ class Wheel:
         (site / "libraries.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
         pip = [*PIP, "--python", self.python, "install", "--no-deps"]
         self.run([*pip, "--no-index", self.dist / self.name], self.work)
-        self.run([*pip, *NEIGHBOURS, *THEIR_NEEDS], self.work)
+        # --ignore-installed: the environment whose libraries are searched has a trl of its own
+        self.run([*pip, "--ignore-installed", *NEIGHBOURS, *THEIR_NEEDS], self.work)
         code = "import xtoken.cli, xtoken.trainer, trainer, trl; print(xtoken.__file__, trainer.__file__, trl.__file__)"
         places = self.run([self.python, "-c", code], self.work).split()[-3:]
         expect(all(Path(place).is_relative_to(site) for place in places), f"imported from {places}")
