@@ -53,7 +53,19 @@ def one_round(folder: Path, prompts: Path, student: str, teacher: str, options: 
         "--backend", options.backend, "--out", scored)  # fmt: skip
     run("align", scored, "--student", student, *template["student_template"], "--for", options.loss, "--out", targets)
     # reverse KL: what the student writes and the teacher would not is what it unlearns
-    learn = ["--loss", options.loss, "--kl", "reverse", "--ce-weight", 0, "--steps", options.steps, "--lr", options.lr]
+    learn = [
+        *limits,
+        "--loss",
+        options.loss,
+        "--kl",
+        "reverse",
+        "--ce-weight",
+        0,
+        "--steps",
+        options.steps,
+        "--lr",
+        options.lr,
+    ]
     run("train", targets, "--student", student, *template["student_template"], *learn,
         "--step-tokens", options.step_tokens, "--out", trained)  # fmt: skip
     return trained / "model"

