@@ -8,8 +8,9 @@ Shapes: D teachers, T = 1 + D terms: CE, then the teachers.
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -136,19 +137,28 @@ class _Turns:
     seed: str
 
     def __iter__(self) -> Iterator[tuple[Micro, int]]:
-        # cut beside the pass before it: one in advance is enough, and those of a whole step would fill memory
-        with ThreadPoolExecutor(1, thread_name_prefix="cutter") as pool:
-            begun = pool.submit(self._cut, 0)
-            for at in range(self.count):
-                micro = begun.result()
-                if at + 1 < self.count:
-                    begun = pool.submit(self._cut, at + 1)
-                seed_all(self.seed, micro)
-                yield micro, int(at < len(self.batch.micros))
+        for at, micro in enumerate(self._cut_ahead() if cuts_ahead(self.ranks.device) else self._whole()):
+            seed_all(self.seed, micro)
+            yield micro, int(at < len(self.batch.micros))
 
-    def _cut(self, at: int) -> Micro:
-        objective, micros = _own(self.objective), self.batch.micros
-        micro, student = micros[at if at < len(micros) else 0], objective.student
+    def _whole(self) -> Iterator[Micro]:
+        """Not cut: the pass does so itself."""
+        micros = self.batch.micros
+        return (micros[at if at < len(micros) else 0] for at in range(self.count))
+
+    def _cut_ahead(self) -> Iterator[Micro]:
+        """Each cut beside the pass before it: one in advance is enough, and those of a whole step would fill memory."""
+        with ThreadPoolExecutor(1, thread_name_prefix="cutter") as pool:
+            begun: deque[Future[Micro]] = deque()
+            for micro in self._whole():
+                begun.append(pool.submit(self._cut, micro))
+                if len(begun) > 1:
+                    yield begun.popleft().result()
+            yield begun.popleft().result()
+
+    def _cut(self, micro: Micro) -> Micro:
+        objective = _own(self.objective)
+        student = objective.student
         return replace(micro, pieces=cut(micro, student.vocabulary, objective.losses, student.device))
 
     def look(self, work: Callable[..., Tensor], factor_T: Sequence[float]) -> Sums:
@@ -159,6 +169,11 @@ class _Turns:
             for micro, counted in self:
                 sums += self.objective(work, micro, factor_T) * counted
         return Sums.of(self.ranks.sum(sums.tolist()), len(losses))
+
+
+def cuts_ahead(device: torch.device) -> bool:
+    """Whether micro-batches are cut beside the passes: not on a CPU, whose cores a second thread would take."""
+    return device.type != "cpu"
 
 
 def seed_all(seed: str, micro: Micro) -> None:

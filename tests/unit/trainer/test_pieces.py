@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import xtoken.trainer.blocks as blocks_module
+import xtoken.trainer.step as step_module
 from xtoken.schemas.errors import VerificationError
 from xtoken.schemas.losses import LOSSES
 from xtoken.trainer.data.batches import Loader, StepBatch
@@ -85,6 +86,7 @@ def test_a_step_cuts_as_a_pass_would(
 ) -> None:
     """One micro-batch in advance and in another thread, with the same bits of sums and gradients."""
     monkeypatch.setattr(blocks_module, "BLOCK_ELEMENTS", 24 * 8)
+    monkeypatch.setattr(step_module, "cuts_ahead", lambda _: True)
     loss = open_loss(name, pair.setup())
     batch = step_of(make_targets([[9, 12, 5], [6, 8]], losses=(name,)), loss)
     assert len(batch.micros) > 2
@@ -106,9 +108,11 @@ def test_a_step_cuts_as_a_pass_would(
     assert all(torch.equal(one, other.grad) for one, other in zip(found, student.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("ahead", [True, False])
 def test_a_target_that_cannot_be_served_stops_the_step(
-    make_targets: Callable[..., str], student_dir: str, pair: Any
+    make_targets: Callable[..., str], student_dir: str, pair: Any, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
+    monkeypatch.setattr(step_module, "cuts_ahead", lambda _: ahead)
     loss = open_loss("sparse-kl", pair.setup())
     batch = step_of(make_targets([[9, 12, 5]], losses=("sparse-kl",)), loss)
     assert isinstance(loss, SparseKL)
