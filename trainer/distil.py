@@ -4,7 +4,7 @@ Shapes: B rows, L inputs of a row, P predicting positions, H width of the hidden
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,7 @@ from xtoken.trainer.objective import Objective, Student
 from xtoken.trainer.score import Sums, score_states
 from xtoken.trainer.student.head import Head, find_head
 
+# What was found of models' heads, without the models: these would otherwise never be freed.
 _HEADS: "WeakKeyDictionary[Any, Head]" = WeakKeyDictionary()
 
 
@@ -77,8 +78,13 @@ def distillation_loss(
         )
     states_PH = output.flatten(0, 1).index_select(0, tensor(targets.micro.place_P, output.device))
     found = Head(None, fusable=False, positions=True) if head is None else _head(head)
-    width = output.shape[2] if head is None else int(found.model.get_output_embeddings().weight.shape[0])
-    vocabulary = min(targets.vocabulary, width)
+    weight_MH = found.weight_MH
+    if weight_MH is not None and output.shape[2] != weight_MH.shape[1]:
+        raise XtokenError(
+            f"with head, the output is hidden states of width {weight_MH.shape[1]}, and this has {output.shape[2]}; of "
+            "logits leave head out"
+        )
+    vocabulary = min(targets.vocabulary, output.shape[2] if weight_MH is None else len(weight_MH))
     autocast = torch.get_autocast_dtype(output.device.type) if torch.is_autocast_enabled(output.device.type) else None
     losses = targets.asked.opened(vocabulary, output.device)
     student = Student(None, output.device, None if head is None else autocast, vocabulary, found)
@@ -103,5 +109,5 @@ def _head(model: Any) -> Head:
             raise XtokenError(
                 f"{type(model).__name__} makes its logits in a way of its own; leave head out, give logits"
             )
-        _HEADS[model] = found
-    return _HEADS[model]
+        _HEADS[model] = replace(found, model=None)
+    return replace(_HEADS[model], model=model)

@@ -41,7 +41,7 @@ from xtoken.pipeline.store.publish import clean, committed, data_name
 from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, read_table
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
 from xtoken.pipeline.store.skip_records import BAD_FILE, join_skips
-from xtoken.pipeline.teachers import check_backend
+from xtoken.pipeline.teachers import check_backend, check_reach
 from xtoken.pipeline.teachers.base import refuse_k
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
 from xtoken.schemas.configs.capture import CorpusForm, PrecomputeConfig, RunGroup, TeacherGroup
@@ -111,6 +111,8 @@ def precompute(
     refuse_places(config)
     check_backend(config.teacher, config.codec)
     folder = Folder(config.out)
+    if not folder.exists(MANIFEST):
+        check_reach(config.teacher)
     refuse_unshared(config.out)
     form = form_of_run(config, folder)
     tokenizer = open_tokenizer(config.teacher, chats=form != "text")
@@ -183,7 +185,7 @@ def _executor(run: RunGroup, teacher: TeacherGroup) -> Executor:
     from xtoken.pipeline.executors.ray_driver import RayExecutor
 
     gpus, parallel = run.gpus_per_worker, teacher.tensor_parallel
-    device = "cpu" if teacher.backend in ("fake", "server") else teacher.device
+    device = teacher.device if teacher.takes_gpus else "cpu"
     return RayExecutor(run.ray, run.workers, gpus, parallel, device, run.lease_seconds)
 
 

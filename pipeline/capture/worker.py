@@ -77,10 +77,7 @@ class CaptureJob:
                 "the same --out: use an object store, or a file system that all of them mount"
             )
         tokenizer = open_tokenizer(config.teacher, chats=plan.form != "text")
-        asked = config.teacher
-        if asked.server:  # a worker has one of them
-            asked = asked.model_copy(update={"server": [asked.server[slot % len(asked.server)]]})
-        teacher = open_teacher(asked, config.codec, tokenizer.table, engines)
+        teacher = open_teacher(config.teacher.of_slot(slot), config.codec, tokenizer.table, engines)
         check_teacher(config.codec, teacher.info)
         weights = patiently(partial(settle_weights, folder, config.teacher))
         if weights is not None:

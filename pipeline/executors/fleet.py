@@ -29,7 +29,7 @@ def gpus_of_worker(run: RunGroup, teacher: TeacherGroup, device: str) -> float:
         teacher: what each of them runs.
         device: as the engine names it (see ``TeacherInfo``): ``cpu``, or a GPU's name.
     """
-    if device == "cpu":
+    if device == "cpu" or teacher.backend == "server":  # whose GPUs are not ours to count
         return 0.0
     if run.gpus_per_worker is not None:
         return run.gpus_per_worker
@@ -42,7 +42,7 @@ def gpus_of_worker(run: RunGroup, teacher: TeacherGroup, device: str) -> float:
 def fleet_here(run: RunGroup, teacher: TeacherGroup, device: str) -> Fleet:
     """The workers of a run on this machine; ``device`` as for ``gpus_of_worker``."""
     workers, gpus = run.workers or 1, gpus_of_worker(run, teacher, device)
-    if teacher.backend == "fake":
+    if not teacher.takes_gpus:
         return Fleet(workers, 0.0, workers)
     # on CPU one real engine uses all cores already
     return Fleet(workers, gpus, max(1.0, int(workers * gpus / teacher.tensor_parallel)))
@@ -61,7 +61,7 @@ def fleet_of_ray(run: RunGroup, teacher: TeacherGroup) -> Fleet:
         nodes = alive()
         share = share_of(nodes, run.workers, run.gpus_per_worker, teacher.tensor_parallel, teacher.device)
     workers = run.workers or max(1, share.places(nodes) if share.gpus else 1)
-    if teacher.backend == "fake":
+    if not teacher.takes_gpus:
         return Fleet(workers, share.gpus, workers)
     if not share.gpus:
         return Fleet(workers, 0.0, min(workers, len(nodes)))

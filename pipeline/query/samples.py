@@ -21,7 +21,7 @@ from xtoken.pipeline.store.reader import iter_capture
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CaptureManifest, read_manifest
 from xtoken.schemas.spans import row_of_token, rows_per_sample
-from xtoken.schemas.tables import SPAN_COLUMNS
+from xtoken.schemas.tables import SPAN_COLUMNS, read_as
 
 _LISTS = ("teacher_ids", "teacher_end", "realised_logprob")
 
@@ -110,7 +110,13 @@ class Capture:
         Args:
             columns: names; all when left out.
             parts: numbers; all when left out.
+
+        Raises:
+            XtokenError: no such column or part.
         """
+        known = [read_as(name) for name in self._codec.schema(version=self._manifest.schema_version).names]
+        if unknown := [name for name in columns or () if name not in known]:
+            raise XtokenError(f"{self.url} has no column {unknown[0]!r}; it has {', '.join(known)}")
         return iter_capture(self.url, columns, parts)
 
     def to_pandas(self, columns: Sequence[str] | None = None, parts: Collection[int] | None = None) -> Any:

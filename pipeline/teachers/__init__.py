@@ -59,6 +59,16 @@ def check_backend(config: "TeacherGroup", codec: "CodecGroup") -> None:
         )
 
 
+def check_reach(config: "TeacherGroup") -> None:
+    """Ask every server for what it serves, before a corpus is read: workers are patient with one, and this is not.
+
+    Raises:
+        XtokenError: an address is none, is out of reach, or serves another model; or what asks is not installed.
+    """
+    if config.backend == "server":
+        _module_of(config.backend).check_servers(config)
+
+
 class Need(NamedTuple):
     """An option for which the top k of each row is not enough, and what to do without it."""
 
@@ -95,12 +105,14 @@ def open_teacher(config: "TeacherGroup", codec: "CodecGroup", table: "TokenTable
         XtokenError: the backend is not installed, or the model cannot be loaded or asked for k entries.
     """
     check_backend(config, codec)
-    backend = BACKENDS[config.backend]
-    try:
-        module: Any = import_module(backend.module)
-    except ImportError as error:
-        needed = error.name or error
-        raise XtokenError(f"backend {config.backend!r} needs {needed}; install it: {backend.install}") from error
-    divided = {"engines": engines} if backend.divides else {}
-    teacher: Teacher = module.open_teacher(config, codec, table, **divided)
+    divided = {"engines": engines} if BACKENDS[config.backend].divides else {}
+    teacher: Teacher = _module_of(config.backend).open_teacher(config, codec, table, **divided)
     return teacher
+
+
+def _module_of(name: str) -> Any:
+    backend = BACKENDS[name]
+    try:
+        return import_module(backend.module)
+    except ImportError as error:
+        raise XtokenError(f"backend {name!r} needs {error.name or error}; install it: {backend.install}") from error

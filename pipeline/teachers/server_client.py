@@ -5,8 +5,10 @@ else, and it stands in no message, record or log.
 """
 
 import ipaddress
+import logging
 import os
 import random
+import ssl
 import threading
 import time
 from collections.abc import Mapping
@@ -22,10 +24,11 @@ KEY = "XTOKEN_SERVER_KEY"
 # A server that restarts loads a model first.
 _PATIENCE_SECONDS = 900.0
 _BACKOFF_SECONDS = (0.5, 30.0)
+_SAID_AFTER = 2.0  # seconds between two tries; before that an outage is not worth a line
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 _LATER = frozenset({408, 429, 500, 502, 503, 504})
 _SHOWN = 300  # characters of what a server says
-Json = dict[str, Any]
+_LOG = logging.getLogger("xtoken")
 
 
 def origin(url: str, *, insecure: bool) -> str:
@@ -97,11 +100,18 @@ class Client:
             EngineLost: the server was away for too long.
             XtokenError: it refuses, sends elsewhere, or says more than ``most`` bytes.
         """
-        until, wait = time.monotonic() + self._patience, _BACKOFF_SECONDS[0]
+        until, wait, said = time.monotonic() + self._patience, _BACKOFF_SECONDS[0], False
         while True:
             try:
                 status, headers, data = self._once(path, body, most)
+            except httpx.DecodingError as error:
+                raise XtokenError(f"{self.server}{path} sends what it calls compressed and is not: {error}") from error
             except httpx.TransportError as error:
+                if _of_certificate(error):
+                    raise XtokenError(
+                        f"{self.server} has no certificate that this machine trusts ({error}); have SSL_CERT_FILE name "
+                        "the file with your authority's"
+                    ) from error
                 why, asked = f"{type(error).__name__}: {str(error)[:_SHOWN]}", 0.0
             else:
                 if status == 200:
@@ -111,6 +121,11 @@ class Client:
                 why, asked = f"HTTP {status}: {_said(data)}", _seconds(headers.get("retry-after"))
             if time.monotonic() + wait > until or self._closed.is_set():
                 raise EngineLost(f"{self.server}{path} was out of reach for {self._patience:.0f} s ({why})")
+            if not said and wait > _SAID_AFTER:
+                said = True
+                _LOG.warning(
+                    "%s is out of reach, or busy; asking again for %.0f s (%s)", self.server, self._patience, why
+                )
             # what was shed together does not come back together
             self._closed.wait(max(asked, wait * random.uniform(0.5, 1.0)))
             wait = min(2 * wait, _BACKOFF_SECONDS[1])
@@ -141,6 +156,15 @@ class Client:
                 "'vllm serve' without /v1"
             )
         return XtokenError(f"{where} refuses what it was asked (HTTP {status}): {_said(data)}")
+
+
+def _of_certificate(error: BaseException | None) -> bool:
+    """Whether TLS refused the server, which no patience mends."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _seconds(after: str | None) -> float:

@@ -15,11 +15,19 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.pipeline.teachers.base import Batch, Question, TeacherRows, check_prompt, entries_asked, shows_bos
+from xtoken.pipeline.teachers.base import (
+    Batch,
+    EngineLost,
+    Question,
+    TeacherRows,
+    check_prompt,
+    entries_asked,
+    shows_bos,
+)
+from xtoken.pipeline.teachers.model_source import NO_LIMIT
 from xtoken.pipeline.teachers.server_client import Client, origin
 from xtoken.pipeline.teachers.vllm_replies import Entries
-from xtoken.pipeline.teachers.vllm_rows import RULES
-from xtoken.pipeline.teachers.vllm_teacher import rows_from
+from xtoken.pipeline.teachers.vllm_rows import RULES, rows_from
 from xtoken.pipeline.tokens import CANARY, TokenTable, load_tokenizer
 from xtoken.schemas.configs.capture import CodecGroup, TeacherGroup
 from xtoken.schemas.errors import XtokenError
@@ -32,6 +40,7 @@ _NOTHING = -9999.0
 _ENTRY_BYTES = 400  # of JSON, at most; some 60 as a rule
 _REPLY_BYTES = 1 << 20  # beside its entries
 _KEEP_ALIVE_SECONDS = 1.0
+_IMPATIENCE_SECONDS = 10.0  # with a server that is asked whether it is there at all
 # What follows looks like control tokens, which a server reads as such, and a capture as text.
 _TEXT = CANARY.partition("<s>")[0]
 
@@ -111,6 +120,9 @@ class ServerTeacher:
                 done, _ = wait(waiting, timeout=_KEEP_ALIVE_SECONDS, return_when=FIRST_COMPLETED)
                 for one in done:
                     yield waiting.pop(one), one.result()
+        except BaseException:
+            self._client.close()  # or its threads would go on asking, and the process wait for them
+            raise
         finally:
             for one in waiting:
                 one.cancel()
@@ -232,6 +244,18 @@ def entries_of(
     return (token, logprob, label_rank), ""
 
 
+def check_servers(config: TeacherGroup) -> None:
+    """See ``xtoken.pipeline.teachers.check_reach``."""
+    for server in config.server:
+        client = Client(origin(server, insecure=config.insecure), patience=_IMPATIENCE_SECONDS)
+        try:
+            _served(client, config)
+        except EngineLost as error:
+            raise XtokenError(f"{error}; start 'vllm serve' there, or give --server its address") from error
+        finally:
+            client.close()
+
+
 def open_teacher(config: TeacherGroup, codec: CodecGroup, table: TokenTable) -> ServerTeacher:
     """Ask the server what it serves (see ``xtoken.pipeline.teachers.open_teacher``).
 
@@ -243,7 +267,7 @@ def open_teacher(config: TeacherGroup, codec: CodecGroup, table: TokenTable) -> 
     try:
         served = _served(client, config)
         context = served.get("max_model_len")
-        context = context if type(context) is int and context > 0 else 2**31 - 1
+        context = context if type(context) is int and context > 0 else NO_LIMIT
         room = context - int(shows_bos(config, table.info)) - 1
         if codec.max_tokens > room:
             raise XtokenError(

@@ -1,4 +1,4 @@
-"""The loop over a reply's entries, compiled by numba: what is wrong with them, and rows in our order.
+"""A reply's entries checked and put in our order, by a loop that numba compiles. Nothing here needs vLLM.
 
 Shapes: R rows, K entries asked for, U width of the output head; column 0 of K + 1 is the label.
 """
@@ -6,6 +6,8 @@ Shapes: R rows, K entries asked for, U width of the output head; column 0 of K +
 import numpy as np
 from numpy.typing import NDArray
 
+from xtoken.pipeline.teachers.base import TeacherRows
+from xtoken.pipeline.teachers.vllm_replies import Entries
 from xtoken.schemas.compiled import compiled
 
 _SLACK = 1e-4  # nats: what float32 may leave above zero or out of order
@@ -97,3 +99,18 @@ def arrange(
         target_logprob_R[row] = min(logprob_RK1[row, 0], np.float32(0.0))
         target_rank_R[row] = place if place > 0 else rank_R[row]
     return 0
+
+
+def rows_from(ids: NDArray[np.int32], entries: Entries, vocab_rows: int) -> tuple[TeacherRows, int]:
+    """Rows of the prompt ``ids`` and 0, or the index in ``RULES`` of what its entries break; see ``arrange``."""
+    token, logprob, rank = entries
+    shape = (len(token), token.shape[1] - 1)
+    rows = TeacherRows(
+        ids=np.empty(shape, np.int32),
+        logprob=np.empty(shape, np.float32),
+        target_logprob=np.empty(len(token), np.float32),
+        target_rank=np.empty(len(token), np.int32),
+    )
+    seen = np.full(vocab_rows, -1, np.int32)
+    out = rows.ids, rows.logprob, rows.target_logprob, rows.target_rank
+    return rows, arrange(np.ascontiguousarray(ids[1:], np.int32), token, logprob, rank, seen, *out)

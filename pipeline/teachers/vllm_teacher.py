@@ -26,8 +26,8 @@ from xtoken.pipeline.teachers.vllm_options import (
     uses_v2,
     version,
 )
-from xtoken.pipeline.teachers.vllm_replies import Entries, read_entries
-from xtoken.pipeline.teachers.vllm_rows import RULES, arrange
+from xtoken.pipeline.teachers.vllm_replies import read_entries
+from xtoken.pipeline.teachers.vllm_rows import RULES, rows_from
 from xtoken.pipeline.teachers.vllm_start import CannotStart, Overheard, lacks_memory, start_llm
 from xtoken.pipeline.teachers.vllm_whole import Whole
 from xtoken.pipeline.tokens import TokenTable
@@ -174,21 +174,6 @@ class VllmTeacher:
             f"{self.info.engine_version} did not answer what was asked ({message}); "
             "try --backend hf, or a vLLM release from 0.29 on"
         )
-
-
-def rows_from(ids: NDArray[np.int32], entries: Entries, vocab_rows: int) -> tuple[TeacherRows, int]:
-    """Rows of the prompt ``ids`` and 0, or the index in ``RULES`` of what its entries break; see ``arrange``."""
-    token, logprob, rank = entries
-    shape = (len(token), token.shape[1] - 1)
-    rows = TeacherRows(
-        ids=np.empty(shape, np.int32),
-        logprob=np.empty(shape, np.float32),
-        target_logprob=np.empty(len(token), np.float32),
-        target_rank=np.empty(len(token), np.int32),
-    )
-    seen = np.full(vocab_rows, -1, np.int32)
-    out = rows.ids, rows.logprob, rows.target_logprob, rows.target_rank
-    return rows, arrange(np.ascontiguousarray(ids[1:], np.int32), token, logprob, rank, seen, *out)
 
 
 def open_teacher(

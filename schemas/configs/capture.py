@@ -154,6 +154,17 @@ class TeacherGroup(Config):
         False, description="Run code that comes with the model.", json_schema_extra=MAY_CHANGE
     )
 
+    def of_slot(self, slot: int) -> "TeacherGroup":
+        """With the one of several servers that the worker of a slot asks."""
+        if len(self.server) < 2:
+            return self
+        return self.model_copy(update={"server": [self.server[slot % len(self.server)]]})
+
+    @property
+    def takes_gpus(self) -> bool:
+        """Whether workers run the model themselves, and so may take GPUs for it."""
+        return self.backend in ("hf", "vllm")
+
     def batch_on(self, device: str) -> int:
         """``batch_tokens``, or what a device takes: ``cpu``, or a GPU, which waits for Python in smaller calls."""
         return self.batch_tokens or (2048 if device == "cpu" else 16_384)

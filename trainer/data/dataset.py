@@ -70,6 +70,13 @@ def _opened(asked: Asked, vocabulary: int, device: torch.device) -> tuple[Loss, 
     return tuple(found)
 
 
+@lru_cache(maxsize=4)
+def _sources(asked: Asked, process: int) -> Sources:
+    """The folders opened once in a process, for all epochs; a process that was forked opens its own."""
+    del process
+    return Sources([Targets(url) for url in asked.urls])
+
+
 @dataclass(frozen=True)
 class BatchTargets:
     """What a batch is taught: given to ``xtoken.distillation_loss`` as it is.
@@ -153,9 +160,11 @@ class TargetsDataset(IterableDataset[Sample]):
         return self._samples(stream, streams)
 
     def _samples(self, stream: int, streams: int) -> Iterator[Sample]:
-        layout = self._layout()
-        folders = [Targets(url) for url in self.asked.urls]
-        sources, epoch = Sources(folders), self._position.epoch
+        layout, sources, epoch = self._layout(), _sources(self.asked, os.getpid()), self._position.epoch
+        if sources.samples < streams:
+            raise XtokenError(
+                f"{sources.samples} samples cannot be shared by {streams} readers (ranks times workers); take fewer"
+            )
         with ThreadPoolExecutor(1, thread_name_prefix="targets") as pool:
 
             def decode(unit: OwnedGroup) -> "Future[list[Sample]]":
@@ -267,6 +276,12 @@ def targets_dataset(
     named = [loss] if isinstance(loss, str) else list(loss)
     if len(named) not in (1, len(urls)):
         raise XtokenError(f"loss names {len(named)} losses for {len(urls)} target folders; give one, or one each")
+    if unknown := [name for name in options if name not in LossOptions.model_fields]:
+        known = ", ".join(LossOptions.model_fields)
+        raise XtokenError(f"targets_dataset has no option {unknown[0]!r}; of the loss it takes {known}")
+    rank, ranks = share = _share() if share is None else share
+    if not 0 <= rank < ranks:
+        raise XtokenError(f"share is ({rank}, {ranks}): give this reader's rank, from 0, and how many there are")
     try:
         data = DataGroup(targets=urls, weights=list(weights), weighting=weighting, max_tokens=max_tokens, seed=seed)
         chosen = LossGroup(loss=named, **options)
@@ -281,7 +296,7 @@ def targets_dataset(
         seed=data.seed,
         weights=data.weights or (1.0,) * len(urls),
         weighting=data.weighting,
-        share=_share() if share is None else share,
+        share=share,
     )
 
 

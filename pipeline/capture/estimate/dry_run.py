@@ -16,7 +16,7 @@ from xtoken.pipeline.capture.run_identity import check_settings, run_settings
 from xtoken.pipeline.executors.fleet import Fleet, fleet_here, fleet_of_ray
 from xtoken.pipeline.store.figures import bos_figure
 from xtoken.pipeline.store.files import Folder
-from xtoken.pipeline.teachers import check_backend
+from xtoken.pipeline.teachers import check_backend, check_reach
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.capture import PrecomputeConfig, RunGroup, TeacherGroup
 from xtoken.schemas.errors import XtokenError
@@ -77,6 +77,7 @@ def _planned(config: PrecomputeConfig, progress: Progress) -> dict[str, Any]:
     folder = Folder(config.out)
     if config.run.like is None:
         check_backend(config.teacher, config.codec)
+        check_reach(config.teacher)
     reading = Reading.of(config) if config.run.like is None else None
     said = _check_settings(config, folder, reading) if reading is not None else {}
     if (plan := load_plan(folder)) is not None:
@@ -163,7 +164,7 @@ def _time(run: RunGroup, teacher: TeacherGroup, work: _Work, pilot: Pilot, fleet
         **({"workers_that_add_speed": fleet.engines} if run.pilot else {}),
         "measured_on": pilot.device,
     }
-    if fleet.gpus and pilot.device == "cpu" and teacher.backend != "fake":
+    if fleet.gpus and pilot.device == "cpu" and teacher.takes_gpus:
         return figures | {
             "hours": "unknown: the pilot ran on a CPU and workers have GPUs; try on a machine that has one"
         }

@@ -1,5 +1,7 @@
 """One call for other people's training loops: the values and gradients of ``xtoken train``."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -131,7 +133,21 @@ def test_what_does_not_fit_the_batch_is_refused(make_targets: Callable[..., str]
         distillation_loss(logits, other["targets"])
     with pytest.raises(XtokenError, match="give logits or hidden states of all positions"):
         distillation_loss(logits[:, :-1], batch["targets"])
+    with pytest.raises(XtokenError, match="hidden states of width 16, and this has 32; of logits leave head out"):
+        distillation_loss(logits, batch["targets"], head=model)
     with pytest.raises(XtokenError, match="targets are a dict: give batch"):
         distillation_loss(logits, batch)  # type: ignore[arg-type]
     with pytest.raises(XtokenError, match=r"predicts 20 tokens, and those of .* go up to 23"):
         distillation_loss(logits[..., :20], batch["targets"])
+
+
+def test_a_model_is_not_kept(make_targets: Callable[..., str], student_dir: str) -> None:
+    dataset = targets_dataset(make_targets(LENGTHS))
+    batch = dataset.collate(list(dataset))
+    model: Any = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32)
+    for _ in range(2):
+        distillation_loss(states(model, batch), batch["targets"], head=model)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None

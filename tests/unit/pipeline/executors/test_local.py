@@ -166,8 +166,9 @@ def test_a_worker_that_never_gets_on_is_replaced(jobs, tmp_path):
 
 
 def test_every_worker_has_a_slot_and_its_heir_keeps_it(jobs, tmp_path):
-    watch = jobs.Watching()
-    run(jobs.ToyJob(str(tmp_path), {0: "die once"}), workers=2, watch=watch)
+    watch = jobs.Watching(str(tmp_path))
+    # the other worker stays until then: once all else is done it would have left its slot to the heir
+    run(jobs.ToyJob(str(tmp_path), {0: "die once", 1: "wait 1"}), workers=2, watch=watch)
     started = [event.worker for event in watch.events if event.kind == "starting"]
     (died,) = [event.worker for event in watch.events if event.kind == "died"]
     assert started == [0, 1, died]

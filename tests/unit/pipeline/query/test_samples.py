@@ -69,6 +69,8 @@ def test_parts_and_frames() -> None:
     assert frame["sample_id"].tolist() == ids
     assert len(frame["topk_ids"][0]) == len(capture.part(capture.parts[0])[0].entry_ids)
     assert capture.manifest["kind"] == "capture"
+    with pytest.raises(XtokenError, match="no column 'topk'; it has sample_id, text"):
+        capture.to_pandas(["topk"])
     with pytest.raises(XtokenError, match="no part 99; its parts are"):
         capture.part(99)
 

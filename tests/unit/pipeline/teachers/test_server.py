@@ -1,8 +1,13 @@
 """A teacher behind a server: what a real HTTP server may answer, rightly and wrongly."""
 
+import ipaddress
 import json
+import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from xtoken.pipeline.teachers import check_backend, open_teacher, server_client
+from xtoken.pipeline.teachers import check_backend, check_reach, open_teacher, server_client
 from xtoken.pipeline.teachers.base import EngineLost
 from xtoken.pipeline.teachers.server_client import KEY, Client, origin
 from xtoken.pipeline.teachers.server_teacher import Entry, ServerTeacher, entries_of
@@ -278,6 +283,78 @@ def test_answers(serve: Any) -> None:
     for bad in ([], [1] * 6, [99], [-1], None, ["4"], [True]):
         with pytest.raises(XtokenError, match="did not answer"):
             list(teacher_of(serve(lambda *_, bad=bad: ok({"choices": [{"token_ids": bad}]}))).generate([question]))
+
+
+def test_a_compressed_reply_that_is_none_is_refused(serve: Any) -> None:
+    with pytest.raises(XtokenError, match="sends what it calls compressed and is not"):
+        teacher_of(serve(lambda *_: (200, {"content-encoding": "gzip"}, b"no gzip"))).rows([IDS])
+
+
+def test_a_certificate_that_nobody_signed_is_refused_at_once(tmp_path: Path) -> None:
+    certificate = self_signed(tmp_path / "server.pem")
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    listening.socket = context.wrap_socket(listening.socket, server_side=True)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    with pytest.raises(
+        XtokenError, match=r"no certificate that this machine trusts .*; have SSL_CERT_FILE name"
+    ) as one:
+        Client(f"https://127.0.0.1:{listening.server_port}", patience=300).ask("/version")
+    assert not isinstance(one.value, EngineLost)
+    listening.shutdown()
+    listening.server_close()
+
+
+def self_signed(path: Path) -> Path:
+    """A key and a certificate for 127.0.0.1."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    now = datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+    made = made.add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), True)
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    signed = made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    path.write_bytes(key.private_bytes(*form) + signed)
+    return path
+
+
+def test_a_refusal_ends_what_others_wait_for(serve: Any) -> None:
+    """A process ends when its threads do: none may go on asking a server that is away."""
+    server = serve(lambda _, body: (503, {}, b"busy") if body["prompt"][0] == 1 else (400, {}, b"no"))
+    teacher = teacher_of(server)
+    teacher._client._patience = 300
+    with pytest.raises(XtokenError, match="refuses what it was asked"):
+        teacher.rows([np.array([1, 7, 8], np.int32), IDS])
+    teacher._pool.shutdown(wait=True)
+
+
+def test_vllm_need_not_be_installed_here() -> None:
+    code = "import sys; sys.modules['vllm'] = None; import xtoken.pipeline.teachers.server_teacher"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_server_is_asked_before_a_corpus_is_read(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xtoken.pipeline.teachers.server_teacher._IMPATIENCE_SECONDS", 0.1)
+    good = serve(lambda *_: ok({"data": [{"id": "t"}]}))
+    check_reach(TeacherGroup(teacher="t", backend="server", server=[good.url, good.url]))
+    assert [path for path, *_ in good.seen] == ["/v1/models"] * 2
+    gone = serve(lambda *_: None)
+    gone.stop()
+    with pytest.raises(XtokenError, match=r"out of reach for 0 s .*; start 'vllm serve' there, or give --server"):
+        check_reach(TeacherGroup(teacher="t", backend="server", server=[good.url, gone.url]))
+    with pytest.raises(XtokenError, match="in the clear"):
+        check_reach(TeacherGroup(teacher="t", backend="server", server=["http://teacher.example"]))
+    check_reach(TeacherGroup(teacher="t", backend="hf"))
+
+
+def test_each_worker_has_one_of_the_servers() -> None:
+    several = TeacherGroup(teacher="t", backend="server", server=["https://a", "https://b"])
+    assert [several.of_slot(slot).server for slot in range(3)] == [["https://a"], ["https://b"], ["https://a"]]
+    assert not several.takes_gpus
 
 
 @pytest.mark.parametrize(

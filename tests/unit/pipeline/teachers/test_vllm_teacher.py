@@ -294,7 +294,7 @@ def sorted_by_numpy(token: NDArray[np.int32], logprob: NDArray[np.float32]) -> t
 
 @vllm_installed
 def test_the_compiled_loop_orders_ties_as_numpy_does() -> None:
-    from xtoken.pipeline.teachers.vllm_teacher import rows_from
+    from xtoken.pipeline.teachers.vllm_rows import rows_from
 
     rng = np.random.default_rng(0)
     rows, k, size = 300, 24, 400

@@ -66,6 +66,24 @@ def test_ranks_and_workers_share_an_epoch(make_targets: Callable[..., str], rank
     assert sorted(seen) == EVERY
 
 
+def test_with_workers_torchdata_keeps_the_state(make_targets: Callable[..., str]) -> None:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    root = make_targets(LENGTHS)
+
+    def loader() -> Any:
+        dataset = targets_dataset(root)
+        return StatefulDataLoader(dataset, batch_size=2, collate_fn=dataset.collate, num_workers=2)
+
+    whole = [batch["targets"].sample_ids for batch in loader()]
+    stopped = loader()
+    batches = iter(stopped)
+    before = [next(batches)["targets"].sample_ids for _ in range(3)]
+    gone_on = loader()
+    gone_on.load_state_dict(stopped.state_dict())
+    assert before + [batch["targets"].sample_ids for batch in gone_on] == whole
+
+
 def test_the_environment_names_the_share(make_targets: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     root, seen = make_targets(LENGTHS), list[str]()
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -133,6 +151,12 @@ def test_what_does_not_fit_is_refused_when_it_is_opened(make_targets: Callable[.
         targets_dataset(root, loss="kl")
     with pytest.raises(XtokenError, match="kl"):
         targets_dataset(root, kl="sideways")
+    with pytest.raises(XtokenError, match="has no option 'ce_weight'; of the loss it takes kl, rest"):
+        targets_dataset(root, ce_weight=0.5)  # of the objective, and so of distillation_loss
+    with pytest.raises(XtokenError, match=r"share is \(2, 2\)"):
+        targets_dataset(root, share=(2, 2))
+    with pytest.raises(XtokenError, match=f"{TOTAL} samples cannot be shared by {TOTAL + 1} readers"):
+        list(targets_dataset(root, share=(0, TOTAL + 1)))
     with pytest.raises(XtokenError, match="2 losses for 1 target folders"):
         targets_dataset(root, loss=["p-kl", "p-kl"])
     other = make_targets(LENGTHS, "other", student=student_info.model_copy(update={"hash": "f" * 64}))
