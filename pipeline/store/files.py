@@ -89,6 +89,7 @@ class Folder:
     @_named
     def exists(self, name: str) -> bool:
         """Whether a file or folder has that name."""
+        self.fs.invalidate_cache()
         return bool(self.fs.exists(self.at(name)))
 
     def is_link(self, name: str) -> bool:
@@ -247,7 +248,7 @@ class Folder:
             return False
         except OSError as error:
             # what s3fs makes of a condition that does not hold
-            if error.errno != errno.EINVAL or not self.fs.exists(self.at(name)):
+            if error.errno != errno.EINVAL or not self.exists(name):
                 raise
             return False
         return True

@@ -157,6 +157,17 @@ def test_a_record_that_was_ours_stands_when_its_answer_is_lost(proxy):
 
 
 @pytest.mark.usefixtures("stormy")
+def test_an_answer_that_is_lost_is_no_error_where_the_folder_was_listed_before(proxy):
+    """The client keeps listings, and that one lacks the file which the lost put wrote."""
+    folder = Folder("s3://alpha-store/listed")
+    assert folder.create("first.json", b"{}")
+    assert folder.names() == ["first.json"]
+    proxy.rules = [Rule("reset", after=True, method="PUT", path="/listed/plan.json", most=1)]
+    assert not folder.create("plan.json", b"{}")
+    assert proxy.happened == {"reset after": 1}
+
+
+@pytest.mark.usefixtures("stormy")
 def test_a_part_that_cannot_be_read_just_now_is_not_called_bad(proxy, s3_server, monkeypatch):
     """Two attempts at one part: the second meets the first one's file while the server fails."""
     root = "s3://alpha-store/twins"

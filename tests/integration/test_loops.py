@@ -1,7 +1,7 @@
 """Training loops of others on stored targets: the steps of xtoken's own objective."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -26,11 +26,13 @@ STEPS, SAMPLES = 4, 8
 
 
 @pytest.fixture(scope="module")
-def made(smollm2_dir: Path, demo_models: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def made(
+    smollm2_dir: Path, tokenizer_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Rows of a real teacher, targets for another real tokenizer, and a small random student that has it."""
     folder = tmp_path_factory.mktemp("loops")
     made = {name: folder / name for name in ("capture", "targets", "student")}
-    tokenizer = ROOT / ".cache" / "tokenizers" / "llama2"
+    tokenizer = tokenizer_file("llama2").parent
     text = json.loads((ROOT / "examples" / "data" / "moby-dick-held-out.jsonl").read_text("utf-8").split("\n")[0])[
         "text"
     ]
