@@ -1,7 +1,8 @@
 """Carry out the plan: python -m benchmarks.lab WORK [EXPERIMENT ...]
 
 python -m benchmarks.lab --plan                    # what there is, with hours
-python -m benchmarks.lab WORK rates uncommon       # these, in this order; what was run is not run again
+python -m benchmarks.lab WORK rates uncommon       # these, in this order; what was run is not run again, here or in
+                                                   # the committed results
 python -m benchmarks.lab WORK --write              # the tables of what is there, into benchmarks/results
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.lab.pictures import draw_claims, draw_numerals
 from benchmarks.lab.plan import Plan
+from benchmarks.lab.results import restore
 from benchmarks.lab.tables import numeral_curves, report
 from benchmarks.lab.work import ROOT, Lab
 from benchmarks.machine import machine, machine_line
@@ -28,12 +30,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--hours", type=float, default=1000.0, help="begin no run after this long")
     parser.add_argument("--write", action="store_true", help="run nothing, write the tables of what is there")
+    parser.add_argument("--afresh", action="store_true", help="run again what results/lab.json holds")
     options = parser.parse_args()
     plan = Plan.read()
     if options.plan or options.work is None:
         print(plan.table())
         return
     lab, began = Lab(plan, options.work, options.threads), time.monotonic()
+    results = ROOT / "benchmarks" / "results"
+    if not options.afresh and (restored := restore(lab, results / "lab.json")):
+        print(f"{restored} runs are taken from {results / 'lab.json'}; --afresh runs them again", file=sys.stderr)
     if unknown := [name for name in options.experiments if name not in plan.experiments]:
         parser.error(f"no experiment {unknown[0]!r} in the plan; it has {', '.join(plan.experiments)}")
     for name in [] if options.write else options.experiments or plan.experiments:
@@ -43,7 +49,6 @@ def main() -> None:
     result, text = report(lab, machine_line())
     print(text)
     if options.write:
-        results = ROOT / "benchmarks" / "results"
         runs = ",\n".join(json.dumps(run) for run in result.pop("runs"))
         head = json.dumps({"machine": machine(), **result}, indent=1).removesuffix("\n}")
         (results / "lab.json").write_text(f'{head},\n "runs": [\n{runs}\n ]\n}}\n')

@@ -101,6 +101,13 @@ class Plan:
         chosen = run.setting if run.setting in swept else (alike or ["ce"])[0]
         return [one for one in runs if one.setting == chosen]
 
+    def checkpoints(self, run: Run) -> int | None:
+        """Every how many steps a run's checkpoint is kept, if any experiment that shares the run asks for it."""
+        for name, asked in self.words["experiments"].items():
+            if "checkpoints" in asked and self.key(run) in map(self.key, self.runs(name)):
+                return int(asked["checkpoints"])
+        return None
+
     def claims(self, experiment: str) -> list[Words]:
         """Those about an experiment."""
         return [claim for claim in self.words["claims"] if claim["experiment"] == experiment]

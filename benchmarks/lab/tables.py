@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.lab.compare import Difference, difference
-from benchmarks.lab.plan import Run
+from benchmarks.lab.results import compact
 from benchmarks.lab.texts import JUDGE, OTHER
 from benchmarks.lab.work import Figures, Lab, bits_per_byte
 
@@ -137,24 +137,4 @@ def report(lab: Lab, machine: str) -> tuple[Figures, str]:
         drawn = name == "uncommon" and any(len(points) > 1 for points in numeral_curves(lab).values())
         picture = ["![bits per numeral over training](lab-numerals.svg)", ""] if drawn else []
         lines += ["", f"## {name}", "", *picture, text]
-    runs = [figures for run in every_run(lab) if (figures := lab.done(run))]
-    return {"claims": rows, **_compact(runs)}, "\n".join(lines) + "\n"
-
-
-def _compact(runs: Sequence[Figures]) -> Figures:
-    """Bits of each document in one list per run, since all runs are judged by the same documents."""
-    names = list(runs[0]["documents"]) if runs else []
-    assert all(list(run["documents"]) == names for run in runs)
-    kept = ("run", "experiment", "setting", "variant", "rate", "seed", "steps", "minutes")
-    return {
-        "documents": {name: runs[0]["documents"][name][1] for name in names},
-        "runs": [
-            {**{key: run[key] for key in kept}, "bits": [round(run["documents"][name][0], 2) for name in names]}
-            for run in runs
-        ],
-    }
-
-
-def every_run(lab: Lab) -> list[Run]:
-    """Of all experiments, each once."""
-    return list({run: None for name in lab.plan.experiments for run in lab.plan.runs(name)})
+    return {"claims": rows, **compact(lab)}, "\n".join(lines) + "\n"

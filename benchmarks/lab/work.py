@@ -5,9 +5,11 @@ training run, which "xtoken report" reads; WORK/figures/NAME.json: what it was j
 """
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ class Lab:
             SystemExit: there are others.
         """
         self.plan, self.work, self.threads = plan, work, threads
+        self._best_rates: dict[tuple[Run, ...], float] = {}  # of sweeps that were run
         judge = work / "texts" / "judge.jsonl"
         if not judge.exists():
             texts.prepare(work / "texts")
@@ -55,7 +58,7 @@ class Lab:
     def done(self, run: Run) -> Figures | None:
         """A run's figures; None: it was not run, or its rate is not known yet."""
         try:
-            kept = self.work / "figures" / f"{self.name(run)}.json"
+            kept = self.figures(self.name(run))
         except NotSwept:
             return None
         if not kept.exists():
@@ -75,10 +78,12 @@ class Lab:
         given = [*sweeps, *(run for run in runs if run.rate is not None)]
         # what is given first, since the others take their rates from it
         for wave in (given, [run for run in runs if run.rate is None]):
-            waiting = {self.name(run): run for run in wave if self.done(run) is None}
+            waiting = {self.name(run): run for run in wave if not self._finished(run)}
             for run in waiting.values():
                 self._targets(run)  # not by two at once
                 self._student(run)
+                if "next-byte" in self.asked(self.name(run)):
+                    self._original(run.student)
 
             def train(run: Run) -> None:
                 if time.monotonic() < until:
@@ -86,17 +91,26 @@ class Lab:
 
             with ThreadPoolExecutor(jobs) as pool:
                 list(pool.map(train, waiting.values()))
-            if any(self.done(run) is None for run in wave):
+            if not all(map(self._finished, wave)):
                 return False
-        self.measure(experiment, jobs)
+        self._judge_untrained(experiment)
         return True
 
-    def train(self, run: Run) -> Figures:
-        """A run whose rate is known, and how it is judged; once."""
-        if (found := self.done(run)) is not None:
-            return found
+    def _finished(self, run: Run) -> bool:
+        if self.done(run) is None:
+            return False
         name = self.name(run)
-        kept = self.work / "figures" / f"{name}.json"
+        return all(self._kept(name, what).exists() for what in self.asked(name))
+
+    def train(self, run: Run) -> None:
+        """A run whose rate is known, how it is judged, and what claims need to know of it."""
+        name = self.name(run)
+        if self.done(run) is None or not (self.work / "runs" / name).exists():
+            self.keep(name, self._trained(run))
+        self.measure(run)
+
+    def _trained(self, run: Run) -> Figures:
+        name = self.name(run)
         began = time.monotonic()
         out, student = self.work / "runs" / name, self.plan.words["students"][run.student]
         folders, more = self._targets(run)
@@ -105,12 +119,12 @@ class Lab:
         words += ["--steps", run.steps, "--step-tokens", student["step_tokens"], "--lr", self.rate(run)]
         words += ["--eval-text", self.work / "texts" / "judge.jsonl", "--eval-id-field", "id", "--completions", 0]
         # what is kept must be saved in the first place
-        if kept_every := self.plan.words["experiments"][run.experiment].get("checkpoints"):
+        if kept_every := self.plan.checkpoints(run):
             words += ["--save-every", kept_every, "--keep-every", kept_every]
         else:
             words += ["--save-every", min(250, run.steps), "--keep", 1]
         summary = xtoken(words, self.threads)
-        figures = {
+        return {
             "run": name,
             "experiment": run.experiment,
             "setting": run.setting,
@@ -122,11 +136,6 @@ class Lab:
             "documents": judged(out / "held-out.jsonl"),
             "minutes": (time.monotonic() - began) / 60,
         }
-        kept.parent.mkdir(exist_ok=True)
-        whole = kept.with_suffix(".part")
-        whole.write_text(json.dumps(figures))
-        whole.replace(kept)
-        return figures
 
     def name(self, run: Run) -> str:
         """Of a run's folder: all that decides it, so that experiments share runs."""
@@ -142,11 +151,15 @@ class Lab:
         """
         if run.rate is not None:
             return run.rate
-        swept = {one.rate: self.done(one) for one in self.plan.sweep(run)}
+        sweep = tuple(self.plan.sweep(run))
+        if sweep in self._best_rates:
+            return self._best_rates[sweep]
+        swept = {one.rate: self.done(one) for one in sweep}
         scores = {rate: bits_per_byte(one["documents"], texts.JUDGE) for rate, one in swept.items() if one and rate}
         if len(scores) < len(swept):
             raise NotSwept(run.setting)
-        return min(scores, key=lambda rate: scores[rate])
+        self._best_rates[sweep] = min(scores, key=lambda rate: scores[rate])
+        return self._best_rates[sweep]
 
     def _student(self, run: Run) -> list[Any]:
         student = self.plan.words["students"][run.student]
@@ -194,7 +207,7 @@ class Lab:
     def measured(self, figures: Figures, figure: str) -> Documents | None:
         """What is summed and what it is divided by, of each document, of a figure that a claim is about.
 
-        ``held-out`` and ``other`` come with the run; the others are measured by ``measure``, and None before that.
+        ``held-out`` and ``other`` come with the run; ``measure`` finds the others, which are None before that.
         """
         if figure in ("held-out", "other"):
             kinds = texts.JUDGE if figure == "held-out" else texts.OTHER
@@ -212,28 +225,44 @@ class Lab:
         found: dict[str, Documents] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
         return found
 
-    def measure(self, experiment: str, jobs: int) -> None:
-        """What claims about an experiment need beyond what its runs say; once."""
-        asked = {}
-        for claim in self.plan.claims(experiment):
-            for run in self.plan.runs(experiment):
-                figures = self.done(run)
-                label = f"{run.setting} {run.variant}".strip()
-                if figures and label in self.plan.compared(claim) and self.measured(figures, claim["figure"]) is None:
-                    asked[figures["run"], claim["figure"] == "next-byte"] = run
-        for student in {run.student for (_, of_bytes), run in asked.items() if of_bytes}:
-            self._original(student)  # not by two at once
+    def asked(self, name: str) -> set[str]:
+        """What claims need of a run beyond what it says itself: of ``numerals`` and ``next-byte``."""
+        return self._asked_of.get(name, set())
 
-        def one(name: str, of_bytes: bool) -> None:
-            if of_bytes:
-                self.next_byte(asked[name, True].student, name)
-            else:
-                found = numerals.measure(self.work / "runs" / name, self.work / "texts" / "held-out.jsonl")
-                self._kept(name, "numerals").write_text(json.dumps(found))
+    @property
+    def _asked_of(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for claim in self.plan.words["claims"]:
+            what = {"early": "numerals", "numerals": "numerals", "next-byte": "next-byte"}.get(claim["figure"])
+            for run in self.plan.runs(claim["experiment"]) if what else ():
+                if f"{run.setting} {run.variant}".strip() in self.plan.compared(claim):
+                    with suppress(NotSwept):
+                        found.setdefault(self.name(run), set()).add(str(what))
+        return found
 
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda key: one(*key), asked))
-        self._judge_untrained(experiment)
+    def measure(self, run: Run) -> None:
+        """What claims need of a run beyond what it says itself; once, and its checkpoints are removed then."""
+        name = self.name(run)
+        asked = {what for what in self.asked(name) if not self._kept(name, what).exists()}
+        folder = self.work / "runs" / name
+        if "next-byte" in asked:
+            self.keep(name, self._next_byte(run.student, name), "next-byte")
+        if "numerals" in asked:
+            self.keep(name, numerals.measure(folder, self.work / "texts" / "held-out.jsonl"), "numerals")
+        # two gigabytes of a run whose checkpoints were all kept
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def figures(self, name: str) -> Path:
+        """Where a run's own figures are."""
+        return self.work / "figures" / f"{name}.json"
+
+    def keep(self, name: str, figures: Figures, what: str = "") -> None:
+        """Write figures of a run, whole."""
+        kept = self._kept(name, what) if what else self.figures(name)
+        kept.parent.mkdir(exist_ok=True)
+        whole = kept.with_suffix(".part")
+        whole.write_text(json.dumps(figures), encoding="utf-8")
+        whole.replace(kept)
 
     def baselines(self, experiment: str) -> dict[str, Documents]:
         """Of a transfer: the model before it moved, and right after; what ``measure`` has judged."""
@@ -243,6 +272,42 @@ class Lab:
             if kept.exists():
                 found[label] = judged(kept)
         return found
+
+    def untrained(self) -> dict[str, Documents]:
+        """Of the models of every transfer before their training, by folder; what is judged."""
+        found = {}
+        for kept in sorted((self.work / "figures").glob("*.untrained.json")):
+            found[kept.name.removesuffix(".untrained.json")] = judged(kept)
+        return found
+
+    def keep_untrained(self, name: str, documents: Documents) -> None:
+        """What a model that was not trained was judged by, unless it is there."""
+        kept = self._kept(name, "untrained")
+        rows = [json.dumps({"id": one, "bits": bits, "bytes": size}) for one, (bits, size) in documents.items()]
+        if not kept.exists():
+            kept.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+    def check_judge(self, sizes: Mapping[str, float], results: Path) -> None:
+        """Whether results are of the documents that are here.
+
+        Args:
+            sizes: bytes by id; windows of one document have its id, "#" and a number.
+            results: file, for the message.
+
+        Raises:
+            SystemExit: they are not.
+        """
+        judge = self.work / "texts" / "judge.jsonl"
+        rows = map(json.loads, judge.read_text("utf-8").splitlines())
+        here = {row["id"]: len(row["text"].encode()) for row in rows}
+        there: dict[str, float] = {}
+        for name, size in sizes.items():
+            document = name.rpartition("#")[0]
+            there[document] = there.get(document, 0) + size
+        if there != here:
+            raise SystemExit(
+                f"{results} was judged by other documents than {self.work}: take another WORK, or --afresh"
+            )
 
     def _judge_untrained(self, experiment: str) -> None:
         for model in self._untrained(experiment).values():
@@ -263,15 +328,11 @@ class Lab:
             found[f"moved, untrained {name}".strip()] = folder
         return found
 
-    def next_byte(self, student: str, run: str | None) -> Documents:
-        """KL of the next byte from the model that a student was, after a run or, without one, right after it moved."""
-        kept = self._kept(run or f"{student}-before", "next-byte")
-        if not kept.exists():
-            model = self.transplant(student, {}) if run is None else self.work / "runs" / run / "model"
-            moved = next_byte.measured(model, str(model), self.work / "texts" / "judge.jsonl")
-            kept.write_text(json.dumps(next_byte.divergence(self._original(student), moved)))
-        found: Documents = json.loads(kept.read_text(encoding="utf-8"))
-        return found
+    def _next_byte(self, student: str, run: str) -> Documents:
+        """KL of the next byte from the model that a student was before it moved, after a run."""
+        model = self.work / "runs" / run / "model"
+        moved = next_byte.measured(model, str(model), self.work / "texts" / "judge.jsonl")
+        return next_byte.divergence(self._original(student), moved)
 
     def _original(self, student: str) -> dict[str, Any]:
         model = MODELS / str(self.plan.words["students"][student]["transplant"]["model"])

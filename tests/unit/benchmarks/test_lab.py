@@ -1,10 +1,18 @@
 """The lab's plan, and how it tells a difference from chance."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
+from xtoken.benchmarks.lab import texts
 from xtoken.benchmarks.lab.compare import Difference, difference
 from xtoken.benchmarks.lab.plan import Plan
+from xtoken.benchmarks.lab.results import compact, restore
+from xtoken.benchmarks.lab.work import Lab
 
 TEST = {"resamples": 2000, "level": 0.95, "seed": 0}
 
@@ -59,3 +67,65 @@ def test_the_plan_names_what_it_runs() -> None:
     hours = sum(plan.minutes(name) for name in plan.experiments) / 60
     assert 10 < hours < 30
     assert plan.table().count("\n") == len(plan.experiments) + 3
+
+
+KINDS = (*texts.JUDGE, *texts.OTHER)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Callable[[str, str], Lab]:
+    """``lab(name, text)``: one document of each kind, and nothing run yet."""
+
+    def made(name: str, text: str) -> Lab:
+        (tmp_path / name / "texts").mkdir(parents=True)
+        rows = [json.dumps({"id": f"{kind}/one", "text": text}) for kind in KINDS]
+        (tmp_path / name / "texts" / "judge.jsonl").write_text("\n".join(rows) + "\n")
+        (tmp_path / name / "figures").mkdir()
+        return Lab(Plan.read(), tmp_path / name, threads=1)
+
+    return made
+
+
+def keep(lab: Lab, experiment: str, setting: str, rate: float, bits: float) -> str:
+    """Figures of one run of an experiment; its name."""
+    run = next(
+        run
+        for run in lab.plan.runs(experiment)
+        if (run.setting, run.rate) in ((setting, rate), (setting, None)) and run.seed == 0
+    )
+    name = lab.name(run)
+    documents = {f"{kind}/one#0": [bits, 8] for kind in KINDS}
+    figures = {key: getattr(run, key) for key in ("experiment", "setting", "variant", "seed", "steps")}
+    lab.keep(name, {"run": name, **figures, "rate": lab.rate(run), "minutes": 1.0, "documents": documents})
+    return name
+
+
+def test_runs_of_the_committed_results_are_not_run_again(lab: Any, tmp_path: Path) -> None:
+    """But for those of which a claim needs more than the results hold."""
+    first = lab("first", "eight ch")
+    for setting in ("ce", "gold alone"):
+        for rate in (1e-3, 2e-3, 4e-3):
+            keep(first, "rates", setting, rate, bits=20.0 + rate)
+    measured = keep(first, "uncommon", "ce", 1e-3, bits=19.123)
+    without = keep(first, "uncommon", "gold alone", 1e-3, bits=21.0)
+    assert first.asked(measured) == first.asked(without) == {"numerals"}
+    first.keep(measured, {step: {"docs/one": [3.25, 2], "tables/one": [0.0, 0]} for step in ("80", "750")}, "numerals")
+    (tmp_path / "lab.json").write_text(json.dumps(compact(first)))
+
+    second = lab("second", "eight ch")
+    assert restore(second, tmp_path / "lab.json") == 7
+    found = {run["run"]: run for run in compact(second)["runs"]}
+    assert found == {run["run"]: run for run in compact(first)["runs"] if run["run"] != without}
+    assert found[measured]["bits"] == [19.12] * len(KINDS)
+    assert found[measured]["numerals"] == {"80": [3.25, 0.0], "750": [3.25, 0.0]}
+    assert restore(second, tmp_path / "lab.json") == 0
+
+    with pytest.raises(SystemExit, match="judged by other documents"):
+        restore(lab("third", "nine char"), tmp_path / "lab.json")
+
+
+def test_a_run_keeps_its_checkpoints_for_any_experiment_that_shares_it() -> None:
+    plan = Plan.read()
+    kept = {(run.setting, run.seed) for run in plan.runs("mixing") if plan.checkpoints(run)}
+    assert kept == {("ce", 0), ("ce", 1), ("ce", 2), ("p-kl alone", 0), ("gold alone", 0), ("byte-prefix alone", 0)}
+    assert not any(plan.checkpoints(run) for run in plan.runs("rates"))
