@@ -27,6 +27,8 @@ _BACKOFF_SECONDS = (0.5, 30.0)
 _SAID_AFTER = 2.0  # seconds between two tries; before that an outage is not worth a line
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 _LATER = frozenset({408, 429, 500, 502, 503, 504})
+# Errors of a server to one request while it serves others, before the request is to blame.
+_IN_SPITE = 5
 _SHOWN = 300  # characters of what a server says
 _LOG = logging.getLogger("xtoken")
 
@@ -82,6 +84,7 @@ class Client:
             limits=httpx.Limits(max_connections=256),
         )
         self._closed = threading.Event()
+        self._served = 0  # requests
 
     def close(self) -> None:
         """Send nothing more; whoever waits for the server stops."""
@@ -98,9 +101,10 @@ class Client:
 
         Raises:
             EngineLost: the server was away for too long.
-            XtokenError: it refuses, sends elsewhere, or says more than ``most`` bytes.
+            XtokenError: it refuses, sends elsewhere, says more than ``most`` bytes, or serves others and not this one.
         """
         until, wait, said = time.monotonic() + self._patience, _BACKOFF_SECONDS[0], False
+        served, in_spite = self._served, 0
         while True:
             try:
                 status, headers, data = self._once(path, body, most)
@@ -115,9 +119,17 @@ class Client:
                 why, asked = f"{type(error).__name__}: {str(error)[:_SHOWN]}", 0.0
             else:
                 if status == 200:
+                    self._served += 1
                     return data
                 if status not in _LATER:
                     raise self._refusal(path, status, headers, data)
+                in_spite += status == 500 and self._served > served
+                served = self._served
+                if in_spite >= _IN_SPITE:
+                    raise XtokenError(
+                        f"{self.server}{path} serves other requests and answered HTTP 500 to this one {in_spite} "
+                        f"times: {_said(data)}; look for the request in its log"
+                    )
                 why, asked = f"HTTP {status}: {_said(data)}", _seconds(headers.get("retry-after"))
             if time.monotonic() + wait > until or self._closed.is_set():
                 raise EngineLost(f"{self.server}{path} was out of reach for {self._patience:.0f} s ({why})")

@@ -60,7 +60,7 @@ class Server:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
         self._server.shutdown()
@@ -242,6 +242,26 @@ def test_a_server_that_sheds_load_is_asked_again(serve: Any, status: int) -> Non
     assert len(server.seen) == 4
 
 
+def test_a_request_that_always_fails_is_given_up_while_others_are_served(serve: Any) -> None:
+    """Minutes of patience are for a server that is away, not for a prompt that it cannot bear."""
+    server = serve(lambda path, _: (500, {}, b"boom") if path == "/bad" else ok({}))
+    client = Client(server.url, patience=300)
+    ended = threading.Event()
+
+    def others() -> None:
+        while not ended.is_set():
+            client.ask("/good")
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        with pytest.raises(XtokenError, match="serves other requests and answered HTTP 500 to this one 5 times: boom"):
+            client.ask("/bad")
+    finally:
+        ended.set()
+        thread.join()
+
+
 def test_a_connection_that_ends_is_made_again(serve: Any) -> None:
     answers = iter([None, None])
     server = serve(lambda *_: next(answers, completion(GOOD)))
@@ -296,7 +316,7 @@ def test_a_certificate_that_nobody_signed_is_refused_at_once(tmp_path: Path) -> 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     listening.socket = context.wrap_socket(listening.socket, server_side=True)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()
     with pytest.raises(
         XtokenError, match=r"no certificate that this machine trusts .*; have SSL_CERT_FILE name"
     ) as one:
