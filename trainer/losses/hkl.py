@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from xtoken.schemas.errors import VerificationError
 from xtoken.trainer.losses.base import Entries, Loss, LossSetup, Places, View
 from xtoken.trainer.losses.divergence import cells, ranges
+from xtoken.trainer.losses.log_softmax import rows_at
 from xtoken.trainer.losses.sorted_l1 import Lists
 from xtoken.trainer.ragged import Arrays, Columns
 
@@ -137,7 +138,7 @@ class HKL(Loss):
     def terms(self, view: View) -> Tensor:
         """H-KL of each chunk, [C] nats."""
         at: Index = self.indexed(view)
-        logp_CV = chunk_means(view, at.chunk_J, at.position_J) if self.mean else first_rows(view)
+        logp_CV = chunk_means(view, at.chunk_J, at.position_J) if self.mean else rows_at(view.logp_PV, view.first_C)
         columns, options = view.columns, self.options
         return h_kl(
             logp_CV,
@@ -164,11 +165,6 @@ def _best_pairs(
     sure = best_C > low_C
     best = sure[chunk_K] & (common.logp_K == best_C[chunk_K])
     return torch.nonzero(sure)[:, 0], common.id_K[best].long(), (sure.cumsum(0) - 1)[chunk_K[best]]
-
-
-def first_rows(view: View) -> Tensor:
-    """[C, V] log-probabilities at the chunks' first positions, without a copy where every position is one."""
-    return view.logp_PV if len(view.first_C) == len(view.logp_PV) else view.first_rows
 
 
 def chunk_means(view: View, chunk_J: Tensor, position_J: Tensor) -> Tensor:
