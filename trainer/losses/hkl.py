@@ -173,7 +173,7 @@ def chunk_means(view: View, chunk_J: Tensor, position_J: Tensor) -> Tensor:
         return view.logp_PV
     # a sum over a chunk's positions, added in the order of positions: the geometric mean is the mean of logarithms
     sum_CV = view.logp_PV.new_zeros(len(view.first_C), view.logp_PV.shape[1])
-    sum_CV = sum_CV.index_add(0, chunk_J, view.logp_PV.index_select(0, position_J))
+    sum_CV = sum_CV.index_add(0, chunk_J, rows_at(view.logp_PV, position_J))
     return sum_CV / view.length_C[:, None]
 
 
