@@ -59,9 +59,10 @@ class Gradients:
         else:
             self.whole = grad_PV if own else grad_PV.clone()
 
-    def total(self, rows: int, width: int, like: Tensor) -> Tensor:
+    def total(self, logp_PV: Tensor) -> Tensor:
         """[P] the sum of all by each row's log-probabilities."""
-        total_P = like.new_zeros(rows) if self.tail is None else self.tail.sum_P.clone()
+        rows, width = logp_PV.shape
+        total_P = logp_PV.new_zeros(rows) if self.tail is None else self.tail.sum_P.clone()
         for place_E, grad_E in self.cells:
             total_P.index_add_(0, place_E // width, grad_E)
         for row_C, grad_CV in self.rows:
@@ -165,22 +166,20 @@ class _LogSoftmax(torch.autograd.Function):
         logp_PV, left = ctx.saved_tensors[0].detach(), ctx.sink.take()
         if grad_PV is not None:
             left.add_whole(grad_PV, own=False)
-        return (
-            (_dense if left.whole is not None and left.tail is None else _sparse)(left, logp_PV, ctx.again),
-            None,
-            None,
-        )
+        if left.whole is not None and left.tail is None:
+            return _dense(left, left.whole, logp_PV), None, None
+        return _sparse(left, logp_PV, ctx.again), None, None
 
 
-def _dense(left: Gradients, logp_PV: Tensor, _: bool) -> Tensor:
+def _dense(left: Gradients, grad_PV: Tensor, logp_PV: Tensor) -> Tensor:
     """Everything put into the whole gradient, and torch's backward written over it."""
-    grad_PV = left.add_to(left.whole)
+    left.add_to(grad_PV)
     return torch._log_softmax_backward_data(grad_PV, logp_PV, 1, logp_PV.dtype, out=grad_PV)
 
 
 def _sparse(left: Gradients, logp_PV: Tensor, again: bool) -> Tensor:
     """The buffer of probabilities scaled row by row, and single cells and rows added."""
-    total_P = left.total(*logp_PV.shape, like=logp_PV)
+    total_P = left.total(logp_PV)
     if (tail := left.tail) is None:
         grad_PV = logp_PV.exp() if again else logp_PV.exp_()
         grad_PV.mul_(-total_P[:, None])
