@@ -172,9 +172,10 @@ class _LogSoftmax(torch.autograd.Function):
 
 
 def _dense(left: Gradients, grad_PV: Tensor, logp_PV: Tensor) -> Tensor:
-    """Everything put into the whole gradient, and torch's backward written over it."""
+    """Everything put into the whole gradient, and torch's backward of that."""
     left.add_to(grad_PV)
-    return torch._log_softmax_backward_data(grad_PV, logp_PV, 1, logp_PV.dtype, out=grad_PV)
+    over = grad_PV if grad_PV.device.type == "cpu" else None  # whether other kernels may write there is not known
+    return torch._log_softmax_backward_data(grad_PV, logp_PV, 1, logp_PV.dtype, out=over)
 
 
 def _sparse(left: Gradients, logp_PV: Tensor, again: bool) -> Tensor:

@@ -103,7 +103,8 @@ def receive(module: torch.nn.Module, device: torch.device) -> None:
         if id(one) not in known:
             empty = one.device == META
             whole = torch.empty(one.shape, dtype=one.dtype, device=device) if empty else one.detach().contiguous()
-            dist.broadcast(whole.view(-1).view(torch.uint8), src=0)  # bytes: not every dtype can be sent everywhere
+            if whole.numel():
+                dist.broadcast(whole.view(-1).view(torch.uint8), src=0)  # bytes: not every dtype can be sent everywhere
             known[id(one)] = one, _like(one, whole) if empty else one
         owner[key] = known[id(one)][1]
 
