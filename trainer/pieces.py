@@ -15,6 +15,7 @@ from torch import Tensor
 from xtoken.trainer.blocks import collects, spans, view
 from xtoken.trainer.data.micro_batch import Micro
 from xtoken.trainer.losses.base import Loss, View
+from xtoken.trainer.losses.log_softmax import log_softmax
 from xtoken.trainer.packed import Packed
 
 
@@ -52,17 +53,25 @@ class Piece:
 
 @dataclass(frozen=True)
 class Block:
-    """The logits of a piece while they exist: ``rows`` [P, V], at least float32."""
+    """The logits of a piece while they exist: ``rows`` [P, V], at least float32.
+
+    Attributes:
+        spare: nobody else reads them, and at no other temperature: log-probabilities are written over them.
+        again: more than one backward pass will come.
+    """
 
     piece: Piece
     rows: Tensor
+    spare: bool = False
+    again: bool = False
     _logp: dict[float, Tensor] = field(default_factory=dict)
 
     def logp(self, temperature: float = 1.0) -> Tensor:
         """Log-softmax of the logits over the temperature."""
         if temperature not in self._logp:
-            scaled = self.rows if temperature == 1 else self.rows / temperature
-            self._logp[temperature] = torch.log_softmax(scaled, dim=-1)
+            plain = temperature == 1
+            scaled = self.rows if plain else self.rows / temperature
+            self._logp[temperature] = log_softmax(scaled, over=self.spare or not plain, again=self.again)
         return self._logp[temperature]
 
 

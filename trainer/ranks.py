@@ -20,6 +20,7 @@ from torch import Tensor
 
 from xtoken.schemas.errors import XtokenError
 from xtoken.trainer.student.model import decoder_layers
+from xtoken.trainer.student.outline import receive
 
 # A rank that reads from a slow store, or saves, keeps the others waiting; one that is gone must not for ever.
 _PATIENCE = timedelta(minutes=30)
@@ -82,6 +83,31 @@ class Ranks:
             import torch.distributed as dist
 
             dist.barrier()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that may fail on one rank, without a collective in it: all leave with the first one's error.
+
+        Raises:
+            XtokenError: another rank's, or what it said.
+        """
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        errors = self.gather(None if own is None else self._told(own))
+        if own is not None:
+            raise own
+        others = [error for error in errors if error is not None]
+        if others:
+            raise others[0]
+
+    def _told(self, error: Exception) -> XtokenError:
+        """What the other ranks raise."""
+        if isinstance(error, XtokenError):
+            return error
+        return XtokenError(f"rank {self.rank} ended: {type(error).__name__}: {error}; its own output says where")
 
     def synchronise(self, objective: Any, now: bool) -> None:
         """Whether the next backward pass adds up gradients over ranks; only the last of a step needs to.
@@ -186,7 +212,8 @@ def _is_running(task: Path) -> bool:
 def shard(objective: Any, ranks: Ranks, autocast: torch.dtype | None) -> Any:
     """FSDP2: each decoder layer, and then the rest, sharded over all ranks; masters and sums of gradients in float32.
 
-    Must come before the optimizer is built.
+    Their values are the first rank's; others may have an outline (``xtoken.trainer.student.outline``), and hold one
+    layer whole at a time. Must come before the optimizer is built.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -194,7 +221,9 @@ def shard(objective: Any, ranks: Ranks, autocast: torch.dtype | None) -> Any:
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     policy = MixedPrecisionPolicy(param_dtype=autocast, reduce_dtype=torch.float32)
     for layer in decoder_layers(objective.model):
+        receive(layer, ranks.device)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    receive(objective, ranks.device)
     return fully_shard(objective, mesh=mesh, mp_policy=policy)
 
 

@@ -26,25 +26,12 @@ from xtoken.trainer.losses.base import LossSetup
 from xtoken.trainer.metrics import Metrics
 from xtoken.trainer.mixing import Mixing
 from xtoken.trainer.objective import Objective, Student
+from xtoken.trainer.opening import open_model
 from xtoken.trainer.optim import build_optimizer, named_parameters, optimizer_tensors, restore_optimizer
 from xtoken.trainer.ranks import Ranks, fill, gathered, replicate, shard
 from xtoken.trainer.run import Run
 from xtoken.trainer.saver import Saver, room_to_copy
-from xtoken.trainer.student.adapters import add_adapters
-from xtoken.trainer.student.head import attend_flat, find_head, leaves_some_out, pick_packing
-from xtoken.trainer.student.memory import room_notes
-from xtoken.trainer.student.model import (
-    check_context,
-    check_width,
-    end_answers_with,
-    head_width,
-    open_student,
-    pick_autocast,
-    pick_save_dtype,
-    prepare,
-    rehearse_save,
-)
-from xtoken.trainer.student.writable import mend_settings
+from xtoken.trainer.student.model import pick_autocast, pick_save_dtype
 from xtoken.trainer.watch import Watch
 
 T = TypeVar("T")
@@ -202,48 +189,24 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
     """
     for targets in folders:  # the sha256 of their side tables is checked before the model loads
         _ = targets.w, targets.vocab
-    needed = max(targets.needed_width for targets in folders)
     asked, data = config.student, config.data
-    model = open_student(asked, ranks.device, tokenizer, data.seed)
-    check_width(model, needed, asked.source)
-    check_context(model, data.max_tokens, asked.source)
-    changes = "; ".join(mend_settings(model))
-    notes = [f"the trained model will not have all settings of {asked.source}: {changes}"] if changes else []
-    notes += [note for targets, loss in zip(folders, config.losses, strict=True) if (note := targets.lacking(loss))]
-    if config.loss.ce_weight == 0:
-        notes += [
-            note for targets, loss in zip(folders, config.losses, strict=True) if (note := targets.untaught(loss))
-        ]
-    chat = folders[0].manifest.chat
-    end_answers_with(model, chat.stop_token if chat is not None else None)
-    files = rehearse_save(model, asked.tokenizer_source, run.rehearsal, asked.template) if ranks.first else None
-    vocabulary = min(tokenizer.size, head_width(model))
-    head = find_head(model)
-    if config.loss.mix == "gradmag" and not head.fusable:
-        notes.append(
-            f"--mix gradmag compares gradients by the logits: {asked.source} makes its logits in a way of its own, so "
-            "those by the hidden states are not known"
-        )
-    packing = pick_packing(head, data.batching, asked.source)
-    if asked.lora is not None:
-        model = add_adapters(model, asked.lora, asked.lora_alpha, data.seed, embeddings=asked.lora_embeddings)
-    some_left_out = ranks.size > 1 and leaves_some_out(head)
-    prepare(model, asked.activation_checkpointing, asked.compile)
+    opened = open_model(config, tokenizer, folders, run, ranks)
+    model, head, notes, vocabulary = opened.model, opened.head, opened.notes, opened.vocabulary
+    assert head is not None, "the first rank has said what it found"
     autocast = pick_autocast(asked.autocast, ranks.device)
-    notes += room_notes(model, config, ranks, autocast)
-    flat = packing and not asked.compile and attend_flat(head, autocast)
     losses = tuple(
         open_loss(name, _setup(config.loss, targets, name, vocabulary, ranks.device))
         for name, targets in zip(config.losses, folders, strict=True)
     )
-    student = Student(model, ranks.device, autocast, vocabulary, head, flat)
+    student = Student(model, ranks.device, autocast, vocabulary, head, opened.flat)
     objective = Objective(student, losses, use_liger(asked, config.losses, ranks.device, head.fusable))
-    wrapped = _wrap(objective, asked.parallel, ranks, some_left_out)
+    wrapped = _wrap(objective, asked.parallel, ranks, opened.some_left_out)
     optimizer = build_optimizer(model, config.optim, losses)
     weights = tuple(data.weights) or (1.0,) * len(folders)
+    chat = folders[0].manifest.chat
     context = context_token(tokenizer) if chat is None else None
     layout = Layout(context, data.max_tokens, vocabulary, losses, weights, data.weighting, chat is not None)
-    made: dict[str, Any] = {"sources": Sources(folders), "layout": layout, "packing": packing}
+    made: dict[str, Any] = {"sources": Sources(folders), "layout": layout, "packing": opened.packing}
     counted = Counted([0] * len(folders))
     metrics = Metrics(run.metrics, ranks.first)
     length_V = folders[0].vocab.length_V
@@ -257,7 +220,7 @@ def start(config: TrainConfig, tokenizer: TokenizerInfo, folders: list[Targets],
         length_V=length_V,
         counted=counted,
         notes=notes,
-        tokenizer_files=files,
+        tokenizer_files=opened.tokenizer_files,
         save_dtype=pick_save_dtype(asked),
     )
     refuse_dtypes(training._weights())

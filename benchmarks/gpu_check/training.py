@@ -124,9 +124,9 @@ def liger(work: Path) -> Figures:
 
 def attention(work: Path) -> Figures:
     """Attention by segments against masks: the same first losses, and milliseconds of a pass by either."""
-    from xtoken.trainer import start
+    from xtoken.trainer import opening
 
-    flat, used = start.attend_flat, list[bool]()
+    flat, used = opening.attend_flat, list[bool]()
 
     def by_segments(*given: Any) -> bool:
         used.append(flat(*given))
@@ -134,9 +134,9 @@ def attention(work: Path) -> Figures:
 
     found: dict[str, list[dict[str, Any]]] = {}
     for name, way in (("segments", by_segments), ("masks", lambda *_: False)):
-        start.attend_flat = way
+        opening.attend_flat = way
         found[name] = _train(work, f"attention-{name}", "p-kl", 4)
-    start.attend_flat = flat
+    opening.attend_flat = flat
     first, other = (rows[0]["loss"] for rows in found.values())
     figures: Figures = {
         f"ms by {name}": 1000 * statistics.median(row["seconds"] for row in rows[1:]) for name, rows in found.items()

@@ -1,7 +1,9 @@
 """One rank of a training run, as torchrun starts it: reads a job (config, tokenizer, held_out, answer) from a file.
 
 The first rank writes what ``train`` returned to ``answer``. With ``poison``, the step of this number has no loss. With
-``breaks``, the second rank raises in the step of this number, and leaves its group as one of this backend does.
+``breaks``, the second rank raises in the step of this number, and leaves its group as one of this backend does. With
+``second``, the second rank has these options in place of the first's. With ``weights``, each rank writes those that it
+begins with to this folder, whole. With ``outlines`` false, all ranks read the student themselves.
 """
 
 import json
@@ -18,7 +20,7 @@ import torch
 from xtoken.schemas.configs.train import TrainConfig
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.ui.progress import Silent
-from xtoken.trainer import loop, ranks
+from xtoken.trainer import loop, opening, ranks
 from xtoken.trainer.evaluate import EvalSample
 from xtoken.trainer.step import Figures
 
@@ -51,6 +53,22 @@ def break_second(at: int, backend: str) -> None:
     ranks.abrupt_exit = lambda _, error: decide(backend, error)
 
 
+def keep_weights(folder: str) -> None:
+    """Write what a run begins with."""
+    real, rank = loop.start, os.environ.get("RANK", "0")
+
+    def kept(*args: Any) -> Any:
+        training = real(*args)
+        model = training.student.model
+        tied = {id(one) for one in model.parameters()}
+        whole = ranks.gathered(dict(model.named_parameters()) | dict(model.named_buffers()), keep=True)
+        frozen = [name for name, one in model.named_parameters() if not one.requires_grad]
+        torch.save({"whole": whole, "tied": len(tied), "frozen": frozen}, Path(folder, f"{rank}.pt"))
+        return training
+
+    loop.start = kept
+
+
 def main() -> None:
     """Train."""
     job = json.loads(Path(sys.argv[1]).read_text())
@@ -60,7 +78,12 @@ def main() -> None:
         poison(job["poison"])
     if job["breaks"]:
         break_second(*job["breaks"])
-    summary = loop.train(TrainConfig.from_flat(**job["config"]), TokenizerInfo(**job["tokenizer"]), held_out, Silent())
+    if job.get("weights"):
+        keep_weights(job["weights"])
+    if not job.get("outlines", True):
+        opening.outline = lambda *_: None
+    config = job["config"] | (job.get("second", {}) if os.environ.get("RANK") == "1" else {})
+    summary = loop.train(TrainConfig.from_flat(**config), TokenizerInfo(**job["tokenizer"]), held_out, Silent())
     if os.environ.get("RANK", "0") == "0":
         Path(job["answer"]).write_text(json.dumps(summary))
 

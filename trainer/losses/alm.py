@@ -29,6 +29,7 @@ from torch import Tensor
 from xtoken.schemas.errors import XtokenError
 from xtoken.trainer.losses.base import FeatureLoss, LossSetup, View
 from xtoken.trainer.losses.divergence import ranges
+from xtoken.trainer.losses.log_softmax import label_places, labels
 from xtoken.trainer.losses.token_set import set_mass
 from xtoken.trainer.ragged import Array, Arrays, Columns
 
@@ -95,8 +96,8 @@ class ALM(FeatureLoss):
     def features(self, logp_PV: Tensor, label_P: Tensor) -> Tensor:
         """See ``FeatureLoss.features``: log-probability of the label and, with ``outcome``, that of a space."""
         if not self.outcome:
-            return logp_PV.gather(1, label_P[:, None])
-        place_P = torch.arange(len(label_P), device=label_P.device) * logp_PV.shape[1] + label_P
+            return labels(logp_PV, label_P)[:, None]
+        place_P = label_places(label_P, logp_PV.shape[1])
         spaces = set_mass(logp_PV, self.space_V.to(logp_PV.dtype), place_P)
         # Below the smallest number the gradient is 0; logits must lie 87 apart for that.
         space_P = spaces.mass_P.clamp(min=torch.finfo(logp_PV.dtype).tiny).log()

@@ -105,11 +105,6 @@ class View(Ragged[Tensor]):
     spec: Columns = Columns()  # noqa: RUF009 - frozen; a view is cut no further
     index: Any = None
 
-    @property
-    def first_rows(self) -> Tensor:
-        """[C, V] log-probabilities at the chunks' first positions."""
-        return self.logp_PV.index_select(0, self.first_C)
-
 
 class Loss(ABC):
     """A distillation loss; the caller averages its terms over the valid chunks of the whole optimizer step.

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from xtoken.trainer.losses.base import Loss, LossSetup, View
+from xtoken.trainer.losses.log_softmax import labels
 from xtoken.trainer.ragged import Columns
 
 
@@ -13,7 +14,7 @@ def cross_entropy(logp_PV: Tensor, label_P: Tensor) -> Tensor:
         logp_PV: the student's normalised log-probabilities.
         label_P: int64, the token that each position predicts in the text.
     """
-    return -logp_PV.gather(1, label_P[:, None]).sum()
+    return -labels(logp_PV, label_P).sum()
 
 
 class TextOnly(Loss):

@@ -16,6 +16,7 @@ from torch import Tensor
 from xtoken.schemas.errors import XtokenError
 from xtoken.trainer.losses.base import LossSetup
 from xtoken.trainer.losses.divergence import ranges
+from xtoken.trainer.losses.log_softmax import picked
 
 
 def chain_merge(setup: LossSetup, loss: str) -> str:
@@ -59,7 +60,7 @@ def gather(logp_PV: Tensor, *places: Tensor) -> list[Tensor]:
 
     One operation for all of them, since each one's gradient takes a buffer as large as ``logp_PV``.
     """
-    return cut(logp_PV.reshape(-1).index_select(0, torch.cat(places)), *places)
+    return cut(picked(logp_PV, torch.cat(places)), *places)
 
 
 def cut(value_E: Tensor, *like: Tensor) -> list[Tensor]:

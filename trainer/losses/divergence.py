@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from xtoken.trainer.losses.base import owners
+from xtoken.trainer.losses.log_softmax import Sink, Tail, left_with, sink_of
 
 # What a student token adds to the tail when all of it lies inside the kept set, instead of 0. So log q_tail is a number
 # without a search for each position's maximum: q_tail is at least NOTHING, and its reciprocal is far from float32's
@@ -113,30 +114,37 @@ def kept_and_tail(logp_PV: Tensor, place_E: Tensor, place_M: Tensor, share_M: Te
 
     One buffer of size [P, V] is made; it becomes the gradient. A second backward pass through it raises.
     """
-    inputs = (logp_PV.contiguous(), place_E, place_M, share_M)
+    inputs = (logp_PV.contiguous(), place_E, place_M, share_M, sink_of(logp_PV))
     logp_E, tail_P = _KeptAndTail.apply(*inputs)  # type: ignore[no-untyped-call]
     return logp_E, tail_P
 
 
 class _KeptAndTail(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logp_PV: Tensor, place_E: Tensor, place_M: Tensor, share_M: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logp_PV: Tensor, place_E: Tensor, place_M: Tensor, share_M: Tensor, sink: Sink | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.into = sink
         # every probability, then the named places again at the share of theirs that is outside: the sum is the tail
         outside_PV = logp_PV.exp()
         p_M = outside_PV.view(-1).index_select(0, place_M)
         outside_PV.view(-1).index_copy_(0, place_M, p_M * share_M)
         tail_P = outside_PV.sum(1)
-        ctx.save_for_backward(outside_PV, tail_P, p_M, place_E, place_M)
+        ctx.save_for_backward(outside_PV, tail_P, p_M, share_M, place_E, place_M)
         return logp_PV.view(-1).index_select(0, place_E), tail_P.log()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_E: Tensor, grad_P: Tensor) -> tuple[Tensor, None, None, Tensor]:
-        outside_PV, tail_P, p_M, place_E, place_M = ctx.saved_tensors
+    def backward(ctx: Any, grad_E: Tensor, grad_P: Tensor) -> tuple[Tensor | None, None, None, Tensor, None]:
+        outside_PV, tail_P, p_M, share_M, place_E, place_M = ctx.saved_tensors
         # d log tail / d logp = p share / tail, cell by cell: the buffer of the forward pass, scaled in place
         pull_P = grad_P / tail_P
         grad_share_M = p_M * pull_P[place_M // outside_PV.shape[1]]
+        if ctx.into is not None and ctx.into.left.tail is None:
+            ctx.into.left.tail = Tail(outside_PV, pull_P, grad_P, place_M, p_M, share_M)
+            ctx.into.left.cells.append((place_E, grad_E))
+            return None, None, None, grad_share_M, None
         grad_PV = outside_PV.mul_(pull_P[:, None])
         # read places come on top; one may be read by several entries, so this adds and does not assign
         grad_PV.view(-1).index_add_(0, place_E, grad_E)
-        return grad_PV, None, None, grad_share_M
+        return left_with(ctx.into, grad_PV), None, None, grad_share_M, None

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from xtoken.schemas.errors import VerificationError
 from xtoken.trainer.losses.base import Entries, Loss, LossSetup, Places, View
 from xtoken.trainer.losses.divergence import cells, ranges
+from xtoken.trainer.losses.log_softmax import rows_at
 from xtoken.trainer.losses.sorted_l1 import Lists
 from xtoken.trainer.ragged import Arrays, Columns
 
@@ -137,7 +138,7 @@ class HKL(Loss):
     def terms(self, view: View) -> Tensor:
         """H-KL of each chunk, [C] nats."""
         at: Index = self.indexed(view)
-        logp_CV = chunk_means(view, at.chunk_J, at.position_J) if self.mean else first_rows(view)
+        logp_CV = chunk_means(view, at.chunk_J, at.position_J) if self.mean else rows_at(view.logp_PV, view.first_C)
         columns, options = view.columns, self.options
         return h_kl(
             logp_CV,
@@ -166,18 +167,13 @@ def _best_pairs(
     return torch.nonzero(sure)[:, 0], common.id_K[best].long(), (sure.cumsum(0) - 1)[chunk_K[best]]
 
 
-def first_rows(view: View) -> Tensor:
-    """[C, V] log-probabilities at the chunks' first positions, without a copy where every position is one."""
-    return view.logp_PV if len(view.first_C) == len(view.logp_PV) else view.first_rows
-
-
 def chunk_means(view: View, chunk_J: Tensor, position_J: Tensor) -> Tensor:
     """[C, V] mean of the log-probabilities over each chunk's positions, which are ``ranges`` of the chunks."""
     if len(view.first_C) == len(view.logp_PV):
         return view.logp_PV
     # a sum over a chunk's positions, added in the order of positions: the geometric mean is the mean of logarithms
     sum_CV = view.logp_PV.new_zeros(len(view.first_C), view.logp_PV.shape[1])
-    sum_CV = sum_CV.index_add(0, chunk_J, view.logp_PV.index_select(0, position_J))
+    sum_CV = sum_CV.index_add(0, chunk_J, rows_at(view.logp_PV, position_J))
     return sum_CV / view.length_C[:, None]
 
 

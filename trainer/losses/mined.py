@@ -27,6 +27,7 @@ from torch import Tensor
 
 from xtoken.trainer.losses.base import Entries, Loss, LossSetup, View
 from xtoken.trainer.losses.divergence import ranges
+from xtoken.trainer.losses.log_softmax import picked
 from xtoken.trainer.losses.pkl import Walk, WByColumn, heaviest, p_kl, refuse_unreached, w_by_column
 from xtoken.trainer.packed import moved
 from xtoken.trainer.ragged import Arrays, Columns
@@ -85,7 +86,7 @@ def mined(
         where = moved((label_P, kept.count_C, kept.id_K, first_C, length_C), torch.device("cpu"))
         at = Split(*moved(Split.of(w, logp_PV.shape[1], *where), logp_PV.device))
     kl_C = p_kl(logp_PV, w, kept, tail_logp_C[at.with_C], first_C[at.with_C], at=at.walk)
-    label_logp_E = logp_PV.reshape(-1).index_select(0, at.place_E)
+    label_logp_E = picked(logp_PV, at.place_E)
     terms_C = logp_PV.new_zeros(len(first_C)).index_copy(0, at.with_C, kl_C)
     return terms_C.index_add(0, at.other_E, -label_logp_E)
 

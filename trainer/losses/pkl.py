@@ -45,6 +45,7 @@ from xtoken.schemas.compiled import compiled
 from xtoken.schemas.errors import VerificationError
 from xtoken.trainer.losses.base import Entries, Loss, LossSetup, ProjectionArrays, View, owners
 from xtoken.trainer.losses.divergence import NOTHING, group_logsumexp, kept_and_tail, kl_with_tail, ranges
+from xtoken.trainer.losses.log_softmax import picked
 from xtoken.trainer.packed import moved
 from xtoken.trainer.ragged import Arrays, Columns, Ints
 
@@ -236,7 +237,7 @@ def p_kl(
         at = Walk(*moved(w.walk(count_C, id_K, logp_PV.shape[1], where[0], where[1], drop), logp_PV.device))
     logw_E = w.log_weight(at.w_E, at.rows, logp_PV.dtype)
     if drop:  # the mean's factor 1 / length cancels with the rest of the normaliser
-        logp_E, tail_logq_C = logp_PV.reshape(-1).index_select(0, at.place_E), None
+        logp_E, tail_logq_C = picked(logp_PV, at.place_E), None
     else:
         logp_E, tail_P = _through_w(logp_PV, at, logw_E)
         tail_logq_C = tail_P if first_C is None else tail_P[first_C]

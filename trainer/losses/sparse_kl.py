@@ -14,6 +14,7 @@ from torch import Tensor
 from xtoken.schemas.errors import VerificationError
 from xtoken.trainer.losses.base import Entries, Loss, LossSetup, Places, View
 from xtoken.trainer.losses.divergence import NOTHING, kept_and_tail, kl_with_tail
+from xtoken.trainer.losses.log_softmax import picked
 from xtoken.trainer.ragged import Arrays, Columns
 
 
@@ -40,7 +41,7 @@ def sparse_kl(
     """
     chunk_K, place_K = at or Places.of(kept.count_C, kept.id_K, logp_PV.shape[1], first_C)
     if drop:
-        logq_K, tail_logq_C = logp_PV.reshape(-1).index_select(0, place_K), None
+        logq_K, tail_logq_C = picked(logp_PV, place_K), None
     else:
         # a kept id lies inside the kept set as a whole, unlike under P-KL, where W may lead a part of it elsewhere
         outside_K = torch.full_like(place_K, NOTHING, dtype=logp_PV.dtype)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from xtoken.trainer.losses.log_softmax import Sink, left_with, sink_of
+
 
 class SetMass(NamedTuple):
     """What ``set_mass`` finds.
@@ -35,14 +37,15 @@ def set_mass(logp_PV: Tensor, member_V: Tensor, place_E: Tensor, ranks: int = 0)
 
     One buffer of size [P, V] is made; it becomes the gradient, so a second backward pass raises.
     """
-    return SetMass(*_SetMass.apply(logp_PV.contiguous(), member_V, place_E, ranks))  # type: ignore[no-untyped-call]
+    return SetMass(*_SetMass.apply(logp_PV.contiguous(), member_V, place_E, ranks, sink_of(logp_PV)))  # type: ignore[no-untyped-call]
 
 
 class _SetMass(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logp_PV: Tensor, member_V: Tensor, place_E: Tensor, ranks: int
+        ctx: Any, logp_PV: Tensor, member_V: Tensor, place_E: Tensor, ranks: int, sink: Sink | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.into = sink
         # zeros outside the set: neither the sum nor the top sees them, as long as the set has that many tokens
         p_PV = logp_PV.exp().mul_(member_V)
         top_PR, id_PR = p_PV.topk(ranks)
@@ -51,12 +54,14 @@ class _SetMass(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_P: Tensor, grad_PR: Tensor, grad_E: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(
+        ctx: Any, grad_P: Tensor, grad_PR: Tensor, grad_E: Tensor
+    ) -> tuple[Tensor | None, None, None, None, None]:
         p_PV, top_PR, id_PR, place_E = ctx.saved_tensors
         # d p / d log p = p, for the sum and once more for each of the top; read places add to what is there
         p_PV.mul_(grad_P[:, None]).scatter_add_(1, id_PR, grad_PR * top_PR)
         p_PV.view(-1).index_add_(0, place_E, grad_E)
-        return p_PV, None, None, None
+        return left_with(ctx.into, p_PV), None, None, None, None
 
 
 def set_plogp(logp_PV: Tensor, member_V: Tensor) -> Tensor:
@@ -64,13 +69,14 @@ def set_plogp(logp_PV: Tensor, member_V: Tensor) -> Tensor:
 
     Two buffers of size [P, V]; a second backward pass raises.
     """
-    plogp_P: Tensor = _SetPLogP.apply(logp_PV, member_V)  # type: ignore[no-untyped-call]
+    plogp_P: Tensor = _SetPLogP.apply(logp_PV, member_V, sink_of(logp_PV))  # type: ignore[no-untyped-call]
     return plogp_P
 
 
 class _SetPLogP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logp_PV: Tensor, member_V: Tensor) -> Tensor:
+    def forward(ctx: Any, logp_PV: Tensor, member_V: Tensor, sink: Sink | None) -> Tensor:
+        ctx.into = sink
         p_PV = logp_PV.exp().mul_(member_V)
         ctx.save_for_backward(p_PV, logp_PV)
         plogp_P: Tensor = torch.linalg.vecdot(p_PV, logp_PV)
@@ -78,7 +84,7 @@ class _SetPLogP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, None, None]:
         p_PV, logp_PV = ctx.saved_tensors
         # d (p log p) / d log p = p (log p + 1)
-        return p_PV.mul_((logp_PV + 1).mul_(grad_P[:, None])), None
+        return left_with(ctx.into, p_PV.mul_((logp_PV + 1).mul_(grad_P[:, None]))), None, None

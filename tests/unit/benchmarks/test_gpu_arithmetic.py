@@ -88,6 +88,6 @@ def test_a_check_fills_its_place() -> None:
     }
     document = report.filled(PERFORMANCE, {"checks": checks})
     assert "measured on NVIDIA H100" in document
-    assert "| Llama-3.2-1B, tokens per second, P-KL | 43,368 | 41,234 |" in document
+    assert "| Llama-3.2-1B, tokens per second, P-KL | 46,429 | 41,234 |" in document
     assert "| a killed engine is noticed after, seconds |  | failed |" in document
     assert report.filled(document, None) == report.filled(PERFORMANCE, None)

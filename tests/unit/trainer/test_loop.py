@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 import xtoken.trainer.loop as loop
+import xtoken.trainer.opening as opening
 import xtoken.trainer.start as start
 from xtoken.schemas.configs.measure import EvalConfig
 from xtoken.schemas.configs.train import TrainConfig
@@ -176,7 +177,7 @@ def test_a_finished_run_returns_its_summary(
     assert summary["steps"] == 3
     assert summary["before"].keys() == {"bits_per_byte", "bytes"}
     assert summary["after"]["bits_per_byte"] != summary["before"]["bits_per_byte"]
-    monkeypatch.setattr(start, "open_student", lambda *_: pytest.fail("loads a model for nothing"))
+    monkeypatch.setattr(opening, "open_student", lambda *_: pytest.fail("loads a model for nothing"))
     assert train(config, student_info, HELD_OUT, Silent()) == summary
 
 
@@ -221,7 +222,7 @@ def test_what_does_not_fit_is_refused_before_the_model_loads(
     student_info: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(start, "open_student", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(opening, "open_student", lambda *_: pytest.fail("too late"))
     only = make_targets([[5, 5]], name="only", losses=("p-kl",))
     with pytest.raises(XtokenError, match=r"no columns for loss 'h-kl'.*xtoken align .* --for p-kl,h-kl"):
         train(configure(targets=[only], loss="h-kl"), student_info, [], Silent())
