@@ -56,7 +56,8 @@ class Block:
     """The logits of a piece while they exist: ``rows`` [P, V], at least float32.
 
     Attributes:
-        spare: nobody else reads them, and at no other temperature: log-probabilities are written over them.
+        spare: nobody else reads them, as they were made here: log-probabilities are written over them. They are the
+            logits less a number for each position, so those at another temperature come out the same.
         again: more than one backward pass will come.
     """
 

@@ -123,7 +123,7 @@ class _Scorer:
             with torch.set_grad_enabled(graph):
                 # the graph begins at the block's logits: autograd goes through the loss alone, never the head's matrix
                 leaf = linear_PV.requires_grad_(graph)
-                block = Block(piece, self._rows(leaf), spare=self._spare(weight_VH), again=self.norms)
+                block = Block(piece, self._rows(leaf), spare=weight_VH is not None, again=self.norms)
                 terms = self._terms(block, collected)
                 if not graph or not terms:
                     continue
@@ -168,10 +168,6 @@ class _Scorer:
     def _rows(self, linear_PV: Tensor) -> Tensor:
         return self.student.head.bend(linear_PV)
 
-    def _spare(self, weight_VH: Tensor | None) -> bool:
-        """Whether a block's logits may be written over: made here, not the model's own, and read at one temperature."""
-        return weight_VH is not None and all(loss.temperature == 1 for loss in self.losses)
-
     def _collect(self, states_PH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None) -> dict[int, Tensor]:
         """Gradients [P, F] of losses that need the features of all positions, by a first pass over the blocks."""
         wanted = {i: loss for i in self.pieces.whole if isinstance(loss := self.losses[i], FeatureLoss)}
@@ -182,7 +178,7 @@ class _Scorer:
         with torch.no_grad():
             for piece in self.pieces.blocks:
                 linear_PV = self._linear(states_PH[piece.low : piece.high], weight_VH, bias_V)
-                block = Block(piece, self._rows(linear_PV), spare=self._spare(weight_VH))
+                block = Block(piece, self._rows(linear_PV), spare=weight_VH is not None)
                 for i, loss in wanted.items():
                     pieces[i].append(loss.features(block.logp(loss.temperature), piece.label_P))
         return {i: self._features(i, loss, torch.cat(pieces[i])) for i, loss in wanted.items()}

@@ -43,6 +43,7 @@ class Way:
     positions: int = 1000
     norms: bool = False
     fused: bool = True
+    width: int = M
 
 
 WAYS = {
@@ -53,6 +54,7 @@ WAYS = {
     "capped": Way(scale=0.5, softcap=3.0, positions=8),
     "norms": Way(positions=8, norms=True),
     "from logits": Way(fused=False),
+    "from logits without padding": Way(fused=False, width=V),
 }
 
 
@@ -123,7 +125,9 @@ def scored(micro: Micro, losses: Sequence[Loss], way: Way, agree: bool = True) -
     """Value, sums, and gradients of the states, of the head, and of what losses learn."""
     seeded = torch.Generator().manual_seed(3)
     wide = torch.float64 if way.dtype == torch.float64 else torch.float32
-    states_PH = torch.randn(len(micro.place_P), H if way.fused else M, generator=seeded, dtype=wide).requires_grad_()
+    states_PH = torch.randn(
+        len(micro.place_P), H if way.fused else way.width, generator=seeded, dtype=wide
+    ).requires_grad_()
     weight_MH = torch.randn(M, H, generator=seeded, dtype=wide).requires_grad_()
     head = Head(Matrix(weight_MH), way.fused, False, way.scale, way.softcap)
     student = Student(None, CPU, way.dtype if way.dtype == torch.bfloat16 else None, V, head)
