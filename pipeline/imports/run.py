@@ -20,7 +20,7 @@ from xtoken.pipeline.capture.run_identity import RUN_FILE, another_run, create_o
 from xtoken.pipeline.chats import span_columns, to_json
 from xtoken.pipeline.executors.local import refuse_unshared
 from xtoken.pipeline.imports import FORMATS
-from xtoken.pipeline.imports.claims import Look, look, refuse_shift, refuse_uncalibrated
+from xtoken.pipeline.imports.claims import Look, look, refuse_other_tokenizer, refuse_shift, refuse_uncalibrated
 from xtoken.pipeline.imports.documents import Spelling
 from xtoken.pipeline.imports.rows import clean, packed
 from xtoken.pipeline.imports.samples import ImportedSample, LeftOut, Reader, Slice
@@ -172,8 +172,9 @@ def _tested(config: ImportConfig, spelling: Spelling, reader: Reader, slices: Se
     unsound = getattr(reader, "refuse_unsound", None)
     if unsound is not None:
         unsound(found.far_above / found.rows, found.above_zero)
-    refuse_uncalibrated(found)
-    refuse_shift(found, config.format)
+    refuse_uncalibrated(found, reader.source.hint)
+    refuse_other_tokenizer(found, config.tokenizer)
+    refuse_shift(found, reader.source.format)
     return reader, found
 
 

@@ -101,6 +101,7 @@ class Source:
         k: most entries that a row can have.
         chat: of conversations, what the manifest says of them; None: plain text.
         notes: what a person should know, a sentence each.
+        hint: what to check where the rows are not what they should be; the end of an error's message.
     """
 
     format: str
@@ -110,6 +111,7 @@ class Source:
     k: int
     chat: CaptureChat | None = None
     notes: tuple[str, ...] = field(default=())
+    hint: str = "fetch the files again, or ask whoever wrote them how they are to be read"
 
 
 class Reader(Protocol):
