@@ -49,8 +49,8 @@ class ImportConfig(Config):
     )
     entries: Literal["head", "all"] = Field(
         "head",
-        description="distillkit: entries that are kept. head: those stored as numbers; the tail mass is what they leave. "
-        "all: also those that a polynomial approximates, refused where these are noise.",
+        description="distillkit: entries that are kept. head: those stored as numbers; the tail mass is what they "
+        "leave. all: also those that a polynomial approximates, refused where these are noise.",
         json_schema_extra=COMMON,
     )
     documents: Literal["auto", "mask", "bos", "eos"] = Field(
