@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from xtoken.pipeline.chats import Refused
+from xtoken.pipeline.chats.refused import shown
 from xtoken.pipeline.imports.api_trace_line import MOST_CHOICES, MOST_TOKENS, Line
 from xtoken.pipeline.imports.api_trace_rows import TraceRow, chat_rows, prompt_rows, sglang_rows
 
 _MENDS = {"logit_bias": ({}, None), "presence_penalty": (0, None), "frequency_penalty": (0, None)}
+# A grammar masks logits before any server, vLLM too, takes their log-softmax.
+_GRAMMARS = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 _REASONING = ("reasoning_content", "reasoning")
 _ASK = "ask for logprobs and top_logprobs"
 
@@ -66,7 +69,7 @@ class Exchange:
         """
         if "response" not in value:
             return cls({}, value, line)
-        response = line.record(value["response"], "response")
+        response = line.record(value["response"] or {"error": value.get("error")}, "response")
         if "body" in response:
             response = line.record(response["body"], "response.body")
         request = value.get("request")
@@ -129,6 +132,9 @@ class Exchange:
         Raises:
             XtokenError: a choice is not of the form.
         """
+        if not self._choices and "error" in self.response:
+            yield 0, Refused("an error of the server", shown(self.response["error"]), "ask again")
+            return
         if not self._choices:
             self.line.bad("the response", list(self.response)[:8], "it must have choices, prompt_logprobs or meta_info")
         for at, value in enumerate(self._choices):
@@ -165,7 +171,14 @@ class Exchange:
         raise Refused("no log-probabilities", f"choice {at} has no logprobs.content", _ASK)
 
     def _refuse_changed(self) -> None:
-        """Raise Refused where the reported distribution may not be the teacher's own."""
+        """Raise Refused where the reported distribution may not be the teacher's own, or not behind these messages."""
+        form = self.request.get("response_format")
+        if form is not None and form != {"type": "text"}:
+            raise Refused("a changed distribution", f"response_format is {shown(form)}", "ask without it")
+        if given := [name for name in _GRAMMARS if self.request.get(name) is not None]:
+            raise Refused("a changed distribution", f"the request has {given[0]}", f"ask without {given[0]}")
+        if self.request.get("continue_final_message"):
+            raise Refused("an answer that goes on", "it continues the last message", "ask for a message of its own")
         if self.reports_raw:
             return
         temperature = self.request.get("temperature")
