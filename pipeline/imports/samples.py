@@ -8,15 +8,14 @@ Shapes: T tokens of a sample, R rows (the teacher's distributions), E entries of
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.pipeline.chats import ChatTokens, Conversation
 from xtoken.schemas.chat import CaptureChat
-
-RestClass = Literal["exact", "rounded", "unknown"]
+from xtoken.schemas.imported import RestClass
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +39,8 @@ class ImportedSample:
         complete: the sample ends where its document ends.
         chat: of a conversation, its tokens and spans: ``chat.ids`` are ``ids``. None of plain text.
         conversation: what ``chat`` renders; None where nobody knows (token ids alone).
+        listed_logprob: float64 [R], log of what all entries of the source add up to, where some of them are not given;
+            None: those given are all.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ImportedSample:
     label_rank: NDArray[np.int32] | None = None
     chat: ChatTokens | None = None
     conversation: Conversation | None = None
+    listed_logprob: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,15 +113,22 @@ class Source:
 
 
 class Reader(Protocol):
-    """Opened by ``open_reader(config, table)`` of the module that ``FORMATS`` names for the format.
+    """Opened by ``open_reader(config, spelling, form)`` of the module that ``FORMATS`` names for the format.
 
     Attributes:
         source: what it says of its files.
         shift: how far rows were moved against what the format says they predict; 0 unless ``moved`` made it.
     """
 
-    source: Source
-    shift: int
+    @property
+    def source(self) -> Source:
+        """See above."""
+        ...
+
+    @property
+    def shift(self) -> int:
+        """See above."""
+        ...
 
     def slices(self) -> Sequence[Slice]:
         """What becomes a part each, in order; a function of the files and the settings alone.

@@ -114,7 +114,7 @@ class Capture:
         Raises:
             XtokenError: no such column or part.
         """
-        known = [read_as(name) for name in self._codec.schema(version=self._manifest.schema_version).names]
+        known = [read_as(name) for name in self._codec.schema(version=self._manifest.parts_version).names]
         if unknown := [name for name in columns or () if name not in known]:
             raise XtokenError(f"{self.url} has no column {unknown[0]!r}; it has {', '.join(known)}")
         return iter_capture(self.url, columns, parts)

@@ -195,7 +195,7 @@ def _capture_sample(batch: pa.RecordBatch, table: TokenTable, codec: Codec) -> d
 
 def _target_samples(root: str, manifest: TargetManifest) -> list[dict[str, Any]]:
     """Targets: id and sizes of the first samples."""
-    folder, schema = Folder(root), targets(manifest.losses, manifest.schema_version)
+    folder, schema = Folder(root), targets(manifest.losses, manifest.parts_version)
     more = () if manifest.chat is None else ("learn", "teacher_logprob")
     rows = (
         row
