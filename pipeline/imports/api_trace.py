@@ -4,70 +4,104 @@
 ``api_trace_tokens.py`` finds the ids, ``api_trace_samples.py`` makes the samples.
 """
 
-import posixpath
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 
-from xtoken.pipeline.chats import LEARNED, ChatModel, NoTemplate, open_chat_model, open_ids_model
+from xtoken.pipeline.chats import IDS_LEARNED, LEARNED, ChatModel, NoTemplate, end_of, open_chat_model, open_ids_model
 from xtoken.pipeline.imports.api_trace_choices import Exchange
 from xtoken.pipeline.imports.api_trace_line import MOST_ENTRIES, line_ends, lines
 from xtoken.pipeline.imports.api_trace_samples import SampleMaker
 from xtoken.pipeline.imports.api_trace_tokens import TokenIds
+from xtoken.pipeline.imports.documents import Spelling
+from xtoken.pipeline.imports.parquet_rows import SourceFile, list_files
 from xtoken.pipeline.imports.samples import ImportedSample, LeftOut, Slice, Source
-from xtoken.pipeline.tokens.table import TokenTable
 from xtoken.schemas.chat import Answering, CaptureChat
 from xtoken.schemas.configs.imports import ImportConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.io.remote import named_errors, open_filesystem, open_url
+from xtoken.schemas.io.remote import open_url
 
-_SUFFIX = ".jsonl"
+_SUFFIXES = (".jsonl",)
+_LOOKED = 32  # lines that say how answers were sampled
 _LAST_DAY = 4_102_444_800  # seconds; what a server says later than 2100 is no time
 _MOST_COUNT = 1 << 24
 _NO_PROMPT = (
     "Samples are answers without what was asked, which the teacher saw: the requests are not in the trace, or the "
     "tokenizer has no chat template."
 )
+_NOT_DRAWN = (
+    "Answers were not all drawn at temperature 1 from whole distributions, so how often tokens occur says nothing of "
+    "the rows: the test of calibration is left out."
+)
 
 
-def open_reader(config: ImportConfig, table: TokenTable) -> "ApiTraces":
-    """Look at the first line, which says what the samples are.
-
-    Args:
-        config: the run's.
-        table: of its tokenizer.
+def guess_form(config: ImportConfig) -> str | None:
+    """What the first line says: "messages" where it holds a conversation that the tokenizer's template can render;
+    None: the samples must say.
 
     Raises:
         XtokenError: no file is there, or the first line is no trace.
     """
-    files = _files(config.paths)
-    first = _first(files)
+    (first,) = _firsts(list_files(config.paths, _SUFFIXES), 1)
+    rendered = first.messages is not None and bool(_model(config.tokenizer, first).template.sources)
+    return "messages" if rendered else None
+
+
+def open_reader(config: ImportConfig, spelling: Spelling, form: str) -> "ApiTraces":
+    """Look at the first lines, of which the first says what the samples are.
+
+    Args:
+        config: the run's.
+        spelling: of its tokenizer.
+        form: messages, ids or text.
+
+    Raises:
+        XtokenError: no file is there, a first line is no trace, or there is no template for messages.
+    """
+    files = list_files(config.paths, _SUFFIXES)
+    firsts = _firsts(files, _LOOKED)
+    first = firsts[0]
     model = _model(config.tokenizer, first)
-    kind = "prompt" if first.scored else "chat"
-    rendered = first.messages is not None and bool(model.template.sources)
-    chat = _chat(model, first) if rendered else None
+    if form == "messages" and not model.template.sources:
+        raise XtokenError(
+            f"--form messages needs a chat template, and {config.tokenizer} has none; name the model's own folder or "
+            "id with --tokenizer, or say --form ids"
+        )
+    drawn = first.scored or all(one.drawn_plainly for one in firsts)
+    notes = (_NO_PROMPT,) if form != "messages" and not first.scored else ()
     source = Source(
-        format=f"api-trace {kind}",
-        files=tuple(files),
+        format="api-trace prompt" if first.scored else "api-trace chat",
+        files=tuple(one.path for one in files),
         rest="exact",
-        config={"kind": kind, "server": "vllm" if first.reports_raw else "unknown"},
+        config={"server": "vllm" if first.reports_raw else "unknown"},
         k=MOST_ENTRIES,
-        chat=chat,
-        notes=() if rendered or first.scored else (_NO_PROMPT,),
+        chat=_chat(model, first, form),
+        notes=notes if drawn else (*notes, _NOT_DRAWN),
     )
-    maker = SampleMaker(model, TokenIds(model), scored=first.scored, rendered=rendered)
-    assert model.tokenizer.table.info.hash == table.info.hash, "one tokenizer, opened twice"
-    return ApiTraces(source, maker, config.part_bytes)
+    maker = SampleMaker(model, spelling, TokenIds(model), scored=first.scored, form=form, max_tokens=config.max_tokens)
+    assert model.tokenizer.table.info.hash == spelling.table.info.hash, "one tokenizer, opened twice"
+    return ApiTraces(source, files, maker, config.part_bytes, skips=config.on_bad == "skip", calibrated=drawn)
 
 
 @dataclass(frozen=True)
 class ApiTraces:
-    """Traces, line by line; see ``xtoken.pipeline.imports.samples.Reader``."""
+    """Traces, line by line; see ``xtoken.pipeline.imports.samples.Reader``.
+
+    Attributes:
+        files: with the names that samples begin with.
+        maker: of samples.
+        part_bytes: of a slice.
+        skips: whether damaged lines are left out.
+        calibrated: whether tokens of the text occur as often as their rows say.
+    """
 
     source: Source
+    files: list[SourceFile]
     maker: SampleMaker
     part_bytes: int
+    skips: bool = False
+    calibrated: bool = True
     shift: int = 0
 
     def slices(self) -> Sequence[Slice]:
@@ -77,10 +111,10 @@ class ApiTraces:
             XtokenError: a line is too long, or a file cannot be read.
         """
         found = []
-        for number, url in enumerate(self.source.files):
+        for number, one in enumerate(self.files):
             start, at = 0, 0
-            with open_url(url) as file:
-                for stop, end in line_ends(file, posixpath.basename(url), self.part_bytes):
+            with open_url(one.path) as file:
+                for stop, end in line_ends(file, one.name, self.part_bytes):
                     found.append(Slice(number, start, stop, at))
                     start, at = stop, end
         return found
@@ -91,56 +125,38 @@ class ApiTraces:
         Raises:
             XtokenError: a line is damaged; the message names file and line.
         """
-        url = self.source.files[wanted.file]
-        name = posixpath.basename(url)
-        with open_url(url) as file:
+        name = self.files[wanted.file].name
+        with open_url(self.files[wanted.file].path) as file:
             file.seek(wanted.at)
-            for line, value in lines(file, name, wanted.start, wanted.stop):
-                yield from self.maker.samples(Exchange.of(value, line), f"{name}:{line.at}")
+            for line, data in lines(file, name, wanted.start, wanted.stop):
+                place = f"{name}:{line.at}"
+                try:
+                    yield from list(self.maker.samples(Exchange.of(line.parse(data), line), place))
+                except XtokenError as error:
+                    if not self.skips:
+                        raise
+                    yield LeftOut(f"{place}.0", "a damaged line", str(error))
 
     def moved(self, by: int) -> None:
         """Nothing: an entry names the token that it predicts."""
 
 
-def _files(paths: Sequence[str]) -> list[str]:
-    """The named files, and those of named folders by name.
+def _firsts(files: Sequence[SourceFile], count: int) -> list[Exchange]:
+    """The first lines of all files.
 
     Raises:
-        XtokenError: none is there, or two are called alike.
+        XtokenError: there is none, or one is damaged.
     """
-    found: list[str] = []
-    for path in paths:
-        fs, root = open_filesystem(path)
-        with named_errors(path):
-            if fs.isdir(root):
-                inside = sorted(name for name in fs.ls(root, detail=False) if name.endswith(_SUFFIX))
-                found += [posixpath.join(path, posixpath.basename(name)) for name in inside]
-            elif fs.isfile(root):
-                found.append(path)
-            else:
-                raise XtokenError(f"{path} does not exist; name files of JSON lines, or folders of {_SUFFIX} files")
+    found: list[Exchange] = []
+    for one in files:
+        with open_url(one.path) as file:
+            for line, data in islice(lines(file, one.name, 0, None), count - len(found)):
+                found.append(Exchange.of(line.parse(data), line))
+        if len(found) == count:
+            break
     if not found:
-        raise XtokenError(f"{', '.join(paths)} holds no {_SUFFIX} file; name the files of the trace")
-    names = Counter(map(posixpath.basename, found))
-    if alike := [name for name, count in names.items() if count > 1]:
-        raise XtokenError(
-            f"{names[alike[0]]} files are called {alike[0]!r}, and samples are named after their file; rename all but "
-            "one"
-        )
+        raise XtokenError(f"{files[0].path} holds no line; name the files of the trace")
     return found
-
-
-def _first(files: Sequence[str]) -> Exchange:
-    """The first line of all files.
-
-    Raises:
-        XtokenError: there is none.
-    """
-    for url in files:
-        with open_url(url) as file:
-            for line, value in lines(file, posixpath.basename(url), 0, None):
-                return Exchange.of(value, line)
-    raise XtokenError(f"{', '.join(files)[:200]} holds no line; name the files of the trace")
 
 
 def _model(tokenizer: str, first: Exchange) -> ChatModel:
@@ -157,7 +173,13 @@ def _day(first: Exchange) -> str:
     return datetime.fromtimestamp(seconds, UTC).date().isoformat()
 
 
-def _chat(model: ChatModel, first: Exchange) -> CaptureChat:
+def _chat(model: ChatModel, first: Exchange, form: str) -> CaptureChat | None:
+    """What the manifest says of conversations, or of token ids; None of text."""
+    if form == "text":
+        return None
+    if form == "ids":
+        learn = [*IDS_LEARNED]
+        return CaptureChat(template=None, date=None, learn=learn, stop_token=end_of(model), form="ids", long="skip")
     return CaptureChat(
         template=model.template.sha256,
         date=_day(first),

@@ -89,6 +89,15 @@ class Exchange:
         return "kv_transfer_params" in self.response or (isinstance(mark, str) and mark.startswith("vllm-"))
 
     @property
+    def drawn_plainly(self) -> bool:
+        """Whether the request says that tokens were drawn from the distributions that are reported."""
+        asked = self.request
+        default = None if self.reports_raw else 1  # vLLM's defaults are those of the model's generation_config.json
+        whole = asked.get("top_p", default) == 1 and asked.get("temperature", default) == 1
+        cut = any(asked.get(name) for name in ("top_k", "min_p", *_MENDS))
+        return bool(asked) and whole and not cut and not asked.get("repetition_penalty")
+
+    @property
     def scored(self) -> bool:
         """Whether the prompt was scored, and not (only) answered."""
         return "meta_info" in self.response or self._prompt_logprobs is not None

@@ -123,8 +123,8 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def lines(file: IO[bytes], name: str, start: int, stop: int | None) -> Iterator[tuple[Line, dict[str, Any]]]:
-    """The objects of lines ``start`` to ``stop``, blank ones left out.
+def lines(file: IO[bytes], name: str, start: int, stop: int | None) -> Iterator[tuple[Line, bytes]]:
+    """Lines ``start`` to ``stop``, blank ones left out.
 
     Args:
         file: at the beginning of line ``start``.
@@ -132,7 +132,7 @@ def lines(file: IO[bytes], name: str, start: int, stop: int | None) -> Iterator[
         start, stop: from 0; None: to the end of the file.
 
     Raises:
-        XtokenError: a line is too long, or no JSON object.
+        XtokenError: a line is too long.
     """
     for number in count(start) if stop is None else range(start, stop):
         data = file.readline(MOST_LINE + 1)
@@ -141,7 +141,7 @@ def lines(file: IO[bytes], name: str, start: int, stop: int | None) -> Iterator[
         if len(data) > MOST_LINE:
             Line(name, number).bad("the length of the line", len(data), f"at most {MOST_LINE:,} bytes are read")
         if data.strip():
-            yield Line(name, number), Line(name, number).parse(data)
+            yield Line(name, number), data
 
 
 def line_ends(file: IO[bytes], name: str, least: int) -> Iterator[tuple[int, int]]:

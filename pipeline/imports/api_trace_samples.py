@@ -10,11 +10,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.pipeline.chats import LEARNED, ChatModel, ChatTokens, Conversation, Refused, read_row, with_answer
+from xtoken.pipeline.chats import (
+    LEARNED,
+    TOO_LONG,
+    ChatModel,
+    ChatTokens,
+    Conversation,
+    Refused,
+    TokenRow,
+    read_row,
+    tokens_of,
+    with_answer,
+)
 from xtoken.pipeline.chats.refused import shown
 from xtoken.pipeline.imports.api_trace_choices import Answer, Exchange, ScoredPrompt
 from xtoken.pipeline.imports.api_trace_rows import TraceRow
 from xtoken.pipeline.imports.api_trace_tokens import TokenIds
+from xtoken.pipeline.imports.documents import Spelling
 from xtoken.pipeline.imports.samples import ImportedSample, LeftOut
 from xtoken.pipeline.tokens.failures import CannotTokenize
 
@@ -25,15 +37,19 @@ class SampleMaker:
 
     Attributes:
         model: the tokenizer, and the chat template if there is one.
+        spelling: what its ids spell.
         tokens: bytes to ids.
         scored: lines hold scored prompts, not answers.
-        rendered: samples are conversations.
+        form: messages: conversations; ids: control tokens and text told apart; text.
+        max_tokens: of a sample.
     """
 
     model: ChatModel
+    spelling: Spelling
     tokens: TokenIds
     scored: bool
-    rendered: bool
+    form: str
+    max_tokens: int
 
     def samples(self, exchange: Exchange, name: str) -> Iterator[ImportedSample | LeftOut]:
         """Those of a line, in order.
@@ -61,7 +77,7 @@ class SampleMaker:
             if isinstance(found, Refused):
                 raise found
             if isinstance(found, ScoredPrompt):
-                return self._conversation(name, exchange, found) if self.rendered else self._text(name, exchange, found)
+                return self._scored(name, exchange, found)
             return self._answer(name, exchange, found)
         except Refused as refused:
             return _left_out(name, refused)
@@ -80,8 +96,8 @@ class SampleMaker:
         ids = self.tokens.answer(answer.rows) if answer.ids is None else answer.ids
         self._refuse_foreign(ids)
         self._refuse_other_text(answer, ids)
-        if not self.rendered:
-            return self._sample(name, np.array(ids, np.int32), answer.rows[: len(ids)], 0, complete=answer.complete)
+        if self.form != "messages":
+            return self._text(name, ids, answer.rows[: len(ids)], 0, complete=answer.complete)
         asked = self._asked(exchange)
         prompt = self.model.encode_prompt(asked)
         conversation, tokens = with_answer(self.model, asked, prompt, np.array(ids, np.int32), LEARNED)
@@ -91,9 +107,9 @@ class SampleMaker:
         )
 
     def _refuse_foreign(self, ids: Sequence[int]) -> None:
-        size = self.model.tokenizer.table.size
-        if foreign := [token for token in ids if token >= size]:
-            what = f"id {foreign[0]} is none of the {size} tokens of {self.model.tokenizer.table.info.name}"
+        table = self.model.tokenizer.table
+        if foreign := [token for token in ids if token >= table.size or table.role[token] == "hole"]:
+            what = f"id {foreign[0]} is none of the {table.size} tokens of {table.info.name}"
             raise Refused("an id that is no token", what, "name the model's own tokenizer")
 
     def _refuse_other_text(self, answer: Answer, ids: Sequence[int]) -> None:
@@ -121,7 +137,9 @@ class SampleMaker:
         taught = [found.rows[at] for at in (np.flatnonzero(tokens.learn) - 1).tolist()]
         return self._sample(name, tokens.ids, taught, 1, complete=True, chat=tokens, conversation=conversation)
 
-    def _text(self, name: str, exchange: Exchange, found: ScoredPrompt) -> ImportedSample:
+    def _scored(self, name: str, exchange: Exchange, found: ScoredPrompt) -> ImportedSample:
+        if self.form == "messages":
+            return self._conversation(name, exchange, found)
         ids = self._with_head(found, exchange.request.get("prompt")) if found.headless else found.ids
         first = len(ids) - len(found.rows)  # 0 where nobody knows what stands before all rows
         info = self.model.tokenizer.table.info
@@ -134,8 +152,24 @@ class SampleMaker:
         if not rows:
             raise Refused("no rows", f"the prompt has {len(ids)} tokens, {lead} of them BOS", "remove it")
         complete = info.eos_id is not None and ids[-1] == info.eos_id
-        ids_T = np.array(ids[lead:], np.int32)
-        return self._sample(name, ids_T, rows, len(ids_T) - len(rows), complete=complete)
+        return self._text(name, ids[lead:], rows, len(ids) - lead - len(rows), complete=complete)
+
+    def _text(
+        self, name: str, ids: Sequence[int], rows: Sequence[TraceRow], first_row: int, *, complete: bool
+    ) -> ImportedSample:
+        """A sample of text, or of ids, cut to the limit."""
+        self._refuse_foreign(ids)
+        ids_T = np.array(ids[: self.max_tokens], np.int32)
+        complete = complete and len(ids_T) == len(ids)
+        if not complete:
+            ids_T = ids_T[: self.spelling.whole_characters(ids_T)]
+        rows = rows[: len(ids_T) - first_row]
+        if self.form == "text" or not len(rows):
+            return self._sample(name, ids_T, rows, first_row, complete=complete)
+        # nothing of the sample stands before its first token
+        chat = tokens_of(self.model, TokenRow(tuple(ids_T.tolist()), (False, *[True] * (len(ids_T) - 1))))
+        taught = [rows[at - first_row] for at in np.flatnonzero(chat.learn).tolist()]
+        return self._sample(name, ids_T, taught, 1, complete=complete, chat=chat)
 
     def _with_head(self, found: ScoredPrompt, asked: Any) -> list[int]:
         """A prompt's tokens with the first one, which no row names, where the request's text has the others."""
@@ -159,6 +193,9 @@ class SampleMaker:
         chat: ChatTokens | None = None,
         conversation: Conversation | None = None,
     ) -> ImportedSample:
+        if len(ids) > self.max_tokens:
+            sizes = f"it has {len(ids):,} tokens, --max-tokens is {self.max_tokens:,}"
+            raise Refused(TOO_LONG, f"{sizes}, and conversations are not cut", "raise --max-tokens")
         if not len(rows):
             raise Refused("no rows", "nothing that is taught has any", "remove it")
         offsets, entry_ids, entry_logprob = self._entries(rows)

@@ -195,11 +195,11 @@ def refuse_shift(found: Look, format_name: str) -> None:
         )
 
 
-def refuse_uncalibrated(found: Look) -> None:
-    """Refuse rows whose probabilities are not the shares at which their tokens occur.
+def refuse_sums(found: Look) -> None:
+    """Refuse rows that are no probabilities.
 
     Raises:
-        XtokenError: at some ranks they differ by more than 2.5 times, or too many rows add up to more than 1.
+        XtokenError: too many of them add up to more than 1.
     """
     if found.above_one > _ABOVE * found.rows:
         raise XtokenError(
@@ -207,6 +207,14 @@ def refuse_uncalibrated(found: Look) -> None:
             "may): they are no log-probabilities as they were read; is --compression that of the set (delta_encoding "
             "is true where it does not say)? With --entries all the tail may be to blame: say --entries head"
         )
+
+
+def refuse_uncalibrated(found: Look) -> None:
+    """Refuse rows whose probabilities are not the shares at which their tokens occur.
+
+    Raises:
+        XtokenError: at some ranks they differ by more than 2.5 times.
+    """
     for one in found.calibration:
         judged = max(one.share, one.mass) * found.rows >= _JUDGED
         low, high = sorted((one.share, one.mass))

@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from test_server_teacher import CLOSE, K, Server
 
-from xtoken.pipeline.imports.api_trace import open_reader
+from xtoken.pipeline.imports.api_trace import guess_form, open_reader
+from xtoken.pipeline.imports.documents import Spelling
 from xtoken.pipeline.imports.samples import ImportedSample
 from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.imports import ImportConfig
@@ -64,7 +65,8 @@ def imported(lines: list[dict[str, Any]], tokenizer: Path, folder: Path) -> list
     path = folder / "trace.jsonl"
     path.write_text("".join(json.dumps(line) + os.linesep for line in lines), "utf-8")
     given = {"format": "api-trace", "paths": [str(path)], "tokenizer": str(tokenizer), "out": str(folder / "out")}
-    reader = open_reader(ImportConfig.from_flat(**given), load_tokenizer(str(tokenizer)).table)
+    config = ImportConfig.from_flat(**given)
+    reader = open_reader(config, Spelling(load_tokenizer(str(tokenizer))), guess_form(config) or "text")
     found = [one for part in reader.slices() for one in reader.read(part)]
     assert all(isinstance(one, ImportedSample) for one in found), found
     return [one for one in found if isinstance(one, ImportedSample)]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from xtoken.pipeline.chats import Conversation, Message, open_chat_model, open_ids_model
-from xtoken.pipeline.imports.api_trace import ApiTraces, open_reader
+from xtoken.pipeline.imports.api_trace import ApiTraces, guess_form, open_reader
 from xtoken.pipeline.imports.api_trace_tokens import TokenIds
+from xtoken.pipeline.imports.documents import Spelling
 from xtoken.pipeline.imports.samples import ImportedSample, LeftOut
 from xtoken.pipeline.tokens import TextTokenizer, TokenTable, load_tokenizer
 from xtoken.schemas.configs.imports import ImportConfig
@@ -59,11 +60,18 @@ Open = Callable[..., ApiTraces]
 
 @pytest.fixture
 def traces(tmp_path: Path, smollm2_dir: Path) -> Open:
-    def opened(*values: Any, tokenizer: Path = smollm2_dir, part_bytes: int = 1 << 26) -> ApiTraces:
+    def opened(
+        *values: Any,
+        tokenizer: Path = smollm2_dir,
+        part_bytes: int = 1 << 26,
+        form: str | None = None,
+        **options: Any,
+    ) -> ApiTraces:
         path = tmp_path / "a.jsonl"
         path.write_text("".join(json.dumps(value) + "\n" for value in values), "utf-8")
         given = {"format": "api-trace", "paths": [str(path)], "tokenizer": str(tokenizer), "out": str(tmp_path / "out")}
-        return open_reader(ImportConfig.from_flat(**given, part_bytes=part_bytes), load_tokenizer(str(tokenizer)).table)
+        config = ImportConfig.from_flat(**given, part_bytes=part_bytes, **options)
+        return open_reader(config, Spelling(load_tokenizer(str(tokenizer))), form or guess_form(config) or "text")
 
     return opened
 
@@ -319,6 +327,64 @@ def test_a_damaged_line_ends_the_import_with_its_place(traces: Open, smollm2: Te
     )
 
 
+def test_damaged_lines_can_be_skipped(traces: Open, smollm2: TextTokenizer) -> None:
+    good = exchange(chosen(content(smollm2.table, smollm2.token_ids(["Yes."])[0]), "Yes."))
+    bad = exchange(good["response"]["choices"][0], chosen([{}], "No."))
+    found = all_of(traces(good, bad, good, on_bad="skip"))
+    assert [one.name if isinstance(one, ImportedSample) else one.reason for one in found] == [
+        "a.jsonl:0.0",
+        "a damaged line",  # nothing of it is kept
+        "a.jsonl:2.0",
+    ]
+
+
+def test_ids_keep_control_tokens_apart_and_long_ones_are_cut(traces: Open, smollm2: TextTokenizer) -> None:
+    ids = [1, *smollm2.token_ids(["user\nIt is"])[0], 2, *smollm2.token_ids(["\nnaïve 🐳"])[0]]
+    sample = only(traces(scored([0, *ids]), form="ids"))
+    assert sample.chat is not None
+    assert sample.chat.text == "user\nIt is\nnaïve 🐳"
+    assert (sample.ids.tolist(), sample.first_row) == ([0, *ids], 1)
+    taught = np.flatnonzero(sample.chat.learn).tolist()
+    assert rows_of(sample) == [[(900 + at, -0.25)] for at in taught]
+    assert len(taught) > 8
+    cut = only(traces(scored(ids[1:], prompt="x"), form="text", max_tokens=len(ids) - 3))
+    whole = smollm2.table.token(int(cut.ids[-1]))
+    assert (len(cut.ids), cut.complete, whole) == (len(ids) - 4, False, "ïve".encode())  # not within the whale
+    long = refused(traces(exchange(chosen(content(smollm2.table, ids[1:4]), "user\nIt")), max_tokens=8))
+    assert long.reason == "longer than --max-tokens"
+
+
+@pytest.mark.parametrize(
+    ("asked", "drawn"),
+    [
+        ({}, True),
+        ({"temperature": 1, "top_p": 1.0}, True),
+        ({"top_p": 0.9}, False),
+        ({"top_k": 20}, False),
+        ({"temperature": 0}, False),
+    ],
+)
+def test_answers_that_were_drawn_otherwise_are_not_calibrated(
+    traces: Open, smollm2: TextTokenizer, asked: dict[str, Any], drawn: bool
+) -> None:
+    plain = exchange(chosen(content(smollm2.table, smollm2.token_ids(["Yes."])[0]), "Yes."))
+    other = {"request": plain["request"] | asked, "response": plain["response"]}
+    reader = traces(plain, other)
+    assert reader.calibrated is drawn
+    assert ("test of calibration is left out" in "".join(reader.source.notes)) is not drawn
+    vllm = {**plain, "response": plain["response"] | {"kv_transfer_params": None}}
+    assert not traces(vllm).calibrated  # its defaults are the model's
+
+
+def test_messages_need_a_template(traces: Open, tokenizer_file: Callable[[str], Path]) -> None:
+    with pytest.raises(XtokenError, match=r"--form messages needs a chat template, and .* has none; name"):
+        traces(exchange(chosen(one_row(), "x")), tokenizer=tokenizer_file("gptoss").parent, form="messages")
+
+
+def one_row() -> list[dict[str, Any]]:
+    return [entry(b"x", -0.1) | {"top_logprobs": [entry(b"x", -0.1)]}]
+
+
 def test_what_is_no_trace_is_refused_before_work(traces: Open, tmp_path: Path, smollm2_dir: Path) -> None:
     with pytest.raises(XtokenError, match="holds no line; name the files of the trace"):
         traces()
@@ -331,14 +397,14 @@ def test_what_is_no_trace_is_refused_before_work(traces: Open, tmp_path: Path, s
         given = {"format": "api-trace", "tokenizer": str(smollm2_dir), "out": str(tmp_path / "out")}
         return ImportConfig.from_flat(**given, paths=[str(tmp_path / path) for path in paths])
 
-    table = load_tokenizer(str(smollm2_dir)).table
+    spelling = Spelling(load_tokenizer(str(smollm2_dir)))
     for paths, message in (
-        (["none.jsonl"], "none.jsonl does not exist; name files of JSON lines, or folders"),
+        (["none.jsonl"], "none.jsonl does not exist; give files or folders"),
         (["out"], "out does not exist"),
-        (["a.jsonl", "more"], "2 files are called 'a.jsonl'"),
+        (["a.jsonl", "more"], "two files are named 'a.jsonl'"),
     ):
         with pytest.raises(XtokenError, match=message):
-            open_reader(asked(*paths), table)
+            open_reader(asked(*paths), spelling, "text")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(XtokenError, match=r"holds no .jsonl file"):
-        open_reader(asked("empty"), table)
+    with pytest.raises(XtokenError, match=r"holds no file that ends in .jsonl"):
+        open_reader(asked("empty"), spelling, "text")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +216,10 @@ def test_lines_are_bounded_and_numbered(tmp_path: Path) -> None:
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": 2}\n[3]\n')
     with path.open("rb") as file:
         found = lines(file, "a.jsonl", 0, None)
-        assert [next(found) for _ in range(2)] == [(Line("a.jsonl", 0), {"a": 1}), (Line("a.jsonl", 2), {"a": 2})]
+        assert [(line.at, line.parse(data)) for line, data in islice(found, 2)] == [(0, {"a": 1}), (2, {"a": 2})]
+        line, data = next(found)
         with pytest.raises(XtokenError, match=r"a.jsonl, line 4: the line is \[3\], but it must be a JSON object"):
-            next(found)
+            line.parse(data)
     with path.open("wb") as file:
         file.truncate(MOST_LINE + 5)
     with path.open("rb") as file, pytest.raises(XtokenError, match="line 1: the length of the line is"):
