@@ -93,9 +93,10 @@ class Exchange:
         """Whether the request says that tokens were drawn from the distributions that are reported."""
         asked = self.request
         default = None if self.reports_raw else 1  # vLLM's defaults are those of the model's generation_config.json
-        whole = asked.get("top_p", default) == 1 and asked.get("temperature", default) == 1
-        cut = any(asked.get(name) for name in ("top_k", "min_p", *_MENDS))
-        return bool(asked) and whole and not cut and not asked.get("repetition_penalty")
+        whole = asked.get("top_p", default) == asked.get("temperature", default) == 1
+        all_ranks = asked.get("top_k", None if self.reports_raw else 0) in (0, -1)
+        mended = any(asked.get(name) for name in ("min_p", *_MENDS)) or asked.get("repetition_penalty", 1) != 1
+        return bool(asked) and whole and all_ranks and not mended
 
     @property
     def scored(self) -> bool:
