@@ -15,8 +15,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 QWEN3: dict[str, Any] = {
-    **{"k": 128, "exact_k": 32, "exact_dtype": "float32", "polynomial_terms": [0, 1, 2], "term_dtype": "float32"},
-    **{"residual_bins": [], "delta_encoding": True, "normalize_t": False},
+    "k": 128,
+    "exact_k": 32,
+    "exact_dtype": "float32",
+    "polynomial_terms": [0, 1, 2],
+    "term_dtype": "float32",
+    "residual_bins": [],
+    "delta_encoding": True,
+    "normalize_t": False,
 }
 PLAIN: dict[str, Any] = {**QWEN3, "delta_encoding": False}
 _TYPES = {"float32": "<f4", "float16": "<f2", "float64": "<f8"}

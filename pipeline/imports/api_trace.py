@@ -5,27 +5,27 @@
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from itertools import islice
 
-from xtoken.pipeline.chats import IDS_LEARNED, LEARNED, ChatModel, NoTemplate, end_of, open_chat_model, open_ids_model
-from xtoken.pipeline.imports.api_trace_choices import Exchange
+from xtoken.pipeline.chats import open_ids_model
+from xtoken.pipeline.imports.api_trace_choices import BLAMELESS, Exchange
 from xtoken.pipeline.imports.api_trace_line import MOST_ENTRIES, line_ends, lines
 from xtoken.pipeline.imports.api_trace_samples import SampleMaker
 from xtoken.pipeline.imports.api_trace_tokens import TokenIds
+from xtoken.pipeline.imports.conversations import Chats, has_template
 from xtoken.pipeline.imports.documents import Spelling
 from xtoken.pipeline.imports.parquet_rows import SourceFile, list_files
 from xtoken.pipeline.imports.samples import ImportedSample, LeftOut, Slice, Source
-from xtoken.schemas.chat import Answering, CaptureChat
+from xtoken.schemas.chat import Answering
 from xtoken.schemas.configs.imports import ImportConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.io.remote import open_url
 
 _SUFFIXES = (".jsonl",)
 _LOOKED = 32  # lines that say how answers were sampled
-_LAST_DAY = 4_102_444_800  # seconds; what a server says later than 2100 is no time
 _MOST_COUNT = 1 << 24
+_HINT = "ask the server at temperature 1 and for its own log-probabilities, without grammar or penalties"
 _NO_PROMPT = (
     "Samples are answers without what was asked, which the teacher saw: the requests are not in the trace, or the "
     "tokenizer has no chat template."
@@ -43,9 +43,8 @@ def guess_form(config: ImportConfig) -> str | None:
     Raises:
         XtokenError: no file is there, or the first line is no trace.
     """
-    (first,) = _firsts(list_files(config.paths, _SUFFIXES), 1)
-    rendered = first.messages is not None and bool(_model(config.tokenizer, first).template.sources)
-    return "messages" if rendered else None
+    (first,) = _firsts(list_files(config.paths, _SUFFIXES), 1, skips=False)
+    return "messages" if first.messages is not None and has_template(config.tokenizer) else None
 
 
 def open_reader(config: ImportConfig, spelling: Spelling, form: str) -> "ApiTraces":
@@ -60,14 +59,10 @@ def open_reader(config: ImportConfig, spelling: Spelling, form: str) -> "ApiTrac
         XtokenError: no file is there, a first line is no trace, or there is no template for messages.
     """
     files = list_files(config.paths, _SUFFIXES)
-    firsts = _firsts(files, _LOOKED)
+    firsts = _firsts(files, _LOOKED, skips=config.on_bad == "skip")
     first = firsts[0]
-    model = _model(config.tokenizer, first)
-    if form == "messages" and not model.template.sources:
-        raise XtokenError(
-            f"--form messages needs a chat template, and {config.tokenizer} has none; name the model's own folder or "
-            "id with --tokenizer, or say --form ids"
-        )
+    chats = _chats(config, first, form)
+    model = open_ids_model(config.tokenizer) if chats is None else chats.model
     drawn = first.scored or all(one.drawn_plainly for one in firsts)
     notes = (_NO_PROMPT,) if form != "messages" and not first.scored else ()
     source = Source(
@@ -76,12 +71,15 @@ def open_reader(config: ImportConfig, spelling: Spelling, form: str) -> "ApiTrac
         rest="exact",
         config={"server": "vllm" if first.reports_raw else "unknown"},
         k=MOST_ENTRIES,
-        chat=_chat(model, first, form),
+        chat=None if chats is None else chats.info,
         notes=notes if drawn else (*notes, _NOT_DRAWN),
+        hint=_HINT,
+        calibrated=drawn,
+        blameless=BLAMELESS,
     )
     maker = SampleMaker(model, spelling, TokenIds(model), scored=first.scored, form=form, max_tokens=config.max_tokens)
     assert model.tokenizer.table.info.hash == spelling.table.info.hash, "one tokenizer, opened twice"
-    return ApiTraces(source, files, maker, config.part_bytes, skips=config.on_bad == "skip", calibrated=drawn)
+    return ApiTraces(source, files, maker, config.part_bytes, skips=config.on_bad == "skip")
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,6 @@ class ApiTraces:
         maker: of samples.
         part_bytes: of a slice.
         skips: whether damaged lines are left out.
-        calibrated: whether tokens of the text occur as often as their rows say.
     """
 
     source: Source
@@ -101,7 +98,6 @@ class ApiTraces:
     maker: SampleMaker
     part_bytes: int
     skips: bool = False
-    calibrated: bool = True
     shift: int = 0
 
     def slices(self) -> Sequence[Slice]:
@@ -141,8 +137,13 @@ class ApiTraces:
         """Nothing: an entry names the token that it predicts."""
 
 
-def _firsts(files: Sequence[SourceFile], count: int) -> list[Exchange]:
+def _firsts(files: Sequence[SourceFile], count: int, *, skips: bool) -> list[Exchange]:
     """The first lines of all files.
+
+    Args:
+        files: in order.
+        count: at most so many.
+        skips: leave out damaged ones.
 
     Raises:
         XtokenError: there is none, or one is damaged.
@@ -151,7 +152,11 @@ def _firsts(files: Sequence[SourceFile], count: int) -> list[Exchange]:
     for one in files:
         with open_url(one.path) as file:
             for line, data in islice(lines(file, one.name, 0, None), count - len(found)):
-                found.append(Exchange.of(line.parse(data), line))
+                try:
+                    found.append(Exchange.of(line.parse(data), line))
+                except XtokenError:
+                    if not skips:
+                        raise
         if len(found) == count:
             break
     if not found:
@@ -159,37 +164,24 @@ def _firsts(files: Sequence[SourceFile], count: int) -> list[Exchange]:
     return found
 
 
-def _model(tokenizer: str, first: Exchange) -> ChatModel:
-    """The tokenizer, with its chat template if it has one; templates are told the day of the first response."""
-    try:
-        return open_chat_model(tokenizer, date=datetime.fromisoformat(_day(first)))
-    except NoTemplate:
-        return open_ids_model(tokenizer)
+def _chats(config: ImportConfig, first: Exchange, form: str) -> Chats | None:
+    """How conversations, or token ids, are read; None: text.
 
-
-def _day(first: Exchange) -> str:
-    created = first.response.get("created")
-    seconds = created if isinstance(created, int) and 0 <= created < _LAST_DAY else 0
-    return datetime.fromtimestamp(seconds, UTC).date().isoformat()
-
-
-def _chat(model: ChatModel, first: Exchange, form: str) -> CaptureChat | None:
-    """What the manifest says of conversations, or of token ids; None of text."""
+    Raises:
+        XtokenError: there is no template for messages.
+    """
     if form == "text":
         return None
     if form == "ids":
-        learn = [*IDS_LEARNED]
-        return CaptureChat(template=None, date=None, learn=learn, stop_token=end_of(model), form="ids", long="skip")
-    return CaptureChat(
-        template=model.template.sha256,
-        date=_day(first),
-        learn=sorted(LEARNED),
-        stop_token=model.stop_token,
-        form="messages",
-        turns="all" if first.scored else "last",
-        long="skip",
-        answering=None if first.scored else _answering(first),
-    )
+        return Chats.of_ids(config)
+    if not has_template(config.tokenizer):
+        raise XtokenError(
+            f"--form messages needs a chat template, and {config.tokenizer} has none; name the model's own folder or "
+            "id with --tokenizer, or say --form ids"
+        )
+    chats = Chats.of_messages(config, "all" if first.scored else "last")
+    answering = None if first.scored else _answering(first)
+    return replace(chats, info=chats.info.model_copy(update={"answering": answering}))
 
 
 def _answering(first: Exchange) -> Answering:

@@ -12,6 +12,14 @@ from xtoken.pipeline.imports.api_trace_rows import TraceRow, chat_rows, prompt_r
 _MENDS = {"logit_bias": ({}, None), "presence_penalty": (0, None), "frequency_penalty": (0, None)}
 # A grammar masks logits before any server, vLLM too, takes their log-softmax.
 _GRAMMARS = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+BLAMELESS = frozenset(
+    (
+        *("a changed distribution", "a temperature other than 1", "a tool call has no rows", "an answer that goes on"),
+        *("an error of the server", "another kind of trace", "hidden reasoning", "no bytes", "no log-probabilities"),
+        *("a damaged line", "no messages"),
+    )
+)
+"""Reasons for which samples are left out whatever the tokenizer."""
 _REASONING = ("reasoning_content", "reasoning")
 _ASK = "ask for logprobs and top_logprobs"
 

@@ -6,7 +6,7 @@ Shapes: T tokens and R rows of a sample, E entries of all its rows.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,7 @@ _APART = 2.5  # times; right files agree within 1.3
 _JUDGED = 20  # rows of a bucket, found or expected, below which chance decides
 _WHOLE, _ALL = 1e-4, 0.99  # renormalised: sums within this of 1, in this share of rows
 _ABOVE = 0.05  # of rows that add up to more than 1
+_SAME = 0.5  # of the documents must get the same ids; a teacher may write what its tokenizer would not
 _TAIL_TOKENS = 8  # of a cut document, which its tokenizer may end otherwise
 LOOKED_ROWS, _LOOKED_SLICES = 1 << 13, 16
 
@@ -101,11 +102,14 @@ class Look:
 
     def _retokenize(self, sample: ImportedSample, spelling: Spelling) -> None:
         spelt = spelling.text(sample.ids)
+        self.whole += 1
         if spelt is None:
             return
-        again = spelling.tokenizer.encode(spelt[0], complete=sample.complete).ids
+        try:
+            again = spelling.tokenizer.encode(spelt[0], complete=sample.complete).ids
+        except XtokenError:  # tokens and text have nothing in common
+            return
         stop = len(sample.ids) if sample.complete else max(1, len(sample.ids) - _TAIL_TOKENS)
-        self.whole += 1
         self.same += bool(np.array_equal(again[:stop], sample.ids[:stop]))
 
     @property
@@ -173,6 +177,33 @@ def _samples(reader: Reader, slices: Sequence[Slice]) -> Iterator[ImportedSample
                 break
 
 
+def refuse_other_tokenizer(found: Look, tokenizer: str, blameless: Collection[str] = ()) -> None:
+    """Refuse a tokenizer that would write most documents with other ids, or cannot read them.
+
+    Args:
+        found: by a look.
+        tokenizer: its name.
+        blameless: reasons for which samples are left out whatever the tokenizer.
+
+    Raises:
+        XtokenError: the message says how many.
+    """
+    if found.whole and found.same < _SAME * found.whole:
+        raise XtokenError(
+            f"of {found.whole} documents that were looked at, {found.whole - found.same} are no text in the tokens of "
+            f"{tokenizer}, or get other ids when that text is tokenized again (at most half may): the set is of "
+            "another tokenizer; give the teacher's with --tokenizer"
+        )
+    left_out = Counter({reason: count for reason, count in found.left_out.items() if reason not in blameless})
+    lost = left_out.total()
+    if lost > found.samples:
+        reason, count = left_out.most_common(1)[0]
+        raise XtokenError(
+            f"{lost} of the first {lost + found.samples} documents cannot be imported, {count} of them for {reason!r}; "
+            "is --tokenizer that of the set?"
+        )
+
+
 def refuse_shift(found: Look, format_name: str) -> None:
     """Refuse rows that do not predict the tokens that stand where the format says.
 
@@ -195,8 +226,12 @@ def refuse_shift(found: Look, format_name: str) -> None:
         )
 
 
-def refuse_sums(found: Look) -> None:
+def refuse_sums(found: Look, hint: str) -> None:
     """Refuse rows that are no probabilities.
+
+    Args:
+        found: by a look.
+        hint: what to check, of the format.
 
     Raises:
         XtokenError: too many of them add up to more than 1.
@@ -204,13 +239,16 @@ def refuse_sums(found: Look) -> None:
     if found.above_one > _ABOVE * found.rows:
         raise XtokenError(
             f"{found.above_one / found.rows:.0%} of {found.rows:,} rows add up to more than 1 (at most {_ABOVE:.0%} "
-            "may): they are no log-probabilities as they were read; is --compression that of the set (delta_encoding "
-            "is true where it does not say)? With --entries all the tail may be to blame: say --entries head"
+            f"may): they are no log-probabilities as they were read; {hint}"
         )
 
 
-def refuse_uncalibrated(found: Look) -> None:
+def refuse_uncalibrated(found: Look, hint: str) -> None:
     """Refuse rows whose probabilities are not the shares at which their tokens occur.
+
+    Args:
+        found: by a look.
+        hint: what to check, of the format.
 
     Raises:
         XtokenError: at some ranks they differ by more than 2.5 times.
@@ -221,6 +259,6 @@ def refuse_uncalibrated(found: Look) -> None:
         if judged and high > _APART * low:
             raise XtokenError(
                 f"tokens of the text have rank {one.ranks} in {one.share:.1%} of {found.rows:,} rows, and the rows "
-                f"give these ranks {one.mass:.1%} (at most {_APART:g} times apart): the rows were decoded wrongly; is "
-                "--compression that of the set (delta_encoding is true where it does not say)?"
+                f"give these ranks {one.mass:.1%} (at most {_APART:g} times apart): the rows were decoded wrongly; "
+                f"{hint}"
             )

@@ -138,8 +138,8 @@ class Compression(BaseModel):
         kind, n = self.term_dtype, self.tail
         t = rounded_to(kind, np.arange(n, dtype=np.float64))
         if self.normalize_t:
-            step, at = rounded_to(kind, np.array([1 / max(1, n - 1)]))[0], np.arange(n)
-            t = rounded_to(kind, np.where(at < n / 2, at * step, 1 - (n - 1 - at) * step))
+            step, place = rounded_to(kind, np.array([1 / max(1, n - 1)]))[0], np.arange(n)
+            t = rounded_to(kind, np.where(place < n / 2, place * step, 1 - (n - 1 - place) * step))
         total = np.zeros((len(coefficient_RT), n))
         with np.errstate(all="ignore"):
             for at, term in enumerate(self.terms):
@@ -153,7 +153,9 @@ class Compression(BaseModel):
             width = _WIDTH[one.scale_dtype]
             scale_R1 = _floats(data_RB[:, at : at + width], one.scale_dtype)
             found_level, _ = unpack_bytes(data_RB[:, at + width : at + one.bytes], one.num_elements, one.element_bits)
-            level = 2 * found_level - 1 if one.element_bits == 1 else found_level - (1 << (one.element_bits - 1))
+            level: NDArray[np.int64] = (
+                2 * found_level - 1 if one.element_bits == 1 else found_level - (1 << (one.element_bits - 1))
+            )
             stop = min(self.tail, entry + one.num_elements)
             found[:, entry:stop] = (level * scale_R1)[:, : stop - entry]
             at, entry = at + one.bytes, stop

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from xtoken.pipeline.chats import ChatModel, Refused, TokenRow, open_ids_model, tokens_of
+from xtoken.pipeline.chats import Refused, TokenRow, tokens_of
 from xtoken.pipeline.imports.compression import AnyCompression, Compression, LegacyCompression, beside, read_compression
+from xtoken.pipeline.imports.conversations import Chats, has_template
 from xtoken.pipeline.imports.documents import Border, Spelling, by_mask, by_token
 from xtoken.pipeline.imports.packed_bits import unpack_words
 from xtoken.pipeline.imports.parquet_rows import (
@@ -39,9 +40,11 @@ _NEEDED: dict[Variant, tuple[str, ...]] = {
     "distillkit legacy": ("packed_indices", "exact_values", "coeffs"),
     "raw top k": ("token_ids", "top_values"),
 }
-_ALWAYS, _PERHAPS = ("input_ids",), ("attention_mask", "normalized_logits")
+_ALWAYS, _PERHAPS = ("input_ids",), ("attention_mask", "normalized_logits", "messages")
 _LOOKED = 1 << 14  # rows of the file whose step from head to tail is looked at
 _LONGEST = 1 << 20  # rows in a row of the file
+_HINT = "is --compression that of the set (delta_encoding is true where it does not say)?"
+_PART_OF_ALL = 1e-3  # nats: a softmax over what is listed adds up to 1 far closer
 _CENTRED = 1.0  # nats: log-probabilities never add up to e, logits do
 
 
@@ -74,7 +77,8 @@ class DistillKitReader:
     variant: Variant
     compression: AnyCompression | None
     logits: bool = False
-    chats: ChatModel | None = None
+    chats: Chats | None = None
+    normalised: bool = False
     shift: int = 0
     steps: list[float] = field(default_factory=list)
 
@@ -93,11 +97,39 @@ class DistillKitReader:
             for row in range(batch.num_rows):
                 place = f"{name}:{first + row}"
                 try:
-                    yield from self._documents(place, self.decoded(batch, row, place))
+                    yield from self._samples(place, batch, row)
                 except BadRow as bad:
                     if self.config.on_bad == "stop":
                         raise
                     yield LeftOut(place, bad.reason, bad.detail)
+
+    def _samples(self, place: str, batch: pa.RecordBatch, row: int) -> Iterator[ImportedSample | LeftOut]:
+        found = self.decoded(batch, row, place)
+        if self.chats is None or self.chats.info.template is None:
+            yield from self._documents(place, found)
+            return
+        try:
+            yield self._rendered(f"{place}.0", batch["messages"][row].as_py(), found)
+        except Refused as refused:
+            yield LeftOut(f"{place}.0", refused.reason, refused.detail)
+
+    def _rendered(self, name: str, messages: Any, row: FileRow) -> ImportedSample | LeftOut:
+        """A row with its conversation: what the template writes must be the ids, but for BOS in front."""
+        assert self.chats is not None
+        conversation, chat = self.chats.rendered(messages)
+        mine, theirs = (self._leading_bos(ids) for ids in (chat.ids, row.ids))
+        wanted = chat.ids[mine:]
+        if not np.array_equal(row.ids[theirs : theirs + len(wanted)], wanted):
+            return LeftOut(
+                name, "a conversation of other ids", "they are not what the template writes, or the row was cut"
+            )
+        at_R = np.flatnonzero(chat.learn) + theirs - mine - 1 - self.shift
+        made = self._sample(name, chat.ids, 1, at_R, row, complete=True)
+        return replace(made, chat=chat, conversation=conversation)
+
+    def _leading_bos(self, ids: NDArray[Any]) -> int:
+        other = np.flatnonzero(ids != self.spelling.table.info.bos_id)
+        return int(other[0]) if len(other) else len(ids)
 
     def decoded(self, batch: pa.RecordBatch, row: int, place: str) -> FileRow:
         """One row of the file.
@@ -132,6 +164,9 @@ class DistillKitReader:
             ids, values = self._words(self.compression, given, place)
         else:
             ids, values = given[0].astype(np.int64), given[1].astype(np.float64)
+            if self.normalised:
+                with np.errstate(divide="ignore"):
+                    values = np.log(matrix(batch, "normalized_logits", row, place).astype(np.float64))
             if ids.shape != values.shape:
                 raise BadRow(place, "token_ids and top_values of unequal lengths", f"{ids.shape} and {values.shape}")
         if self.logits:
@@ -273,7 +308,7 @@ class DistillKitReader:
         assert self.chats is not None
         learn = (False, *[True] * (len(tokens) - 1))
         try:
-            chat = tokens_of(self.chats, TokenRow(tuple(tokens.tolist()), learn))
+            chat = tokens_of(self.chats.model, TokenRow(tuple(tokens.tolist()), learn))
         except Refused as refused:
             return LeftOut(name, refused.reason, refused.detail)
         predicted = at + np.flatnonzero(chat.learn)
@@ -357,26 +392,46 @@ def open_reader(config: ImportConfig, spelling: Spelling, form: str) -> DistillK
     needed = (*_ALWAYS, *_NEEDED[variant])
     rows = ParquetRows(files, (*needed, *_PERHAPS), needed)
     compression = None if variant == "raw top k" else _compression(config, files[0].path, variant)
+    chats = None
+    if form != "text":
+        chats = Chats.of_ids(config) if form == "ids" else Chats.of_messages(config, "all")
     source = Source(
         format=variant,
         files=tuple(one.path for one in files),
         rest=_rest(config, compression),
         config={} if compression is None else compression.model_dump(mode="json"),
         k=MOST_K if compression is None else compression.k,
+        chat=None if chats is None else chats.info,
         notes=_notes(config, compression),
+        hint=_HINT if compression is not None else Source.hint,
     )
-    chats = open_ids_model(config.tokenizer) if form == "ids" else None
     reader = DistillKitReader(source, config, spelling, rows, variant, compression, chats=chats)
     if variant == "distillkit":
         return reader
-    logits = _holds_logits(reader)
-    if logits:
+    if variant == "raw top k" and "normalized_logits" in rows.schema().names:
+        over_all = replace(reader, normalised=True)
+        if _first_sum(over_all) < -_PART_OF_ALL:  # over the vocabulary: what is listed is a part of 1
+            return replace(over_all, source=replace(source, rest="rounded"))
+    if _first_sum(reader) > _CENTRED:
         notes = (*source.notes, "The rows hold logits: what is not listed is not known.")
         reader = replace(reader, logits=True, source=replace(source, rest="unknown", notes=notes))
     return reader
 
 
 MOST_K = 4096
+
+
+def guess_form(config: ImportConfig) -> str | None:
+    """messages where rows have their conversation and the tokenizer has a template; else the ids must say."""
+    rows = ParquetRows(list_files(config.paths, (".parquet",)), ("messages",), ())
+    if "messages" not in rows.schema().names:
+        return None
+    for wanted in rows.slices(config.part_bytes)[:1]:
+        for _, batch in rows.read(wanted):
+            rows.close()
+            given = any(batch["messages"].to_pylist())
+            return "messages" if given and has_template(config.tokenizer) else None
+    return None
 
 
 def _variant(rows: ParquetRows) -> Variant:
@@ -430,13 +485,13 @@ def _notes(config: ImportConfig, how: AnyCompression | None) -> tuple[str, ...]:
     return ()
 
 
-def _holds_logits(reader: DistillKitReader) -> bool:
-    """Whether values are logits: what they add up to is then far above 1."""
+def _first_sum(reader: DistillKitReader) -> float:
+    """Median of the log of what the first rows' entries add up to; of logits far above 0."""
     for wanted in reader.slices():
         for first, batch in reader.rows.read(wanted):
             place = f"{reader.rows.files[wanted.file].name}:{first}"
             listed = reader.decoded(batch, 0, place).listed
             if len(listed):
                 reader.rows.close()
-                return float(np.median(listed)) > _CENTRED
-    return False
+                return float(np.median(listed))
+    return 0.0

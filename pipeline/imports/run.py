@@ -20,7 +20,14 @@ from xtoken.pipeline.capture.run_identity import RUN_FILE, another_run, create_o
 from xtoken.pipeline.chats import span_columns, to_json
 from xtoken.pipeline.executors.local import refuse_unshared
 from xtoken.pipeline.imports import FORMATS
-from xtoken.pipeline.imports.claims import Look, look, refuse_shift, refuse_sums, refuse_uncalibrated
+from xtoken.pipeline.imports.claims import (
+    Look,
+    look,
+    refuse_other_tokenizer,
+    refuse_shift,
+    refuse_sums,
+    refuse_uncalibrated,
+)
 from xtoken.pipeline.imports.documents import Spelling
 from xtoken.pipeline.imports.rows import clean, packed
 from xtoken.pipeline.imports.samples import ImportedSample, LeftOut, Reader, Slice
@@ -172,10 +179,12 @@ def _tested(config: ImportConfig, spelling: Spelling, reader: Reader, slices: Se
     unsound = getattr(reader, "refuse_unsound", None)
     if unsound is not None:
         unsound(found.far_above / found.rows, found.above_zero)
-    refuse_sums(found)
-    if getattr(reader, "calibrated", True):  # a reader knows of answers that were drawn otherwise
-        refuse_uncalibrated(found)
-    refuse_shift(found, config.format)
+    source = reader.source
+    refuse_sums(found, source.hint)
+    if source.calibrated:
+        refuse_uncalibrated(found, source.hint)
+    refuse_other_tokenizer(found, config.tokenizer, source.blameless)
+    refuse_shift(found, source.format)
     return reader, found
 
 

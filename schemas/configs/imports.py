@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from xtoken.schemas.codecs import TopK
-from xtoken.schemas.configs.base import ARGUMENTS, COMMON, MAY_CHANGE, OUT_FOLDER, PLACE, Config, argument
+from xtoken.schemas.configs.base import ARGUMENTS, COMMON, MAY_CHANGE, OUT_FOLDER, PLACE, Config, a_day, argument
 
 Format = Literal["distillkit", "axolotl", "api-trace"]
 LICENSED = ("corpus", "outputs")
@@ -54,6 +54,12 @@ class ImportConfig(Config):
         "conversation whose answers are taught; auto: messages where a column has them, ids where control tokens stand "
         "inside, else text.",
     )
+    field: str | None = Field(
+        None, description="axolotl: column of generated answers' log-probabilities; left out: the one so named."
+    )
+    date: str = Field(
+        "2025-01-01", description="messages: the day that a chat template takes for today, if it writes dates."
+    )
     k: int = Field(64, ge=1, le=255, description="Keep at most this many entries of a row.")
     min_p: float = Field(0.003, ge=0.0, lt=1.0, description="Drop entries below this probability; their mass is REST.")
     max_tokens: int = Field(1 << 15, ge=2, le=1 << 20, description="Cut documents that have more tokens.")
@@ -87,6 +93,8 @@ class ImportConfig(Config):
     def licenses(self) -> dict[str, str]:
         """As manifests have them."""
         return {name: value for name, _, value in (word.partition("=") for word in self.license)}
+
+    _dates = field_validator("date")(a_day)
 
     @field_validator("license")
     @classmethod

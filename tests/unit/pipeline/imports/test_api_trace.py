@@ -116,7 +116,7 @@ def test_an_answer_is_a_conversation_with_its_tokens_taught(traces: Open, smollm
     chat = reader.source.chat
     assert chat is not None
     assert chat.answering is not None
-    assert (chat.date, chat.turns, chat.answering.temperature) == ("2023-11-14", "last", 1.0)
+    assert (chat.date, chat.turns, chat.answering.temperature) == ("2025-01-01", "last", 1.0)
     assert (reader.source.format, reader.source.rest, reader.source.notes) == ("api-trace chat", "exact", ())
 
 
@@ -370,10 +370,12 @@ def test_answers_that_were_drawn_otherwise_are_not_calibrated(
     plain = exchange(chosen(content(smollm2.table, smollm2.token_ids(["Yes."])[0]), "Yes."))
     other = {"request": plain["request"] | asked, "response": plain["response"]}
     reader = traces(plain, other)
-    assert reader.calibrated is drawn
+    assert reader.source.calibrated is drawn
     assert ("test of calibration is left out" in "".join(reader.source.notes)) is not drawn
     vllm = {**plain, "response": plain["response"] | {"kv_transfer_params": None}}
-    assert not traces(vllm).calibrated  # its defaults are the model's
+    asked = {"temperature": 1, "top_p": 1, "top_k": -1}
+    assert traces({**vllm, "request": vllm["request"] | asked}).source.calibrated
+    assert not traces(vllm).source.calibrated  # its defaults are the model's
 
 
 def test_messages_need_a_template(traces: Open, tokenizer_file: Callable[[str], Path]) -> None:
