@@ -57,7 +57,9 @@ def packed_values(value_RK: NDArray[np.float64], config: Mapping[str, Any]) -> N
     if config["polynomial_terms"]:
         t = np.arange(tail.shape[1], dtype=np.float64)
         basis = np.stack([np.sqrt(t) if term == "sqrt" else t**term for term in config["polynomial_terms"]], axis=1)
-        found = np.linalg.lstsq(basis, tail.T, rcond=None)[0].T if tail.shape[1] else np.zeros((len(value), 1))
+        found = (
+            np.linalg.lstsq(basis, tail.T, rcond=None)[0].T if tail.shape[1] else np.zeros((len(value), len(basis.T)))
+        )
         parts.append(np.ascontiguousarray(found.astype(_TYPES[config["term_dtype"]])).view(np.uint8))
     return np.concatenate([part.reshape(len(value), -1) for part in parts], axis=1)
 

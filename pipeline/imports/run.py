@@ -38,7 +38,7 @@ from xtoken.pipeline.store.codes import Codes, codes_by_use, read_codes
 from xtoken.pipeline.store.files import Folder
 from xtoken.pipeline.store.publish import clean as clean_up
 from xtoken.pipeline.store.publish import committed, publish_part
-from xtoken.pipeline.store.reader import VOCAB_FILE, read_table
+from xtoken.pipeline.store.reader import MERGES_FILE, VOCAB_FILE, read_table
 from xtoken.pipeline.store.seal import SUMS_FILE, seal
 from xtoken.pipeline.store.skip_records import join_skips, keep_skips
 from xtoken.pipeline.store.writer import ROW_GROUP, Sample, capture_batch, group_rows, write_parquet
@@ -136,10 +136,16 @@ def import_dataset(config: ImportConfig, progress: Progress) -> dict[str, Any]:
     settings = {**identity(config), "tokenizer_hash": spelling.table.info.hash}
     if not folder.exists(RUN_FILE):
         _refuse_foreign(folder)
+    fresh, made = not folder.exists(RUN_FILE), folder.local and not folder.exists("")
     folder.make("")
     if differ := create_or_compare(folder, RUN_FILE, settings, needed=False):
         raise another_run(folder, [str(one) for one in differ])
-    run = _settle(config, folder, spelling, progress)
+    try:
+        run = _settle(config, folder, spelling, progress)
+    except XtokenError:
+        if fresh and not committed(config.out):
+            _forget(folder, made=made)
+        raise
     manifest = _work(run, progress)
     assert manifest.imported is not None
     totals = {name: sum(getattr(part, name) for part in manifest.parts) for name in ("samples", "tokens", "rows")}
@@ -149,6 +155,14 @@ def import_dataset(config: ImportConfig, progress: Progress) -> dict[str, Any]:
 def _refuse_foreign(folder: Folder) -> None:
     if names := folder.names():
         raise XtokenError(f"{folder.root} holds {names[0]!r} but no import; use another --out")
+
+
+def _forget(folder: Folder, *, made: bool) -> None:
+    """Undo what a run wrote whose rows were refused: corrected settings may use the folder."""
+    for name in (IMPORT_FILE, PLAN_FILE, VOCAB_FILE, MERGES_FILE, RUN_FILE):
+        folder.remove(name)
+    if made:
+        folder.remove_empty()
 
 
 def _open(config: ImportConfig, spelling: Spelling, form: str | None = None) -> tuple[Reader, str]:
@@ -251,6 +265,8 @@ def _settle(config: ImportConfig, folder: Folder, spelling: Spelling, progress: 
         reader, _ = _open(config, spelling, begun.form)
         if begun.info.moved:
             reader = reader.moved(begun.info.moved) or reader
+        if reader.source.config != begun.info.config:
+            raise another_run(folder, [f"{config.compression or 'the settings beside the data'} says other things now"])
         slices = reader.slices()
     plan = _plan(config, slices, begun.info.files)
     sizes = [(name.rsplit("/", 1)[-1], size) for name, size in plan.files]

@@ -5,7 +5,17 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from xtoken.schemas.codecs import TopK
-from xtoken.schemas.configs.base import ARGUMENTS, COMMON, MAY_CHANGE, OUT_FOLDER, PLACE, Config, a_day, argument
+from xtoken.schemas.configs.base import (
+    ARGUMENTS,
+    AS_HASH,
+    COMMON,
+    MAY_CHANGE,
+    OUT_FOLDER,
+    PLACE,
+    Config,
+    a_day,
+    argument,
+)
 
 Format = Literal["distillkit", "axolotl", "api-trace"]
 LICENSED = ("corpus", "outputs")
@@ -23,19 +33,19 @@ class ImportConfig(Config):
     format: Format = argument("distillkit (also open-instruct's copy and raw top k), axolotl, or api-trace.", {})
     paths: list[str] = Field(
         description="Files or folders, in any number: .parquet; of api-trace .jsonl.",
-        json_schema_extra=ARGUMENTS | PLACE,
+        json_schema_extra=ARGUMENTS | PLACE | AS_HASH,
     )
     tokenizer: str = Field(
         description="Hugging Face id or folder of the tokenizer that the ids are of, the teacher's; no such file names "
         "it.",
-        json_schema_extra=PLACE | COMMON,
+        json_schema_extra=PLACE | COMMON | AS_HASH,
     )
-    out: str = Field(description="Folder or URL of the capture.", json_schema_extra=OUT_FOLDER | COMMON)
+    out: str = Field(description="Folder or URL of the capture.", json_schema_extra=OUT_FOLDER | COMMON | MAY_CHANGE)
     compression: str | None = Field(
         None,
         description="distillkit: the file that says how rows were compressed, which the rows do not; left out: "
         "compression_config.yaml beside the data.",
-        json_schema_extra=PLACE | COMMON,
+        json_schema_extra=PLACE | COMMON | AS_HASH,
     )
     entries: Literal["head", "all"] = Field(
         "head",
@@ -76,7 +86,7 @@ class ImportConfig(Config):
         "teacher wrote or scored; kept in the manifest.",
     )
     part_bytes: int = Field(
-        1 << 26, ge=1 << 16, description="Bytes of the source that become one part, about (decoded, of Parquet)."
+        1 << 26, ge=1 << 12, description="Bytes of the source that become one part, about (decoded, of Parquet)."
     )
     dry_run: bool = Field(
         False,

@@ -35,7 +35,7 @@ def numbers(rows: Sequence[Sequence[Any]]) -> NDArray[np.float64]:
 
 
 def words_tokenizer(folder: Path) -> Path:
-    """A tokenizer whose ids 0 to 998 are words of three letters and 999 is padding: any ids of a golden spell a text."""
+    """A tokenizer whose ids 0 to 998 are words of three letters and 999 is padding: any golden spells a text."""
     letters = "abcdefghij"
     vocabulary = {letters[at // 100] + letters[at // 10 % 10] + letters[at % 10]: at for at in range(999)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -102,5 +102,5 @@ def test_settings_within_a_training_example_are_found(tmp_path: Path) -> None:
 def test_files_that_are_no_settings(text: bytes, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_bytes(text)
-    with pytest.raises(XtokenError, match="c.yaml"):
+    with pytest.raises(XtokenError, match=r"c.yaml"):
         read_compression(str(path))

@@ -67,7 +67,7 @@ def test_a_row_is_about_the_token_behind_it(name: str, entries_kept: str, words:
         ids, value = np.array(wanted["ids"]), numbers(wanted["value" if "value" in wanted else "logprob"])
         padded = wanted["input_ids"][-1] == 999
         # the sampler's pad stands for the end of the document
-        assert sample.ids.tolist() == wanted["input_ids"][:-1] + [1256 if padded else wanted["input_ids"][-1]]
+        assert sample.ids.tolist() == [*wanted["input_ids"][:-1], 1256 if padded else wanted["input_ids"][-1]]
         assert (sample.first_row, sample.complete) == (1, padded)
         assert len(sample.offsets) == len(wanted["input_ids"])
         for row in range(len(ids)):
@@ -83,7 +83,7 @@ def test_documents_of_packed_rows_are_told_apart(words: Path, tmp_path: Path) ->
     wanted = [(row, one) for row, sample in enumerate(said["samples"]) for one in sample["documents"]]
     assert len(found) == len(wanted)
     for sample, (row, document) in zip(found, wanted, strict=True):
-        start, stop = document["start"], document["stop"]
+        start, stop = document["start"], document["end"]
         assert sample.name.startswith(f"packed_1k.parquet:{row}.")
         assert sample.ids.tolist() == rows[row]["input_ids"][start:stop]
         assert not sample.complete
@@ -94,17 +94,17 @@ def test_documents_of_packed_rows_are_told_apart(words: Path, tmp_path: Path) ->
 
 def test_without_a_mask_packed_rows_are_refused(words: Path, tmp_path: Path) -> None:
     table = pq.read_table(IMPORT / "packed_1k.parquet").drop_columns(["attention_mask"])
-    ids = [row[:3] + [1256] + row[4:] for row in table["input_ids"].to_pylist()]
+    ids = [[*row[:3], 1256, *row[4:]] for row in table["input_ids"].to_pylist()]
     folder = tmp_path / "set"
     folder.mkdir()
     pq.write_table(table.set_column(0, "input_ids", [ids]), folder / "a.parquet")
     config = config_of("packed_1k", words, tmp_path).changed(paths=[str(folder)])
     spelling = Spelling(load_tokenizer(str(words)))
-    with pytest.raises(BadRow, match="a.parquet:0: several documents without a mask.*--documents bos or"):
+    with pytest.raises(BadRow, match=r"a.parquet:0: several documents without a mask.*--documents bos or"):
         samples(open_reader(config, spelling, "text"))
     split = samples(open_reader(config.changed(documents="eos"), spelling, "text"))
     assert [len(one.ids) for one in split[:2]] == [4, len(ids[0]) - 4]
-    with pytest.raises(XtokenError, match="--documents bos: .* has no such token"):
+    with pytest.raises(XtokenError, match=r"--documents bos: .* has no such token"):
         samples(open_reader(config.changed(documents="bos"), spelling, "text"))
 
 
@@ -137,13 +137,15 @@ def test_logits_are_told_by_their_sums(words: Path, tmp_path: Path) -> None:
 
 def test_generated_answers_of_either_form_have_the_same_rows() -> None:
     objects, rows = golden("ax_token_id")
-    lists, others = golden("ax_lists")
+    _, others = golden("ax_lists")
     for wanted, row, other in zip(objects["samples"], rows, others, strict=True):
         one = token_objects(row[objects["field"]], "x")
         two = parallel_lists(other["logprobs"], other["target_token_ids"], "x")
         for found in (one, two):
             assert found.offsets.tolist() == [8 * at for at in range(len(wanted["answer_ids"]) + 1)]
-            assert [sorted(found.ids[at : at + 8]) for at in found.offsets[:-1]] == [sorted(ids) for ids in wanted["ids"]]
+            assert [sorted(found.ids[at : at + 8]) for at in found.offsets[:-1]] == [
+                sorted(ids) for ids in wanted["ids"]
+            ]
         at = one.taken(np.array([-1, 1, 99, 0]))
         assert np.diff(at.offsets).tolist() == [0, 8, 0, 8]
         assert at.ids[:8].tolist() == one.ids[8:16].tolist()
@@ -186,8 +188,11 @@ def test_prepared_rows_are_found_where_either_server_puts_them(name: str, words:
     assert len(at) == sum(label != -100 for label in said["samples"][0]["labels"])
     for row, token in enumerate(at.tolist()):
         ids, _ = entries(sample, row)
-        assert set(truth["ids"][token - 1]) & set(ids), "row j of the server is about token j + 1"
-        assert sample.ids[token] in ids
+        # vLLM's rows have the token of the text in the place of the last rank where it is not among them
+        assert len(set(truth["ids"][token - 1]) & set(ids)) >= len(ids) - 1, "row j of the server is about token j + 1"
+    hits, of = (int(one) for one in said["hits"][str(said["shift"])].split("/"))
+    assert sum(int(sample.ids[token] in entries(sample, row)[0]) for row, token in enumerate(at.tolist())) == hits
+    assert len(at) == of
 
 
 @pytest.mark.parametrize(
@@ -201,18 +206,18 @@ def test_files_of_another_format(name: str, said: str, words: Path, tmp_path: Pa
 
 
 def test_rows_of_another_width_than_the_settings_say(words: Path, tmp_path: Path) -> None:
+    config = config_of("dk_qwen3_1k", words, tmp_path).changed(paths=[str(IMPORT / "dk_recommended_1k.parquet")])
+    reader = open_reader(config, Spelling(load_tokenizer(str(words))), "text")
     with pytest.raises(BadRow, match=r"have 56 bytes, and by --compression each has 140; give the configuration"):
-        config = config_of("dk_qwen3_1k", words, tmp_path)
-        paths = [str(IMPORT / "dk_recommended_1k.parquet")]
-        samples(open_reader(config.changed(paths=paths), Spelling(load_tokenizer(str(words))), "text"))
+        samples(reader)
 
 
 def test_nobody_says_how_rows_are_compressed(words: Path, tmp_path: Path) -> None:
     config = config_of("dk_qwen3_1k", words, tmp_path).model_copy(update={"compression": None})
-    with pytest.raises(XtokenError, match="compression_config.yaml does not exist.*with --compression FILE"):
+    with pytest.raises(XtokenError, match=r"compression_config.yaml does not exist.*with --compression FILE"):
         open_reader(config, Spelling(load_tokenizer(str(words))), "text")
 
 
 def test_a_head_of_none_keeps_nothing(words: Path, tmp_path: Path) -> None:
-    with pytest.raises(XtokenError, match="exact_k is 0.*say --entries all"):
+    with pytest.raises(XtokenError, match=r"exact_k is 0.*say --entries all"):
         reader_of("dk_noexact_1k", words, tmp_path)
