@@ -97,10 +97,10 @@ class Line:
 
     def token_bytes(self, value: Any, what: str) -> bytes:
         """The bytes of a token; null is none."""
-        found = [] if value is None else self.array(value, what, MOST_BYTES)
-        if not all(type(one) is int and 0 <= one <= 255 for one in found):
+        try:
+            return b"" if value is None else bytes(self.array(value, what, MOST_BYTES))
+        except (TypeError, ValueError):
             self.bad(what, value, "bytes are whole numbers from 0 to 255")
-        return bytes(found)
 
     def number(self, value: Any, what: str, default: float, *, most: float) -> float:
         """A number from 0 to ``most``; null is the default."""
