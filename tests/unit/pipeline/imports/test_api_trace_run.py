@@ -20,7 +20,7 @@ from xtoken.pipeline.tokens import load_tokenizer
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.imports import ImportConfig
 from xtoken.schemas.errors import XtokenError
-from xtoken.schemas.manifest import CaptureManifest, read_manifest
+from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_manifest
 from xtoken.schemas.ui.progress import Silent
 
 TEMPLATES = GOLDEN / "captures"
@@ -117,6 +117,22 @@ def test_a_trace_becomes_a_capture_and_targets(tokenizer: Path, lines: list[Any]
     for sample in samples:
         known = [value for value in rows[sample.sample_id]["teacher_logprob"] if not math.isnan(value)]
         assert sum(known) == pytest.approx(float(sample.label_logprob.sum()), rel=1e-3)
+
+
+def test_only_an_answer_that_the_teacher_ended_teaches_its_end(
+    tokenizer: Path, lines: list[Any], tmp_path: Path
+) -> None:
+    import_dataset(config(tmp_path, tokenizer, lines[:10]), Silent())
+    out = str(tmp_path / "targets")
+    align(AlignConfig(captures=[str(tmp_path / "capture")], student=str(tokenizer), out=out, losses=["alm"]), Silent())
+    manifest = read_manifest(out, TargetManifest)
+    assert manifest.chat is not None
+    ended = []
+    for batch in iter_targets(out):
+        for row in batch.to_pylist():
+            stops = [at for at, token in enumerate(row["student_ids"]) if token == manifest.chat.stop_token]
+            ended.append(row["learn"][stops[-1]])
+    assert ended == [True, False] * 5
 
 
 def check_rows(sample: Any, choice: dict[str, Any]) -> None:
