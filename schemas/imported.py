@@ -1,5 +1,7 @@
 """What the manifest says of a capture that was made of a logit dataset of others, and of its targets."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue
@@ -68,6 +70,50 @@ def refuse_section(manifest: Any, since: int) -> None:
     """Raise ValueError unless a manifest has the section ``imported`` exactly from a version on."""
     if (manifest.imported is not None) != (manifest.schema_version >= since):
         raise ValueError(f"version {since} on, and no version before, says where rows were imported from in 'imported'")
+
+
+def joined_imports(infos: Sequence[ImportedInfo]) -> ImportedInfo | None:
+    """What is known of captures that were joined; None of none. Shares that are no means are the worst of all."""
+    if not infos:
+        return None
+    looked = max(1, sum(one.looked_at for one in infos))
+    weights = [one.looked_at / looked for one in infos]
+    same = [one.same_ids for one in infos if one.same_ids is not None]
+    counts: Counter[str] = Counter()
+    for one in infos:
+        counts.update(one.counts)
+    files = {one.sha256: one for info in infos for one in info.files}
+    return infos[0].model_copy(
+        update={
+            "files": list(files.values()),
+            "source": _all_said([one.source for one in infos]),
+            "revision": _all_said([one.revision for one in infos]),
+            "looked_at": sum(one.looked_at for one in infos),
+            "shift": {name: _mean([one.shift.get(name, 0.0) for one in infos], weights) for name in infos[0].shift},
+            "calibration": [
+                RankShare(
+                    ranks=rows[0].ranks,
+                    share=_mean([one.share for one in rows], weights),
+                    mass=_mean([one.mass for one in rows], weights),
+                )
+                for rows in zip(*(one.calibration for one in infos), strict=True)
+            ],
+            "same_ids": min(same) if same else None,
+            "labels_unknown": max(one.labels_unknown for one in infos),
+            "counts": dict(counts),
+            "notes": list(dict.fromkeys(note for one in infos for note in one.notes)),
+        }
+    )
+
+
+def _mean(shares: Sequence[float], weights: Sequence[float]) -> float:
+    return min(1.0, sum(weight * share for weight, share in zip(weights, shares, strict=True)))
+
+
+def _all_said(names: Sequence[str | None]) -> str | None:
+    """Each once; None where one did not say."""
+    said = dict.fromkeys(names)
+    return None if None in said else ", ".join(name for name in said if name is not None)
 
 
 # Labels that no entry says may be so many of all before ALM, which needs each, is refused: dropping the surprising ones

@@ -366,7 +366,7 @@ class DistillKitReader:
         if said := [reason for reason, wrong in reasons.items() if wrong]:
             raise XtokenError(
                 f"--entries all: the tail of these rows is noise of their compression: {'; '.join(said)}. Take "
-                "--entries head: the numbers, and REST as what they leave"
+                "--entries head: the numbers, and the tail mass as what they leave"
             )
 
 

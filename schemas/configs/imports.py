@@ -24,7 +24,7 @@ LICENSED = ("corpus", "outputs")
 class ImportConfig(Config):
     """Turn a logit dataset that others published into a capture, which align and train read like any other.
 
-    The files hold no more than they hold. What they cannot know is marked unknown: the tail mass (REST) of rows that
+    The files hold no more than they hold. What they cannot know is marked unknown: the tail mass of rows that
     were renormalised, the probability of a token outside the top k. Align refuses by name what would need it.
     Before anything is written, rows are tested: does each predict the token that stands behind it, and do tokens occur
     as often as the rows say? '--dry-run' stops there, and lists the losses that the set can train.
@@ -49,8 +49,8 @@ class ImportConfig(Config):
     )
     entries: Literal["head", "all"] = Field(
         "head",
-        description="distillkit: entries that are kept. head: those stored as numbers; REST is what they leave. all: "
-        "also those that a polynomial approximates, refused where these are noise.",
+        description="distillkit: entries that are kept. head: those stored as numbers; the tail mass is what they "
+        "leave. all: also those that a polynomial approximates, refused where these are noise.",
         json_schema_extra=COMMON,
     )
     documents: Literal["auto", "mask", "bos", "eos"] = Field(
@@ -71,7 +71,9 @@ class ImportConfig(Config):
         "2025-01-01", description="messages: the day that a chat template takes for today, if it writes dates."
     )
     k: int = Field(64, ge=1, le=255, description="Keep at most this many entries of a row.")
-    min_p: float = Field(0.003, ge=0.0, lt=1.0, description="Drop entries below this probability; their mass is REST.")
+    min_p: float = Field(
+        0.003, ge=0.0, lt=1.0, description="Drop entries below this probability; their mass is tail mass."
+    )
     max_tokens: int = Field(1 << 15, ge=2, le=1 << 20, description="Cut documents that have more tokens.")
     on_bad: Literal["stop", "skip"] = Field(
         "stop",
@@ -90,7 +92,7 @@ class ImportConfig(Config):
     )
     dry_run: bool = Field(
         False,
-        description="Test rows, say what was found and which losses they can train, and write nothing.",
+        description="Test rows, print what was found and which losses they can train, and write nothing.",
         json_schema_extra=COMMON | MAY_CHANGE,
     )
 

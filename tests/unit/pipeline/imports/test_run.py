@@ -23,11 +23,14 @@ from xtoken.pipeline.align.run import align
 from xtoken.pipeline.imports.run import import_dataset
 from xtoken.pipeline.query import query
 from xtoken.pipeline.query.samples import Capture
+from xtoken.pipeline.share.merge import merge
+from xtoken.pipeline.share.push_pull import pull
 from xtoken.pipeline.store.codecs.topk import TAIL_UNKNOWN
 from xtoken.pipeline.store.inspect import inspect
 from xtoken.pipeline.store.reader import iter_capture, iter_targets
 from xtoken.pipeline.store.verify import verify
 from xtoken.schemas.configs.artifacts import AlignConfig, QueryConfig
+from xtoken.schemas.configs.share import MergeConfig, PullConfig
 from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.errors import VerificationError, XtokenError
 from xtoken.schemas.manifest import CaptureManifest, TargetManifest, read_manifest
@@ -331,3 +334,35 @@ def test_rows_of_any_lists_are_refused_by_name(data: Path, tmp_path: Path) -> No
             import_dataset(config_of(folder, tmp_path / "out", dry_run=True), Silent())
         found = import_dataset(config_of(folder, tmp_path / "out", dry_run=True, on_bad="skip"), Silent())
         assert found["rows_looked_at"] > 0
+
+
+def test_two_imports_become_one_capture(capture: Path, tmp_path: Path) -> None:
+    other = write_set(tmp_path / "set", count=4)
+    (other / "rows.parquet").rename(other / "more.parquet")
+    import_dataset(config_of(other, tmp_path / "more", source="c/d"), Silent())
+    merge(MergeConfig(sources=[str(capture), str(tmp_path / "more")], destination=str(tmp_path / "both")), Silent())
+    verify(str(tmp_path / "both"))
+    parts = [read_manifest(str(root), CaptureManifest).imported for root in (capture, tmp_path / "more")]
+    both = read_manifest(str(tmp_path / "both"), CaptureManifest)
+    assert both.imported is not None
+    assert (both.schema_version, both.imported.source) == (7, "a/b, c/d")
+    assert [one.name for one in both.imported.files] == ["rows.parquet", "more.parquet"]
+    assert both.imported.looked_at == sum(one.looked_at for one in parts if one is not None)
+    assert both.imported.labels_unknown == max(one.labels_unknown for one in parts if one is not None)
+
+
+def test_an_import_and_a_capture_of_a_teacher_stay_apart(capture: Path, renormalised: Path, tmp_path: Path) -> None:
+    golden = TINY.parent / "v3-topk"
+    for other, said in ((renormalised, "imported.rest is 'exact' and 'unknown'"), (golden, "cannot be one capture")):
+        with pytest.raises(XtokenError, match=said):
+            merge(MergeConfig(sources=[str(capture), str(other)], destination=str(tmp_path / "both")), Silent())
+
+
+def test_a_subset_says_where_it_is_from(capture: Path, tmp_path: Path) -> None:
+    config = PullConfig(source=str(capture), destination=str(tmp_path / "some"), where="len(teacher_ids) > 40")
+    pull(config, Silent())
+    verify(str(tmp_path / "some"))
+    found, whole = (read_manifest(str(root), CaptureManifest) for root in (tmp_path / "some", capture))
+    assert found.imported == whole.imported
+    assert found.schema_version == 7
+    assert 0 < sum(part.samples for part in found.parts) < sum(part.samples for part in whole.parts)
