@@ -31,6 +31,7 @@ _MESSAGES = ("messages", "messages_combined", "conversations")
 _TOKEN = re.compile(r"token_id:(\d{1,10})")
 _MOST, _LONGEST = 4096, 1 << 20
 _NO_LOGPROB = -9998.0  # servers write -9999 for none, padding has -1e9
+_NEAR = range(-2, 3)  # places, as of the test of the shift
 _PRESENT = 0.5  # of an answer's rows list the token that stands there: a sampled one always is
 
 
@@ -208,12 +209,9 @@ class AxolotlReader:
             return LeftOut(name, "longer than --max-tokens", f"{len(chat.ids)} tokens")
         found = rows.taken(np.arange(len(learnt)) - self.shift)
         made = self._sample(name, chat, found, conversation)
-        row_E = np.repeat(np.arange(len(learnt)), np.diff(found.offsets))
-        hits = len(np.unique(row_E[found.ids == chat.ids[learnt][row_E]]))
-        if not self.shift and hits < _PRESENT * min(count, len(learnt)):
-            return LeftOut(
-                name, "an answer of other tokens", f"{hits} of {count} rows list the token that stands there"
-            )
+        hits = max(_listed(found, chat.ids, learnt + shift) for shift in _NEAR)
+        if hits < _PRESENT * min(count, len(learnt)):
+            return LeftOut(name, "an answer of other tokens", f"{hits} of {count} rows list the token of their place")
         return made
 
     def _sample(
@@ -231,6 +229,12 @@ class AxolotlReader:
             chat=chat,
             conversation=conversation,
         )
+
+
+def _listed(rows: AnswerRows, ids: NDArray[np.int32], at_R: NDArray[np.int64]) -> int:
+    """How many rows list the token that stands at a place."""
+    row_E = np.repeat(np.arange(len(at_R)), np.diff(rows.offsets))
+    return len(np.unique(row_E[rows.ids == ids[np.clip(at_R, 0, len(ids) - 1)][row_E]]))
 
 
 def open_reader(config: ImportConfig, spelling: Spelling, form: str) -> AxolotlReader:

@@ -95,9 +95,16 @@ class Look:
             self.stored[shift][1] += int(inside_R.sum())
 
     def _ranks(self, found: CleanRows) -> None:
-        p_E = np.exp(np.minimum(found.logprob, 0.0))
+        """The last place of a row is left out: servers put a sampled token there that is less probable."""
+        count_R = np.bincount(found.row, minlength=found.rows)
+        p_E = np.where(
+            (found.rank + 1 < count_R[found.row]) | (count_R[found.row] == 1),
+            np.exp(np.minimum(found.logprob, 0.0)),
+            0.0,
+        )
+        rank_R = np.where((found.label_rank < count_R) | (count_R == 1), found.label_rank, 0)
         for at, (_, low, high) in enumerate(_BUCKETS):
-            self.ranked[at] += int(((found.label_rank >= low) & (found.label_rank <= high)).sum())
+            self.ranked[at] += int(((rank_R >= low) & (rank_R <= high)).sum())
             self.mass[at] += float(p_E[(found.rank + 1 >= low) & (found.rank + 1 <= high)].sum())
 
     def _retokenize(self, sample: ImportedSample, spelling: Spelling) -> None:

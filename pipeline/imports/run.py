@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from xtoken.pipeline.capture.plan import PLAN_FILE, Plan, Shard
 from xtoken.pipeline.capture.precompute import check_vocab, write_vocab
 from xtoken.pipeline.capture.run_identity import RUN_FILE, another_run, create_or_compare
-from xtoken.pipeline.chats import span_columns, to_json
+from xtoken.pipeline.chats import ChatTokens, span_columns, to_json
 from xtoken.pipeline.executors.local import refuse_unshared
 from xtoken.pipeline.imports import FORMATS
 from xtoken.pipeline.imports.claims import (
@@ -387,6 +387,7 @@ def _sample(run: _Run, one: ImportedSample, codec: Codec, counts: Counter[str]) 
     spans, messages = None, None
     if one.chat is not None:
         text, ends = one.chat.text, one.chat.ends
+        counts.update(taught_counts(one.chat))
         spans = span_columns(one.chat.spans)
         messages = None if one.conversation is None else to_json(one.conversation)
     else:
@@ -411,6 +412,15 @@ def _sample(run: _Run, one: ImportedSample, codec: Codec, counts: Counter[str]) 
         spans=spans,
         messages=messages,
     )
+
+
+def taught_counts(chat: ChatTokens) -> Counter[str]:
+    """Answers and tokens that are taught, for a commit record; as of a capture of conversations."""
+    counts = Counter(turns=len(chat.message_ends))
+    for span in chat.spans:
+        if span.learn:
+            counts[f"taught_{span.kind}"] += span.token_end - span.token_start
+    return counts
 
 
 def _finish(run: _Run, parts: dict[int, Part]) -> CaptureManifest:
