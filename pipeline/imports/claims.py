@@ -6,7 +6,7 @@ Shapes: T tokens and R rows of a sample, E entries of all its rows.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -184,8 +184,13 @@ def _samples(reader: Reader, slices: Sequence[Slice]) -> Iterator[ImportedSample
                 break
 
 
-def refuse_other_tokenizer(found: Look, tokenizer: str) -> None:
+def refuse_other_tokenizer(found: Look, tokenizer: str, blameless: Collection[str] = ()) -> None:
     """Refuse a tokenizer that would write most documents with other ids, or cannot read them.
+
+    Args:
+        found: by a look.
+        tokenizer: its name.
+        blameless: reasons for which samples are left out whatever the tokenizer.
 
     Raises:
         XtokenError: the message says how many.
@@ -196,9 +201,10 @@ def refuse_other_tokenizer(found: Look, tokenizer: str) -> None:
             f"{tokenizer}, or get other ids when that text is tokenized again (at most half may): the set is of "
             "another tokenizer; give the teacher's with --tokenizer"
         )
-    lost = sum(found.left_out.values())
+    left_out = Counter({reason: count for reason, count in found.left_out.items() if reason not in blameless})
+    lost = left_out.total()
     if lost > found.samples:
-        reason, count = found.left_out.most_common(1)[0]
+        reason, count = left_out.most_common(1)[0]
         raise XtokenError(
             f"{lost} of the first {lost + found.samples} documents cannot be imported, {count} of them for {reason!r}; "
             "is --tokenizer that of the set?"
@@ -227,6 +233,23 @@ def refuse_shift(found: Look, format_name: str) -> None:
         )
 
 
+def refuse_sums(found: Look, hint: str) -> None:
+    """Refuse rows that are no probabilities.
+
+    Args:
+        found: by a look.
+        hint: what to check, of the format.
+
+    Raises:
+        XtokenError: too many of them add up to more than 1.
+    """
+    if found.above_one > _ABOVE * found.rows:
+        raise XtokenError(
+            f"{found.above_one / found.rows:.0%} of {found.rows:,} rows add up to more than 1 (at most {_ABOVE:.0%} "
+            f"may): they are no log-probabilities as they were read; {hint}"
+        )
+
+
 def refuse_uncalibrated(found: Look, hint: str) -> None:
     """Refuse rows whose probabilities are not the shares at which their tokens occur.
 
@@ -235,13 +258,8 @@ def refuse_uncalibrated(found: Look, hint: str) -> None:
         hint: what to check, of the format.
 
     Raises:
-        XtokenError: at some ranks they differ by more than 2.5 times, or too many rows add up to more than 1.
+        XtokenError: at some ranks they differ by more than 2.5 times.
     """
-    if found.above_one > _ABOVE * found.rows:
-        raise XtokenError(
-            f"{found.above_one / found.rows:.0%} of {found.rows:,} rows add up to more than 1 (at most {_ABOVE:.0%} "
-            f"may): they are no log-probabilities as they were read; {hint}"
-        )
     for one in found.calibration:
         judged = max(one.share, one.mass) * found.rows >= _JUDGED
         low, high = sorted((one.share, one.mass))

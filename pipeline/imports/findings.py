@@ -8,7 +8,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from xtoken.pipeline.imports import FORMATS
-from xtoken.pipeline.imports.claims import Look, look, refuse_other_tokenizer, refuse_shift, refuse_uncalibrated
+from xtoken.pipeline.imports.claims import (
+    Look,
+    look,
+    refuse_other_tokenizer,
+    refuse_shift,
+    refuse_sums,
+    refuse_uncalibrated,
+)
 from xtoken.pipeline.imports.documents import Spelling
 from xtoken.pipeline.imports.samples import Reader, Slice
 from xtoken.schemas.chat import CaptureChat
@@ -62,9 +69,12 @@ def tested(config: ImportConfig, spelling: Spelling, reader: Reader, slices: Seq
     unsound = getattr(reader, "refuse_unsound", None)
     if unsound is not None:
         unsound(found.far_above / found.rows, found.above_zero)
-    refuse_uncalibrated(found, reader.source.hint)
-    refuse_other_tokenizer(found, config.tokenizer)
-    refuse_shift(found, reader.source.format)
+    source = reader.source
+    refuse_sums(found, source.hint)
+    if source.calibrated:
+        refuse_uncalibrated(found, source.hint)
+    refuse_other_tokenizer(found, config.tokenizer, source.blameless)
+    refuse_shift(found, source.format)
     return reader, found
 
 

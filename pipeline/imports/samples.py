@@ -102,6 +102,8 @@ class Source:
         chat: of conversations, what the manifest says of them; None: plain text.
         notes: what a person should know, a sentence each.
         hint: what to check where the rows are not what they should be; the end of an error's message.
+        calibrated: tokens of the text should occur as often as their rows say. False: they were not drawn from these.
+        blameless: reasons for which samples are left out that say nothing of the tokenizer.
     """
 
     format: str
@@ -112,6 +114,8 @@ class Source:
     chat: CaptureChat | None = None
     notes: tuple[str, ...] = field(default=())
     hint: str = "fetch the files again, or ask whoever wrote them how they are to be read"
+    calibrated: bool = True
+    blameless: frozenset[str] = frozenset()
 
 
 class Reader(Protocol):
