@@ -162,7 +162,7 @@ def _hashed(reader: Reader, progress: Progress) -> list[ImportedFile]:
     found = []
     for path in paths:
         root, _, name = path.rpartition("/")
-        sha256, size = Folder(root or ".").sha256(name)
+        sha256, size = Folder(root or ("/" if path.startswith("/") else ".")).sha256(name)
         found.append(ImportedFile(name=name, bytes=size, sha256=sha256))
         progress.advance(size)
     progress.finish()
@@ -170,14 +170,18 @@ def _hashed(reader: Reader, progress: Progress) -> list[ImportedFile]:
 
 
 def _plan(config: ImportConfig, slices: Sequence[Slice], files: Sequence[ImportedFile]) -> Plan:
-    """The slices as a plan of shards, which status and card read; a shard's sha256 names what it is of."""
+    """The slices as a plan of shards, which status and card read; a shard's sha256 names what it is of, and its bytes
+    are its rows' share of the file."""
+    rows = Counter[int]()
+    for one in slices:
+        rows[one.file] += one.stop - one.start
     shards = [
         Shard(
             index=index,
             file=one.file,
             record=one.start,
             documents=one.stop - one.start,
-            text_bytes=0,
+            text_bytes=files[one.file].bytes * (one.stop - one.start) // rows[one.file],
             sha256=digest([files[one.file].sha256, one.start, one.stop]),
         )
         for index, one in enumerate(slices)

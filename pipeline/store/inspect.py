@@ -42,6 +42,7 @@ _TOTALS = ("samples", "tokens", "rows", "entries", "text_bytes", "file_bytes")
 
 # Folders without a manifest, told by what lies in them, first match.
 _OTHERS = (
+    ("import.json", "unfinished import; the 'xtoken import' command that began it resumes"),
     ("plan.json", "unfinished capture; the precompute command that began it resumes"),
     ("metrics.jsonl", "training run"),
     ("run.json", "unfinished run; the command that began it resumes"),

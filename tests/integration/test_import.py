@@ -83,6 +83,9 @@ def test_import_align_train(
     run("train", targets, "--student", student, "--loss", "p-kl", "--out", tmp_path / "run", *steps)
     losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(one["loss"]) for one in losses if "loss" in one)
+    measured = run("eval", tmp_path / "run" / "model", "--targets", targets, "--max-tokens", "256", "--device", "cpu")
+    assert np.isfinite(measured["agreement"]["kl"] if "agreement" in measured else measured["kl"])
+    assert "teacher_bits_per_byte" not in json.dumps(measured), "only the likely labels are known"
     refused = run("align", capture, "--student", student, "--for", "alm", "--out", tmp_path / "other", code=2)
     assert "of the labels do not have a log-probability" in refused["error"]
 
