@@ -8,7 +8,7 @@ Shapes: N ids and M rows in a row of the file, K entries of each, T tokens and R
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,12 @@ from xtoken.schemas.errors import XtokenError
 
 @dataclass(frozen=True, eq=False)
 class DistillKitReader:
-    """See ``xtoken.pipeline.imports.samples.Reader``."""
+    """See ``xtoken.pipeline.imports.samples.Reader``.
+
+    Attributes:
+        borders: of documents that a token parts, how many were seen, and behind how many stands a token that the row
+            before does not list, as it should be where another document begins.
+    """
 
     source: Source
     config: ImportConfig
@@ -39,6 +44,7 @@ class DistillKitReader:
     decoder: RowDecoder
     chats: Chats | None = None
     shift: int = 0
+    borders: list[int] = field(default_factory=lambda: [0, 0])
 
     def slices(self) -> Sequence[Slice]:
         """See ``Reader``."""
@@ -93,6 +99,7 @@ class DistillKitReader:
         cut = len(row.ids) == len(row.logprob)
         for number, border in enumerate(self._borders(place, row)):
             name = f"{place}.{number}"
+            self._see_border(row, border.stop)
             ids = row.ids[border.start : border.stop]
             if not self.spelling.known(ids):
                 bad = int(ids[~self._is_known(ids)][0])
@@ -103,6 +110,22 @@ class DistillKitReader:
                 )
                 continue
             yield self._document(name, ids.astype(np.int32), row, border.start, cut=cut)
+
+    def _see_border(self, row: FileRow, stop: int) -> None:
+        if self.config.documents in ("bos", "eos") and stop < len(row.ids) and stop <= len(row.entry_ids):
+            self.borders[0] += 1
+            self.borders[1] += bool((row.entry_ids[stop - 1] != row.ids[stop]).all())
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What was seen while rows were looked at, a sentence each."""
+        seen, unlisted = self.borders
+        if not seen:
+            return ()
+        return (
+            f"Behind {unlisted} of {seen} borders of documents stands a token that the row before does not list; where "
+            "it does, the border may be none.",
+        )
 
     def _is_known(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         inside = (ids >= 0) & (ids < self.spelling.table.size)

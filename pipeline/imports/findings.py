@@ -96,7 +96,7 @@ def info_of(reader: Reader, found: Look, files: list[ImportedFile]) -> ImportedI
         calibration=found.calibration,
         same_ids=found.same_ids,
         labels_unknown=1.0 if rest == "unknown" else found.unknown / found.rows,
-        notes=list(source.notes),
+        notes=[*source.notes, *getattr(reader, "findings", ())],
     )
 
 

@@ -104,6 +104,11 @@ def test_without_a_mask_packed_rows_are_refused(words: Path, tmp_path: Path) -> 
         samples(open_reader(config, spelling, "text"))
     split = samples(open_reader(config.changed(documents="eos"), spelling, "text"))
     assert [len(one.ids) for one in split[:2]] == [4, len(ids[0]) - 4]
+    parted = open_reader(config.changed(documents="eos"), spelling, "text")
+    samples(parted)
+    # the token was put into the middle of documents, whose rows go on
+    assert parted.borders == [len(ids), 0]
+    assert "Behind 0 of 4 borders" in parted.findings[0]
     with pytest.raises(XtokenError, match=r"--documents bos: .* has no such token"):
         samples(open_reader(config.changed(documents="bos"), spelling, "text"))
 
