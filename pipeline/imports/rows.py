@@ -13,6 +13,7 @@ from xtoken.pipeline.imports.samples import ImportedSample
 from xtoken.pipeline.store.codecs.topk import Packed, pack
 from xtoken.schemas.codecs import TopK
 
+_LEAST = -1000.0  # nats: below it stands what servers and padding write for none
 ABOVE_ONE = 1e-4  # nats by which a row's sum passes 1 before it counts: float32 rounding stays far below
 
 
@@ -64,7 +65,7 @@ def clean(sample: ImportedSample, valid_U: NDArray[np.bool_]) -> CleanRows:
     rows = len(sample.offsets) - 1
     row_E = np.repeat(np.arange(rows), np.diff(sample.offsets))
     ids_E, logprob_E = sample.entry_ids.astype(np.int64), sample.entry_logprob
-    finite_E = np.isfinite(logprob_E)
+    finite_E = np.isfinite(logprob_E) & (logprob_E > _LEAST)
     inside_E = (ids_E >= 0) & (ids_E < len(valid_U))
     inside_E[inside_E] = valid_U[ids_E[inside_E]]
     counts = Counter(
@@ -130,5 +131,6 @@ def packed(found: CleanRows, codec: TopK, step: float, *, rest_known: bool) -> t
     found.counts["rows_empty"] += int((count_R == 0).sum())
     found.counts["labels_unknown"] += int(np.isnan(labels_R).sum())
     logprob_K = np.minimum(logprob_K - over_R[row_K], 0.0)
-    kept = pack(count_R, found.ids[keep], logprob_K, step, tail_known=rest_known)
+    tailless_R = (total_R >= 0) & rest_known
+    kept = pack(count_R, found.ids[keep], logprob_K, step, tail_known=rest_known, tailless_R=tailless_R)
     return kept, labels_R.astype(np.float32)

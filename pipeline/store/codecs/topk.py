@@ -111,6 +111,7 @@ def pack(
     step: float = STEP,
     *,
     tail_known: bool = True,
+    tailless_R: NDArray[np.bool_] | None = None,
 ) -> Packed:
     """Quantise rows of which is known what is kept.
 
@@ -119,6 +120,7 @@ def pack(
         ids_K, logprob_K: in rank order; nats.
         step: unit of the gaps in nats.
         tail_known: the tail mass is what the entries leave; else it is unknown.
+        tailless_R: rows whose entries are everything, whatever rounding leaves of 1.
 
     Raises:
         XtokenError: a row sums to more than one, or a gap does not fit.
@@ -132,6 +134,8 @@ def pack(
     if len(starts_R):
         tail_F = _tail_gap(_log_kept(logprob_K, kept_R[kept_R > 0], starts_R), step)
         tail_R[kept_R > 0] = tail_F if tail_known else TAIL_UNKNOWN
+    if tailless_R is not None:
+        tail_R[tailless_R] = NO_TAIL
     return Packed(
         kept=kept_R.astype(np.uint8),
         topk_ids=ids_K.astype(np.int32, copy=False),
