@@ -276,7 +276,8 @@ def _complement(log_kept_R: NDArray[np.float64], noise: float) -> tuple[NDArray[
     """Whether more than ``noise`` is left to 1, and the log of what is, [R] each."""
     some_R = log_kept_R < -noise
     safe_R = np.where(some_R, log_kept_R, -1.0)
-    return some_R, np.where(safe_R > -np.log(2.0), np.log(-np.expm1(safe_R)), np.log1p(-np.exp(safe_R)))
+    with np.errstate(divide="ignore"):  # of the branch that is not taken
+        return some_R, np.where(safe_R > -np.log(2.0), np.log(-np.expm1(safe_R)), np.log1p(-np.exp(safe_R)))
 
 
 def _fit(steps: NDArray[np.int64], largest: int, what: str) -> NDArray[np.uint16]:

@@ -11,6 +11,7 @@ from tests.unit.pipeline.imports.sets import IMPORT, golden, numbers, words_toke
 from xtoken.pipeline.imports.axolotl import open_reader as open_axolotl
 from xtoken.pipeline.imports.axolotl import parallel_lists, token_objects
 from xtoken.pipeline.imports.distillkit import open_reader
+from xtoken.pipeline.imports.distillkit_reader import DistillKitReader
 from xtoken.pipeline.imports.documents import Spelling
 from xtoken.pipeline.imports.parquet_rows import BadRow
 from xtoken.pipeline.imports.rows import clean, packed, places
@@ -226,3 +227,22 @@ def test_nobody_says_how_rows_are_compressed(words: Path, tmp_path: Path) -> Non
 def test_a_head_of_none_keeps_nothing(words: Path, tmp_path: Path) -> None:
     with pytest.raises(XtokenError, match=r"exact_k is 0.*say --entries all"):
         reader_of("dk_noexact_1k", words, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [("dk_recommended_1k", True), ("dk_recommended_152k", True), ("dk_qwen3_1k", False), ("dk_normt_1k", False)],
+)
+def test_a_tail_that_leaps_from_the_head_is_noise(name: str, refused: bool, words: Path, tmp_path: Path) -> None:
+    """The toolkit's recommended polynomial is fitted in float32, and is far from its rows."""
+    reader = reader_of(name, words, tmp_path, entries="all")
+    assert isinstance(reader, DistillKitReader)
+    for wanted in reader.slices():
+        assert list(reader.read(wanted))
+    if refused:
+        with pytest.raises(XtokenError, match=r"it is 0\.\d\d nats \(at most \.3\)\. Take --entries head"):
+            reader.refuse_unsound(0.0, False)
+    else:
+        reader.refuse_unsound(0.0, False)
+        with pytest.raises(XtokenError, match=r"2.0% of the rows add up to more than 1\.01"):
+            reader.refuse_unsound(0.02, False)
