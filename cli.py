@@ -31,6 +31,7 @@ from xtoken.schemas.configs.artifacts import (
 )
 from xtoken.schemas.configs.base import Config
 from xtoken.schemas.configs.capture import ONLY, CorpusConfig, EstimateConfig, PrecomputeConfig, StatusConfig
+from xtoken.schemas.configs.imports import ImportConfig
 from xtoken.schemas.configs.measure import EvalConfig, ReportConfig
 from xtoken.schemas.configs.share import CardConfig, MergeConfig, PullConfig, PushConfig
 from xtoken.schemas.configs.train import TrainConfig
@@ -189,6 +190,17 @@ def _watched(path: str, seconds: float) -> Iterator[Figures]:
             if not goes_on(figures):
                 return
             time.sleep(seconds)
+
+
+@verb(
+    ImportConfig,
+    "xtoken import distillkit data/ --tokenizer Qwen/Qwen3-4B --license corpus=odc-by,outputs=apache-2.0 --out capture",
+)
+def run_import(config: ImportConfig, bars: Bars) -> Figures:
+    """Make a capture of a logit dataset of others."""
+    from xtoken.pipeline.imports.run import import_dataset
+
+    return import_dataset(config, bars)
 
 
 @verb(ProjectConfig, "xtoken project --student HuggingFaceTB/SmolLM2-135M --teacher capture --out w")

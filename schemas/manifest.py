@@ -23,10 +23,20 @@ from pydantic import (
 from xtoken.schemas.chat import CaptureChat, ChatInfo
 from xtoken.schemas.codecs import CodecSettings, foreign_fields, known_codec, settings_of
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.imported import ImportedInfo, refuse_section
 from xtoken.schemas.io.remote import open_url
 from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.record import Record
-from xtoken.schemas.tables import CHAT_CAPTURE, CHAT_TARGETS, LEAN_TARGETS, OLDEST_READ, SCHEMA_VERSIONS
+from xtoken.schemas.tables import (
+    CHAT_CAPTURE,
+    CHAT_TARGETS,
+    IMPORTED_CAPTURE,
+    IMPORTED_TARGETS,
+    LEAN_TARGETS,
+    OLDEST_READ,
+    PARTS_SINCE,
+    SCHEMA_VERSIONS,
+)
 from xtoken.schemas.word_starts import SpaceSet
 
 MANIFEST = "manifest.json"
@@ -234,6 +244,8 @@ def _refuse_unknown_space(manifest: M) -> M:
 
 
 def _refuse_unknown_chat(manifest: M, since: int) -> M:
+    if manifest.schema_version > since:  # imported, of text or of conversations
+        return manifest
     if (getattr(manifest, "chat", None) is not None) != (manifest.schema_version >= since):
         raise ValueError(f"version {since} on, and no version before, says how conversations were read in 'chat'")
     return manifest
@@ -260,6 +272,14 @@ class CaptureManifest(_Manifest):
     )
     space: SpaceSet = Field("space", description="tokens that space_logprob sums (schemas/word_starts.py)")
     chat: CaptureChat | None = Field(None, description="of conversations; null: of plain text")
+    imported: ImportedInfo | None = Field(None, description="of a logit dataset of others; null: of a teacher that ran")
+
+    @property
+    def parts_version(self) -> int:
+        """The version that says which columns the parts have."""
+        if self.schema_version < IMPORTED_CAPTURE:
+            return self.schema_version
+        return PARTS_SINCE if self.chat is None else CHAT_CAPTURE
 
     @property
     def has_codes(self) -> bool:
@@ -274,6 +294,8 @@ class CaptureManifest(_Manifest):
             del data["space"]
         if self.chat is None:
             del data["chat"]
+        if self.imported is None:
+            del data["imported"]
         if self.schema_version >= 3:
             return data
         return {name: value for name, value in data.items() if value or name not in _SINCE_3}
@@ -289,6 +311,11 @@ class CaptureManifest(_Manifest):
     @model_validator(mode="after")
     def _version_knows_chat(self) -> "CaptureManifest":
         return _refuse_unknown_chat(self, CHAT_CAPTURE)
+
+    @model_validator(mode="after")
+    def _version_knows_imported(self) -> "CaptureManifest":
+        refuse_section(self, IMPORTED_CAPTURE)
+        return self
 
     _version_knows_space = model_validator(mode="after")(_refuse_unknown_space)
 
@@ -318,12 +345,20 @@ class TargetManifest(_Manifest):
     space: SpaceSet = Field("space", description="tokens that alm_space_logprob sums, on the student's side too")
     step: float | None = Field(None, gt=0.0, le=1.0, description="nats: unit of the columns that are in steps")
     chat: ChatInfo | None = Field(None, description="of conversations, the student's side; null: of plain text")
+    imported: ImportedInfo | None = Field(None, description="of an imported capture, what its manifest says")
     run_hash: str
     set_aside: dict[int, str] = Field(
         default_factory=dict, description="parts that could not be built, with their error"
     )
 
     _known = field_validator("codec")(known_codec)
+
+    @property
+    def parts_version(self) -> int:
+        """The version that says which columns the parts have."""
+        if self.schema_version < IMPORTED_TARGETS:
+            return self.schema_version
+        return LEAN_TARGETS if self.chat is None else CHAT_TARGETS
 
     @model_serializer(mode="wrap")
     def _as_its_version_has_it(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -335,6 +370,8 @@ class TargetManifest(_Manifest):
             del data["step"]
         if self.chat is None:
             del data["chat"]
+        if self.imported is None:
+            del data["imported"]
         if self.space == "space":
             del data["space"]
         return data
@@ -348,6 +385,11 @@ class TargetManifest(_Manifest):
     @model_validator(mode="after")
     def _version_knows_chat(self) -> "TargetManifest":
         return _refuse_unknown_chat(self, CHAT_TARGETS)
+
+    @model_validator(mode="after")
+    def _version_knows_imported(self) -> "TargetManifest":
+        refuse_section(self, IMPORTED_TARGETS)
+        return self
 
     @model_validator(mode="after")
     def _version_knows_step(self) -> "TargetManifest":

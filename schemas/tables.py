@@ -13,7 +13,7 @@ from xtoken.schemas.losses import BOOLS, FLOATS, INTS, lean_fields, loss_columns
 from xtoken.schemas.losses import target_field as _column
 
 # A release writes the first and reads all from the second on: a capture must stay readable.
-SCHEMA_VERSIONS = {"capture": 6, "projection": 1, "targets": 7}
+SCHEMA_VERSIONS = {"capture": 7, "projection": 1, "targets": 8}
 OLDEST_READ = {"capture": 1, "projection": 1, "targets": 2}
 # Targets hold entries in steps and tokens by code since this version; readers see them as older ones hold them.
 LEAN_TARGETS = 6
@@ -22,6 +22,10 @@ PARTS_SINCE = 2
 # Versions of captures of conversations, and of their targets; those of plain text have lower ones. They add columns.
 CHAT_CAPTURE = 6
 CHAT_TARGETS = 7
+# Versions of captures that were imported, of text or of conversations, and of their targets. Their parts have the
+# columns of the versions before; labels and the tail mass may be unknown.
+IMPORTED_CAPTURE = 7
+IMPORTED_TARGETS = 8
 
 
 def _field(name: str, kind: pa.DataType, doc: str, *, nullable: bool = False) -> pa.Field:

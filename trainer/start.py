@@ -173,6 +173,7 @@ def open_targets(config: TrainConfig, tokenizer: TokenizerInfo) -> list[Targets]
         targets = Targets(root)
         targets.require(loss)
         targets.require_options(loss, config.loss)
+        targets.require_weighting(config.data.weighting)
         targets.require_student(tokenizer)
         if config.student.student is not None:
             targets.require_head(config.student.student)

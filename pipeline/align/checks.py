@@ -201,7 +201,7 @@ class Rules:
             "teacher": self.maps.teacher_size,
             "text": self.maps.student_text,
             "drawn": self.recipe.drawn,
-            "rest_unknown": self.recipe.tau != 1 and not self.recipe.rest_known,
+            "rest_unknown": not self.recipe.rest_known,
             "chat": "learn" in built.schema.names,
         }
         texts = [query("check"), *filter(None, map(rules_sql, self.recipe.losses))]

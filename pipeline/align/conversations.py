@@ -137,7 +137,8 @@ class ChatStudent:
     Attributes:
         model: its template and tokenizer; of token ids it renders nothing.
         info: what the targets' manifest says of it.
-        generated: the teacher wrote the last message of each, and may have been cut in it.
+        generated: the teacher wrote the last message of each, and may have been cut in it; one that it ended is
+            complete, whether its stop was recorded or not.
         teacher: of token ids, the hash of the teacher's tokenizer.
     """
 
@@ -185,6 +186,8 @@ class ChatStudent:
     @property
     def columns(self) -> tuple[str, ...]:
         """What of a capture decides a reading."""
+        if self.generated:
+            return (*COLUMNS, "complete")
         return COLUMNS if self.teacher is None else IDS_COLUMNS
 
     def read_one(self, row: dict[str, Any]) -> Reading | Refusal:
@@ -205,7 +208,7 @@ class ChatStudent:
             tokens = self.model.encode(conversation, self.info.learn)
         except Refused as refused:
             return Refusal(refused.reason, f"{refused.detail}; {refused.fix}")
-        if self.generated:
+        if self.generated and not row["complete"]:
             tokens = _cut_as(stored, tokens, len(conversation.messages) - 1)
         return Reading(stored, tokens, pair(stored, tokens))
 

@@ -35,8 +35,13 @@ def open_form(config: AlignConfig, capture: CaptureManifest, projection: Project
             )
         else:
             codes = token_codes(config.captures[0], capture, projection, config.unreached)
-    recipe = Recipe(config.losses, config.merge, config.tau, capture.codec, config.entries)
+    recipe = Recipe(config.losses, config.merge, config.tau, capture.codec, config.entries, rest_lost(capture))
     return TargetForm(config.losses, version, recipe.step, codes)
+
+
+def rest_lost(capture: CaptureManifest) -> bool:
+    """Whether a capture was imported from rows whose tail mass nobody knows."""
+    return capture.imported is not None and not capture.imported.whole_rest
 
 
 def _version(config: AlignConfig) -> int:

@@ -14,6 +14,7 @@ from xtoken.schemas.codecs import registered
 from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.heads import refuse_narrow_head, stated_rows
+from xtoken.schemas.imported import why_not
 from xtoken.schemas.losses import LOSSES
 from xtoken.schemas.manifest import CaptureManifest, TokenizerInfo
 
@@ -26,6 +27,7 @@ def refuse_losses(config: AlignConfig, student: TokenizerInfo, capture: CaptureM
     for loss in losses:
         loss.refuse(config, student, capture)
     _refuse_without_rows(config, losses, capture)
+    _refuse_unknown(config, losses, capture)
     if registered(capture.codec.name).linear:
         _refuse_biased(config, losses)
     if tau in capture.codec.temperatures:
@@ -70,6 +72,23 @@ def _refuse_without_rows(config: AlignConfig, losses: Sequence[TargetBuilder], c
         raise XtokenError(
             f"{config.captures[0]} is a subset without the teacher's rows, which --for {','.join(refused)} needs; take "
             f"--for {others}, or fetch the capture with rows among its --columns"
+        )
+
+
+def _refuse_unknown(config: AlignConfig, losses: Sequence[TargetBuilder], capture: CaptureManifest) -> None:
+    """Raise XtokenError for a loss, or a way of merging, that needs what an imported capture does not know."""
+    known = capture.imported
+    if known is None:
+        return
+    root, reasons = config.captures[0], {name: why_not(name, known.rest, known.labels_unknown) for name in LOSSES}
+    refused = [f"--for {loss.name}: {reasons[loss.name]}" for loss in losses if reasons.get(loss.name)]
+    if refused:
+        others = ",".join(name for name, why in reasons.items() if why is None)
+        raise XtokenError(f"{root} was imported ({known.format}): {'; '.join(refused)}. It can serve --for {others}")
+    if config.merge != "first" and not known.whole_rest:
+        raise XtokenError(
+            f"{root} was imported ({known.format}), and its tail mass is unknown: --merge {config.merge} joins "
+            "probabilities that are too large by a factor of each row; leave --merge out"
         )
 
 

@@ -34,6 +34,7 @@ class Recipe:
         tau: temperature of the targets.
         codec: how the capture stored its rows.
         entries: most entries of a P-KL target; None = all.
+        rest_lost: the capture was imported from rows whose tail mass nobody knows.
     """
 
     losses: Sequence[str]
@@ -41,11 +42,12 @@ class Recipe:
     tau: float
     codec: CodecInfo
     entries: int | None = None
+    rest_lost: bool = False
 
     @property
     def rest_known(self) -> bool:
         """Whether the capture holds the tail mass at ``tau``."""
-        return self.tau in self.codec.temperatures
+        return self.tau in self.codec.temperatures and not self.rest_lost
 
     @property
     def step(self) -> float:

@@ -51,6 +51,7 @@ from xtoken.schemas.manifest import (
     provenance,
     read_manifest,
 )
+from xtoken.schemas.tables import IMPORTED_TARGETS
 from xtoken.schemas.target_form import CODES_FILE, TargetForm, TokenCodes
 from xtoken.schemas.ui.progress import Progress
 
@@ -239,6 +240,7 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
         space=run.capture.space,
         step=run.form.step if run.form.lean else None,
         chat=None if run.chat is None else run.chat.info,
+        imported=run.capture.imported,
         run_hash=digest(run.settings),
         set_aside=failed,
     )
@@ -257,6 +259,8 @@ def _finish(run: _Run, failed: dict[int, str]) -> TargetManifest:
 
 def _manifest_version(run: _Run, failed: dict[int, str]) -> int:
     """What older releases wrote says what differs from theirs, and nothing more."""
+    if run.capture.imported is not None:
+        return IMPORTED_TARGETS
     if run.form.lean:
         return run.form.version
     return OTHER_SPACE if run.capture.space != "space" else WHOLE_TARGETS + bool(failed)

@@ -19,7 +19,7 @@ from xtoken.pipeline.align.checks import Rules, summary_batch
 from xtoken.pipeline.align.chunks import Joined, join
 from xtoken.pipeline.align.conversations import ChatStudent, conversation_counts, join_conversations
 from xtoken.pipeline.align.encoding import encode
-from xtoken.pipeline.align.form import open_form
+from xtoken.pipeline.align.form import open_form, rest_lost
 from xtoken.pipeline.align.losses import builders
 from xtoken.pipeline.align.maps import Maps
 from xtoken.pipeline.align.parts import CaptureParts
@@ -85,8 +85,9 @@ class AlignJob:
         teacher = load_vocab(self.capture)
         maps = Maps.of(self.projection, unreached, tokenizer.table, teacher, phi_B=self.phi_B, stops=self.stops)
         texts = CorpusTexts(self.capture, config.corpus) if config.corpus else None
-        recipe = Recipe(config.losses, config.merge, config.tau, self.codec, config.entries)
         parts = CaptureParts(self.capture, config.memory_limit, len(config.losses))
+        lost = rest_lost(parts.manifest)
+        recipe = Recipe(config.losses, config.merge, config.tau, self.codec, config.entries, lost)
         rules = Rules(maps, recipe, config.memory_limit)
         form = open_form(config, parts.manifest, self.projection)
         student = chat_student(config, parts.manifest)

@@ -87,7 +87,7 @@ def _sums(values: NDArray[Any], lengths_N: NDArray[np.int64]) -> NDArray[np.int6
 
 
 def _base(source: Source) -> Values:
-    samples, start_C, end_C = source.samples, source.start_C, source.end_C
+    samples = source.samples
     empty = np.zeros(0, np.int32)
     entropy_N, top1_N = _confidence(source)
     taught = [sample.learn for sample in samples if sample.learn is not None]
@@ -98,9 +98,17 @@ def _base(source: Source) -> Values:
         "student_end": np.concatenate([empty, *(sample.encoded.ends for sample in samples)]),
         "chunk_student_end": np.concatenate([empty, *(sample.chunks.student_end for sample in samples)]),
         "chunk_teacher_end": np.concatenate([empty, *(sample.chunks.teacher_end for sample in samples)]),
-        "teacher_logprob": realised(flat(source.batch, "realised_logprob").astype(np.float64), start_C, end_C),
+        "teacher_logprob": _labels(source),
         **({"learn": np.concatenate([empty.astype(np.bool_), *taught])} if source.chat else {}),
     }
+
+
+def _labels(source: Source) -> NDArray[np.float32]:
+    """Column ``teacher_logprob``; -inf where an imported capture does not know one of the chunk's labels."""
+    realised_R, start_C = flat(source.batch, "realised_logprob").astype(np.float64), source.start_C
+    label_C = realised(realised_R, start_C, source.end_C)
+    label_C[np.isnan(label_C) & (start_C >= 0)] = -np.inf
+    return label_C
 
 
 def _confidence(source: Source) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -110,8 +118,10 @@ def _confidence(source: Source) -> tuple[NDArray[np.float32], NDArray[np.float32
     """
     entropy_R, top1_R = source.rows.entropy, source.rows.top1
     chunks_N = chunks_per_sample(source.samples)
-    sample_C = np.repeat(np.arange(len(chunks_N)), chunks_N)[source.start_C >= 0]
-    row_C = source.start_C[source.start_C >= 0]
+    has_row_C = source.start_C >= 0
+    has_row_C[has_row_C] = ~np.isnan(entropy_R[source.start_C[has_row_C]])  # a row without entries has none
+    sample_C = np.repeat(np.arange(len(chunks_N)), chunks_N)[has_row_C]
+    row_C = source.start_C[has_row_C]
     rows_N = np.bincount(sample_C, minlength=len(chunks_N)).astype(np.float64)
     rows_N[rows_N == 0] = np.nan
     entropy_N = np.bincount(sample_C, weights=entropy_R[row_C], minlength=len(chunks_N)) / rows_N
@@ -125,10 +135,17 @@ def _counts(source: Source) -> Counter[str]:
         chunks=sum(sample.chunks.count for sample in samples),
         chunks_1_1=int(source.one_to_one.sum()),
         chunks_with_row=int((source.start_C >= 0).sum()),
+        **_unknown(source),
         chunks_shifted=int(source.shifted.moved_C.sum()),
         snapped=sum(sample.encoded.snapped for sample in samples),
         **_precision(source),
     )
+
+
+def _unknown(source: Source) -> dict[str, int]:
+    """Of an imported capture, chunks with a label of unknown log-probability."""
+    count = int(np.isneginf(_labels(source)).sum())
+    return {"chunks_label_unknown": count} if count else {}
 
 
 def _precision(source: Source) -> dict[str, int]:

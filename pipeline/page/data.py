@@ -121,6 +121,9 @@ def _rows(sample: Sample, teacher: Used) -> dict[str, Any]:
     return {"rows": shown, "step": unit, **more}
 
 
+_LABELS = "teacher_logprob"
+
+
 def _tokens_as_chunks(sample: Sample) -> list[list[Any]]:
     """A capture alone has no chunks: each token stands for itself."""
     ends = list(range(1, len(sample.row["teacher_ids"]) + 1))
@@ -134,7 +137,8 @@ def _chunks(sample: Sample, targets: Targets) -> list[list[Any]]:
     """Index after the last teacher and student token, text, bytes, and log-probability of each chunk."""
     row = targets.row
     ends, spans = row["chunk_teacher_end"], chunk_bytes(sample, row["chunk_teacher_end"])
-    nats = [None if math.isnan(value) else _whole(value, UNIT) for value in row["teacher_logprob"]]
+    # NaN: no target; -inf: an import does not know a label
+    nats = [None if math.isnan(one) else _UNKNOWN if one == -math.inf else _whole(one, UNIT) for one in row[_LABELS]]
     columns = (ends, row["chunk_student_end"], map(visible, spans), map(len, spans), nats)
     return [list(one) for one in zip(*columns, strict=True)]
 

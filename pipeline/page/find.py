@@ -164,9 +164,9 @@ def find_worst(root: str, manifest: CaptureManifest, targets: str | None = None)
 
 
 def _bits_per_byte(batch: pa.RecordBatch) -> np.ndarray:
-    """float64 [N]; -inf where a sample has no row or no byte."""
+    """float64 [N]; -inf where a sample has no row or no byte. Labels that an import does not know count for nothing."""
     rows_N = list_lengths(batch, "realised_logprob")
-    bits_N = -np.array([chunk.sum() for chunk in _split(batch, "realised_logprob", rows_N)]) / math.log(2)
+    bits_N = -np.array([np.nansum(chunk) for chunk in _split(batch, "realised_logprob", rows_N)]) / math.log(2)
     bytes_N = _bytes(batch)
     return np.where((rows_N > 0) & (bytes_N > 0), bits_N / np.maximum(bytes_N, 1), -np.inf)
 

@@ -36,10 +36,10 @@ const spoken = (piece) => (typeof piece === "string" ? piece : piece.join(""));
 const isBreak = (part, i) => i % 2 === 1 && part.startsWith("⏎");
 const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 
-// Bits by which the teacher was surprised at a token; null where it has no row.
+// Bits by which the teacher was surprised at a token; null where it has no row, or where an import does not say.
 function surprise(token) {
   const nats = data.realised[data.row[token]];
-  return nats === undefined ? null : nats * data.unit * BITS;
+  return typeof nats === "number" ? nats * data.unit * BITS : null;
 }
 
 const step = (bits) => data.edges.filter((edge) => bits >= edge).length;
@@ -145,7 +145,7 @@ function drawFlow() {
 
 function drawLegend() {
   const counts = Array(data.edges.length + 1).fill(0);
-  data.realised.forEach((nats) => counts[step(nats * data.unit * BITS)]++);
+  data.realised.filter((nats) => typeof nats === "number").forEach((nats) => counts[step(nats * data.unit * BITS)]++);
   const legend = document.getElementById("legend");
   legend.append(make("span", {}, "bits of surprise, and how many tokens:"));
   counts.forEach((n, i) => {

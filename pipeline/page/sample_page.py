@@ -57,7 +57,7 @@ def figures(sample: Sample) -> dict[str, Any]:
         chunks, one_to_one = _chunks(targets.row, gaps=not sample.is_chat)
         shown |= {"student_tokens": len(targets.row["student_ids"]), "chunks": chunks}
         shown["one_to_one"] = round(one_to_one / max(chunks, 1), 4)
-    if taught and row["realised_logprob"]:
+    if taught and row["realised_logprob"] and not any(map(math.isnan, row["realised_logprob"])):
         shown["bits_per_byte"] = round(-math.fsum(row["realised_logprob"]) / math.log(2) / taught, 4)
     return shown
 

@@ -46,10 +46,12 @@ const unseen = () => (data.draws ? "not drawn" : "not kept");
 function rowPane(k) {
   const bits = surprise(k), title = ["Teacher's row at ", piece("t", data.t[k])];
   const why = data.spans ? "not taught, so no row" : "no row: nothing stood before it";
-  if (bits === null) return pane("row", [...title, make("small", {}, why)]);
-  const row = data.rows?.[data.row[k]], real = data.realised[data.row[k]] * data.unit;
+  const row = data.rows?.[data.row[k]];
+  if (bits === null && !row) return pane("row", [...title, make("small", {}, why)]);
+  const real = data.realised[data.row[k]] * data.unit;
   const rank = row ? row[0].indexOf(data.t[k]) : -1, place = !row ? "" : rank < 0 ? `, ${unseen()}` : `, rank ${rank + 1}`;
-  title.push(make("small", {}, `${bits.toFixed(2)} bits of surprise, ${percent(Math.exp(-real))}${place}`));
+  const known = bits === null ? "the source does not say what it gives the text's" : `${bits.toFixed(2)} bits of surprise, ${percent(Math.exp(-real))}`;
+  title.push(make("small", {}, `${known}${place}`));
   if (!row) return pane("row", [...title, make("small", {}, "the row was left out of this subset")]);
   if (data.entropy) title.push(make("small", {}, `entropy ${(data.entropy[data.row[k]] * data.unit).toFixed(2)} nats`));
   const mark = () => make("small", {}, " ◂ in the text");

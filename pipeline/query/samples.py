@@ -37,12 +37,12 @@ class CaptureSample:
         token_ids: int32 [T], the teacher's tokens.
         token_end: int32 [T], the byte of the text (UTF-8) at which each token ends.
         row_of_token: int64 [T], the row that predicts each token; -1: it has none.
-        label_logprob: float32 [R], log-probability of the token in the text.
+        label_logprob: float32 [R], log-probability of the token in the text; NaN: an import does not know it.
         space_logprob: float32 [R], log P(the token starts with a space); None where it was not stored.
         offsets: int64 [R + 1]; row r has the entries ``offsets[r]:offsets[r + 1]``.
         entry_ids: int32 [K], teacher tokens.
         entry_logprob: float64 [K].
-        tail_logprob: float64 [R], log of the mass that is in no entry; -inf: none.
+        tail_logprob: float64 [R], log of the mass that is in no entry; -inf: none; NaN: an import does not know it.
         complete: the sample ends where its document ends.
         spans: of a conversation, in order; none of plain text.
     """
@@ -114,7 +114,7 @@ class Capture:
         Raises:
             XtokenError: no such column or part.
         """
-        known = [read_as(name) for name in self._codec.schema(version=self._manifest.schema_version).names]
+        known = [read_as(name) for name in self._codec.schema(version=self._manifest.parts_version).names]
         if unknown := [name for name in columns or () if name not in known]:
             raise XtokenError(f"{self.url} has no column {unknown[0]!r}; it has {', '.join(known)}")
         return iter_capture(self.url, columns, parts)

@@ -35,6 +35,7 @@ from xtoken.pipeline.store.writer import group_rows, write_parquet
 from xtoken.schemas.chat import CaptureChat
 from xtoken.schemas.configs.share import MergeConfig
 from xtoken.schemas.errors import XtokenError
+from xtoken.schemas.imported import ImportedInfo, joined_imports
 from xtoken.schemas.manifest import (
     MOST_AUDITS,
     AuditRecord,
@@ -156,6 +157,7 @@ def _compared(one: CaptureManifest, other: CaptureManifest) -> Iterator[tuple[st
     for name in ("bos", "max_tokens", "left_out", "space"):
         yield name, getattr(one, name), getattr(other, name)
     yield from _compared_chats(one.chat, other.chat)
+    yield from _compared_imports(one.imported, other.imported)
     yield "schema_version", min(one.schema_version, PARTS_SINCE), min(other.schema_version, PARTS_SINCE)
 
 
@@ -167,6 +169,15 @@ def _compared_chats(one: CaptureChat | None, other: CaptureChat | None) -> Itera
     for name in CaptureChat.model_fields:
         if name != "form":  # other corpora may have other columns
             yield f"chat.{name}", getattr(one, name), getattr(other, name)
+
+
+def _compared_imports(one: ImportedInfo | None, other: ImportedInfo | None) -> Iterator[tuple[str, Any, Any]]:
+    """The same of what is known of imported rows; those of a teacher that ran do not go with them."""
+    if one is None or other is None:
+        yield "imported.format", one.format if one else "none", other.format if other else "none"
+        return
+    for name in ("format", "rest", "config", "moved"):
+        yield f"imported.{name}", getattr(one, name), getattr(other, name)
 
 
 def _has_text(root: str, manifest: CaptureManifest) -> bool:
@@ -267,6 +278,7 @@ def _joined(sources: Sequence[_Source]) -> Shipment:
             "teacher": _teacher([manifest.teacher for manifest in manifests]),
             "corpus": _corpus([manifest.corpus for manifest in manifests]),
             "chat": _chat([manifest.chat for manifest in manifests]),
+            "imported": joined_imports([manifest.imported for manifest in manifests if manifest.imported]),
             "plan_hash": digest([manifest.plan_hash for manifest in manifests]),
             "run_hash": digest([manifest.run_hash for manifest in manifests]),
             "set_aside": aside,

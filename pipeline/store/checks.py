@@ -4,7 +4,7 @@ Shapes: N samples of one batch, T teacher tokens, R rows, all of the batch toget
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class CaptureCheck:
     codec: CodecInfo
     left_out: Sequence[str] = ()
     version: int = PARTS_SINCE
+    imported: bool = False
 
     @classmethod
     def of(cls, manifest: CaptureManifest) -> "CaptureCheck":
@@ -46,7 +47,13 @@ class CaptureCheck:
             VerificationError: the manifest leaves out what no subset does.
         """
         refuse_partly_left_out(manifest)
-        return cls(manifest.tokenizer.size, manifest.codec, manifest.left_out, manifest.schema_version)
+        return cls(
+            manifest.tokenizer.size,
+            manifest.codec,
+            manifest.left_out,
+            manifest.parts_version,
+            manifest.imported is not None,
+        )
 
     def __call__(self, url: str) -> Figures:
         """Check every row.
@@ -86,8 +93,8 @@ class CaptureCheck:
 
     def as_read(self, batch: pa.RecordBatch) -> list[int]:
         """``batch`` for rows as readers see them: ids in the place of codes, columns that were left out filled in."""
-        codec = None if without_rows(self.left_out) else open_codec(self.codec)
-        return _check_batch(batch, self.vocab_size, codec)
+        codec = None if without_rows(self.left_out) else replace(open_codec(self.codec), empty_rows=self.imported)
+        return _check_batch(batch, self.vocab_size, codec, unknown=self.imported)
 
 
 def read_checked(url: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -108,8 +115,8 @@ def refuse_other_columns(parquet: Any, schema: pa.Schema) -> None:
         raise VerificationError(f"columns are {parquet.schema_arrow.names[:50]}, not those of the format")
 
 
-def _check_batch(batch: pa.RecordBatch, vocab_size: int, codec: Codec | None) -> list[int]:
-    """Check all columns, the codec's unless a subset left them out."""
+def _check_batch(batch: pa.RecordBatch, vocab_size: int, codec: Codec | None, *, unknown: bool) -> list[int]:
+    """Check all columns, the codec's unless a subset left them out; ``unknown``: labels may be."""
     tokens_N = list_lengths(batch, "teacher_ids")
     first_N = batch["first_row"].to_numpy()
     refuse(batch, (tokens_N == 0) | ~np.isin(first_N, (0, 1)), "no tokens, or first_row is not 0 or 1")
@@ -120,7 +127,7 @@ def _check_batch(batch: pa.RecordBatch, vocab_size: int, codec: Codec | None) ->
     rows_N = rows_per_sample(batch)
     check_ids(batch, "teacher_ids", tokens_N, vocab_size)
     entries_N = np.zeros_like(rows_N) if codec is None else codec.check(batch, rows_N, vocab_size)
-    _check_labels(batch, rows_N)
+    _check_labels(batch, rows_N, unknown=unknown)
     last = int(flat(batch, "teacher_end")[np.cumsum(tokens_N) - 1].sum())
     return [batch.num_rows, int(tokens_N.sum()), int(rows_N.sum()), int(entries_N.sum()), last]
 
@@ -136,12 +143,12 @@ def _check_ends(batch: pa.RecordBatch, tokens_N: NDArray[np.int64]) -> None:
     refuse(batch, has_text_N & (end_T[stops_N - 1] != bytes_N), "the last teacher_end is not the length of the text")
 
 
-def _check_labels(batch: pa.RecordBatch, rows_N: NDArray[np.int64]) -> None:
+def _check_labels(batch: pa.RecordBatch, rows_N: NDArray[np.int64], *, unknown: bool) -> None:
     refuse(
         batch, list_lengths(batch, "realised_logprob") != rows_N, "realised_logprob has another length than its rows"
     )
     label_R = flat(batch, "realised_logprob")
-    bad_N = any_per_sample(np.isnan(label_R) | (label_R > _ABOVE_0), rows_N)
+    bad_N = any_per_sample((np.isnan(label_R) & (not unknown)) | (label_R > _ABOVE_0), rows_N)
     refuse(batch, bad_N, "realised_logprob is not a log-probability")
     has_space_N = batch["space_logprob"].is_valid().to_numpy(zero_copy_only=False)
     bad_N = has_space_N & (list_lengths(batch, "space_logprob") != rows_N)

@@ -42,6 +42,7 @@ _TOTALS = ("samples", "tokens", "rows", "entries", "text_bytes", "file_bytes")
 
 # Folders without a manifest, told by what lies in them, first match.
 _OTHERS = (
+    ("import.json", "unfinished import; the 'xtoken import' command that began it resumes"),
     ("plan.json", "unfinished capture; the precompute command that began it resumes"),
     ("metrics.jsonl", "training run"),
     ("run.json", "unfinished run; the command that began it resumes"),
@@ -195,7 +196,7 @@ def _capture_sample(batch: pa.RecordBatch, table: TokenTable, codec: Codec) -> d
 
 def _target_samples(root: str, manifest: TargetManifest) -> list[dict[str, Any]]:
     """Targets: id and sizes of the first samples."""
-    folder, schema = Folder(root), targets(manifest.losses, manifest.schema_version)
+    folder, schema = Folder(root), targets(manifest.losses, manifest.parts_version)
     more = () if manifest.chat is None else ("learn", "teacher_logprob")
     rows = (
         row

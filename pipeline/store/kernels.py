@@ -18,7 +18,7 @@ RULES = (
 )
 """What ``row_faults`` returns the index of."""
 _OUTSIDE, _TWICE, _MASS = 1, 2, 3
-_NO_TAIL = 65535
+_NO_TAIL, _TAIL_UNKNOWN = 65535, 65534
 
 
 def level_table(step: float) -> NDArray[np.float64]:
@@ -68,7 +68,7 @@ def row_faults(
                 fault_R[row] = _TWICE if fault_R[row] == 0 else fault_R[row]
             else:
                 seen_U[token] = row
-        if tail_gap_R[row] != _NO_TAIL:
+        if tail_gap_R[row] < _TAIL_UNKNOWN:
             mass += _probability(int(tail_gap_R[row]), step, table)
         if fault_R[row] == 0 and (mass > high or mass < low):
             fault_R[row] = _MASS
@@ -107,8 +107,8 @@ def whole_rows(
     """Rows over what each adds up to, which the codec's rounding moves from 1.
 
     Returns:
-        offsets int64 [R + 1]; log-probabilities and probabilities [K]; log of the tail mass [R], -inf = none; entropy
-        in nats, the tail as one cell, and the largest probability [R].
+        offsets int64 [R + 1]; log-probabilities and probabilities [K]; log of the tail mass [R], -inf = none, NaN =
+        unknown; entropy in nats, the tail as one cell, and the largest probability [R].
     """
     rows = len(kept_R)
     offsets = np.zeros(rows + 1, np.int64)
@@ -117,7 +117,7 @@ def whole_rows(
     at = 0
     for row in range(rows):
         level, low = 0, at
-        total = 0.0 if tail_gap_R[row] == _NO_TAIL else _probability(int(tail_gap_R[row]), step, table)
+        total = 0.0 if tail_gap_R[row] >= _TAIL_UNKNOWN else _probability(int(tail_gap_R[row]), step, table)
         for _ in range(kept_R[row]):
             level += gap_K[at]
             p_K[at] = _probability(level, step, table)
@@ -132,6 +132,8 @@ def whole_rows(
             entropy -= p_K[entry] * logprob_K[entry]
         if tail_gap_R[row] == _NO_TAIL:
             tail_R[row] = -np.inf
+        elif tail_gap_R[row] == _TAIL_UNKNOWN:
+            tail_R[row] = np.nan
         else:
             tail_R[row] = -(tail_gap_R[row] * step) - scale
             entropy -= np.exp(tail_R[row]) * tail_R[row]

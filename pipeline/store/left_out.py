@@ -42,7 +42,7 @@ class LeftOut:
             VerificationError: it leaves out what no subset does.
         """
         refuse_partly_left_out(manifest)
-        return cls(manifest.left_out, manifest.codec, manifest.schema_version)
+        return cls(manifest.left_out, manifest.codec, manifest.parts_version)
 
     @property
     def schema(self) -> pa.Schema:
@@ -78,7 +78,7 @@ def optional_columns(codec: Codec) -> dict[str, set[str]]:
 def refuse_partly_left_out(manifest: CaptureManifest) -> None:
     """Raise VerificationError unless what a manifest leaves out is whole groups of optional columns."""
     codec, left = open_codec(manifest.codec), set(manifest.left_out)
-    there = set(codec.schema(version=manifest.schema_version).names)
+    there = set(codec.schema(version=manifest.parts_version).names)
     groups = [there & group for group in optional_columns(codec).values()]
     if left != {name for group in groups if group <= left for name in group}:
         raise VerificationError(

@@ -88,10 +88,10 @@ def target_form(root: str, manifest: TargetManifest) -> TargetForm:
         VerificationError: codes.parquet is missing or torn, or not the one the manifest records.
     """
     codes = None
-    if needs_codes(manifest.losses, manifest.schema_version):
+    if needs_codes(manifest.losses, manifest.parts_version):
         table = read_side_table(Folder(root), CODES_FILE, manifest.files)
         codes = TokenCodes.of(table, manifest.teacher_tokenizer.size, manifest.student.size)
-    return TargetForm(manifest.losses, manifest.schema_version, manifest.step or 0.0, codes)
+    return TargetForm(manifest.losses, manifest.parts_version, manifest.step or 0.0, codes)
 
 
 def iter_targets(root: str) -> Iterator[pa.RecordBatch]:

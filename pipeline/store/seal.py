@@ -41,7 +41,7 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([ -~]{1,200})")
 def side_files(manifest: AnyManifest) -> tuple[str, ...]:
     """Names of the tables beside the parts, each of which the manifest records."""
     names = SIDE_FILES[manifest.kind]
-    if isinstance(manifest, TargetManifest) and needs_codes(manifest.losses, manifest.schema_version):
+    if isinstance(manifest, TargetManifest) and needs_codes(manifest.losses, manifest.parts_version):
         return (*names, CODES_FILE)
     return names
 

@@ -132,7 +132,7 @@ def _part_check(root: str, manifest: AnyManifest) -> Check:
     try:
         return TargetCheck(target_form(root, manifest))
     except VerificationError:  # said of the side tables; columns and lengths are still looked at
-        return TargetCheck(TargetForm(manifest.losses, manifest.schema_version, manifest.step or 0.0), read=False)
+        return TargetCheck(TargetForm(manifest.losses, manifest.parts_version, manifest.step or 0.0), read=False)
 
 
 def _part_problems(folder: Folder, part: Part, check: Check) -> Iterator[str]:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 HERE = Path(__file__).resolve().parent / "captures"
+sys.path.append(str(HERE.parents[1]))
 TOKENIZER = "tiny"
 TEXTS = [
     "The river runs past the old mill, and 27 boats wait for rain. " * 3,
@@ -87,6 +88,8 @@ RUNS = {
         *("--shard-bytes", "250", "--k", "8", "--min-p", "0.003"),
     ],
 }
+# Of a DistillKit set that tests/distillkit_sets.py writes, with rows of this file's own.
+IMPORTED = {"v7-imported": ["--k", "8", "--license", "corpus=cc0-1.0,outputs=cc0-1.0", "--source", "made/up"]}
 AUDITED = ("v3-topk", "v3-tau", "v3-sampled")
 # Begun on another device than it was ended on.
 MIXED = ("v4-topk",)
@@ -95,8 +98,10 @@ TARGETS = {"v2-targets": TOPK, "v3-targets": TOPK, "v3-targets-sampled": RUNS["v
 TARGETS["v5-targets"] = RUNS["v5-topk"]
 TARGETS["v6-targets"] = TOPK
 TARGETS["v7-targets"] = RUNS["v6-chats"]
+TARGETS["v8-targets"] = IMPORTED["v7-imported"]
 LOSSES = {"v2-targets": "p-kl,h-kl,alm", "v3-targets": "p-kl,h-kl,alm", "v4-targets": "p-kl,h-kl,alm"}
 LOSSES["v5-targets"] = "alm"
+LOSSES["v8-targets"] = "p-kl,h-kl,gold,strict,byte-prefix"
 LOSSES["v6-targets"] = LOSSES["v7-targets"] = "p-kl,h-kl,alm,strict,byte-prefix"
 # Students other than bytes, and the chat template of theirs.
 STUDENTS = {"v7-targets": [TOKENIZER, "--template", "vicuna.jinja"]}
@@ -106,6 +111,7 @@ RUN_ONLY = (
     "run.json",
     "teacher.json",
     "align.json",
+    "import.json",
     "workers",
     "audits",
     "skips",
@@ -205,22 +211,73 @@ def begin_elsewhere(name: str) -> None:
     record.write_text(json.dumps(json.loads(record.read_text()) | {"device": "NVIDIA H100 80GB HBM3"}))
 
 
+def drawn_rows(ids: list[int], size: int, rng: np.random.Generator) -> "np.ndarray[Any, Any]":
+    """A distribution for each token, from which its rank was drawn: log-probabilities, float32 [T, size]."""
+    rows = []
+    for token in ids:
+        logit_U = -1.6 * np.log(np.arange(1, size + 1)) + 0.2 * rng.standard_normal(size)
+        p_U = np.sort(np.exp(logit_U) / np.exp(logit_U).sum())[::-1]
+        others = rng.permutation(np.delete(np.arange(size), token))
+        order = np.insert(others, rng.choice(size, p=p_U), token)
+        rows.append(np.log(p_U)[np.argsort(order)])
+    return np.array(rows, np.float32)
+
+
+def write_set(folder: str) -> list[dict[str, Any]]:
+    """The texts as documents of a DistillKit set; returns what ``expected_rows`` returns."""
+    from distillkit_sets import QWEN3, Document, sampled, write
+    from tokenizers import Tokenizer
+
+    backend, rng = Tokenizer.from_file(f"{TOKENIZER}/tokenizer.json"), np.random.default_rng(7)
+    size, documents = backend.get_vocab_size(), []
+    for text in TEXTS:
+        ids = np.array([*backend.encode(text).ids, 0])
+        # row j of the file is about token j + 1
+        rows = drawn_rows(ids.tolist(), size, rng)
+        documents.append(Document(ids, np.concatenate([rows[1:], rows[:1]])))
+    config = {**QWEN3, "k": 64}
+    write(Path(folder, "rows.parquet"), [sampled(one, config, size) for one in documents], config, size)
+    found = []
+    for row in range(ROWS):
+        logp_U, label = documents[0].logprob[row].astype(np.float64), int(documents[0].ids[row + 1])
+        order = np.argsort(-logp_U, kind="stable")
+        known = label in order[: config["exact_k"]]
+        p_U = np.exp(logp_U)
+        entry: dict[str, Any] = {"sample_id": "rows.parquet:0.0#0", "row": row, "ids": order[:8].tolist()}
+        entry["logprob"] = [round(float(value), 9) for value in logp_U[order[:8]]]
+        entry["realised_logprob"] = round(float(logp_U[label]), 6) if known else None
+        entry["entropy"] = round(float(-(p_U * np.log(p_U)).sum()), 6)
+        found.append(entry)
+    return found
+
+
+def import_set(name: str, out: str) -> list[dict[str, Any]]:
+    """Import such a set."""
+    rows = write_set("set")
+    xtoken("import", "distillkit", "set", "--tokenizer", TOKENIZER, *IMPORTED[name], "--out", out, "--quiet")
+    return rows
+
+
 def make(name: str) -> None:
     """Write one golden folder; the working folder is empty but for the tokenizer and the corpus."""
-    if name in RUNS:
+    if name in IMPORTED:
+        write_expected(name, import_set(name, name))
+    elif name in RUNS:
         if name in MIXED:
             begin_elsewhere(name)
         xtoken("precompute", *RUNS[name], "--out", name, "--quiet")
         if name in AUDITED:
             audit(name)
             xtoken("precompute", *RUNS[name], "--out", name, "--quiet")
-        rows = expected_rows(Path(name), TAUS.get(name, ()))
-        (HERE / f"{name}.expected.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        write_expected(name, expected_rows(Path(name), TAUS.get(name, ())))
     else:
         source, aside = "capture-" + name, name in SET_ASIDE
         if aside:
             write_corpus(["A document whose part is lost. " * 9, *TEXTS])
-        xtoken("precompute", *TARGETS[name], "--out", source, "--quiet")
+        if name == "v8-targets":
+            import_set("v7-imported", source)
+        else:
+            xtoken("precompute", *TARGETS[name], "--out", source, "--quiet")
         student = STUDENTS.get(name, ["bytes"])
         losses = LOSSES.get(name, "p-kl,alm")
         words = ["align", source, "--student", *student, "--for", losses, "--out", name, "--quiet"]
@@ -235,6 +292,11 @@ def make(name: str) -> None:
         path.unlink(missing_ok=True)
     shutil.rmtree(HERE / name, ignore_errors=True)
     shutil.copytree(name, HERE / name)
+
+
+def write_expected(name: str, rows: list[dict[str, Any]]) -> None:
+    """First rows, one a line."""
+    (HERE / f"{name}.expected.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 def write_corpus(texts: list[str]) -> None:

@@ -12,7 +12,7 @@ from xtoken import cli
 
 RUNNER = CliRunner()
 VERBS = (
-    *("align", "doctor", "eval", "inspect", "losses"),
+    *("align", "doctor", "eval", "import", "inspect", "losses"),
     *("precompute", "project", "query", "report", "status", "train", "transplant", "verify"),
 )
 SHARE_VERBS = ("card", "merge", "pull", "push")

@@ -19,6 +19,7 @@ RUNNER = CliRunner()
 WRITES = {
     "precompute": ("precompute", "c", "--teacher", "t", "--out"),
     "precompute's log": ("precompute", "c", "--teacher", "t", "--out", "o", "--log"),
+    "import": ("import", "distillkit", "d", "--tokenizer", "t", "--out"),
     "align": ("align", "c", "--student", "s", "--out"),
     "project": ("project", "--student", "s", "--teacher", "t", "--out"),
     "train": ("train", "t", "--student", "s", "--out"),

@@ -135,6 +135,7 @@ class TargetsDataset(IterableDataset[Sample]):
         for folder, loss in zip(folders, losses, strict=True):
             folder.require(loss)
             folder.require_options(loss, options)
+            folder.require_weighting(weighting)
         refuse_unlike(folders)
         students = {folder.manifest.student.hash: folder for folder in folders}
         if len(students) > 1:

@@ -113,10 +113,10 @@ class Targets:
     def _form(self) -> TargetForm:
         """How the parts hold their columns; VerificationError where codes.parquet is not the one recorded."""
         manifest, codes = self.manifest, None
-        if needs_codes(manifest.losses, manifest.schema_version):
+        if needs_codes(manifest.losses, manifest.parts_version):
             sizes = manifest.teacher_tokenizer.size, manifest.student.size
             codes = TokenCodes.of(self._side_table(CODES_FILE), *sizes)
-        return TargetForm(manifest.losses, manifest.schema_version, manifest.step or 0.0, codes)
+        return TargetForm(manifest.losses, manifest.parts_version, manifest.step or 0.0, codes)
 
     @property
     def remote_bytes(self) -> int:
@@ -254,6 +254,12 @@ class Targets:
         """
         if registered(self.manifest.codec).linear:
             self._refuse_biased(loss, options)
+        known = self.manifest.imported
+        if known is not None and not known.whole_rest and loss in ("p-kl", "sparse-kl") and options.rest == "bucket":
+            raise XtokenError(
+                f"{self.root} is of an imported capture ({known.format}) whose tail mass nobody knows; train with "
+                "--rest drop, which compares the kept entries alone"
+            )
         rest = {"p-kl": "pkl_rest_logprob", "sparse-kl": "skl_rest_logprob"}.get(loss)
         if rest and options.rest == "bucket" and self.manifest.merge != "mean" and self._unknown(rest):
             raise XtokenError(
@@ -272,6 +278,20 @@ class Targets:
             raise XtokenError(
                 f"{self.root} has no target for strict: no chunk of one token on either side has two kept entries with "
                 "a student token of equal bytes; capture with a larger --k or a smaller --min-p, or take another loss"
+            )
+
+    def require_weighting(self, weighting: str) -> None:
+        """Refuse weights of teachers that need what the targets do not know.
+
+        Raises:
+            XtokenError: ``ce``, where an imported capture lacks labels' log-probabilities.
+        """
+        known = self.manifest.imported
+        if weighting == "ce" and known is not None and known.labels_unknown > 0:
+            raise XtokenError(
+                f"--weighting ce: {self.root} is of an imported capture ({known.format}) that does not know the "
+                f"log-probability of {known.labels_unknown:.1%} of its labels; take --weighting entropy, confidence or "
+                "static"
             )
 
     def _refuse_biased(self, loss: str, options: LossOptions) -> None:

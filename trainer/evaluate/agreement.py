@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from xtoken.schemas.categories import CATEGORIES
+from xtoken.schemas.configs.train import LossOptions
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import TokenizerInfo
 from xtoken.schemas.ui.progress import Progress
@@ -92,14 +93,17 @@ def agreement(
 
     Returns:
         ``kl`` (mean P-KL per chunk, nats), ``top1_agreement`` (share), ``chunks``, and these by the category of the
-        chunk's first student token under ``by_category`` (see ``schemas.categories``); ``teacher_bits_per_byte``.
+        chunk's first student token under ``by_category`` (see ``schemas.categories``); ``teacher_bits_per_byte``,
+        unless an imported capture lacks labels. Where it lacks the tail mass, KL is over the kept entries alone.
 
     Raises:
         XtokenError: no chunk can be compared.
     """
     size, device = student.vocabulary, student.device
     teacher_size = targets.manifest.teacher_tokenizer.size
-    setup = LossSetup(targets.w.within(size), targets.vocab, size, teacher_size, device)
+    known = targets.manifest.imported
+    options = LossOptions(rest="bucket" if known is None or known.whole_rest else "drop")
+    setup = LossSetup(targets.w.within(size), targets.vocab, size, teacher_size, device, options)
     loss, group_V = PKL(setup), torch.as_tensor(token_bytes(targets).categories(), device=device)
     chat = targets.manifest.chat is not None
     layout = Layout(None if chat else context_token(tokenizer), max_tokens, size, (loss,), chat=chat)
@@ -122,7 +126,10 @@ def agreement(
                     view = lesson.at(block.logp(loss.temperature))
                     tally.add(loss.terms(view), loss.agrees(view), group_V[view.label_P[view.first_C]])
     progress.finish()
-    return tally.shared(ranks).figures()
+    figures = tally.shared(ranks).figures()
+    if known is not None and known.labels_unknown > 0:  # those that are there are the likely ones
+        figures.pop("teacher_bits_per_byte", None)
+    return figures
 
 
 def _add_teacher(tally: _Tally, group: RowGroup) -> None:
@@ -131,6 +138,6 @@ def _add_teacher(tally: _Tally, group: RowGroup) -> None:
         logprob_C = group.values("teacher_logprob", row).astype(np.float64)
         byte_end_S = np.concatenate([[0], group.values("student_end", row)])
         end_C = byte_end_S[group.values("chunk_student_end", row)]
-        known_C = ~np.isnan(logprob_C)
+        known_C = np.isfinite(logprob_C)
         tally.teacher_nats -= float(logprob_C[known_C].sum())
         tally.teacher_bytes += int(np.diff(end_C, prepend=0)[known_C].sum())

@@ -97,10 +97,18 @@ class Source:
             single_C &= size_C == 1
         return single_C
 
-    def split(self, pair_U: NDArray[np.int32]) -> tuple[NDArray[Any], ...]:
-        """``split_targets`` of every chunk."""
-        rows, row_C = self.merged()
+    def split(self, pair_U: NDArray[np.int32], of_C: NDArray[np.int64] | None = None) -> tuple[NDArray[Any], ...]:
+        """``split_targets`` of every chunk; ``of_C``: of which distribution, where not of the one of ``merged``."""
+        rows, merged_C = self.merged()
+        row_C = merged_C if of_C is None else of_C
         return split_targets(row_C, rows.offsets, rows.ids, rows.logprob, pair_U)
+
+    def factored(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Which distribution is each chunk's, -1 = none, and column ``factor_logprob``: a chunk whose factor an
+        imported capture does not know has neither."""
+        factor_C = self.label_factor()
+        row_C = self.merged()[1]
+        return np.where(np.isnan(factor_C), -1, row_C), factor_C
 
     def label_factor(self) -> NDArray[np.float32]:
         """Column ``factor_logprob``: labels before a chunk's last distribution or after its first; NaN = none."""

@@ -15,5 +15,6 @@ class Builder(TargetBuilder):
 
     def columns(self, source: Source) -> Built:
         """See ``TargetBuilder``."""
-        columns = dict(zip(_NAMES, source.split(source.maps.matched_U), strict=True))
-        return {**columns, "factor_logprob": source.label_factor()}, {}
+        row_C, factor_C = source.factored()
+        columns = dict(zip(_NAMES, source.split(source.maps.matched_U, row_C), strict=True))
+        return {**columns, "factor_logprob": factor_C}, {}

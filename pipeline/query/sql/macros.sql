@@ -76,4 +76,6 @@ CREATE MACRO taken(list, numbers) AS list_transform(numbers, lambda one: list[on
 CREATE MACRO token_of_row(row) AS list_where(range(len(row)), list_transform(row, lambda one: one IS NOT NULL));
 
 CREATE MACRO bits_per_byte_of(nats, bytes) AS nats / ln(2) / nullif(bytes, 0);
+-- Of an imported capture a label's log-probability may be unknown: NaN there, -inf in targets.
+CREATE MACRO finite(logprob) AS CASE WHEN isfinite(logprob) THEN logprob ELSE NULL END;
 CREATE MACRO known(logprob) AS CASE WHEN isnan(logprob) THEN NULL ELSE logprob END;

@@ -1,5 +1,6 @@
 """The parts of a card that say what one capture is: facts, counts, fidelity, alignment, limits."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -153,11 +154,16 @@ def columns(manifest: CaptureManifest, sizes: Mapping[str, float]) -> str:
     return table(["column", "type", "bytes", "holds"], rows)
 
 
+def _known(bits: float) -> float | str:
+    """A figure of all labels; of an import that lacks some there is none."""
+    return "not known: labels outside the source's entries have no log-probability" if math.isnan(bits) else bits
+
+
 def fidelity(manifest: CaptureManifest, stats: RowStats) -> str:
     """What the rows keep of the teacher's distribution."""
     if not stats.rows:
         return "There are no rows."
-    rows: list[tuple[str, object]] = [("teacher's bits per byte of this text", stats.bits_per_byte)]
+    rows: list[tuple[str, object]] = [("teacher's bits per byte of this text", _known(stats.bits_per_byte))]
     notes: list[str] = []
     if not without_rows(manifest.left_out):
         of_codec, note = open_codec(manifest.codec).fidelity(stats)

@@ -3,6 +3,7 @@
 Shapes: N samples of a batch, R teacher distributions (rows), K entries of all rows together, U teacher vocabulary.
 """
 
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ class Codec(ABC):
     """
 
     info: CodecInfo
+    empty_rows: bool = False  # of an imported capture: a row may have no entry, and the tail mass is then everything
     # Columns that ``decode`` reads, and types of DuckDB: of the arguments of ``unpack_rows`` in ``rows_sql``.
     columns: ClassVar[tuple[str, ...]]
     sql_types: ClassVar[tuple[str, str, str]]
@@ -235,6 +237,8 @@ def list_field(name: str, kind: pa.DataType, doc: str) -> pa.Field:
     return pa.field(name, pa.list_(pa.field("element", kind, nullable=False)), nullable=False, metadata={"doc": doc})
 
 
-def rounded_logprob(logprob: float) -> float:
-    """For JSON, which has no -inf."""
+def rounded_logprob(logprob: float) -> float | None:
+    """For JSON, which has no -inf, and no NaN: what is unknown is null."""
+    if math.isnan(logprob):
+        return None
     return round(max(float(logprob), -1e4), 3)

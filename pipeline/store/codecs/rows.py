@@ -17,7 +17,7 @@ class Unpacked:
         offsets: int64 [R + 1].
         ids: int32 [K], teacher ids.
         logprob: float64 [K], nats.
-        tail_logprob: float64 [R], nats: log of the mass in no entry; -inf = none.
+        tail_logprob: float64 [R], nats: log of the mass in no entry; -inf = none, NaN = unknown (imported rows).
     """
 
     offsets: NDArray[np.int64]

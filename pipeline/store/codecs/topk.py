@@ -9,7 +9,7 @@ What is computed of kept entries alone lies in the flat layout of the store, row
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.manifest import CodecInfo
 
 STEP = 1 / 32
-NO_TAIL = 65535
+NO_TAIL, TAIL_UNKNOWN = 65535, 65534
 NO_ODDS = -32768
 _LARGEST_GAP = 65535
 # Float32 log-probabilities of a whole head sum to one within this; more is not a distribution.
@@ -97,18 +97,50 @@ def encode(
     _check_rows(rows.logprob)
     keep_RE = _select(rows.ids, rows.logprob, k, min_p, vocab_size)
     kept_R = np.count_nonzero(keep_RE, axis=1)
-    starts_R = _starts(kept_R)
     logprob_K = rows.logprob[keep_RE].astype(np.float64)
+    packed = pack(kept_R, rows.ids[keep_RE], logprob_K, step)
+    if not temperatures:
+        return packed
+    return replace(packed, tau_rest_odds=_tau_tail_odds(rows, logprob_K, kept_R, step, temperatures))
+
+
+def pack(
+    kept_R: NDArray[np.int64],
+    ids_K: NDArray[np.int32],
+    logprob_K: NDArray[np.float64],
+    step: float = STEP,
+    *,
+    tail_known: bool = True,
+    tailless_R: NDArray[np.bool_] | None = None,
+) -> Packed:
+    """Quantise rows of which is known what is kept.
+
+    Args:
+        kept_R: entries of each row, at most 255; of a row without any the tail is everything.
+        ids_K, logprob_K: in rank order; nats.
+        step: unit of the gaps in nats.
+        tail_known: the tail mass is what the entries leave; else it is unknown.
+        tailless_R: rows whose entries are everything, whatever rounding leaves of 1.
+
+    Raises:
+        XtokenError: a row sums to more than one, or a gap does not fit.
+    """
+    starts_R = _starts(kept_R)[kept_R > 0]
     level_K = np.floor(logprob_K / -step + 0.5).astype(np.int64)
     gap_K = level_K.copy()
     gap_K[1:] -= level_K[:-1]
     gap_K[starts_R] = level_K[starts_R]
+    tail_R = np.zeros(len(kept_R), np.uint16)
+    if len(starts_R):
+        tail_F = _tail_gap(_log_kept(logprob_K, kept_R[kept_R > 0], starts_R), step)
+        tail_R[kept_R > 0] = tail_F if tail_known else TAIL_UNKNOWN
+    if tailless_R is not None:
+        tail_R[tailless_R] = NO_TAIL
     return Packed(
         kept=kept_R.astype(np.uint8),
-        topk_ids=rows.ids[keep_RE].astype(np.int32, copy=False),
+        topk_ids=ids_K.astype(np.int32, copy=False),
         topk_gap=_fit(gap_K, _LARGEST_GAP, "gap"),
-        rest_gap=_tail_gap(_log_kept(logprob_K, kept_R, starts_R), step),
-        tau_rest_odds=_tau_tail_odds(rows, logprob_K, kept_R, step, temperatures) if temperatures else None,
+        rest_gap=tail_R,
     )
 
 
@@ -124,6 +156,7 @@ def decode(
     np.cumsum(kept, out=offsets[1:])
     level_K = levels(kept, topk_gap)
     tail_R = np.where(rest_gap == NO_TAIL, -np.inf, -step * rest_gap.astype(np.float64))
+    tail_R[rest_gap == TAIL_UNKNOWN] = np.nan
     logprob_K: NDArray[np.float64] = level_K * np.float64(-step)
     return Unpacked(offsets, topk_ids, logprob_K, tail_R)
 
@@ -243,7 +276,8 @@ def _complement(log_kept_R: NDArray[np.float64], noise: float) -> tuple[NDArray[
     """Whether more than ``noise`` is left to 1, and the log of what is, [R] each."""
     some_R = log_kept_R < -noise
     safe_R = np.where(some_R, log_kept_R, -1.0)
-    return some_R, np.where(safe_R > -np.log(2.0), np.log(-np.expm1(safe_R)), np.log1p(-np.exp(safe_R)))
+    with np.errstate(divide="ignore"):  # of the branch that is not taken
+        return some_R, np.where(safe_R > -np.log(2.0), np.log(-np.expm1(safe_R)), np.log1p(-np.exp(safe_R)))
 
 
 def _fit(steps: NDArray[np.int64], largest: int, what: str) -> NDArray[np.uint16]:
@@ -330,8 +364,9 @@ class TopKCodec(Codec):
             bad_N = list_lengths(batch, "tau_rest_odds") != rows_N * len(self.others)
             refuse(batch, bad_N, f"tau_rest_odds has not {len(self.others)} values for each row")
         kept_R = flat(batch, "kept")
-        bad_N = any_per_sample((kept_R < 1) | (kept_R > self.info.k), rows_N)
-        refuse(batch, bad_N, f"kept is not between 1 and {self.info.k}")
+        least = 0 if self.empty_rows else 1
+        bad_N = any_per_sample((kept_R < least) | (kept_R > self.info.k), rows_N)
+        refuse(batch, bad_N, f"kept is not between {least} and {self.info.k}")
         entries_N = sums_per_sample(batch, "kept")
         for name in ("topk_ids", "topk_gap"):
             refuse(batch, list_lengths(batch, name) != entries_N, f"{name} has not as many entries as kept says")

@@ -5,7 +5,7 @@ SELECT
     row, span_kind, span_byte_end, span_token_end, span_message, span_learn, messages,
     CAST(kept AS INTEGER[]) AS kept,
     list_transform(
-        rest_gap, lambda gap: CASE WHEN gap = 65535 THEN 0.0 ELSE exp(-CAST(gap AS DOUBLE) * getvariable('step')) END
+        rest_gap, lambda gap: CASE gap WHEN 65535 THEN 0.0 WHEN 65534 THEN NULL ELSE exp(-CAST(gap AS DOUBLE) * getvariable('step')) END
     ) AS rest,
     NULL::DOUBLE[] AS entropy,
     topk_codes AS codes,

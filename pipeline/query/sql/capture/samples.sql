@@ -11,7 +11,7 @@
 -- tokens: teacher tokens
 -- rows: teacher rows, one per taught token (but the first where first_row is 1)
 -- entries: entries kept in all its rows; null where a subset left rows out
--- nats: -log of the probability that the teacher gives what is taught
+-- nats: -log of the probability that the teacher gives what is taught; null where an import does not say of each token
 -- bits_per_byte: the same in bits, per taught byte
 -- first_row: 1 where the first token has no row, since the teacher saw nothing before it
 -- complete: the sample ends where its document ends
@@ -30,7 +30,7 @@ SELECT
     len(teacher_ids) AS tokens,
     len(realised_logprob) AS rows,
     CAST(list_sum(kept) AS BIGINT) AS entries,
-    -list_sum(realised_logprob) AS nats,
+    known(-list_sum(realised_logprob)) AS nats,
     bits_per_byte_of(nats, taught_bytes) AS bits_per_byte,
     first_row,
     complete,

@@ -30,7 +30,7 @@ SELECT
     end_token - start_token AS tokens,
     readable(encode(text)[start_byte + 1:end_byte]) AS text,
     teacher_tokens_text(teacher_ids[start_token + 1:end_token]) AS spelled,
-    -list_sum(logprobs) AS nats,
+    known(-list_sum(logprobs)) AS nats,
     bits_per_byte_of(nats, bytes) AS bits_per_byte
 FROM (
     SELECT *, taken(realised_logprob, row[start_token + 1:end_token]) AS logprobs

@@ -9,7 +9,7 @@
 -- span: the span it is of, as in spans
 -- kind: of that span: text, template, user, assistant, stop, ...
 -- learn: it is taught
--- logprob: nats; log-probability that the teacher gives it there; null for a token without a row
+-- logprob: nats; log-probability that the teacher gives it there; null for a token without a row, or where an import does not say
 -- surprise: the same in bits, positive
 -- kept: entries kept in its row; of draws, different tokens drawn
 -- rest: probability of all that the row did not keep; null for draws
@@ -26,8 +26,8 @@ SELECT
     t.span,
     t.kind,
     t.learn,
-    t.logprob,
-    -t.logprob / ln(2) AS surprise,
+    known(t.logprob) AS logprob,
+    -known(t.logprob) / ln(2) AS surprise,
     t.kept,
     t.rest,
     t.entropy,

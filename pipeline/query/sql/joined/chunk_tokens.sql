@@ -18,7 +18,7 @@ FROM (
         sample_id,
         CAST(unnest(range(len(teacher_ids))) AS INTEGER) AS pos,
         unnest(teacher_ids) AS teacher_id,
-        unnest(taken(realised_logprob, row)) AS logprob,
+        known(unnest(taken(realised_logprob, row))) AS logprob,
         unnest(steps(chunk_teacher_end, CAST(len(teacher_ids) AS INTEGER))) AS chunk
     FROM targets._stored JOIN capture._rows USING (sample_id)
 )

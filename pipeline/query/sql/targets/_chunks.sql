@@ -1,7 +1,7 @@
 -- Chunks in bytes, without what is shown to people; of conversations a chunk without a target is a gap.
 SELECT
-    * EXCLUDE (of_chat),
-    CASE WHEN of_chat AND teacher_logprob IS NULL THEN 'gap' WHEN end_byte > start_byte THEN 'text'
+    * EXCLUDE (of_chat, no_target),
+    CASE WHEN of_chat AND no_target THEN 'gap' WHEN end_byte > start_byte THEN 'text'
          WHEN of_chat THEN 'stop' WHEN chunk = 0 THEN 'lead' ELSE 'eos' END AS kind
 FROM (
     SELECT
@@ -16,7 +16,8 @@ FROM (
         unnest(chunk_teacher_end) AS teacher_end,
         unnest(starts_of(chunk_end)) AS start_byte,
         unnest(chunk_end) AS end_byte,
-        known(unnest(teacher_logprob)) AS teacher_logprob,
+        isnan(unnest(teacher_logprob)) AS no_target,
+        finite(unnest(teacher_logprob)) AS teacher_logprob,
         known(unnest(alm_space_logprob)) AS space_logprob
     FROM targets._samples
 )

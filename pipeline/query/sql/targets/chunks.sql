@@ -15,7 +15,7 @@
 -- end_byte: where it ends
 -- bytes: bytes of text
 -- text: its text, as the student's tokens spell it; what is not UTF-8 written like \xe6
--- teacher_logprob: nats; log-probability that the teacher gives its text; null without a row
+-- teacher_logprob: nats; log-probability that the teacher gives its text; null without a row, or where an import does not say
 -- bits_per_byte: the same in bits, positive, per byte
 -- space_probability: that a token starting with a space comes after it; null without loss alm or a row
 SELECT

@@ -11,7 +11,7 @@
 -- taught_tokens: those that are taught; of plain text all
 -- teacher_tokens: teacher tokens up to the end of the last chunk
 -- chunks: chunks, without gaps
--- nats: -log of the probability that the teacher gives the text, of the chunks that have a row
+-- nats: -log of the probability that the teacher gives the text, of the chunks that have a row; null where an import does not say of each
 -- bits_per_byte: the same in bits, per taught byte
 -- teacher_entropy: nats; mean over chunk rows, the rest as one cell; null without a row
 -- teacher_top1: mean over chunk rows of the largest probability; null without a row
@@ -28,7 +28,7 @@ SELECT
     CASE WHEN learn IS NULL THEN student_tokens ELSE len(list_where(learn, learn)) END AS taught_tokens,
     chunk_teacher_end[-1] AS teacher_tokens,
     CASE WHEN learn IS NULL THEN len(chunk_student_end) ELSE len(list_where(has_row, has_row)) END AS chunks,
-    -list_sum(list_where(teacher_logprob, has_row)) AS nats,
+    finite(-list_sum(list_where(teacher_logprob, has_row))) AS nats,
     bits_per_byte_of(nats, taught_bytes) AS bits_per_byte,
     known(teacher_entropy) AS teacher_entropy,
     known(teacher_top1) AS teacher_top1

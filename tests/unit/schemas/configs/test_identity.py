@@ -15,6 +15,7 @@ from xtoken.schemas.configs.artifacts import AlignConfig
 from xtoken.schemas.configs.base import MAY_CHANGE, Config, leaves, marked
 from xtoken.schemas.configs.capture import PrecomputeConfig
 from xtoken.schemas.configs.identity import defaults, differences, identity, may_change
+from xtoken.schemas.configs.imports import ImportConfig
 from xtoken.schemas.configs.train import OptimGroup, TrainConfig
 from xtoken.schemas.ui.progress import Silent
 
@@ -22,6 +23,7 @@ RUNS: dict[type[Config], dict[str, Any]] = {
     TrainConfig: {"targets": ["t"], "student": "s", "out": "o"},
     PrecomputeConfig: {"corpus": "c", "teacher": "t", "backend": "fake", "out": "o"},
     AlignConfig: {"captures": ["c"], "student": "bytes", "out": "o"},
+    ImportConfig: {"format": "distillkit", "paths": ["p"], "tokenizer": "t", "out": "o"},
 }
 MARKS = [base.MAY_CHANGE, base.IN_PLAN, base.AS_HASH, base.AS_FOR]
 
@@ -69,6 +71,7 @@ def test_every_field_is_identity_or_marked(model: type[Config]) -> None:
 
 TRAIN = """targets out device decoders parallel activation_checkpointing compile kernel micro_tokens save_every keep
 keep_every spike rollback eval_every completions tensorboard wandb"""
+IMPORT = "out dry_run"
 ALIGN = "out corpus workers ray lease_seconds memory_limit on_bad"
 PRECOMPUTE = """on_rendered workers tensor_parallel gpu_memory batch_tokens device trust_remote_code out ray
 gpus_per_worker lease_seconds cell audit audit_rows dry_run gpu_price pilot pilot_tokens like log tokenizer server
@@ -76,7 +79,8 @@ served_as server_requests insecure"""
 
 
 @pytest.mark.parametrize(
-    ("model", "names"), [(TrainConfig, TRAIN), (AlignConfig, ALIGN), (PrecomputeConfig, PRECOMPUTE)]
+    ("model", "names"),
+    [(TrainConfig, TRAIN), (AlignConfig, ALIGN), (PrecomputeConfig, PRECOMPUTE), (ImportConfig, IMPORT)],
 )
 def test_what_may_change_is_frozen(model: type[Config], names: str) -> None:
     """One more name here lets different runs fill one folder; say why in the field's description."""
