@@ -35,10 +35,10 @@ def refuse_losses(config: AlignConfig, student: TokenizerInfo, capture: CaptureM
     refused = [words for loss in losses if (words := loss.without_tail(config))]
     if refused:
         stored = ", ".join(f"{known:g}" for known in capture.codec.temperatures)
+        again = f"capture again with --temperatures {tau:g}, or " if capture.imported is None else ""
         raise XtokenError(
             f"{', '.join(refused)} at --tau {tau:g} needs the tail mass (what was not kept) at that temperature, and "
-            f"{config.captures[0]} stores it at {stored} only; capture again with --temperatures {tau:g}, or leave "
-            "--tau out"
+            f"{config.captures[0]} stores it at {stored} only; {again}leave --tau out"
         )
 
 

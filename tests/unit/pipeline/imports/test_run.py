@@ -266,6 +266,11 @@ def test_alm_needs_all_labels(capture: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "t").exists()
 
 
+def test_another_temperature_is_refused_without_a_way_that_an_import_has_not(capture: Path, tmp_path: Path) -> None:
+    with pytest.raises(XtokenError, match=r"at --tau 2 needs the tail mass .* stores it at 1 only; leave --tau out$"):
+        align(align_config(capture, tmp_path / "t", "h-kl", tau=2.0), Silent())
+
+
 def test_rows_that_were_renormalised_have_no_tail(renormalised: Path) -> None:
     manifest = read_manifest(str(renormalised), CaptureManifest)
     assert manifest.imported is not None
