@@ -436,5 +436,5 @@ def test_targets_without_what_an_option_needs_are_refused(
 def test_old_targets_are_refused_by_version(configure: Callable[..., TrainConfig], student_info: Any) -> None:
     path = Path(configure().data.targets[0], "manifest.json")
     path.write_text(path.read_text().replace('"schema_version":3', '"schema_version":1'))
-    with pytest.raises(XtokenError, match="schema version 1, this xtoken reads targets of version 2 to 7"):
+    with pytest.raises(XtokenError, match="schema version 1, this xtoken reads targets of version 2 to 8"):
         train(configure(), student_info, [], Silent())
