@@ -55,7 +55,7 @@ class ImportConfig(Config):
     )
     documents: Literal["auto", "mask", "bos", "eos"] = Field(
         "auto",
-        description="distillkit: what parts the documents of a packed row: its mask, BOS or EOS; auto: the mask where "
+        description="distillkit: what separates the documents of a packed row: its mask, BOS or EOS; auto: the mask where "
         "it numbers them.",
     )
     form: Literal["auto", "text", "ids", "messages"] = Field(
