@@ -20,7 +20,7 @@ from xtoken.pipeline.imports.axolotl import parallel_lists
 from xtoken.pipeline.imports.compression import read_compression
 from xtoken.pipeline.imports.parquet_rows import BadRow, byte_rows, whole_numbers
 from xtoken.pipeline.imports.run import import_dataset
-from xtoken.pipeline.store.codecs.topk import NO_TAIL, pack
+from xtoken.pipeline.store.codecs.topk import STEP, pack
 from xtoken.schemas.errors import XtokenError
 from xtoken.schemas.ui.progress import Silent
 
@@ -31,7 +31,7 @@ def test_numbers_that_are_not_whole_are_no_ids_and_no_bytes(value: float) -> Non
         warnings.simplefilter("error")
         with pytest.raises(BadRow, match="something else than whole numbers: it has"):
             whole_numbers(np.array([1.0, value]), "input_ids", "x")
-        with pytest.raises(BadRow, match="whole numbers|no bytes"):
+        with pytest.raises(BadRow, match=r"whole numbers|no bytes"):
             byte_rows(np.array([[1.0, value]]), 2, "a", "x")
     assert whole_numbers(np.array([3.0, 1e300]), "a", "x").tolist() == [3, 1 << 53]
 
@@ -40,7 +40,7 @@ def test_a_column_that_stands_twice(tmp_path: Path) -> None:
     path = write_set(tmp_path / "set") / "rows.parquet"
     table = pq.read_table(path)
     pq.write_table(pa.Table.from_arrays([*table.columns, table[0]], [*table.column_names, "input_ids"]), path)
-    with pytest.raises(XtokenError, match="has the column input_ids 2 times"):
+    with pytest.raises(XtokenError, match="the column input_ids 2 times"):
         import_dataset(config_of(tmp_path / "set", tmp_path / "out"), Silent())
 
 
@@ -102,7 +102,7 @@ def test_lists_that_lie_too_deep_in_each_other() -> None:
     value: Any = "a"
     for _ in range(500):
         value = [value]
-    with pytest.raises(Refused, match="nested too deeply|100 deep"):
+    with pytest.raises(Refused, match="over 100 deep"):
         clean(value)
 
 
@@ -121,6 +121,5 @@ def test_a_file_that_changed_while_the_run_was_down(tmp_path: Path) -> None:
 def test_rows_that_are_nearly_everything_give_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tiny = np.log1p(-1e-17) - 1e-18
-        found = pack(np.array([1, 1]), np.array([3, 4], np.int32), np.array([tiny, -1.0]))
-    assert found.rest_gap[0] in (NO_TAIL, 1254, 1255, 1250) or found.rest_gap[0] > 1000
+        found = pack(np.array([1, 1]), np.array([3, 4], np.int32), np.array([-1e-18, -1.0]))
+    assert found.rest_gap[0] == round(-np.log(1e-18) / STEP)
