@@ -288,7 +288,7 @@ def compression_of(value: Any, path: str) -> AnyCompression:
             return kind.model_validate(found)
         except ValidationError as error:
             first = error.errors()[0]
-            where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+            where = ": ".join([".".join(map(str, first["loc"])), ""]) if first["loc"] else ""
             said = first["msg"].removeprefix("Value error, ")
             raise XtokenError(f"{path}: {where}{said} (it is {str(first['input'])[:80]!r}); mend it") from error
     raise XtokenError(

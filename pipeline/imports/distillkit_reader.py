@@ -33,8 +33,8 @@ class DistillKitReader:
     """See ``xtoken.pipeline.imports.samples.Reader``.
 
     Attributes:
-        borders: of documents that a token separates, how many were seen, and behind how many stands a token that the row
-            before does not list, as it should be where another document begins.
+        borders: of documents that a token separates, how many were seen, and behind how many stands a token that the
+            row before does not list, as it should be where another document begins.
     """
 
     source: Source
