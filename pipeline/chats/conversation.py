@@ -187,12 +187,18 @@ def parsed_json(text: str) -> Any:
         return None
 
 
-def clean(value: Any) -> Any:
+def clean(value: Any, levels: int = 100) -> Any:
     """A JSON value with its texts in NFC, as all text of a corpus is.
 
+    Args:
+        value: it.
+        levels: how deep lists and objects may lie in each other.
+
     Raises:
-        Refused: a text holds a lone surrogate, which no encoding can represent.
+        Refused: a text holds a lone surrogate, which no encoding can represent, or lists lie too deep in each other.
     """
+    if not levels:
+        raise Refused("nested too deeply", "lists or objects lie over 100 deep in each other", "remove the record")
     if isinstance(value, str):
         if _SURROGATES.search(value):
             raise Refused(
@@ -200,5 +206,5 @@ def clean(value: Any) -> Any:
             )
         return unicodedata.normalize("NFC", value)
     if isinstance(value, Mapping):
-        return {clean(key): clean(one) for key, one in value.items()}
-    return [clean(one) for one in value] if isinstance(value, list | tuple) else value
+        return {clean(key): clean(one, levels - 1) for key, one in value.items()}
+    return [clean(one, levels - 1) for one in value] if isinstance(value, list | tuple) else value

@@ -6,7 +6,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from xtoken.pipeline.chats import open_ids_model
 from xtoken.pipeline.imports.api_trace_choices import BLAMELESS, Exchange
@@ -43,7 +42,7 @@ def guess_form(config: ImportConfig) -> str | None:
     Raises:
         XtokenError: no file is there, or the first line is no trace.
     """
-    (first,) = _firsts(list_files(config.paths, _SUFFIXES), 1, skips=False)
+    first = _firsts(list_files(config.paths, _SUFFIXES), 1, skips=config.on_bad == "skip")[0]
     return "messages" if first.messages is not None and has_template(config.tokenizer) else None
 
 
@@ -151,7 +150,9 @@ def _firsts(files: Sequence[SourceFile], count: int, *, skips: bool) -> list[Exc
     found: list[Exchange] = []
     for one in files:
         with open_url(one.path) as file:
-            for line, data in islice(lines(file, one.name, 0, None), count - len(found)):
+            for line, data in lines(file, one.name, 0, None):
+                if len(found) == count:
+                    break
                 try:
                     found.append(Exchange.of(line.parse(data), line))
                 except XtokenError:
@@ -160,7 +161,7 @@ def _firsts(files: Sequence[SourceFile], count: int, *, skips: bool) -> list[Exc
         if len(found) == count:
             break
     if not found:
-        raise XtokenError(f"{files[0].path} holds no line; name the files of the trace")
+        raise XtokenError(f"{files[0].path} holds no line that can be read; name the files of the trace")
     return found
 
 
@@ -174,11 +175,6 @@ def _chats(config: ImportConfig, first: Exchange, form: str) -> Chats | None:
         return None
     if form == "ids":
         return Chats.of_ids(config)
-    if not has_template(config.tokenizer):
-        raise XtokenError(
-            f"--form messages needs a chat template, and {config.tokenizer} has none; name the model's own folder or "
-            "id with --tokenizer, or say --form ids"
-        )
     chats = Chats.of_messages(config, "all" if first.scored else "last")
     answering = None if first.scored else _answering(first)
     return replace(chats, info=chats.info.model_copy(update={"answering": answering}))
@@ -193,5 +189,5 @@ def _answering(first: Exchange) -> Answering:
         temperature=line.number(asked.get("temperature"), "temperature", 1.0, most=100.0),
         top_p=line.number(asked.get("top_p"), "top_p", 1.0, most=1.0) or 1.0,
         samples=min(_MOST_COUNT, line.count(asked.get("n"), "n") or 1),
-        seed=line.count(asked.get("seed"), "seed") % (1 << 63),
+        seed=line.whole(asked.get("seed"), "seed") % (1 << 63),
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -12,9 +13,11 @@ from xtoken.schemas.errors import XtokenError
 
 MOST_LINE = 1 << 26  # bytes; a prompt of 32,768 tokens with 20 entries each has some 40 million
 MOST_TOKENS, MOST_ENTRIES, MOST_BYTES, MOST_CHOICES = 1 << 17, 4096, 1024, 1024
-_MOST_ID = (1 << 31) - 1
+MOST_ID = (1 << 31) - 1
+"""Of a token, and the largest rank that one can have."""
 UNKNOWN = -9999.0
 """What servers write in the place of a log-probability that they do not know, or that is minus infinity."""
+_FARTHEST = sys.float_info.max  # whole numbers of JSON have no end
 _ABOVE = 1e-5  # nats above 0 that float32 rounding can leave
 _BOM = b"\xef\xbb\xbf"
 _FIX = "write the trace again as the server sent it, or remove the line"
@@ -77,7 +80,7 @@ class Line:
 
     def logprob(self, value: Any, what: str) -> float:
         """A log-probability in nats; NaN where the server says that it does not know."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -_FARTHEST <= value <= _FARTHEST:
             self.bad(what, value, "a log-probability is a finite number")
         if value > _ABOVE:
             self.bad(what, value, "a log-probability is at most 0")
@@ -87,8 +90,8 @@ class Line:
         """A token id, as a number or, being a key, as its digits."""
         if isinstance(value, str) and 0 < len(value) <= 10 and value.isascii() and value.isdigit():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_ID:
-            self.bad(what, value, f"a token id is a whole number from 0 to {_MOST_ID}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_ID:
+            self.bad(what, value, f"a token id is a whole number from 0 to {MOST_ID}")
         return value
 
     def token_ids(self, value: Any, what: str) -> list[int]:
@@ -110,13 +113,22 @@ class Line:
             self.bad(what, value, f"it must be a number from 0 to {most:g}")
         return float(value)
 
-    def count(self, value: Any, what: str) -> int:
-        """A whole number of at least 0; null is 0."""
+    def whole(self, value: Any, what: str) -> int:
+        """A whole number; null is 0."""
         if value is None:
             return 0
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            self.bad(what, value, "it must be a whole number of at least 0")
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.bad(what, value, "it must be a whole number")
         return value
+
+    def count(self, value: Any, what: str, most: int | None = None) -> int:
+        """A whole number of at least 0, perhaps at most ``most``; null is 0."""
+        found = self.whole(value, what)
+        if found < 0 or (most is not None and found > most):
+            self.bad(
+                what, value, f"it must be a whole number {'of at least 0' if most is None else f'from 0 to {most}'}"
+            )
+        return found
 
 
 def _no_constant(name: str) -> NoReturn:

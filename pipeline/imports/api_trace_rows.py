@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xtoken.pipeline.imports.api_trace_line import MOST_ENTRIES, MOST_TOKENS, Line
+from xtoken.pipeline.imports.api_trace_line import MOST_ENTRIES, MOST_ID, MOST_TOKENS, Line
 
 Key = bytes | int
 _PLACEHOLDER = re.compile(r"token_id:(\d{1,10})")
@@ -139,7 +139,7 @@ def _prompt_row(entry: Mapping[str, Any], token: int, line: Line, what: str) -> 
     found: dict[int, tuple[float, int]] = {}
     for key, value in entry.items():
         one = line.record(value, f"{what}[{key[:20]}]")
-        rank = line.count(one.get("rank"), f"{what}[{key[:20]}].rank")
+        rank = line.count(one.get("rank"), f"{what}[{key[:20]}].rank", MOST_ID)
         found[line.token_id(key, f"a key of {what}")] = (
             line.logprob(one.get("logprob"), f"{what}[{key[:20]}].logprob"),
             rank,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from xtoken.pipeline.chats import ChatTokens, Conversation, Refused, TokenRow, tokens_of
 from xtoken.pipeline.imports.conversations import Chats
 from xtoken.pipeline.imports.documents import Spelling
-from xtoken.pipeline.imports.parquet_rows import BadRow, ParquetRows, list_files, matrix, numbers
+from xtoken.pipeline.imports.parquet_rows import BadRow, ParquetRows, list_files, matrix, numbers, whole_numbers
 from xtoken.pipeline.imports.samples import ImportedSample, LeftOut, Reader, Slice, Source
 from xtoken.schemas.configs.imports import ImportConfig
 from xtoken.schemas.errors import XtokenError
@@ -100,7 +100,13 @@ def parallel_lists(logprobs: Any, token_ids: Any, place: str) -> AnswerRows:
     ids, values, offsets = list[int](), list[float](), [0]
     for at, (mine, theirs) in enumerate(zip(logprobs, token_ids, strict=True)):
         mine, theirs = mine or [], theirs or []
-        if len(mine) != len(theirs) or len(mine) > _MOST or None in mine or None in theirs:
+        if not _are(mine, int | float) or not _are(theirs, int):
+            raise BadRow(
+                place,
+                "log-probabilities and ids that are no lists of numbers",
+                f"row {at} has {str(mine)[:80]} and {str(theirs)[:80]}",
+            )
+        if len(mine) != len(theirs) or len(mine) > _MOST:
             raise BadRow(
                 place, "log-probabilities and ids that do not fit", f"row {at} has {len(mine)} and {len(theirs)}"
             )
@@ -110,10 +116,16 @@ def parallel_lists(logprobs: Any, token_ids: Any, place: str) -> AnswerRows:
     return _rows(offsets, ids, values)
 
 
+def _are(values: Any, kind: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(one, kind) for one in values)
+
+
 def _rows(offsets: Sequence[int], ids: Sequence[int], logprob: Sequence[float]) -> AnswerRows:
     value = np.array(logprob, np.float64)
     value[value < _NO_LOGPROB] = -np.inf
-    return AnswerRows(np.array(offsets, np.int64), np.clip(np.array(ids, np.int64), -1, 1 << 31), value)
+    return AnswerRows(
+        np.array(offsets, np.int64), np.array([one if 0 <= one < 1 << 31 else -1 for one in ids], np.int64), value
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,9 +179,11 @@ class AxolotlReader:
             )
         if logprob.shape[1] > _MOST:
             raise BadRow(place, "rows that are too wide", f"{logprob.shape[1]} entries, of at most {_MOST}")
-        seen = np.ones(len(ids), np.bool_) if mask is None or len(mask) != len(ids) else mask != 0
-        place_N = np.flatnonzero(seen)
-        ids = ids[place_N].astype(np.int64)
+        for column, given in (("labels", labels), ("attention_mask", mask)):
+            if given is not None and len(given) != len(ids):
+                raise BadRow(place, f"{column} of another length", f"{len(given)}, where there are {len(ids)} ids")
+        place_N = np.flatnonzero(np.ones(len(ids), np.bool_) if mask is None else mask != 0)
+        ids = whole_numbers(ids[place_N], "input_ids", place)
         if not self.spelling.known(ids):
             return LeftOut(f"{place}.0", "an id that is no token", f"not one of {self.spelling.table.size}")
         taught = np.ones(len(ids), np.bool_) if labels is None else labels[place_N] != -100
@@ -177,7 +191,9 @@ class AxolotlReader:
         chat = tokens_of(self.chats.model, TokenRow(tuple(ids.tolist()), learn))
         value = np.where((wanted != 0) & (logprob > _NO_LOGPROB), logprob.astype(np.float64), -np.inf)
         width = logprob.shape[1]
-        all_rows = AnswerRows(np.arange(len(logprob) + 1) * width, token.astype(np.int64).ravel(), value.ravel())
+        all_rows = AnswerRows(
+            np.arange(len(logprob) + 1) * width, whole_numbers(token, _PREPARED[2], place).ravel(), value.ravel()
+        )
         learnt = np.flatnonzero(chat.learn)
         at_R = learnt - 1 - self.shift
         at_R = np.where((at_R >= 0) & (at_R < len(place_N)), place_N[np.clip(at_R, 0, len(place_N) - 1)], -1)

@@ -163,10 +163,11 @@ def look(reader: Reader, spelling: Spelling, slices: Sequence[Slice]) -> Look:
         else:
             found.add(one, spelling)
     if not found.rows:
-        why = (
-            ", ".join(f"{reason} ({count})" for reason, count in found.left_out.most_common(3)) or "the files are empty"
-        )
-        raise XtokenError(f"{reader.source.files[0]} holds nothing that can be imported: {why}; is --tokenizer right?")
+        first = reader.source.files[0]
+        if not found.left_out:
+            raise XtokenError(f"{first} holds no row that says anything; name files with rows")
+        why = ", ".join(f"{reason} ({count})" for reason, count in found.left_out.most_common(3))
+        raise XtokenError(f"{first} holds nothing that can be imported: {why}; is --tokenizer right?")
     return found
 
 

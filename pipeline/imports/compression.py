@@ -269,7 +269,8 @@ def read_compression(path: str) -> AnyCompression:
         if b"&" in text and b"*" in text:  # a few lines of aliases can stand for more than memory holds
             raise ValueError("it has aliases")
         found = yaml.safe_load(text.decode())
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    # a tag that does not fit its value ('!!bool x') gives KeyError or AttributeError
+    except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError, RecursionError) as error:
         said = " ".join(str(error).split())[:200]
         raise XtokenError(f"{path} cannot be read as YAML ({said}); give the set's compression_config.yaml") from error
     return compression_of(found, path)
@@ -287,10 +288,9 @@ def compression_of(value: Any, path: str) -> AnyCompression:
             return kind.model_validate(found)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise XtokenError(
-                f"{path}: {where}: {first['msg']} (it is {str(first['input'])[:80]!r}); mend it"
-            ) from error
+            where = ": ".join([".".join(map(str, first["loc"])), ""]) if first["loc"] else ""
+            said = first["msg"].removeprefix("Value error, ")
+            raise XtokenError(f"{path}: {where}{said} (it is {str(first['input'])[:80]!r}); mend it") from error
     raise XtokenError(
         f"{path} holds no compression settings: neither d, k and exact_k, nor vocab_size, k and polynomial_degree; "
         "the set's card or training example has them"

@@ -19,6 +19,7 @@ from xtoken.pipeline.chats.ids import IDS_LEARNED, end_of
 from xtoken.pipeline.chats.turns import Turns
 from xtoken.schemas.chat import CaptureChat
 from xtoken.schemas.configs.imports import ImportConfig
+from xtoken.schemas.errors import XtokenError
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Chats:
         Raises:
             XtokenError: the tokenizer has no chat template, or cannot be loaded.
         """
+        if not has_template(config.tokenizer):
+            raise XtokenError(
+                f"conversations need a chat template, and {config.tokenizer} has none; name the model's own folder or "
+                "id with --tokenizer"
+            )
         model = open_chat_model(config.tokenizer, date=datetime.fromisoformat(config.date))
         info = CaptureChat(
             template=model.template.sha256,

@@ -33,8 +33,8 @@ class DistillKitReader:
     """See ``xtoken.pipeline.imports.samples.Reader``.
 
     Attributes:
-        borders: of documents that a token parts, how many were seen, and behind how many stands a token that the row
-            before does not list, as it should be where another document begins.
+        borders: of documents that a token separates, how many were seen, and behind how many stands a token that the
+            row before does not list, as it should be where another document begins.
     """
 
     source: Source
@@ -152,7 +152,7 @@ class DistillKitReader:
                 place,
                 "several documents without a mask",
                 "the row is packed, and its attention_mask does not number its documents",
-                "say what parts them: --documents bos or --documents eos",
+                "say what separates them: --documents bos or --documents eos",
             )
         return [Border(0, stop)] if stop else []
 

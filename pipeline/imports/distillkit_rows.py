@@ -23,6 +23,7 @@ from xtoken.pipeline.imports.parquet_rows import (
     byte_rows,
     matrix,
     numbers,
+    whole_numbers,
 )
 from xtoken.schemas.errors import XtokenError
 
@@ -92,8 +93,8 @@ class RowDecoder:
             )
         if mask is not None and len(mask) != len(ids):
             raise BadRow(place, "attention_mask of another length", f"{len(mask)}, where there are {len(ids)} ids")
-        whole = ids.astype(np.int64)
-        return FileRow(whole, None if mask is None else mask.astype(np.int64), entry_ids, logprob, listed)
+        numbered = None if mask is None else whole_numbers(mask, "attention_mask", place)
+        return FileRow(whole_numbers(ids, "input_ids", place), numbered, entry_ids, logprob, listed)
 
     def _entries(
         self, batch: pa.RecordBatch, row: int, place: str
@@ -106,7 +107,7 @@ class RowDecoder:
         elif isinstance(self.compression, LegacyCompression):
             ids, values = self._words(self.compression, given, place)
         else:
-            ids, values = given[0].astype(np.int64), given[1].astype(np.float64)
+            ids, values = whole_numbers(given[0], "token_ids", place), given[1].astype(np.float64)
             if self.normalised:
                 with np.errstate(divide="ignore"):
                     values = np.log(matrix(batch, "normalized_logits", row, place).astype(np.float64))

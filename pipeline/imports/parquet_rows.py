@@ -138,11 +138,14 @@ class ParquetRows:
         for number, one in enumerate(self.files):
             with reading(one.path, _WAY_OUT), open_url(one.path) as file:
                 parquet = open_parquet(file, one.path)
-            missing = [name for name in self.needed if name not in parquet.schema_arrow.names]
+            names = parquet.schema_arrow.names
+            if twice := [name for name in self.columns if names.count(name) > 1]:
+                raise XtokenError(f"{one.path} has the column {twice[0]} {names.count(twice[0])} times; {_WAY_OUT}")
+            missing = [name for name in self.needed if name not in names]
             if missing:
                 raise XtokenError(
                     f"{one.path} lacks the column {missing[0]}; its columns are "
-                    f"{', '.join(parquet.schema_arrow.names[:12])}, which is another format"
+                    f"{', '.join(names[:12])}, which is another format"
                 )
             if parquet.metadata.num_rows > _MOST_FILE_ROWS:
                 raise XtokenError(
@@ -260,7 +263,9 @@ def matrix(batch: pa.RecordBatch, name: str, row: int, place: str) -> NDArray[An
         raise BadRow(place, f"{name} is no list of lists", f"it is {value.type if value.is_valid else 'null'}")
     rows = value.values
     lengths = pc.list_value_length(rows)
-    if rows.null_count or (len(rows) and lengths[0] != pc.max(lengths)) or pc.min(lengths) != pc.max(lengths):
+    if rows.null_count:
+        raise BadRow(place, f"lists of {name} that are null", f"{rows.null_count} of {len(rows)}")
+    if (len(rows) and lengths[0] != pc.max(lengths)) or pc.min(lengths) != pc.max(lengths):
         found = pc.min_max(lengths)
         raise BadRow(
             place, f"lists of {name} of unequal lengths", f"they have {found['min']} to {found['max']} numbers"
@@ -296,4 +301,18 @@ def byte_rows(values: NDArray[Any], width: int, name: str, place: str) -> NDArra
         )
     if values.dtype != np.uint8 and len(values) and (values.min() < 0 or values.max() > 255):
         raise BadRow(place, f"{name} holds numbers that are no bytes", f"they go from {values.min()} to {values.max()}")
-    return values.astype(np.uint8, copy=False)
+    return whole_numbers(values, name, place).astype(np.uint8, copy=False)
+
+
+def whole_numbers(values: NDArray[Any], name: str, place: str) -> NDArray[np.int64]:
+    """Numbers as int64; what is above its largest becomes negative, which is no id.
+
+    Raises:
+        BadRow: one is no whole number.
+    """
+    if np.issubdtype(values.dtype, np.floating):
+        odd = values[~(np.isfinite(values) & (values == np.floor(values)))]
+        if odd.size:
+            raise BadRow(place, f"{name} holds something else than whole numbers", f"it has {float(odd[0])}")
+        values = np.clip(values, -1.0, 2.0**53)
+    return values.astype(np.int64)

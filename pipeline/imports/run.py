@@ -102,11 +102,12 @@ def _forget(folder: Folder, *, made: bool) -> None:
 def _settle(config: ImportConfig, folder: Folder, spelling: Spelling, progress: Progress) -> Settled:
     """Tests and plan: made by the first start, read by the later ones."""
     begun = _read_begun(folder)
+    goes_on = begun is not None
     if begun is None:
         reader, form = open_source(config, spelling)
         slices = reader.slices()
         reader, found = tested(config, spelling, reader, slices)
-        files = _hashed(reader, progress)
+        files = _hashed(reader.source.files, progress)
         info = info_of(reader, found, files).model_copy(update={"source": config.source, "revision": config.revision})
         begun = Begun(info=info, form=form, bos=found.first_rows == found.samples, chat=reader.source.chat)
         codes = codes_by_use((ids[ids < spelling.table.size] for ids in found.tokens), spelling.table.size)
@@ -125,6 +126,8 @@ def _settle(config: ImportConfig, folder: Folder, spelling: Spelling, progress: 
     sizes = [(name.rsplit("/", 1)[-1], size) for name, size in plan.files]
     if sizes != [(one.name.rsplit("/", 1)[-1], _size(path)) for one, path in _with_paths(begun, reader)]:
         raise XtokenError(f"files of {', '.join(config.paths)} changed since {config.out} was begun; restore them")
+    if goes_on:
+        _refuse_changed(config, begun, reader, slices, progress)
     tables = check_vocab(folder, spelling.table)
     codes_there = read_codes(read_table(folder.url(VOCAB_FILE)))
     return Settled(config, folder, spelling, reader, slices, begun, plan, tables, codes_there)
@@ -155,9 +158,20 @@ def _read_begun(folder: Folder) -> Begun | None:
         ) from error
 
 
-def _hashed(reader: Reader, progress: Progress) -> list[ImportedFile]:
-    """sha256 of every file of the source."""
-    paths = reader.source.files
+def _refuse_changed(config: ImportConfig, begun: Begun, reader: Reader, slices: Sequence[Slice], ui: Progress) -> None:
+    """Raise XtokenError where a file that must still be read is not what it was when the run was begun."""
+    done = committed(config.out)
+    wanted = sorted({one.file for index, one in enumerate(slices) if index not in done})
+    paths = [reader.source.files[number] for number in wanted]
+    for number, now in zip(wanted, _hashed(paths, ui), strict=True):
+        if now.sha256 != begun.info.files[number].sha256:
+            raise XtokenError(
+                f"{reader.source.files[number]} changed since {config.out} was begun; restore it, or use another --out"
+            )
+
+
+def _hashed(paths: Sequence[str], progress: Progress) -> list[ImportedFile]:
+    """sha256 of files of the source."""
     progress.start("hash the source", sum(map(_size, paths)), "bytes")
     found = []
     for path in paths:

@@ -55,8 +55,8 @@ class ImportConfig(Config):
     )
     documents: Literal["auto", "mask", "bos", "eos"] = Field(
         "auto",
-        description="distillkit: what parts the documents of a packed row: its mask, BOS or EOS; auto: the mask where "
-        "it numbers them.",
+        description="distillkit: what separates the documents of a packed row: its mask, BOS or EOS; auto: the mask "
+        "where it numbers them.",
     )
     form: Literal["auto", "text", "ids", "messages"] = Field(
         "auto",

@@ -379,7 +379,7 @@ def test_answers_that_were_drawn_otherwise_are_not_calibrated(
 
 
 def test_messages_need_a_template(traces: Open, tokenizer_file: Callable[[str], Path]) -> None:
-    with pytest.raises(XtokenError, match=r"--form messages needs a chat template, and .* has none; name"):
+    with pytest.raises(XtokenError, match=r"conversations need a chat template, and .* has none; name"):
         traces(exchange(chosen(one_row(), "x")), tokenizer=tokenizer_file("gptoss").parent, form="messages")
 
 
@@ -388,7 +388,7 @@ def one_row() -> list[dict[str, Any]]:
 
 
 def test_what_is_no_trace_is_refused_before_work(traces: Open, tmp_path: Path, smollm2_dir: Path) -> None:
-    with pytest.raises(XtokenError, match="holds no line; name the files of the trace"):
+    with pytest.raises(XtokenError, match="holds no line that can be read; name the files of the trace"):
         traces()
     with pytest.raises(XtokenError, match=r"line 1: the response is .*, but it must have choices"):
         all_of(traces({"text": "a"}))
