@@ -331,7 +331,7 @@ class _FusedLinear(torch.autograd.Function):
         wanted = any(factors) and any(ctx.needs_input_grad)
         grads = _Gradients(states_PH, weight_MH, bias_M, learned, ctx.needs_input_grad[1:]) if wanted else None
         sums = scorer.run(states_PH, grads)
-        ctx.grads, ctx.inputs = grads, (states_PH, weight_MH, bias_M, *learned)
+        ctx.grads, ctx.inputs, ctx.handed_out = grads, (states_PH, weight_MH, bias_M, *learned), False
         # CE and the weighted sums, in the order of the factors; in float64, and rounded once at the end
         total = sums.new_zeros(())
         for factor, term in zip(factors, sums, strict=False):
@@ -341,7 +341,11 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-        if ctx.grads is None:  # all factors are 0; DDP and FSDP still wait for a gradient of every parameter
+        if ctx.handed_out:
+            raise RuntimeError("the gradient of this pass was handed out; call score again for another one")
+        # only autograd holds them then, so it takes them as they are: else it copies a gradient as large as the head
+        grads, ctx.grads, ctx.handed_out = ctx.grads, None, True
+        if grads is None:  # all factors are 0; DDP and FSDP still wait for a gradient of every parameter
             zeros = [None if one is None else torch.zeros_like(one) for one in ctx.inputs]
             return (None, *zeros)
-        return (None, *ctx.grads.scaled(grad))
+        return (None, *grads.scaled(grad))

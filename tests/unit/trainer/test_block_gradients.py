@@ -24,7 +24,7 @@ from xtoken.trainer.data.targets import Targets
 from xtoken.trainer.losses import open_loss
 from xtoken.trainer.losses.base import Loss
 from xtoken.trainer.objective import Objective, Student
-from xtoken.trainer.score import score_states
+from xtoken.trainer.score import _FusedLinear, score_states
 from xtoken.trainer.student.head import Head
 
 CPU = torch.device("cpu")
@@ -206,3 +206,25 @@ def test_passes_over_logits_do_not_grow(
     assert counted(Way(torch.bfloat16)).found <= PASSES[name] + 1.5
     monkeypatch.setattr(pieces_module, "log_softmax", lambda logits_PV, **_: torch.log_softmax(logits_PV, -1))
     assert name == "ce" or counted(Way()).found > passes.found + 3, "the slow form, so something is counted"
+
+
+def test_the_gradient_is_handed_out_once_and_not_copied() -> None:
+    """Autograd takes a buffer that nobody else holds as it is; a copy would be as large as the head."""
+    weight_VH = torch.randn(6, 4, requires_grad=True)
+    made: list[int] = []
+
+    class Scorer:
+        factors = (1.0,)
+
+        def run(self, _: torch.Tensor, grads: Any) -> torch.Tensor:
+            grads.weight_MH.fill_(0.5)
+            made.append(grads.weight_MH.data_ptr())
+            return torch.ones(1, dtype=torch.float64)
+
+    value, _ = _FusedLinear.apply(Scorer(), torch.randn(3, 4), weight_VH, None)  # type: ignore[no-untyped-call]
+    value.backward(retain_graph=True)
+    assert weight_VH.grad is not None
+    assert weight_VH.grad.data_ptr() == made[0]
+    assert (weight_VH.grad == 0.5).all()
+    with pytest.raises(RuntimeError, match="was handed out; call score again"):
+        value.backward()
