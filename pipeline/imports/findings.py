@@ -47,8 +47,7 @@ def open_source(config: ImportConfig, spelling: Spelling, form: str | None = Non
     asked = form or (config.form if config.form != "auto" else None)
     if asked is not None:
         return module.open_reader(config, spelling, asked), asked
-    guess = getattr(module, "guess_form", None)
-    if guess is not None and (said := guess(config)) is not None:
+    if (said := module.guess_form(config)) is not None:
         return module.open_reader(config, spelling, said), said
     reader: Reader = module.open_reader(config, spelling, "text")
     found = look(reader, spelling, reader.slices())
@@ -83,6 +82,13 @@ def _rest(reader: Reader, found: Look) -> RestClass:
 
 
 def info_of(reader: Reader, found: Look, files: list[ImportedFile]) -> ImportedInfo:
+    """What the manifest says of an import; counts and unknown labels are set anew at its end, from all parts.
+
+    Args:
+        reader: as ``tested`` gives it.
+        found: by the look that goes with it.
+        files: of the source; none in a dry run.
+    """
     source, rest = reader.source, _rest(reader, found)
     config = {name: json.loads(json.dumps(value)) for name, value in source.config.items()}
     return ImportedInfo(

@@ -124,6 +124,9 @@ class Reader(Protocol):
     Attributes:
         source: what it says of its files.
         shift: how far rows were moved against what the format says they predict; 0 unless ``moved`` made it.
+
+    Two more are optional: ``findings``, sentences for the manifest about the rows that were read by then, and
+    ``refuse_unsound(share of rows that list more than 1.01, whether an entry lists more than 1)``, which raises.
     """
 
     @property
