@@ -68,8 +68,7 @@ def import_dataset(config: ImportConfig, progress: Progress) -> dict[str, Any]:
     refuse_unshared(config.out)
     folder = Folder(config.out)
     settings = {**identity(config), "tokenizer_hash": spelling.table.info.hash}
-    if not folder.exists(RUN_FILE):
-        _refuse_foreign(folder)
+    _refuse_foreign(folder)
     fresh, made = not folder.exists(RUN_FILE), folder.local and not folder.exists("")
     folder.make("")
     if differ := create_or_compare(folder, RUN_FILE, settings, needed=False):
@@ -87,8 +86,9 @@ def import_dataset(config: ImportConfig, progress: Progress) -> dict[str, Any]:
 
 
 def _refuse_foreign(folder: Folder) -> None:
-    if names := folder.names():
-        raise XtokenError(f"{folder.root} holds {names[0]!r} but no import; use another --out")
+    foreign = [name for name in folder.names() if not name.endswith(".tmp")]
+    if foreign and not folder.exists(RUN_FILE):  # in this order: another import may be writing the record
+        raise XtokenError(f"{folder.root} holds {foreign[0]!r} but no import; use another --out")
 
 
 def _forget(folder: Folder, *, made: bool) -> None:

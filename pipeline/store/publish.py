@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import pyarrow as pa
 from pydantic import ValidationError
 
-from xtoken.pipeline.store.files import Folder, disk_full_named
+from xtoken.pipeline.store.files import SWEEPS, Folder, disk_full_named
 from xtoken.schemas.errors import Unreachable, VerificationError, XtokenError
 from xtoken.schemas.io.remote import in_parallel, named_errors, patiently
 from xtoken.schemas.manifest import Part, part_name
@@ -82,7 +82,7 @@ def publish_part(
 
     Raises:
         DiskFull: no room; the temporary file is removed.
-        XtokenError: ``check`` refused the file just written.
+        XtokenError: ``check`` refused the file just written, or temporary files are removed again and again.
         Unreachable: storage does not answer, and did not for minutes in which every step was tried again.
     """
     folder = Folder(root)
@@ -93,11 +93,18 @@ def publish_part(
     try:
         with disk_full_named(root):
             _reached(root, partial(folder.make, DATA, COMMITS))
-            counts = _reached(root, partial(write, folder.url(tmp)))
-            folder.sync(tmp)
-            part = _reached(root, partial(_describe, folder, index, tmp, check, counts, made))
-            placed = _reached(root, partial(_place, folder, tmp, part, check))
-            return _reached(root, partial(commit, folder, placed))
+            for _ in range(SWEEPS):
+                counts = _reached(root, partial(write, folder.url(tmp)))
+                try:
+                    folder.sync(tmp)
+                    part = _reached(root, partial(_describe, folder, index, tmp, check, counts, made))
+                    placed = _reached(root, partial(_place, folder, tmp, part, check))
+                except (FileNotFoundError, XtokenError):
+                    if folder.exists(tmp):
+                        raise
+                    continue  # another run's sweep took its writer for dead
+                return _reached(root, partial(commit, folder, placed))
+            raise XtokenError(f"{folder.url(tmp)} cannot be written: something removes files from {root}; stop it")
     finally:
         with suppress(Unreachable):  # clean() finds it; what is committed has not failed
             folder.remove(tmp)

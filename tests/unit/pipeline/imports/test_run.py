@@ -20,6 +20,7 @@ from tests.in_process import InThisProcess
 from tests.unit.pipeline.imports.sets import IMPORT, SIZE, TINY, config_of, documents, write_set
 from xtoken import cli
 from xtoken.pipeline.align.run import align
+from xtoken.pipeline.imports import parts
 from xtoken.pipeline.imports.run import import_dataset
 from xtoken.pipeline.query import query
 from xtoken.pipeline.query.samples import Capture
@@ -140,6 +141,25 @@ def test_the_same_set_gives_the_same_bytes_also_in_parts_and_after_a_kill(data: 
         import_dataset(config_of(data, killed, min_p=0.5, **settings), Silent())
 
 
+def test_two_imports_at_once_make_one_capture(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins, and sweeps, while the first has written a part that it has not published."""
+    settings, out, real, second = {"part_bytes": 1 << 14}, tmp_path / "capture", parts.write_parquet, []
+
+    def within(*args: Any, **options: Any) -> Any:
+        written = real(*args, **options)
+        if not second:
+            second.append(None)
+            second[0] = import_dataset(config_of(data, out, **settings), Silent())
+        return written
+
+    monkeypatch.setattr(parts, "write_parquet", within)
+    first = import_dataset(config_of(data, out, **settings), Silent())
+    assert first == second[0]
+    import_dataset(config_of(data, tmp_path / "alone", **settings), Silent())
+    assert files(out) == files(tmp_path / "alone")
+    verify(str(out))
+
+
 def test_packed_rows_become_the_same_documents(tmp_path: Path) -> None:
     some = documents(6)
     write(
@@ -206,6 +226,9 @@ def test_a_folder_of_others_is_left_alone(data: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "mine.txt").touch()
     with pytest.raises(XtokenError, match=r"holds 'mine.txt' but no import"):
         import_dataset(config_of(data, tmp_path / "out"), Silent())
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "run.json.d928a00b0c42.tmp").touch()  # of an import that begins at the same time
+    import_dataset(config_of(data, tmp_path / "begun"), Silent())
 
 
 def test_a_source_that_changed_is_noticed(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from xtoken.pipeline.store.files import DiskFull, Folder
 from xtoken.pipeline.store.publish import Figures, clean, commit_name, committed, data_name, publish_part
 from xtoken.schemas.errors import VerificationError, XtokenError
+from xtoken.schemas.io.remote import named_errors
 
 
 class Writer:
@@ -74,6 +75,43 @@ def test_a_slow_twin_loses(root):
     assert publish_part(root, 0, slow, check) == slow.first
     assert Folder(root).read(data_name(0)) == b"good one"
     assert Folder(root).names("data") == ["part-00000.parquet"]
+
+
+class Swept(Writer):
+    """Another run begins, and sweeps, each of the first ``times`` times that the file is written, or read back."""
+
+    def __init__(self, root: str, times: int, when: str = "written") -> None:
+        super().__init__(b"good one")
+        self.root, self.times, self.when = root, times, when
+
+    def __call__(self, url: str) -> dict[str, int]:
+        counts = super().__call__(url)
+        self.sweep("written")
+        return counts
+
+    def check(self, url: str) -> Figures:
+        self.sweep("read")
+        with named_errors(url):
+            return check(url)
+
+    def sweep(self, when: str) -> None:
+        if when == self.when and self.calls <= self.times:
+            assert [name.split(".")[0] for name in clean(self.root)] == ["data/part-00000"]
+
+
+@pytest.mark.parametrize("when", ["written", "read"])
+def test_a_part_that_another_run_sweeps_away_is_written_again(root, when):
+    swept = Swept(root, 2, when)
+    assert publish_part(root, 0, swept, swept.check) == committed(root)[0]
+    assert swept.calls == 3
+    assert Folder(root).read(data_name(0)) == b"good one"
+    assert Folder(root).names("data") == ["part-00000.parquet"]
+
+
+def test_what_goes_on_sweeping_is_named(root):
+    with pytest.raises(XtokenError, match=r"part-00000\..*\.tmp cannot be written: something removes files from .*out"):
+        publish_part(root, 0, Swept(root, 99), check)
+    assert committed(root) == {}
 
 
 def test_a_published_file_without_a_record_is_adopted(root):
