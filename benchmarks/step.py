@@ -1,5 +1,7 @@
 """A whole training step: P-KL from stored targets against plain CE, and against a teacher that runs in every step.
 
+    xtoken precompute TEXTS --teacher FOLDER --max-tokens 448 --out CAPTURE
+    xtoken align CAPTURE --student FOLDER --for p-kl,h-kl,alm,byte-prefix --out TARGETS
     python -m benchmarks.step TARGETS CAPTURE --student FOLDER --teacher FOLDER
 
 All steps are of the same student, the same AdamW and the same packed rows of text, and end with updated weights:
@@ -48,7 +50,7 @@ from xtoken.trainer.student.model import load_student
 RESULTS = Path(__file__).parent / "results"
 OURS = ("ce", "p-kl", "h-kl", "alm", "byte-prefix")
 ALL = ("plain", *OURS, "live-top-k", "live-whole")
-CE_WEIGHT, K = 0.1, 64
+CE_WEIGHT, K, WINDOW = 0.1, 64, 512
 CPU = torch.device("cpu")
 Step = Callable[[], float]  # one step; returns KD, or CE where there is none
 
@@ -72,7 +74,7 @@ class Bench:
 
     def _batch(self, name: str) -> StepBatch:
         manifest, tokens = self.targets.manifest, self.options.tokens
-        layout = Layout(context_token(manifest.student), 512, manifest.student.size, (self.losses[name],))
+        layout = Layout(context_token(manifest.student), WINDOW, manifest.student.size, (self.losses[name],))
         sizes = {"step_tokens": tokens, "micro_tokens": self.options.micro_tokens}
         with Loader(Sources([self.targets]), layout, seed=0, packing=True, **sizes) as loader:
             return loader.step()
@@ -133,6 +135,9 @@ class Live:
         places = torch.tensor(np.stack([w.teacher_id, w.student_id]))
         self.wt_UV = torch.sparse_coo_tensor(places, torch.tensor(w.weight), size).coalesce().to_sparse_csr()
         self.rows = self._chunk_rows(wanted)
+        taught = sum(len(micro.targets[0].first_C) for micro in bench.batches["p-kl"].micros)
+        if taught != sum(map(len, self.rows.values())):  # the live teacher would read text that teaches nothing
+            raise SystemExit(f"samples are longer than {WINDOW} student tokens; capture with a smaller --max-tokens")
 
     def _context(self) -> int:
         found = self.bench.targets.manifest.teacher_tokenizer.bos_id

@@ -19,7 +19,7 @@ from xtoken.trainer.data.micro_batch import Micro
 from xtoken.trainer.losses.base import WEIGHT, FeatureLoss, Loss
 from xtoken.trainer.losses.ce import cross_entropy
 from xtoken.trainer.objective import Objective, Student
-from xtoken.trainer.pieces import Block, Lesson, pieces_of
+from xtoken.trainer.pieces import Block, Lesson, Piece, pieces_of
 from xtoken.trainer.products import add_product, widened
 
 
@@ -118,24 +118,36 @@ class _Scorer:
         weight_VH, bias_V = self.student.columns()
         collected = self._collect(states_PH, weight_VH, bias_V)
         for piece in self.pieces.blocks:
-            linear_PV = self._linear(states_PH[piece.low : piece.high], weight_VH, bias_V)
-            graph = grads is not None or self.norms
-            with torch.set_grad_enabled(graph):
-                # the graph begins at the block's logits: autograd goes through the loss alone, never the head's matrix
-                leaf = linear_PV.requires_grad_(graph)
-                block = Block(piece, self._rows(leaf), spare=weight_VH is not None, again=self.norms)
-                terms = self._terms(block, collected)
-                if not graph or not terms:
-                    continue
-                rows_grad, *learned = self._measured(leaf, terms, weight_VH) if self.norms else self._total(leaf, terms)
-            if grads is None:
-                continue
-            if rows_grad is not None:
-                grads.add(block, rows_grad, states_PH, weight_VH)
-            for kept, one in zip(grads.learned, learned, strict=True):
-                if one is not None:
-                    kept.add_(one)
+            self._block(piece, states_PH, weight_VH, bias_V, collected, grads)
         return self.sums
+
+    def _block(
+        self,
+        piece: Piece,
+        states_PH: Tensor,
+        weight_VH: Tensor | None,
+        bias_V: Tensor | None,
+        collected: dict[int, Tensor],
+        grads: _Gradients | None,
+    ) -> None:
+        """One block; all that is as large as its logits is gone when the next begins."""
+        linear_PV = self._linear(states_PH[piece.low : piece.high], weight_VH, bias_V)
+        graph = grads is not None or self.norms
+        with torch.set_grad_enabled(graph):
+            # the graph begins at the block's logits: autograd goes through the loss alone, never the head's matrix
+            leaf = linear_PV.requires_grad_(graph)
+            block = Block(piece, self._rows(leaf), spare=weight_VH is not None, again=self.norms)
+            terms = self._terms(block, collected)
+            if not graph or not terms:
+                return
+            rows_grad, *learned = self._measured(leaf, terms, weight_VH) if self.norms else self._total(leaf, terms)
+        if grads is None:
+            return
+        if rows_grad is not None:
+            grads.add(block, rows_grad, states_PH, weight_VH)
+        for kept, one in zip(grads.learned, learned, strict=True):
+            if one is not None:
+                kept.add_(one)
 
     def _total(self, leaf: Tensor, terms: Mapping[int, Tensor]) -> Sequence[Tensor | None]:
         """Gradients of a block's part of the objective by its logits and by what losses learn."""
@@ -177,10 +189,11 @@ class _Scorer:
         # the second pass makes the same logits again: two forward passes of the head cost less than all logits at once
         with torch.no_grad():
             for piece in self.pieces.blocks:
-                linear_PV = self._linear(states_PH[piece.low : piece.high], weight_VH, bias_V)
-                block = Block(piece, self._rows(linear_PV), spare=weight_VH is not None)
+                rows_PV = self._rows(self._linear(states_PH[piece.low : piece.high], weight_VH, bias_V))
+                block = Block(piece, rows_PV, spare=weight_VH is not None)
                 for i, loss in wanted.items():
                     pieces[i].append(loss.features(block.logp(loss.temperature), piece.label_P))
+                del rows_PV, block  # before the next is made
         return {i: self._features(i, loss, torch.cat(pieces[i])) for i, loss in wanted.items()}
 
     def _features(self, i: int, loss: FeatureLoss, feature_PF: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Shapes: N rows, H hidden, W further columns (see ``vllm_whole``), U columns of t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -117,8 +117,7 @@ def rows_from_hidden(
         # A row that is nobody's, such as that of a prompt's last token, may have any number for a label.
         label_N = target_N[some].clamp(0, vocabulary - 1)
         parts.append(reader.figures(logits_NU, label_N, None if uniform_N is None else uniform_N[some]))
-    names = [one.name for one in fields(RowFigures)]
-    return RowFigures(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    return RowFigures.joined(parts)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 torch's own stays the slow and obvious form: here every block goes through both.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -206,6 +207,47 @@ def test_passes_over_logits_do_not_grow(
     assert counted(Way(torch.bfloat16)).found <= PASSES[name] + 1.5
     monkeypatch.setattr(pieces_module, "log_softmax", lambda logits_PV, **_: torch.log_softmax(logits_PV, -1))
     assert name == "ce" or counted(Way()).found > passes.found + 3, "the slow form, so something is counted"
+
+
+class Alive(TorchDispatchMode):
+    """Keeps weak references to what operations make of a block's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[weakref.ref[Tensor]] = []
+        self.left: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.dim() == 2 and made.shape[1] == V and len(made):
+            self.seen.append(weakref.ref(made))
+        return made
+
+    def next_block(self) -> None:
+        self.left.append(sum(one() is not None for one in self.seen))
+
+
+@pytest.mark.parametrize("way", [Way(positions=8), Way(positions=8, norms=True), Way(positions=8, softcap=3.0)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_block_is_gone_when_the_next_begins(
+    make_targets: Callable[..., str], pair: Any, monkeypatch: pytest.MonkeyPatch, name: str, way: Way
+) -> None:
+    """On a GPU a block of logits is a gigabyte; its logits, log-probabilities and gradient go with it."""
+    losses = [loss_of(pair, name, {})]
+    micro = micro_of([make_targets([[9, 12, 5, 7, 11], [6, 8, 10]], losses=(name,))], losses)
+    monkeypatch.setattr(blocks_module, "BLOCK_ELEMENTS", V * way.positions)
+    real, alive = Student.linear, Alive()
+
+    def linear(*args: Any) -> Tensor:
+        alive.next_block()
+        return real(*args)
+
+    monkeypatch.setattr(Student, "linear", linear)
+    with alive:
+        scored(micro, losses, way)
+    assert len(alive.left) > 2
+    assert len(alive.seen) > len(alive.left)
+    assert not any(alive.left), alive.left
 
 
 def test_the_gradient_is_handed_out_once_and_not_copied() -> None:

@@ -1,11 +1,15 @@
 """Top-k, ranks and masses of rows that are full of ties, against sorting."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xtoken.pipeline.teachers import logit_rows
+from xtoken.pipeline.teachers.draws import Sampler
 from xtoken.pipeline.teachers.logit_rows import RowReader, cut, join, top_k
 
 
@@ -49,6 +53,31 @@ def test_rows_hold_ranks_and_masses_of_the_whole_row(levels: int, width: int, se
     assert rows.space_logprob is not None
     np.testing.assert_allclose(rows.lse, torch.logsumexp(logits.double(), -1).numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(np.exp(rows.space_logprob), probability[:, ::2].sum(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", [1, 3 * 50, 7 * 50 + 49])
+def test_parts_of_a_block_give_what_it_gives_at_once(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-9, 9, (20, 50), generator=generator).float()
+    target, uniform = torch.arange(20), np.linspace(0, 0.99, 20)
+    reader = RowReader(4, torch.arange(0, 50, 2), (0.5, 2.0), Sampler(3, 0, 45))
+    whole = reader.figures(logits.clone(), target, uniform)
+    monkeypatch.setattr(logit_rows, "_PART_LOGITS", part)
+    parts = reader.figures(logits.clone(), target, uniform)
+    for one in fields(whole):
+        torch.testing.assert_close(getattr(parts, one.name), getattr(whole, one.name), rtol=1e-6, atol=1e-6)
+    empty = reader.figures(logits[:0], target[:0], uniform[:0])
+    assert all(len(getattr(empty, one.name)) == 0 for one in fields(empty))
+
+
+@settings(deadline=None, max_examples=50)
+@given(levels=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_a_cpu_counts_ranks_as_a_gpu_does(levels: int, seed: int) -> None:
+    values = torch.randint(0, levels, (9, 9), generator=torch.Generator().manual_seed(seed)).float()
+    values[1, :4], values[2, 3] = float("-inf"), float("nan")
+    target, missed = torch.arange(9), torch.tensor([1, 2, 3, 8])
+    expected = logit_rows._counted(values, target, missed)
+    assert logit_rows._counted_on_cpu(values, target, missed).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 33])
