@@ -66,8 +66,6 @@ def test_parts_of_a_block_give_what_it_gives_at_once(part: int, monkeypatch: pyt
     parts = reader.figures(logits.clone(), target, uniform)
     for one in fields(whole):
         torch.testing.assert_close(getattr(parts, one.name), getattr(whole, one.name), rtol=1e-6, atol=1e-6)
-    empty = reader.figures(logits[:0], target[:0], uniform[:0])
-    assert all(len(getattr(empty, one.name)) == 0 for one in fields(empty))
 
 
 @settings(deadline=None, max_examples=50)
